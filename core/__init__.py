@@ -1,0 +1,1 @@
+"""The algorithms. Torch only: nothing here knows ComfyUI, except the sub-package host."""

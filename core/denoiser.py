@@ -1,0 +1,76 @@
+"""The one view that a method has of a diffusion model: ComfyUI's coordinates (x, sigma, denoised).
+
+Here x = x0 + sigma * eps for eps- and v-prediction models (x = z_t / sqrt(alpha_bar_t) in the papers' notation, sigma =
+sqrt((1 - alpha_bar_t) / alpha_bar_t)) and x = (1 - sigma) * x0 + sigma * eps for flow models. D(x, sigma, c) is the
+model's estimate of x0. For all of them
+
+    eps_theta - eps = (x0 - D) / sigma        (for flow models: v_theta - v)
+
+so a loss on the predicted noise needs neither the prediction type nor alpha_bar.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """What an algorithm may ask of a model. Differentiable in x and in context."""
+
+    sigmas: Tensor
+    """[T] float32, ascending: the noise level of the integer timestep t = 0 .. T-1."""
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The noisy sample of x0 [B, C, h, w] at noise level sigma [B]."""
+        ...
+
+    def denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, rows, width]."""
+        ...
+
+
+def noise_error(denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """eps_theta(x_t, t, context) - eps, and the denoised estimate it came from; both [B, C, h, w]."""
+    x = denoiser.noised(x0, noise, sigma)
+    denoised = denoiser.denoised(x, sigma, context)
+    return (x0 - denoised) / sigma.view(-1, *[1] * (x0.ndim - 1)), denoised
+
+
+def timestep_range(count: int, start_percent: float, end_percent: float) -> tuple[int, int]:
+    """The integer timesteps (lowest, highest) that a window of the sampling process covers.
+
+    Percent 0 is pure noise (t = count - 1), percent 1 the finished picture (t = 0), as everywhere in ComfyUI.
+    Raises ValueError when the window is empty or leaves 0..1.
+    """
+    if not 0.0 <= start_percent < end_percent <= 1.0:
+        raise ValueError(
+            f"The window {start_percent} to {end_percent} is not a part of 0 to 1: give a start below the end, both in 0..1."
+        )
+    last = count - 1
+    return round(last * (1.0 - end_percent)), round(last * (1.0 - start_percent))
+
+
+def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of error [B, C, h, w] over the elements where mask [B, 1, h, w] is 1 (over all of them without a mask)."""
+    if mask is None:
+        return error.mean()
+    return (error * mask).sum() / (mask.sum() * error.shape[1])
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """A picture mask [B, H, W] in 0..1 as a binary mask [B, 1, height, width] at latent resolution.
+
+    A latent cell belongs to the subject when half of its area does. Where that leaves nothing of a thin subject, any
+    touched cell counts. Raises ValueError for a mask without a single set pixel.
+    """
+    mask = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    if not bool((mask > 0.5).flatten(1).any(1).all()):
+        raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
+    size = (height, width)
+    area = (torch.nn.functional.interpolate(mask, size=size, mode="area") >= 0.5).float()
+    touched = (torch.nn.functional.adaptive_max_pool2d(mask, size) > 0.5).float()
+    found = area.flatten(1).any(1).view(-1, 1, 1, 1)
+    return torch.where(found, area, touched)

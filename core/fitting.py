@@ -1,0 +1,75 @@
+"""What every optimisation of the pack has in common: one update at a time, and a state made of tensors only.
+
+A run that is stopped and resumed must equal one that was never stopped, bit for bit. So a Fit owns everything an update
+depends on (parameters, Adam moments, its random generator) and can hand it out and take it back as named tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Fit(Protocol):
+    """One optimisation in progress."""
+
+    losses: list[float]
+    """The loss of every update so far."""
+
+    @property
+    def step(self) -> int:
+        """Number of updates made."""
+        ...
+
+    def update(self) -> Tensor:
+        """Make one update; returns the current denoised estimate [1, C, h, w], detached, for the preview."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, detached, on the CPU."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what state() gave."""
+        ...
+
+
+def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of an Adam-like optimiser as named tensors: adam.<parameter index>.<name>."""
+    packed = {}
+    for index, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            packed[f"adam.{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+    return packed
+
+
+def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
+    """Inverse of adam_state()."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in packed.items():
+        if key.startswith("adam."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value.clone()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def finite_or_raise(loss: Tensor, step: int) -> float:
+    """The loss as a number; RuntimeError when it is not finite, before the update could spoil the parameters."""
+    value = float(loss.detach())
+    if not torch.isfinite(loss.detach()):
+        raise RuntimeError(
+            f"The loss became {value} at step {step + 1}: nothing was updated and the steps before it are kept. "
+            "Lower the learning rate, or load the model in bf16 or fp32."
+        )
+    return value
+
+
+def curve(losses: Iterable[float], points: int = 200) -> list[float]:
+    """At most `points` means of consecutive losses: what a plot of this width can show."""
+    values = torch.tensor(list(losses), dtype=torch.float64)
+    if len(values) <= points:
+        return [float(v) for v in values]
+    return [float(part.mean()) for part in torch.tensor_split(values, points)]

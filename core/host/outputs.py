@@ -1,0 +1,39 @@
+"""Outputs that are not there, and files that go out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import folder_paths
+from comfy_execution.graph_utils import ExecutionBlocker
+
+MAX_PREFIX = 200  # characters; file systems stop at 255 for one name
+
+
+def nothing() -> ExecutionBlocker:
+    """The value of an output that was not made: what stands behind it is silently not run."""
+    return ExecutionBlocker(None)
+
+
+def numbered_path(folder: str, prefix: str, suffix: str) -> Path:
+    """A new file <prefix>_<number>_<suffix> inside `folder`; prefix may name sub-folders and ComfyUI's %date% tokens.
+
+    ValueError for anything that would leave the folder, through links too.
+    """
+    parts = PurePosixPath(prefix.replace("\\", "/")).parts
+    hostile = "\0" in prefix or ".." in parts or PurePosixPath(prefix).is_absolute() or PureWindowsPath(prefix).anchor
+    if hostile or not parts or len(prefix) > MAX_PREFIX or ":" in prefix.replace("%date:", ""):
+        raise ValueError(f"The file name {prefix[:80]!r} is not a plain name below the pack's folder: use letters, digits and '/'.")
+    os.makedirs(folder, exist_ok=True)
+    root = os.path.realpath(folder)
+    _refuse_outside(root, os.path.join(root, os.path.dirname(prefix)), prefix)
+    directory, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    path = os.path.join(directory, f"{name}_{counter:05}_{suffix}")
+    _refuse_outside(root, path, prefix)
+    return Path(path)
+
+
+def _refuse_outside(root: str, path: str, prefix: str) -> None:
+    if os.path.commonpath([root, os.path.realpath(path)]) != root:
+        raise ValueError(f"The file name {prefix[:80]!r} leads outside of the pack's folder: choose a plain name.")

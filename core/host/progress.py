@@ -1,0 +1,58 @@
+"""Telling the user how an optimisation goes: progress bar, latent preview, and the loss curve of the page's widget."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import latent_preview
+from server import PromptServer
+from torch import Tensor
+
+from ..fitting import curve
+
+EVENT = "likeness.progress"
+INTERVAL = 1.0  # seconds between two pictures or curves
+
+
+class Progress:
+    """Progress of one node's run. Raises ComfyUI's interrupt from update() when the user cancels."""
+
+    def __init__(self, model: Any, total: int, node_id: str | None) -> None:
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._total, self._node, self._resumed, self._last = total, node_id, 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Say that a stored run of this many steps is being continued."""
+        self._resumed = step
+
+    def update(self, losses: list[float], denoised: Tensor | None = None) -> None:
+        """Show the state after an update; pictures and curves at most once a second, and at the end."""
+        mm.throw_exception_if_processing_interrupted()
+        step, now = len(losses), time.monotonic()
+        if now - self._last < INTERVAL and step < self._total:
+            self._bar.update_absolute(step)
+            return
+        self._last = now
+        preview = None
+        if self._previewer is not None and denoised is not None:
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", denoised[:1].float())
+        self._bar.update_absolute(step, self._total, preview)
+        self.curve(losses)
+
+    def curve(self, losses: list[float]) -> None:
+        """Send the loss curve to the page."""
+        if not losses or PromptServer.instance is None:
+            return
+        message = {
+            "node": str(self._node),
+            "step": len(losses),
+            "steps": self._total,
+            "loss": losses[-1],
+            "losses": curve(losses),
+            "resumed": self._resumed,
+        }
+        PromptServer.instance.send_sync(EVENT, message, PromptServer.instance.client_id)

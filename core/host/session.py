@@ -1,0 +1,135 @@
+"""The one gradient session: every optimisation of the pack runs inside a sampler that a guider calls.
+
+So ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers, and
+cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning, detached
+from .weights import check_fully_loaded, checkpointed, gradients, load_fully, thawed, trainable_clone
+
+# Backward keeps every activation; ComfyUI's estimate is for one forward pass. Measured ratio on a UNet: see benchmarks/.
+ACTIVATION_FACTOR = 4.0
+ACTIVATION_FACTOR_CHECKPOINTED = 1.5
+
+
+class GuiderDenoiser:
+    """A Denoiser over a running guider, for one picture prompt (the guider's "positive")."""
+
+    def __init__(self, guider: Any, extra_args: dict[str, Any]) -> None:
+        self._guider, self._extra_args = guider, extra_args
+        self._entry = guider.conds["positive"][0]
+        self._sampling = guider.inner_model.model_sampling
+        self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
+
+    def denoised(self, x: Tensor, sigma: Tensor, context: Tensor | None = None) -> Tensor:
+        """As in Denoiser; without a context the prompt's own rows are used."""
+        mm.throw_exception_if_processing_interrupted()
+        with self._context(context):
+            return self._guider(x, sigma.expand(x.shape[0]), **self._extra_args)
+
+    @contextlib.contextmanager
+    def _context(self, context: Tensor | None) -> Iterator[None]:
+        conds = self._guider.conds
+        if context is not None:
+            model_conds = self._entry["model_conds"]
+            exchanged = {**model_conds, "c_crossattn": model_conds["c_crossattn"]._copy_with(context)}
+            self._guider.conds = {**conds, "positive": [{**self._entry, "model_conds": exchanged}]}
+        try:
+            yield
+        finally:
+            self._guider.conds = conds
+
+    @property
+    def context(self) -> Tensor:
+        """The prompt's rows as the model gets them, [1, rows, width]."""
+        return self._entry["model_conds"]["c_crossattn"].cond
+
+    def preview_latent(self, denoised: Tensor) -> Tensor:
+        """What a latent previewer expects of a denoised estimate."""
+        return denoised.detach()[:1].float()
+
+
+class _Body(comfy.samplers.Sampler):
+    """A sampler that, instead of sampling, runs a function."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self._run = run
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        self._run(model_wrap, extra_args, latent_image)
+        return latent_image
+
+
+def optimise(
+    model: Any,
+    positive: Conditioning,
+    latent: Tensor,
+    body: Callable[[GuiderDenoiser, Tensor], None],
+    *,
+    checkpointing: bool = False,
+) -> None:
+    """Run body(denoiser, x0) with gradients through a MODEL.
+
+    model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
+    [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
+    What body wants to keep it must detach and move to the CPU itself.
+    Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised formats).
+    """
+    clone = trainable_clone(model)
+
+    def run(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
+        check_fully_loaded(clone)
+        owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(thawed(part for part in owners if isinstance(part, torch.nn.Module)))
+            if checkpointing:
+                stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
+            denoiser = GuiderDenoiser(guider, extra_args)
+            _probe(denoiser, x0[:1])
+            body(denoiser, x0)
+
+    with gradients():
+        guider = comfy.samplers.CFGGuider(clone)
+        guider.inner_set_conds({"positive": detached(positive)})
+        latent = detached(latent).float()
+        factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
+        load_fully([clone], factor * clone.model.memory_required([1, *latent.shape[1:]]))
+        sampling = clone.get_model_object("model_sampling")
+        ends = torch.tensor([float(sampling.sigma_max), 0.0])
+        try:
+            guider.sample(torch.zeros_like(latent), latent, _Body(run), ends, disable_pbar=True)
+        finally:
+            mm.soft_empty_cache()
+
+
+def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    """One small backward before any work: quantised layers and some attention kernels have none."""
+    context = denoiser.context.detach().clone().requires_grad_(True)
+    sigma = denoiser.sigmas[denoiser.sigmas.shape[0] // 2].to(x0).view(1)
+    try:
+        denoiser.denoised(x0, sigma, context).float().square().mean().backward()
+    except mm.OOM_EXCEPTION:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, and without torch.compile."
+        ) from error
+    if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):
+        raise RuntimeError(
+            "This model gives no usable gradient to its text rows: load it in bf16 or fp32, and check that the prompt "
+            "comes from the model's own text encoder."
+        )

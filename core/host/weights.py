@@ -1,0 +1,153 @@
+"""Making a loaded ComfyUI model differentiable for a while, and leaving it exactly as it was.
+
+ComfyUI runs nodes under torch.inference_mode(), so its weights are inference tensors, which autograd refuses to save. Which
+ones are depends on who loaded the model first; therefore every weight is looked at, every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHECKPOINTED = ("ResBlock", "SpatialTransformer")  # ComfyUI's UNet blocks; both compute out of place
+
+
+@contextlib.contextmanager
+def gradients() -> Iterator[None]:
+    """Leave inference mode and record gradients; some models also need to be told that a training runs."""
+    had_flag = hasattr(mm, "in_training")  # newer ComfyUI: several families avoid fused kernels when it is set
+    before = getattr(mm, "in_training", False)
+    try:
+        if had_flag:
+            mm.in_training = True
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if had_flag:
+            mm.in_training = before
+
+
+@contextlib.contextmanager
+def thawed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Stand-ins for all inference parameters and buffers: equal, ordinary, without gradient. The originals come back on exit.
+
+    Bringing back the very same objects keeps ModelPatcher's backups and the other nodes that share the module valid.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in modules:
+            for part in module.modules():
+                for store in (part._parameters, part._buffers):
+                    for name, value in store.items():
+                        if value is not None and value.is_inference():
+                            replaced.append((store, name, value))
+                            store[name] = _ordinary(value, store is part._parameters)
+        yield
+    finally:
+        for store, name, value in replaced:
+            store[name] = value
+
+
+def _ordinary(value: Tensor, parameter: bool) -> Tensor:
+    copy = value.detach().clone()
+    return nn.Parameter(copy, requires_grad=False) if parameter else copy
+
+
+@contextlib.contextmanager
+def out_of_place_text_layers(module: nn.Module) -> Iterator[None]:
+    """Keep ComfyUI's CLIP layers from overwriting what backward needs.
+
+    CLIPLayer adds to its input in place. Plain autograd notices and raises; checkpointing does not notice and gives wrong
+    gradients. Handing each layer norm a copy of its input makes the saved tensor a private one.
+    """
+
+    def private(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].clone(), *inputs[1:])
+
+    handles = []
+    try:
+        for part in module.modules():
+            for name in ("layer_norm1", "layer_norm2"):
+                norm = getattr(part, name, None)
+                if isinstance(norm, nn.Module):
+                    handles.append(norm.register_forward_pre_hook(private))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
+    """Recompute the blocks of these classes in backward instead of keeping their activations: less memory, a third more time."""
+    names = set(class_names)
+    wrapped = [part for part in module.modules() if type(part).__name__ in names]
+    try:
+        for part in wrapped:
+            part.forward = _recomputed(part.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for part in wrapped:
+            part.__dict__.pop("forward", None)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        # The dict says which block is running and changes as the model goes on: recomputing needs it as it is now.
+        fixed = tuple(dict(a) if isinstance(a, dict) else a for a in args)
+        fixed_kw = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
+        return checkpoint(forward, *fixed, use_reentrant=False, **fixed_kw)
+
+    return run
+
+
+def _differentiable_attention(_chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return attention_pytorch(*args, **kwargs)
+
+
+def trainable_clone(model: Any) -> Any:
+    """A clone of a MODEL whose forward can be differentiated: fixed weights, attention with a backward, safe precision.
+
+    Raises RuntimeError when ComfyUI streams this model's weights and cannot give a fixed copy of them.
+    """
+    if getattr(model, "is_dynamic", lambda: False)():
+        try:
+            clone = model.clone(disable_dynamic=True, force_deepcopy=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "This model's weights are streamed by ComfyUI's dynamic VRAM and its loader cannot reload them for training: "
+                "load it with Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
+            ) from error
+    else:
+        clone = model.clone()
+    options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
+    options["optimized_attention_override"] = _differentiable_attention
+    if model.model_dtype() == torch.float16 and not mm.is_device_cpu(model.load_device):
+        # Gradients of a diffusion loss vanish in fp16; bf16 has the range, at the same speed and memory.
+        clone.set_model_compute_dtype(torch.bfloat16 if mm.should_use_bf16(model.load_device) else torch.float32)
+    return clone
+
+
+def load_fully(models: list[Any], memory_required: float) -> None:
+    """Load every model whole. RuntimeError when one does not fit: offloaded weights give silently wrong gradients."""
+    mm.load_models_gpu(models, memory_required=memory_required, force_full_load=True)
+    for model in models:
+        check_fully_loaded(model)
+
+
+def check_fully_loaded(model: Any) -> None:
+    """RuntimeError when part of the model's weights is offloaded or streamed."""
+    partial = getattr(model.model, "model_lowvram", False) or any(hasattr(part, "_v") for part in model.model.modules())
+    if partial:
+        size, free = model.model_size() / 2**30, mm.get_free_memory(model.load_device) / 2**30
+        raise RuntimeError(
+            f"The model ({size:.1f} GB) does not fit whole beside what training needs ({free:.1f} GB are free), and a partly loaded "
+            "model cannot be trained through: use a smaller picture, an fp8 file of the model, or free VRAM (Unload Models)."
+        )

@@ -1,0 +1,87 @@
+"""Runs on disk: what was trained once is not trained again, and what was stopped goes on where it stopped.
+
+A run is one safetensors file named by the sha256 of everything that decides its result except the number of steps. It holds
+the state after its last update, and the rows kept on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import read_tensors, write_tensors
+
+LIMIT_BYTES = 2 << 30
+log = logging.getLogger("likeness")
+
+
+def digest(value: Any) -> str:
+    """sha256 of a nest of plain values and tensors; equal nests give equal digests on every machine."""
+    sha = hashlib.sha256()
+    _feed(sha, value)
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        sha.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            sha.update(f"key {key}".encode())
+            _feed(sha, value[key])
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"list {len(value)}".encode())
+        for item in value:
+            _feed(sha, item)
+    else:
+        sha.update(json.dumps(value, sort_keys=True, default=_name).encode())
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+class RunStore:
+    """A folder of runs, the oldest removed when it grows beyond a limit."""
+
+    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a run, or None. A damaged file is removed and counts as absent."""
+        path = self.path(key)
+        if not path.is_file():
+            return None
+        try:
+            tensors, _ = read_tensors(path, self.limit_bytes)
+        except ValueError as error:
+            log.warning("A stored run could not be read and starts anew: %s", error)
+            path.unlink(missing_ok=True)
+            return None
+        path.touch()  # the most recently used runs are the last to be removed
+        return tensors
+
+    def save(self, key: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        write_tensors(self.path(key), tensors, header)
+        self._remove_oldest(keep=self.path(key))
+
+    def _remove_oldest(self, keep: Path) -> None:
+        runs = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+        size = sum(path.stat().st_size for path in runs)
+        for path in runs:
+            if size <= self.limit_bytes:
+                return
+            if path != keep:
+                size -= path.stat().st_size
+                path.unlink(missing_ok=True)

@@ -1,0 +1,18 @@
+"""The nodes: what they are called, what goes in and out. The work is done in core."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..core.host.folders import register_folders
+from . import embedding, embedding_files, score
+
+
+class LikenessExtension(ComfyExtension):
+    """What ComfyUI asks for the list of nodes."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*embedding.NODES, *embedding_files.NODES, *score.NODES]

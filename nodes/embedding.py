@@ -1,0 +1,240 @@
+"""Train and apply an embedding of a subject (HiPer)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core import hiper
+from ..core.conditioning import apply_embedding
+from ..core.host.embedding_training import Schedule, preview_pictures, subject, train_embedding
+from ..core.host.fingerprint import check_base
+from ..core.host.outputs import nothing
+from .types import Embedding, LossMap, advanced, schema
+
+SOURCE, EMPTY = "source prompt", "empty prompt"
+
+
+class LikenessTrainEmbedding(io.ComfyNode):
+    """MODEL + one picture + the prompt that describes it -> the last n rows of that prompt, learned."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessTrainEmbedding",
+            display_name="Train Subject Embedding",
+            category="likeness/embedding",
+            description="Learns a subject from one picture as a few rows of the prompt (HiPer). The model itself stays as it is.",
+            search_aliases=["hiper", "textual inversion", "personalize", "subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The source prompt: a plain description of the picture, such as 'a standing cat'. It must leave "
+                    "as many unused rows as there are tokens.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=hiper.STEPS,
+                    min=1,
+                    max=100_000,
+                    tooltip="Number of updates. 500 to 1000 is usual; many more cost the ability to edit. Asking for more "
+                    "later goes on where this run ended.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=hiper.LEARNING_RATE,
+                    min=1e-6,
+                    max=1.0,
+                    step=1e-4,
+                    round=1e-6,
+                    tooltip="Adam's learning rate. 0.005 for SD1.x; try 0.001 to 0.01.",
+                ),
+                io.Int.Input(
+                    "tokens",
+                    default=hiper.TOKENS,
+                    min=1,
+                    max=75,
+                    tooltip="How many rows of the prompt hold the subject. 3 to 8: more keep more of the picture and leave "
+                    "less room for the edit.",
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=hiper.SAVE_EVERY,
+                    min=1,
+                    max=100_000,
+                    tooltip="Keep the embedding at every so many steps, to choose the best later.",
+                ),
+                io.Combo.Input(
+                    "init",
+                    options=[SOURCE, EMPTY],
+                    default=SOURCE,
+                    tooltip="Where the rows start: the source prompt's own unused rows (HiPer), or those of the empty prompt "
+                    "connected to 'negative' (HiFi Tuner).",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Decides timesteps, noise and the previews' noise. The same seed gives the same bytes.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "start_percent",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="First part of the denoising that is trained on: 0 is pure noise.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "end_percent",
+                        default=1.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Last part of the denoising that is trained on: 1 is the finished picture.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "preview_steps",
+                        default=20,
+                        min=0,
+                        max=1000,
+                        tooltip="Sampling steps of each preview picture; 0 makes none. Needs the VAE.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "preview_cfg",
+                        default=7.5,
+                        min=1.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Guidance of the preview pictures. Without a negative prompt they are made at 1.",
+                    )
+                ),
+                io.Latent.Input("latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."),
+                io.Image.Input("image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the image and makes the previews."),
+                io.Mask.Input("mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."),
+                io.Conditioning.Input("target", optional=True, tooltip="The prompt of the edit. Only for the previews, never for the loss."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The empty prompt: guides the previews and starts the rows when init asks for it."
+                ),
+            ],
+            outputs=[
+                Embedding.Output("embedding", display_name="embedding", tooltip="The learned rows at every saved step."),
+                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.Image.Output(
+                    "previews",
+                    display_name="previews",
+                    tooltip="With a target: first the target alone, then for each saved step [source + rows] and "
+                    "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it when there is no VAE.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        steps,
+        learning_rate,
+        tokens,
+        save_every,
+        init,
+        seed,
+        start_percent,
+        end_percent,
+        preview_steps,
+        preview_cfg,
+        latent=None,
+        image=None,
+        vae=None,
+        mask=None,
+        target=None,
+        negative=None,
+    ) -> io.NodeOutput:
+        if init == EMPTY and negative is None:
+            raise ValueError("init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there.")
+        pictures = subject(model, latent, image, vae, mask)
+        embedding, losses = train_embedding(
+            model,
+            positive,
+            pictures,
+            hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
+            Schedule(steps, save_every, start_percent, end_percent),
+            empty=negative if init == EMPTY else None,
+            node_id=cls.hidden.unique_id,
+        )
+        loss = {"loss": losses}
+        if vae is None or preview_steps == 0:
+            return io.NodeOutput(embedding, loss, nothing())
+        previews = preview_pictures(
+            model,
+            vae,
+            embedding,
+            positive,
+            target,
+            negative,
+            tuple(pictures.latent.shape),
+            steps=preview_steps,
+            cfg=preview_cfg,
+            seed=seed,
+        )
+        return io.NodeOutput(embedding, loss, previews)
+
+
+class LikenessApplyEmbedding(io.ComfyNode):
+    """CONDITIONING + learned rows -> CONDITIONING."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessApplyEmbedding",
+            display_name="Apply Subject Embedding",
+            category="likeness/embedding",
+            description="Puts the learned subject into any prompt, in place of its last unused rows. Use it last, right before the sampler.",
+            search_aliases=["hiper", "subject"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The prompt of the new picture, from the same text encoder."),
+                Embedding.Input("embedding", tooltip="A trained or loaded subject embedding."),
+                io.Float.Input(
+                    "scale",
+                    default=hiper.SCALE,
+                    min=0.0,
+                    max=4.0,
+                    step=0.01,
+                    tooltip="1 is what was trained, 0.8 leaves more room for the edit (HiPer's own value), 0 switches it off.",
+                ),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="Which saved step to use; 0 takes the recommended one (the last one up to 1000).",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Connect the model to check that the embedding was trained on it. Nothing else is done with it.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output("conditioning", display_name="conditioning", tooltip="The prompt with the subject in it.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, embedding, scale, step, model=None) -> io.NodeOutput:
+        if model is not None:
+            check_base(embedding.header.get("base", {}), model)
+        return io.NodeOutput(apply_embedding(conditioning, embedding.at(step), scale))
+
+
+NODES = [LikenessTrainEmbedding, LikenessApplyEmbedding]

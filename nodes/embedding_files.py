@@ -1,0 +1,81 @@
+"""Save and load an embedding of a subject."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..core.embedding import load_embedding, save_embedding
+from ..core.host import folders
+from ..core.host.outputs import numbered_path
+from .types import Embedding, schema
+
+
+class LikenessSaveEmbedding(io.ComfyNode):
+    """LIKENESS_EMBEDDING -> a safetensors file in models/likeness_embeddings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSaveEmbedding",
+            display_name="Save Subject Embedding",
+            category="likeness/embedding",
+            description="Saves the learned subject as a small safetensors file in models/likeness_embeddings.",
+            inputs=[
+                Embedding.Input("embedding", tooltip="A trained subject embedding."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="likeness/subject",
+                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is overwritten.",
+                ),
+            ],
+            outputs=[
+                Embedding.Output("embedding", display_name="embedding", tooltip="The embedding, passed on."),
+                io.String.Output("name", display_name="name", tooltip="The name under which Load Subject Embedding lists the file."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, embedding, filename_prefix) -> io.NodeOutput:
+        folder = folders.first_folder(folders.EMBEDDINGS)
+        path = numbered_path(folder, filename_prefix, ".safetensors")
+        save_embedding(path, embedding)
+        name = folders.listed_name(folders.EMBEDDINGS, path)
+        return io.NodeOutput(embedding, name, ui=ui.PreviewText(f"{name}\n{embedding.describe()}"))
+
+
+class LikenessLoadEmbedding(io.ComfyNode):
+    """A file of models/likeness_embeddings -> LIKENESS_EMBEDDING."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadEmbedding",
+            display_name="Load Subject Embedding",
+            category="likeness/embedding",
+            description="Loads a learned subject from models/likeness_embeddings: a .safetensors of this pack, or the .pt of the HiPer authors' script.",
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folders.names(folders.EMBEDDINGS),
+                    tooltip="A file of models/likeness_embeddings. Press R to refresh the list after saving one.",
+                )
+            ],
+            outputs=[
+                Embedding.Output("embedding", display_name="embedding", tooltip="The loaded subject embedding."),
+                io.String.Output("info", display_name="info", tooltip="Method, tokens, base model, saved steps and loss of the file."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name) -> str:
+        status = folders.resolve(folders.EMBEDDINGS, name).stat()
+        return f"{status.st_mtime_ns}-{status.st_size}"
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        embedding = load_embedding(folders.resolve(folders.EMBEDDINGS, name))
+        return io.NodeOutput(embedding, embedding.describe())
+
+
+NODES = [LikenessSaveEmbedding, LikenessLoadEmbedding]

@@ -1,0 +1,24 @@
+"""The pack's own types, and schemas that load on every ComfyUI from 0.3.75 on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from comfy_api.latest import io
+
+Embedding = io.Custom("LIKENESS_EMBEDDING")
+LossMap = io.Custom("LOSS_MAP")
+
+_KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(**fields: Any) -> io.Schema:
+    """An io.Schema; fields that this ComfyUI does not know yet (search_aliases before 0.11) are left out."""
+    return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
+
+
+def advanced(widget: io.Input) -> io.Input:
+    """Mark an input as advanced: newer pages fold it away, older ones ignore the mark."""
+    widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
+    return widget
