@@ -34,7 +34,7 @@ class Embedding:
             raise ValueError("The embedding holds no saved step: train it again.")
         shapes = {tuple(value.shape) for value in self.rows.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 3 or 0 in next(iter(shapes)):
-            raise ValueError(f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width].")
+            raise ValueError(f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width]: train it again.")
 
     @property
     def tokens(self) -> int:

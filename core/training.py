@@ -35,7 +35,7 @@ class Run:
         """
         end = steps if steps in self.kept else self.step
         chosen = {step: rows for step, rows in self.kept.items() if step <= end and (step % save_every == 0 or step == end)}
-        return end, chosen or {end: last}
+        return end, chosen if end in chosen else {**chosen, end: last}
 
 
 def stored_run(store: RunStore, key: str) -> Run | None:

@@ -1,0 +1,66 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3: h = W x + (alpha / r) B A x, beside the layer instead of in its weight.
+
+Added to the layer's output, the two factors train without a gradient, or a copy, of W: least memory, and right for weights
+in any storage format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so nothing changes."""
+
+    def __init__(self, layer: nn.Module, rank: int, generator: torch.Generator, alpha: float | None = None) -> None:
+        super().__init__()
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if weight.ndim not in (2, 4):
+            raise ValueError(f"LoRA needs a linear or 2-D convolution layer, this one has a weight of shape {tuple(weight.shape)}.")
+        bound = float(weight[0].numel()) ** -0.5
+        down = torch.rand((rank, *weight.shape[1:]), generator=generator) * 2 * bound - bound
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        self.scale = (rank if alpha is None else alpha) / rank
+        self.stride, self.padding = getattr(layer, "stride", 1), getattr(layer, "padding", 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(alpha / r) B A x in float32, as the layer's output has it."""
+        x = x.float()
+        if self.down.ndim == 2:
+            return self.scale * F.linear(F.linear(x, self.down), self.up)
+        hidden = F.conv2d(x, self.down, stride=self.stride, padding=self.padding)
+        return self.scale * F.conv2d(hidden, self.up[:, :, None, None])
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """As a LoRA file of ComfyUI names them, with path the layer's own path in the model."""
+        up = self.up if self.down.ndim == 2 else self.up[:, :, None, None]
+        alpha = torch.tensor(self.scale * self.down.shape[0])
+        named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": self.down, f"{path}.alpha": alpha}
+        return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
+
+
+@contextlib.contextmanager
+def beside(layers: Mapping[str, nn.Module], adapters: Mapping[str, LowRank]) -> Iterator[None]:
+    """While active, every named layer's output has its adapter's added."""
+
+    def hook(adapter: LowRank):
+        return lambda _layer, inputs, output: output + adapter(inputs[0]).to(output.dtype)
+
+    handles = [layers[name].register_forward_hook(hook(adapter)) for name, adapter in adapters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The query, key, value and output projections below a module, by path."""
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    return {f"{prefix}.{name}": part for name, part in module.named_modules() if name.endswith(ends)}

@@ -1,0 +1,143 @@
+"""Files: whole or absent when written, refused with a sentence when they are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+
+import pytest
+import torch
+from likeness.core.embedding import MAX_BYTES, Embedding, load_embedding, save_embedding
+from likeness.core.files import read_tensors, write_tensors
+from likeness.core.runs import RunStore, digest
+from safetensors.torch import save_file
+
+
+def embedding() -> Embedding:
+    generator = torch.Generator().manual_seed(0)
+    rows = {step: torch.randn(1, 5, 8, generator=generator) for step in (100, 1000, 1400)}
+    return Embedding(rows, {"method": "hiper", "base": {"family": "SD15", "prediction": "EPS"}, "losses": [0.2, 0.1]})
+
+
+def test_round_trip(tmp_path):
+    save_embedding(tmp_path / "a.safetensors", embedding())
+    loaded = load_embedding(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded.rows[step], rows) for step, rows in embedding().rows.items())
+    assert loaded.header["base"] == {"family": "SD15", "prediction": "EPS"} and loaded.tokens == 5 and loaded.width == 8
+    assert "saved steps: 100, 1000, 1400; recommended 1000" in loaded.describe() and "SD15" in loaded.describe()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_steps():
+    assert torch.equal(embedding().at(0), embedding().rows[1000])
+    assert torch.equal(embedding().at(1400), embedding().rows[1400])
+    with pytest.raises(ValueError, match="Step 7 .* 100, 1000, 1400"):
+        embedding().at(7)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_embedding(path, embedding())
+    before = path.read_bytes()
+
+    def broken(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("likeness.core.files.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_embedding(path, Embedding({1: torch.zeros(1, 2, 3)}))
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def write_raw(path, header: bytes, length: int | None = None, body: bytes = b"") -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + body)
+
+
+BAD_FILES = {
+    "empty": lambda p: p.write_bytes(b""),
+    "cut off": lambda p: p.write_bytes(b"\x10\x00\x00"),
+    "huge header": lambda p: write_raw(p, b"{}", length=1 << 60),
+    "header not json": lambda p: write_raw(p, b"nonsense"),
+    "tensor beyond the end": lambda p: write_raw(
+        p, json.dumps({"step_000001": {"dtype": "F32", "shape": [1, 5, 8], "data_offsets": [0, 160]}}).encode(), body=b"x" * 9
+    ),
+    "nan": lambda p: write_tensors(p, {"step_000001": torch.full((1, 5, 8), float("nan"))}, {"kind": "embedding", "format": 1}),
+    "another kind": lambda p: save_file({"step_000001": torch.zeros(1, 5, 8)}, p),
+    "newer format": lambda p: write_tensors(p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 99}),
+    "extra tensor": lambda p: write_tensors(p, {"x": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 1}),
+    "wrong dtype": lambda p: write_tensors(p, {"step_000001": torch.zeros(1, 5, 8).int()}, {"kind": "embedding", "format": 1}),
+    "two shapes": lambda p: write_tensors(
+        p, {"step_000001": torch.zeros(1, 5, 8), "step_000002": torch.zeros(1, 5, 9)}, {"kind": "embedding", "format": 1}
+    ),
+    "no tensors": lambda p: write_tensors(p, {}, {"kind": "embedding", "format": 1}),
+    "header of the wrong shape": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[1, 2]"}),
+    "header not parsable": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[" * 100_000}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_with_a_sentence(tmp_path, name):
+    path = tmp_path / "bad.safetensors"
+    BAD_FILES[name](path)
+    with pytest.raises(ValueError, match=r".{30,}") as refusal:
+        load_embedding(path)
+    assert ":" in str(refusal.value)
+
+
+def test_an_oversized_file_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "big.safetensors"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(ValueError, match="bytes"):
+        load_embedding(path)
+
+
+def test_the_official_file_is_read_and_pickles_with_code_are_not(tmp_path):
+    rows = torch.randn(1, 5, 768)
+    torch.save(rows, tmp_path / "hiper_embeddings_step500.pt")
+    loaded = load_embedding(tmp_path / "hiper_embeddings_step500.pt")
+    assert torch.equal(loaded.at(500), rows)
+
+    class Hostile:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save(Hostile(), tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match="not a plain tensor file"):
+        load_embedding(tmp_path / "hostile.pt")
+    torch.save({"a": rows}, tmp_path / "dict.pt")
+    with pytest.raises(ValueError, match="one table of rows"):
+        load_embedding(tmp_path / "dict.pt")
+
+
+def test_digest_sees_every_value():
+    base = {"a": [1, torch.arange(4.0)], "b": "x"}
+    assert digest(base) == digest({"b": "x", "a": [1, torch.arange(4.0)]})
+    changed = [{"a": [2, torch.arange(4.0)], "b": "x"}, {"a": [1, torch.arange(4.0).double()], "b": "x"}]
+    changed += [{"a": [1, torch.arange(4.0).view(2, 2)], "b": "x"}, {"a": [1, torch.arange(4.0) + 1e-6], "b": "x"}]
+    assert len({digest(value) for value in [base, *changed]}) == 5
+
+
+def test_the_oldest_runs_are_removed_above_the_limit(tmp_path):
+    store = RunStore(tmp_path, limit_bytes=9000)
+    for index in range(4):
+        store.save(f"{index}", {"x": torch.zeros(1000)}, {})
+        time.sleep(0.02)
+        if index >= 1:
+            assert store.load("0") is not None  # used again, so it stays
+        time.sleep(0.02)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["0", "3"]
+
+
+def test_a_damaged_run_counts_as_absent(tmp_path):
+    store = RunStore(tmp_path)
+    store.save("k", {"x": torch.zeros(10)}, {})
+    store.path("k").write_bytes(b"damaged")
+    assert store.load("k") is None and not store.path("k").exists()
+
+
+def test_headers_survive(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"t": torch.arange(3)}, {"a": {"b": [1, 2.5, "c"]}})
+    tensors, header = read_tensors(tmp_path / "x.safetensors", 10_000)
+    assert tensors["t"].tolist() == [0, 1, 2] and header == {"a": {"b": [1, 2.5, "c"]}}
