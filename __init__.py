@@ -1,6 +1,6 @@
 """ComfyUI-Likeness: keep a subject's likeness while editing it, from one picture."""
 
-WEB_DIRECTORY = "./web/js"
+WEB_DIRECTORY = "./web"  # js/ for the page, docs/ for the help pages
 
 
 async def comfy_entrypoint():
