@@ -1,0 +1,119 @@
+"""The pack's model folders, and names from widgets turned into paths that cannot leave them.
+
+A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that anyone
+may have written, so they are checked as hostile: resolved through links, inside the folder, of an expected kind.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import folder_paths
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of model files. folder: its name below models/; markers: files that make a folder an entry of its own."""
+
+    folder: str
+    extensions: tuple[str, ...]
+    markers: tuple[str, ...] = ()
+    hidden_prefixes: tuple[str, ...] = ()  # companions of an entry, not entries themselves
+
+    def expected(self) -> str:
+        """What an entry looks like, for error messages."""
+        files = "a " + " or ".join(self.extensions) + " file"
+        return files + (f", or a folder with {' or '.join(self.markers)}" if self.markers else "")
+
+
+EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
+VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
+LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
+KINDS = (EMBEDDINGS, VISION, LPIPS)
+
+
+def register_folders() -> None:
+    """Make the folders known to ComfyUI (so extra_model_paths.yaml can add to them). May be called any number of times."""
+    for kind in KINDS:
+        folder_paths.add_model_folder_path(kind.folder, os.path.join(folder_paths.models_dir, kind.folder))
+
+
+def roots(kind: Kind) -> list[str]:
+    """The folders searched for this kind, the user's first one first."""
+    register_folders()
+    return folder_paths.get_folder_paths(kind.folder)
+
+
+def first_folder(kind: Kind) -> str:
+    """Where new files of this kind are written."""
+    return roots(kind)[0]
+
+
+def names(kind: Kind) -> list[str]:
+    """All entries, sorted: files with the kind's extensions, and folders that hold one of its markers (not looked into)."""
+    found: set[str] = set()
+    for root in roots(kind):
+        for directory, subfolders, files in os.walk(root, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            if directory != root and any(marker in files for marker in kind.markers):
+                found.add(Path(directory).relative_to(root).as_posix())
+                subfolders.clear()
+                continue
+            shown = (name for name in files if _is_listed(kind, name) and _inside(root, os.path.join(directory, name)))
+            found.update(Path(directory, name).relative_to(root).as_posix() for name in shown)
+    return sorted(found)
+
+
+def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
+    """The name under which names() lists a path. ValueError when it lies in none of the kind's folders."""
+    real = os.path.realpath(path)
+    for root in roots(kind):
+        if _inside(root, real):
+            return Path(real).relative_to(os.path.realpath(root)).as_posix()
+    raise ValueError(f"{os.path.basename(real)} does not lie in models/{kind.folder}: move it there.")
+
+
+def resolve(kind: Kind, name: str) -> Path:
+    """The path of an entry, links resolved.
+
+    Raises ValueError for a name that is not a plain relative path, leaves the kind's folders (through a link too), or is of
+    another kind; FileNotFoundError when nothing of that name is there.
+    """
+    shown = repr(name if len(name) <= 80 else name[:77] + "...")
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    hostile = "\0" in name or ".." in parts or name.startswith(("/", "\\", "~")) or PureWindowsPath(name).drive
+    if hostile or not parts:
+        raise ValueError(f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list.")
+    for root in roots(kind):
+        path = os.path.join(root, *parts)
+        if not os.path.lexists(path):
+            continue
+        if not _inside(root, path):
+            raise ValueError(
+                f"The model name {shown} leads outside of models/{kind.folder}: put the file itself there, or name its folder in "
+                "extra_model_paths.yaml."
+            )
+        _check_kind(kind, path, shown)
+        return Path(os.path.realpath(path))
+    raise FileNotFoundError(f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list.")
+
+
+def _check_kind(kind: Kind, path: str, shown: str) -> None:
+    if os.path.isdir(path):
+        right = any(os.path.isfile(os.path.join(path, marker)) for marker in kind.markers)
+    else:
+        right = os.path.splitext(path)[1].lower() in kind.extensions
+    if not right:
+        raise ValueError(f"{shown} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry.")
+
+
+def _is_listed(kind: Kind, file: str) -> bool:
+    lower = file.lower()
+    return os.path.splitext(lower)[1] in kind.extensions and not lower.startswith(kind.hidden_prefixes or "\0")
+
+
+def _inside(root: str, path: str) -> bool:
+    real_root, real = os.path.realpath(root), os.path.realpath(path)
+    return os.path.splitdrive(real_root)[0] == os.path.splitdrive(real)[0] and os.path.commonpath([real_root, real]) == real_root
