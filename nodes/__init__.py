@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..core.host.folders import register_folders
-from . import embedding, embedding_files, score
 
 
 class LikenessExtension(ComfyExtension):
@@ -15,4 +14,6 @@ class LikenessExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from . import embedding, embedding_files, score
+
         return [*embedding.NODES, *embedding_files.NODES, *score.NODES]

@@ -45,7 +45,8 @@ class Progress:
 
     def curve(self, losses: list[float]) -> None:
         """Send the loss curve to the page."""
-        if not losses or PromptServer.instance is None:
+        server = getattr(PromptServer, "instance", None)  # absent outside of a running ComfyUI
+        if not losses or server is None:
             return
         message = {
             "node": str(self._node),
@@ -55,4 +56,4 @@ class Progress:
             "losses": curve(losses),
             "resumed": self._resumed,
         }
-        PromptServer.instance.send_sync(EVENT, message, PromptServer.instance.client_id)
+        server.send_sync(EVENT, message, server.client_id)

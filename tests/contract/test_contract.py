@@ -1,0 +1,275 @@
+"""What every trained thing of the pack promises, asked of each method on each family it supports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .methods import METHODS, STEPS, Entry, Setting, run_node, sample
+
+CASES = [pytest.param(entry, family, id=f"{entry.name}-{family}") for entry in METHODS for family in entry.families]
+FIRST = [pytest.param(entry, entry.families[0], id=entry.name) for entry in METHODS]
+
+
+class Cancelled(BaseException):
+    """Stands for ComfyUI's interrupt."""
+
+
+@pytest.fixture(autouse=True)
+def own_user_folder(tmp_path):
+    """Every test starts without stored runs."""
+    import folder_paths
+
+    folder_paths.set_user_directory(str(tmp_path / "user"))
+
+
+def forget_runs(tmp_path) -> None:
+    for path in (tmp_path / "user" / "likeness" / "runs").glob("*"):
+        path.unlink()
+
+
+def equal(entry: Entry, a, b) -> bool:
+    a, b = entry.tensors(a), entry.tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("entry", "family"), CASES)
+def test_strength_zero_equals_base_and_strength_one_does_not(entry, family):
+    setting = Setting(family)
+    artifact, _ = entry.fit(setting)
+    plain = sample(setting.model, setting.target, setting.empty, setting.latent)
+    off = sample(*entry.apply(setting, artifact, 0.0), setting.empty, setting.latent)
+    full = sample(*entry.apply(setting, artifact, 1.0), setting.empty, setting.latent)
+    assert torch.equal(plain, off)
+    assert float((full - plain).abs().mean()) > 1e-4
+
+
+@pytest.mark.parametrize(("entry", "family"), CASES)
+def test_the_model_gives_the_same_bits_after_training(entry, family):
+    setting = Setting(family)
+    weights = {name: value for name, value in setting.model.model.named_parameters()}
+    before = sample(setting.model, setting.target, setting.empty, setting.latent)
+    options = repr(setting.model.model_options)
+    entry.fit(setting)
+    assert torch.equal(before, sample(setting.model, setting.target, setting.empty, setting.latent))
+    assert all(value is weights[name] for name, value in setting.model.model.named_parameters())
+    assert repr(setting.model.model_options) == options
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in setting.model.model.modules())
+
+
+@pytest.mark.parametrize(("entry", "family"), CASES)
+def test_the_loss_falls(entry, family):
+    _, losses = entry.fit(Setting(family), steps=60)
+    assert len(losses) == 60 and sum(losses[-20:]) < sum(losses[:20])
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_save_and_load_give_the_same_artifact(entry, family, tmp_path):
+    setting = Setting(family)
+    artifact, _ = entry.fit(setting)
+    loaded = entry.load(entry.save(artifact, tmp_path))
+    assert equal(entry, artifact, loaded)
+    entry.check_base(setting, loaded)
+    first, second = (sample(*entry.apply(setting, each, 1.0), setting.empty, setting.latent) for each in (artifact, loaded))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_another_family_is_refused_and_other_weights_only_warn(entry, family, caplog):
+    artifact, _ = entry.fit(Setting(family))
+    for other in [name for name in entry.families if name != family]:
+        with pytest.raises(ValueError, match="another model family|connect the model"):
+            entry.check_base(Setting(other), artifact)
+    assert "other weights" not in caplog.text
+    entry.check_base(Setting(family, model_seed=1), artifact)
+    assert "other weights of the same family" in caplog.text
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_same_seed_same_bytes_other_seed_other_bytes(entry, family, tmp_path):
+    state = torch.get_rng_state()
+    first, losses = entry.fit(Setting(family))
+    forget_runs(tmp_path)
+    second, again = entry.fit(Setting(family))
+    other, _ = entry.fit(Setting(family), seed=1)
+    assert equal(entry, first, second) and losses == again and not equal(entry, first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_cancel_keeps_the_work_and_resuming_is_exact(entry, family, tmp_path, monkeypatch):
+    from likeness.core.host.progress import Progress
+
+    whole, losses = entry.fit(Setting(family), steps=9)
+    forget_runs(tmp_path)
+    update, seen = Progress.update, []
+
+    def cancel(self, losses, denoised=None):
+        if len(losses) == 5 and denoised is not None:
+            raise Cancelled
+        seen.append(len(losses))
+        update(self, losses, denoised)
+
+    monkeypatch.setattr(Progress, "update", cancel)
+    with pytest.raises(Cancelled):
+        entry.fit(Setting(family), steps=9)
+    monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None: seen.append(len(losses)))
+    seen.clear()
+    resumed, again = entry.fit(Setting(family), steps=9)
+    assert seen[0] == 6, "the first five updates were made again"
+    assert equal(entry, whole, resumed) and losses == again
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_a_finished_run_is_not_trained_again(entry, family, monkeypatch):
+    import likeness.core.host.embedding_training as training
+
+    first, losses = entry.fit(Setting(family), steps=9)
+    shorter, _ = entry.fit(Setting(family), steps=8)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "optimise", refuse)
+    second, again = entry.fit(Setting(family), steps=9)
+    assert equal(entry, first, second) and losses == again
+    entry.fit(Setting(family), steps=4)
+    with pytest.raises(AssertionError, match="trained again"):
+        entry.fit(Setting(family), steps=10)
+    assert set(entry.tensors(shorter)) < set(entry.tensors(first))
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(entry, family, monkeypatch):
+    from likeness.core.host.progress import Progress
+
+    setting = Setting(family)
+    before = sample(setting.model, setting.target, setting.empty, setting.latent)
+
+    def fail(self, losses, denoised=None):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Progress, "update", fail)
+    with pytest.raises(OSError, match="disk full"):
+        entry.fit(setting)
+    assert torch.equal(before, sample(setting.model, setting.target, setting.empty, setting.latent))
+    assert all(value.is_inference() for value in setting.model.model.parameters())
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_masks_decide_what_is_learned(entry, family):
+    def trained(latent_change: float, mask):
+        setting = Setting(family)
+        setting.latent["samples"][..., 4:] += latent_change
+        return entry.fit(setting, mask=mask)[0]
+
+    left = torch.zeros(1, 64, 64)
+    left[..., :32] = 1
+    full, masked = trained(0.0, None), trained(0.0, left)
+    assert not equal(entry, full, masked)
+    assert equal(entry, trained(0.0, torch.ones(1, 64, 64)), trained(0.0, torch.ones(64, 64)))
+    a, b = (sum(float(v.abs().sum()) for v in entry.tensors(each).values()) for each in (full, trained(0.0, torch.ones(1, 64, 64))))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize(("entry", "family"), CASES)
+def test_batches_and_odd_sizes(entry, family):
+    setting = Setting(family, images=3, size=(9, 7))
+    artifact, losses = entry.fit(setting)
+    assert len(losses) == STEPS
+    latent = {"samples": torch.zeros(2, 4, 7, 10)}
+    both = sample(*entry.apply(setting, artifact, 1.0), setting.empty, latent)
+    assert both.shape == (2, 4, 7, 10) and bool(torch.isfinite(both).all())
+
+
+# Beside other nodes of ComfyUI ------------------------------------------------------------------------------------------
+
+
+def freeu(setting, model, positive):
+    from comfy_extras.nodes_freelunch import FreeU_V2
+
+    return run_node(FreeU_V2, model=model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)[0], positive
+
+
+def pag(setting, model, positive):
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    return run_node(PerturbedAttentionGuidance, model=model, scale=3.0)[0], positive
+
+
+def rescale_cfg(setting, model, positive):
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    return run_node(RescaleCFG, model=model, multiplier=0.7)[0], positive
+
+
+def area(setting, model, positive):
+    from nodes import ConditioningCombine, ConditioningSetArea
+
+    part = run_node(ConditioningSetArea, conditioning=positive, width=32, height=64, x=0, y=0, strength=1.0)[0]
+    return model, run_node(ConditioningCombine, conditioning_1=part, conditioning_2=setting.empty)[0]
+
+
+def control_net(setting, model, positive):
+    from nodes import ControlNetApplyAdvanced
+
+    from .. import tiny_models
+
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(9))
+    applied = run_node(
+        ControlNetApplyAdvanced,
+        positive=positive,
+        negative=setting.empty,
+        control_net=tiny_models.controlnet(),
+        image=picture,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    return model, applied[0]
+
+
+def hook_lora(setting, model, positive):
+    import comfy.hooks
+
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+    shape = model.model.state_dict()[f"{key}.weight"].shape
+    generator = torch.Generator().manual_seed(4)
+    lora = {
+        f"{key}.lora_up.weight": torch.randn(shape[0], 2, generator=generator),
+        f"{key}.lora_down.weight": torch.randn(2, shape[1], generator=generator),
+    }
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+    return model, comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+
+
+NEIGHBOURS = [freeu, pag, rescale_cfg, area, control_net, hook_lora]
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS, ids=lambda node: node.__name__)
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_works_beside_other_nodes(entry, family, neighbour):
+    """The neighbour still has its effect, ours too, and switched off ours leaves the neighbour's result bit for bit."""
+    setting = Setting(family)
+    artifact, _ = entry.fit(setting)
+
+    def picture(model, positive):
+        return sample(*neighbour(setting, model, positive), setting.empty, setting.latent)
+
+    alone = picture(setting.model, setting.target)
+    both = picture(*entry.apply(setting, artifact, 1.0))
+    ours = sample(*entry.apply(setting, artifact, 1.0), setting.empty, setting.latent)
+    assert bool(torch.isfinite(both).all())
+    assert float((both - ours).abs().mean()) > 1e-5, "the neighbour lost its effect"
+    assert float((both - alone).abs().mean()) > 1e-5, "ours lost its effect"
+    assert torch.equal(alone, picture(*entry.apply(setting, artifact, 0.0)))
+
+
+@pytest.mark.parametrize("neighbour", [freeu, control_net, hook_lora], ids=lambda node: node.__name__)
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_trains_through_what_other_nodes_put_on_the_model(entry, family, neighbour):
+    plain, _ = entry.fit(Setting(family))
+    setting = Setting(family)
+    setting.model, setting.source = neighbour(setting, setting.model, setting.source)
+    patched, losses = entry.fit(setting)
+    assert len(losses) == STEPS and not equal(entry, plain, patched)

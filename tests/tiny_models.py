@@ -1,0 +1,135 @@
+"""Random models of ComfyUI's own classes, small enough for a laptop: one for each family the pack supports."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+def randomise(module: nn.Module, seed: int, gain: float = 0.7) -> None:
+    """Weights that keep activations near 1, whatever the depth; ComfyUI's layers start as uninitialised memory."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.named_parameters():
+        if value.ndim >= 2:
+            drawn = torch.randn(value.shape, generator=generator) * gain / value[0].numel() ** 0.5
+        else:
+            drawn = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
+        with torch.no_grad():
+            value.copy_(drawn)
+
+
+def _unet_config(width: int, context: int, **more) -> dict:
+    return {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": width,
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "use_spatial_transformer": True,
+        "context_dim": context,
+        "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": False,
+        "legacy": False,
+        "use_temporal_attention": False,
+        "adm_in_channels": None,
+        "dtype": torch.float32,
+        **more,
+    }
+
+
+def _patcher(base_class, config_class, unet_config: dict, prediction: str, seed: int):
+    import comfy.model_base
+    import comfy.model_patcher
+
+    with torch.inference_mode():  # as a loader node leaves it
+        config = config_class(unet_config)
+        model = base_class(config, model_type=comfy.model_base.ModelType[prediction], device="cpu")
+        randomise(model.diffusion_model, seed)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+
+
+def sd1(seed: int = 0):
+    """SD1.x: eps-prediction, text rows of width 768."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD15, _unet_config(32, 768), "EPS", seed)
+
+
+def sd2_v(seed: int = 0):
+    """SD2.x at 768: v-prediction, text rows of width 1024."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    config = _unet_config(64, 1024, use_linear_in_transformer=True)
+    return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD20, config, "V_PREDICTION", seed)
+
+
+def sdxl(seed: int = 0):
+    """SDXL: eps-prediction, text rows of width 2048, a pooled vector of 1280."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    config = _unet_config(64, 2048, use_linear_in_transformer=True, adm_in_channels=2816, num_classes="sequential")
+    return _patcher(comfy.model_base.SDXL, comfy.supported_models.SDXL, config, "EPS", seed)
+
+
+FAMILIES = {"sd1": (sd1, 768, 768), "sd2_v": (sd2_v, 1024, 1024), "sdxl": (sdxl, 2048, 1280)}
+"""Family -> (function of a seed, width of the text rows, width of the pooled vector)."""
+
+
+def prompt(family: str, seed: int, end: int | None = 6) -> list:
+    """CONDITIONING of random rows. With `end`, the pooled vector says that the text ends there (where the widths allow)."""
+    _, width, pooled = FAMILIES[family]
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(1, 77, width, generator=generator)
+    vector = rows[:, end].clone() if end is not None and width == pooled else torch.randn(1, pooled, generator=generator)
+    return [[rows, {"pooled_output": vector}]]
+
+
+def taesd(seed: int = 0):
+    """A VAE with TAESD's layout: 8 x smaller, four channels."""
+    import comfy.sd
+    from comfy.taesd.taesd import TAESD
+
+    net = TAESD()
+    randomise(net, seed, gain=1.0)
+    state = {key: value for key, value in net.state_dict().items() if not key.startswith("vae_")}
+    state |= {"vae_scale": torch.tensor(0.18215), "vae_shift": torch.tensor(0.0)}
+    return comfy.sd.VAE(sd=state)
+
+
+def clip_l(seed: int = 0, layers: int = 2):
+    """SD1.x's text encoder with few layers."""
+    import comfy.sd
+    import comfy.sd1_clip
+
+    class Target:
+        params: dict = {}
+        clip = comfy.sd1_clip.SD1ClipModel
+        tokenizer = comfy.sd1_clip.SD1Tokenizer
+
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": {"num_hidden_layers": layers}})
+        randomise(clip.cond_stage_model, seed)
+    return clip
+
+
+def controlnet(seed: int = 0):
+    """A ControlNet for sd1()."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    config = _unet_config(32, 768, num_heads=8, num_head_channels=-1)
+    for name in ("out_channels", "transformer_depth_output", "use_temporal_attention"):
+        config.pop(name)
+    with torch.inference_mode():
+        net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu", **config)
+        randomise(net, seed)
+    return comfy.controlnet.ControlNet(net, load_device=CPU, manual_cast_dtype=None)
