@@ -22,7 +22,9 @@ SUBJECT = 0.5  # a pixel belongs to the subject from this mask value on
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of each row of a [B, D] with the row of b [B or 1, D] -> [B] in -1..1. ValueError when widths differ."""
     if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"Features of {a.shape[-1]} and {b.shape[-1]} numbers cannot be compared: take both from one model.")
+        raise ValueError(
+            f"Features of {a.shape[-1]} and {b.shape[-1]} numbers cannot be compared: take both from one model."
+        )
     return functional.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
@@ -36,7 +38,7 @@ def mean_square(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """10 log10(1 / mean square) in dB -> [B], at most PSNR_OF_EQUAL. weight = mask measures inside it, 1 - mask outside."""
+    """10 log10(1 / mean square) in dB -> [B], at most PSNR_OF_EQUAL. weight = mask: inside it; 1 - mask: outside."""
     lowest = 10.0 ** (-PSNR_OF_EQUAL / 10.0)
     return -10.0 * torch.log10(mean_square(a, b, weight).clamp_min(lowest))
 
@@ -47,8 +49,7 @@ def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], wei
     a, b: the feature maps [B, C_l, h_l, w_l] of the L layers. heads: w_l >= 0, each [C_l].
       d = sum_l mean_hw sum_c w_lc * (a_lc / |a_l| - b_lc / |b_l|)^2
     The weight is squeezed into w_l as in the published code ("lin" heads), which the paper's w_l^2 amounts to.
-    weight [B or 1, H, W]: the mean over h, w becomes a weighted mean, the weights being averaged down to each layer's size.
-    Layer sizes at which nothing counts any more add nothing.
+    weight [B or 1, H, W]: the mean over h, w becomes a weighted mean, with weights averaged down to each layer's size.
     """
     total = a[0].new_zeros(a[0].shape[0])
     for a_l, b_l, w_l in zip(a, b, heads, strict=True):
@@ -57,8 +58,9 @@ def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], wei
         if weight is None:
             total = total + per_place.mean((1, 2))
         else:
-            local = functional.adaptive_avg_pool2d(weight.to(per_place)[:, None], per_place.shape[1:])[:, 0].expand(per_place.shape)
-            total = total + (per_place * local).sum((1, 2)) / local.sum((1, 2)).clamp_min(1e-8)
+            local = functional.adaptive_avg_pool2d(weight.to(per_place)[:, None], per_place.shape[1:])[:, 0]
+            local = local.expand(per_place.shape)
+            total = total + (per_place * local).sum((1, 2)) / local.sum((1, 2))
     return total
 
 
@@ -70,30 +72,33 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """A mask [B, h, w] at another size, antialiased, in 0..1."""
     if mask.shape[1:] == (height, width):
         return mask.float()
-    sized = functional.interpolate(mask[:, None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False)
+    sized = functional.interpolate(mask[:, None].float(), (height, width), mode="bilinear", antialias=True)
     return sized[:, 0].clamp(0.0, 1.0)
 
 
 def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.05) -> Tensor:
     """The subject alone on white, cut out square and resized -> [B, size, size, 3].
 
-    Identity is measured on this: on the whole picture a matching background looks like a matching subject. The square is
-    centred on the subject's bounding box, `margin` of its longer side wider on every side. images [B, H, W, 3], masks
-    [B, H, W]. Differentiable with respect to images. ValueError when a mask has no pixel of 0.5 or more.
+    Identity is measured on this: on the whole picture a matching background looks like a matching subject. The square
+    is centred on the subject's bounding box, `margin` of its longer side wider on every side. images [B, H, W, 3],
+    masks [B, H, W]. Differentiable with respect to images, and therefore not clamped: bicubic resizing overshoots 0..1
+    a little. ValueError when a mask has no pixel of 0.5 or more.
     """
     if images.shape[:3] != masks.shape:
-        raise ValueError(f"A mask of shape {tuple(masks.shape)} does not fit pictures of shape {tuple(images.shape)}: resize it.")
+        raise ValueError(
+            f"A mask of shape {tuple(masks.shape)} does not fit pictures of shape {tuple(images.shape)}: resize it."
+        )
     crops = []
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
         rows, columns = (torch.nonzero((mask >= SUBJECT).any(dim)).flatten() for dim in (1, 0))
         if rows.numel() == 0:
-            raise ValueError(f"The mask of picture {i} marks no subject (no pixel reaches {SUBJECT}): draw or detect one.")
+            raise ValueError(f"The mask of picture {i} is empty (no pixel reaches {SUBJECT}): mark the subject in it.")
         top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
         side = math.ceil(max(bottom - top, right - left) * (1.0 + 2.0 * margin))
         on_white = image * mask[..., None].to(image) + (1.0 - mask[..., None].to(image))
         square = _window(on_white.movedim(-1, 0), (top + bottom - side) // 2, (left + right - side) // 2, side)
-        crops.append(functional.interpolate(square[None], (size, size), mode="bicubic", antialias=True, align_corners=False))
-    return torch.cat(crops).movedim(1, -1).clamp(0.0, 1.0)
+        crops.append(functional.interpolate(square[None], (size, size), mode="bicubic", antialias=True))
+    return torch.cat(crops).movedim(1, -1)
 
 
 def _window(picture: Tensor, top: int, left: int, side: int) -> Tensor:
@@ -124,11 +129,13 @@ class Interval:
         return self.low > 0.0 or self.high < 0.0
 
 
-def paired_interval(differences: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+def paired_interval(
+    differences: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
     """Bootstrap interval of the mean of paired differences (percentile method, Efron 1979).
 
-    Resamples whole pairs, so the pairs may differ in difficulty. ValueError for fewer than two pairs or values that are not
-    finite.
+    Resamples whole pairs, so the pairs may differ in difficulty. ValueError for fewer than two pairs or for values that
+    are not finite.
     """
     d = torch.tensor(list(differences), dtype=torch.float64)
     if d.numel() < 2 or not bool(torch.isfinite(d).all()):

@@ -1,7 +1,7 @@
 """The pack's model folders, and names from widgets turned into paths that cannot leave them.
 
-A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that anyone
-may have written, so they are checked as hostile: resolved through links, inside the folder, of an expected kind.
+A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that
+anyone may have written, so they are checked as hostile: resolved through links, inside the folder, of an expected kind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import folder_paths
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of model files. folder: its name below models/; markers: files that make a folder an entry of its own."""
+    """One sort of model files. folder: its name below models/; markers: files that make a folder one entry."""
 
     folder: str
     extensions: tuple[str, ...]
@@ -35,7 +35,7 @@ KINDS = (EMBEDDINGS, VISION, LPIPS)
 
 
 def register_folders() -> None:
-    """Make the folders known to ComfyUI (so extra_model_paths.yaml can add to them). May be called any number of times."""
+    """Make the folders known to ComfyUI, so that extra_model_paths.yaml can add to them. May be called repeatedly."""
     for kind in KINDS:
         folder_paths.add_model_folder_path(kind.folder, os.path.join(folder_paths.models_dir, kind.folder))
 
@@ -52,7 +52,7 @@ def first_folder(kind: Kind) -> str:
 
 
 def names(kind: Kind) -> list[str]:
-    """All entries, sorted: files with the kind's extensions, and folders that hold one of its markers (not looked into)."""
+    """All entries, sorted: files with the kind's extensions, and folders that hold a marker (not looked into)."""
     found: set[str] = set()
     for root in roots(kind):
         for directory, subfolders, files in os.walk(root, followlinks=True):
@@ -78,26 +78,30 @@ def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
 def resolve(kind: Kind, name: str) -> Path:
     """The path of an entry, links resolved.
 
-    Raises ValueError for a name that is not a plain relative path, leaves the kind's folders (through a link too), or is of
-    another kind; FileNotFoundError when nothing of that name is there.
+    Raises ValueError for a name that is not a plain relative path, leaves the kind's folders (through a link too), or
+    is of another kind; FileNotFoundError when nothing of that name is there.
     """
     shown = repr(name if len(name) <= 80 else name[:77] + "...")
     parts = PurePosixPath(name.replace("\\", "/")).parts
     hostile = "\0" in name or ".." in parts or name.startswith(("/", "\\", "~")) or PureWindowsPath(name).drive
     if hostile or not parts:
-        raise ValueError(f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list.")
+        raise ValueError(
+            f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list."
+        )
     for root in roots(kind):
         path = os.path.join(root, *parts)
         if not os.path.lexists(path):
             continue
         if not _inside(root, path):
             raise ValueError(
-                f"The model name {shown} leads outside of models/{kind.folder}: put the file itself there, or name its folder in "
-                "extra_model_paths.yaml."
+                f"The model name {shown} leads outside of models/{kind.folder}: put the file itself there, or name its "
+                "folder in extra_model_paths.yaml."
             )
         _check_kind(kind, path, shown)
         return Path(os.path.realpath(path))
-    raise FileNotFoundError(f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list.")
+    raise FileNotFoundError(
+        f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
+    )
 
 
 def _check_kind(kind: Kind, path: str, shown: str) -> None:
@@ -106,7 +110,9 @@ def _check_kind(kind: Kind, path: str, shown: str) -> None:
     else:
         right = os.path.splitext(path)[1].lower() in kind.extensions
     if not right:
-        raise ValueError(f"{shown} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry.")
+        raise ValueError(
+            f"{shown} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
+        )
 
 
 def _is_listed(kind: Kind, file: str) -> bool:
@@ -116,4 +122,5 @@ def _is_listed(kind: Kind, file: str) -> bool:
 
 def _inside(root: str, path: str) -> bool:
     real_root, real = os.path.realpath(root), os.path.realpath(path)
-    return os.path.splitdrive(real_root)[0] == os.path.splitdrive(real)[0] and os.path.commonpath([real_root, real]) == real_root
+    same_drive = os.path.splitdrive(real_root)[0] == os.path.splitdrive(real)[0]
+    return same_drive and os.path.commonpath([real_root, real]) == real_root
