@@ -1,0 +1,50 @@
+"""The committed narrow weights: reading, writing, and their list of hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+HASHES = "SHA256SUMS"
+
+
+def read(name: str, folder: Path = ASSETS) -> dict[str, torch.Tensor]:
+    """The tensors of one asset, as stored."""
+    from safetensors.torch import load_file
+
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        raise RuntimeError(f"The asset {path.name} is missing in {folder}: check the clone out again or train it.")
+    return load_file(path)
+
+
+def write(name: str, tensors: dict[str, torch.Tensor], folder: Path = ASSETS) -> Path:
+    """Store tensors (floating point ones of more than one element as fp16) and renew the list of hashes."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    small = {key: value.half() if value.is_floating_point() and value.numel() > 1 else value
+             for key, value in tensors.items()}
+    path = folder / f"{name}.safetensors"
+    save_file({key: value.contiguous() for key, value in small.items()}, str(path) + ".part")
+    os.replace(str(path) + ".part", path)
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    (folder / HASHES).write_text("".join(lines))
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check(folder: Path = ASSETS) -> None:
+    """Raise RuntimeError where an asset differs from the list of hashes."""
+    for line in (folder / HASHES).read_text().splitlines():
+        expected, name = line.split("  ")
+        if not (folder / name).exists() or sha256(folder / name) != expected:
+            raise RuntimeError(f"The asset {name} is not the one listed in {HASHES}: check the clone out again.")

@@ -1,0 +1,55 @@
+"""Build the files that ComfyUI loads: the SD1.x checkpoint of the small world and the folders of its vision models."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from . import assets, comfyui
+
+CHECKPOINT = "likeness_small_world.safetensors"
+
+
+def build_checkpoint(path: Path) -> Path:
+    """Widen the committed generator into an SD1.x checkpoint at `path` (340 MB)."""
+    from safetensors.torch import save_file
+
+    from .widen import checkpoint
+
+    narrow = assets.read("generator")
+    tensors = checkpoint(narrow, narrow["vocabulary"].tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, str(part), metadata={"format": "pt"})
+    os.replace(part, path)
+    return path
+
+
+def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dict[str, Path]:
+    """Write every model of the small world under `models_dir`; returns their paths by name.
+
+    `comfyui_path` is the ComfyUI tree whose tokenizer is copied; without it the environment's COMFYUI_PATH is used.
+    """
+    if comfyui_path is not None:
+        os.environ["COMFYUI_PATH"] = str(comfyui_path)
+    comfyui.prepare()
+    assets.check()
+    models = Path(models_dir)
+    paths = {"checkpoint": build_checkpoint(models / "checkpoints" / CHECKPOINT)}
+    if (assets.ASSETS / "dino.safetensors").exists():
+        from .vision_models import build_vision_folders
+
+        paths |= build_vision_folders(models / "likeness_vision")
+    return paths
+
+
+def main(arguments: list[str]) -> None:
+    """`run.py build <models folder> [--comfyui folder]`."""
+    parser = argparse.ArgumentParser(prog="run.py build")
+    parser.add_argument("models", help="ComfyUI's models folder, or any folder in extra_model_paths.yaml")
+    parser.add_argument("--comfyui", default=None, help="ComfyUI tree (default: COMFYUI_PATH)")
+    options = parser.parse_args(arguments)
+    for name, path in build(options.models, options.comfyui).items():
+        sys.stdout.write(f"{name}: {path}\n")

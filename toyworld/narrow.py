@@ -1,0 +1,92 @@
+"""The small world at its trained width, as ComfyUI objects: the function of the wide checkpoint at 1/25 of its cost.
+
+Benchmarks run the pack's real code on these. `comfy` must be importable (inside a server it is; scripts call
+`comfyui.prepare()` first).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import assets, autoencoder
+from .networks import TOPOLOGY, TextEncoder, make_unet, token_ids
+from .widen import SD15_LATENT_SCALE, Tensors, as_stored, part_of
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+class NarrowVAE:
+    """Encode and decode with the conventions of ComfyUI's VAE: pictures [B,H,W,3] in 0..1, latents [B,4,H/8,W/8]."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.encoder, self.decoder = autoencoder.make_encoder(), autoencoder.make_decoder()
+        self.encoder.load_state_dict(part_of(tensors, "encoder."))
+        self.decoder.load_state_dict(part_of(tensors, "decoder."))
+        self.encoder.eval().requires_grad_(False)
+        self.decoder.eval().requires_grad_(False)
+        self.shift = float(tensors["latent.shift"])
+        self.scale = float(tensors["latent.scale"])
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents as the wide VAE gives them."""
+        raw = self.encoder(pictures.movedim(-1, 1)[:, :3])
+        return (raw - self.shift) / (self.scale * SD15_LATENT_SCALE)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures, limited to 0..1."""
+        raw = latents * (self.scale * SD15_LATENT_SCALE) + self.shift
+        return self.decoder(raw).movedim(1, -1).clamp(0, 1)
+
+
+@dataclass
+class NarrowWorld:
+    """Everything a graph of the small world uses, narrow."""
+
+    model: ModelPatcher
+    text: TextEncoder
+    vae: NarrowVAE
+    tokenizer: object
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Conditioning tensor [1,77,96] of a prompt, padded as ComfyUI pads SD1.x prompts."""
+        return self.text(self.text.rows_of(token_ids(self.tokenizer, [prompt])))
+
+
+def make_model(tensors: Tensors) -> ModelPatcher:
+    """The narrow UNet as a MODEL of ComfyUI's SD15 family."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD15({**TOPOLOGY, "dtype": torch.float32})
+    config.custom_operations = comfy.ops.disable_weight_init
+
+    def narrow_unet(device: torch.device | None = None, operations: object = None, **_: object) -> torch.nn.Module:
+        return make_unet(operations, device=device)
+
+    base = comfy.model_base.BaseModel(config, unet_model=narrow_unet)
+    base.diffusion_model.load_state_dict(part_of(tensors, "unet."))
+    base.requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(base, load_device=comfy.model_management.get_torch_device(),
+                                            offload_device=comfy.model_management.unet_offload_device())
+
+
+def load_narrow(assets_dir: str | Path = assets.ASSETS) -> NarrowWorld:
+    """Load the committed generator; ComfyUI must be importable."""
+    import comfy.sd1_clip
+    from transformers import CLIPTokenizer
+
+    stored = assets.read("generator", Path(assets_dir))
+    tensors = as_stored(stored)
+    text = TextEncoder(stored["vocabulary"].tolist())
+    text.load_state_dict(part_of(tensors, "text."))
+    tokenizer = CLIPTokenizer.from_pretrained(str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"))
+    return NarrowWorld(make_model(tensors), text.eval().requires_grad_(False), NarrowVAE(tensors), tokenizer)
