@@ -1,0 +1,40 @@
+"""Loads the pack as the package `likeness`, whatever its folder is called.
+
+ComfyUI has modules called `nodes` and `server`, so neither the project root nor this folder may stand on sys.path.
+Run as a program it starts one of the pack's modules: `python toolbox/_load.py toolbox.compose [arguments]`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "likeness"
+
+
+def load_pack() -> ModuleType:
+    """The pack as the package `likeness`; its sub-packages (core, toolbox, toyworld...) can be imported afterwards."""
+    hidden = (ROOT, ROOT / "toolbox")
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in hidden]
+    if NAME not in sys.modules:
+        spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        assert spec is not None and spec.loader is not None
+        sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[NAME])
+    return sys.modules[NAME]
+
+
+def run(module: str, arguments: list[str]) -> int:
+    """Call main(arguments) of `likeness.<module>` and return its exit code."""
+    load_pack()
+    return importlib.import_module(f"{NAME}.{module}").main(arguments) or 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("Give the module to run, for example: toolbox.compose")
+    sys.exit(run(sys.argv[1], sys.argv[2:]))
