@@ -21,7 +21,9 @@ def load_pack() -> ModuleType:
     hidden = (ROOT, ROOT / "toolbox")
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in hidden]
     if NAME not in sys.modules:
-        spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         assert spec is not None and spec.loader is not None
         sys.modules[NAME] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[NAME])
