@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from . import world
-from .dataset import labels
+from .dataset import extra_labels, labels
 from .judge import HEADS, MAIN_HEADS, Judge
 
 PROMPTS = 96
@@ -51,6 +51,11 @@ def accuracy(judge: Judge, pictures: torch.Tensor, truth: torch.Tensor) -> dict[
     right = torch.stack([answers[name] == truth[:, i] for i, name in enumerate(MAIN_HEADS)], 1)
     found = {name: 100 * float(right[:, i].float().mean()) for i, name in enumerate(MAIN_HEADS)}
     return {**found, "all four": 100 * float(right.all(1).float().mean())}
+
+
+def all_labels(idn: world.Identity, background: str) -> tuple[int, ...]:
+    """The nine labels of an identity before a background, in the order of HEADS."""
+    return labels(idn.cls, idn.color, idn.texture, background) + extra_labels(idn)
 
 
 def texture_table(judge: Judge, pictures: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Start one stage of the small world's training or measuring: `python toyworld/run.py <stage> [--steps N] ...`.
 
-Stages: data, ae, latents, judge, unet, encoders, scorer, export, build, measure, peek. Training stages run in `--ranks`
+Stages: data, ae, latents, crops, judge, unet, encoders, scorer, export, build, measure, peek. Training stages run in `--ranks`
 processes with one thread each (faster than one process with as many threads) and continue from their saved state.
 The environment variable COMFYUI_PATH names a ComfyUI tree; work files lie in .sandbox/toyworld.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
-    "data": "dataset", "ae": "train_ae", "latents": "latents", "judge": "train_judge", "unet": "train_unet",
+    "data": "dataset", "ae": "train_ae", "latents": "latents", "crops": "subjects", "judge": "train_judge", "unet": "train_unet",
     "encoders": "train_encoders", "scorer": "train_scorer", "export": "export", "build": "build", "measure": "measure",
     "peek": "peek",
 }  # fmt: skip
