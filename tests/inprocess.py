@@ -26,6 +26,7 @@ def start() -> None:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401  (reads sys.argv once)
+        import utils.install_util  # noqa: F401  (ComfyUI's nodes.py later puts another "utils" in front of it)
     finally:
         sys.argv = arguments
     import torch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import hiper
-from ..conditioning import Conditioning, apply_embedding, check_room, single_prompt, start_rows
+from ..conditioning import Conditioning, apply_embedding, check_room, detached, single_prompt, start_rows
 from ..denoiser import latent_mask, timestep_range
 from ..embedding import Embedding
 from ..fitting import curve
@@ -137,8 +137,9 @@ def _train(
     finished: list[Run] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        mask = None if pictures.mask is None else pictures.mask.to(x0.device)
-        fit = hiper.HiPer(denoiser, x0, rows.to(x0.device), start, settings, mask)
+        context, first, mask = detached([rows, start, pictures.mask])
+        mask = None if mask is None else mask.to(x0.device)
+        fit = hiper.HiPer(denoiser, x0, context.to(x0.device), first, settings, mask)
 
         def result() -> Tensor:
             return fit.h.detach().cpu().clone()[None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, detached
-from .weights import check_fully_loaded, checkpointed, gradients, load_fully, thawed, trainable_clone
+from .weights import check_fully_loaded, checkpointed, gradients, load_fully, private_skips, thawed, trainable_clone
 
 # Backward keeps every activation; ComfyUI's estimate is for one forward pass. Measured ratio on a UNet: see benchmarks/.
 ACTIVATION_FACTOR = 4.0
@@ -96,6 +96,8 @@ def optimise(
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
         with contextlib.ExitStack() as stack:
             stack.enter_context(thawed(part for part in owners if isinstance(part, torch.nn.Module)))
+            if any("control" in entry for entry in guider.conds["positive"]):
+                stack.enter_context(private_skips(guider.inner_model.diffusion_model))
             if checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
             denoiser = GuiderDenoiser(guider, extra_args)
@@ -126,7 +128,8 @@ def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
-            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, and without torch.compile."
+            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without torch.compile, and "
+            "connect it before nodes that change its inner tensors in place (FreeU); they may follow for sampling."
         ) from error
     if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):
         raise RuntimeError(

@@ -85,6 +85,27 @@ def out_of_place_text_layers(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def private_skips(unet: nn.Module) -> Iterator[None]:
+    """Keep a ControlNet from overwriting what backward needs.
+
+    ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Handing every
+    block a copy of its input makes the skip connections nobody else's. Only UNets with skip connections are touched.
+    """
+
+    def private(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].clone(), *inputs[1:])
+
+    blocks = [*getattr(unet, "input_blocks", [])][1:]
+    blocks += [block for block in [getattr(unet, "middle_block", None)] if block is not None]
+    handles = [block[0].register_forward_pre_hook(private) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
     """Recompute the blocks of these classes in backward instead of keeping their activations: less memory, a third more time."""
     names = set(class_names)

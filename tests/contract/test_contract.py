@@ -59,8 +59,11 @@ def test_the_model_gives_the_same_bits_after_training(entry, family):
 
 @pytest.mark.parametrize(("entry", "family"), CASES)
 def test_the_loss_falls(entry, family):
-    _, losses = entry.fit(Setting(family), steps=60)
-    assert len(losses) == 60 and sum(losses[-20:]) < sum(losses[:20])
+    """Against the same draws without learning: timestep and noise alone move the loss more than training does."""
+    idle, learning = (entry.fit(Setting(family), steps=40, learning_rate=rate)[1] for rate in (1e-7, 0.03))
+    assert idle[0] == learning[0]
+    won = [after < before for before, after in zip(idle[-20:], learning[-20:], strict=True)]
+    assert sum(learning[-20:]) < sum(idle[-20:]) and sum(won) >= 15
 
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
@@ -168,8 +171,9 @@ def test_masks_decide_what_is_learned(entry, family):
     full, masked = trained(0.0, None), trained(0.0, left)
     assert not equal(entry, full, masked)
     assert equal(entry, trained(0.0, torch.ones(1, 64, 64)), trained(0.0, torch.ones(64, 64)))
-    a, b = (sum(float(v.abs().sum()) for v in entry.tensors(each).values()) for each in (full, trained(0.0, torch.ones(1, 64, 64))))
-    assert a == pytest.approx(b, rel=1e-5)
+    everything = entry.tensors(trained(0.0, torch.ones(1, 64, 64)))
+    for name, value in entry.tensors(full).items():
+        torch.testing.assert_close(value, everything[name], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("entry", "family"), CASES)
@@ -265,7 +269,7 @@ def test_works_beside_other_nodes(entry, family, neighbour):
     assert torch.equal(alone, picture(*entry.apply(setting, artifact, 0.0)))
 
 
-@pytest.mark.parametrize("neighbour", [freeu, control_net, hook_lora], ids=lambda node: node.__name__)
+@pytest.mark.parametrize("neighbour", [control_net, hook_lora], ids=lambda node: node.__name__)
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_trains_through_what_other_nodes_put_on_the_model(entry, family, neighbour):
     plain, _ = entry.fit(Setting(family))
@@ -273,3 +277,12 @@ def test_trains_through_what_other_nodes_put_on_the_model(entry, family, neighbo
     setting.model, setting.source = neighbour(setting, setting.model, setting.source)
     patched, losses = entry.fit(setting)
     assert len(losses) == STEPS and not equal(entry, plain, patched)
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_a_model_without_a_backward_is_refused_before_work_starts(entry, family, tmp_path):
+    setting = Setting(family)
+    setting.model, _ = freeu(setting, setting.model, setting.source)
+    with pytest.raises(RuntimeError, match="cannot be trained through.*connect it before nodes"):
+        entry.fit(setting)
+    assert not (tmp_path / "user" / "likeness" / "runs").exists()
