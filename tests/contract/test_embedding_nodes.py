@@ -1,0 +1,192 @@
+"""The four embedding nodes: previews, files, real text encoders, and what bad input gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+from .methods import Setting, run_node
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    import folder_paths
+
+    folder_paths.set_user_directory(str(tmp_path / "user"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "likeness_embeddings", ([str(tmp_path / "embeddings")], set()))
+
+
+def train(setting: Setting, **changes) -> tuple:
+    from likeness.nodes.embedding import LikenessTrainEmbedding
+
+    inputs = {
+        "model": setting.model,
+        "positive": setting.source,
+        "steps": 4,
+        "learning_rate": 0.01,
+        "tokens": 5,
+        "save_every": 2,
+        "init": "source prompt",
+        "seed": 0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "preview_steps": 2,
+        "preview_cfg": 3.0,
+        "latent": setting.latent,
+    }
+    return run_node(LikenessTrainEmbedding, **{**inputs, **changes})
+
+
+def picture(batch: int = 1) -> torch.Tensor:
+    return torch.rand(batch, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_previews_are_target_alone_then_source_and_target_for_each_saved_step():
+    setting, vae = Setting(), tiny_models.taesd()
+    embedding, loss, previews = train(setting, vae=vae, target=setting.target, negative=setting.empty)
+    assert sorted(embedding.rows) == [2, 4] and len(loss["loss"]) == 4
+    assert previews.shape == (5, 64, 64, 3) and len({float(p.sum()) for p in previews}) == 5
+    _, _, alone = train(setting, vae=vae)
+    assert alone.shape == (2, 64, 64, 3)
+
+
+def test_without_a_vae_or_with_no_preview_steps_nothing_runs_behind_previews():
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    assert isinstance(train(Setting())[2], ExecutionBlocker)
+    assert isinstance(train(Setting(), vae=tiny_models.taesd(), preview_steps=0)[2], ExecutionBlocker)
+
+
+def test_image_and_vae_learn_the_same_as_the_encoded_latent():
+    vae = tiny_models.taesd()
+    with torch.inference_mode():
+        latent = {"samples": vae.encode(picture())}
+    setting = Setting()
+    setting.latent = latent
+    encoded = train(setting)[0]
+    direct = train(setting, latent=None, image=picture(), vae=vae)[0]
+    assert all(torch.equal(encoded.rows[step], direct.rows[step]) for step in encoded.rows)
+
+
+def test_a_real_text_encoder_tells_where_the_prompt_ends():
+    """Not only our own idea of a pooled vector: ComfyUI's tokenizer and text model, weights and a long prompt included."""
+    from likeness.core.conditioning import check_room, padding_rows
+
+    clip = tiny_models.clip_l()
+
+    def encode(text: str) -> list:
+        with torch.inference_mode():
+            return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+    words = {"": 0, "a photo of a cat": 5, "a (red:1.3) cat": 3, " ".join(["cat"] * 68): 68, " ".join(["cat"] * 75): 75}
+    for text, tokens in words.items():
+        rows, options = encode(text)[0]
+        assert padding_rows(rows, options["pooled_output"]) == 75 - tokens, text
+    assert not check_room(encode(" ".join(["cat"] * 90)), 5)
+    with pytest.raises(ValueError, match="only 1 unused"):
+        check_room(encode(" ".join(["cat"] * 74)), 5)
+
+
+def test_init_from_the_empty_prompt():
+    setting = Setting()
+    first = train(setting, steps=1, learning_rate=1e-6, init="empty prompt", negative=setting.empty)[0]
+    torch.testing.assert_close(first.at(1)[0], setting.empty[0][0][0, -5:], atol=1e-5, rtol=0)
+    second = train(setting, steps=1, learning_rate=1e-6)[0]
+    torch.testing.assert_close(second.at(1)[0], setting.source[0][0][0, -5:], atol=1e-5, rtol=0)
+
+
+REFUSED = {
+    "no picture": ({"latent": None}, "Connect either a LATENT, or an IMAGE"),
+    "two pictures": ({"image": picture()}, "both came in"),
+    "image without vae": ({"latent": None, "image": picture()}, "without a VAE"),
+    "empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
+    "masks of another batch size": ({"mask": torch.ones(2, 64, 64)}, "2 masks came with 1 pictures"),
+    "latent of another model": ({"latent": {"samples": torch.zeros(1, 16, 8, 8)}}, "use its own VAE"),
+    "video latent": ({"latent": {"samples": torch.zeros(1, 4, 3, 8, 8)}}, "use its own VAE"),
+    "nan latent": ({"latent": {"samples": torch.full((1, 4, 8, 8), float("nan"))}}, "NaN or infinite"),
+    "more tokens than room": ({"tokens": 75, "positive": tiny_models.prompt("sd1", 1, end=9)}, "leaves only 67 unused"),
+    "prompt for another model": ({"positive": tiny_models.prompt("sdxl", 1)}, "cannot be trained through"),
+    "two prompts": ({"positive": tiny_models.prompt("sd1", 1) * 2}, "2 prompts, expected one"),
+    "empty prompt missing": ({"init": "empty prompt"}, "connect the empty prompt"),
+    "empty window": ({"start_percent": 0.6, "end_percent": 0.4}, "start below the end"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_before_work_starts(name, tmp_path):
+    changes, message = REFUSED[name]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(Setting(), **changes)
+    assert not list(tmp_path.glob("user/likeness/runs/*"))
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    from likeness.core.host.weights import check_fully_loaded
+
+    model = tiny_models.sd1()
+    check_fully_loaded(model)
+    model.model.model_lowvram = True
+    with pytest.raises(RuntimeError, match="does not fit whole.*smaller picture"):
+        check_fully_loaded(model)
+
+
+def test_streamed_weights_are_reloaded_or_refused():
+    """What newer ComfyUI's dynamic VRAM needs; here only its interface is played, the real thing needs a GPU."""
+    from likeness.core.host.weights import trainable_clone
+
+    class Dynamic:
+        model_options: dict = {}
+        load_device = torch.device("cpu")
+
+        def __init__(self, loader: bool):
+            self.loader, self.asked = loader, None
+
+        def is_dynamic(self):
+            return True
+
+        def model_dtype(self):
+            return torch.float32
+
+        def clone(self, **how):
+            self.asked = how
+            if not self.loader:
+                raise RuntimeError("cached_patcher_init is not initialized")
+            return tiny_models.sd1()
+
+    model = Dynamic(loader=True)
+    trainable_clone(model)
+    assert model.asked == {"disable_dynamic": True, "force_deepcopy": True}
+    with pytest.raises(RuntimeError, match="Load Checkpoint, or start ComfyUI with --disable-dynamic-vram"):
+        trainable_clone(Dynamic(loader=False))
+
+
+def test_save_and_load_nodes(tmp_path):
+    from likeness.nodes.embedding_files import LikenessLoadEmbedding, LikenessSaveEmbedding
+
+    embedding = train(Setting(), preview_steps=0)[0]
+    _, name = run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix="cats/tom")
+    assert name == "cats/tom_00001_.safetensors" and (tmp_path / "embeddings" / name).is_file()
+    assert run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix="cats/tom")[1] == "cats/tom_00002_.safetensors"
+    loaded, info = run_node(LikenessLoadEmbedding, name=name)
+    assert all(torch.equal(loaded.rows[step], embedding.rows[step]) for step in embedding.rows)
+    assert "hiper: 5 tokens of width 768" in info and "SD15" in info
+
+
+HOSTILE = ["../out", "a/../../out", "/abs", "C:\\out", "\\\\server\\share", "nul\0byte", "", "x" * 300, "..", "link/out"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_write_and_read_nothing(name, tmp_path):
+    from likeness.nodes.embedding_files import LikenessLoadEmbedding, LikenessSaveEmbedding
+
+    (tmp_path / "embeddings").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "embeddings" / "link").symlink_to(tmp_path / "outside")
+    embedding = train(Setting(), preview_steps=0)[0]
+    before = sorted(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="plain name|leads outside"):
+        run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix=name)
+    assert sorted(tmp_path.rglob("*.safetensors")) == before
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run_node(LikenessLoadEmbedding, name=f"{name}.safetensors")

@@ -1,0 +1,65 @@
+"""Every gradient the pack relies on, against finite differences, with and without checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+
+LIMIT = 0.01
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("what", ["conditioning", "latent", "lora"])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_through_the_model(family, what, checkpointing):
+    from likeness.core.host import selftest
+
+    check = {"conditioning": selftest.check_conditioning, "latent": selftest.check_latent, "lora": selftest.check_lora}[what]
+    with torch.inference_mode():
+        model, prompt = tiny_models.FAMILIES[family][0](), tiny_models.prompt(family, 1)
+        latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
+        found = check(model, prompt, latent, checkpointing=checkpointing)
+    assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+
+
+def test_through_the_models_blocks_a_control_net_writes_to():
+    from likeness.core.host import selftest
+    from nodes import ControlNetApplyAdvanced
+
+    from .methods import run_node
+
+    with torch.inference_mode():
+        prompt, picture = tiny_models.prompt("sd1", 1), torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(9))
+        inputs = {"positive": prompt, "negative": prompt, "control_net": tiny_models.controlnet(), "image": picture}
+        controlled = run_node(ControlNetApplyAdvanced, **inputs, strength=1.0, start_percent=0.0, end_percent=1.0)[0]
+        latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        for checkpointing in (False, True):
+            found = selftest.check_conditioning(tiny_models.sd1(), controlled, latent, checkpointing=checkpointing)
+            assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_through_the_autoencoder(checkpointing):
+    from likeness.core.host import selftest
+
+    with torch.inference_mode():
+        found = selftest.check_vae_decode(tiny_models.taesd(), torch.randn(1, 4, 5, 7), checkpointing=checkpointing)
+    assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+
+
+def test_through_the_text_encoder():
+    from likeness.core.host import selftest
+
+    found = selftest.check_clip_text(tiny_models.clip_l())
+    assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+
+
+def test_the_check_itself_notices_a_wrong_gradient():
+    from likeness.core.gradcheck import gradient_check
+
+    point = torch.linspace(-1, 1, 12)
+    right = gradient_check("right", lambda x: (x**3).sum(), point)
+    wrong = gradient_check("wrong", lambda x: (x**3 + 0.5 * (x.detach() * 2)).sum(), point)
+    assert right.relative_error < 1e-3 and wrong.relative_error > 0.2
