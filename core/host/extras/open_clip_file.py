@@ -1,0 +1,140 @@
+"""A safetensors file of an open_clip model -> Tower. The library is optional; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from .offline import offline, reason
+from .tower import Seen, Tower
+
+CONFIG = "open_clip_config.json"
+NAMING = (
+    "name it <model>__<anything>.safetensors (ViT-B-32__mine.safetensors) or put its open_clip_config.json beside it"
+)
+
+
+class OpenClipTower(Tower):
+    """An open_clip model; the embedding is the projected one, as its encode_image gives it, not normalised."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.description = f"{name} (open_clip, image_embeds)"
+
+    def forward(self, pixel_values: Tensor) -> Seen:
+        transformer = getattr(self.model.visual, "transformer", None)
+        blocks = list(getattr(transformer, "resblocks", []))[-2:]
+        kept: list[Tensor] = []
+        hooks = [block.register_forward_hook(lambda _module, _in, out: kept.append(out)) for block in blocks]
+        try:
+            embedding = self.model.encode_image(pixel_values)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if blocks and not getattr(transformer, "batch_first", True):
+            kept = [tokens.transpose(0, 1) for tokens in kept]
+        return Seen(embedding, kept[-1] if kept else None, kept[0] if len(kept) == 2 else None)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
+
+
+def load_open_clip(path: Path) -> Tower:
+    """Load a file named <model>__<tag>.safetensors, or a file or folder with its open_clip_config.json.
+
+    Raises ValueError with the remedy when the model cannot be told from the name, or the weights do not fit it;
+    RuntimeError when open_clip is not installed.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise RuntimeError(
+            f"{path.name} needs the open_clip package ({error}): run `pip install open_clip_torch` with ComfyUI's "
+            "Python, or use a transformers folder."
+        ) from error
+    weights = path if path.is_file() else _weights_in(path)
+    name, model_config, picture_config = _configuration(weights, open_clip)
+    with offline():
+        model = _build(path.name, open_clip, model_config)
+        _fill(path.name, model, weights)
+        length = model_config.get("text_cfg", {}).get("context_length", 77)
+        tower = OpenClipTower(
+            model.eval().requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
+        )
+    tower.text_missing = _text_missing(model_config)
+    tower.preprocess = _preprocess(model, picture_config)
+    return tower
+
+
+def _weights_in(folder: Path) -> Path:
+    found = sorted(folder.glob("open_clip*.safetensors"))
+    if not found:
+        raise ValueError(f"The folder {folder.name} has no open_clip*.safetensors (pickles are refused): put it there.")
+    return found[0]
+
+
+def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(name to show, architecture, picture settings) from the sidecar or, without one, from the file's name."""
+    sidecar = weights.with_name(CONFIG)
+    if sidecar.is_file():
+        try:
+            config = json.loads(sidecar.read_text(encoding="utf-8"))
+            return weights.stem, dict(config["model_cfg"]), dict(config.get("preprocess_cfg", {}))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{CONFIG} beside {weights.name} is not usable ({reason(error)}): copy it again."
+            ) from error
+    name, _, tag = weights.stem.partition("__")
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(f"open_clip knows no model '{name}', so it is unknown what {weights.name} holds: {NAMING}.")
+    known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if known.get("quick_gelu"):
+        config["quick_gelu"] = True
+    return f"{name} {tag}".strip(), config, known
+
+
+def _build(shown: str, open_clip: Any, config: dict[str, Any]) -> Any:
+    config = dict(config)
+    custom_text = config.pop("custom_text", False)
+    hub_text = "hf_model_name" in config.get("text_cfg", {})
+    if hub_text or "multimodal_cfg" in config:
+        raise ValueError(
+            f"{shown} has a text encoder that open_clip fetches from the network: use a transformers folder of it."
+        )
+    kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
+    try:
+        return kind(**config)
+    except Exception as error:  # the settings are the user's file
+        raise ValueError(f"open_clip cannot build {shown} ({reason(error)}): check its {CONFIG}.") from error
+
+
+def _fill(shown: str, model: Any, weights: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(str(weights)), strict=True)
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise ValueError(f"{weights.name} does not fit the model of {shown} ({reason(error)}): {NAMING}.") from error
+
+
+def _text_missing(config: dict[str, Any]) -> str | None:
+    named = config.get("text_cfg", {}).get("hf_tokenizer_name")
+    return (
+        f"its tokenizer ({named}) does not come with open_clip; a transformers folder of it has one" if named else None
+    )
+
+
+def _preprocess(model: Any, settings: dict[str, Any]) -> Preprocess:
+    size = model.visual.image_size
+    size = int(size[0] if isinstance(size, (list, tuple)) else size)
+    squash = settings.get("resize_mode", "shortest") == "squash"
+    mode = "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic"
+    mean, std = tuple(settings.get("mean") or CLIP_MEAN), tuple(settings.get("std") or CLIP_STD)
+    return Preprocess(size, None if squash else size, mean, std, mode)

@@ -1,0 +1,178 @@
+"""A folder as Hugging Face's transformers writes it -> Tower. Read from disk only; code in the folder is never run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from .offline import offline, reason
+from .tower import Seen, Tower
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+BILINEAR = 2  # PIL's number for it in preprocessor_config.json
+WITH_PROJECTION = "CLIPVisionModelWithProjection"  # AutoModel would drop its projection
+
+
+class TransformersTower(Tower):
+    """Any transformers model that takes pixel_values.
+
+    The embedding is the projected one where the model has a projection (CLIP), else pooler_output (DINOv2: the class
+    token; SigLIP: attention pooling), else the first token of the last layer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, pooled: bool, name: str) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.pooled = model, tokenizer, pooled
+        kind = "image_embeds" if hasattr(model, "visual_projection") else "pooler_output" if pooled else "class token"
+        self.description = f"{name} ({type(model).__name__}, {kind})"
+
+    def forward(self, pixel_values: Tensor) -> Seen:
+        vision = getattr(self.model, "vision_model", self.model)
+        out = vision(pixel_values=pixel_values, output_hidden_states=True)
+        last = out.last_hidden_state
+        embedding = getattr(out, "pooler_output", None) if self.pooled else None
+        embedding = last[:, 0] if embedding is None else embedding.flatten(1)
+        if hasattr(self.model, "visual_projection"):
+            embedding = self.model.visual_projection(embedding)
+        hidden = getattr(out, "hidden_states", None)
+        return Seen(embedding, last, hidden[-2] if hidden else None)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        device = next(self.model.parameters()).device
+        inputs = {k: v.to(device) for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+        pooled = self.model.text_model(**inputs).pooler_output
+        return self.model.text_projection(pooled) if hasattr(self.model, "text_projection") else pooled
+
+
+def load_transformers(folder: Path) -> Tower:
+    """Load a folder with config.json and model.safetensors.
+
+    Raises ValueError with the remedy when the weights are missing, pickled or incomplete, or the model takes no
+    pictures; RuntimeError when transformers is not installed.
+    """
+    config = _config(folder)
+    _check_weights(folder)
+    try:
+        import transformers
+    except ImportError as error:
+        raise RuntimeError(
+            f"{folder.name} needs the transformers package ({error}): run `pip install transformers` with ComfyUI's "
+            "Python."
+        ) from error
+    with offline():
+        loader = transformers.AutoModel
+        if config.get("architectures") == [WITH_PROJECTION]:
+            loader = transformers.CLIPVisionModelWithProjection
+        try:
+            model, info = loader.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers raises many kinds for a damaged folder
+            raise ValueError(
+                f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
+                f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
+            ) from error
+        pooled = _check_model(folder, model, set(info["missing_keys"]))
+        tokenizer, text_missing = _tokenizer(folder, model)
+        tower = TransformersTower(model.float().eval().requires_grad_(False), tokenizer, pooled, folder.name)
+    tower.preprocess = _preprocess(folder, model.config)
+    tower.text_missing = text_missing
+    return tower
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"The folder {folder.name} has no config.json: copy the model's whole folder.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"config.json of {folder.name} cannot be read ({reason(error)}): copy it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json of {folder.name} is not a table of settings: copy it again.")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return
+    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
+    given = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
+    raise ValueError(f"The folder {folder.name} {given}: put the model's model.safetensors there.")
+
+
+def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
+    """Whether pooler_output can be used: it cannot where the file leaves the pooling layer untrained."""
+    vision = getattr(model, "vision_model", model)
+    if getattr(vision, "main_input_name", "") != "pixel_values":
+        raise ValueError(
+            f"The folder {folder.name} holds a {type(model).__name__}, which takes no pictures: choose another."
+        )
+    serious = sorted(name for name in missing if not name.startswith("pooler."))
+    if serious:
+        raise ValueError(
+            f"The weights of {folder.name} lack {len(serious)} tensors that its config.json asks for (first: "
+            f"{serious[0]}): copy config.json and model.safetensors of the same model."
+        )
+    return not missing
+
+
+def _tokenizer(folder: Path, model: Any) -> tuple[Any, str | None]:
+    import transformers
+
+    if not hasattr(model, "text_model"):
+        return None, "it is a vision model only"
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None, "its folder has no tokenizer files"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # as above
+        return None, f"its tokenizer could not be loaded ({reason(error)})"
+    return tokenizer, None
+
+
+def _preprocess(folder: Path, config: Any) -> Preprocess:
+    """preprocessor_config.json in our terms; without one, the config's image size and the family's normalisation."""
+    vision_config = getattr(config, "vision_config", config)
+    size = _side(getattr(vision_config, "image_size", 224)) or 224
+    clip_like = str(config.model_type).startswith(("clip", "siglip"))
+    mean, std = (CLIP_MEAN, CLIP_STD) if clip_like else (IMAGENET_MEAN, IMAGENET_STD)
+    try:
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Preprocess(size, size, mean, std)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"preprocessor_config.json of {folder.name} cannot be read ({reason(error)}): copy it again, or remove it."
+        ) from error
+    resize = settings.get("size", size)
+    crop = _side(settings.get("crop_size")) if settings.get("do_center_crop", "crop_size" in settings) else None
+    squash = isinstance(resize, dict) and "height" in resize and crop is None
+    shorter = _side(resize) or size
+    if settings.get("do_normalize", True):
+        mean, std = tuple(settings.get("image_mean", mean)), tuple(settings.get("image_std", std))
+    else:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mode = "bilinear" if settings.get("resample") == BILINEAR else "bicubic"
+    return Preprocess(crop or shorter, None if squash else shorter, mean, std, mode)
+
+
+def _side(size: Any) -> int | None:
+    """One side of a size written as 224, [224, 224], {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    if isinstance(size, (list, tuple)):
+        size = size[0] if size else None
+    return int(size) if size else None
