@@ -1,0 +1,202 @@
+"""Graphs as the page saves them: read, changed, and converted to what the server runs.
+
+convert() does what the page's own graphToPrompt() does, for the graphs that this project ships, and raises GraphError
+on anything that it does not know instead of guessing. Subgraphs, primitive nodes and %tokens% are such things.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
+NOTES = ("Note", "MarkdownNote")
+REROUTE = "Reroute"
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+UPLOADS = ("image_upload", "video_upload", "audio_upload")
+MUTED, BYPASSED = 2, 4
+FORMAT_VERSION = 0.4
+
+Graph = dict[str, Any]
+ObjectInfo = Mapping[str, Any]
+
+
+class GraphError(ValueError):
+    """The graph holds something that cannot be converted or set faithfully."""
+
+
+class Slot(NamedTuple):
+    """One entry of a node's widgets_values."""
+
+    name: str
+    kind: str  # "value", or what the page adds behind it: "control", "upload"
+
+
+class Input(NamedTuple):
+    """One input of a node type."""
+
+    name: str
+    type: str
+    options: Mapping[str, Any]
+    optional: bool
+
+    @property
+    def is_widget(self) -> bool:
+        return self.type in WIDGET_TYPES and not self.options.get("forceInput")
+
+    @property
+    def has_control(self) -> bool:
+        """Whether the page puts a 'control after generate' widget behind it."""
+        implicit = self.type == "INT" and self.name in ("seed", "noise_seed")
+        return bool(self.options.get("control_after_generate", implicit))
+
+    @property
+    def choices(self) -> list[Any]:
+        return list(self.options.get("options", []))
+
+
+def inputs_of(node_type: str, object_info: ObjectInfo) -> list[Input]:
+    """The inputs of a node type in the page's order, from the server's /object_info."""
+    if node_type not in object_info:
+        raise GraphError(f"The server has no node {node_type}.")
+    result = []
+    for section in ("required", "optional"):
+        for name, spec in (object_info[node_type]["input"].get(section) or {}).items():
+            options = spec[1] if len(spec) > 1 else {}
+            kind = spec[0]
+            if isinstance(kind, list):  # the older way to write a list of choices
+                kind, options = "COMBO", {**options, "options": kind}
+            result.append(Input(name, kind, options, section == "optional"))
+    return result
+
+
+def widget_slots(node_type: str, object_info: ObjectInfo) -> list[Slot]:
+    """What each entry of widgets_values means for this node type."""
+    slots = []
+    for entry in inputs_of(node_type, object_info):
+        if not entry.is_widget:
+            continue
+        slots.append(Slot(entry.name, "value"))
+        if entry.has_control:
+            slots.append(Slot(entry.name, "control"))
+        if any(entry.options.get(name) for name in UPLOADS):
+            slots.append(Slot(entry.name, "upload"))
+    return slots
+
+
+def label(node: Mapping[str, Any]) -> str:
+    return f"Node {node['id']} ({node.get('title') or node['type']})"
+
+
+def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, Any]:
+    """A node's widget values by input name."""
+    slots, values = widget_slots(node["type"], object_info), node.get("widgets_values") or []
+    if not isinstance(values, list) or len(values) != len(slots):
+        names = [f"{slot.name} ({slot.kind})" for slot in slots]
+        raise GraphError(f"{label(node)} holds the values {values}, but its widgets are {names}.")
+    for slot, value in zip(slots, values, strict=True):
+        if slot.kind == "control" and value not in CONTROL_VALUES:
+            raise GraphError(f"{label(node)}: behind {slot.name} stands {value!r} instead of one of {CONTROL_VALUES}.")
+        if slot.kind == "value" and slot.name == "filename_prefix" and re.search("%[^%]+%", str(value)):
+            raise GraphError(f"{label(node)}: the page would replace the token in {value!r}; this converter does not.")
+    return {slot.name: value for slot, value in zip(slots, values, strict=True) if slot.kind == "value"}
+
+
+class _Links:
+    """Follows links to the output that a value really comes from."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._nodes = {node["id"]: node for node in graph["nodes"]}
+        self._origins = {link[0]: (link[1], link[2]) for link in graph["links"]}
+
+    def source(self, link: int | None) -> list[Any] | None:
+        """[node id, output index] as the server wants it, or None where nothing arrives."""
+        if link is None:
+            return None
+        if link not in self._origins:
+            raise GraphError(f"Link {link} is used but not defined.")
+        identity, index = self._origins[link]
+        node = self._nodes[identity]
+        if node.get("mode", 0) == MUTED:
+            return None
+        if node["type"] == REROUTE:
+            return self.source(node["inputs"][0].get("link"))
+        if node.get("mode", 0) == BYPASSED:
+            return self._through(node, index)
+        return [str(identity), index]
+
+    def _through(self, node: Mapping[str, Any], index: int) -> list[Any] | None:
+        """A bypassed node hands on the input in the same place, or its first input, of the output's type."""
+        wanted, inputs = node["outputs"][index]["type"], node.get("inputs", [])
+        for entry in inputs[index : index + 1] + inputs:
+            if entry["type"] == wanted:
+                return self.source(entry.get("link"))
+        return None
+
+
+def active_nodes(graph: Graph) -> Iterator[dict[str, Any]]:
+    """The nodes that the server is told about."""
+    if (graph.get("definitions") or {}).get("subgraphs"):
+        raise GraphError("The graph holds subgraphs, which this converter does not know.")
+    for node in graph["nodes"]:
+        mode = node.get("mode", 0)
+        if mode not in (0, MUTED, BYPASSED):
+            raise GraphError(f"{label(node)} has the mode {mode}, which this converter does not know.")
+        if mode == 0 and node["type"] not in (*NOTES, REROUTE):
+            yield node
+
+
+def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
+    """The graph as POST /prompt takes it."""
+    links, prompt = _Links(graph), {}
+    for node in active_nodes(graph):
+        known = {entry.name for entry in inputs_of(node["type"], object_info)}
+        inputs = named_values(node, object_info)
+        for entry in node.get("inputs", []):
+            if entry.get("link") is None:
+                continue
+            if entry["name"] not in known:
+                raise GraphError(f"{label(node)} has no input {entry['name']}.")
+            source = links.source(entry["link"])
+            if source is not None:
+                inputs[entry["name"]] = source
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def load(path: str | Path) -> Graph:
+    """Read a saved graph."""
+    graph = json.loads(Path(path).read_text(encoding="utf-8"))
+    if graph.get("version") != FORMAT_VERSION:
+        raise GraphError(f"{path} has the format version {graph.get('version')}, expected {FORMAT_VERSION}.")
+    return graph
+
+
+def matching(graph: Graph, name: str) -> list[dict[str, Any]]:
+    """The nodes with this title, or, when no node is so titled, those of this type. At least one, or GraphError."""
+    titled = [node for node in graph["nodes"] if node.get("title") == name]
+    found = titled or [node for node in graph["nodes"] if node["type"] == name]
+    if not found:
+        raise GraphError(f"The graph has no node titled or of the type {name}.")
+    return found
+
+
+def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: ObjectInfo) -> Graph:
+    """A copy of the graph with widget values changed.
+
+    settings: {(title or type of the node, input): value}. A type stands for all nodes of it. An unknown node or input
+    raises GraphError.
+    """
+    changed = copy.deepcopy(graph)
+    for (name, entry), value in settings.items():
+        for node in matching(changed, name):
+            slots = widget_slots(node["type"], object_info)
+            if Slot(entry, "value") not in slots:
+                raise GraphError(f"{label(node)} has no widget {entry}.")
+            named_values(node, object_info)  # refuses values that do not fit the widgets
+            node["widgets_values"][slots.index(Slot(entry, "value"))] = value
+    return changed

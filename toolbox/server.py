@@ -1,0 +1,288 @@
+"""A real ComfyUI in a process of its own, driven over HTTP and its websocket."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .environment import Environment
+
+IMPORT_FAILURES = ("IMPORT FAILED", "Cannot import", "did not import correctly")
+FOLDERS = ("models", "input", "output", "temp", "user/default", "custom_nodes")
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False}
+START_TIMEOUT = 240.0
+FINISHED = ("execution_success", "execution_error", "execution_interrupted")
+
+
+class PromptError(RuntimeError):
+    """The server refused a prompt or a node raised. `data` is what the server sent."""
+
+    def __init__(self, message: str, data: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.data = data
+
+    def sentences(self) -> str:
+        """Everything that the server says about it, for the user's eyes."""
+        errors = [str(self), str(self.data.get("exception_message", ""))]
+        for node in (self.data.get("node_errors") or {}).values():
+            errors += [f"{error['message']}: {error['details']}" for error in node["errors"]]
+        return "\n".join(errors)
+
+
+@dataclass
+class Run:
+    """What one prompt did."""
+
+    prompt_id: str
+    status: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    previews: int = 0
+    outputs: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def of_type(self, kind: str) -> list[dict[str, Any]]:
+        """The data of all events of this type."""
+        return [event["data"] for event in self.events if event["type"] == kind]
+
+    @property
+    def executed(self) -> set[str]:
+        """The ids of the nodes that ran, rather than came from the cache."""
+        return {data["node"] for data in self.of_type("executing") if data.get("node")}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A link where the system allows it, else a copy."""
+    if target.is_symlink() or target.exists():
+        return
+    try:
+        target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+    except OSError:
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+
+
+class Server:
+    """Starts on entering the context, stops on leaving it.
+
+    base: ComfyUI's --base-directory, made if missing. node_folders: the packs, as {name in custom_nodes: folder}.
+    models: a folder whose sub-folders are linked into base/models. frontend: a page to serve instead of the bundled.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        base: Path,
+        node_folders: dict[str, Path],
+        models: Path | None = None,
+        frontend: Path | None = None,
+        port: int | None = None,
+        arguments: Iterable[str] = (),
+    ) -> None:
+        self.base, self.port = base, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = base / "server.log"
+        for name in FOLDERS:
+            (base / name).mkdir(parents=True, exist_ok=True)
+        for name, folder in node_folders.items():
+            link_or_copy(folder, base / "custom_nodes" / name)
+        for folder in models.iterdir() if models else ():
+            (base / "models" / folder.name).mkdir(exist_ok=True)
+            for entry in folder.iterdir():
+                link_or_copy(entry, base / "models" / folder.name / entry.name)
+        (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
+        page = ["--front-end-root", str(frontend)] if frontend else []
+        self._command = [
+            *(str(environment.python), "-u", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)),
+            *("--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"),
+            *("--disable-auto-launch", "--preview-method", "auto", *page, *arguments),
+        ]
+        self._folder, self._variables = environment.comfyui, {**environment.variables(), "HF_HUB_OFFLINE": "1"}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process and wait until it answers."""
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
+            )
+        end = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                raise RuntimeError(
+                    f"ComfyUI ended while starting (exit code {self._process.returncode}):\n{self.log()[-4000:]}"
+                )
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.2)
+        self.stop()
+        raise TimeoutError(f"ComfyUI did not answer within {START_TIMEOUT:.0f} s:\n{self.log()[-4000:]}")
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def process_id(self) -> int:
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def import_failures(self) -> list[str]:
+        """Lines of the log that say that a node pack did not load."""
+        return [line for line in self.log().splitlines() if any(text in line for text in IMPORT_FAILURES)]
+
+    def get_bytes(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.get_bytes(path))
+
+    def post(self, path: str, data: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(data or {}).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            body = answer.read()
+        return json.loads(body) if body else None
+
+    def object_info(self) -> dict[str, Any]:
+        return self.get("/object_info")
+
+    def interrupt(self) -> None:
+        self.post("/interrupt")
+
+    def memory(self) -> int:
+        """Resident bytes of the process."""
+        import psutil
+
+        return psutil.Process(self.process_id).memory_info().rss
+
+    def idle(self) -> bool:
+        queue = self.get("/queue")
+        return not queue["queue_running"] and not queue["queue_pending"]
+
+    def wait_idle(self, timeout: float = 60.0) -> None:
+        end = time.monotonic() + timeout
+        while not self.idle():
+            if time.monotonic() > end:
+                raise TimeoutError("the server's queue did not become empty")
+            time.sleep(0.05)
+
+    def images(self, run: Run, node_id: str) -> list[Any]:
+        """The pictures that an output node of the run saved, as PIL images."""
+        from PIL import Image
+
+        found = []
+        for entry in run.outputs[node_id]["images"]:
+            query = urllib.parse.urlencode({name: entry[name] for name in ("filename", "subfolder", "type")})
+            found.append(Image.open(io.BytesIO(self.get_bytes(f"/view?{query}"))))
+        return found
+
+    def run(
+        self,
+        prompt: dict[str, Any],
+        timeout: float = 600.0,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        extra_data: dict[str, Any] | None = None,
+    ) -> Run:
+        """Queue a prompt in API form and follow it to its end. PromptError when refused or when a node raises."""
+        import websocket
+
+        client, start = uuid.uuid4().hex, time.monotonic()
+        channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
+        try:
+            run = Run(self._queue(prompt, client, extra_data or {}))
+            while run.status not in FINISHED:
+                channel.settimeout(max(0.1, start + timeout - time.monotonic()))
+                message = channel.recv()
+                if isinstance(message, bytes):
+                    run.previews += 1
+                    continue
+                self._note(run, json.loads(message), on_event)
+        finally:
+            channel.close()
+        run.outputs = self._outputs(run.prompt_id)
+        run.seconds = time.monotonic() - start
+        return run
+
+    def _queue(self, prompt: dict[str, Any], client: str, extra_data: dict[str, Any]) -> str:
+        try:
+            answer = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra_data})
+        except urllib.error.HTTPError as error:
+            data = json.loads(error.read())
+            raise PromptError(data["error"]["message"], data) from None
+        if answer.get("node_errors"):  # the server would leave out a part of the graph and call it a success
+            raise PromptError("a part of the prompt was refused", answer)
+        return answer["prompt_id"]
+
+    @staticmethod
+    def _note(run: Run, event: dict[str, Any], on_event: Callable[[dict[str, Any]], None] | None) -> None:
+        data = event.get("data") or {}
+        if data.get("prompt_id", run.prompt_id) != run.prompt_id:
+            return
+        run.events.append(event)
+        if on_event:
+            on_event(event)
+        if event["type"] == "execution_error":
+            raise PromptError(data.get("exception_message", ""), data)
+        if event["type"] in FINISHED:
+            run.status = event["type"]
+
+    def _outputs(self, prompt_id: str) -> dict[str, Any]:
+        for _ in range(100):  # the history is written just after the last event
+            history = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if history:
+                return history["outputs"]
+            time.sleep(0.05)
+        raise TimeoutError(f"the server has no history of the prompt {prompt_id}")
+
+
+def environment_from_variables() -> Environment:
+    """The environment that demo.py and test.py hand on to the processes they start."""
+    import sys
+
+    def path(name: str) -> Path | None:
+        value = os.environ.get(name)
+        return Path(value) if value else None
+
+    comfyui = path("COMFYUI_PATH")
+    if comfyui is None:
+        raise RuntimeError("COMFYUI_PATH is not set: start this through toolbox/test.py or toolbox/demo.py.")
+    return Environment(Path(sys.executable), comfyui, path("LIKENESS_FRONTEND"), path("LIKENESS_CHROMIUM"))

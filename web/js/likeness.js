@@ -1,0 +1,92 @@
+// The live loss curve on training nodes. Works in canvas and in Vue rendering: a DOM widget, no canvas drawing.
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+
+const EVENT = "likeness.progress";
+const NODES = new Set(["LikenessTrainEmbedding"]);
+const WIDTH = 300;
+const HEIGHT = 90;
+const SVG = "http://www.w3.org/2000/svg";
+const curves = new Set();
+
+function svg(tag, attributes) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+class LossCurve {
+  constructor(node) {
+    this.node = node;
+    this.element = document.createElement("div");
+    this.element.className = "likeness-loss";
+    this.element.style.cssText =
+      "display:flex;flex-direction:column;width:100%;height:100%;min-height:110px;box-sizing:border-box;" +
+      "padding:4px;border-radius:4px;background:var(--comfy-input-bg,#222);color:var(--input-text,#ddd)";
+    this.text = document.createElement("div");
+    this.text.style.cssText = "font:11px monospace;flex:none;min-height:14px";
+    this.text.setAttribute("role", "status");
+    this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none" });
+    this.picture.style.cssText = "flex:1;width:100%;min-height:0";
+    this.line = svg("polyline", {
+      fill: "none",
+      stroke: "currentColor",
+      "stroke-width": "1.5",
+      "vector-effect": "non-scaling-stroke",
+    });
+    this.picture.append(this.line);
+    this.element.append(this.text, this.picture);
+    this.clear();
+  }
+
+  clear() {
+    this.text.textContent = "Loss curve: shown while training.";
+    this.line.setAttribute("points", "");
+    this.element.dataset.points = "0";
+  }
+
+  // Node ids are numbers on older pages and strings on newer ones; inside a subgraph the server says "4:1" for 1.
+  isFor(id) {
+    return String(this.node.id) === String(id).split(":").pop();
+  }
+
+  show({ step, steps, loss, losses, resumed }) {
+    const low = Math.min(...losses);
+    const span = Math.max(...losses) - low || 1;
+    const right = Math.max(1, losses.length - 1);
+    const point = (value, index) => {
+      const x = (index / right) * WIDTH;
+      const y = 2 + (1 - (value - low) / span) * (HEIGHT - 4);
+      return `${x.toFixed(1)},${y.toFixed(1)}`;
+    };
+    this.line.setAttribute("points", losses.map(point).join(" "));
+    const before = resumed > 0 ? ` (from ${resumed})` : "";
+    this.text.textContent = `step ${step} / ${steps}${before}   loss ${Number(loss).toFixed(4)}`;
+    this.element.dataset.points = String(losses.length);
+    this.element.dataset.step = String(step);
+  }
+}
+
+app.registerExtension({
+  name: "Likeness.loss",
+
+  setup() {
+    api.addEventListener(EVENT, ({ detail }) => {
+      for (const curve of curves) if (curve.isFor(detail.node)) curve.show(detail);
+    });
+  },
+
+  nodeCreated(node) {
+    if (!NODES.has(node.comfyClass)) return;
+    const curve = new LossCurve(node);
+    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 120 };
+    const widget = node.addDOMWidget("loss_curve", "likeness_loss", curve.element, options);
+    widget.serialize = false; // the older page reads it here, the newer one in the options
+    curves.add(curve);
+    const removed = node.onRemoved;
+    node.onRemoved = function (...rest) {
+      curves.delete(curve);
+      return removed?.apply(this, rest);
+    };
+  },
+});
