@@ -1,0 +1,1 @@
+"""What the README's figures come from. Run as `python toolbox/_load.py benchmarks.<name>`."""
