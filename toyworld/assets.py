@@ -27,8 +27,10 @@ def write(name: str, tensors: dict[str, torch.Tensor], folder: Path = ASSETS) ->
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    small = {key: value.half() if value.is_floating_point() and value.numel() > 1 else value
-             for key, value in tensors.items()}
+    small = {
+        key: value.half() if value.is_floating_point() and value.numel() > 1 else value
+        for key, value in tensors.items()
+    }
     path = folder / f"{name}.safetensors"
     save_file({key: value.contiguous() for key, value in small.items()}, str(path) + ".part")
     os.replace(str(path) + ".part", path)

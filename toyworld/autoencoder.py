@@ -48,10 +48,22 @@ def make_encoder() -> nn.Sequential:
         return conv(inputs, outputs, stride=2, bias=False)
 
     return nn.Sequential(
-        conv(3, a), Block(a, empty=True),
-        down(a, b), Block(b, empty=True), Block(b, empty=True), Block(b, empty=True),
-        down(b, c), Block(c), Block(c, empty=True), Block(c, empty=True),
-        down(c, d), Block(d), Block(d), Block(d, empty=True), conv(d, 4))
+        conv(3, a),
+        Block(a, empty=True),
+        down(a, b),
+        Block(b, empty=True),
+        Block(b, empty=True),
+        Block(b, empty=True),
+        down(b, c),
+        Block(c),
+        Block(c, empty=True),
+        Block(c, empty=True),
+        down(c, d),
+        Block(d),
+        Block(d),
+        Block(d, empty=True),
+        conv(d, 4),
+    )
 
 
 def make_decoder() -> nn.Sequential:
@@ -62,10 +74,24 @@ def make_decoder() -> nn.Sequential:
         return [nn.Upsample(scale_factor=2), conv(inputs, outputs, bias=False)]
 
     return nn.Sequential(
-        Clamp(), conv(4, d), nn.ReLU(), Block(d), Block(d), Block(d, empty=True),
-        *up(d, c), Block(c), Block(c, empty=True), Block(c, empty=True),
-        *up(c, b), Block(b), Block(b, empty=True), Block(b, empty=True),
-        *up(b, a), Block(a, empty=True), conv(a, 3))
+        Clamp(),
+        conv(4, d),
+        nn.ReLU(),
+        Block(d),
+        Block(d),
+        Block(d, empty=True),
+        *up(d, c),
+        Block(c),
+        Block(c, empty=True),
+        Block(c, empty=True),
+        *up(c, b),
+        Block(b),
+        Block(b, empty=True),
+        Block(b, empty=True),
+        *up(b, a),
+        Block(a, empty=True),
+        conv(a, 3),
+    )
 
 
 @torch.no_grad()

@@ -16,33 +16,50 @@ TRAINING_SCENES, HELD_OUT_SCENES = 24_576, 1_024
 
 def labels(cls: str, color: str, texture: str, background: str) -> tuple[int, int, int, int]:
     """Attribute names as the judge's class numbers."""
-    return (world.CLASSES.index(cls), list(world.COLORS).index(color), world.TEXTURES.index(texture),
-            list(world.BACKGROUNDS).index(background))
+    return (
+        world.CLASSES.index(cls),
+        list(world.COLORS).index(color),
+        world.TEXTURES.index(texture),
+        list(world.BACKGROUNDS).index(background),
+    )
 
 
 def extra_labels(idn: world.Identity) -> tuple[int, int, int, int, int]:
     """Class numbers of pattern colour, angle, emblem shape, emblem colour (0 means none) and tone."""
+
     def index(value: str, options: tuple[str, ...]) -> int:
         return options.index(value) + 1 if value else 0
 
-    return (index(idn.pattern_color, world.PATTERN_COLORS), index(idn.angle, world.ANGLES),
-            index(idn.emblem_shape, world.EMBLEM_SHAPES), index(idn.emblem_color, world.EMBLEM_COLORS),
-            world.TONES.index(idn.tone))
+    return (
+        index(idn.pattern_color, world.PATTERN_COLORS),
+        index(idn.angle, world.ANGLES),
+        index(idn.emblem_shape, world.EMBLEM_SHAPES),
+        index(idn.emblem_color, world.EMBLEM_COLORS),
+        world.TONES.index(idn.tone),
+    )
 
 
 def _render(job: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray, str, tuple[int, ...]]:
     made = world.scene(*job)
     idn = made.identity
-    return (made.image, made.mask, made.caption,
-            labels(idn.cls, idn.color, idn.texture, made.background) + extra_labels(idn))
+    return (
+        made.image,
+        made.mask,
+        made.caption,
+        labels(idn.cls, idn.color, idn.texture, made.background) + extra_labels(idn),
+    )
 
 
 def render_scenes(count: int, from_held_out: bool, processes: int = 2) -> dict[str, np.ndarray | list[str]]:
     """`count` scenes as arrays: images uint8 [N,96,96,3], masks uint8 [N,96,96], labels int64 [N,9], captions."""
     with get_context("fork").Pool(processes) as pool:
         rows = pool.map(_render, [(seed, from_held_out) for seed in range(count)], chunksize=64)
-    return {"images": np.stack([row[0] for row in rows]), "masks": np.stack([row[1] for row in rows]),
-            "captions": [row[2] for row in rows], "labels": np.array([row[3] for row in rows])}
+    return {
+        "images": np.stack([row[0] for row in rows]),
+        "masks": np.stack([row[1] for row in rows]),
+        "captions": [row[2] for row in rows],
+        "labels": np.array([row[3] for row in rows]),
+    }
 
 
 def load(name: str) -> dict[str, np.ndarray | list[str]]:

@@ -32,15 +32,18 @@ def held_out_prompts(count: int = PROMPTS, seed: int = 5) -> tuple[list[world.Id
             chosen.append(tuple(members[turn % len(members)]))
         turn += 1
     chosen = chosen[:count]
-    identities = [world.identity(900_000 + 1000 * seed + i, cls=c[0], color=c[1], texture=c[2])
-                  for i, c in enumerate(chosen)]
+    identities = [
+        world.identity(900_000 + 1000 * seed + i, cls=c[0], color=c[1], texture=c[2]) for i, c in enumerate(chosen)
+    ]
     return identities, [c[3] for c in chosen], torch.tensor([labels(*c) for c in chosen])
 
 
 def real_renders(identities: list[world.Identity], backgrounds: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Renders of the same prompts: pictures [N,3,96,96] in 0..1 and masks [N,96,96] in 0..1."""
-    pairs = [world.render(idn, place, seed=70_000 + i)
-             for i, (idn, place) in enumerate(zip(identities, backgrounds, strict=True))]
+    pairs = [
+        world.render(idn, place, seed=70_000 + i)
+        for i, (idn, place) in enumerate(zip(identities, backgrounds, strict=True))
+    ]
     pictures = torch.from_numpy(np.stack([picture for picture, _ in pairs])).permute(0, 3, 1, 2).float() / 255
     return pictures, torch.from_numpy(np.stack([mask for _, mask in pairs])).float() / 255
 

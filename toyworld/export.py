@@ -17,8 +17,12 @@ def generator_tensors() -> dict[str, torch.Tensor]:
     tensors = {f"{part}.{key}": value for part in ("unet", "text") for key, value in trained[part].items()}
     tensors |= {f"{part}.{key}": value for part in ("encoder", "decoder") for key, value in autoencoder[part].items()}
     log("UNet after", trained["steps"], "steps")
-    return {**tensors, "vocabulary": torch.tensor(trained["vocabulary"], dtype=torch.int32),
-            "latent.shift": trained["shift"].float(), "latent.scale": trained["scale"].float()}
+    return {
+        **tensors,
+        "vocabulary": torch.tensor(trained["vocabulary"], dtype=torch.int32),
+        "latent.shift": trained["shift"].float(),
+        "latent.scale": trained["scale"].float(),
+    }
 
 
 def main(arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SIDE = 96
-# Number of answers of each head, in the order of the labels that world.py's names give; where 0 means "none" it is counted.
+# Number of answers of each head, in the order of world.py's names; an answer 0 that means "none" is counted.
 HEADS = {"class": 8, "color": 7, "texture": 4, "background": 7,
          "pattern_color": 3, "angle": 4, "emblem_shape": 4, "emblem_color": 5, "tone": 3}  # fmt: skip
 MAIN_HEADS = ("class", "color", "texture", "background")
@@ -22,8 +22,9 @@ WIDTHS = (32, 64, 96, 128)
 
 
 def _layer(inputs: int, outputs: int, stride: int, kernel: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs),
-                         nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 class Judge(nn.Module):
@@ -32,12 +33,19 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         a, b, c, d = WIDTHS
-        self.stages = nn.ModuleList([
-            nn.Sequential(_layer(3, a, 2, 5), _layer(a, a, 1)), nn.Sequential(_layer(a, b, 2), _layer(b, b, 1)),
-            nn.Sequential(_layer(b, c, 2), _layer(c, c, 1)), nn.Sequential(_layer(c, d, 2), _layer(d, d, 1))])
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(_layer(3, a, 2, 5), _layer(a, a, 1)),
+                nn.Sequential(_layer(a, b, 2), _layer(b, b, 1)),
+                nn.Sequential(_layer(b, c, 2), _layer(c, c, 1)),
+                nn.Sequential(_layer(c, d, 2), _layer(d, d, 1)),
+            ]
+        )
         self.heads = nn.ModuleDict({name: nn.Linear(2 * d, count) for name, count in HEADS.items()})
         self.to_mask = nn.ModuleList([nn.Conv2d(width, 32, 1) for width in WIDTHS])
-        self.refine = nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 3, padding=1))
+        self.refine = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 3, padding=1)
+        )
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Pictures [B,3,96,96] -> (answers' logits per head [B, n], mask logits [B, 96, 96])."""
@@ -76,8 +84,12 @@ def load_judge(assets_dir: str | Path | None = None) -> Judge:
     from safetensors.torch import load_file
 
     judge = Judge()
-    judge.load_state_dict({key: value.float() if value.is_floating_point() else value
-                           for key, value in load_file(Path(assets_dir or ASSETS) / "judge.safetensors").items()})
+    judge.load_state_dict(
+        {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in load_file(Path(assets_dir or ASSETS) / "judge.safetensors").items()
+        }
+    )
     return judge.eval().requires_grad_(False)
 
 
@@ -98,7 +110,8 @@ def subject_crop(images: torch.Tensor, masks: torch.Tensor, size: int = 64, marg
         side = max(bottom - top, right - left) * (1 + 2 * margin)
         # affine_grid counts from -1 to 1 over the whole picture.
         boxes.append([[side / width, 0, (left + right) / width - 1], [0, side / height, (top + bottom) / height - 1]])
-    grid = F.affine_grid(torch.tensor(boxes, dtype=images.dtype, device=images.device),
-                         [len(images), 3, size, size], align_corners=False)
+    grid = F.affine_grid(
+        torch.tensor(boxes, dtype=images.dtype, device=images.device), [len(images), 3, size, size], align_corners=False
+    )
     # Sampling darkness instead of light makes everything beyond the border white.
     return 1 - F.grid_sample(1 - on_white, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

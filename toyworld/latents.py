@@ -23,8 +23,9 @@ def load_autoencoder() -> tuple[torch.nn.Sequential, torch.nn.Sequential]:
 @torch.no_grad()
 def encode_scenes(encoder: torch.nn.Module, images: object) -> torch.Tensor:
     """Raw latents [N,4,12,12] of uint8 pictures [N,96,96,3]."""
-    return torch.cat([encoder(picture_batch(images, torch.arange(a, min(a + 128, len(images)))))
-                      for a in range(0, len(images), 128)])
+    return torch.cat(
+        [encoder(picture_batch(images, torch.arange(a, min(a + 128, len(images))))) for a in range(0, len(images), 128)]
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import assets, autoencoder, comfyui, evaluation, subjects, world
+from . import assets, autoencoder, comfyui, evaluation, painting, subjects, world
 from .dataset import render_scenes
 from .judge import load_judge, subject_crop
 from .networks import TextEncoder, make_unet, sample, token_ids
@@ -76,9 +76,18 @@ def measure_judge(table: Table, generator: Generator, scenes: dict) -> None:
     table.row(f"autoencoder, {count} held-out scenes", f"{psnr(again, pictures):.2f} dB", "", ">= 27 dB")
     decoded, real = (evaluation.head_accuracy(judge, images, labels) for images in (again, pictures))
     for name in real:
-        table.row(f"judge, {name} (autoencoder's pictures / real)", percent(decoded[name]), percent(real[name]), "real >= 95 %")
-    table.row("judge, mask IoU (autoencoder's pictures / real)", f"{mask_iou(judge.mask(again), masks):.3f}",
-              f"{mask_iou(judge.mask(pictures), masks):.3f}", "real >= 0.85")
+        table.row(
+            f"judge, {name} (autoencoder's pictures / real)",
+            percent(decoded[name]),
+            percent(real[name]),
+            "real >= 95 %",
+        )
+    table.row(
+        "judge, mask IoU (autoencoder's pictures / real)",
+        f"{mask_iou(judge.mask(again), masks):.3f}",
+        f"{mask_iou(judge.mask(pictures), masks):.3f}",
+        "real >= 0.85",
+    )
 
 
 def measure_samples(table: Table, generator: Generator, sheet: str | None) -> None:
@@ -95,21 +104,30 @@ def measure_samples(table: Table, generator: Generator, sheet: str | None) -> No
         found = [evaluation.accuracy(judge, pictures, truth) for pictures in made]
         for name in found[0]:
             each = " / ".join(percent(values[name]) for values in found)
-            table.row(f"96 {title} prompts, {name}, seeds {SAMPLE_SEEDS}",
-                      f"{np.mean([values[name] for values in found]):.1f} % ({each})", percent(control[name]),
-                      gates.get(name, "") if title == "short" else "")
+            table.row(
+                f"96 {title} prompts, {name}, seeds {SAMPLE_SEEDS}",
+                f"{np.mean([values[name] for values in found]):.1f} % ({each})",
+                percent(control[name]),
+                gates.get(name, "") if title == "short" else "",
+            )
         textures = evaluation.texture_table(judge, torch.cat(made), truth.repeat(len(made), 1))
-        table.row(f"96 {title} prompts, by texture", ", ".join(f"{k} {percent(v)}" for k, v in textures.items()), "", "")
+        table.row(
+            f"96 {title} prompts, by texture", ", ".join(f"{k} {percent(v)}" for k, v in textures.items()), "", ""
+        )
         if title == "full":
             details = torch.tensor([evaluation.all_labels(idn, place) for idn, place in pairs])
             heads = [evaluation.head_accuracy(judge, pictures, details) for pictures in made]
             controls = evaluation.head_accuracy(judge, real, details)
             for name in list(controls)[4:]:
-                table.row(f"96 full prompts, {name}", percent(float(np.mean([h[name] for h in heads]))),
-                          percent(controls[name]), "")
+                table.row(
+                    f"96 full prompts, {name}",
+                    percent(float(np.mean([h[name] for h in heads]))),
+                    percent(controls[name]),
+                    "",
+                )
         if sheet:
             stem = Path(sheet)
-            picture = world.contact_sheet(evaluation.to_uint8(made[0]), 12)
+            picture = painting.contact_sheet(evaluation.to_uint8(made[0]), 12)
             picture.save(stem.with_name(f"{stem.stem}_{title}{stem.suffix}"), quality=88)
 
 
@@ -122,15 +140,23 @@ def measure_encoders(table: Table) -> None:
     shape = (-1, 1 + len(subjects.CHANGES), subjects.VIEWS, 3, world.SIZE, world.SIZE)
     for name in ("dino", "measure"):
         model = load_model(name)
-        results = [hard_auc(model, (subject_crop(images, mask, world.SIZE) * 255).byte().view(shape))
-                   for mask in (judge.mask(images), truth)]
+        results = [
+            hard_auc(model, (subject_crop(images, mask, world.SIZE) * 255).byte().view(shape))
+            for mask in (judge.mask(images), truth)
+        ]
         for kind in results[0]:
-            table.row(f"{name} encoder, AUC against other {kind} (judge's crop / true crop)", f"{results[0][kind]:.3f}",
-                      f"{results[1][kind]:.3f}", ">= 0.95" if kind == "pattern or emblem" else "")
+            table.row(
+                f"{name} encoder, AUC against other {kind} (judge's crop / true crop)",
+                f"{results[0][kind]:.3f}",
+                f"{results[1][kind]:.3f}",
+                ">= 0.95" if kind == "pattern or emblem" else "",
+            )
     found = F.normalize(features(load_model("measure"), subject_crop(images, truth, world.SIZE)), dim=1)
     found = found.view(len(found) // (shape[1] * shape[2]), shape[1], shape[2], -1)[:, 0]
     other = (found[:, 0] * found[:, 1].roll(1, 0)).sum(-1)
-    table.row("measure encoder, AUC against any other subject", f"{auc((found[:, 0] * found[:, 1]).sum(-1), other):.3f}")
+    table.row(
+        "measure encoder, AUC against any other subject", f"{auc((found[:, 0] * found[:, 1]).sum(-1), other):.3f}"
+    )
 
 
 def measure_scorer(table: Table, generator: Generator, scenes: dict) -> None:
@@ -138,7 +164,9 @@ def measure_scorer(table: Table, generator: Generator, scenes: dict) -> None:
     pictures = picture_batch(scenes["images"], torch.arange(len(scenes["labels"])))
     found = swap_accuracy(load_model("clip"), generator.tokenizer, pictures, scenes["labels"])
     for name in SWAPS:
-        table.row(f"scorer, true caption over one with another {name}, real renders", percent(found[name]), "50 % by chance")
+        table.row(
+            f"scorer, true caption over one with another {name}, real renders", percent(found[name]), "50 % by chance"
+        )
 
 
 def main(arguments: list[str]) -> None:

@@ -75,8 +75,11 @@ def make_model(tensors: Tensors) -> ModelPatcher:
     base = comfy.model_base.BaseModel(config, unet_model=narrow_unet)
     base.diffusion_model.load_state_dict(part_of(tensors, "unet."))
     base.requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(base, load_device=comfy.model_management.get_torch_device(),
-                                            offload_device=comfy.model_management.unet_offload_device())
+    return comfy.model_patcher.ModelPatcher(
+        base,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
 
 
 def load_narrow(assets_dir: str | Path = assets.ASSETS) -> NarrowWorld:

@@ -43,15 +43,27 @@ class TorchLayers:
         return nn.Conv2d(*arguments, **options)
 
 
-def make_unet(operations: object = TorchLayers, dtype: torch.dtype = torch.float32,
-              device: torch.device | None = None) -> nn.Module:
+def make_unet(
+    operations: object = TorchLayers, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> nn.Module:
     """The narrow UNet. Its time embedding keeps the 320 sinusoids of SD1.x, which widening cannot replicate."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     topology = {key: list(value) if isinstance(value, list) else value for key, value in TOPOLOGY.items()}
-    unet = UNetModel(image_size=32, in_channels=4, model_channels=CHANNELS, out_channels=4, num_heads=8,
-                     use_spatial_transformer=True, context_dim=CONTEXT, legacy=False, dtype=dtype, device=device,
-                     operations=operations, **topology)
+    unet = UNetModel(
+        image_size=32,
+        in_channels=4,
+        model_channels=CHANNELS,
+        out_channels=4,
+        num_heads=8,
+        use_spatial_transformer=True,
+        context_dim=CONTEXT,
+        legacy=False,
+        dtype=dtype,
+        device=device,
+        operations=operations,
+        **topology,
+    )
     unet.model_channels = WIDE_CHANNELS
     unet.time_embed[0] = operations.Linear(WIDE_CHANNELS, 4 * CHANNELS, dtype=dtype, device=device)
     return unet
@@ -72,15 +84,18 @@ class TextLayer(nn.Module):
         super().__init__()
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(CONTEXT), nn.LayerNorm(CONTEXT)
         self.self_attn = nn.ModuleDict(
-            {name: nn.Linear(CONTEXT, CONTEXT) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+            {name: nn.Linear(CONTEXT, CONTEXT) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(CONTEXT, 4 * CONTEXT), "fc2": nn.Linear(4 * CONTEXT, CONTEXT)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Causal self-attention and MLP on [B, rows, 96]."""
         batch, rows, _ = x.shape
         normed = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](normed).view(batch, rows, HEADS, HEAD_WIDTH).transpose(1, 2)
-                   for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (
+            self.self_attn[name](normed).view(batch, rows, HEADS, HEAD_WIDTH).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, rows, CONTEXT)
         x = x + self.self_attn["out_proj"](mixed)
         hidden = self.mlp["fc1"](self.layer_norm2(x))
@@ -125,8 +140,15 @@ def token_ids(tokenizer: object, captions: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(unet: nn.Module, context: torch.Tensor, empty: torch.Tensor, seed: int, steps: int = 25,
-           guidance: float = 4.0, part: int = 48) -> torch.Tensor:
+def sample(
+    unet: nn.Module,
+    context: torch.Tensor,
+    empty: torch.Tensor,
+    seed: int,
+    steps: int = 25,
+    guidance: float = 4.0,
+    part: int = 48,
+) -> torch.Tensor:
     """DDIM (eta 0) with classifier-free guidance: contexts [B,77,96] -> normalised latents [B,4,12,12]."""
     alphas = alphas_cumprod()
     x = torch.randn(len(context), 4, LATENT_SIDE, LATENT_SIDE, generator=torch.Generator().manual_seed(seed))

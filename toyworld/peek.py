@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from . import comfyui, evaluation, world
+from . import comfyui, evaluation, painting, world
 from .latents import load_autoencoder
 from .networks import TextEncoder, make_unet, sample, token_ids
 from .training import WORK, log
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         context = text(text.rows_of(token_ids(tokenizer, [*prompts, ""])))
         latents = sample(unet, context[:-1], context[-1:], options.seed, guidance=options.guidance)
         pictures = decoder(latents * saved["scale"] + saved["shift"]).clamp(0, 1)
-    world.contact_sheet(evaluation.to_uint8(pictures), 12).save(WORK / "samples.png")
+    painting.contact_sheet(evaluation.to_uint8(pictures), 12).save(WORK / "samples.png")
     log("UNet after", saved["steps"], "steps")
     if (WORK / "judge.pt").exists():
         from .judge import Judge

@@ -1,7 +1,8 @@
 """Start one stage of the small world's training or measuring: `python toyworld/run.py <stage> [--steps N] ...`.
 
-Stages: data, ae, latents, crops, judge, unet, encoders, scorer, export, build, measure, peek. Training stages run in `--ranks`
-processes with one thread each (faster than one process with as many threads) and continue from their saved state.
+Stages: data, ae, latents, crops, judge, unet, encoders, scorer, export, build, measure, peek. Training stages run in
+`--ranks` processes with one thread each (faster than one process with as many threads) and continue from their saved
+state.
 The environment variable COMFYUI_PATH names a ComfyUI tree; work files lie in .sandbox/toyworld.
 """
 
@@ -17,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
-    "data": "dataset", "ae": "train_ae", "latents": "latents", "crops": "subjects", "judge": "train_judge", "unet": "train_unet",
-    "encoders": "train_encoders", "scorer": "train_scorer", "export": "export", "build": "build", "measure": "measure",
-    "peek": "peek",
+    "data": "dataset", "ae": "train_ae", "latents": "latents", "crops": "subjects", "judge": "train_judge",
+    "unet": "train_unet", "encoders": "train_encoders", "scorer": "train_scorer", "export": "export",
+    "build": "build", "measure": "measure", "peek": "peek",
 }  # fmt: skip
 PARALLEL = ("ae", "judge", "unet", "encoders", "scorer")
 
@@ -41,8 +42,12 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
-            environment = {**os.environ, "TOYWORLD_RANK": str(rank), "TOYWORLD_RANKS": str(ranks),
-                           "TOYWORLD_MEETING": str(Path(folder) / "meeting")}
+            environment = {
+                **os.environ,
+                "TOYWORLD_RANK": str(rank),
+                "TOYWORLD_RANKS": str(ranks),
+                "TOYWORLD_MEETING": str(Path(folder) / "meeting"),
+            }
             processes.append(subprocess.Popen([sys.executable, __file__, *arguments], env=environment))
         return next((code for code in [process.wait() for process in processes] if code), 0)
 
@@ -58,7 +63,7 @@ def main() -> int:
         if "--ranks" in arguments:
             at = arguments.index("--ranks")
             ranks = int(arguments[at + 1])
-            del arguments[at:at + 2]
+            del arguments[at : at + 2]
         return run_ranks(arguments, ranks)
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "toyworld")]
     load_toyworld(STAGES[stage]).main(arguments[1:])

@@ -53,8 +53,14 @@ def _render_group(job: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray, list[t
     pictures, masks, labels = [], [], []
     rng = np.random.default_rng([7, int(checking), seed])
     for idn in group(seed, checking):
-        labels.append((world.CLASSES.index(idn.cls), list(world.COLORS).index(idn.color),
-                       world.TEXTURES.index(idn.texture), *extra_labels(idn)))
+        labels.append(
+            (
+                world.CLASSES.index(idn.cls),
+                list(world.COLORS).index(idn.color),
+                world.TEXTURES.index(idn.texture),
+                *extra_labels(idn),
+            )
+        )
         for _ in range(VIEWS):
             picture, mask = world.render(idn, str(rng.choice(list(world.BACKGROUNDS))), int(rng.integers(2**31)))
             pictures.append(picture)
@@ -63,13 +69,16 @@ def _render_group(job: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray, list[t
 
 
 @torch.no_grad()
-def _crops(pictures: np.ndarray, masks: np.ndarray, seed: int, encoder: torch.nn.Module,
-           decoder: torch.nn.Module) -> torch.Tensor:
-    """Crops uint8 [N,3,96,96]; half of the pictures go through the autoencoder with noisy latents, masks are imperfect."""
+def _crops(
+    pictures: np.ndarray, masks: np.ndarray, seed: int, encoder: torch.nn.Module, decoder: torch.nn.Module
+) -> torch.Tensor:
+    """Crops uint8 [N,3,96,96]; half of the pictures are decoded from noisy latents, masks are imperfect."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     latents = encoder(images)
-    noise = torch.randn(latents.shape, generator=generator) * 0.2 * torch.rand((len(images), 1, 1, 1), generator=generator)
+    noise = (
+        torch.randn(latents.shape, generator=generator) * 0.2 * torch.rand((len(images), 1, 1, 1), generator=generator)
+    )
     decoded = decoder(latents + noise).clamp(0, 1)
     images = torch.where(torch.rand((len(images), 1, 1, 1), generator=generator) < 0.5, decoded, images)
     mask = torch.from_numpy(masks).float()[:, None] / 255

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import autoencoder, dataset, training, world
+from . import autoencoder, dataset, painting, training, world
 from .training import RANK, RANKS, WORK, log
 
 # Noise added to the latents in training, so that the decoder forgives small errors of a sampler.
@@ -32,11 +32,16 @@ def loss(encoder: nn.Module, decoder: nn.Module, pictures: torch.Tensor, generat
     latents = encoder(pictures)
     noise = torch.randn(latents.shape, generator=generator) * LATENT_NOISE
     difference = decoder(latents + noise) - pictures
-    edges = (difference[..., 1:] - difference[..., :-1]).abs().mean() \
-        + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
+    edges = (difference[..., 1:] - difference[..., :-1]).abs().mean() + (
+        difference[..., 1:, :] - difference[..., :-1, :]
+    ).abs().mean()
     mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
-    return difference.square().mean() + 0.02 * difference.abs().mean() + 0.02 * edges \
+    return (
+        difference.square().mean()
+        + 0.02 * difference.abs().mean()
+        + 0.02 * edges
         + 0.001 * (mean.square().mean() + (variance - 1).square().mean())
+    )
 
 
 @torch.no_grad()
@@ -69,13 +74,15 @@ def main(arguments: list[str]) -> None:
         generator = training.step_generator(100, step)
         rows = torch.randint(len(images), (options.batch,), generator=generator)
         top, left = torch.randint(margin, (2,), generator=generator).tolist()
-        pictures = picture_batch(images, rows)[..., top:top + options.crop, left:left + options.crop]
+        pictures = picture_batch(images, rows)[..., top : top + options.crop, left : left + options.crop]
         value = loss(encoder, decoder, pictures, generator)
         value.backward()
         optimiser.step(training.schedule(step, options.steps, warm_up=30, decay_from=0.15))
         if (step + 1) % 100 == 0:
             shown = f"{psnr(reconstruct(encoder, decoder, held[:64]), held[:64]):.2f} dB" if RANK == 0 else ""
-            log(step + 1, f"loss {value.item():.5f}", shown, f"{(step + 1 - first) / (time.time() - began):.2f} steps/s")
+            log(
+                step + 1, f"loss {value.item():.5f}", shown, f"{(step + 1 - first) / (time.time() - began):.2f} steps/s"
+            )
         keeper.save(step + 1)
     if RANK == 0:
         keeper.save(options.steps, now=True)
@@ -84,4 +91,4 @@ def main(arguments: list[str]) -> None:
         torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, WORK / "ae.pt")
         pairs = torch.cat([held[:32].view(4, 8, *held.shape[1:]), again[:32].view(4, 8, *held.shape[1:])], 1)
         shown = (pairs.flatten(0, 1).permute(0, 2, 3, 1) * 255 + 0.5).byte().numpy()
-        world.contact_sheet(list(shown), 8).save(WORK / "ae.png")
+        painting.contact_sheet(list(shown), 8).save(WORK / "ae.png")

@@ -41,8 +41,17 @@ def augment(crops: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     scale, angle, shift = 0.08, 0.08, 0.06
     draw = torch.rand((batch, 5), generator=generator) * 2 - 1
     zoom, turn = 1 + scale * draw[:, 0], angle * draw[:, 1]
-    matrix = torch.stack([zoom * turn.cos(), -zoom * turn.sin(), shift * draw[:, 2],
-                          zoom * turn.sin(), zoom * turn.cos(), shift * draw[:, 3]], 1).view(batch, 2, 3)
+    matrix = torch.stack(
+        [
+            zoom * turn.cos(),
+            -zoom * turn.sin(),
+            shift * draw[:, 2],
+            zoom * turn.sin(),
+            zoom * turn.cos(),
+            shift * draw[:, 3],
+        ],
+        1,
+    ).view(batch, 2, 3)
     grid = F.affine_grid(matrix, list(crops.shape), align_corners=False)
     crops = 1 - F.grid_sample(1 - crops, grid, align_corners=False)
     blur = torch.rand((batch, 1, 1, 1), generator=generator) < 0.3
@@ -110,8 +119,12 @@ def main(arguments: list[str]) -> None:
         loss.backward()
         optimiser.step(training.schedule(step, options.steps, warm_up=40, decay_from=0.3), clip=5.0)
         if (step + 1) % 100 == 0:
-            log(step + 1, f"loss {loss.item():.3f}", f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
-                hard_auc(model, check[:60]) if RANK == 0 else "")
+            log(
+                step + 1,
+                f"loss {loss.item():.3f}",
+                f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
+                hard_auc(model, check[:60]) if RANK == 0 else "",
+            )
         keeper.save(step + 1, now=step + 1 == options.steps)
     if RANK == 0:
         log(options.name, hard_auc(model, check))

@@ -22,12 +22,20 @@ SWAPS = ("background", "class", "color")
 
 def identity_of(row: np.ndarray) -> tuple[world.Identity, str]:
     """Identity and background from a scene's nine labels."""
+
     def name(value: int, options: tuple[str, ...]) -> str:
         return options[value - 1] if value else ""
 
-    idn = world.Identity(world.CLASSES[row[0]], list(world.COLORS)[row[1]], world.TONES[row[8]], world.TEXTURES[row[2]],
-                         name(row[4], world.PATTERN_COLORS), name(row[5], world.ANGLES),
-                         name(row[6], world.EMBLEM_SHAPES), name(row[7], world.EMBLEM_COLORS))
+    idn = world.Identity(
+        world.CLASSES[row[0]],
+        list(world.COLORS)[row[1]],
+        world.TONES[row[8]],
+        world.TEXTURES[row[2]],
+        name(row[4], world.PATTERN_COLORS),
+        name(row[5], world.ANGLES),
+        name(row[6], world.EMBLEM_SHAPES),
+        name(row[7], world.EMBLEM_COLORS),
+    )
     return idn, list(world.BACKGROUNDS)[row[3]]
 
 
@@ -40,11 +48,16 @@ def captions_of(row: np.ndarray, rng: np.random.Generator, words: tuple[str, ...
     """The true caption and one wrong caption per swap; `words` as in world.caption, drawn at random when None."""
     idn, place = identity_of(row)
     if words is None:
-        words = world.MAIN_WORDS if rng.random() < 0.5 else \
-            tuple({"color", "background"} | {word for word in world.ALL_WORDS if rng.random() < 0.6})
-    wrong = [(idn, other_than(place, tuple(world.BACKGROUNDS), rng)),
-             (replace(idn, cls=other_than(idn.cls, world.CLASSES, rng)), place),
-             (replace(idn, color=other_than(idn.color, tuple(world.COLORS), rng)), place)]
+        words = (
+            world.MAIN_WORDS
+            if rng.random() < 0.5
+            else tuple({"color", "background"} | {word for word in world.ALL_WORDS if rng.random() < 0.6})
+        )
+    wrong = [
+        (idn, other_than(place, tuple(world.BACKGROUNDS), rng)),
+        (replace(idn, cls=other_than(idn.cls, world.CLASSES, rng)), place),
+        (replace(idn, color=other_than(idn.color, tuple(world.COLORS), rng)), place),
+    ]
     return [world.caption(who, where, words) for who, where in [(idn, place), *wrong]]
 
 
@@ -58,7 +71,9 @@ def text_inputs(tokenizer: object, captions: list[str]) -> dict[str, torch.Tenso
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def embeddings(model: nn.Module, pictures: torch.Tensor, texts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def embeddings(
+    model: nn.Module, pictures: torch.Tensor, texts: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit vectors of pictures [B,3,96,96] in 0..1 and of texts."""
     seen = model.visual_projection(model.vision_model(pixel_values=normalise(pictures)).pooler_output)
     read = model.text_projection(model.text_model(**texts).pooler_output)
@@ -107,12 +122,16 @@ def main(arguments: list[str]) -> None:
         seen, read = embeddings(model, picture_batch(scenes["images"], picks), text_inputs(tokenizer, texts))
         scores = model.logit_scale.exp().clamp(max=50) * seen @ read.T
         wanted = torch.arange(len(seen))
-        loss = F.cross_entropy(scores, wanted) + F.cross_entropy(scores[:, :len(seen)].T, wanted)
+        loss = F.cross_entropy(scores, wanted) + F.cross_entropy(scores[:, : len(seen)].T, wanted)
         loss.backward()
         optimiser.step(training.schedule(step, options.steps, warm_up=40, decay_from=0.3), clip=5.0)
         if (step + 1) % 100 == 0:
-            log(step + 1, f"loss {loss.item():.3f}", f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
-                swap_accuracy(model, tokenizer, check, held["labels"][:256]) if RANK == 0 else "")
+            log(
+                step + 1,
+                f"loss {loss.item():.3f}",
+                f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
+                swap_accuracy(model, tokenizer, check, held["labels"][:256]) if RANK == 0 else "",
+            )
         keeper.save(step + 1, now=step + 1 == options.steps)
     if RANK == 0:
         kept = torch.tensor(sorted({START_OF_TEXT, END_OF_TEXT, *used.tolist()}))

@@ -32,8 +32,9 @@ def tokenised(captions: list[str]) -> tuple[torch.Tensor, list[int]]:
     return rows.to(torch.uint8), vocabulary.tolist()
 
 
-def draw_batch(latents: torch.Tensor, rows: torch.Tensor, batch: int, unknown: int,
-               generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw_batch(
+    latents: torch.Tensor, rows: torch.Tensor, batch: int, unknown: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Clean latents, table rows, timesteps (stratified over the processes' whole batch) and noise of one step."""
     chosen = torch.randint(len(latents), (batch,), generator=generator)
     strata = torch.arange(batch) * RANKS + RANK + torch.rand(batch, generator=generator)
@@ -74,13 +75,20 @@ def main(arguments: list[str]) -> None:
     average = training.Average(optimiser.parameters, decay=0.998)
     keeper = training.Keeper("unet", {"unet": unet, "text": text, "optimiser": optimiser, "average": average})
     first, began, sums = keeper.resume(), time.time(), torch.zeros(2)
-    log(sum(p.numel() for p in unet.parameters()), "UNet,", sum(p.numel() for p in text.parameters()), "text parameters,",
-        len(vocabulary), "tokens")
+    log(
+        sum(p.numel() for p in unet.parameters()),
+        "UNet,",
+        sum(p.numel() for p in text.parameters()),
+        "text parameters,",
+        len(vocabulary),
+        "tokens",
+    )
     alphas = alphas_cumprod()
     weights = noise_weight(alphas)
     for step in range(first, options.steps):
-        clean, texts, times, noise = draw_batch(latents, rows, options.batch, len(vocabulary),
-                                                training.step_generator(1000, step))
+        clean, texts, times, noise = draw_batch(
+            latents, rows, options.batch, len(vocabulary), training.step_generator(1000, step)
+        )
         alpha = alphas[times].view(-1, 1, 1, 1)
         predicted = unet(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, times.float(), context=text(texts))
         error = (predicted - noise).square().mean((1, 2, 3))
@@ -90,11 +98,23 @@ def main(arguments: list[str]) -> None:
         average.update(step)
         sums += torch.stack([error.mean(), loss]).detach()
         if (step + 1) % 100 == 0:
-            log(step + 1, "noise error {:.4f} weighted {:.4f}".format(*(sums / 100).tolist()),
-                f"{(step + 1 - first) / (time.time() - began):.2f} steps/s")
+            log(
+                step + 1,
+                "noise error {:.4f} weighted {:.4f}".format(*(sums / 100).tolist()),
+                f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
+            )
             sums.zero_()
         if keeper.save(step + 1, now=step + 1 == options.steps):
             average.swap()
-            torch.save({"unet": unet.state_dict(), "text": text.state_dict(), "vocabulary": vocabulary, "steps": step + 1,
-                        "shift": stored["shift"], "scale": stored["scale"]}, WORK / "unet.pt")
+            torch.save(
+                {
+                    "unet": unet.state_dict(),
+                    "text": text.state_dict(),
+                    "vocabulary": vocabulary,
+                    "steps": step + 1,
+                    "shift": stored["shift"],
+                    "scale": stored["scale"],
+                },
+                WORK / "unet.pt",
+            )
             average.swap()

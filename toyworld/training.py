@@ -31,8 +31,13 @@ def start() -> None:
     torch.set_flush_denormal(True)
     WORK.mkdir(parents=True, exist_ok=True)
     if RANKS > 1:
-        dist.init_process_group("gloo", init_method="file://" + os.environ["TOYWORLD_MEETING"], rank=RANK,
-                                world_size=RANKS, timeout=datetime.timedelta(minutes=10))
+        dist.init_process_group(
+            "gloo",
+            init_method="file://" + os.environ["TOYWORLD_MEETING"],
+            rank=RANK,
+            world_size=RANKS,
+            timeout=datetime.timedelta(minutes=10),
+        )
 
 
 def log(*values: object) -> None:
@@ -58,12 +63,19 @@ def schedule(step: int, steps: int, warm_up: int, decay_from: float) -> float:
 class Muon:
     """Muon for the hidden matrices, Adam for the rest.
 
-    Muon replaces the momentum of a weight matrix by its nearest orthogonal matrix. Convolution kernels count as matrices
-    [out, in * k * k]. The orthogonalisations are shared out over the processes and gathered with one all-reduce.
+    Muon replaces the momentum of a weight matrix by its nearest orthogonal matrix. Convolution kernels count as
+    matrices [out, in * k * k]. The orthogonalisations are shared out over the processes and gathered with one
+    all-reduce.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], rate: float,
-                 adam_rate: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        rate: float,
+        adam_rate: float,
+        momentum: float = 0.95,
+    ) -> None:
         self.matrices, self.others = list(matrices), list(others)
         self.parameters = self.matrices + self.others
         self.rate, self.adam_rate, self.momentum = rate, adam_rate, momentum
@@ -108,7 +120,9 @@ class Muon:
         for rank, indices in self.shares:
             if rank != RANK:
                 continue
-            stack = torch.stack([self.matrices[i].grad.lerp(self.buffers[i], self.momentum).flatten(1) for i in indices])
+            stack = torch.stack(
+                [self.matrices[i].grad.lerp(self.buffers[i], self.momentum).flatten(1) for i in indices]
+            )
             for index, update in zip(indices, orthogonalise(stack), strict=True):
                 updates[index] = update.view_as(self.matrices[index])
         if self.matrices:
@@ -190,7 +204,9 @@ class Keeper:
         """Save `step` steps' state if a minute has passed or `now`; returns whether it did."""
         if RANK or (time.time() - self.last < self.every_s and not now):
             return False
-        state = {key: part.values if isinstance(part, Average) else part.state_dict() for key, part in self.parts.items()}
+        state = {
+            key: part.values if isinstance(part, Average) else part.state_dict() for key, part in self.parts.items()
+        }
         part_path = self.path.with_suffix(".part")
         torch.save({**state, "step": step}, part_path)
         os.replace(part_path, self.path)

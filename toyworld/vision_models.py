@@ -1,7 +1,7 @@
 """The small world's vision models, in transformers' own classes, and the folders from which they are loaded.
 
-`dino` (Dinov2Model) is meant for losses, `measure` (ResNetModel, another seed) only for measuring; both see the subject's
-crop on white, 96 px. `clip` (CLIPModel) compares whole pictures with captions.
+`dino` (Dinov2Model) is meant for losses, `measure` (ResNetModel, another seed) only for measuring; both see the
+subject's crop on white, 96 px. `clip` (CLIPModel) compares whole pictures with captions.
 """
 
 from __future__ import annotations
@@ -26,16 +26,26 @@ def make_dino() -> nn.Module:
     """A DINOv2-layout transformer: 96 px, patches of 12, 96 wide, 4 layers."""
     from transformers import Dinov2Config, Dinov2Model
 
-    return Dinov2Model(Dinov2Config(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2,
-                                    image_size=SIDE, patch_size=12, layerscale_value=1.0))
+    return Dinov2Model(
+        Dinov2Config(
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            mlp_ratio=2,
+            image_size=SIDE,
+            patch_size=12,
+            layerscale_value=1.0,
+        )
+    )
 
 
 def make_measure() -> nn.Module:
     """A small ResNet."""
     from transformers import ResNetConfig, ResNetModel
 
-    return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1],
-                                    layer_type="basic"))
+    return ResNetModel(
+        ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], layer_type="basic")
+    )
 
 
 def make_clip() -> nn.Module:
@@ -43,11 +53,22 @@ def make_clip() -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
     shared = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "projection_dim": 96}
-    return CLIPModel(CLIPConfig(
-        text_config={**shared, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 77,
-                     "bos_token_id": START_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT},
-        vision_config={**shared, "num_hidden_layers": 4, "image_size": SIDE, "patch_size": 12},
-        projection_dim=96, logit_scale_init_value=2.6592))
+    return CLIPModel(
+        CLIPConfig(
+            text_config={
+                **shared,
+                "num_hidden_layers": 2,
+                "vocab_size": VOCABULARY,
+                "max_position_embeddings": 77,
+                "bos_token_id": START_OF_TEXT,
+                "eos_token_id": END_OF_TEXT,
+                "pad_token_id": END_OF_TEXT,
+            },
+            vision_config={**shared, "num_hidden_layers": 4, "image_size": SIDE, "patch_size": 12},
+            projection_dim=96,
+            logit_scale_init_value=2.6592,
+        )
+    )
 
 
 MAKERS = {"dino": make_dino, "measure": make_measure, "clip": make_clip}
@@ -90,9 +111,20 @@ def load_model(name: str, folder: Path = assets.ASSETS) -> nn.Module:
 
 def _preprocessor(kind: str) -> dict[str, object]:
     size = {"height": SIDE, "width": SIDE}
-    return {"image_processor_type": kind, "do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3,
-            "do_center_crop": True, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True}
+    return {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": {"shortest_edge": SIDE},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+        "do_convert_rgb": True,
+    }
 
 
 def build_vision_folders(models: Path, folder: Path = assets.ASSETS) -> dict[str, Path]:

@@ -81,7 +81,9 @@ def widen_text(narrow: Tensors, vocabulary: list[int]) -> Tensors:
     table[torch.tensor(vocabulary)] = rows[:-1]
     wide = {
         "embeddings.token_embedding.weight": table.repeat_interleave(repeats, 1),
-        "embeddings.position_embedding.weight": narrow["position_embedding.weight"].half().repeat_interleave(repeats, 1),
+        "embeddings.position_embedding.weight": narrow["position_embedding.weight"]
+        .half()
+        .repeat_interleave(repeats, 1),
         "embeddings.position_ids": torch.arange(77)[None],
     }
     for name in ("weight", "bias"):
@@ -112,7 +114,7 @@ def widen_autoencoder(narrow: Tensors, shift: float, scale: float) -> Tensors:
 
 def part_of(tensors: Tensors, prefix: str) -> Tensors:
     """The tensors under `prefix`, without it."""
-    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def checkpoint(narrow: Tensors, vocabulary: list[int]) -> Tensors:
@@ -121,6 +123,8 @@ def checkpoint(narrow: Tensors, vocabulary: list[int]) -> Tensors:
     parts = {
         "model.diffusion_model.": widen_unet(part_of(narrow, "unet.")),
         "cond_stage_model.transformer.": widen_text(part_of(narrow, "text."), vocabulary),
-        "first_stage_model.": widen_autoencoder(autoencoder, float(narrow["latent.shift"]), float(narrow["latent.scale"])),
+        "first_stage_model.": widen_autoencoder(
+            autoencoder, float(narrow["latent.shift"]), float(narrow["latent.scale"])
+        ),
     }
     return {prefix + key: value.contiguous() for prefix, part in parts.items() for key, value in part.items()}

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from . import painting
+from .painting import Pose
 
 SIZE = 96
 CLASSES = ("ball", "dog", "cat", "fish", "car", "house", "cup", "star")
@@ -53,12 +54,6 @@ EMBLEM_AT = {
     "ball": (0.0, 0.0), "dog": (-0.06, 0.06), "cat": (0.0, 0.22), "fish": (0.02, 0.0),
     "car": (0.0, 0.06), "house": (0.0, 0.14), "cup": (-0.04, 0.02), "star": (0.0, 0.04),
 }  # fmt: skip
-EMBLEM_RADIUS = 0.14
-STRIPE_PERIOD = 0.36
-SPOT_PERIOD, SPOT_RADIUS = 0.36, 0.115
-CHECK_CELL = 0.22
-EYES = {"dog": ((0.33, -0.25),), "cat": ((-0.1, -0.17), (0.1, -0.17)), "fish": ((0.28, -0.06),)}
-WHEELS = {"car": ((-0.27, 0.24), (0.27, 0.24))}
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,9 @@ class Identity:
     emblem_color: str
 
 
-@dataclass(frozen=True)
-class Pose:
-    """Where the subject stands: scale, centre (both in units of the image side) and rotation in radians."""
-
-    scale: float
-    x: float
-    y: float
-    rotation: float
-
-
-def make_identity(cls: str, color: str, tone: str, texture: str, pattern_color: str, angle: str,
-                  emblem_shape: str, emblem_color: str) -> Identity:
+def make_identity(
+    cls: str, color: str, tone: str, texture: str, pattern_color: str, angle: str, emblem_shape: str, emblem_color: str
+) -> Identity:
     """An identity without meaningless attributes: plain subjects have no pattern colour, only stripes have an angle."""
     if texture == "plain":
         pattern_color = ""
@@ -105,12 +91,15 @@ def make_identity(cls: str, color: str, tone: str, texture: str, pattern_color: 
 def identity(seed: int, cls: str | None = None, color: str | None = None, texture: str | None = None) -> Identity:
     """Draw the identity that belongs to `seed`; class, colour and texture can be fixed."""
     rng = np.random.default_rng([1, seed])
-    drawn = [str(rng.choice(list(options))) for options in (
-        CLASSES, COLORS, TEXTURES, PATTERN_COLORS, ANGLES, EMBLEM_SHAPES, EMBLEM_COLORS)]
+    drawn = [
+        str(rng.choice(list(options)))
+        for options in (CLASSES, COLORS, TEXTURES, PATTERN_COLORS, ANGLES, EMBLEM_SHAPES, EMBLEM_COLORS)
+    ]
     tone = str(rng.choice(TONES, p=(0.5, 0.25, 0.25)))
     shape = drawn[5] if rng.random() < 0.5 else ""
-    return make_identity(cls or drawn[0], color or drawn[1], tone, texture or drawn[2], drawn[3], drawn[4],
-                         shape, drawn[6])
+    return make_identity(
+        cls or drawn[0], color or drawn[1], tone, texture or drawn[2], drawn[3], drawn[4], shape, drawn[6]
+    )
 
 
 def variant(base: Identity, attribute: str, seed: int) -> Identity:
@@ -118,11 +107,16 @@ def variant(base: Identity, attribute: str, seed: int) -> Identity:
     rng = np.random.default_rng([2, seed])
     for _ in range(100):
         if attribute == "pattern":
-            other = replace(base, texture=str(rng.choice(TEXTURES)), pattern_color=str(rng.choice(PATTERN_COLORS)),
-                            angle=str(rng.choice(ANGLES)))
+            other = replace(
+                base,
+                texture=str(rng.choice(TEXTURES)),
+                pattern_color=str(rng.choice(PATTERN_COLORS)),
+                angle=str(rng.choice(ANGLES)),
+            )
         elif attribute == "emblem":
-            other = replace(base, emblem_shape=str(rng.choice(("", *EMBLEM_SHAPES))),
-                            emblem_color=str(rng.choice(EMBLEM_COLORS)))
+            other = replace(
+                base, emblem_shape=str(rng.choice(("", *EMBLEM_SHAPES))), emblem_color=str(rng.choice(EMBLEM_COLORS))
+            )
         elif attribute == "tone":
             other = replace(base, tone=str(rng.choice(TONES)))
         else:
@@ -140,126 +134,19 @@ def held_out(cls: str, color: str, texture: str, background: str) -> bool:
 
 def held_out_combinations() -> list[tuple[str, str, str, str]]:
     """All held-out (class, colour, texture, background) combinations, in a fixed order."""
-    return [(c, k, t, b) for c in CLASSES for k in COLORS for t in TEXTURES for b in BACKGROUNDS
-            if held_out(c, k, t, b)]
+    return [
+        (c, k, t, b) for c in CLASSES for k in COLORS for t in TEXTURES for b in BACKGROUNDS if held_out(c, k, t, b)
+    ]
 
 
 def draw_pose(rng: np.random.Generator) -> Pose:
     """A small random pose; subjects always face right."""
-    return Pose(float(rng.uniform(0.76, 0.88)), float(rng.uniform(0.46, 0.54)), float(rng.uniform(0.48, 0.55)),
-                float(rng.uniform(-0.08, 0.08)))
-
-
-@lru_cache(maxsize=4)
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres (y, x) in units of the image side."""
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-    return (y + 0.5) / size, (x + 0.5) / size
-
-
-def _step(distance: np.ndarray, pixels_per_unit: float) -> np.ndarray:
-    """Anti-aliased coverage [H, W, 1]: 0 where `distance` is negative, 1 where positive, one pixel wide between."""
-    return np.clip(distance * np.float32(pixels_per_unit) + np.float32(0.5), 0, 1)[..., None]
-
-
-def _outline(cls: str) -> list[list[tuple[float, float]]]:
-    """The polygons whose union is the silhouette of a class, in subject units."""
-    def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
-        return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-
-    def ellipse(x: float, y: float, rx: float, ry: float) -> list[tuple[float, float]]:
-        angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-        return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles]
-
-    if cls == "ball":
-        return [ellipse(0, 0, 0.44, 0.44)]
-    if cls == "dog":
-        return [box(-0.36, -0.12, 0.26, 0.24), box(-0.36, 0.1, -0.18, 0.46), box(0.08, 0.1, 0.26, 0.46),
-                ellipse(0.3, -0.22, 0.2, 0.19), box(0.3, -0.24, 0.54, -0.08),
-                [(0.12, -0.34), (0.04, -0.02), (0.22, -0.1)],
-                [(-0.34, -0.04), (-0.54, -0.34), (-0.42, -0.42), (-0.18, -0.1)]]
-    if cls == "cat":
-        return [ellipse(0, 0.2, 0.28, 0.28), ellipse(0, -0.16, 0.25, 0.21), [(-0.25, -0.14), (-0.26, -0.5), (-0.02, -0.3)],
-                [(0.25, -0.14), (0.26, -0.5), (0.02, -0.3)],
-                [(0.16, 0.42), (0.48, 0.34), (0.54, -0.06), (0.41, -0.06), (0.36, 0.2), (0.16, 0.24)]]
-    if cls == "fish":
-        return [ellipse(0.06, 0, 0.4, 0.28), [(-0.2, 0), (-0.52, -0.3), (-0.52, 0.3)],
-                [(-0.04, -0.2), (0.12, -0.44), (0.24, -0.18)]]
-    if cls == "car":
-        return [box(-0.5, -0.08, 0.5, 0.24), [(-0.36, -0.06), (-0.22, -0.36), (0.2, -0.36), (0.38, -0.06)],
-                *(ellipse(x, y, 0.14, 0.14) for x, y in WHEELS["car"])]
-    if cls == "house":
-        return [box(-0.36, -0.08, 0.36, 0.44), [(-0.5, -0.06), (0, -0.5), (0.5, -0.06)]]
-    if cls == "cup":
-        return [[(-0.34, -0.4), (0.26, -0.4), (0.19, 0.42), (-0.27, 0.42)],
-                [(0.2, -0.3), (0.5, -0.26), (0.5, 0.2), (0.16, 0.28), (0.18, 0.14), (0.37, 0.1), (0.37, -0.13), (0.2, -0.16)]]
-    angles = -np.pi / 2 + np.arange(10) * np.pi / 5
-    radii = np.where(np.arange(10) % 2, 0.27, 0.54)
-    return [[(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles, strict=True)]]
-
-
-def _silhouette(cls: str, pose: Pose, size: int) -> np.ndarray:
-    """Coverage of the subject, float32 [H, W, 1] in 0..1, from a three times larger drawing."""
-    side = 3 * size
-    canvas = Image.new("L", (side, side), 0)
-    draw = ImageDraw.Draw(canvas)
-    cos, sin = np.cos(pose.rotation), np.sin(pose.rotation)
-    for polygon in _outline(cls):
-        draw.polygon([(side * (pose.x + pose.scale * (cos * u - sin * v)),
-                       side * (pose.y + pose.scale * (sin * u + cos * v))) for u, v in polygon], fill=255)
-    return np.asarray(canvas).reshape(size, 3, size, 3).mean((1, 3), dtype=np.float32)[..., None] / 255
-
-
-def _background(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Background picture, float32 [H, W, 3] in 0..255."""
-    y, x = _grid(size)
-    horizon = np.float32(rng.uniform(0.38, 0.52))
-    if kind in ("grass", "sand", "snow", "sea"):
-        ground = {"grass": (120, 190, 80), "sand": (230, 200, 140), "snow": (238, 243, 250), "sea": (30, 105, 150)}[kind]
-        sky = (170, 185, 205) if kind == "snow" else (160, 208, 245)
-        below = _step(y - horizon, size)
-        floor = np.float32(ground) * (1.08 - 0.16 * y[..., None])
-        if kind == "sea":
-            floor = floor + 14 * np.sin(44 * y + 3 * np.sin(6 * x + np.float32(rng.uniform(0, 6.28))))[..., None]
-        return (np.float32(sky) + 20 * y[..., None]) * (1 - below) + floor * below
-    if kind == "night":
-        moon_x, moon_y = rng.uniform(0.08, 0.14), rng.uniform(0.08, 0.13)
-        disc = _step(0.07 - np.hypot(x - np.float32(moon_x), y - np.float32(moon_y)), size)
-        dark = np.float32((16, 18, 52)) + 26 * y[..., None] * np.float32((0.4, 0.5, 1))
-        return dark * (1 - disc) + np.float32((240, 236, 200)) * disc
-    if kind == "brick":
-        rows = y * 6
-        columns = (x * 3 + 0.5 * (np.floor(rows) % 2) + 0.25) % 1
-        mortar = np.maximum(_step(0.09 - columns, size / 3), _step(0.17 - rows % 1, size / 6))
-        return np.float32((170, 80, 60)) * (1 - mortar) + np.float32((205, 195, 185)) * mortar
-    return np.float32((247, 247, 247)) - 10 * y[..., None] * np.ones(3, np.float32)
-
-
-def _pattern(idn: Identity, u: np.ndarray, v: np.ndarray, pixels_per_unit: float) -> np.ndarray:
-    """Coverage of the pattern colour, [H, W, 1]; (u, v) are subject units."""
-    if idn.texture == "striped":
-        across = {"vertical": u, "horizontal": v, "diagonal": (u + v) * np.float32(0.7071)}[idn.angle]
-        return _step(np.float32(STRIPE_PERIOD / 4) - np.abs(across % STRIPE_PERIOD - STRIPE_PERIOD / 2), pixels_per_unit)
-    if idn.texture == "spotted":
-        row = np.floor(v / SPOT_PERIOD + 0.5)
-        du = (u + (row % 2) * SPOT_PERIOD / 2) % SPOT_PERIOD - SPOT_PERIOD / 2
-        return _step(SPOT_RADIUS - np.hypot(du, v - row * SPOT_PERIOD), pixels_per_unit)
-    if idn.texture == "checkered":
-        wave = np.sin(np.pi / CHECK_CELL * u) * np.sin(np.pi / CHECK_CELL * v)
-        return _step(wave * CHECK_CELL / np.pi, pixels_per_unit)
-    return np.zeros((*u.shape, 1), np.float32)
-
-
-def _emblem(shape: str, du: np.ndarray, dv: np.ndarray, pixels_per_unit: float) -> np.ndarray:
-    """Coverage of the emblem, [H, W, 1]; (du, dv) are subject units from its centre."""
-    r = EMBLEM_RADIUS
-    if shape == "round":
-        distance = r - np.hypot(du, dv)
-    elif shape == "square":
-        distance = 0.9 * r - np.maximum(np.abs(du), np.abs(dv))
-    else:
-        distance = np.minimum(0.8 * r - dv, (dv + 1.3 * r) * 0.5 - np.abs(du) * 0.87)
-    return _step(distance, pixels_per_unit)
+    return Pose(
+        float(rng.uniform(0.76, 0.88)),
+        float(rng.uniform(0.46, 0.54)),
+        float(rng.uniform(0.48, 0.55)),
+        float(rng.uniform(-0.08, 0.08)),
+    )
 
 
 def body_color(idn: Identity) -> np.ndarray:
@@ -270,8 +157,9 @@ def body_color(idn: Identity) -> np.ndarray:
     return rgb * 0.6 if idn.tone == "dark" else rgb
 
 
-def render(idn: Identity, background: str, seed: int, size: int = SIZE,
-           pose: Pose | None = None) -> tuple[np.ndarray, np.ndarray]:
+def render(
+    idn: Identity, background: str, seed: int, size: int = SIZE, pose: Pose | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one scene.
 
     Returns the picture, uint8 [size, size, 3], and the subject's mask, uint8 [size, size] in 0..255. `seed` decides the
@@ -280,28 +168,28 @@ def render(idn: Identity, background: str, seed: int, size: int = SIZE,
     rng = np.random.default_rng([3, seed])
     drawn = draw_pose(rng)
     pose = pose or drawn
-    picture = _background(background, size, rng)
-    coverage = _silhouette(idn.cls, pose, size)
-    y, x = _grid(size)
+    picture = painting.background(background, size, rng)
+    coverage = painting.silhouette(idn.cls, pose, size)
+    y, x = painting.grid(size)
     scale, unit = np.float32(pose.scale), size * pose.scale
     cos, sin = np.float32(np.cos(pose.rotation)), np.float32(np.sin(pose.rotation))
     du, dv = (x - np.float32(pose.x)) / scale, (y - np.float32(pose.y)) / scale
     u, v = cos * du + sin * dv, cos * dv - sin * du
-    pattern = _pattern(idn, u, v, unit)
-    surface = body_color(idn) * (1 - pattern)
+    marks = painting.pattern(idn.texture, idn.angle, u, v, unit)
+    surface = body_color(idn) * (1 - marks)
     if idn.pattern_color:
-        surface = surface + np.float32(NEUTRALS[idn.pattern_color]) * pattern
+        surface = surface + np.float32(NEUTRALS[idn.pattern_color]) * marks
     surface = surface * (1 - 0.14 * np.clip(v + np.float32(0.1), -0.3, 0.6))[..., None]
     layers: list[tuple[np.ndarray, tuple[int, int, int]]] = []
-    for at in WHEELS.get(idn.cls, ()):
-        layers.append((_step(0.14 - np.hypot(u - at[0], v - at[1]), unit), (60, 60, 66)))
+    for at in painting.WHEELS.get(idn.cls, ()):
+        layers.append((painting.step(0.14 - np.hypot(u - at[0], v - at[1]), unit), (60, 60, 66)))
     if idn.emblem_shape:
         at = EMBLEM_AT[idn.cls]
         rgb = {**COLORS, **NEUTRALS}[idn.emblem_color]
-        layers.append((_emblem(idn.emblem_shape, u - at[0], v - at[1], unit), rgb))
-    for at in EYES.get(idn.cls, ()):
+        layers.append((painting.emblem(idn.emblem_shape, u - at[0], v - at[1], unit), rgb))
+    for at in painting.EYES.get(idn.cls, ()):
         away = np.hypot(u - at[0], v - at[1])
-        layers += [(_step(0.07 - away, unit), (255, 255, 255)), (_step(0.042 - away, unit), (0, 0, 0))]
+        layers += [(painting.step(0.07 - away, unit), (255, 255, 255)), (painting.step(0.042 - away, unit), (0, 0, 0))]
     for alpha, rgb in layers:
         surface = surface * (1 - alpha) + np.float32(rgb) * alpha
     picture = (picture * (1 - coverage) + surface * coverage) * np.float32(rng.uniform(0.97, 1.02))
@@ -318,8 +206,13 @@ def caption(idn: Identity, background: str, words: tuple[str, ...] = MAIN_WORDS)
         pattern = [idn.pattern_color if "pattern" in words else "", idn.angle if "angle" in words else ""]
         details.append(" ".join([word for word in pattern if word] + [PATTERN_NOUNS[idn.texture]]))
     if idn.emblem_shape and "emblem" in words:
-        emblem = [idn.emblem_color if "emblem_color" in words else "", idn.emblem_shape if "emblem_shape" in words else ""]
-        details.append(" ".join(["a"] + [word for word in emblem if word] + ["emblem"]).replace("a emblem", "an emblem"))
+        emblem = [
+            idn.emblem_color if "emblem_color" in words else "",
+            idn.emblem_shape if "emblem_shape" in words else "",
+        ]
+        details.append(
+            " ".join(["a"] + [word for word in emblem if word] + ["emblem"]).replace("a emblem", "an emblem")
+        )
     if details:
         text += " with " + " and ".join(details)
     return f"{text} {BACKGROUNDS[background]}" if "background" in words else text
@@ -360,14 +253,3 @@ def scene(seed: int, from_held_out: bool = False) -> Scene:
             break
     image, mask = render(idn, background, int(rng.integers(2**31)))
     return Scene(image, mask, caption(idn, background, training_words(rng)), idn, background)
-
-
-def contact_sheet(images: list[np.ndarray], columns: int, scale: int = 1) -> Image.Image:
-    """Lay equally large uint8 pictures out in rows."""
-    height, width = images[0].shape[:2]
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for index, picture in enumerate(images):
-        top, left = (index // columns) * height, (index % columns) * width
-        sheet[top:top + height, left:left + width] = picture
-    return Image.fromarray(sheet).resize((columns * width * scale, rows * height * scale), Image.Resampling.NEAREST)

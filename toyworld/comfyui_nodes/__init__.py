@@ -28,10 +28,13 @@ class ToyworldSubjectMask(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """One input, one output."""
         return io.Schema(
-            node_id="ToyworldSubjectMask", display_name="Subject Mask (small world)", category="likeness/small world",
+            node_id="ToyworldSubjectMask",
+            display_name="Subject Mask (small world)",
+            category="likeness/small world",
             description="The subject's mask in a picture of the small world, found by its judge.",
             inputs=[io.Image.Input("image", tooltip="Pictures of the small world.")],
-            outputs=[io.Mask.Output(display_name="mask", tooltip="1 on the subject, 0 elsewhere.")])
+            outputs=[io.Mask.Output(display_name="mask", tooltip="1 on the subject, 0 elsewhere.")],
+        )
 
     @classmethod
     def execute(cls, image: object) -> io.NodeOutput:

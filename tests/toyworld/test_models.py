@@ -1,0 +1,103 @@
+"""The committed models: their hashes, exact widening through the stock loader, and that they do their work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from likeness.toyworld import assets, judge, world
+
+from .. import inprocess
+
+
+def renders(count: int) -> tuple[torch.Tensor, torch.Tensor, list[world.Scene]]:
+    scenes = [world.scene(seed, from_held_out=True) for seed in range(count)]
+    pictures = torch.from_numpy(np.stack([made.image for made in scenes])).permute(0, 3, 1, 2).float() / 255
+    return pictures, torch.from_numpy(np.stack([made.mask for made in scenes])).float() / 255, scenes
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    inprocess.start()
+    from likeness.toyworld.build import build
+
+    return build(tmp_path_factory.mktemp("models"))
+
+
+def test_assets_are_the_listed_ones_and_small(tmp_path: Path) -> None:
+    assets.check()
+    assert sum(file.stat().st_size for file in assets.ASSETS.iterdir()) < 20e6
+    copy = tmp_path / "judge.safetensors"
+    copy.write_bytes((assets.ASSETS / "judge.safetensors").read_bytes()[:-1] + b"x")
+    (tmp_path / assets.HASHES).write_text((assets.ASSETS / assets.HASHES).read_text())
+    with pytest.raises(RuntimeError, match="check the clone out again"):
+        assets.check(tmp_path)
+
+
+def test_the_stock_loader_gives_the_narrow_models_function(built: dict[str, Path]) -> None:
+    import comfy.model_management
+    import comfy.sd
+
+    from likeness.toyworld.narrow import load_narrow
+
+    loaded = comfy.sd.load_checkpoint_guess_config(str(built["checkpoint"]), output_vae=True, output_clip=True)
+    model, clip, vae = loaded[:3]
+    narrow = load_narrow()
+    prompt = "a photo of a dark red striped dog with white stripes in the snow, zebra"
+    generator = torch.Generator().manual_seed(0)
+    latent, times = torch.randn(2, 4, 12, 12, generator=generator), torch.tensor([5.0, 800.0])
+    picture = torch.rand(1, 96, 96, 3, generator=generator)
+    with torch.no_grad():
+        wide = clip.encode_from_tokens(clip.tokenize(prompt))
+        small = narrow.encode(prompt)
+        assert torch.allclose(wide, small.repeat_interleave(8, 2), atol=1e-4)
+        comfy.model_management.load_models_gpu([model, narrow.model])
+        expected = model.model.apply_model(latent, times, c_crossattn=wide.expand(2, -1, -1))
+        found = narrow.model.model.apply_model(latent, times, c_crossattn=small.expand(2, -1, -1))
+        assert float((expected - found).abs().max()) < 1e-4 * float(expected.abs().max())
+        encoded = vae.encode(picture)
+        assert torch.allclose(encoded, narrow.vae.encode(picture), atol=1e-4)
+        assert torch.allclose(vae.decode(encoded), narrow.vae.decode(encoded), atol=1e-4)
+
+
+def test_the_judge_reads_held_out_scenes() -> None:
+    pictures, masks, scenes = renders(64)
+    trained = judge.load_judge()
+    answers = trained.attributes(pictures)
+    right = np.mean(
+        [world.CLASSES[int(a)] == made.identity.cls for a, made in zip(answers["class"], scenes, strict=True)]
+    )
+    assert right > 0.9
+    found = trained.mask(pictures) > 0.5
+    overlap = (found & (masks > 0.5)).sum() / (found | (masks > 0.5)).sum()
+    assert float(overlap) > 0.85
+
+
+def test_the_crop_is_the_subject_alone_on_white() -> None:
+    pictures, masks, _ = renders(4)
+    crops = judge.subject_crop(pictures, masks, 64)
+    assert crops.shape == (4, 3, 64, 64)
+    assert float(crops[:, :, 0, 0].min()) > 0.95 and float(crops.min()) < 0.5
+    empty = judge.subject_crop(pictures[:1], torch.zeros(1, 96, 96), 64)
+    assert float(empty.min()) > 0.999
+    with pytest.raises(ValueError, match="needs"):
+        judge.load_judge().attributes(torch.zeros(3, 96, 96))
+
+
+def test_vision_folders_load_by_transformers_and_know_subjects_apart(built: dict[str, Path]) -> None:
+    from transformers import AutoModel
+
+    base = world.make_identity("cup", "red", "", "striped", "white", "vertical", "round", "yellow")
+    other = world.variant(base, "pattern", 3)
+    pairs = [world.render(base, "sand", 1), world.render(base, "night", 2), world.render(other, "brick", 3)]
+    pictures = torch.from_numpy(np.stack([picture for picture, _ in pairs])).permute(0, 3, 1, 2).float() / 255
+    masks = torch.from_numpy(np.stack([mask for _, mask in pairs])).float() / 255
+    crops = (judge.subject_crop(pictures, masks, 96) - 0.5) / 0.5
+    for name in ("small_world_dino", "small_world_measure"):
+        model = AutoModel.from_pretrained(str(built[name])).eval()
+        with torch.no_grad():
+            found = torch.nn.functional.normalize(model(crops).pooler_output.flatten(1), dim=1)
+        assert float(found[0] @ found[1]) > float(found[0] @ found[2]) + 0.1, name

@@ -1,0 +1,75 @@
+"""The scene generator: same seed, same bytes; held-out combinations stay out; words and pictures agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from likeness.toyworld import judge, world
+from likeness.toyworld.subjects import for_checking, group
+
+
+def test_same_seed_same_bytes() -> None:
+    for seed in range(20):
+        first, second = world.scene(seed), world.scene(seed)
+        assert np.array_equal(first.image, second.image) and np.array_equal(first.mask, second.mask)
+        assert first.caption == second.caption and first.identity == second.identity
+    assert not np.array_equal(world.scene(0).image, world.scene(1).image)
+
+
+def test_training_scenes_never_show_held_out_combinations() -> None:
+    def combination(made: world.Scene) -> tuple[str, str, str, str]:
+        return made.identity.cls, made.identity.color, made.identity.texture, made.background
+
+    held = set(world.held_out_combinations())
+    assert 120 < len(held) < 200
+    assert not any(combination(world.scene(seed)) in held for seed in range(400))
+    assert all(combination(world.scene(seed, from_held_out=True)) in held for seed in range(50))
+
+
+def test_every_attribute_changes_the_picture_and_has_a_word() -> None:
+    base = world.make_identity("dog", "red", "", "striped", "white", "vertical", "round", "yellow")
+    picture, _ = world.render(base, "grass", seed=4)
+    text = world.caption(base, "grass", world.ALL_WORDS)
+    assert text == "a photo of a red striped dog with white vertical stripes and a yellow round emblem on the grass"
+    changes = {"color": "blue", "tone": "dark", "texture": "spotted", "pattern_color": "black", "angle": "diagonal",
+               "emblem_shape": "square", "emblem_color": "white"}  # fmt: skip
+    for name, value in changes.items():
+        other = world.make_identity(**vars(replace(base, **{name: value})))
+        changed, _ = world.render(other, "grass", seed=4)
+        assert np.abs(changed.astype(int) - picture).mean() > 0.5, name
+        assert world.caption(other, "grass", world.ALL_WORDS) != text, name
+
+
+def test_the_mask_covers_exactly_what_the_subject_paints() -> None:
+    red = world.make_identity("cup", "red", "", "plain", "", "", "", "")
+    first, mask = world.render(red, "studio", seed=8)
+    second, _ = world.render(replace(red, color="blue"), "studio", seed=8)
+    painted = np.abs(first.astype(int) - second).max(2) > 60
+    assert np.array_equal(painted[mask == 255], np.ones((mask == 255).sum(), bool))
+    assert not painted[mask == 0].any()
+
+
+def test_an_emblem_is_never_drawn_in_the_colour_below_it() -> None:
+    for seed in range(300):
+        idn = world.identity(seed)
+        assert not idn.emblem_color or idn.emblem_color not in (idn.color, idn.pattern_color)
+
+
+def test_hard_negatives_keep_class_and_colour() -> None:
+    for seed in range(20):
+        members = group(seed, checking=False)
+        assert len(set(members)) == 4 and not any(for_checking(idn) for idn in members[:1])
+        assert len({(idn.cls, idn.color) for idn in members}) == 1
+    with pytest.raises(ValueError, match="pattern"):
+        world.variant(members[0], "hat", 0)
+
+
+def test_the_judge_counts_what_the_world_draws() -> None:
+    expected = {"class": len(world.CLASSES), "color": len(world.COLORS), "texture": len(world.TEXTURES),
+                "background": len(world.BACKGROUNDS), "pattern_color": len(world.PATTERN_COLORS) + 1,
+                "angle": len(world.ANGLES) + 1, "emblem_shape": len(world.EMBLEM_SHAPES) + 1,
+                "emblem_color": len(world.EMBLEM_COLORS) + 1, "tone": len(world.TONES)}  # fmt: skip
+    assert expected == judge.HEADS
