@@ -140,7 +140,7 @@ def train_and_edit(draw: Drawing) -> None:
     make = Pieces(draw)
     draw.note(
         "# Train and edit\nLearns the subject of one picture as five rows of the prompt (HiPer), then makes three "
-        "pictures from the same noise: the source prompt with the subject, the edit without and the edit with the subject.\n\n"
+        "pictures from the same noise: the source prompt with the subject, the edit without and the edit with it.\n\n"
         "Load your picture, describe it plainly in 'Source prompt', write the edit in 'Edit prompt', and run.\n\n"
         + MODEL_NOTE
         + VISION_NOTE,
@@ -309,6 +309,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from _load import run  # ty: ignore[unresolved-import] (this folder is on the path of a script)
+    from _load import run  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
     sys.exit(run("toolbox.compose", sys.argv[1:]))

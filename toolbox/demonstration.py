@@ -1,0 +1,82 @@
+"""What demo.py runs once everything is set up: the shipped HiPer graph in the small world, in a real ComfyUI."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from . import small_world
+from .environment import SANDBOX
+from .graph import Graph, convert
+from .server import Run, Server, environment_from_variables
+
+BASE = SANDBOX / "demo"
+NAME = "hiper_train_and_edit"
+PICTURES = {
+    "Reconstruction": "source prompt with the subject",
+    "Edit without the subject": "edit prompt alone",
+    "Edit with the subject": "edit prompt with the subject, from the same noise",
+    "Scores": "both edits with their scores",
+}
+
+
+def say(text: str) -> None:
+    print(f"[demo] {text}", flush=True)
+
+
+class Narrator:
+    """Says how far the training is, every few seconds."""
+
+    def __init__(self) -> None:
+        self._said = 0.0
+
+    def __call__(self, event: dict) -> None:
+        if event["type"] == "likeness.progress" and time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            data = event["data"]
+            say(f"step {data['step']} of {data['steps']}, loss {data['loss']:.4f}")
+
+
+def report(graph: Graph, run: Run, source: Path) -> None:
+    """Where the pictures are, and the scores."""
+    say(f"ran in {run.seconds:.0f} s; the pictures:")
+    say(f"  source: {source}")
+    for title, meaning in PICTURES.items():
+        for entry in run.outputs[small_world.node_id(graph, title)]["images"]:
+            say(f"  {title.lower()} ({meaning}): {BASE / 'output' / entry['subfolder'] / entry['filename']}")
+    say("scores, first the edit without and then the edit with the subject:")
+    for text in run.outputs[small_world.node_id(graph, "Scores as text")]["text"]:
+        for line in text.splitlines():
+            say(f"  {line}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the graph, say where the results are and how to open it in the browser."""
+    parser = argparse.ArgumentParser(prog="demo.py", description=main.__doc__)
+    parser.add_argument("--serve", action="store_true", help="keep the server running, for the browser")
+    parser.add_argument("--port", type=int, default=None, help="port of the server (default: a free one)")
+    parser.add_argument("--steps", type=int, default=small_world.STEPS, help="training steps")
+    options = parser.parse_args(arguments)
+    environment = environment_from_variables()
+    server = Server(environment, BASE, small_world.NODE_FOLDERS, small_world.MODELS, port=options.port)
+    source = small_world.draw_subject(BASE / "input")
+    with server:
+        if server.import_failures():
+            raise SystemExit("\n".join(server.import_failures()))
+        say(f"ComfyUI runs at {server.url}")
+        object_info = server.object_info()
+        graph = small_world.in_small_world(small_world.shipped(NAME), object_info, options.steps)
+        stored = small_world.store_graph(graph, BASE, f"small_world_{NAME}")
+        run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
+        report(graph, run, source)
+        if options.serve:
+            say(f"open {server.url}, press w and choose {stored.stem}; Ctrl+C here ends the server")
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                return 0
+    say("to open the same graph in the browser: python3 toolbox/demo.py --serve --port 8188")
+    say(f"then open http://127.0.0.1:8188, press w and choose {stored.stem}")
+    return 0

@@ -1,0 +1,175 @@
+"""The shipped graphs in the small world: its models, its pictures, and the settings that take the place of SD1.5's.
+
+Standard library only at import; used by the demonstration, the thumbnails and the tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .environment import ROOT, SANDBOX, Environment, Steps
+from .graph import Graph, GraphError, ObjectInfo, adapt, load, matching
+
+MODELS = SANDBOX / "models"
+WORKFLOWS = ROOT / "workflows"
+NODE_FOLDERS = {"ComfyUI-Likeness": ROOT, "likeness_small_world": ROOT / "toyworld" / "comfyui_nodes"}
+CHECKPOINT = "likeness_small_world.safetensors"
+VISION = {"DINO (identity)": "small_world_measure", "CLIP (prompt)": "small_world_clip"}
+SIZE, CFG, SAMPLING_STEPS = 96, 4.0, 20
+SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
+SOURCE_BACKGROUND, TARGET_BACKGROUND = "grass", "snow"
+PICTURE = "small_world_subject.png"
+STEPS = 500
+
+Settings = dict[tuple[str, str], Any]
+
+
+def build_models(environment: Environment) -> Path:
+    """Write the small world's models into the sandbox, anew when its assets have changed; returns their folder."""
+    listed = ROOT / "toyworld" / "assets" / "SHA256SUMS"
+    if not listed.exists():
+        raise SystemExit(f"[setup] {listed.relative_to(ROOT)} is missing: check the clone out again.")
+
+    def work() -> None:
+        command = [environment.python, ROOT / "toyworld" / "run.py", "build", MODELS, "--comfyui", environment.comfyui]
+        subprocess.run([str(part) for part in command], check=True, env=environment.variables())
+
+    key = " ".join(line[:8] for line in listed.read_text().splitlines())
+    Steps().do("small world", f"models of the assets {key}", (MODELS / "checkpoints" / CHECKPOINT).is_file, work)
+    return MODELS
+
+
+def draw_subject(folder: Path) -> Path:
+    """Write the picture of the subject; needs numpy and Pillow."""
+    from PIL import Image
+
+    from ..toyworld import world
+
+    subject = world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
+    picture, _ = world.render(subject, SOURCE_BACKGROUND, SUBJECT_SEED)
+    path = folder / PICTURE
+    Image.fromarray(picture).save(path)
+    return path
+
+
+def prompts() -> tuple[str, str]:
+    """The source and the edit prompt: both name the class and the place, never what is the subject's own."""
+    from ..toyworld import world
+
+    subject = world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
+    source, target = (
+        world.caption(subject, place, ("background",)) for place in (SOURCE_BACKGROUND, TARGET_BACKGROUND)
+    )
+    return source, target
+
+
+def settings(graph: Graph, steps: int = STEPS, sampling_steps: int = SAMPLING_STEPS) -> Settings:
+    """What to change in a shipped graph, of any name, for it to run in the small world."""
+    source, edit = prompts()
+    wanted: Settings = {
+        ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
+        ("LoadImage", "image"): PICTURE,
+        ("ImageScale", "width"): SIZE,
+        ("ImageScale", "height"): SIZE,
+        ("EmptyLatentImage", "width"): SIZE,
+        ("EmptyLatentImage", "height"): SIZE,
+        ("Source prompt", "text"): source,
+        ("Edit prompt", "value"): edit,
+        ("KSampler", "steps"): sampling_steps,
+        ("KSampler", "cfg"): CFG,
+        ("LikenessTrainEmbedding", "steps"): steps,
+        **{(title, "name"): name for title, name in VISION.items()},
+        **{(f"Prompt {index}", "text"): text for index, text in enumerate(new_prompts(), 1)},
+    }
+    return {key: value for key, value in wanted.items() if has(graph, key[0])}
+
+
+def new_prompts() -> tuple[str, ...]:
+    """Prompts for a subject that was saved before."""
+    from ..toyworld import world
+
+    subject = world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
+    return tuple(world.caption(subject, place, ("background",)) for place in ("sand", "night", "brick"))
+
+
+def has(graph: Graph, name: str) -> bool:
+    """Whether a node of the graph has this title or type."""
+    return any(name in (node.get("title"), node["type"]) for node in graph["nodes"])
+
+
+def shipped(name: str) -> Graph:
+    """A shipped graph as it is."""
+    return load(WORKFLOWS / f"{name}.json")
+
+
+def in_small_world(
+    graph: Graph,
+    object_info: ObjectInfo,
+    steps: int = STEPS,
+    sampling_steps: int = SAMPLING_STEPS,
+    more: Mapping[tuple[str, str], Any] | None = None,
+) -> Graph:
+    """The graph with the small world's models, sizes and prompts, and with the judge's masks at the scores."""
+    changes = {**settings(graph, steps, sampling_steps), **(more or {})}
+    return with_subject_masks(adapt(graph, changes, object_info))
+
+
+def with_subject_masks(graph: Graph) -> Graph:
+    """Measure on the subject only: the small world's own mask node in front of every LikenessScore."""
+    graph = copy.deepcopy(graph)
+    scores = [node for node in graph["nodes"] if node["type"] == "LikenessScore"]
+    for node in scores:
+        insert_mask(graph, node, "images", "mask")
+        insert_mask(graph, node, "reference", "reference_mask")
+    return graph
+
+
+def insert_mask(graph: Graph, node: dict[str, Any], image_input: str, mask_input: str) -> None:
+    """Connect mask_input to a new ToyworldSubjectMask of what arrives at image_input."""
+    slots = {entry["name"]: (index, entry) for index, entry in enumerate(node["inputs"])}
+    origin = next((link for link in graph["links"] if link[0] == slots[image_input][1]["link"]), None)
+    if origin is None:
+        raise GraphError(f"Nothing is connected to {image_input} of the score node.")
+    identity, first = graph["last_node_id"] + 1, graph["last_link_id"] + 1
+    graph["last_node_id"], graph["last_link_id"] = identity, first + 1
+    index, entry = slots[mask_input]
+    entry["link"] = first + 1
+    source = next(other for other in graph["nodes"] if other["id"] == origin[1])
+    source["outputs"][origin[2]]["links"].append(first)
+    graph["links"] += [
+        [first, origin[1], origin[2], identity, 0, "IMAGE"],
+        [first + 1, identity, 0, node["id"], index, "MASK"],
+    ]
+    graph["nodes"].append(
+        {
+            "id": identity,
+            "type": "ToyworldSubjectMask",
+            "pos": [node["pos"][0], node["pos"][1] - 200 - 100 * (mask_input == "mask")],
+            "size": [340, 60],
+            "flags": {},
+            "order": len(graph["nodes"]),
+            "mode": 0,
+            "inputs": [{"name": "image", "type": "IMAGE", "link": first}],
+            "outputs": [{"name": "mask", "type": "MASK", "links": [first + 1]}],
+            "properties": {"Node name for S&R": "ToyworldSubjectMask"},
+            "widgets_values": [],
+        }
+    )
+
+
+def store_graph(graph: Graph, base: Path, name: str) -> Path:
+    """Put a graph where the page of the server at `base` lists the user's workflows."""
+    path = base / "user" / "default" / "workflows" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(graph))
+    return path
+
+
+def node_id(graph: Graph, title: str) -> str:
+    """The id, as the server writes it, of the one node with this title."""
+    return str(matching(graph, title)[0]["id"])

@@ -1,0 +1,52 @@
+"""Checks the types of the pack with ty.
+
+The pack is a package of whatever name its folder has, and ComfyUI has modules of the same names as some of its own.
+So a copy of the sources named `likeness` is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .environment import ROOT, SANDBOX
+
+CHECKED = ("core", "nodes", "toolbox", "benchmarks")  # not the training scripts of the small world
+IGNORED = (
+    "incompatible-method-override",  # execute() of a V3 node names the inputs of that node
+    "deprecated",
+    "not-callable",  # a torch module's attributes are Tensor | Module to the checker, whatever was assigned
+)
+CONFIGURATION = '[analysis]\nallowed-unresolved-imports = ["open_clip"]\n'  # optional at run time
+
+
+def copy_sources(target: Path) -> list[str]:
+    """Copy the Python files of the checked folders; returns the folders that there are."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    shutil.copy(ROOT / "__init__.py", target)
+    folders = [name for name in CHECKED if (ROOT / name).is_dir()]
+    for name in folders:
+        for path in (ROOT / name).rglob("*.py"):
+            copied = target / path.relative_to(ROOT)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copied)
+    return folders
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 when the check finds nothing."""
+    project = SANDBOX / "types"
+    folders = copy_sources(project / "likeness")
+    (project / "ty.toml").write_text(CONFIGURATION)  # also makes the copy a project of its own
+    command = [
+        *(str(Path(sys.executable).with_name("ty")), "check", "--no-progress", "--output-format", "concise"),
+        *("--python", sys.executable, "--extra-search-path", os.environ["COMFYUI_PATH"], "--project", str(project)),
+        *(part for rule in IGNORED for part in ("--ignore", rule)),
+        *(f"likeness/{name}" for name in ("__init__.py", *folders)),
+        *arguments,
+    ]
+    return subprocess.run(command, cwd=project).returncode
