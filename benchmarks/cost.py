@@ -1,6 +1,7 @@
 """What the pack costs beside the bare model calls, on the small world, on this machine.
 
-Bare: the same forward, backward and optimiser step on the same modules, without ComfyUI's executor and guider. Both run by
+Bare: the same forward, backward and optimiser step on the same modules, without ComfyUI's executor and guider. Both
+run by
 turns in one process, so that a slow moment of the machine hits both; the medians' ratio counts, not the seconds.
 
     python toolbox/_load.py benchmarks.cost --out benchmarks/results/cost.json
@@ -150,7 +151,9 @@ def import_seconds(rounds: int = 5) -> float:
 
     root = Path(__file__).resolve().parents[1]
     code = IMPORT.format(comfy=os.environ["COMFYUI_PATH"], pack=str(root / "__init__.py"), root=str(root))
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(rounds)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(rounds)
+    ]
     return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
@@ -173,7 +176,9 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()) + "\n")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**figures, "torch": torch.__version__, "threads": options.threads}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({**figures, "torch": torch.__version__, "threads": options.threads}, indent=1) + "\n"
+        )
     missed = [name for name, gate in GATES.items() if figures[name]["ratio"] > gate]
     if figures["import"]["ours"] > 0.05:
         missed.append("import")

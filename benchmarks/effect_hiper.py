@@ -1,9 +1,11 @@
-"""Does a HiPer embedding bring the subject along, and does the picture still obey the prompt? On the small world, counted.
+"""Does a HiPer embedding bring the subject along, and does the picture still obey the prompt? On the small world,
+counted.
 
 For each held-out subject one picture is rendered, an embedding is trained with the pack's own code, and pictures of the
 subject in another place are sampled from the same noise with and without it. Identity is the measuring encoder's cosine
 between the judge's subject crops on white (that encoder is in no loss); the text score is the scorer's cosine with the
-target prompt. The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the cost.
+target prompt. The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the
+cost.
 
     python toolbox/_load.py benchmarks.effect_hiper --out benchmarks/results/effect_hiper.json
     python toolbox/_load.py benchmarks.effect_hiper --sweep --out benchmarks/results/sweep_hiper.json
@@ -52,7 +54,9 @@ def cases(count: int) -> list[Case]:
     for key, found in sorted(places.items()):
         if len(found) >= 2:
             by_class.setdefault(key[0], []).append(key)
-    turns = [keys[turn] for turn in range(max(map(len, by_class.values()))) for keys in by_class.values() if turn < len(keys)]
+    turns = [
+        keys[turn] for turn in range(max(map(len, by_class.values()))) for keys in by_class.values() if turn < len(keys)
+    ]
     chosen = []
     for index, key in enumerate(turns[:count]):
         identity = world.identity(800_000 + index, *key)
@@ -94,7 +98,9 @@ class Bench:
             latent = self.world.vae.encode(self.picture(case))
             settings = HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=case.seed)
             prompt = self.conditioning(case.prompt(case.source_place))
-            return train_embedding(self.world.model, prompt, Subject(latent, None), settings, Schedule(steps, save_every))[0]
+            return train_embedding(
+                self.world.model, prompt, Subject(latent, None), settings, Schedule(steps, save_every)
+            )[0]
 
     def sample(self, case: Case, positive: list):
         """SAMPLES pictures [N, 3, 96, 96] of a prompt, from the case's own noise."""
@@ -140,7 +146,9 @@ class Bench:
 
 
 def effect(bench: Bench, count: int, tokens: int, steps: int, scale: float, learning_rate: float) -> list[dict]:
-    """For each subject: the target prompt alone, with the embedding, and the source prompt alone (how low text can fall)."""
+    """For each subject: the target prompt alone, with the embedding, and the source prompt alone (how low text
+    can fall).
+    """
     from ..core.conditioning import apply_embedding
 
     rows = []
@@ -154,10 +162,10 @@ def effect(bench: Bench, count: int, tokens: int, steps: int, scale: float, lear
             "source prompt": bench.scores(case, source),
         }
         rows.append(row)
-        sys.stdout.write(
-            f"{len(rows):3d} identity {row['without']['identity']:.3f} -> {row['with']['identity']:.3f}, "
-            f"text {row['without']['text']:.3f} -> {row['with']['text']:.3f} (source {row['source prompt']['text']:.3f})  {row['subject']}\n"
-        )
+        without, with_, source = (row[key] for key in ("without", "with", "source prompt"))
+        line = f"{len(rows):3d} identity {without['identity']:.3f} -> {with_['identity']:.3f}, "
+        line += f"text {without['text']:.3f} -> {with_['text']:.3f} (source {source['text']:.3f})  {row['subject']}"
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()
     return rows
 
@@ -198,7 +206,12 @@ def sweep(bench: Bench, count: int, steps: int, learning_rate: float) -> list[di
                 scores = bench.scores(case, apply_embedding(target, embedding.at(point[1]), point[2]))
                 found.setdefault(point, []).append(scores)
     return [
-        {"tokens": n, "step": step, "scale": scale, **{k: sum(s[k] for s in scores) / len(scores) for k in ("identity", "text")}}
+        {
+            "tokens": n,
+            "step": step,
+            "scale": scale,
+            **{k: sum(s[k] for s in scores) / len(scores) for k in ("identity", "text")},
+        }
         for (n, step, scale), scores in sorted(found.items())
     ]
 
@@ -218,13 +231,17 @@ def main(arguments: list[str]) -> int:
     hosting.start(options.threads)
     bench = Bench()
     settings = {key: getattr(options, key) for key in ("subjects", "steps", "tokens", "scale", "learning_rate")}
-    result: dict[str, Any] = {"settings": {**settings, "cfg": CFG, "samples": SAMPLES, "sampling_steps": SAMPLING_STEPS}}
+    result: dict[str, Any] = {
+        "settings": {**settings, "cfg": CFG, "samples": SAMPLES, "sampling_steps": SAMPLING_STEPS}
+    }
     if options.sweep:
         result["points"] = sweep(bench, options.subjects, options.steps, options.learning_rate)
         for point in result["points"]:
             sys.stdout.write(json.dumps(point) + "\n")
     else:
-        result["rows"] = effect(bench, options.subjects, options.tokens, options.steps, options.scale, options.learning_rate)
+        result["rows"] = effect(
+            bench, options.subjects, options.tokens, options.steps, options.scale, options.learning_rate
+        )
         result["summary"] = summary(result["rows"])
         sys.stdout.write(json.dumps(result["summary"], indent=1) + "\n")
     if options.out:

@@ -11,7 +11,9 @@ CHECKPOINT = "likeness_small_world.safetensors"
 
 
 def start(threads: int) -> Path:
-    """Make ComfyUI importable (COMFYUI_PATH names it); returns a temporary base folder with models, input, output and user."""
+    """Make ComfyUI importable (COMFYUI_PATH names it); returns a temporary base folder with models, input, output
+    and user.
+    """
     root = os.environ.get("COMFYUI_PATH")
     if not root or not (Path(root) / "comfy" / "sd.py").is_file():
         sys.exit(f"COMFYUI_PATH is {root!r}: set it to a ComfyUI folder, such as the one that toolbox/demo.py makes.")

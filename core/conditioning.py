@@ -1,7 +1,7 @@
 """Putting learned rows into a CONDITIONING: a list of [rows of text [B, 77 * k, d], dict of options].
 
-Deep inside, a learned embedding is only a replacement of the last n rows. What can go wrong is around it: the rows must fit
-the text encoder, and there must be n rows of padding to replace, or words of the prompt are lost.
+Deep inside, a learned embedding is only a replacement of the last n rows. What can go wrong is around it: the rows
+must fit the text encoder, and there must be n rows of padding to replace, or words of the prompt are lost.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CHUNK = 77  # rows of one pass of a CLIP text encoder: begin, up to 75 tokens, e
 def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
     """How many rows behind the end-of-text row are padding; None when the conditioning does not tell.
 
-    CONDITIONING carries no token count. But a CLIP text encoder's pooled output is its final row at the end of the text, so
-    where the rows are that final layer (SD1.x without clip skip), the end is the row that equals the pooled output.
+    CONDITIONING carries no token count. But a CLIP text encoder's pooled output is its final row at the end of the
+    text, so where the rows are that final layer (SD1.x without clip skip), the end is the row that equals it.
     rows [B, 77, d], pooled [B, d].
     """
     if pooled is None or rows.shape[1] != CHUNK or pooled.shape[-1] != rows.shape[-1]:
@@ -62,7 +62,7 @@ def apply_embedding(conditioning: Conditioning, rows: Tensor, scale: float) -> C
         if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
             found = "nothing" if text is None else f"rows of width {text.shape[-1]}"
             raise ValueError(
-                f"The embedding has width {rows.shape[-1]}, the prompt {found}: it was trained for another model family. "
+                f"The embedding has width {rows.shape[-1]}, the prompt {found}: it belongs to another model family. "
                 "Widths are 768 (SD1.x), 1024 (SD2.x) and 2048 (SDXL)."
             )
     if scale == 0.0:
@@ -72,9 +72,11 @@ def apply_embedding(conditioning: Conditioning, rows: Tensor, scale: float) -> C
 
 
 def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
-    """The rows [1, N, d] of a conditioning that is one plain prompt; ValueError for anything that restricts or combines it."""
+    """The rows [1, N, d] of a conditioning that is one plain prompt; ValueError when it is restricted or combined."""
     if len(conditioning) != 1:
-        raise ValueError(f"The {role} has {len(conditioning)} prompts, expected one: connect a Text Encode node directly.")
+        raise ValueError(
+            f"The {role} has {len(conditioning)} prompts, expected one: connect a Text Encode node directly."
+        )
     rows, options = conditioning[0]
     if rows is None or rows.ndim != 3 or rows.shape[0] != 1:
         raise ValueError(f"The {role} has no single table of text rows: connect a Text Encode node directly.")
@@ -104,8 +106,11 @@ def detached(value: Any) -> Any:
 
 
 def start_rows(context: Tensor, empty: Tensor | None, tokens: int) -> Tensor:
-    """The rows [n, d] that training starts from: the source prompt's own padding, or the empty prompt's (HiFi Tuner phi_s)."""
+    """The rows [n, d] to start from: the source prompt's own padding, or the empty prompt's (HiFi Tuner phi_s)."""
     source = context if empty is None else empty
     if source.shape[-1] != context.shape[-1]:
-        raise ValueError(f"The empty prompt has width {source.shape[-1]}, the source prompt {context.shape[-1]}: use one text encoder.")
+        raise ValueError(
+            f"The empty prompt has width {source.shape[-1]}, the source prompt {context.shape[-1]}: use one "
+            "text encoder."
+        )
     return torch.as_tensor(source[0, -tokens:]).clone()

@@ -47,7 +47,8 @@ def timestep_range(count: int, start_percent: float, end_percent: float) -> tupl
     """
     if not 0.0 <= start_percent < end_percent <= 1.0:
         raise ValueError(
-            f"The window {start_percent} to {end_percent} is not a part of 0 to 1: give a start below the end, both in 0..1."
+            f"The window {start_percent} to {end_percent} is not a part of 0 to 1: give a start below the end, both "
+            f"in 0..1."
         )
     last = count - 1
     return round(last * (1.0 - end_percent)), round(last * (1.0 - start_percent))

@@ -1,7 +1,7 @@
 """The LIKENESS_EMBEDDING artifact: text rows learned from a subject, with what is needed to use them rightly.
 
-One table of rows [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the number
-of denoising steps for a step-wise one.
+One table of rows [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the
+number of denoising steps for a step-wise one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Embedding:
             raise ValueError("The embedding holds no saved step: train it again.")
         shapes = {tuple(value.shape) for value in self.rows.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 3 or 0 in next(iter(shapes)):
-            raise ValueError(f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width]: train it again.")
+            raise ValueError(
+                f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width]: "
+                f"train it again."
+            )
 
     @property
     def tokens(self) -> int:
@@ -79,7 +82,8 @@ def save_embedding(path: Path, embedding: Embedding) -> None:
 
 
 def load_embedding(path: Path) -> Embedding:
-    """Read one of our files, or a tensor that the official HiPer script saved (.pt, read without running any code in it).
+    """Read one of our files, or a tensor that the official HiPer script saved (.pt, read without running any code in
+    it).
 
     Raises ValueError for anything else.
     """
@@ -87,9 +91,13 @@ def load_embedding(path: Path) -> Embedding:
         return _load_official(path)
     tensors, header = read_tensors(path, MAX_BYTES)
     if header.get("kind") != "embedding":
-        raise ValueError(f"{path.name} is a safetensors file but not an embedding of this pack: choose one made by Save Embedding.")
+        raise ValueError(
+            f"{path.name} is a safetensors file but not an embedding of this pack: choose one made by Save Embedding."
+        )
     if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
-        raise ValueError(f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack.")
+        raise ValueError(
+            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
+        )
     rows = {}
     for name, value in tensors.items():
         match = re.fullmatch(r"step_(\d{6})", name)
@@ -101,11 +109,15 @@ def load_embedding(path: Path) -> Embedding:
 
 def _load_official(path: Path) -> Embedding:
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path.name} is larger than any embedding ({path.stat().st_size} bytes): choose another file.")
+        raise ValueError(
+            f"{path.name} is larger than any embedding ({path.stat().st_size} bytes): choose another file."
+        )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
-        raise ValueError(f"{path.name} is not a plain tensor file ({type(error).__name__}): only HiPer's own .pt is read.") from error
+        raise ValueError(
+            f"{path.name} is not a plain tensor file ({type(error).__name__}): only HiPer's own .pt is read."
+        ) from error
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (2, 3):
         raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")
     value = value.detach().float().reshape(1, *value.shape[-2:])

@@ -1,6 +1,7 @@
 """Reading and writing safetensors files that may come from anyone.
 
-Written to a temporary name and renamed, so a file is whole or absent. Read with limits: size, header, shapes, finite values.
+Written to a temporary name and renamed, so a file is whole or absent. Read with limits: size, header, shapes, finite
+values.
 """
 
 from __future__ import annotations
@@ -41,14 +42,18 @@ def read_tensors(path: Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[st
     """
     size = path.stat().st_size
     if size > max_bytes:
-        raise ValueError(f"{path.name} has {size} bytes, more than the {max_bytes} such a file can need: it is not one of ours.")
+        raise ValueError(
+            f"{path.name} has {size} bytes, more than the {max_bytes} such a file can need: it is not one of ours."
+        )
     _check_header_length(path, size)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file ({error}): copy or train it again.") from error
+        raise ValueError(
+            f"{path.name} is not a readable safetensors file ({error}): copy or train it again."
+        ) from error
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path.name} holds NaN or infinite numbers in '{name}': copy or train it again.")
@@ -66,7 +71,9 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata.get(HEADER_KEY, "{}"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path.name} has a damaged header ({type(error).__name__}): copy or train it again.") from error
+        raise ValueError(
+            f"{path.name} has a damaged header ({type(error).__name__}): copy or train it again."
+        ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has a header that is not a table of settings: copy or train it again.")
     return header

@@ -1,8 +1,9 @@
-"""HiPer (Han et al. 2023, arXiv 2303.08767), its one objective: argmin_h E_{t,eps} || eps_theta(z_t, t, [c, h]) - eps ||^2.
+"""HiPer (Han et al. 2023, arXiv 2303.08767), its one objective: argmin_h E_{t,eps} || eps_theta(z_t, t, [c, h]) - eps
+||^2.
 
 The text encoder's output for the source prompt is a table of rows (77 x 768 for SD1.x). HiPer freezes the model and the
-head c of the table, and optimises only its last n rows h, on one picture. Any other prompt that carries the learned rows at
-its end then shows the subject.
+head c of the table, and optimises only its last n rows h, on one picture. Any other prompt that carries the learned
+rows at its end then shows the subject.
 
 Source: train.py and inference.py of the authors. Deviations, each with its reason:
 - x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs one random draw kept for the whole run;
@@ -57,8 +58,8 @@ class HiPer:
         settings: HiPerSettings,
         mask: Tensor | None = None,
     ) -> None:
-        """x0 [B, C, h, w] in the model's latent space; context [1, rows, d] of the source prompt; start [n, d], the rows
-        that h begins with; mask [B or 1, 1, h, w] of ones and zeros."""
+        """x0 [B, C, h, w] in the model's latent space; context [1, rows, d] of the source prompt; start [n, d], the
+        rows that h begins with; mask [B or 1, 1, h, w] of ones and zeros."""
         self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
         self.h = start.detach().to(device=x0.device, dtype=torch.float32).clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.h], lr=settings.learning_rate)

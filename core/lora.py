@@ -1,7 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3: h = W x + (alpha / r) B A x, beside the layer instead of in its weight.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3: h = W x + (alpha / r) B A x, beside the layer instead of in its
+weight.
 
-Added to the layer's output, the two factors train without a gradient, or a copy, of W: least memory, and right for weights
-in any storage format.
+Added to the layer's output, the two factors train without a gradient, or a copy, of W: least memory, and right for
+weights in any storage format.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so nothing changes."""
+    """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so nothing
+    changes.
+    """
 
     def __init__(self, layer: nn.Module, rank: int, generator: torch.Generator, alpha: float | None = None) -> None:
         super().__init__()
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if weight.ndim not in (2, 4):
-            raise ValueError(f"LoRA needs a linear or 2-D convolution layer, this one has a weight of shape {tuple(weight.shape)}.")
+            raise ValueError(
+                f"LoRA needs a linear or 2-D convolution layer, this one has a weight of shape {tuple(weight.shape)}."
+            )
         bound = float(weight[0].numel()) ** -0.5
         down = torch.rand((rank, *weight.shape[1:]), generator=generator) * 2 * bound - bound
         self.down = nn.Parameter(down.to(weight.device))

@@ -1,7 +1,7 @@
 """Runs on disk: what was trained once is not trained again, and what was stopped goes on where it stopped.
 
-A run is one safetensors file named by the sha256 of everything that decides its result except the number of steps. It holds
-the state after its last update, and the rows kept on the way.
+A run is one safetensors file named by the sha256 of everything that decides its result except the number of steps. It
+holds the state after its last update, and the rows kept on the way.
 """
 
 from __future__ import annotations

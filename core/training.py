@@ -30,11 +30,13 @@ class Run:
     def results(self, steps: int, save_every: int, last: Tensor) -> tuple[int, dict[int, Tensor]]:
         """What a request for `steps` gets: the step reached and the results by step.
 
-        A run that went further and kept this very step answers as if it had stopped there. If it did not keep it, all that
-        was done so far is handed out, with `last` as its newest result.
+        A run that went further and kept this very step answers as if it had stopped there. If it did not keep it, all
+        that was done so far is handed out, with `last` as its newest result.
         """
         end = steps if steps in self.kept else self.step
-        chosen = {step: rows for step, rows in self.kept.items() if step <= end and (step % save_every == 0 or step == end)}
+        chosen = {
+            step: rows for step, rows in self.kept.items() if step <= end and (step % save_every == 0 or step == end)
+        }
         return end, chosen if end in chosen else {**chosen, end: last}
 
 
@@ -61,7 +63,8 @@ def train(
     """Bring the fit to `steps` updates, resuming what is stored under the key.
 
     result() gives the fit's current result as a tensor on the CPU; it is kept at every save_every steps and at the end.
-    on_update gets the denoised estimate of each update; whatever it raises (an interrupt) ends the run, with its work saved.
+    on_update gets the denoised estimate of each update; whatever it raises (an interrupt) ends the run, with its work
+    saved.
     """
     run = stored_run(store, key) or Run({}, [])
     if run.state:

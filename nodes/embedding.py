@@ -23,13 +23,15 @@ class LikenessTrainEmbedding(io.ComfyNode):
             node_id="LikenessTrainEmbedding",
             display_name="Train Subject Embedding",
             category="likeness/embedding",
-            description="Learns a subject from one picture as a few rows of the prompt (HiPer). The model itself stays as it is.",
+            description="Learns a subject from one picture as a few rows of the prompt (HiPer). The model itself "
+            "stays as it is.",
             search_aliases=["hiper", "textual inversion", "personalize", "subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The source prompt: a plain description of the picture, such as 'a standing cat'. It must leave "
+                    tooltip="The source prompt: a plain description of the picture, such as 'a standing cat'. It "
+                    "must leave "
                     "as many unused rows as there are tokens.",
                 ),
                 io.Int.Input(
@@ -37,7 +39,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     default=hiper.STEPS,
                     min=1,
                     max=100_000,
-                    tooltip="Number of updates. 500 to 1000 is usual; many more cost the ability to edit. Asking for more "
+                    tooltip="Number of updates. 500 to 1000 is usual; many more cost the ability to edit. Asking for "
+                    "more "
                     "later goes on where this run ended.",
                 ),
                 io.Float.Input(
@@ -54,7 +57,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     default=hiper.TOKENS,
                     min=1,
                     max=75,
-                    tooltip="How many rows of the prompt hold the subject. 3 to 8: more keep more of the picture and leave "
+                    tooltip="How many rows of the prompt hold the subject. 3 to 8: more keep more of the picture and "
+                    "leave "
                     "less room for the edit.",
                 ),
                 io.Int.Input(
@@ -68,7 +72,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     "init",
                     options=[SOURCE, EMPTY],
                     default=SOURCE,
-                    tooltip="Where the rows start: the source prompt's own unused rows (HiPer), or those of the empty prompt "
+                    tooltip="Where the rows start: the source prompt's own unused rows (HiPer), or those of the "
+                    "empty prompt "
                     "connected to 'negative' (HiFi Tuner).",
                 ),
                 io.Int.Input(
@@ -118,23 +123,38 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         tooltip="Guidance of the preview pictures. Without a negative prompt they are made at 1.",
                     )
                 ),
-                io.Latent.Input("latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."),
-                io.Image.Input("image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes the image and makes the previews."),
-                io.Mask.Input("mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."),
-                io.Conditioning.Input("target", optional=True, tooltip="The prompt of the edit. Only for the previews, never for the loss."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
+                ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="The empty prompt: guides the previews and starts the rows when init asks for it."
+                    "target",
+                    optional=True,
+                    tooltip="The prompt of the edit. Only for the previews, never for the loss.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The empty prompt: guides the previews and starts the rows when init asks for it.",
                 ),
             ],
             outputs=[
-                Embedding.Output("embedding", display_name="embedding", tooltip="The learned rows at every saved step."),
+                Embedding.Output(
+                    "embedding", display_name="embedding", tooltip="The learned rows at every saved step."
+                ),
                 LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Image.Output(
                     "previews",
                     display_name="previews",
                     tooltip="With a target: first the target alone, then for each saved step [source + rows] and "
-                    "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it when there is no VAE.",
+                    "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it when "
+                    "there is no VAE.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -163,7 +183,9 @@ class LikenessTrainEmbedding(io.ComfyNode):
         negative=None,
     ) -> io.NodeOutput:
         if init == EMPTY and negative is None:
-            raise ValueError("init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there.")
+            raise ValueError(
+                "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
+            )
         pictures = subject(model, latent, image, vae, mask)
         embedding, losses = train_embedding(
             model,
@@ -201,10 +223,13 @@ class LikenessApplyEmbedding(io.ComfyNode):
             node_id="LikenessApplyEmbedding",
             display_name="Apply Subject Embedding",
             category="likeness/embedding",
-            description="Puts the learned subject into any prompt, in place of its last unused rows. Use it last, right before the sampler.",
+            description="Puts the learned subject into any prompt, in place of its last unused rows. Use it last, "
+            "right before the sampler.",
             search_aliases=["hiper", "subject"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="The prompt of the new picture, from the same text encoder."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt of the new picture, from the same text encoder."
+                ),
                 Embedding.Input("embedding", tooltip="A trained or loaded subject embedding."),
                 io.Float.Input(
                     "scale",
@@ -212,7 +237,8 @@ class LikenessApplyEmbedding(io.ComfyNode):
                     min=0.0,
                     max=4.0,
                     step=0.01,
-                    tooltip="1 is what was trained, 0.8 leaves more room for the edit (HiPer's own value), 0 switches it off.",
+                    tooltip="1 is what was trained, 0.8 leaves more room for the edit (HiPer's own value), 0 "
+                    "switches it off.",
                 ),
                 io.Int.Input(
                     "step",
@@ -224,10 +250,15 @@ class LikenessApplyEmbedding(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Connect the model to check that the embedding was trained on it. Nothing else is done with it.",
+                    tooltip="Connect the model to check that the embedding was trained on it. Nothing else is done "
+                    "with it.",
                 ),
             ],
-            outputs=[io.Conditioning.Output("conditioning", display_name="conditioning", tooltip="The prompt with the subject in it.")],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning", display_name="conditioning", tooltip="The prompt with the subject in it."
+                )
+            ],
         )
 
     @classmethod

@@ -25,12 +25,15 @@ class LikenessSaveEmbedding(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="likeness/subject",
-                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is overwritten.",
+                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is "
+                    "overwritten.",
                 ),
             ],
             outputs=[
                 Embedding.Output("embedding", display_name="embedding", tooltip="The embedding, passed on."),
-                io.String.Output("name", display_name="name", tooltip="The name under which Load Subject Embedding lists the file."),
+                io.String.Output(
+                    "name", display_name="name", tooltip="The name under which Load Subject Embedding lists the file."
+                ),
             ],
             is_output_node=True,
         )
@@ -53,7 +56,8 @@ class LikenessLoadEmbedding(io.ComfyNode):
             node_id="LikenessLoadEmbedding",
             display_name="Load Subject Embedding",
             category="likeness/embedding",
-            description="Loads a learned subject from models/likeness_embeddings: a .safetensors of this pack, or the .pt of the HiPer authors' script.",
+            description="Loads a learned subject from models/likeness_embeddings: a .safetensors of this pack, or "
+            "the .pt of the HiPer authors' script.",
             inputs=[
                 io.Combo.Input(
                     "name",
@@ -63,7 +67,9 @@ class LikenessLoadEmbedding(io.ComfyNode):
             ],
             outputs=[
                 Embedding.Output("embedding", display_name="embedding", tooltip="The loaded subject embedding."),
-                io.String.Output("info", display_name="info", tooltip="Method, tokens, base model, saved steps and loss of the file."),
+                io.String.Output(
+                    "info", display_name="info", tooltip="Method, tokens, base model, saved steps and loss of the file."
+                ),
             ],
         )
 

@@ -11,12 +11,16 @@ _folder: list[tempfile.TemporaryDirectory] = []
 
 
 def start() -> None:
-    """Make `import comfy...` work; models, input, output and user folders are temporary. Fails loudly without ComfyUI."""
+    """Make `import comfy...` work; models, input, output and user folders are temporary. Fails loudly without
+    ComfyUI.
+    """
     if _folder:
         return
     root = os.environ.get("COMFYUI_PATH")
     if not root or not (Path(root) / "comfy" / "sd.py").is_file():
-        raise RuntimeError(f"COMFYUI_PATH is {root!r}: run the tests with `python3 toolbox/test.py`, which sets ComfyUI up.")
+        raise RuntimeError(
+            f"COMFYUI_PATH is {root!r}: run the tests with `python3 toolbox/test.py`, which sets ComfyUI up."
+        )
     if root not in sys.path:
         sys.path.insert(0, root)
     _folder.append(tempfile.TemporaryDirectory(prefix="likeness-tests-", ignore_cleanup_errors=True))

@@ -84,11 +84,15 @@ FAMILIES = {"sd1": (sd1, 768, 768), "sd2_v": (sd2_v, 1024, 1024), "sdxl": (sdxl,
 
 
 def prompt(family: str, seed: int, end: int | None = 6) -> list:
-    """CONDITIONING of random rows. With `end`, the pooled vector says that the text ends there (where the widths allow)."""
+    """CONDITIONING of random rows. With `end`, the pooled vector says that the text ends there (where the widths
+    allow).
+    """
     _, width, pooled = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(1, 77, width, generator=generator)
-    vector = rows[:, end].clone() if end is not None and width == pooled else torch.randn(1, pooled, generator=generator)
+    vector = (
+        rows[:, end].clone() if end is not None and width == pooled else torch.randn(1, pooled, generator=generator)
+    )
     return [[rows, {"pooled_output": vector}]]
 
 
@@ -130,6 +134,8 @@ def controlnet(seed: int = 0):
     for name in ("out_channels", "transformer_depth_output", "use_temporal_attention"):
         config.pop(name)
     with torch.inference_mode():
-        net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu", **config)
+        net = comfy.cldm.cldm.ControlNet(
+            hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu", **config
+        )
         randomise(net, seed)
     return comfy.controlnet.ControlNet(net, load_device=CPU, manual_cast_dtype=None)

@@ -1,4 +1,6 @@
-"""ComfyUI's encoders and decoders with a gradient: the same arithmetic, without rounding, clamping or tiling on the way."""
+"""ComfyUI's encoders and decoders with a gradient: the same arithmetic, without rounding, clamping or tiling on
+the way.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Learning an embedding from a MODEL: from what the node got to a LIKENESS_EMBEDDING, its losses and preview pictures."""
+"""Learning an embedding from a MODEL: from what the node got to a LIKENESS_EMBEDDING, its losses and preview
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -50,18 +52,24 @@ def run_store() -> RunStore:
     return RunStore(Path(folder_paths.get_user_directory()) / "likeness" / "runs")
 
 
-def subject(model: Any, latent: dict[str, Tensor] | None, image: Tensor | None, vae: Any | None, mask: Tensor | None) -> Subject:
+def subject(
+    model: Any, latent: dict[str, Tensor] | None, image: Tensor | None, vae: Any | None, mask: Tensor | None
+) -> Subject:
     """The picture(s) to learn from, checked against the model; ValueError says what is missing or does not fit."""
     if (latent is None) == (image is None):
         given = "neither" if latent is None else "both"
         raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given} came in.")
     if image is not None and vae is None:
-        raise ValueError("An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT.")
+        raise ValueError(
+            "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT."
+        )
     samples = vae.encode(image[..., :3]) if latent is None else latent["samples"]
     channels = model.get_model_object("latent_format").latent_channels
     if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
         shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
-        raise ValueError(f"The latent is {shape}, the model expects pictures [batch, {channels}, height, width]: use its own VAE.")
+        raise ValueError(
+            f"The latent is {shape}, the model expects pictures [batch, {channels}, height, width]: use its own VAE."
+        )
     if not bool(torch.isfinite(samples).all()):
         raise ValueError("The latent holds NaN or infinite numbers: encode the picture again, with the VAE in fp32.")
     samples = samples.float().cpu()
@@ -70,7 +78,9 @@ def subject(model: Any, latent: dict[str, Tensor] | None, image: Tensor | None, 
     if mask.ndim == 2:
         mask = mask[None]
     if mask.shape[0] not in (1, samples.shape[0]):
-        raise ValueError(f"{mask.shape[0]} masks came with {samples.shape[0]} pictures: give one mask, or one for each picture.")
+        raise ValueError(
+            f"{mask.shape[0]} masks came with {samples.shape[0]} pictures: give one mask, or one for each picture."
+        )
     return Subject(samples, latent_mask(mask.float().cpu(), *samples.shape[-2:]))
 
 
@@ -103,7 +113,9 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = hiper.HiPerSettings(**{**asdict(settings), "t_low": t_low, "t_high": t_high})
     base = fingerprint(model)
-    key = digest([METHOD, asdict(settings), schedule.save_every, base, patches_digest(model), positive, start, asdict(pictures)])
+    key = digest(
+        [METHOD, asdict(settings), schedule.save_every, base, patches_digest(model), positive, start, asdict(pictures)]
+    )
 
     progress = Progress(model, schedule.steps, node_id)
     run = stored_run(run_store(), key)
@@ -117,7 +129,12 @@ def train_embedding(
     header = {
         "method": METHOD,
         "base": base,
-        "settings": {**asdict(settings), "steps": end, "save_every": schedule.save_every, "masked": pictures.mask is not None},
+        "settings": {
+            **asdict(settings),
+            "steps": end,
+            "save_every": schedule.save_every,
+            "masked": pictures.mask is not None,
+        },
         "losses": curve(losses),
     }
     return Embedding(kept, header), losses
@@ -167,7 +184,8 @@ def preview_pictures(
     cfg: float,
     seed: int,
 ) -> Tensor:
-    """[source, h] for each saved step; with a target prompt first [target] alone, then [source, h] and [target, 0.8 h] in turn.
+    """[source, h] for each saved step; with a target prompt first [target] alone, then [source, h] and [target, 0.8
+    h] in turn.
 
     All pictures start from the same noise. Shape [1, C, h, w] of the latent; returns [pictures, H, W, 3].
     """

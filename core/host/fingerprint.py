@@ -16,7 +16,9 @@ FIXED = ("family", "prediction", "latent_format", "shapes")
 
 
 def fingerprint(model: Any) -> dict[str, str]:
-    """family, prediction type, latent format and UNet shapes, which must match; and a hash of 16 weights, which should."""
+    """family, prediction type, latent format and UNet shapes, which must match; and a hash of 16 weights, which
+    should.
+    """
     base = model.model
     state = base.diffusion_model.state_dict()
     shapes = {name: list(value.shape) for name, value in state.items()}
@@ -30,7 +32,9 @@ def fingerprint(model: Any) -> dict[str, str]:
 
 
 def _sampled_weights(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The beginnings of 16 weight matrices as they are in the file: unpatched, and as float32 whatever they are stored in."""
+    """The beginnings of 16 weight matrices as they are in the file: unpatched, and as float32 whatever they are
+    stored in.
+    """
     names = sorted(name for name, value in state.items() if value.ndim >= 2 and name.endswith(".weight"))
     chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
     weights = {}
@@ -42,7 +46,9 @@ def _sampled_weights(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_base(recorded: dict[str, str], model: Any) -> None:
-    """ValueError when an artifact cannot belong to this model; a warning when only the weights differ (another fine-tune)."""
+    """ValueError when an artifact cannot belong to this model; a warning when only the weights differ (another
+    fine-tune).
+    """
     if not recorded:
         log.warning("The artifact does not record its base model, so it was not checked.")
         return
@@ -50,16 +56,22 @@ def check_base(recorded: dict[str, str], model: Any) -> None:
     for name in FIXED:
         if recorded.get(name) != found[name]:
             raise ValueError(
-                f"The artifact was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected model is "
+                f"The artifact was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected "
+                f"model is "
                 f"{found['family']} ({found['prediction']}), and their {name.replace('_', ' ')} differ: "
                 "connect the model it was trained on."
             )
     if recorded.get("content") != found["content"]:
-        log.warning("The artifact was trained on other weights of the same family (%s): the likeness may suffer.", found["family"])
+        log.warning(
+            "The artifact was trained on other weights of the same family (%s): the likeness may suffer.",
+            found["family"],
+        )
 
 
 def patches_digest(model: Any) -> str:
-    """A hash of what was put on top of the weights (LoRA and the like) and of the model options, as far as they have names."""
+    """A hash of what was put on top of the weights (LoRA and the like) and of the model options, as far as they
+    have names.
+    """
     patches = {key: [_plain(patch) for patch in entries] for key, entries in model.patches.items()}
     options = {name: sorted(map(str, value)) for name, value in _names(model.model_options)}
     return digest({"patches": patches, "options": options})
@@ -67,7 +79,11 @@ def patches_digest(model: Any) -> str:
 
 def _names(options: dict[str, Any]) -> list[tuple[str, Any]]:
     transformer = options.get("transformer_options", {})
-    named = [(f"{kind}.{name}", entries) for kind in ("patches", "patches_replace") for name, entries in transformer.get(kind, {}).items()]
+    named = [
+        (f"{kind}.{name}", entries)
+        for kind in ("patches", "patches_replace")
+        for name, entries in transformer.get(kind, {}).items()
+    ]
     return [(name, entries if isinstance(entries, dict) else [len(entries)]) for name, entries in named]
 
 

@@ -24,7 +24,9 @@ def numbered_path(folder: str, prefix: str, suffix: str) -> Path:
     parts = PurePosixPath(prefix.replace("\\", "/")).parts
     hostile = "\0" in prefix or ".." in parts or PurePosixPath(prefix).is_absolute() or PureWindowsPath(prefix).anchor
     if hostile or not parts or len(prefix) > MAX_PREFIX or ":" in prefix.replace("%date:", ""):
-        raise ValueError(f"The file name {prefix[:80]!r} is not a plain name below the pack's folder: use letters, digits and '/'.")
+        raise ValueError(
+            f"The file name {prefix[:80]!r} is not a plain name below the pack's folder: use letters, digits and '/'."
+        )
     os.makedirs(folder, exist_ok=True)
     root = os.path.realpath(folder)
     _refuse_outside(root, os.path.join(root, os.path.dirname(prefix)), prefix)

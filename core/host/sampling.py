@@ -24,7 +24,9 @@ def sample_picture(
     cfg: float,
     seed: int,
 ) -> Tensor:
-    """One picture [1, H, W, 3] in 0..1 from fresh noise of a LATENT's shape [1, C, h, w]. Without a negative prompt cfg is 1."""
+    """One picture [1, H, W, 3] in 0..1 from fresh noise of a LATENT's shape [1, C, h, w]. Without a negative
+    prompt cfg is 1.
+    """
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     latent = torch.zeros(shape)
     if negative is None:

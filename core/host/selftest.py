@@ -44,11 +44,15 @@ def _in_session(
     return found[0]
 
 
-def check_conditioning(model: Any, positive: Conditioning, latent: Tensor, *, checkpointing: bool = False) -> GradientCheck:
+def check_conditioning(
+    model: Any, positive: Conditioning, latent: Tensor, *, checkpointing: bool = False
+) -> GradientCheck:
     """d (sum of the denoised estimate, randomly weighted) / d (text rows)."""
 
     def check(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, weight: Tensor) -> GradientCheck:
-        return gradient_check("conditioning", lambda rows: (denoiser.denoised(x, sigma, rows) * weight).sum(), denoiser.context)
+        return gradient_check(
+            "conditioning", lambda rows: (denoiser.denoised(x, sigma, rows) * weight).sum(), denoiser.context
+        )
 
     return _in_session(model, positive, latent, check, checkpointing)
 

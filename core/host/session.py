@@ -1,7 +1,7 @@
 """The one gradient session: every optimisation of the pack runs inside a sampler that a guider calls.
 
-So ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers, and
-cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
+So ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers,
+and cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from ..conditioning import Conditioning, detached
 from .weights import check_fully_loaded, checkpointed, gradients, load_fully, private_skips, thawed, trainable_clone
 
-# Backward keeps every activation; ComfyUI's estimate is for one forward pass. Measured ratio on a UNet: see benchmarks/.
+# Backward keeps every activation; ComfyUI's estimate is for one forward pass. Measured ratio on a UNet: see
+# benchmarks/.
 ACTIVATION_FACTOR = 4.0
 ACTIVATION_FACTOR_CHECKPOINTED = 1.5
 
@@ -69,7 +70,9 @@ class _Body(comfy.samplers.Sampler):
     def __init__(self, run: Callable[..., None]) -> None:
         self._run = run
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         self._run(model_wrap, extra_args, latent_image)
         return latent_image
 
@@ -87,7 +90,8 @@ def optimise(
     model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
     [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
     What body wants to keep it must detach and move to the CPU itself.
-    Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised formats).
+    Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
+    formats).
     """
     clone = trainable_clone(model)
 
@@ -128,7 +132,8 @@ def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
-            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without torch.compile, and "
+            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without "
+            f"torch.compile, and "
             "connect it before nodes that change its inner tensors in place (FreeU); they may follow for sampling."
         ) from error
     if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):

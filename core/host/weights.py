@@ -1,7 +1,7 @@
 """Making a loaded ComfyUI model differentiable for a while, and leaving it exactly as it was.
 
-ComfyUI runs nodes under torch.inference_mode(), so its weights are inference tensors, which autograd refuses to save. Which
-ones are depends on who loaded the model first; therefore every weight is looked at, every time.
+ComfyUI runs nodes under torch.inference_mode(), so its weights are inference tensors, which autograd refuses to save.
+Which ones are depends on who loaded the model first; therefore every weight is looked at, every time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def thawed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Stand-ins for all inference parameters and buffers: equal, ordinary, without gradient. The originals come back on exit.
+    """Equal, ordinary stand-ins for all inference parameters and buffers; the originals come back on exit.
 
     Bringing back the very same objects keeps ModelPatcher's backups and the other nodes that share the module valid.
     """
@@ -64,8 +64,8 @@ def _ordinary(value: Tensor, parameter: bool) -> Tensor:
 def out_of_place_text_layers(module: nn.Module) -> Iterator[None]:
     """Keep ComfyUI's CLIP layers from overwriting what backward needs.
 
-    CLIPLayer adds to its input in place. Plain autograd notices and raises; checkpointing does not notice and gives wrong
-    gradients. Handing each layer norm a copy of its input makes the saved tensor a private one.
+    CLIPLayer adds to its input in place. Plain autograd notices and raises; checkpointing does not notice and gives
+    wrong gradients. Handing each layer norm a copy of its input makes the saved tensor a private one.
     """
 
     def private(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -88,8 +88,9 @@ def out_of_place_text_layers(module: nn.Module) -> Iterator[None]:
 def private_skips(unet: nn.Module) -> Iterator[None]:
     """Keep a ControlNet from overwriting what backward needs.
 
-    ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Handing every
-    block a copy of its input makes the skip connections nobody else's. Only UNets with skip connections are touched.
+    ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Handing
+    every block a copy of its input makes the skip connections nobody else's. Other models are left
+    alone.
     """
 
     def private(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -107,7 +108,7 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
-    """Recompute the blocks of these classes in backward instead of keeping their activations: less memory, a third more time."""
+    """Recompute the blocks of these classes in backward instead of keeping activations: less memory, more time."""
     names = set(class_names)
     wrapped = [part for part in module.modules() if type(part).__name__ in names]
     try:
@@ -143,8 +144,8 @@ def trainable_clone(model: Any) -> Any:
             clone = model.clone(disable_dynamic=True, force_deepcopy=True)
         except RuntimeError as error:
             raise RuntimeError(
-                "This model's weights are streamed by ComfyUI's dynamic VRAM and its loader cannot reload them for training: "
-                "load it with Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
+                "This model's weights are streamed by ComfyUI's dynamic VRAM and its loader cannot reload them for "
+                "training: load it with Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
             ) from error
     else:
         clone = model.clone()
@@ -169,6 +170,7 @@ def check_fully_loaded(model: Any) -> None:
     if partial:
         size, free = model.model_size() / 2**30, mm.get_free_memory(model.load_device) / 2**30
         raise RuntimeError(
-            f"The model ({size:.1f} GB) does not fit whole beside what training needs ({free:.1f} GB are free), and a partly loaded "
-            "model cannot be trained through: use a smaller picture, an fp8 file of the model, or free VRAM (Unload Models)."
+            f"The model ({size:.1f} GB) does not fit whole beside what training needs ({free:.1f} GB are free), and "
+            "a partly loaded model cannot be trained through: use a smaller picture, an fp8 file of the model, or free "
+            "VRAM (Unload Models)."
         )

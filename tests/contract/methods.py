@@ -1,7 +1,7 @@
 """What the contract suite runs: one entry for each trained thing of the pack.
 
-A method joins by adding an Entry to METHODS: how it is trained, applied, saved and loaded on a tiny model. Everything else,
-from cancelling to working beside other packs' patches, is asked of all of them alike in test_contract.py.
+A method joins by adding an Entry to METHODS: how it is trained, applied, saved and loaded on a tiny model. Everything
+else, from cancelling to working beside other packs' patches, is asked of all of them alike in test_contract.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Entry:
     """One trained thing.
 
     fit(setting, **changes) -> (artifact, losses); apply(setting, artifact, strength) -> (MODEL, positive CONDITIONING);
-    tensors(artifact) -> named tensors; save(artifact, name) -> file; load(file) -> artifact; check_base(setting, artifact).
+    tensors(artifact) -> named tensors; save(artifact, name) -> file; load(file) -> artifact; check_base(setting,
+    artifact).
     """
 
     name: str
@@ -67,7 +68,14 @@ def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None
     }
     inputs |= more
     output = run_node(
-        LikenessTrainEmbedding, model=setting.model, positive=setting.source, steps=steps, save_every=save_every, seed=seed, mask=mask, **inputs
+        LikenessTrainEmbedding,
+        model=setting.model,
+        positive=setting.source,
+        steps=steps,
+        save_every=save_every,
+        seed=seed,
+        mask=mask,
+        **inputs,
     )
     return output[0], output[1]["loss"]
 
@@ -75,7 +83,9 @@ def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None
 def _apply_hiper(setting: Setting, embedding, strength: float):
     from likeness.nodes.embedding import LikenessApplyEmbedding
 
-    return setting.model, run_node(LikenessApplyEmbedding, conditioning=setting.target, embedding=embedding, scale=strength, step=0)[0]
+    return setting.model, run_node(
+        LikenessApplyEmbedding, conditioning=setting.target, embedding=embedding, scale=strength, step=0
+    )[0]
 
 
 def _save_embedding(embedding, folder: Path) -> Path:
@@ -94,7 +104,9 @@ def _load_embedding(path: Path):
 def _check_embedding(setting: Setting, embedding) -> None:
     from likeness.nodes.embedding import LikenessApplyEmbedding
 
-    run_node(LikenessApplyEmbedding, conditioning=setting.target, embedding=embedding, scale=1.0, step=0, model=setting.model)
+    run_node(
+        LikenessApplyEmbedding, conditioning=setting.target, embedding=embedding, scale=1.0, step=0, model=setting.model
+    )
 
 
 METHODS = [
@@ -119,11 +131,15 @@ def run_node(node: type, **inputs: Any) -> tuple:
         return tuple(getattr(node(), node.FUNCTION)(**inputs))
 
 
-def sample(model: Any, positive: list, negative: list, latent: dict, *, steps: int = 3, cfg: float = 4.0, seed: int = 0) -> torch.Tensor:
+def sample(
+    model: Any, positive: list, negative: list, latent: dict, *, steps: int = 3, cfg: float = 4.0, seed: int = 0
+) -> torch.Tensor:
     """A few steps of ComfyUI's own sampler; returns the latent."""
     import comfy.sample
 
     noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(seed))
     zeros = torch.zeros_like(latent["samples"])
     with torch.inference_mode():
-        return comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", positive, negative, zeros, disable_pbar=True, seed=seed)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "normal", positive, negative, zeros, disable_pbar=True, seed=seed
+        )

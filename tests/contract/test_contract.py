@@ -73,7 +73,9 @@ def test_save_and_load_give_the_same_artifact(entry, family, tmp_path):
     loaded = entry.load(entry.save(artifact, tmp_path))
     assert equal(entry, artifact, loaded)
     entry.check_base(setting, loaded)
-    first, second = (sample(*entry.apply(setting, each, 1.0), setting.empty, setting.latent) for each in (artifact, loaded))
+    first, second = (
+        sample(*entry.apply(setting, each, 1.0), setting.empty, setting.latent) for each in (artifact, loaded)
+    )
     assert torch.equal(first, second)
 
 
@@ -186,7 +188,8 @@ def test_batches_and_odd_sizes(entry, family):
     assert both.shape == (2, 4, 7, 10) and bool(torch.isfinite(both).all())
 
 
-# Beside other nodes of ComfyUI ------------------------------------------------------------------------------------------
+# Beside other nodes of ComfyUI
+# ------------------------------------------------------------------------------------------
 
 
 def freeu(setting, model, positive):

@@ -14,7 +14,9 @@ def own_folders(tmp_path, monkeypatch):
     import folder_paths
 
     folder_paths.set_user_directory(str(tmp_path / "user"))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "likeness_embeddings", ([str(tmp_path / "embeddings")], set()))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "likeness_embeddings", ([str(tmp_path / "embeddings")], set())
+    )
 
 
 def train(setting: Setting, **changes) -> tuple:
@@ -70,7 +72,9 @@ def test_image_and_vae_learn_the_same_as_the_encoded_latent():
 
 
 def test_a_real_text_encoder_tells_where_the_prompt_ends():
-    """Not only our own idea of a pooled vector: ComfyUI's tokenizer and text model, weights and a long prompt included."""
+    """Not only our own idea of a pooled vector: ComfyUI's tokenizer and text model, weights and a long prompt
+    included.
+    """
     from likeness.core.conditioning import check_room, padding_rows
 
     clip = tiny_models.clip_l()
@@ -167,13 +171,27 @@ def test_save_and_load_nodes(tmp_path):
     embedding = train(Setting(), preview_steps=0)[0]
     _, name = run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix="cats/tom")
     assert name == "cats/tom_00001_.safetensors" and (tmp_path / "embeddings" / name).is_file()
-    assert run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix="cats/tom")[1] == "cats/tom_00002_.safetensors"
+    assert (
+        run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix="cats/tom")[1]
+        == "cats/tom_00002_.safetensors"
+    )
     loaded, info = run_node(LikenessLoadEmbedding, name=name)
     assert all(torch.equal(loaded.rows[step], embedding.rows[step]) for step in embedding.rows)
     assert "hiper: 5 tokens of width 768" in info and "SD15" in info
 
 
-HOSTILE = ["../out", "a/../../out", "/abs", "C:\\out", "\\\\server\\share", "nul\0byte", "", "x" * 300, "..", "link/out"]
+HOSTILE = [
+    "../out",
+    "a/../../out",
+    "/abs",
+    "C:\\out",
+    "\\\\server\\share",
+    "nul\0byte",
+    "",
+    "x" * 300,
+    "..",
+    "link/out",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -16,7 +16,9 @@ LIMIT = 0.01
 def test_through_the_model(family, what, checkpointing):
     from likeness.core.host import selftest
 
-    check = {"conditioning": selftest.check_conditioning, "latent": selftest.check_latent, "lora": selftest.check_lora}[what]
+    check = {"conditioning": selftest.check_conditioning, "latent": selftest.check_latent, "lora": selftest.check_lora}[
+        what
+    ]
     with torch.inference_mode():
         model, prompt = tiny_models.FAMILIES[family][0](), tiny_models.prompt(family, 1)
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
@@ -31,7 +33,10 @@ def test_through_the_models_blocks_a_control_net_writes_to():
     from .methods import run_node
 
     with torch.inference_mode():
-        prompt, picture = tiny_models.prompt("sd1", 1), torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(9))
+        prompt, picture = (
+            tiny_models.prompt("sd1", 1),
+            torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(9)),
+        )
         inputs = {"positive": prompt, "negative": prompt, "control_net": tiny_models.controlnet(), "image": picture}
         controlled = run_node(ControlNetApplyAdvanced, **inputs, strength=1.0, start_percent=0.0, end_percent=1.0)[0]
         latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))

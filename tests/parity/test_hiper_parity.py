@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from likeness.core.conditioning import apply_embedding
 from likeness.core.hiper import HiPer, HiPerSettings, with_tail
 from likeness.core.host.session import optimise
@@ -70,10 +71,10 @@ def test_embeddings_after_every_update(official):
 
 def test_conditionings_of_the_previews_and_of_inference(official):
     first = official["hiper"][0]
-    (source, _), = apply_embedding([[official["src"], {}]], first, 1.0)
-    (target, _), = apply_embedding([[official["tgt"], {}]], first, 0.8)
+    ((source, _),) = apply_embedding([[official["src"], {}]], first, 1.0)
+    ((target, _),) = apply_embedding([[official["tgt"], {}]], first, 0.8)
     assert torch.equal(source, official["preview_src_hiper"]) and torch.equal(target, official["preview_tgt_hiper08"])
-    (infer, _), = apply_embedding([[official["tgt"], {}]], official["hiper"][-1], 0.8)
+    ((infer, _),) = apply_embedding([[official["tgt"], {}]], official["hiper"][-1], 0.8)
     torch.testing.assert_close(infer, official["infer_cond"], atol=1e-6, rtol=0)
     assert torch.equal(official["saved_step0"], first)
     assert torch.equal(with_tail(official["src"], first[0]), official["preview_src_hiper"])

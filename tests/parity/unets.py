@@ -18,7 +18,9 @@ def arrays(name: str) -> dict[str, torch.Tensor]:
 
 
 def tiny_sd15():
-    """ModelPatcher of an SD1.x-like UNet (32 and 64 wide, context 32, two heads), with the weights of embed_unet.npz."""
+    """ModelPatcher of an SD1.x-like UNet (32 and 64 wide, context 32, two heads), with the weights of
+    embed_unet.npz.
+    """
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models

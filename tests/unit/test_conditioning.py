@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from likeness.core.conditioning import apply_embedding, check_room, padding_rows, single_prompt, start_rows
 
 D = 8
@@ -23,7 +24,7 @@ def tail(n: int = 5, width: int = D) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [77, 154])
 def test_the_last_rows_of_the_whole_prompt_are_replaced(rows):
     source = prompt(rows)
-    (text, options), = apply_embedding(source, tail(), 0.8)
+    ((text, options),) = apply_embedding(source, tail(), 0.8)
     assert torch.equal(text[:, :-5], source[0][0][:, :-5])
     assert torch.allclose(text[:, -5:], 0.8 * tail())
     assert text.shape == source[0][0].shape and options is not source[0][1]
@@ -31,7 +32,7 @@ def test_the_last_rows_of_the_whole_prompt_are_replaced(rows):
 
 def test_batched_rows_get_the_subject_in_every_row():
     source = [[torch.randn(3, 77, D), {}]]
-    (text, _), = apply_embedding(source, tail(), 1.0)
+    ((text, _),) = apply_embedding(source, tail(), 1.0)
     assert torch.equal(text[:, -5:], tail().expand(3, -1, -1))
 
 
@@ -52,12 +53,12 @@ def test_inputs_are_not_changed():
 
 def test_scale_zero_is_off():
     source = prompt()
-    (text, _), = apply_embedding(source, tail(), 0.0)
+    ((text, _),) = apply_embedding(source, tail(), 0.0)
     assert torch.equal(text, source[0][0])
 
 
 def test_padding_is_counted_from_the_end_of_text():
-    (text, options), = prompt(end=70)
+    ((text, options),) = prompt(end=70)
     assert padding_rows(text, options["pooled_output"]) == 6
     assert padding_rows(text, None) is None
     assert padding_rows(text, torch.randn(1, D) * 5) is None

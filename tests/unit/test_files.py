@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from likeness.core.embedding import MAX_BYTES, Embedding, load_embedding, save_embedding
 from likeness.core.files import read_tensors, write_tensors
 from likeness.core.runs import RunStore, digest
-from safetensors.torch import save_file
 
 
 def embedding() -> Embedding:
@@ -60,15 +61,25 @@ BAD_FILES = {
     "huge header": lambda p: write_raw(p, b"{}", length=1 << 60),
     "header not json": lambda p: write_raw(p, b"nonsense"),
     "tensor beyond the end": lambda p: write_raw(
-        p, json.dumps({"step_000001": {"dtype": "F32", "shape": [1, 5, 8], "data_offsets": [0, 160]}}).encode(), body=b"x" * 9
+        p,
+        json.dumps({"step_000001": {"dtype": "F32", "shape": [1, 5, 8], "data_offsets": [0, 160]}}).encode(),
+        body=b"x" * 9,
     ),
-    "nan": lambda p: write_tensors(p, {"step_000001": torch.full((1, 5, 8), float("nan"))}, {"kind": "embedding", "format": 1}),
+    "nan": lambda p: write_tensors(
+        p, {"step_000001": torch.full((1, 5, 8), float("nan"))}, {"kind": "embedding", "format": 1}
+    ),
     "another kind": lambda p: save_file({"step_000001": torch.zeros(1, 5, 8)}, p),
-    "newer format": lambda p: write_tensors(p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 99}),
+    "newer format": lambda p: write_tensors(
+        p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 99}
+    ),
     "extra tensor": lambda p: write_tensors(p, {"x": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 1}),
-    "wrong dtype": lambda p: write_tensors(p, {"step_000001": torch.zeros(1, 5, 8).int()}, {"kind": "embedding", "format": 1}),
+    "wrong dtype": lambda p: write_tensors(
+        p, {"step_000001": torch.zeros(1, 5, 8).int()}, {"kind": "embedding", "format": 1}
+    ),
     "two shapes": lambda p: write_tensors(
-        p, {"step_000001": torch.zeros(1, 5, 8), "step_000002": torch.zeros(1, 5, 9)}, {"kind": "embedding", "format": 1}
+        p,
+        {"step_000001": torch.zeros(1, 5, 8), "step_000002": torch.zeros(1, 5, 9)},
+        {"kind": "embedding", "format": 1},
     ),
     "no tensors": lambda p: write_tensors(p, {}, {"kind": "embedding", "format": 1}),
     "header of the wrong shape": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[1, 2]"}),

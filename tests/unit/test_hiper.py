@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from likeness.core.denoiser import latent_mask, masked_mean, noise_error, timestep_range
 from likeness.core.hiper import HiPer, HiPerSettings, with_tail
 
@@ -33,7 +34,11 @@ def test_only_the_tail_changes():
 
 def test_noise_error_is_predicted_minus_true_noise():
     fit = make()
-    x0, noise, sigma = fit.x0, torch.randn(fit.x0.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0.7])
+    x0, noise, sigma = (
+        fit.x0,
+        torch.randn(fit.x0.shape, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0.7]),
+    )
     error, denoised = noise_error(fit.denoiser, x0, noise, sigma, fit.context)
     x = x0 + 0.7 * noise
     assert torch.allclose(error, (x - denoised) / 0.7 - noise, atol=1e-5)

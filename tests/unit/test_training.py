@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from likeness.core.runs import RunStore
 from likeness.core.training import stored_run, train
 
