@@ -76,7 +76,7 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return sized[:, 0].clamp(0.0, 1.0)
 
 
-def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.05) -> Tensor:
+def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06) -> Tensor:
     """The subject alone on white, cut out square and resized -> [B, size, size, 3].
 
     Identity is measured on this: on the whole picture a matching background looks like a matching subject. The square

@@ -57,9 +57,9 @@ class VisionModel:
         output["mm_projected"] = None
         return output
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor, crop: bool = True) -> Tensor:
         """See features(); call inside looking() or measure with embed()."""
-        return self.model(self.preprocess(pixels.to(self.load_device))).embedding
+        return self.model(self.preprocess(pixels.to(self.load_device), crop)).embedding
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """Text embeddings [len(texts), D]. ValueError when the model has no text encoder."""
@@ -99,23 +99,29 @@ def looking(vision: Any) -> Iterator[None]:
             yield
 
 
-def features(vision: Any, pixels: Tensor) -> Tensor:
-    """Embeddings [B, D] of pictures [B, H, W, 3], for ComfyUI's CLIP_VISION objects and ours, on the model's device.
+def features(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
+    """Embeddings [B, D] of pictures [B, H, W, 3], of ComfyUI's CLIP_VISION objects and ours, on the model's device.
 
+    crop False squashes instead of cutting out the centre: for subject crops, which are square and have no border.
     Differentiable inside looking(). CLIP: the projected image embedding. DINOv2: the class token after the last layer
     norm. ComfyUI's SigLIP has no pooling layer: the mean of its tokens.
     """
     if isinstance(vision, VisionModel):
-        return vision.features(pixels)
-    pooled = vision.model(pixel_values=preprocess_of(vision)(pixels.to(vision.load_device)), intermediate_output=-2)[2]
+        return vision.features(pixels, crop)
+    inputs = preprocess_of(vision)(pixels.to(vision.load_device), crop)
+    pooled = vision.model(pixel_values=inputs, intermediate_output=-2)[2]
     return pooled.mean(1) if pooled.ndim == 3 else pooled
 
 
-def embed(vision: Any, pixels: Tensor) -> Tensor:
+def embed(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
     """features() without a gradient, a few pictures at a time -> [B, D] on the CPU."""
     _load(vision, min(BATCH, pixels.shape[0]))
+    found = []
     with torch.no_grad():
-        return torch.cat([features(vision, part).float().cpu() for part in pixels.split(BATCH)])
+        for part in pixels.split(BATCH):
+            mm.throw_exception_if_processing_interrupted()
+            found.append(features(vision, part, crop).float().cpu())
+    return torch.cat(found)
 
 
 def preprocess_of(vision: Any) -> Preprocess:

@@ -1,0 +1,154 @@
+"""LPIPS from the user's weight files: the linear heads, and the AlexNet or VGG16 they were trained on.
+
+The networks are written out here, so that torchvision is not needed. Heads: the files of the LPIPS authors (alex.pth,
+vgg.pth), or the state dict of their whole model. Backbone: torchvision's file, recognised by its name (alexnet*.pth,
+vgg16*.pth) in models/likeness_lpips, or contained in the heads' file. Either may be a safetensors file.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ... import measures
+from .offline import reason
+
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in -1..1, from the authors' code
+SMALLEST = 32  # px; below it the last pooling has nothing left
+HEAD = re.compile(r"lins?\.?(\d)\.model\.1\.weight")
+LAYER = re.compile(r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))")
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+# (channels in, out, kernel, stride, padding) of a convolution with ReLU, or (kernel, stride) of a max pooling.
+_ALEXNET = ((3, 64, 11, 4, 2), (3, 2), (64, 192, 5, 1, 2), (3, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1))
+ALEXNET = (*_ALEXNET, (256, 256, 3, 1, 1))
+
+
+def _vgg16() -> tuple[tuple[int, ...], ...]:
+    layers: list[tuple[int, ...]] = []
+    before = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers.append((before, width, 3, 1, 1))
+            before = width
+        layers.append((2, 2))
+    return tuple(layers[:-1])
+
+
+# Widths of the five compared layers -> (name, file name's beginning, layers, indices of the compared ReLUs).
+BACKBONES = {
+    (64, 192, 384, 256, 256): ("AlexNet", "alexnet", ALEXNET, (1, 4, 7, 9, 11)),
+    (64, 128, 256, 512, 512): ("VGG16", "vgg16", _vgg16(), (3, 8, 15, 22, 29)),
+}
+
+
+class Lpips(nn.Module):
+    """Feature maps of one backbone and the distance between them (core/measures.lpips)."""
+
+    def __init__(self, layers: Iterable[tuple[int, ...]], compared: tuple[int, ...], heads: list[Tensor]) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        for layer in layers:
+            if len(layer) == 2:
+                modules.append(nn.MaxPool2d(*layer))
+            else:
+                modules += [nn.Conv2d(*layer), nn.ReLU()]
+        self.layers, self.compared = nn.Sequential(*modules), compared
+        for i, head in enumerate(heads):
+            self.register_buffer(f"head{i}", head)
+        self.description = ""
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """The compared feature maps of pictures [B, H, W, 3] in 0..1."""
+        x = pixels[..., :3].movedim(-1, 1).float() * 2.0 - 1.0
+        x = (x - torch.tensor(SHIFT).to(x).view(3, 1, 1)) / torch.tensor(SCALE).to(x).view(3, 1, 1)
+        kept = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i in self.compared:
+                kept.append(x)
+        return kept
+
+    def forward(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+        """LPIPS of each pair of pictures -> [B]; weight as in core/measures.lpips."""
+        heads = [getattr(self, f"head{i}") for i in range(len(self.compared))]
+        return measures.lpips(self.features(a), self.features(b), heads, weight)
+
+
+def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
+    """Heads from `path`, the backbone from it or from the first fitting file in `folders`.
+
+    Raises ValueError, saying what to put where, when the file holds no such heads, or the backbone is missing or
+    another.
+    """
+    tensors = _read(path)
+    found = {int(match[1]): value for name, value in tensors.items() if (match := HEAD.fullmatch(name))}
+    heads = [found[i].flatten().float() for i in sorted(found)]
+    widths = tuple(head.numel() for head in heads)
+    if widths not in BACKBONES:
+        raise ValueError(
+            f"{path.name} holds LPIPS heads of widths {widths}, expected are AlexNet's (64, 192, 384, 256, 256) or "
+            "VGG16's (64, 128, 256, 512, 512): choose the authors' alex.pth or vgg.pth."
+        )
+    name, beginning, layers, compared = BACKBONES[widths]
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model = Lpips(layers, compared, heads)
+        source = _fill(model, path, tensors, name, beginning, folders)
+    model.description = f"LPIPS {name} (heads {path.name}, backbone {source})"
+    return model.eval().requires_grad_(False)
+
+
+def _fill(
+    model: Lpips, path: Path, tensors: dict[str, Tensor], name: str, beginning: str, folders: Iterable[str]
+) -> str:
+    source, state = path, _backbone(tensors)
+    if not state:
+        files = (file for folder in folders for file in sorted(Path(folder).glob("*")))
+        fitting = [f for f in files if f.name.lower().startswith(beginning) and f.suffix.lower() in SUFFIXES]
+        if not fitting:
+            raise ValueError(
+                f"{path.name} needs the weights of {name}, which are not there: put torchvision's {beginning}*.pth "
+                "into models/likeness_lpips."
+            )
+        source, state = fitting[0], _backbone(_read(fitting[0]))
+    wanted = model.layers.state_dict()
+    try:
+        model.layers.load_state_dict({key: state[key].float() for key in wanted})
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{source.name} does not hold the convolutions of {name} ({reason(error)}): use torchvision's {beginning} "
+            "file."
+        ) from error
+    return source.name
+
+
+def _backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {match[1]: value for name, value in tensors.items() if (match := LAYER.fullmatch(name))}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors or a pickle file; of a pickle only plain tensors are read, no code is run."""
+    try:
+        if path.suffix.lower() == ".safetensors":
+            tensors = load_file(str(path))
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path.name} cannot be read as plain weights ({reason(error)}): download it again, or use safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(value) for value in tensors.values()):
+        raise ValueError(
+            f"{path.name} is not a table of weights: choose a state dict, as torchvision and LPIPS publish."
+        )
+    broken = [n for n, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        raise ValueError(f"{path.name} holds NaN or infinite numbers in '{broken[0]}': download it again.")
+    return tensors

@@ -1,0 +1,179 @@
+"""Load a vision model, and score pictures: identity, text, background."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..core.host import folders, scoring
+from ..core.host.score_sheet import score_sheet
+from ..core.host.vision import load_vision
+from .types import schema
+
+NO_LPIPS = "none"
+
+
+class LikenessLoadVision(io.ComfyNode):
+    """An entry of models/likeness_vision -> CLIP_VISION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadVision",
+            display_name="Load Vision Model",
+            category="likeness/score",
+            description="Loads DINOv2, CLIP, SigLIP and other vision models from models/likeness_vision: a "
+            "transformers folder or an open_clip safetensors file. Nothing is downloaded.",
+            search_aliases=["dino", "dinov2", "clip vision", "siglip", "open_clip"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folders.names(folders.VISION),
+                    tooltip="A folder with config.json and model.safetensors, or an open_clip file named like "
+                    "ViT-B-32__mine.safetensors, in models/likeness_vision. Press R to refresh the list.",
+                )
+            ],
+            outputs=[
+                io.ClipVision.Output(
+                    "vision",
+                    display_name="vision",
+                    tooltip="The model, for Score Likeness and for every node that takes a CLIP_VISION.",
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name) -> str:
+        path = folders.resolve(folders.VISION, name)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        return io.NodeOutput(load_vision(folders.resolve(folders.VISION, name)))
+
+
+class LikenessScore(io.ComfyNode):
+    """Pictures, and what they should resemble -> numbers, ranking, table and a sheet of pictures with their scores."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessScore",
+            display_name="Score Likeness",
+            category="likeness/score",
+            description="Measures how well pictures keep a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and keep "
+            "what lies outside the subject (PSNR, LPIPS), with whichever models are connected, and ranks the batch.",
+            search_aliases=["dino score", "clip score", "similarity", "psnr", "lpips", "metrics", "rank"],
+            inputs=_score_inputs(),
+            outputs=_score_outputs(),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips=NO_LPIPS, **_inputs) -> str:
+        if lpips in (None, NO_LPIPS):
+            return ""
+        status = folders.resolve(folders.LPIPS, lpips).stat()
+        return f"{status.st_mtime_ns}-{status.st_size}"
+
+    @classmethod
+    def execute(
+        cls,
+        images,
+        prompt="",
+        lpips=NO_LPIPS,
+        rank_by=scoring.OVERALL,
+        reference=None,
+        mask=None,
+        reference_mask=None,
+        dino=None,
+        clip=None,
+    ) -> io.NodeOutput:
+        path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
+        request = scoring.Request(images, reference, mask, reference_mask, prompt, dino, clip, path, rank_by)
+        scores = scoring.score(request)
+        report = scores.report()
+        captions = [scores.lines(i) for i in range(len(scores.order))]
+        footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
+        picture = score_sheet(images, captions, scores.best, footer)
+        numbers = (scores.of_best(name) for name in scoring.TITLES)
+        order = ", ".join(map(str, scores.order))
+        shown = {**ui.PreviewImage(picture).as_dict(), **ui.PreviewText(report).as_dict()}
+        return io.NodeOutput(*numbers, report, scores.best, order, picture, ui=shown)
+
+
+def _score_inputs() -> list[io.Input]:
+    return [
+        io.Image.Input("images", tooltip="The pictures to score, one or a batch."),
+        io.String.Input(
+            "prompt",
+            default="",
+            multiline=True,
+            tooltip="What the pictures should show, for CLIP-T. Needs a clip model with a text encoder. Empty: not "
+            "measured.",
+        ),
+        io.Combo.Input(
+            "lpips",
+            options=[NO_LPIPS, *folders.names(folders.LPIPS)],
+            default=NO_LPIPS,
+            tooltip="LPIPS heads (alex.pth or vgg.pth) in models/likeness_lpips; torchvision's alexnet*.pth or "
+            "vgg16*.pth must lie beside them. Needs a reference of the same size.",
+        ),
+        io.Combo.Input(
+            "rank_by",
+            options=list(scoring.RANKINGS),
+            default=scoring.OVERALL,
+            tooltip="What decides the best picture. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as they are "
+            "measured; PSNR when none of them is.",
+        ),
+        io.Image.Input(
+            "reference",
+            optional=True,
+            tooltip="The subject's own picture: one for all, or one for each image. For PSNR and LPIPS the picture "
+            "before the edit, in the same size.",
+        ),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="White on the subject in the images. Identity is then measured on the subject alone, "
+            "on white, and PSNR and LPIPS outside of it. Other sizes are resized.",
+        ),
+        io.Mask.Input(
+            "reference_mask",
+            optional=True,
+            tooltip="White on the subject in the reference. Leave it out when the reference is already cut out on "
+            "white.",
+        ),
+        io.ClipVision.Input(
+            "dino",
+            optional=True,
+            tooltip="Model for identity, usually DINOv2, from Load Vision Model or Load CLIP Vision.",
+        ),
+        io.ClipVision.Input(
+            "clip",
+            optional=True,
+            tooltip="Model for CLIP-I and CLIP-T. CLIP-T needs its text encoder: use Load Vision Model.",
+        ),
+    ]
+
+
+def _score_outputs() -> list[io.Output]:
+    best = "of the best picture; -1 when it was not measured."
+    return [
+        io.Float.Output("dino", display_name="dino", tooltip=f"DINO identity (cosine, 1 = the same) {best}"),
+        io.Float.Output("clip_i", display_name="clip_i", tooltip=f"CLIP identity (cosine, 1 = the same) {best}"),
+        io.Float.Output("clip_t", display_name="clip_t", tooltip=f"CLIP agreement with the prompt (cosine) {best}"),
+        io.Float.Output("psnr", display_name="psnr", tooltip=f"PSNR outside the mask in dB (100 = equal) {best}"),
+        io.Float.Output("lpips", display_name="lpips", tooltip=f"LPIPS outside the mask (0 = equal) {best}"),
+        io.String.Output(
+            "report", display_name="report", tooltip="A table of all pictures, with the models that were used."
+        ),
+        io.Int.Output("best", display_name="best", tooltip="Index of the best picture in the batch, counted from 0."),
+        io.String.Output("order", display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
+        io.Image.Output(
+            "picture", display_name="picture", tooltip="The pictures in a grid with their scores under them."
+        ),
+    ]
+
+
+NODES = [LikenessLoadVision, LikenessScore]

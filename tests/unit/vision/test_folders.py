@@ -1,0 +1,120 @@
+"""Model folders: what is listed, what is found, and names that try to leave."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+import pytest
+from likeness.core.host import folders
+from likeness.core.host.folders import EMBEDDINGS, LPIPS, VISION
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """All kinds below a folder of this test; returns that folder."""
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    for kind in folders.KINDS:
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind.folder, ([str(tmp_path / kind.folder)], set()))
+        (tmp_path / kind.folder).mkdir()
+    return tmp_path
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_registering_again_changes_nothing():
+    folders.register_folders()
+    before = {kind.folder: folders.roots(kind) for kind in folders.KINDS}
+    folders.register_folders()
+    assert before == {kind.folder: folders.roots(kind) for kind in folders.KINDS}
+
+
+def test_lists_folders_and_files_but_not_their_parts(root):
+    vision = root / VISION.folder
+    for name in ("dino/config.json", "dino/model.safetensors", "mine/ViT-B-32__a.safetensors", "notes.txt", "old.bin"):
+        touch(vision / name)
+    touch(vision / ".hidden" / "config.json")
+    assert folders.names(VISION) == ["dino", "mine/ViT-B-32__a.safetensors"]
+    assert folders.resolve(VISION, "dino") == (vision / "dino").resolve()
+
+
+def test_lpips_lists_heads_and_not_backbones(root):
+    for name in ("alex.pth", "vgg.safetensors", "alexnet-owt-7be5be79.pth", "VGG16-397923af.pth"):
+        touch(root / LPIPS.folder / name)
+    assert folders.names(LPIPS) == ["alex.pth", "vgg.safetensors"]
+
+
+def test_second_folder_is_searched_too(root, tmp_path_factory):
+    more = tmp_path_factory.mktemp("more")
+    touch(more / "a" / "cat.pt")
+    folder_paths.add_model_folder_path(EMBEDDINGS.folder, str(more))
+    assert folders.names(EMBEDDINGS) == ["a/cat.pt"]
+    assert folders.resolve(EMBEDDINGS, "a/cat.pt") == (more / "a" / "cat.pt").resolve()
+    assert folders.first_folder(EMBEDDINGS) == str(root / EMBEDDINGS.folder)
+
+
+def test_listed_name_and_resolve_are_inverse(root):
+    path = touch(root / EMBEDDINGS.folder / "likeness" / "cat_00001_.safetensors")
+    name = folders.listed_name(EMBEDDINGS, path)
+    assert name == "likeness/cat_00001_.safetensors" and folders.resolve(EMBEDDINGS, name) == path.resolve()
+    with pytest.raises(ValueError, match="does not lie in"):
+        folders.listed_name(EMBEDDINGS, touch(root / "elsewhere.safetensors"))
+
+
+HOSTILE = [
+    "../secret.safetensors",
+    "a/../../secret.safetensors",
+    "..\\secret.safetensors",
+    "/etc/passwd",
+    "\\\\server\\share\\x.safetensors",
+    "C:\\x.safetensors",
+    "C:x.safetensors",
+    "~/x.safetensors",
+    "a\0.safetensors",
+    "",
+    ".",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_refused(root, name):
+    touch(root / "secret.safetensors")
+    with pytest.raises(ValueError, match="not a plain name"):
+        folders.resolve(EMBEDDINGS, name)
+
+
+def test_absolute_path_inside_is_refused_too(root):
+    with pytest.raises(ValueError, match="not a plain name"):
+        folders.resolve(EMBEDDINGS, str(touch(root / EMBEDDINGS.folder / "a.safetensors")))
+
+
+def test_link_that_leaves_is_neither_listed_nor_opened(root):
+    secret = touch(root / "secret.safetensors")
+    os.symlink(secret, root / EMBEDDINGS.folder / "link.safetensors")
+    assert folders.names(EMBEDDINGS) == []
+    with pytest.raises(ValueError, match="leads outside"):
+        folders.resolve(EMBEDDINGS, "link.safetensors")
+
+
+def test_linked_model_folder_works(root, tmp_path_factory, monkeypatch):
+    real = tmp_path_factory.mktemp("real")
+    touch(real / "a.safetensors")
+    os.symlink(real, root / "linked")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, EMBEDDINGS.folder, ([str(root / "linked")], set()))
+    assert folders.names(EMBEDDINGS) == ["a.safetensors"]
+    assert folders.resolve(EMBEDDINGS, "a.safetensors") == (real / "a.safetensors").resolve()
+
+
+def test_other_kinds_and_missing_names_are_said(root):
+    touch(root / VISION.folder / "weights.bin")
+    (root / VISION.folder / "empty").mkdir()
+    for name in ("weights.bin", "empty"):
+        with pytest.raises(ValueError, match="is expected"):
+            folders.resolve(VISION, name)
+    with pytest.raises(FileNotFoundError, match="There is no 'gone.safetensors'"):
+        folders.resolve(VISION, "gone.safetensors")
