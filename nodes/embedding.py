@@ -145,12 +145,9 @@ class LikenessTrainEmbedding(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Embedding.Output(
-                    "embedding", display_name="embedding", tooltip="The learned rows at every saved step."
-                ),
-                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                Embedding.Output(display_name="embedding", tooltip="The learned rows at every saved step."),
+                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Image.Output(
-                    "previews",
                     display_name="previews",
                     tooltip="With a target: first the target alone, then for each saved step [source + rows] and "
                     "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it when "
@@ -254,11 +251,7 @@ class LikenessApplyEmbedding(io.ComfyNode):
                     "with it.",
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    "conditioning", display_name="conditioning", tooltip="The prompt with the subject in it."
-                )
-            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The prompt with the subject in it.")],
         )
 
     @classmethod

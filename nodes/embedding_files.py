@@ -30,9 +30,9 @@ class LikenessSaveEmbedding(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Embedding.Output("embedding", display_name="embedding", tooltip="The embedding, passed on."),
+                Embedding.Output(display_name="embedding", tooltip="The embedding, passed on."),
                 io.String.Output(
-                    "name", display_name="name", tooltip="The name under which Load Subject Embedding lists the file."
+                    display_name="name", tooltip="The name under which Load Subject Embedding lists the file."
                 ),
             ],
             is_output_node=True,
@@ -66,9 +66,9 @@ class LikenessLoadEmbedding(io.ComfyNode):
                 )
             ],
             outputs=[
-                Embedding.Output("embedding", display_name="embedding", tooltip="The loaded subject embedding."),
+                Embedding.Output(display_name="embedding", tooltip="The loaded subject embedding."),
                 io.String.Output(
-                    "info", display_name="info", tooltip="Method, tokens, base model, saved steps and loss of the file."
+                    display_name="info", tooltip="Method, tokens, base model, saved steps and loss of the file."
                 ),
             ],
         )

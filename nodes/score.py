@@ -34,7 +34,6 @@ class LikenessLoadVision(io.ComfyNode):
             ],
             outputs=[
                 io.ClipVision.Output(
-                    "vision",
                     display_name="vision",
                     tooltip="The model, for Score Likeness and for every node that takes a CLIP_VISION.",
                 )
@@ -160,19 +159,15 @@ def _score_inputs() -> list[io.Input]:
 def _score_outputs() -> list[io.Output]:
     best = "of the best picture; -1 when it was not measured."
     return [
-        io.Float.Output("dino", display_name="dino", tooltip=f"DINO identity (cosine, 1 = the same) {best}"),
-        io.Float.Output("clip_i", display_name="clip_i", tooltip=f"CLIP identity (cosine, 1 = the same) {best}"),
-        io.Float.Output("clip_t", display_name="clip_t", tooltip=f"CLIP agreement with the prompt (cosine) {best}"),
-        io.Float.Output("psnr", display_name="psnr", tooltip=f"PSNR outside the mask in dB (100 = equal) {best}"),
-        io.Float.Output("lpips", display_name="lpips", tooltip=f"LPIPS outside the mask (0 = equal) {best}"),
-        io.String.Output(
-            "report", display_name="report", tooltip="A table of all pictures, with the models that were used."
-        ),
-        io.Int.Output("best", display_name="best", tooltip="Index of the best picture in the batch, counted from 0."),
-        io.String.Output("order", display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
-        io.Image.Output(
-            "picture", display_name="picture", tooltip="The pictures in a grid with their scores under them."
-        ),
+        io.Float.Output(display_name="dino", tooltip=f"DINO identity (cosine, 1 = the same) {best}"),
+        io.Float.Output(display_name="clip_i", tooltip=f"CLIP identity (cosine, 1 = the same) {best}"),
+        io.Float.Output(display_name="clip_t", tooltip=f"CLIP agreement with the prompt (cosine) {best}"),
+        io.Float.Output(display_name="psnr", tooltip=f"PSNR outside the mask in dB (100 = equal) {best}"),
+        io.Float.Output(display_name="lpips", tooltip=f"LPIPS outside the mask (0 = equal) {best}"),
+        io.String.Output(display_name="report", tooltip="A table of all pictures, with the models that were used."),
+        io.Int.Output(display_name="best", tooltip="Index of the best picture in the batch, counted from 0."),
+        io.String.Output(display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
+        io.Image.Output(display_name="picture", tooltip="The pictures in a grid with their scores under them."),
     ]
 
 
