@@ -26,8 +26,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def start() -> None:
-    """One thread per process; join the other processes if there are any."""
-    torch.set_num_threads(1 if RANKS > 1 else 2)
+    """One thread per process (more only wait for each other); join the other processes if there are any."""
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     WORK.mkdir(parents=True, exist_ok=True)
     if RANKS > 1:
