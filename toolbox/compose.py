@@ -188,7 +188,7 @@ def score_node(draw: Drawing, images: Output, reference: Output, text: Output, d
     return draw.node(
         "LikenessScore",
         "Score",
-        extra=120,
+        extra=420,
         images=images,
         reference=reference,
         prompt=text,
@@ -299,7 +299,7 @@ def main(arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as base, Server(prepare(browser=False), Path(base), {ROOT.name: ROOT}) as server:
         if server.import_failures():
-            raise SystemExit("\n".join(server.import_failures()))
+            raise SystemExit(server.log()[-4000:])
         object_info = server.object_info()
     for name in GRAPHS:
         path = WORKFLOWS / f"{name}.json"

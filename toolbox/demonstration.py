@@ -46,7 +46,7 @@ def report(graph: Graph, run: Run, source: Path) -> None:
         for entry in run.outputs[small_world.node_id(graph, title)]["images"]:
             say(f"  {title.lower()} ({meaning}): {BASE / 'output' / entry['subfolder'] / entry['filename']}")
     say("scores, first the edit without and then the edit with the subject:")
-    for text in run.outputs[small_world.node_id(graph, "Scores as text")]["text"]:
+    for text in run.outputs[small_world.node_id(graph, "Score")]["text"]:
         for line in text.splitlines():
             say(f"  {line}")
 
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     source = small_world.draw_subject(BASE / "input")
     with server:
         if server.import_failures():
-            raise SystemExit("\n".join(server.import_failures()))
+            raise SystemExit(server.log()[-4000:])
         say(f"ComfyUI runs at {server.url}")
         object_info = server.object_info()
         graph = small_world.in_small_world(small_world.shipped(NAME), object_info, options.steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +166,17 @@ def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
                 inputs[entry["name"]] = source
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def with_ancestors(prompt: Mapping[str, Any], nodes: Iterable[str]) -> dict[str, Any]:
+    """The part of a converted graph that these nodes need, themselves included."""
+    wanted, todo = set(), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in wanted:
+            wanted.add(node)
+            todo += [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
+    return {node: prompt[node] for node in prompt if node in wanted}
 
 
 def load(path: str | Path) -> Graph:

@@ -80,11 +80,19 @@ def link_or_copy(source: Path, target: Path) -> None:
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
 
 
+def name_models(models: Path, base: Path) -> Path:
+    """Write the file that tells ComfyUI of a second models folder with these sub-folders."""
+    path = base / "extra_model_paths.json"  # JSON is YAML too
+    folders = {folder.name: folder.name for folder in models.iterdir() if folder.is_dir()}
+    path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))
+    return path
+
+
 class Server:
     """Starts on entering the context, stops on leaving it.
 
     base: ComfyUI's --base-directory, made if missing. node_folders: the packs, as {name in custom_nodes: folder}.
-    models: a folder whose sub-folders are linked into base/models. frontend: a page to serve instead of the bundled.
+    models: a second models folder, beside base/models. frontend: a page to serve instead of the bundled one.
     """
 
     def __init__(
@@ -104,16 +112,13 @@ class Server:
             (base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in node_folders.items():
             link_or_copy(folder, base / "custom_nodes" / name)
-        for folder in models.iterdir() if models else ():
-            (base / "models" / folder.name).mkdir(exist_ok=True)
-            for entry in folder.iterdir():
-                link_or_copy(entry, base / "models" / folder.name / entry.name)
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
         page = ["--front-end-root", str(frontend)] if frontend else []
+        more = ["--extra-model-paths-config", str(name_models(models, base))] if models else []
         self._command = [
             *(str(environment.python), "-u", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)),
             *("--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"),
-            *("--disable-auto-launch", "--preview-method", "auto", *page, *arguments),
+            *("--disable-auto-launch", "--preview-method", "auto", *page, *more, *arguments),
         ]
         self._folder, self._variables = environment.comfyui, {**environment.variables(), "HF_HUB_OFFLINE": "1"}
         self._process: subprocess.Popen[bytes] | None = None

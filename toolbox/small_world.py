@@ -25,6 +25,7 @@ SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", 
 SOURCE_BACKGROUND, TARGET_BACKGROUND = "grass", "snow"
 PICTURE = "small_world_subject.png"
 STEPS = 500
+SHIPPED_STEPS, SAVED_STEPS = 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
 
@@ -69,7 +70,7 @@ def prompts() -> tuple[str, str]:
 
 
 def settings(graph: Graph, steps: int = STEPS, sampling_steps: int = SAMPLING_STEPS) -> Settings:
-    """What to change in a shipped graph, of any name, for it to run in the small world."""
+    """What to change in a shipped graph, of any name, for it to run in the small world. steps: a multiple of 10."""
     source, edit = prompts()
     wanted: Settings = {
         ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
@@ -83,6 +84,8 @@ def settings(graph: Graph, steps: int = STEPS, sampling_steps: int = SAMPLING_ST
         ("KSampler", "steps"): sampling_steps,
         ("KSampler", "cfg"): CFG,
         ("LikenessTrainEmbedding", "steps"): steps,
+        ("LikenessTrainEmbedding", "save_every"): max(1, steps // 10),
+        **{(f"After {saved} steps", "step"): max(1, steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
         **{(title, "name"): name for title, name in VISION.items()},
         **{(f"Prompt {index}", "text"): text for index, text in enumerate(new_prompts(), 1)},
     }

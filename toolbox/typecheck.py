@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .environment import ROOT, SANDBOX
 
-CHECKED = ("core", "nodes", "toolbox", "benchmarks")  # not the training scripts of the small world
+CHECKED = ("core", "nodes", "toolbox", "benchmarks")
+ALSO_IMPORTED = ("toyworld",)  # training scripts: not checked themselves
 IGNORED = (
     "incompatible-method-override",  # execute() of a V3 node names the inputs of that node
     "deprecated",
@@ -29,7 +30,7 @@ def copy_sources(target: Path) -> list[str]:
     target.mkdir(parents=True)
     shutil.copy(ROOT / "__init__.py", target)
     folders = [name for name in CHECKED if (ROOT / name).is_dir()]
-    for name in folders:
+    for name in (*folders, *ALSO_IMPORTED):
         for path in (ROOT / name).rglob("*.py"):
             copied = target / path.relative_to(ROOT)
             copied.parent.mkdir(parents=True, exist_ok=True)
