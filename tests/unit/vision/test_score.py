@@ -237,4 +237,4 @@ def test_every_input_and_output_is_explained():
         schema = node.define_schema()
         assert schema.node_id.startswith("Likeness") and schema.category.startswith("likeness/")
         assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
-    assert [output.id for output in LikenessScore.define_schema().outputs] == OUTPUTS
+    assert [output.display_name for output in LikenessScore.define_schema().outputs] == OUTPUTS
