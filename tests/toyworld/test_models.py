@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,43 @@ def test_vision_folders_load_by_transformers_and_know_subjects_apart(built: dict
         with torch.no_grad():
             found = torch.nn.functional.normalize(model(crops).pooler_output.flatten(1), dim=1)
         assert float(found[0] @ found[1]) > float(found[0] @ found[2]) + 0.1, name
+
+
+def test_the_mask_node_finds_the_subject() -> None:
+    inprocess.start()
+    folder = assets.ASSETS.parent / "comfyui_nodes"
+    spec = importlib.util.spec_from_file_location("toyworld_nodes_under_test", folder / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pictures, masks, _ = renders(2)
+    found = module.ToyworldSubjectMask.execute(pictures.movedim(1, -1)).args[0]
+    assert found.shape == (2, 96, 96) and set(found.unique().tolist()) == {0.0, 1.0}
+    assert float((found - (masks > 0.5).float()).abs().mean()) < 0.05
+
+
+def test_prompts_decide_what_comfyui_samples() -> None:
+    inprocess.start()
+    import comfy.sample
+    from likeness.toyworld.narrow import load_narrow
+
+    narrow = load_narrow()
+    wanted = [
+        ("dog", "red", "plain", "snow"),
+        ("car", "yellow", "spotted", "sand"),
+        ("star", "cyan", "striped", "night"),
+    ]
+    trained, right = judge.load_judge(), 0
+    for seed, (cls, color, texture, place) in enumerate(wanted):
+        idn = world.identity(seed, cls, color, texture)
+        texts = [narrow.encode(world.caption(idn, place)), narrow.encode("")]
+        positive, negative = ([[text, {}]] for text in texts)
+        noise = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(seed))
+        latent = comfy.sample.sample(
+            narrow.model, noise, 15, 4.0, "euler", "normal", positive, negative, torch.zeros_like(noise), seed=seed
+        )
+        answers = trained.attributes(narrow.vae.decode(latent).movedim(-1, 1))
+        right += int(answers["class"]) == world.CLASSES.index(cls)
+        right += int(answers["background"]) == list(world.BACKGROUNDS).index(place)
+        right += int(answers["color"]) == list(world.COLORS).index(color)
+    assert right >= 8
