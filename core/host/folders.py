@@ -41,14 +41,14 @@ def register_folders() -> None:
 
 
 def roots(kind: Kind) -> list[str]:
-    """The folders searched for this kind, the user's first one first."""
+    """The folders searched for this kind, in ComfyUI's order."""
     register_folders()
     return folder_paths.get_folder_paths(kind.folder)
 
 
 def first_folder(kind: Kind) -> str:
-    """Where new files of this kind are written."""
-    return roots(kind)[0]
+    """Where new files of this kind are written: ComfyUI's own models folder, not one of extra_model_paths.yaml."""
+    return os.path.join(folder_paths.models_dir, kind.folder)
 
 
 def names(kind: Kind) -> list[str]:
