@@ -1,11 +1,14 @@
 """What every optimisation of the pack has in common: one update at a time, and a state made of tensors only.
 
-A run that is stopped and resumed must equal one that was never stopped, bit for bit. So a Fit owns everything an update
-depends on (parameters, Adam moments, its random generator) and can hand it out and take it back as named tensors.
+A run that is stopped and resumed must equal one that was never stopped, bit for bit. So a Fit owns everything an
+update depends on (parameters, Adam moments, losses) and can hand it out and take it back as named tensors. What is
+random in an update is drawn from the seed and the number of the update alone, so that one stopped half-way leaves no
+trace.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -35,6 +38,12 @@ class Fit(Protocol):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what state() gave."""
         ...
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random generator of one update; different for every pair of seed and step."""
+    mixed = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
 
 
 def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

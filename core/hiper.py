@@ -9,7 +9,7 @@ Source: train.py and inference.py of the authors. Deviations, each with its reas
 - x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs one random draw kept for the whole run;
 - the noise is drawn in float32, theirs in float16; h and Adam stay in float32 as theirs;
 - a mask restricts the loss to the subject (HiFi Tuner eq. 6); without a mask the loss is theirs;
-- several pictures are allowed, one drawn per update; with one picture nothing is drawn;
+- several pictures are allowed, one drawn per update;
 - the last state is kept too, theirs is lost unless it falls on a saving step.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, masked_mean, noise_error
-from .fitting import adam_state, finite_or_raise, restore_adam
+from .fitting import adam_state, finite_or_raise, restore_adam, step_generator
 
 TOKENS = 5  # train.py --n_hiper: more rows hold more identity and leave less room for the edit
 LEARNING_RATE = 5e-3  # README and script.sh; the argument's own default is 1e-3
@@ -63,7 +63,6 @@ class HiPer:
         self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
         self.h = start.detach().to(device=x0.device, dtype=torch.float32).clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.h], lr=settings.learning_rate)
-        self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: list[float] = []
 
     @property
@@ -72,10 +71,10 @@ class HiPer:
 
     def draw(self) -> tuple[int, Tensor, Tensor]:
         """Picture index, timestep [1] and noise [1, C, h, w] of the next update."""
-        images = self.x0.shape[0]
-        index = int(torch.randint(images, (1,), generator=self.generator)) if images > 1 else 0
-        t = torch.randint(self.settings.t_low, self.settings.t_high + 1, (1,), generator=self.generator)
-        noise = torch.randn(1, *self.x0.shape[1:], generator=self.generator)
+        generator = step_generator(self.settings.seed, self.step)
+        index = int(torch.randint(self.x0.shape[0], (1,), generator=generator))
+        t = torch.randint(self.settings.t_low, self.settings.t_high + 1, (1,), generator=generator)
+        noise = torch.randn(1, *self.x0.shape[1:], generator=generator)
         return index, t, noise
 
     def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +97,6 @@ class HiPer:
     def state(self) -> dict[str, Tensor]:
         return {
             "h": self.h.detach().cpu().clone(),
-            "generator": self.generator.get_state(),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             **adam_state(self.optimizer),
         }
@@ -106,6 +104,5 @@ class HiPer:
     def restore(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             self.h.copy_(state["h"])
-        self.generator.set_state(state["generator"])
         self.losses = state["losses"].tolist()
         restore_adam(self.optimizer, state)

@@ -20,6 +20,7 @@ from ..embedding import Embedding
 from ..fitting import curve
 from ..runs import RunStore, digest
 from ..training import Run, stored_run, train
+from .describe import describe
 from .fingerprint import fingerprint, patches_digest
 from .progress import Progress
 from .sampling import sample_picture
@@ -113,9 +114,8 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = hiper.HiPerSettings(**{**asdict(settings), "t_low": t_low, "t_high": t_high})
     base = fingerprint(model)
-    key = digest(
-        [METHOD, asdict(settings), schedule.save_every, base, patches_digest(model), positive, start, asdict(pictures)]
-    )
+    put_on = [patches_digest(model), describe(positive)]
+    key = digest([METHOD, asdict(settings), schedule.save_every, base, put_on, start, asdict(pictures)])
 
     progress = Progress(model, schedule.steps, node_id)
     run = stored_run(run_store(), key)

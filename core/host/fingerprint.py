@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..runs import digest
+from .describe import describe, sampled
 
-SAMPLED_TENSORS = 16
-SAMPLED_ELEMENTS = 1 << 16
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
 
@@ -27,22 +26,15 @@ def fingerprint(model: Any) -> dict[str, str]:
         "prediction": base.model_type.name,
         "latent_format": type(base.latent_format).__name__,
         "shapes": digest(shapes),
-        "content": digest(_sampled_weights(model, state)),
+        "content": digest(sampled(_weights_of_file(model, state))),
     }
 
 
-def _sampled_weights(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The beginnings of 16 weight matrices as they are in the file: unpatched, and as float32 whatever they are
-    stored in.
-    """
-    names = sorted(name for name, value in state.items() if value.ndim >= 2 and name.endswith(".weight"))
-    chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
-    weights = {}
-    for name in chosen:
-        backup = model.backup.get(f"diffusion_model.{name}")
-        value = state[name] if backup is None else backup.weight
-        weights[name] = value.detach().flatten()[:SAMPLED_ELEMENTS].float().cpu()
-    return weights
+def _weights_of_file(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weight matrices as they are in the file: without what a LoRA has written into them."""
+    names = (name for name, value in state.items() if value.ndim >= 2 and name.endswith(".weight"))
+    backups = {name: model.backup.get(f"diffusion_model.{name}") for name in names}
+    return {name: state[name] if backup is None else backup.weight for name, backup in backups.items()}
 
 
 def check_base(recorded: dict[str, str], model: Any) -> None:
@@ -69,30 +61,6 @@ def check_base(recorded: dict[str, str], model: Any) -> None:
 
 
 def patches_digest(model: Any) -> str:
-    """A hash of what was put on top of the weights (LoRA and the like) and of the model options, as far as they
-    have names.
-    """
-    patches = {key: [_plain(patch) for patch in entries] for key, entries in model.patches.items()}
-    options = {name: sorted(map(str, value)) for name, value in _names(model.model_options)}
-    return digest({"patches": patches, "options": options})
-
-
-def _names(options: dict[str, Any]) -> list[tuple[str, Any]]:
-    transformer = options.get("transformer_options", {})
-    named = [
-        (f"{kind}.{name}", entries)
-        for kind in ("patches", "patches_replace")
-        for name, entries in transformer.get(kind, {}).items()
-    ]
-    return [(name, entries if isinstance(entries, dict) else [len(entries)]) for name, entries in named]
-
-
-def _plain(value: Any) -> Any:
-    """Tensors, numbers and names out of a weight patch; adapters are known by their weights."""
-    if isinstance(value, Tensor):
-        return value.detach().flatten()[:SAMPLED_ELEMENTS].float().cpu()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "weights"):
-        return [type(value).__name__, _plain(value.weights)]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    """A hash of all that lies on top of the weights: LoRAs, patches, wrappers, hooks, attachments and options."""
+    parts = ("patches", "object_patches", "hook_patches", "wrappers", "callbacks", "attachments", "additional_models")
+    return digest([describe({part: getattr(model, part, None) for part in parts}), describe(model.model_options)])

@@ -59,10 +59,6 @@ class GuiderDenoiser:
         """The prompt's rows as the model gets them, [1, rows, width]."""
         return self._entry["model_conds"]["c_crossattn"].cond
 
-    def preview_latent(self, denoised: Tensor) -> Tensor:
-        """What a latent previewer expects of a denoised estimate."""
-        return denoised.detach()[:1].float()
-
 
 class _Body(comfy.samplers.Sampler):
     """A sampler that, instead of sampling, runs a function."""

@@ -126,6 +126,63 @@ def test_cancel_keeps_the_work_and_resuming_is_exact(entry, family, tmp_path, mo
 
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_an_interrupt_inside_the_model_leaves_no_trace(entry, family, tmp_path, monkeypatch):
+    from likeness.core.host.session import GuiderDenoiser
+
+    whole, losses = entry.fit(Setting(family), steps=6)
+    forget_runs(tmp_path)
+    denoised, calls = GuiderDenoiser.denoised, []
+
+    def cut(self, *args):
+        calls.append(1)
+        if len(calls) == 4:  # one of them is the probe
+            raise Cancelled
+        return denoised(self, *args)
+
+    monkeypatch.setattr(GuiderDenoiser, "denoised", cut)
+    with pytest.raises(Cancelled):
+        entry.fit(Setting(family), steps=6)
+    resumed, again = entry.fit(Setting(family), steps=6)
+    assert len(calls) == 4 + 1 + 4, "the two finished steps were made again"
+    assert equal(entry, whole, resumed) and losses == again
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_what_lies_on_the_model_or_in_the_prompt_makes_another_run(entry, family, tmp_path):
+    """A stored run must never be served for another ControlNet picture, another LoRA strength or another patch setting."""
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    def runs() -> int:
+        return len(list((tmp_path / "user" / "likeness" / "runs").glob("*.safetensors")))
+
+    def lora(strength):
+        setting = Setting(family)
+        key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+        setting.model = setting.model.clone()
+        ones = torch.ones(setting.model.model.state_dict()[key].shape)
+        setting.model.add_patches({key: ("diff", (ones,))}, strength)
+        return setting
+
+    def controlled(strength):
+        setting = Setting(family)
+        _, setting.source = control_net(setting, setting.model, setting.source)
+        setting.source[0][1]["control"].strength = strength
+        return setting
+
+    def rescaled(multiplier):
+        setting = Setting(family)
+        setting.model = run_node(RescaleCFG, model=setting.model, multiplier=multiplier)[0]
+        return setting
+
+    for number, (make, amount) in enumerate(
+        [(lora, 0.1), (lora, 0.2), (controlled, 0.5), (controlled, 1.0), (rescaled, 0.3), (rescaled, 0.7)]
+    ):
+        for _ in range(2):
+            entry.fit(make(amount), steps=1)
+            assert runs() == number + 1, (make.__name__, amount)
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_a_finished_run_is_not_trained_again(entry, family, monkeypatch):
     import likeness.core.host.embedding_training as training
 

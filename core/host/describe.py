@@ -1,0 +1,64 @@
+"""Turning whatever hangs on a MODEL or in a CONDITIONING into plain values and tensors, for the key of a run.
+
+LoRAs, patches of other packs, ControlNets and hooks all change what a training learns. They are told apart by their
+numbers: weights, hint pictures, and the values that a patch's function has closed over. What cannot be told apart with
+certainty must come out different, never equal: then a run is trained again, which costs time but is right.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+SAMPLED_TENSORS = 16
+SAMPLED_ELEMENTS = 1 << 16
+DEPTH = 16
+PLAIN = (str, int, float, bool, bytes, type(None))
+
+
+def sampled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The beginnings of 16 of these tensors, as float32 whatever they are stored in."""
+    names = sorted(name for name, value in tensors.items() if value.is_floating_point())
+    chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
+    return {name: tensors[name].detach().flatten()[:SAMPLED_ELEMENTS].float().cpu() for name in chosen}
+
+
+def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Plain values, tensors and nests of them that are equal when `value` is; no memory addresses."""
+    if isinstance(value, PLAIN):
+        return value.hex() if isinstance(value, bytes) else value
+    if isinstance(value, Tensor):
+        return value
+    if id(value) in above or len(above) > DEPTH:
+        return "..."
+    inside = (*above, id(value))
+    if isinstance(value, nn.Module):
+        return [_name(type(value)), sampled(dict(value.state_dict()))]
+    if isinstance(value, dict):
+        return {str(key): describe(item, inside) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [describe(item, inside) for item in value]
+        return sorted(map(str, items)) if isinstance(value, (set, frozenset)) else items
+    if isinstance(value, type):
+        return _name(value)
+    if inspect.ismethod(value):
+        return [_name(value.__func__), describe(value.__self__, inside)]
+    if inspect.isfunction(value):
+        closed = [_cell(cell) for cell in value.__closure__ or ()]
+        return [_name(value), describe(closed, inside), describe(value.__defaults__, inside)]
+    if hasattr(value, "model") and hasattr(value, "patches"):  # a ModelPatcher: its weights, and what it puts on them
+        return ["model", describe(value.model, inside), describe(value.patches, inside)]
+    return [_name(type(value)), describe(getattr(value, "__dict__", {}), inside)]
+
+
+def _name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that was never assigned
+        return None
