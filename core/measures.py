@@ -58,7 +58,8 @@ def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], wei
         if weight is None:
             total = total + per_place.mean((1, 2))
         else:
-            local = functional.adaptive_avg_pool2d(weight.to(per_place)[:, None], per_place.shape[1:])[:, 0]
+            _, height, width = per_place.shape
+            local = functional.adaptive_avg_pool2d(weight.to(per_place)[:, None], (height, width))[:, 0]
             local = local.expand(per_place.shape)
             total = total + (per_place * local).sum((1, 2)) / local.sum((1, 2))
     return total

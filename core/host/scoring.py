@@ -185,11 +185,11 @@ def score(request: Request) -> Scores:
         if vision is not None and reference is not None:
             values[name] = measures.cosine(_seen(vision, images, mask), _seen(vision, reference, reference_mask))
             models[name] = f"{describe(vision)}, on {WHOLE if mask is None else CROPPED}"
-    if request.prompt.strip():
+    if request.clip is not None and request.prompt.strip():
         text = request.clip.encode_text([request.prompt.strip()]).cpu()
         values["clip_t"] = measures.cosine(embed(request.clip, images), text)
         models["clip_t"] = f"{describe(request.clip)}, on {WHOLE}"
-    if request.same_size and (outside is None or _has_outside(outside)):
+    if reference is not None and request.same_size and (outside is None or _has_outside(outside)):
         place = "over the whole picture" if outside is None else "outside the mask"
         values["psnr"] = measures.psnr(images, reference, outside)
         models["psnr"] = f"against the reference, {place}"

@@ -43,7 +43,8 @@ def _vgg16() -> tuple[tuple[int, ...], ...]:
 
 
 # Widths of the five compared layers -> (name, file name's beginning, layers, indices of the compared ReLUs).
-BACKBONES = {
+Backbone = tuple[str, str, tuple[tuple[int, ...], ...], tuple[int, ...]]
+BACKBONES: dict[tuple[int, ...], Backbone] = {
     (64, 192, 384, 256, 256): ("AlexNet", "alexnet", ALEXNET, (1, 4, 7, 9, 11)),
     (64, 128, 256, 512, 512): ("VGG16", "vgg16", _vgg16(), (3, 8, 15, 22, 29)),
 }
@@ -57,9 +58,11 @@ class Lpips(nn.Module):
         modules: list[nn.Module] = []
         for layer in layers:
             if len(layer) == 2:
-                modules.append(nn.MaxPool2d(*layer))
+                kernel, stride = layer
+                modules.append(nn.MaxPool2d(kernel, stride))
             else:
-                modules += [nn.Conv2d(*layer), nn.ReLU()]
+                before, after, kernel, stride, padding = layer
+                modules += [nn.Conv2d(before, after, kernel, stride, padding), nn.ReLU()]
         self.layers, self.compared = nn.Sequential(*modules), compared
         for i, head in enumerate(heads):
             self.register_buffer(f"head{i}", head)

@@ -71,7 +71,7 @@ def load_transformers(folder: Path) -> Tower:
         if config.get("architectures") == [WITH_PROJECTION]:
             loader = transformers.CLIPVisionModelWithProjection
         try:
-            model, info = loader.from_pretrained(
+            loaded: Any = loader.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 trust_remote_code=False,
@@ -83,6 +83,7 @@ def load_transformers(folder: Path) -> Tower:
                 f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
                 f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
             ) from error
+        model, info = loaded
         pooled = _check_model(folder, model, set(info["missing_keys"]))
         tokenizer, text_missing = _tokenizer(folder, model)
         tower = TransformersTower(model.float().eval().requires_grad_(False), tokenizer, pooled, folder.name)
