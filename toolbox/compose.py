@@ -160,8 +160,8 @@ def train_and_edit(draw: Drawing) -> None:
     draw.node("LossGraphNode", "Loss curve", extra=260, loss=trained["loss"], filename_prefix="likeness/loss")
     draw.node("LikenessSaveEmbedding", "Save the subject", embedding=trained["embedding"])
     draw.column()
-    again = make.apply("Source with the subject", source, trained["embedding"], model, 1.0)
-    edited = make.apply("Edit with the subject", edit, trained["embedding"], model, SCALE)
+    again = make.apply("Subject in the source prompt", source, trained["embedding"], model, 1.0)
+    edited = make.apply("Subject in the edit prompt", edit, trained["embedding"], model, SCALE)
     draw.column()
     rows = [
         make.decode(make.sample(title, model, positive, negative, canvas), model)

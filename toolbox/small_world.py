@@ -175,4 +175,7 @@ def store_graph(graph: Graph, base: Path, name: str) -> Path:
 
 def node_id(graph: Graph, title: str) -> str:
     """The id, as the server writes it, of the one node with this title."""
-    return str(matching(graph, title)[0]["id"])
+    found = matching(graph, title)
+    if len(found) > 1:
+        raise GraphError(f"{len(found)} nodes of the graph are titled {title}.")
+    return str(found[0]["id"])

@@ -1,0 +1,97 @@
+"""Every shipped graph runs in the small world, and its pictures are what they should be, by numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from likeness.toolbox import small_world
+from likeness.toolbox.graph import convert
+
+from .. import live
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.abs(first - second).mean())
+
+
+class Result:
+    """A finished run of a shipped graph."""
+
+    def __init__(self, server, graph, run, log: str) -> None:
+        self._server, self._graph, self.run, self.log = server, graph, run, log
+
+    def pictures(self, title: str) -> list[np.ndarray]:
+        return [pixels(image) for image in self._server.images(self.run, small_world.node_id(self._graph, title))]
+
+    def text(self, title: str) -> str:
+        return "\n".join(self.run.outputs[small_world.node_id(self._graph, title)]["text"])
+
+
+@pytest.fixture(scope="module")
+def results(server, object_info):
+    """All shipped graphs, the one that saves a subject before the one that loads it."""
+    done = {}
+    for name in ("hiper_train_and_edit", "hiper_load_and_reuse", "hiper_pick_the_step"):
+        before = len(server.log())
+        object_info = server.object_info()  # anew: the choices now include what was saved
+        graph = live.lowered(name, object_info)
+        run = server.run(convert(graph, object_info))
+        outputs = {str(node["id"]) for node in graph["nodes"] if object_info.get(node["type"], {}).get("output_node")}
+        assert set(run.outputs) == outputs, "a part of the graph did not run"
+        done[name] = Result(server, graph, run, server.log()[before:])
+    return done
+
+
+def test_every_shipped_graph_is_run(results):
+    assert tuple(sorted(results)) == live.NAMES
+
+
+@pytest.mark.parametrize("name", live.NAMES)
+def test_the_log_is_clean(results, name):
+    unwanted = ("Traceback", "ERROR", "WARNING", "Warning", "deprecated", "lora key not loaded")
+    assert not [line for line in results[name].log.splitlines() if any(word in line for word in unwanted)]
+
+
+def check_pictures(pictures: list[np.ndarray]) -> None:
+    """Neither black nor flat, nor the subject's picture itself, nor each other."""
+    for index, picture in enumerate(pictures):
+        assert picture.shape == (small_world.SIZE, small_world.SIZE, 3)
+        assert picture.std() > 0.03
+        assert all(distance(picture, other) > 0.002 for other in pictures[:index])
+
+
+def test_train_and_edit(results, server):
+    from PIL import Image
+
+    result = results["hiper_train_and_edit"]
+    titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
+    pictures = [result.pictures(title)[0] for title in titles]
+    check_pictures([pixels(Image.open(server.base / "input" / small_world.PICTURE)), *pictures])
+    assert "DINO" in result.text("Score") and "best" in result.text("Score")
+    progress = result.run.of_type("likeness.progress")
+    assert progress[-1]["step"] == progress[-1]["steps"] == live.STEPS
+    assert len(progress[-1]["losses"]) == live.STEPS
+
+
+def test_load_and_reuse(results):
+    result = results["hiper_load_and_reuse"]
+    check_pictures([result.pictures(f"Result {index}")[0] for index in (1, 2, 3)])
+    assert "tokens of width 768" in result.text("What it is")
+
+
+def test_pick_the_step(results):
+    result = results["hiper_pick_the_step"]
+    steps, best = result.pictures("All steps"), result.pictures("Best step")
+    check_pictures(steps)
+    rows = [line for line in result.text("Score").splitlines() if line.rstrip().endswith("best")]
+    assert len(rows) == 1 and len(best) == 1
+    assert np.array_equal(best[0], steps[int(rows[0].split()[0])])
+
+
+def test_a_finished_training_is_shared_between_graphs(results):
+    data = results["hiper_pick_the_step"].run.of_type("likeness.progress")
+    assert all(entry["resumed"] == live.STEPS for entry in data)
