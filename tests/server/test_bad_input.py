@@ -8,8 +8,9 @@ import struct
 
 import numpy as np
 import pytest
-from likeness.toolbox.server import PromptError
 from safetensors.numpy import save_file
+
+from likeness.toolbox.server import PromptError
 
 
 def refused(server, prompt) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert
 

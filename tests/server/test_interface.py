@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from likeness.toolbox import compose, small_world, translations
 from likeness.toolbox.graph import inputs_of
 

@@ -6,9 +6,10 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert, with_ancestors
-from safetensors.numpy import load_file
 
 from .. import live
 

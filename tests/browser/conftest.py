@@ -1,0 +1,47 @@
+"""A server for each page (bundled, newest) and a tab for each rendering (canvas, Vue)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from likeness.toolbox.page import Page, chromium
+from likeness.toolbox.server import environment_from_variables
+
+from .. import live
+
+READY = "LikenessTrainEmbedding"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium(environment_from_variables().chromium) as running:
+        yield running
+
+
+@pytest.fixture(scope="session", params=["bundled", "newest"])
+def server(request, tmp_path_factory):
+    frontend = environment_from_variables().newest_frontend if request.param == "newest" else None
+    if request.param == "newest" and frontend is None:
+        pytest.fail("LIKENESS_FRONTEND is not set: run the tests with `python3 toolbox/test.py`.")
+    with live.start(tmp_path_factory.mktemp(request.param), frontend) as running:
+        assert not running.import_failures(), running.log()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server):
+    return server.object_info()
+
+
+@pytest.fixture(params=["canvas", "vue"])
+def page(request, server, browser):
+    opened = Page(browser, server.url, READY, vue=request.param == "vue")
+    yield opened
+    shots = os.environ.get("LIKENESS_SCREENSHOTS")
+    if shots:
+        name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
+        opened.tab.screenshot(path=os.path.join(shots, f"{name}.png"))
+    opened.close()
+    assert not opened.problems

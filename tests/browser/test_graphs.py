@@ -1,0 +1,91 @@
+"""Every shipped graph in the page: opens, keeps its values, converts as our converter does, and runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from likeness.toolbox import small_world
+from likeness.toolbox.graph import convert, named_values
+
+from .. import live
+
+SAVED_SUBJECT = "likeness/subject_00001_.safetensors"
+
+
+def values(graph, object_info) -> dict[str, dict]:
+    """The widget values of all nodes that the server knows."""
+    return {str(node["id"]): named_values(node, object_info) for node in graph["nodes"] if node["type"] in object_info}
+
+
+def plain(prompt) -> dict:
+    return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
+
+
+@pytest.mark.parametrize("name", live.NAMES)
+def test_graph_opens_and_keeps_its_values(page, object_info, name):
+    graph = small_world.shipped(name)
+    page.setting("Comfy.Workflow.ShowMissingModelsWarning", False)  # SD1.5 is not there, the page would offer it
+    page.load(graph, name)
+    assert not page.unknown_nodes()
+    assert not page.complaints()
+    saved = page.saved()
+    assert values(saved, object_info) == values(graph, object_info)
+    assert len(saved["links"]) == len(graph["links"])
+    assert plain(page.prompt()) == plain(convert(graph, object_info)) == plain(convert(saved, object_info))
+
+
+def test_missing_model_is_offered(page):
+    page.load(small_world.shipped("hiper_train_and_edit"), "missing")
+    page.tab.get_by_text("v1-5-pruned-emaonly-fp16.safetensors").first.wait_for(state="visible")
+
+
+def test_graph_runs_with_live_loss(page, object_info, server):
+    graph = live.lowered("hiper_train_and_edit", object_info)
+    trainer = small_world.node_id(graph, "Learn the subject")
+    seed = 7000 + len(
+        list((server.base / "output").rglob("*.png"))
+    )  # another one each time: nothing comes from a cache
+    graph = small_world.adapt(graph, {("LikenessTrainEmbedding", "seed"): seed}, object_info)
+    page.load(graph, "run")
+    curve = page.tab.locator(".likeness-loss").first
+    assert curve.get_attribute("data-points") == "0"
+    page.tab.evaluate(
+        """() => { window.likenessSeen = []; app.api.addEventListener('likeness.progress', () => requestAnimationFrame(
+          () => window.likenessSeen.push(Number(document.querySelector('.likeness-loss').dataset.step)))); }"""
+    )
+    page.tab.evaluate(
+        """id => { window.likenessPreviews = 0; for (const kind of ['b_preview', 'b_preview_with_metadata'])
+          app.api.addEventListener(kind, () => { window.likenessPreviews += 1; }); }""",
+        trainer,
+    )
+    assert page.run() == "execution_success"
+    assert not page.complaints()
+
+    seen = page.tab.evaluate("() => window.likenessSeen")
+    assert len(seen) > 1 and seen == sorted(seen) and seen[-1] == live.STEPS
+    assert curve.get_attribute("data-points") == str(live.STEPS)
+    assert len(curve.locator("polyline").get_attribute("points").split()) == live.STEPS
+    assert f"step {live.STEPS} / {live.STEPS}" in curve.inner_text()
+    box = curve.bounding_box()
+    assert box and box["width"] > 100 and box["height"] > 50
+    assert page.tab.evaluate("() => window.likenessPreviews") > 0
+    for title in ("Reconstruction", "Edit without the subject", "Edit with the subject", "Score"):
+        assert page.pictures(small_world.node_id(graph, title)) > 0, f"no picture in {title}"
+    saved = next(node for node in page.saved()["nodes"] if str(node["id"]) == trainer)
+    assert named_values(saved, object_info)["seed"] == seed, "the curve must not be saved with the values"
+
+
+def test_templates_are_listed_with_thumbnails(page):
+    page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.tab.locator("[role=dialog]").get_by_text(live.PACK, exact=True).first.click()
+    for name in live.NAMES:
+        page.tab.locator(f'[data-testid="template-workflow-{name}"]').wait_for()
+        page.tab.wait_for_function(
+            """name => { const image = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
+              return image && image.naturalWidth > 0 && !image.src.includes('default-template'); }""",
+            arg=name,
+        )
+    page.tab.locator(f'[data-testid="template-workflow-{live.NAMES[-1]}"]').click()
+    page.tab.wait_for_function(
+        "type => app.graph._nodes.some(node => node.type === type)", arg="LikenessTrainEmbedding"
+    )
