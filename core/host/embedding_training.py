@@ -119,8 +119,8 @@ def train_embedding(
 
     progress = Progress(model, schedule.steps, node_id)
     run = stored_run(run_store(), key)
+    progress.start(0 if run is None else run.step)
     if run is None or run.step < schedule.steps:
-        progress.start(0 if run is None else run.step)
         run = _train(model, positive, rows, start, pictures, settings, schedule, key, progress)
     end, kept = run.results(schedule.steps, schedule.save_every, run.state["h"][None])
     losses = run.losses[:end]

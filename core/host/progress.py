@@ -26,7 +26,7 @@ class Progress:
         self._total, self._node, self._resumed, self._last = total, node_id, 0, 0.0
 
     def start(self, step: int) -> None:
-        """Say that a stored run of this many steps is being continued."""
+        """Say how many steps were already there: of a stored run that is continued, or served as it is."""
         self._resumed = step
 
     def update(self, losses: list[float], denoised: Tensor | None = None) -> None:
