@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from . import assets, comfyui
+from .vision_models import build_vision_folders
+from .widen import checkpoint
 
 CHECKPOINT = "likeness_small_world.safetensors"
 
@@ -15,8 +17,6 @@ CHECKPOINT = "likeness_small_world.safetensors"
 def build_checkpoint(path: Path) -> Path:
     """Widen the committed generator into an SD1.x checkpoint at `path` (340 MB)."""
     from safetensors.torch import save_file
-
-    from .widen import checkpoint
 
     narrow = assets.read("generator")
     tensors = checkpoint(narrow, narrow["vocabulary"].tolist())
@@ -38,11 +38,7 @@ def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dic
     assets.check()
     models = Path(models_dir)
     paths = {"checkpoint": build_checkpoint(models / "checkpoints" / CHECKPOINT)}
-    if (assets.ASSETS / "dino.safetensors").exists():
-        from .vision_models import build_vision_folders
-
-        paths |= build_vision_folders(models / "likeness_vision")
-    return paths
+    return paths | build_vision_folders(models / "likeness_vision")
 
 
 def main(arguments: list[str]) -> None:
