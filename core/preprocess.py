@@ -1,4 +1,4 @@
-"""From ComfyUI pictures to what a vision model takes, differentiably: resize, centre crop, normalise; nothing is rounded."""
+"""From ComfyUI pictures to what a vision model takes: resize, centre crop, normalise; differentiable, never rounded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Preprocess:
     """How one model wants its pictures.
 
-    size: the square it takes, in pixels. shorter_side: length of the shorter side before the centre crop to `size`; None
-    squashes the picture into the square instead. mode: "bicubic" or "bilinear", always antialiased.
+    size: the square it takes, in pixels. shorter_side: length of the shorter side before the centre crop to `size`;
+    None squashes the picture into the square instead. mode: "bicubic" or "bilinear", always antialiased.
     """
 
     size: int
@@ -29,8 +29,8 @@ class Preprocess:
     def __call__(self, pixels: Tensor, crop: bool = True) -> Tensor:
         """[B, H, W, 3 or 4] in 0..1 (alpha is dropped) -> [B, 3, size, size], normalised. crop False squashes.
 
-        Unlike ComfyUI's encode_image this neither clamps nor rounds to 8 bits, since both have no gradient; values differ
-        from it by up to half a grey level.
+        Unlike ComfyUI's encode_image this neither clamps nor rounds to 8 bits, since both have no gradient; values
+        differ from it by up to half a grey level.
         """
         x = pixels[..., :3].movedim(-1, 1).float()
         height, width = x.shape[2:]

@@ -197,7 +197,7 @@ def score(request: Request) -> Scores:
             values["lpips"] = _lpips(lpips, images, reference.expand(images.shape), outside)
             models["lpips"] = f"{lpips.description}, {place}"
     table = {name: [float(value) for value in values[name]] for name in TITLES if name in values}
-    ranked, rule = _ranking(table, request.rank_by)
+    ranked, rule = ranking(table, request.rank_by)
     return Scores(table, measures.order(ranked), rule, models, _notes(request, outside))
 
 
@@ -273,8 +273,8 @@ def _notes(request: Request, outside: Tensor | None) -> list[str]:
     return notes
 
 
-def _ranking(values: dict[str, list[float]], rank_by: str) -> tuple[list[float], str]:
-    """(one number per picture, higher is better; the rule in words)."""
+def ranking(values: dict[str, list[float]], rank_by: str) -> tuple[list[float], str]:
+    """(one number per picture, higher is better; the rule in words). rank_by: one of RANKINGS that was measured."""
     if rank_by in TITLES:
         sign = -1.0 if rank_by == "lpips" else 1.0
         return [sign * v for v in values[rank_by]], TITLES[rank_by] + (", lowest first" if sign < 0 else "")

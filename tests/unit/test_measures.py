@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from likeness.core.measures import (
     PSNR_OF_EQUAL,
     cosine,
@@ -16,7 +18,6 @@ from likeness.core.measures import (
     resize_mask,
     subject_crop,
 )
-from torch.testing import assert_close
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from likeness.core.host.vision import check_vision, describe, embed, features, load_vision, looking, text_missing
 from likeness.core.preprocess import Preprocess
-from torch.testing import assert_close
 
 from .models import CLIP_SIDE, clip_folder, core_vision, dino_folder, open_clip_file, pictures
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import folder_paths
 import pytest
+
 from likeness.core.host import folders
 from likeness.core.host.folders import EMBEDDINGS, LPIPS, VISION
 

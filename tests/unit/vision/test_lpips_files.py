@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from likeness.core.host.extras.lpips_files import ALEXNET, BACKBONES, load_lpips
 from safetensors.torch import save_file
 from torch.nn import functional
 from torch.testing import assert_close
+
+from likeness.core.host.extras.lpips_files import ALEXNET, BACKBONES, load_lpips
 
 from .models import pictures
 

@@ -7,6 +7,7 @@ import math
 import folder_paths
 import pytest
 import torch
+
 from likeness.core.host import folders, scoring
 from likeness.core.host.vision import load_vision
 from likeness.nodes.score import NODES, LikenessLoadVision, LikenessScore
@@ -79,12 +80,25 @@ def test_the_moved_subject_is_still_the_same(vision):
     assert run(**inputs, dino=vision["dino"])["dino"] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_the_whole_subject_crop_is_seen_up_to_its_border(vision):
+    reference = pictures(1, 200, 200) * 0.5
+    images, mask = reference.clone(), torch.zeros(1, 200, 200)
+    mask[:, 50:150, 50:150] = 1.0
+    images[:, 50:150, 50:150] = 1.0  # an edge of 3 pixels, which a model that cuts out the centre would not see
+    images[:, 53:147, 53:147] = reference[:, 53:147, 53:147]
+    inputs = {"reference": reference, "mask": mask, "reference_mask": mask, "dino": vision["dino"]}
+    assert run(images=reference, **inputs)["dino"] - run(images=images, **inputs)["dino"] > 1e-3
+
+
 def test_psnr_outside_ignores_both_subjects(vision):
     reference = pictures(1) * 0.8
     images = reference + 0.1
     images[:, 10:30, 10:30] = 0.0
     assert run(images=images, reference=reference, mask=masks(1))["psnr"] == pytest.approx(20.0, abs=1e-3)
     assert run(images=images, reference=reference)["psnr"] < 19.0
+    soft = masks(1)
+    soft[:, 10:12] = 0.3  # the edit reaches into a soft edge
+    assert run(images=images, reference=reference, mask=soft)["psnr"] == pytest.approx(20.0, abs=1e-3)
     small = torch.nn.functional.avg_pool2d(masks(1)[:, None], 2)[:, 0]  # another size
     assert run(images=images, reference=reference, mask=small)["psnr"] == pytest.approx(20.0, abs=1e-3)
 
@@ -95,6 +109,14 @@ def test_text_score_is_the_cosine_of_both_embeddings(vision):
     expected = torch.cosine_similarity(clip.encode_image(images).image_embeds, clip.encode_text(["a red cat"]))
     assert result["clip_t"] == pytest.approx(float(expected.max()), abs=1e-5)
     assert result["best"] == int(expected.argmax()) and result["dino"] == scoring.NOT_MEASURED
+
+
+def test_overall_weighs_identity_and_text_alike():
+    values = {"dino": [0.5, 0.6], "clip_i": [0.6, 0.7], "clip_t": [0.35, 0.2], "psnr": [10.0, 90.0]}
+    assert scoring.ranking(values, "overall")[0] == pytest.approx([0.9, 0.85])
+    assert scoring.ranking(values, "identity")[0] == pytest.approx([0.55, 0.65])
+    assert scoring.ranking({"psnr": [10.0, 90.0]}, "overall") == ([10.0, 90.0], "PSNR")
+    assert scoring.ranking({"clip_t": [0.3]}, "overall") == ([0.3], "CLIP-T")
 
 
 def test_overall_is_mean_identity_plus_text(vision):

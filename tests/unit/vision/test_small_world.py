@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from likeness.core.host.vision import check_vision, embed, load_vision
 from likeness.toyworld import assets, comfyui, vision_models
-from torch.testing import assert_close
 
 from .models import pictures, seeded
 
