@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def load_transformers(folder: Path) -> Tower:
             f"{folder.name} needs the transformers package ({error}): run `pip install transformers` with ComfyUI's "
             "Python."
         ) from error
-    with offline():
+    with offline(), _no_progress_bar(transformers):
         loader = transformers.AutoModel
         if config.get("architectures") == [WITH_PROJECTION]:
             loader = transformers.CLIPVisionModelWithProjection
@@ -90,6 +92,18 @@ def load_transformers(folder: Path) -> Tower:
     tower.preprocess = _preprocess(folder, model.config)
     tower.text_missing = text_missing
     return tower
+
+
+@contextlib.contextmanager
+def _no_progress_bar(transformers: Any) -> Iterator[None]:
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _config(folder: Path) -> dict[str, Any]:

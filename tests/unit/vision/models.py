@@ -48,11 +48,12 @@ def clip_folder(folder: Path, tokenizer: bool = True, squash: bool = False):
         settings |= {"do_center_crop": True, "crop_size": {"height": CLIP_SIDE, "width": CLIP_SIDE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     if tokenizer:
-        _tokenizer().save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
     return model
 
 
-def _tokenizer():
+def word_tokenizer():
+    """A transformers tokenizer of WORDS between a begin and an end."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace

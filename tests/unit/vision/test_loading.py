@@ -11,7 +11,18 @@ from torch.testing import assert_close
 
 from likeness.core.host.vision import describe, embed, load_vision, text_missing
 
-from .models import CLIP_SIDE, DINO_SIDE, clip_config, clip_folder, dino_folder, open_clip_file, pictures, seeded
+from .models import (
+    CLIP_SIDE,
+    DINO_SIDE,
+    WORDS,
+    clip_config,
+    clip_folder,
+    dino_folder,
+    open_clip_file,
+    pictures,
+    seeded,
+    word_tokenizer,
+)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -103,6 +114,26 @@ def test_vision_with_projection_keeps_its_projection(tmp_path):
     vision = load_vision(tmp_path / "projected")
     assert embed(vision, pictures(1)).shape == (1, model.config.projection_dim)
     assert "image_embeds" in describe(vision) and text_missing(vision) is not None
+
+
+def test_siglip_uses_its_pooling(tmp_path, capfd):
+    from transformers import SiglipConfig, SiglipModel
+
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {**shared, "vocab_size": len(WORDS) + 3, "max_position_embeddings": 8, "projection_size": 16}
+    config = SiglipConfig(text_config=text, vision_config={**shared, "image_size": CLIP_SIDE, "patch_size": 8})
+    model = seeded(lambda: SiglipModel(config))
+    model.save_pretrained(tmp_path / "siglip")
+    word_tokenizer().save_pretrained(tmp_path / "siglip")
+    settings = {"size": {"height": CLIP_SIDE, "width": CLIP_SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "siglip" / "preprocessor_config.json").write_text(json.dumps(settings))
+    capfd.readouterr()
+    vision, images = load_vision(tmp_path / "siglip"), pictures(2, CLIP_SIDE, CLIP_SIDE)
+    assert capfd.readouterr().err == "", "no progress bars in ComfyUI's log"
+    with torch.no_grad():
+        expected = model.vision_model(pixel_values=normalised(images, [0.5] * 3, [0.5] * 3)).pooler_output
+    assert_close(embed(vision, images), expected, **CLOSE)
+    assert vision.encode_text(["a red cat"]).shape == (1, 16) and "SiglipModel, pooler_output" in describe(vision)
 
 
 def test_squashing_folder_sees_the_whole_picture(tmp_path):
