@@ -47,8 +47,8 @@ def roots(kind: Kind) -> list[str]:
 
 
 def first_folder(kind: Kind) -> str:
-    """Where new files of this kind are written: ComfyUI's own models folder, not one of extra_model_paths.yaml."""
-    return os.path.join(folder_paths.models_dir, kind.folder)
+    """Where new files of this kind are written: a folder that extra_model_paths.yaml names, else models/<kind>."""
+    return roots(kind)[0]
 
 
 def names(kind: Kind) -> list[str]:
