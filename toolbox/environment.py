@@ -32,7 +32,9 @@ TORCH_CPU = (
 )  # where pip's find-links has the CPU build
 TORCH_PYPI = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # the last trio released together
 TOOLS = ("pytest", "playwright", "websocket-client", "ruff", "ty", "scikit-image", "requests")
-NEEDED = ("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage")
+# Without their dependencies, which would replace ComfyUI's torch; what else they need comes with ComfyUI.
+OPEN_CLIP = ("open_clip_torch", "timm", "ftfy", "wcwidth")
+NEEDED = ("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage", "open_clip")
 PINS = ROOT / "toolbox" / "pins.txt"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -245,6 +247,7 @@ def borrow_packages(installer: Installer, owner: Path) -> None:
     installer.install_pinned(*light)
     if not imports(installer.python, ["skimage"]):  # without its dependencies: numpy must stay ComfyUI's own
         installer.install("--no-deps", "scikit-image", "imageio", "lazy-loader", "tifffile", "-c", PINS)
+    installer.install("--no-deps", *OPEN_CLIP, "-c", PINS)
 
 
 def install_all(installer: Installer, comfyui: Path) -> None:
@@ -254,6 +257,7 @@ def install_all(installer: Installer, comfyui: Path) -> None:
         installer.make_venv(venv, sys.executable)
     install_torch(installer)
     installer.install_pinned(*requirements_of(comfyui), *TOOLS)
+    installer.install("--no-deps", *OPEN_CLIP, "-c", PINS)
 
 
 def install_packages(steps: Steps, installer: Installer, comfyui: Path, owner: Path | None) -> None:
@@ -262,10 +266,11 @@ def install_packages(steps: Steps, installer: Installer, comfyui: Path, owner: P
     def there() -> bool:
         return imports(installer.python, NEEDED)
 
+    tools = ", ".join(TOOLS + OPEN_CLIP)
     if owner:
-        steps.do("packages", f"{', '.join(TOOLS)} on top of {owner}", there, lambda: borrow_packages(installer, owner))
+        steps.do("packages", f"{tools} on top of {owner}", there, lambda: borrow_packages(installer, owner))
     else:
-        key = f"torch, the requirements of {comfyui}, {', '.join(TOOLS)}"
+        key = f"torch, the requirements of {comfyui}, {tools}"
         steps.do("packages", key, there, lambda: install_all(installer, comfyui))
 
 

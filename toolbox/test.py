@@ -1,7 +1,7 @@
 """`python3 toolbox/test.py`: sets everything up and checks all that must hold.
 
-Ruff, the type check, the syntax of the page's scripts, then the five tiers of tests. COMFYUI_PATH uses an existing
-ComfyUI. Arguments are handed to pytest instead of the five tiers.
+Ruff, the type check, the syntax of the page's scripts, then the five tiers of tests and those of the small world.
+COMFYUI_PATH uses an existing ComfyUI. Arguments are handed to pytest instead of these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
-TIERS = ("unit", "parity", "contract", "server", "browser")
+TIERS = ("unit", "parity", "contract", "toyworld", "server", "browser")
 
 
 def say(text: str) -> None:
