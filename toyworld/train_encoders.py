@@ -24,14 +24,14 @@ ATTRIBUTES = (8, 7, 4, 3, 4, 4, 5, 3)
 
 
 class Heads(nn.Module):
-    """Attribute heads of the training."""
+    """Attribute heads of the training: one linear layer per attribute with `counts` answers."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, counts: tuple[int, ...]) -> None:
         super().__init__()
-        self.read = nn.ModuleList([nn.Linear(width, count) for count in ATTRIBUTES])
+        self.read = nn.ModuleList([nn.Linear(width, count) for count in counts])
 
     def loss(self, found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over the attributes; labels [B, 8]."""
+        """Mean cross-entropy over the attributes; labels [B, attributes]."""
         return sum(F.cross_entropy(head(found), labels[:, i]) for i, head in enumerate(self.read)) / len(self.read)
 
 
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     crops, labels = subjects.load("train")
     check, _ = subjects.load("check")
     torch.manual_seed(SEEDS[options.name])
-    model, heads = MAKERS[options.name](), Heads(WIDTHS[options.name])
+    model, heads = MAKERS[options.name](), Heads(WIDTHS[options.name], ATTRIBUTES)
     ends = ("embeddings.", "embedder.embedder.convolution")
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim in (2, 4) and not name.startswith(ends)]

@@ -1,4 +1,7 @@
-"""Stage "scorer": train the CLIP-like text-image scorer on scenes and captions with hard negative captions."""
+"""Stage "scorer": train the CLIP-like text-image scorer on scenes and captions with hard negative captions.
+
+Besides the contrastive loss, linear heads read the scene's attributes from the picture's features while training.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import comfyui, dataset, training, world
+from .judge import HEADS
 from .networks import token_ids
 from .train_ae import picture_batch
+from .train_encoders import Heads
 from .training import RANK, WORK, log
 from .vision_models import END_OF_TEXT, START_OF_TEXT, make_clip, normalise, pack_clip
 
@@ -73,11 +78,11 @@ def text_inputs(tokenizer: object, captions: list[str]) -> dict[str, torch.Tenso
 
 def embeddings(
     model: nn.Module, pictures: torch.Tensor, texts: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit vectors of pictures [B,3,96,96] in 0..1 and of texts."""
-    seen = model.visual_projection(model.vision_model(pixel_values=normalise(pictures)).pooler_output)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit vectors of pictures [B,3,96,96] in 0..1 and of texts, and the pictures' features before their projection."""
+    found = model.vision_model(pixel_values=normalise(pictures)).pooler_output
     read = model.text_projection(model.text_model(**texts).pooler_output)
-    return F.normalize(seen, dim=1), F.normalize(read, dim=1)
+    return F.normalize(model.visual_projection(found), dim=1), F.normalize(read, dim=1), found
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def swap_accuracy(model: nn.Module, tokenizer: object, pictures: torch.Tensor, r
     model.eval()
     rng = np.random.default_rng(8)
     captions = [captions_of(row, rng, world.MAIN_WORDS) for row in rows]
-    seen, read = embeddings(model, pictures, text_inputs(tokenizer, [text for four in captions for text in four]))
+    seen, read, _ = embeddings(model, pictures, text_inputs(tokenizer, [text for four in captions for text in four]))
     scores = (seen[:, None] * read.view(len(seen), 1 + len(SWAPS), -1)).sum(-1)
     return {name: 100 * float((scores[:, 0] > scores[:, 1 + i]).float().mean()) for i, name in enumerate(SWAPS)}
 
@@ -105,12 +110,14 @@ def main(arguments: list[str]) -> None:
     check = picture_batch(held["images"], torch.arange(256))
     used = token_ids(tokenizer, scenes["captions"]).unique()
     torch.manual_seed(17)
-    model = make_clip()
+    model, heads = make_clip(), Heads(96, tuple(HEADS.values()))
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in matrices}
-    optimiser = training.Muon(matrices, [p for _, p in named if id(p) not in chosen], rate=0.01, adam_rate=2e-3)
-    keeper = training.Keeper("clip", {"model": model, "optimiser": optimiser})
+    optimiser = training.Muon(
+        matrices, [p for _, p in named if id(p) not in chosen] + list(heads.parameters()), rate=0.01, adam_rate=2e-3
+    )
+    keeper = training.Keeper("clip", {"model": model, "heads": heads, "optimiser": optimiser})
     first, began = keeper.resume(), time.time()
     for step in range(first, options.steps):
         model.train()
@@ -119,10 +126,11 @@ def main(arguments: list[str]) -> None:
         picks = torch.randint(len(scenes["labels"]), (options.batch,), generator=generator)
         captions = [captions_of(scenes["labels"][i], rng) for i in picks.tolist()]
         texts = [four[0] for four in captions] + [text for four in captions for text in four[1:]]
-        seen, read = embeddings(model, picture_batch(scenes["images"], picks), text_inputs(tokenizer, texts))
+        seen, read, found = embeddings(model, picture_batch(scenes["images"], picks), text_inputs(tokenizer, texts))
         scores = model.logit_scale.exp().clamp(max=50) * seen @ read.T
         wanted = torch.arange(len(seen))
         loss = F.cross_entropy(scores, wanted) + F.cross_entropy(scores[:, : len(seen)].T, wanted)
+        loss = loss + heads.loss(found, torch.tensor(scenes["labels"][picks.numpy()]))
         loss.backward()
         optimiser.step(training.schedule(step, options.steps, warm_up=40, decay_from=0.3), clip=5.0)
         if (step + 1) % 100 == 0:
