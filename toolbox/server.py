@@ -24,6 +24,8 @@ from .environment import Environment
 IMPORT_FAILURES = ("IMPORT FAILED", "Cannot import", "did not import correctly")
 FOLDERS = ("models", "input", "output", "temp", "user/default", "custom_nodes")
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False}
+# No look-ups of models on the network; threads that wait for each other sleep, for machines that do other work too.
+QUIET = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 START_TIMEOUT = 240.0
 FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 
@@ -120,7 +122,7 @@ class Server:
             *("--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"),
             *("--disable-auto-launch", "--preview-method", "auto", *page, *more, *arguments),
         ]
-        self._folder, self._variables = environment.comfyui, {**environment.variables(), "HF_HUB_OFFLINE": "1"}
+        self._folder, self._variables = environment.comfyui, {**QUIET, **environment.variables()}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:

@@ -27,9 +27,10 @@ def training(server, object_info):
 @pytest.fixture(autouse=True)
 def nothing_left_in_the_queue(server):
     yield
-    left = not server.idle()
-    if left:
+    try:
+        server.wait_idle(timeout=10)
+    except TimeoutError:
         server.post("/queue", {"clear": True})
         server.interrupt()
         server.wait_idle()
-    assert not left, "the test left work in the server's queue"
+        raise
