@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,21 @@ def run(module: str, arguments: list[str]) -> int:
     """Call main(arguments) of `likeness.<module>` and return its exit code."""
     load_pack()
     return importlib.import_module(f"{NAME}.{module}").main(arguments) or 0
+
+
+def set_up_and_run(module: str, arguments: list[str]) -> int:
+    """Set up the sandbox and the small world, then run a module in the sandbox's Python."""
+    load_pack()
+    from likeness.toolbox.environment import prepare
+    from likeness.toolbox.small_world import build_models
+
+    environment = prepare(browser=False)
+    build_models(environment)
+    command = [str(environment.python), str(Path(__file__).resolve()), module, *arguments]
+    try:
+        return subprocess.run(command, env=environment.variables()).returncode
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,26 +6,9 @@ ComfyUI.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
-
-
-def main() -> int:
-    """Set up, then go on in the sandbox's Python."""
-    load_pack()
-    from likeness.toolbox.environment import prepare
-    from likeness.toolbox.small_world import build_models
-
-    environment = prepare(browser=False)
-    build_models(environment)
-    command = [str(environment.python), str(ROOT / "toolbox" / "_load.py"), "toolbox.demonstration", *sys.argv[1:]]
-    try:
-        return subprocess.run(command, env=environment.variables()).returncode
-    except KeyboardInterrupt:
-        return 130
-
+from _load import set_up_and_run  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(set_up_and_run("toolbox.demonstration", sys.argv[1:]))

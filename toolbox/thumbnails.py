@@ -1,0 +1,78 @@
+"""Makes the pictures of the template list: `python toolbox/thumbnails.py` runs the graphs in the small world."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .graph import Graph
+    from .server import Run, Server
+
+ROOT = Path(__file__).resolve().parents[1]
+TILE, QUALITY = 192, 90
+TITLES = {
+    "hiper_train_and_edit": ("Edit without the subject", "Edit with the subject"),
+    "hiper_load_and_reuse": ("Result 1", "Result 2", "Result 3"),
+    "hiper_pick_the_step": ("All steps",),
+}
+
+
+def montage(pictures: list[Any]) -> Any:
+    """The pictures side by side, as squares."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (TILE * len(pictures), TILE))
+    for index, picture in enumerate(pictures):
+        tile = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (TILE * index, 0))
+    return sheet
+
+
+def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
+    """The subject's picture, then the graph's results."""
+    from PIL import Image
+
+    from . import small_world
+
+    results = [picture for title in TITLES[name] for picture in server.images(run, small_world.node_id(graph, title))]
+    return [Image.open(server.base / "input" / small_world.PICTURE), *results]
+
+
+def make(names: list[str], steps: int) -> None:
+    """Run the graphs one after the other, the saving one before the loading one, and write their pictures."""
+    from . import small_world
+    from .demonstration import BASE, Narrator
+    from .graph import convert
+    from .server import Server, environment_from_variables
+
+    server = Server(environment_from_variables(), BASE, small_world.NODE_FOLDERS, small_world.MODELS)
+    small_world.draw_subject(BASE / "input")
+    with server:
+        for name in names:
+            object_info = server.object_info()
+            graph = small_world.in_small_world(small_world.shipped(name), object_info, steps)
+            run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
+            path = small_world.WORKFLOWS / f"{name}.jpg"
+            montage(pictures_of(name, server, graph, run)).save(path, quality=QUALITY)
+            print(f"{path.relative_to(ROOT)} written", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Make the thumbnails anew; started in the sandbox's Python by the lines below."""
+    from . import small_world
+
+    parser = argparse.ArgumentParser(prog="thumbnails.py", description=main.__doc__)
+    parser.add_argument("names", nargs="*", default=list(TITLES), help="graphs (default: all)")
+    parser.add_argument("--steps", type=int, default=small_world.STEPS, help="training steps, a multiple of 10")
+    options = parser.parse_args(arguments)
+    make(options.names, options.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    from _load import set_up_and_run  # ty: ignore[import-not-found] (this folder is on the path of a script)
+
+    sys.exit(set_up_and_run("toolbox.thumbnails", sys.argv[1:]))
