@@ -1,6 +1,6 @@
 """Stage "measure": every gate figure of the small world from the committed assets, real renders beside samples.
 
-`python toyworld/run.py measure` renders held-out scenes anew, so it needs no training data; about three minutes on two
+`python toyworld/run.py measure` renders held-out scenes anew, so it needs no training data; about four minutes on two
 cores.
 """
 
@@ -165,7 +165,7 @@ def measure_scorer(table: Table, generator: Generator, scenes: dict) -> None:
     found = swap_accuracy(load_model("clip"), generator.tokenizer, pictures, scenes["labels"])
     for name in SWAPS:
         table.row(
-            f"scorer, true caption over one with another {name}, real renders", percent(found[name]), "50 % by chance"
+            f"scorer on real renders, true caption over one with another {name}", percent(found[name]), "(chance 50 %)"
         )
 
 
