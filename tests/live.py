@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def start(base: Path, frontend: Path | None = None) -> Server:
     if not (small_world.MODELS / "checkpoints" / small_world.CHECKPOINT).is_file():
         raise RuntimeError("The small world's models are missing: run the tests with `python3 toolbox/test.py`.")
     server = Server(environment_from_variables(), base, small_world.NODE_FOLDERS, small_world.MODELS, frontend)
-    small_world.draw_subject(base / "input")
+    picture = small_world.draw_subject(base / "input")
+    shutil.copy(picture, picture.with_name("example.png"))  # what a shipped graph names; every ComfyUI brings one
     return server
 
 

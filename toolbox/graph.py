@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 NOTES = ("Note", "MarkdownNote")
 REROUTE = "Reroute"
+PAGE_WIDGETS = ("PreviewAny",)  # all their widgets are the page's own, the server knows none of them
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 MUTED, BYPASSED = 2, 4
@@ -94,6 +95,8 @@ def label(node: Mapping[str, Any]) -> str:
 
 def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, Any]:
     """A node's widget values by input name."""
+    if node["type"] in PAGE_WIDGETS:
+        return {}
     slots, values = widget_slots(node["type"], object_info), node.get("widgets_values") or []
     if not isinstance(values, list) or len(values) != len(slots):
         names = [f"{slot.name} ({slot.kind})" for slot in slots]

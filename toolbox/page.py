@@ -33,6 +33,7 @@ PATIENCE = 120_000  # milliseconds
 SETTLE = 1_200  # milliseconds; the page loads its start-up graph after it says that it is ready
 FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 COMPLAINTS = "[role=dialog], .p-toast-message-error, [data-testid=error-overlay]"
+NODE = "app.graph._nodes.find(node => String(node.id) === id)"  # in the page, where `id` is known
 RUN_BUTTON = "[data-testid=queue-button] button.p-splitbutton-button, button[data-testid=queue-button]"
 
 
@@ -117,12 +118,19 @@ class Page:
         self.tab.wait_for_timeout(SETTLE)
         return self.tab.evaluate("() => window.likenessEnd")
 
-    def pictures(self, node_id: str) -> int:
-        """How many pictures a node shows, decoded, in either rendering."""
-        return self.tab.evaluate(
-            """id => { const node = app.graph._nodes.find(node => String(node.id) === id);
-              const element = document.querySelector(`[data-node-id="${id}"]`);
-              return [...(node.imgs ?? []), ...(element?.querySelectorAll('img') ?? [])]
-                .filter(picture => picture.naturalWidth > 0).length; }""",
-            node_id,
-        )
+    def shows_picture(self, node_id: str, timeout: float = 20_000) -> bool:
+        """Bring a node into view; whether it then shows a decoded picture, in either rendering."""
+        from playwright.sync_api import TimeoutError as Waited
+
+        self.tab.evaluate(f"id => app.canvas.centerOnNode({NODE})", node_id)
+        try:
+            self.tab.wait_for_function(
+                f"""id => {{ const element = document.querySelector(`[data-node-id="${{id}}"]`);
+                  return [...({NODE}.imgs ?? []), ...(element?.querySelectorAll('img') ?? [])]
+                    .some(picture => picture.naturalWidth > 0); }}""",
+                arg=node_id,
+                timeout=timeout,
+            )
+        except Waited:
+            return False
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from likeness.toolbox import small_world
-from likeness.toolbox.graph import convert, named_values
+from likeness.toolbox.graph import PAGE_WIDGETS, convert, named_values
 
 from .. import live
 
@@ -18,7 +18,18 @@ def values(graph, object_info) -> dict[str, dict]:
 
 
 def plain(prompt) -> dict:
-    return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
+    """Types and inputs, without what the page sends of its own for the nodes that show a text."""
+    return {
+        name: (
+            node["class_type"],
+            {
+                key: value
+                for key, value in node["inputs"].items()
+                if node["class_type"] not in PAGE_WIDGETS or key == "source"
+            },
+        )
+        for name, node in prompt.items()
+    }
 
 
 @pytest.mark.parametrize("name", live.NAMES)
@@ -27,7 +38,7 @@ def test_graph_opens_and_keeps_its_values(page, object_info, name):
     page.setting("Comfy.Workflow.ShowMissingModelsWarning", False)  # SD1.5 is not there, the page would offer it
     page.load(graph, name)
     assert not page.unknown_nodes()
-    assert not page.complaints()
+    assert not [text for text in page.complaints() if "node" in text.lower()]  # the newest page also lists models
     saved = page.saved()
     assert values(saved, object_info) == values(graph, object_info)
     assert len(saved["links"]) == len(graph["links"])
@@ -69,8 +80,9 @@ def test_graph_runs_with_live_loss(page, object_info, server):
     box = curve.bounding_box()
     assert box and box["width"] > 100 and box["height"] > 50
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
+    assert page.shows_picture(trainer), "ComfyUI does not show the preview on the node"
     for title in ("Reconstruction", "Edit without the subject", "Edit with the subject", "Score"):
-        assert page.pictures(small_world.node_id(graph, title)) > 0, f"no picture in {title}"
+        assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
     saved = next(node for node in page.saved()["nodes"] if str(node["id"]) == trainer)
     assert named_values(saved, object_info)["seed"] == seed, "the curve must not be saved with the values"
 
