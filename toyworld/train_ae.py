@@ -53,7 +53,7 @@ def reconstruct(encoder: nn.Module, decoder: nn.Module, pictures: torch.Tensor) 
 def main(arguments: list[str]) -> None:
     """Train, then write ae.pt and a picture of held-out reconstructions."""
     parser = argparse.ArgumentParser(prog="run.py ae")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16, help="crops per process")
     parser.add_argument("--crop", type=int, default=64)
     options = parser.parse_args(arguments)

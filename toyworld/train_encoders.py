@@ -91,8 +91,8 @@ def main(arguments: list[str]) -> None:
     """Train one encoder and write <name>.pt."""
     parser = argparse.ArgumentParser(prog="run.py encoders")
     parser.add_argument("name", choices=tuple(WIDTHS))
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--groups", type=int, default=12, help="groups of four identities per process and step")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--groups", type=int, default=8, help="groups of four identities per process and step")
     options = parser.parse_args(arguments)
     training.start()
     crops, labels = subjects.load("train")

@@ -58,7 +58,7 @@ def draw_batch(
 def main(arguments: list[str]) -> None:
     """Train and write judge.pt."""
     parser = argparse.ArgumentParser(prog="run.py judge")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--batch", type=int, default=32, help="pictures per process")
     options = parser.parse_args(arguments)
     training.start()

@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="run.py scorer")
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=48, help="pictures per process")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per process")
     options = parser.parse_args(arguments)
     training.start()
     tokenizer = CLIPTokenizer.from_pretrained(str(comfyui.tokenizer_path()))

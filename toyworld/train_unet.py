@@ -59,9 +59,9 @@ def split_parameters(unet: nn.Module, text: nn.Module) -> tuple[list[nn.Paramete
 def main(arguments: list[str]) -> None:
     """Train; unet.pt (averaged weights) is rewritten once a minute."""
     parser = argparse.ArgumentParser(prog="run.py unet")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=7_000)
     parser.add_argument("--batch", type=int, default=16, help="samples per process")
-    parser.add_argument("--decay-from", type=float, default=0.5, help="share of the steps at full rate")
+    parser.add_argument("--decay-from", type=float, default=0.4, help="share of the steps at full rate")
     options = parser.parse_args(arguments)
     training.start()
     comfyui.prepare()
