@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from likeness.toyworld import assets, judge, world
+from likeness.toyworld.dataset import render_scenes
 
 from .. import inprocess
 
@@ -91,17 +92,30 @@ def test_the_crop_is_the_subject_alone_on_white() -> None:
 def test_vision_folders_load_by_transformers_and_know_subjects_apart(built: dict[str, Path]) -> None:
     from transformers import AutoModel
 
-    base = world.make_identity("cup", "red", "", "striped", "white", "vertical", "round", "yellow")
-    other = world.variant(base, "pattern", 3)
-    pairs = [world.render(base, "sand", 1), world.render(base, "night", 2), world.render(other, "brick", 3)]
-    pictures = torch.from_numpy(np.stack([picture for picture, _ in pairs])).permute(0, 3, 1, 2).float() / 255
-    masks = torch.from_numpy(np.stack([mask for _, mask in pairs])).float() / 255
-    crops = (judge.subject_crop(pictures, masks, 96) - 0.5) / 0.5
+    from likeness.toyworld import subjects
+    from likeness.toyworld.train_encoders import hard_auc
+
+    pictures, masks = subjects.check_scenes(20)
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    crops = judge.subject_crop(images, torch.from_numpy(masks).float() / 255, 96)
+    groups = (crops * 255 + 0.5).byte().view(20, 4, subjects.VIEWS, 3, 96, 96)
     for name in ("small_world_dino", "small_world_measure"):
         model = AutoModel.from_pretrained(str(built[name])).eval()
-        with torch.no_grad():
-            found = torch.nn.functional.normalize(model(crops).pooler_output.flatten(1), dim=1)
-        assert float(found[0] @ found[1]) > float(found[0] @ found[2]) + 0.1, name
+        assert hard_auc(model, groups)["pattern or emblem"] > 0.93, name
+
+
+def test_the_scorer_prefers_the_true_caption(built: dict[str, Path]) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    from likeness.toyworld.train_scorer import swap_accuracy
+
+    folder = str(built["small_world_clip"])
+    scenes = render_scenes(40, from_held_out=True, processes=1)
+    images = torch.from_numpy(scenes["images"]).permute(0, 3, 1, 2).float() / 255
+    found = swap_accuracy(
+        AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), images, scenes["labels"]
+    )
+    assert min(found.values()) > 85
 
 
 def test_the_mask_node_finds_the_subject() -> None:
@@ -120,6 +134,7 @@ def test_the_mask_node_finds_the_subject() -> None:
 def test_prompts_decide_what_comfyui_samples() -> None:
     inprocess.start()
     import comfy.sample
+
     from likeness.toyworld.narrow import load_narrow
 
     narrow = load_narrow()
