@@ -37,10 +37,10 @@ class Case:
     seed: int
 
     def prompt(self, place: str) -> str:
-        """Only the class and the place: everything else of the subject must come from the embedding."""
+        """Class, colour and place: tone, pattern and emblem of the subject must come from the embedding."""
         from ..toyworld import world
 
-        return world.caption(self.identity, place, words=("background",))
+        return world.caption(self.identity, place, words=("color", "background"))
 
 
 def cases(count: int) -> list[Case]:
@@ -78,13 +78,13 @@ class Bench:
     def conditioning(self, prompt: str) -> list:
         return [[self.world.encode(prompt), {}]]
 
-    def picture(self, case: Case):
-        """The one picture of the subject, [1, 96, 96, 3] in 0..1."""
+    def picture(self, case: Case, place: str | None = None):
+        """The one picture of the subject, or a real render of it in another place: [1, 96, 96, 3] in 0..1."""
         import torch
 
         from ..toyworld import world
 
-        pixels, _ = world.render(case.identity, case.source_place, case.seed)
+        pixels, _ = world.render(case.identity, place or case.source_place, case.seed + bool(place))
         return torch.from_numpy(pixels)[None].float() / 255
 
     def train(self, case: Case, *, tokens: int, steps: int, save_every: int, learning_rate: float):
@@ -136,12 +136,19 @@ class Bench:
         from ..toyworld.train_scorer import embeddings, text_inputs
 
         with torch.inference_mode():
-            seen, read = embeddings(self.scorer, pictures, text_inputs(self.world.tokenizer, [prompt]))
+            seen, read, _ = embeddings(self.scorer, pictures, text_inputs(self.world.tokenizer, [prompt]))
             return float((seen @ read[0]).mean())
 
+    def control(self, case: Case) -> dict[str, float]:
+        """The scores of a real render of the subject in the target place."""
+        return self.judged(case, self.picture(case, case.target_place).movedim(-1, 1))
+
     def scores(self, case: Case, positive: list) -> dict[str, float]:
-        """Identity and text score (against the target prompt) of a prompt's pictures."""
-        pictures = self.sample(case, positive)
+        """The scores of a prompt's pictures."""
+        return self.judged(case, self.sample(case, positive))
+
+    def judged(self, case: Case, pictures) -> dict[str, float]:
+        """Identity and text score (against the target prompt) of pictures."""
         return {"identity": self.identity(case, pictures), "text": self.text(case.prompt(case.target_place), pictures)}
 
 
@@ -160,6 +167,7 @@ def effect(bench: Bench, count: int, tokens: int, steps: int, scale: float, lear
             "without": bench.scores(case, target),
             "with": bench.scores(case, apply_embedding(target, embedding.at(steps), scale)),
             "source prompt": bench.scores(case, source),
+            "real render": bench.control(case),
         }
         rows.append(row)
         without, with_, source = (row[key] for key in ("without", "with", "source prompt"))
@@ -176,12 +184,14 @@ def summary(rows: list[dict]) -> dict[str, Any]:
 
     without, with_ = ([row[key]["identity"] for row in rows] for key in ("without", "with"))
     interval = paired_interval([b - a for a, b in zip(without, with_, strict=True)])
-    text = {key: sum(row[key]["text"] for row in rows) / len(rows) for key in ("without", "with", "source prompt")}
+    kinds = ("without", "with", "source prompt", "real render")
+    text = {key: sum(row[key]["text"] for row in rows) / len(rows) for key in kinds}
     lost = (text["without"] - text["with"]) / (text["without"] - text["source prompt"])
     return {
         "subjects": len(rows),
         "identity without": sum(without) / len(rows),
         "identity with": sum(with_) / len(rows),
+        "identity of real renders": sum(row["real render"]["identity"] for row in rows) / len(rows),
         "gain": vars(interval),
         "text": text,
         "share of the text gap lost": lost,
