@@ -20,6 +20,7 @@ KNOWN_NOISE = (
     r"api\.comfy\.org",
     r"huggingface\.co",
     r"Content Security Policy",
+    r"Error fetching file size",  # of a model that the page offers to download
     r"user\.css",
     r"/api/userdata",
     r"/api/jobs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +45,15 @@ def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
 def make(names: list[str], steps: int) -> None:
     """Run the graphs one after the other, the saving one before the loading one, and write their pictures."""
     from . import small_world
-    from .demonstration import BASE, Narrator
+    from .demonstration import Narrator
+    from .environment import SANDBOX
     from .graph import convert
     from .server import Server, environment_from_variables
 
-    server = Server(environment_from_variables(), BASE, small_world.NODE_FOLDERS, small_world.MODELS)
-    small_world.draw_subject(BASE / "input")
+    base = SANDBOX / "thumbnails"
+    shutil.rmtree(base / "models", ignore_errors=True)  # the graph that loads a subject names the first one saved
+    server = Server(environment_from_variables(), base, small_world.NODE_FOLDERS, small_world.MODELS)
+    small_world.draw_subject(base / "input")
     with server:
         for name in names:
             object_info = server.object_info()
