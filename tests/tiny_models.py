@@ -20,7 +20,8 @@ def randomise(module: nn.Module, seed: int, gain: float = 0.7) -> None:
             value.copy_(drawn)
 
 
-def _unet_config(width: int, context: int, **more) -> dict:
+def unet_config(width: int, context: int, **more) -> dict:
+    """What ComfyUI detects of a UNet with two levels, one block each and attention everywhere."""
     return {
         "image_size": 32,
         "in_channels": 4,
@@ -58,7 +59,7 @@ def sd1(seed: int = 0):
     import comfy.model_base
     import comfy.supported_models
 
-    return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD15, _unet_config(32, 768), "EPS", seed)
+    return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD15, unet_config(32, 768), "EPS", seed)
 
 
 def sd2_v(seed: int = 0):
@@ -66,7 +67,7 @@ def sd2_v(seed: int = 0):
     import comfy.model_base
     import comfy.supported_models
 
-    config = _unet_config(64, 1024, use_linear_in_transformer=True)
+    config = unet_config(64, 1024, use_linear_in_transformer=True)
     return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD20, config, "V_PREDICTION", seed)
 
 
@@ -75,7 +76,7 @@ def sdxl(seed: int = 0):
     import comfy.model_base
     import comfy.supported_models
 
-    config = _unet_config(64, 2048, use_linear_in_transformer=True, adm_in_channels=2816, num_classes="sequential")
+    config = unet_config(64, 2048, use_linear_in_transformer=True, adm_in_channels=2816, num_classes="sequential")
     return _patcher(comfy.model_base.SDXL, comfy.supported_models.SDXL, config, "EPS", seed)
 
 
@@ -130,7 +131,7 @@ def controlnet(seed: int = 0):
     import comfy.controlnet
     import comfy.ops
 
-    config = _unet_config(32, 768, num_heads=8, num_head_channels=-1)
+    config = unet_config(32, 768, num_heads=8, num_head_channels=-1)
     for name in ("out_channels", "transformer_depth_output", "use_temporal_attention"):
         config.pop(name)
     with torch.inference_mode():

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..tiny_models import CPU, unet_config
+
 DATA = Path(__file__).parent / "data"
 SD_SCALE = 0.18215
 
@@ -26,30 +28,11 @@ def tiny_sd15():
     import comfy.supported_models
     import comfy.utils
 
-    config = {
-        "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 32,
-        "num_res_blocks": [1, 1],
-        "channel_mult": [1, 2],
-        "num_heads": 2,
-        "use_spatial_transformer": True,
-        "context_dim": 32,
-        "transformer_depth": [1, 0],
-        "transformer_depth_output": [1, 1, 0, 0],
-        "transformer_depth_middle": 1,
-        "use_linear_in_transformer": False,
-        "legacy": False,
-        "use_temporal_attention": False,
-        "adm_in_channels": None,
-        "dtype": torch.float32,
-    }
+    config = unet_config(32, 32, num_heads=2, transformer_depth=[1, 0], transformer_depth_output=[1, 1, 0, 0])
     names = comfy.utils.unet_to_diffusers(dict(config))
     model_config = comfy.supported_models.SD15(dict(config))
     model_config.unet_config["num_heads"] = 2  # the SD15 class sets 8
     with torch.inference_mode():  # as a loader node leaves it
         model = comfy.model_base.BaseModel(model_config, device="cpu")
         model.diffusion_model.load_state_dict({names[key]: value for key, value in arrays("embed_unet.npz").items()})
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
