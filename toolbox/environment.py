@@ -242,7 +242,8 @@ def borrow_packages(installer: Installer, owner: Path) -> None:
     installer.make_venv(SANDBOX / "venv", str(owner))
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(answer(installer.python, "-c", ask))
-    (packages / "borrowed.pth").write_text(answer(owner, "-c", ask) + "\n")
+    line = f"import site; site.addsitedir({answer(owner, '-c', ask)!r})"  # with the .pth files that lie there
+    (packages / "borrowed.pth").write_text(line + "\n")
     light = [tool for tool in TOOLS if tool != "scikit-image"]
     installer.install_pinned(*light)
     if not imports(installer.python, ["skimage"]):  # without its dependencies: numpy must stay ComfyUI's own
