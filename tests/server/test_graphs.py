@@ -57,12 +57,12 @@ def test_the_log_is_clean(results, name):
     assert not [line for line in results[name].log.splitlines() if any(word in line for word in unwanted)]
 
 
-def check_pictures(pictures: list[np.ndarray]) -> None:
-    """Neither black nor flat, nor the subject's picture itself, nor each other."""
+def check_pictures(pictures: list[np.ndarray], apart: float = 0.002) -> None:
+    """Neither black nor flat, nor the subject's picture itself, nor each other (mean distance of the pixels)."""
     for index, picture in enumerate(pictures):
         assert picture.shape == (small_world.SIZE, small_world.SIZE, 3)
         assert picture.std() > 0.03
-        assert all(distance(picture, other) > 0.002 for other in pictures[:index])
+        assert all(distance(picture, other) > apart for other in pictures[:index])
 
 
 def test_train_and_edit(results, server):
@@ -87,7 +87,7 @@ def test_load_and_reuse(results):
 def test_pick_the_step(results):
     result = results["hiper_pick_the_step"]
     steps, best = result.pictures("All steps"), result.pictures("Best step")
-    check_pictures(steps)
+    check_pictures(steps, apart=2e-4)  # after so few steps they are alike, but not the same
     rows = [line for line in result.text("Score").splitlines() if line.rstrip().endswith("best")]
     assert len(rows) == 1 and len(best) == 1
     assert np.array_equal(best[0], steps[int(rows[0].split()[0])])
