@@ -27,7 +27,7 @@ IMPORT_GATE = 0.05  # seconds
 MINUTES_GATE = 6.0  # for 1000 training steps on two cores
 
 
-def by_turns(ours: Callable[[], None], bare: Callable[[], None], rounds: int = ROUNDS) -> dict[str, float]:
+def by_turns(ours: Callable[[], object], bare: Callable[[], object], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of both, after two warm-up rounds, and their ratio."""
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     for turn in range(rounds + 2):
@@ -41,7 +41,7 @@ def by_turns(ours: Callable[[], None], bare: Callable[[], None], rounds: int = R
     return {**medians, "ratio": medians["ours"] / medians["bare"]}
 
 
-def held_for_backward(run: Callable[[], None]) -> int:
+def held_for_backward(run: Callable[[], object]) -> int:
     """Peak bytes that autograd keeps while run() goes forward, each storage once."""
     import torch
 

@@ -22,7 +22,7 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, generator: torch.Generator, alpha: float | None = None) -> None:
         super().__init__()
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight: Tensor = layer.weight  # ty: ignore[invalid-assignment]
         if weight.ndim not in (2, 4):
             raise ValueError(
                 f"LoRA needs a linear or 2-D convolution layer, this one has a weight of shape {tuple(weight.shape)}."

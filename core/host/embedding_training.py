@@ -64,7 +64,11 @@ def subject(
         raise ValueError(
             "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT."
         )
-    samples = vae.encode(image[..., :3]) if latent is None else latent["samples"]
+    if latent is not None:
+        samples = latent["samples"]
+    else:
+        assert image is not None and vae is not None  # checked above
+        samples = vae.encode(image[..., :3])
     channels = model.get_model_object("latent_format").latent_channels
     if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
         shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)

@@ -1,6 +1,7 @@
 """One finite-difference check for each thing the pack differentiates, on the user's own models.
 
-Each returns a GradientCheck; its relative_error should be below 1 %. Run all with `python toolbox/_load.py toolbox.selftest`.
+Each returns a GradientCheck; its relative_error should be below 1 %. Vision models have theirs in vision.py.
+Run all with `python toolbox/_load.py toolbox.selftest`.
 """
 
 from __future__ import annotations

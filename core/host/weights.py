@@ -48,7 +48,7 @@ def thawed(modules: Iterable[nn.Module]) -> Iterator[None]:
                     for name, value in store.items():
                         if value is not None and value.is_inference():
                             replaced.append((store, name, value))
-                            store[name] = _ordinary(value, store is part._parameters)
+                            store[name] = _ordinary(value, store is part._parameters)  # ty: ignore[invalid-assignment]
         yield
     finally:
         for store, name, value in replaced:
@@ -124,7 +124,7 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args: Any, **kwargs: Any) -> Tensor:
         # The dict says which block is running and changes as the model goes on: recomputing needs it as it is now.
         fixed = tuple(dict(a) if isinstance(a, dict) else a for a in args)
-        fixed_kw = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
+        fixed_kw: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
         return checkpoint(forward, *fixed, use_reentrant=False, **fixed_kw)
 
     return run

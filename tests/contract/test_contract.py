@@ -149,7 +149,7 @@ def test_an_interrupt_inside_the_model_leaves_no_trace(entry, family, tmp_path, 
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_what_lies_on_the_model_or_in_the_prompt_makes_another_run(entry, family, tmp_path):
-    """A stored run must never be served for another ControlNet picture, another LoRA strength or another patch setting."""
+    """A stored run must never be served for another ControlNet, another LoRA strength or another patch setting."""
     from comfy_extras.nodes_model_advanced import RescaleCFG
 
     def runs() -> int:

@@ -93,6 +93,32 @@ def test_pick_the_step(results):
     assert np.array_equal(best[0], steps[int(rows[0].split()[0])])
 
 
+def test_a_real_photograph_goes_through_the_whole_graph(server):
+    """A cat of 451 x 300 pixels, cut to size inside the graph: what is learned brings the picture nearer to it."""
+    from PIL import Image
+    from skimage.data import chelsea
+
+    photograph = Image.fromarray(chelsea())
+    photograph.save(server.base / "input" / "photograph.png")
+    object_info = server.object_info()
+    settings = {
+        ("LoadImage", "image"): "photograph.png",
+        ("Source prompt", "text"): "a photo of a cat",
+        ("LikenessTrainEmbedding", "steps"): 60,
+        ("LikenessTrainEmbedding", "learning_rate"): 0.05,
+    }
+    graph = live.lowered("hiper_train_and_edit", object_info, settings=settings)
+    run = server.run(convert(graph, object_info))
+    result = Result(server, graph, run, "")
+    titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
+    check_pictures([result.pictures(title)[0] for title in titles])
+    side = min(photograph.size)
+    left, top = (photograph.width - side) // 2, (photograph.height - side) // 2
+    cut = photograph.crop((left, top, left + side, top + side)).resize((small_world.SIZE, small_world.SIZE))
+    reconstruction, without, _ = (result.pictures(title)[0].mean((0, 1)) for title in titles)
+    assert distance(reconstruction, pixels(cut).mean((0, 1))) < distance(without, pixels(cut).mean((0, 1)))
+
+
 def test_a_finished_training_is_shared_between_graphs(results):
     data = results["hiper_pick_the_step"].run.of_type("likeness.progress")
     assert all(entry["resumed"] == live.STEPS for entry in data)
