@@ -23,8 +23,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
             node_id="LikenessTrainEmbedding",
             display_name="Train Subject Embedding",
             category="likeness/embedding",
-            description="Learns a subject from one picture as a few rows of the prompt (HiPer). The model itself "
-            "stays as it is.",
+            description="Learns a subject from one picture as a few token vectors at the end of the prompt (HiPer, "
+            "akin to textual inversion). The model itself stays as it is.",
             search_aliases=["hiper", "textual inversion", "personalize", "subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
@@ -39,7 +39,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     default=hiper.STEPS,
                     min=1,
                     max=100_000,
-                    tooltip="Number of updates. 500 to 1000 is usual; many more cost the ability to edit. Asking for "
+                    tooltip="Number of updates. 300 to 1000 is usual; many more cost the ability to edit. Asking for "
                     "more "
                     "later goes on where this run ended.",
                 ),
@@ -50,7 +50,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     max=1.0,
                     step=1e-4,
                     round=1e-6,
-                    tooltip="Adam's learning rate. 0.005 for SD1.x; try 0.001 to 0.01.",
+                    tooltip="Adam's learning rate. 0.005 for SD1.x, 0.002 for SDXL; try 0.001 to 0.01.",
                 ),
                 io.Int.Input(
                     "tokens",
@@ -150,8 +150,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
                 io.Image.Output(
                     display_name="previews",
                     tooltip="With a target: first the target alone, then for each saved step [source + rows] and "
-                    "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it when "
-                    "there is no VAE.",
+                    "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it "
+                    "without a VAE or with preview_steps 0.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -28,7 +28,7 @@ CHECKPOINT_MODEL = {
     "directory": "checkpoints",
 }
 SIZE, SEED, SAMPLING_STEPS, CFG = 512, 42, 30, 7.5
-SOURCE, TARGET = "a photo of a cat", "a photo of a cat wearing a red scarf in the snow"
+SOURCE, TARGET = "a photo of a cat on a sofa", "a photo of a cat wearing a red scarf in the snow"
 SCALE = 0.8
 SAVED_STEPS = (200, 400, 700, 1000)
 
@@ -42,7 +42,13 @@ VISION_NOTE = f"""| [{DINO}]({HUB}/facebook/dinov2-base) (config.json, preproces
 | [{CLIP}]({HUB}/openai/clip-vit-large-patch14) (all .json and .txt files, model.safetensors) \
 | models/likeness_vision/{CLIP} | MIT |
 
-The two vision models are only for the scores. To run without them, select the group "Scores" and bypass it (Ctrl+B).
+The two vision models are only for the scores.
+"""
+OFF_NOTE = """The group "Scores" is therefore switched off. When you have them, right-click its title and choose
+"Set Group Nodes to Always".
+"""
+ON_NOTE = """Without them, right-click the title of the group "Scores" and choose "Bypass Group Nodes" before you run;
+the pictures of all steps are made as usual.
 """
 
 
@@ -75,7 +81,7 @@ class Pieces:
     def canvas(self) -> Output:
         return self.draw.node("EmptyLatentImage", "Size of the results", width=SIZE, height=SIZE)["LATENT"]
 
-    def train(self, model: Node, picture: Output, positive: Output, target: Output, negative: Output) -> Node:
+    def train(self, model: Node, picture: Output, positive: Output) -> Node:
         return self.draw.node(
             "LikenessTrainEmbedding",
             "Learn the subject",
@@ -84,8 +90,6 @@ class Pieces:
             positive=positive,
             image=picture,
             vae=model["VAE"],
-            target=target,
-            negative=negative,
             seed=SEED,
             preview_steps=0,
         )
@@ -141,10 +145,11 @@ def train_and_edit(draw: Drawing) -> None:
     draw.note(
         "# Train and edit\nLearns the subject of one picture as five rows of the prompt (HiPer), then makes three "
         "pictures from the same noise: the source prompt with the subject, the edit without and the edit with it.\n\n"
-        "Load your picture, describe it plainly in 'Source prompt', write the edit in 'Edit prompt', and run.\n\n"
-        + MODEL_NOTE
-        + VISION_NOTE,
-        560,
+        "**First** load your own picture in 'Picture of the subject' (example.png only holds its place) and describe "
+        "it plainly in 'Source prompt', with the place it is in: 'a photo of a cat on a sofa'. Write the edit in 'Edit "
+        "prompt', and run. The picture is cut to a 512 x 512 square; for SDXL set all sizes to 1024 and learning_rate "
+        "to 0.002.\n\n" + MODEL_NOTE + VISION_NOTE + OFF_NOTE,
+        640,
     )
     model = make.model()
     draw.column()
@@ -156,7 +161,7 @@ def train_and_edit(draw: Drawing) -> None:
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     canvas = make.canvas()
     draw.column()
-    trained = make.train(model, picture, source, edit, negative)
+    trained = make.train(model, picture, source)
     draw.node("LossGraphNode", "Loss curve", extra=260, loss=trained["loss"], filename_prefix="likeness/loss")
     draw.node("LikenessSaveEmbedding", "Save the subject", embedding=trained["embedding"])
     draw.column()
@@ -180,7 +185,7 @@ def train_and_edit(draw: Drawing) -> None:
     both = draw.node("ImageBatch", "Without, with", image1=rows[1], image2=rows[2])
     score = score_node(draw, both["IMAGE"], picture, edit_text, dino, clip)
     shown = draw.node("SaveImage", "Scores", images=score["picture"], filename_prefix="likeness/scores")
-    draw.group("Scores", [dino, clip, both, score, shown])
+    draw.group("Scores", [dino, clip, both, score, shown], bypassed=True)
 
 
 def score_node(draw: Drawing, images: Output, reference: Output, text: Output, dino: Node, clip: Node) -> Node:
@@ -202,9 +207,10 @@ def load_and_reuse(draw: Drawing) -> None:
     make = Pieces(draw)
     draw.note(
         "# Load and reuse\nTakes a subject saved by 'Train and edit' into three new prompts, all from the same noise. "
-        "Choose the file in 'Saved subject'. Lower the scale when the edit does not come through, raise it towards 1 "
-        "when the subject is not the same.\n\n" + MODEL_NOTE,
-        380,
+        "Run 'Train and edit' once first, choose its file in 'Saved subject' (press R if the list does not show it), "
+        "and name your subject's class in the prompts. Lower the scale when the edit does not come through, raise it "
+        "towards 1 when the subject is not the same.\n\n" + MODEL_NOTE,
+        420,
     )
     model = make.model()
     loaded = draw.node("LikenessLoadEmbedding", "Saved subject", name="likeness/subject_00001_.safetensors")
@@ -235,10 +241,9 @@ def pick_the_step(draw: Drawing) -> None:
     draw.note(
         "# Pick the step\nLonger training keeps more of the picture and leaves less room for the edit. This graph "
         f"makes the same edit with the subject as it was after {', '.join(map(str, SAVED_STEPS))} steps and keeps "
-        "the picture with the best score. A run that 'Train and edit' has finished is not trained again.\n\n"
-        + MODEL_NOTE
-        + VISION_NOTE,
-        520,
+        "the picture with the best score. Use the picture, source prompt, seed and training settings of 'Train and "
+        "edit': then that run is not trained again.\n\n" + MODEL_NOTE + VISION_NOTE + ON_NOTE,
+        560,
     )
     model = make.model()
     draw.column()
@@ -250,7 +255,7 @@ def pick_the_step(draw: Drawing) -> None:
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     canvas = make.canvas()
     draw.column()
-    trained = make.train(model, picture, source, edit, negative)
+    trained = make.train(model, picture, source)
     draw.column()
     applied = [
         make.apply(f"After {step} steps", edit, trained["embedding"], model, SCALE, step) for step in SAVED_STEPS
@@ -271,8 +276,8 @@ def pick_the_step(draw: Drawing) -> None:
     score = score_node(draw, images, picture, edit_text, dino, clip)
     shown = draw.node("SaveImage", "Scores", images=score["picture"], filename_prefix="likeness/step_scores")
     best = draw.node("ImageFromBatch", "The best", image=images, batch_index=score["best"], length=1)
-    draw.node("SaveImage", "Best step", images=best["IMAGE"], filename_prefix="likeness/best_step")
-    draw.group("Scores", [dino, clip, score, shown])
+    saved = draw.node("SaveImage", "Best step", images=best["IMAGE"], filename_prefix="likeness/best_step")
+    draw.group("Scores", [dino, clip, score, shown, best, saved])
 
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {

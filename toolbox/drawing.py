@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .graph import FORMAT_VERSION, Graph, GraphError, Input, ObjectInfo, inputs_of
+from .graph import BYPASSED, FORMAT_VERSION, Graph, GraphError, Input, ObjectInfo, inputs_of
 
 WIDTH, GAP_X, GAP_Y = 340, 70, 60
 TITLE, SLOT, WIDGET, TEXT_BOX, PICTURE, CURVE = 40, 22, 26, 110, 260, 130
@@ -96,11 +96,12 @@ class Drawing:
         self._place(record, extra + height_of(node_type, entries, len(names)))
         return Node(identity, node_type, names)
 
-    def group(self, title: str, nodes: list[Node], color: str = "#3f789e") -> None:
-        """A titled frame around nodes."""
-        boxes = [
-            (*record["pos"], *record["size"]) for record in self._nodes if record["id"] in {node.id for node in nodes}
-        ]
+    def group(self, title: str, nodes: list[Node], color: str = "#3f789e", bypassed: bool = False) -> None:
+        """A titled frame around nodes, which may be shipped switched off."""
+        records = [record for record in self._nodes if record["id"] in {node.id for node in nodes}]
+        for record in records:
+            record["mode"] = BYPASSED if bypassed else 0
+        boxes = [(*record["pos"], *record["size"]) for record in records]
         left, top = min(box[0] for box in boxes) - 15, min(box[1] for box in boxes) - 75
         right, bottom = max(box[0] + box[2] for box in boxes) + 15, max(box[1] + box[3] for box in boxes) + 15
         bounding = [left, top, right - left, bottom - top]

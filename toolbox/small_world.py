@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import ROOT, SANDBOX, Environment, Steps
-from .graph import Graph, GraphError, ObjectInfo, adapt, load, matching
+from .graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching
 
 MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
@@ -119,8 +119,15 @@ def in_small_world(
     more: Mapping[tuple[str, str], Any] | None = None,
 ) -> Graph:
     """The graph with the small world's models, sizes and prompts, and with the judge's masks at the scores."""
+    graph = switched_on(graph)
     changes = {**settings(graph, steps, sampling_steps), **(more or {})}
     return with_subject_masks(adapt(graph, changes, object_info))
+
+
+def switched_on(graph: Graph) -> Graph:
+    """The graph with the groups that are shipped bypassed: the small world has all their models."""
+    modes = {BYPASSED: 0}
+    return {**graph, "nodes": [{**node, "mode": modes.get(node["mode"], node["mode"])} for node in graph["nodes"]]}
 
 
 def with_subject_masks(graph: Graph) -> Graph:
