@@ -98,6 +98,10 @@ def load_embedding(path: Path) -> Embedding:
         raise ValueError(
             f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
         )
+    losses = header.get("losses", [])
+    numbers = isinstance(losses, list) and all(isinstance(loss, (int, float)) for loss in losses)
+    if not numbers or not isinstance(header.get("base", {}), dict):
+        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
     rows = {}
     for name, value in tensors.items():
         match = re.fullmatch(r"step_(\d{6})", name)
@@ -118,7 +122,8 @@ def _load_official(path: Path) -> Embedding:
         raise ValueError(
             f"{path.name} is not a plain tensor file ({type(error).__name__}): only HiPer's own .pt is read."
         ) from error
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (2, 3):
+    table = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (2, 3)
+    if not table or value.ndim == 3 and value.shape[0] != 1:
         raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")
     value = value.detach().float().reshape(1, *value.shape[-2:])
     if not bool(torch.isfinite(value).all()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ MAX_HEADER = 4 << 20  # bytes of JSON in front of the tensors
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and a JSON header to path; an existing file is replaced in one step or left as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(ready, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # the name must not become visible before the contents are on disk
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

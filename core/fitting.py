@@ -65,12 +65,12 @@ def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) ->
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def finite_or_raise(loss: Tensor, step: int) -> float:
-    """The loss as a number; RuntimeError when it is not finite, before the update could spoil the parameters."""
-    value = float(loss.detach())
-    if not torch.isfinite(loss.detach()):
+def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
+    """A loss (or gradient) as a number; RuntimeError when it is not finite, before the update could spoil anything."""
+    value = float(number.detach())
+    if not torch.isfinite(number.detach()):
         raise RuntimeError(
-            f"The loss became {value} at step {step + 1}: nothing was updated and the steps before it are kept. "
+            f"The {name} became {value} at step {step + 1}: nothing was updated and the steps before it are kept. "
             "Lower the learning rate, or load the model in bf16 or fp32."
         )
     return value

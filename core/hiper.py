@@ -90,6 +90,7 @@ class HiPer:
         value = finite_or_raise(loss, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        finite_or_raise(torch.as_tensor(self.h.grad).square().sum(), self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
         return denoised.detach()

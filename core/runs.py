@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from .files import read_tensors, write_tensors
 
 LIMIT_BYTES = 2 << 30
+LEFTOVER_SECONDS = 86_400
 log = logging.getLogger("likeness")
 
 
@@ -31,18 +33,20 @@ def digest(value: Any) -> str:
 def _feed(sha: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
-        sha.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
         sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, dict):
+        sha.update(f"dict {len(value)};".encode())
         for key in sorted(value, key=str):
-            sha.update(f"key {key}".encode())
+            _feed(sha, str(key))
             _feed(sha, value[key])
     elif isinstance(value, (list, tuple)):
-        sha.update(f"list {len(value)}".encode())
+        sha.update(f"list {len(value)};".encode())
         for item in value:
             _feed(sha, item)
     else:
-        sha.update(json.dumps(value, sort_keys=True, default=_name).encode())
+        text = json.dumps(value, default=_name).encode()
+        sha.update(f"value {len(text)};".encode() + text)
 
 
 def _name(value: Any) -> str:
@@ -77,6 +81,9 @@ class RunStore:
         self._remove_oldest(keep=self.path(key))
 
     def _remove_oldest(self, keep: Path) -> None:
+        for left in self.folder.glob("*.tmp"):  # of a process that was killed while writing
+            if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+                left.unlink(missing_ok=True)
         runs = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
         size = sum(path.stat().st_size for path in runs)
         for path in runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 from .fitting import Fit
 from .runs import RunStore
 
+log = logging.getLogger("likeness")
 SAVE_SECONDS = 30.0  # at most this much work is lost to a power cut; an interrupt loses none
 
 
@@ -50,6 +52,14 @@ def stored_run(store: RunStore, key: str) -> Run | None:
     return Run(state, state["losses"].tolist(), kept)
 
 
+def _try(save: Callable[[], Run]) -> None:
+    """Save; a full disk must neither stop a healthy run nor take the place of an interrupt."""
+    try:
+        save()
+    except OSError as problem:
+        log.warning("The work so far could not be stored (%s).", problem)
+
+
 def train(
     fit: Fit,
     steps: int,
@@ -84,11 +94,11 @@ def train(
             if fit.step % save_every == 0 or fit.step == steps:
                 kept[fit.step] = result()
             if time.monotonic() - saved_at > SAVE_SECONDS:
-                save()
+                _try(save)
                 saved_at = time.monotonic()
             on_update(denoised)
     except BaseException:
         if fit.step:
-            save()
+            _try(save)
         raise
     return save()

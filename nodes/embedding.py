@@ -191,6 +191,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
             hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
             Schedule(steps, save_every, start_percent, end_percent),
             empty=negative if init == EMPTY else None,
+            target=target,
             node_id=cls.hidden.unique_id,
         )
         loss = {"loss": losses}

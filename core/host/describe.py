@@ -7,9 +7,15 @@ certainty must come out different, never equal: then a run is trained again, whi
 
 from __future__ import annotations
 
+import enum
+import functools
 import inspect
+import types
+import uuid
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 SAMPLED_TENSORS = 16
@@ -31,9 +37,17 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return value.hex() if isinstance(value, bytes) else value
     if isinstance(value, Tensor):
         return value
-    if id(value) in above or len(above) > DEPTH:
+    if id(value) in above:
         return "..."
+    if len(above) > DEPTH:
+        return _unlike_any()
     inside = (*above, id(value))
+    if isinstance(value, (torch.dtype, torch.device, enum.Enum)):
+        return str(value)
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), value.tobytes().hex()]
+    if isinstance(value, functools.partial):
+        return ["partial", describe([value.func, value.args, value.keywords], inside)]
     if isinstance(value, nn.Module):
         return [_name(type(value)), sampled(dict(value.state_dict()))]
     if isinstance(value, dict):
@@ -47,10 +61,22 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return [_name(value.__func__), describe(value.__self__, inside)]
     if inspect.isfunction(value):
         closed = [_cell(cell) for cell in value.__closure__ or ()]
-        return [_name(value), describe(closed, inside), describe(value.__defaults__, inside)]
+        parts = [value.__code__, closed, value.__defaults__, value.__kwdefaults__]
+        return [_name(value), describe(parts, inside)]
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), list(value.co_names), describe(value.co_consts, inside)]
+    if inspect.isbuiltin(value) or inspect.ismodule(value):
+        return [type(value).__name__, value.__name__]
     if hasattr(value, "model") and hasattr(value, "patches"):  # a ModelPatcher: its weights, and what it puts on them
         return ["model", describe(value.model, inside), describe(value.patches, inside)]
-    return [_name(type(value)), describe(getattr(value, "__dict__", {}), inside)]
+    if not hasattr(value, "__dict__"):
+        return _unlike_any()
+    return [_name(type(value)), describe(vars(value), inside)]
+
+
+def _unlike_any() -> str:
+    """For what cannot be told apart: equal to nothing, so that the run is trained again."""
+    return uuid.uuid4().hex
 
 
 def _name(value: Any) -> str:

@@ -110,10 +110,16 @@ def train_embedding(
     settings: hiper.HiPerSettings,
     schedule: Schedule,
     empty: Conditioning | None = None,
+    target: Conditioning | None = None,
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
-    """Train (or resume, or serve from disk) a HiPer embedding; returns it with the loss of every step."""
+    """Train (or resume, or serve from disk) a HiPer embedding; returns it with the loss of every step.
+
+    target: a prompt that the embedding will be put into; only checked, so that it is refused before the work starts.
+    """
     rows, start = source_rows(positive, empty, settings.tokens)
+    if target is not None:
+        apply_embedding(target, start[None], hiper.SCALE)
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = hiper.HiPerSettings(**{**asdict(settings), "t_low": t_low, "t_high": t_high})

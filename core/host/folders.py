@@ -55,8 +55,9 @@ def names(kind: Kind) -> list[str]:
     """All entries, sorted: files with the kind's extensions, and folders that hold a marker (not looked into)."""
     found: set[str] = set()
     for root in roots(kind):
-        for directory, subfolders, files in os.walk(root, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for directory, subfolders, files in os.walk(root):
+            inside = (name for name in subfolders if _inside(root, os.path.join(directory, name)))
+            subfolders[:] = sorted(name for name in inside if not name.startswith("."))
             if directory != root and any(marker in files for marker in kind.markers):
                 found.add(Path(directory).relative_to(root).as_posix())
                 subfolders.clear()

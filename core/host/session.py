@@ -18,8 +18,7 @@ from torch import Tensor
 from ..conditioning import Conditioning, detached
 from .weights import check_fully_loaded, checkpointed, gradients, load_fully, private_skips, thawed, trainable_clone
 
-# Backward keeps every activation; ComfyUI's estimate is for one forward pass. Measured ratio on a UNet: see
-# benchmarks/.
+# Backward keeps every activation, ComfyUI's estimate is for one forward pass. Estimates: no GPU was there to measure.
 ACTIVATION_FACTOR = 4.0
 ACTIVATION_FACTOR_CHECKPOINTED = 1.5
 
@@ -92,7 +91,9 @@ def optimise(
     clone = trainable_clone(model)
 
     def run(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
-        check_fully_loaded(clone)
+        for loaded in (clone, *guider.loaded_models):
+            if hasattr(loaded, "model_size"):
+                check_fully_loaded(loaded)
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
         with contextlib.ExitStack() as stack:
             stack.enter_context(thawed(part for part in owners if isinstance(part, torch.nn.Module)))
@@ -109,7 +110,8 @@ def optimise(
         guider.inner_set_conds({"positive": detached(positive)})
         latent = detached(latent).float()
         factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
-        load_fully([clone], factor * clone.model.memory_required([1, *latent.shape[1:]]))
+        # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
+        load_fully([clone], clone.model_size() + factor * clone.model.memory_required([1, *latent.shape[1:]]))
         sampling = clone.get_model_object("model_sampling")
         ends = torch.tensor([float(sampling.sigma_max), 0.0])
         try:

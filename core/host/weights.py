@@ -16,6 +16,12 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+GUIDANCE = (
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_calc_cond_batch_function",
+)
 CHECKPOINTED = ("ResBlock", "SpatialTransformer")  # ComfyUI's UNet blocks; both compute out of place
 
 
@@ -149,6 +155,8 @@ def trainable_clone(model: Any) -> Any:
             ) from error
     else:
         clone = model.clone()
+    for name in GUIDANCE:
+        clone.model_options.pop(name, None)  # guidance belongs to sampling; a loss is on the model's own prediction
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
     options["optimized_attention_override"] = _differentiable_attention
     if model.model_dtype() == torch.float16 and not mm.is_device_cpu(model.load_device):

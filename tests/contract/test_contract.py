@@ -346,3 +346,13 @@ def test_a_model_without_a_backward_is_refused_before_work_starts(entry, family,
     with pytest.raises(RuntimeError, match="cannot be trained through.*connect it before nodes"):
         entry.fit(setting)
     assert not (tmp_path / "user" / "likeness" / "runs").exists()
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_guidance_on_the_model_does_not_change_what_is_learned(entry, family):
+    """The loss is on the model's own prediction; what guidance adds belongs to sampling."""
+    plain, losses = entry.fit(Setting(family))
+    setting = Setting(family)
+    setting.model, _ = pag(setting, setting.model, setting.source)
+    guided, again = entry.fit(setting)
+    assert equal(entry, plain, guided) and losses == again

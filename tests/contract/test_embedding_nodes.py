@@ -111,6 +111,8 @@ REFUSED = {
     "nan latent": ({"latent": {"samples": torch.full((1, 4, 8, 8), float("nan"))}}, "NaN or infinite"),
     "more tokens than room": ({"tokens": 75, "positive": tiny_models.prompt("sd1", 1, end=9)}, "leaves only 67 unused"),
     "prompt for another model": ({"positive": tiny_models.prompt("sdxl", 1)}, "cannot be trained through"),
+    "target for another model": ({"target": tiny_models.prompt("sdxl", 1)}, "another model family"),
+    "target without room": ({"target": tiny_models.prompt("sd1", 1, end=74)}, "only 2 unused"),
     "two prompts": ({"positive": tiny_models.prompt("sd1", 1) * 2}, "2 prompts, expected one"),
     "empty prompt missing": ({"init": "empty prompt"}, "connect the empty prompt"),
     "empty window": ({"start_percent": 0.6, "end_percent": 0.4}, "start below the end"),

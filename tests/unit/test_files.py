@@ -81,6 +81,12 @@ BAD_FILES = {
         {"step_000001": torch.zeros(1, 5, 8), "step_000002": torch.zeros(1, 5, 9)},
         {"kind": "embedding", "format": 1},
     ),
+    "damaged base": lambda p: write_tensors(
+        p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 1, "base": "x"}
+    ),
+    "damaged losses": lambda p: write_tensors(
+        p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 1, "losses": ["a"]}
+    ),
     "no tensors": lambda p: write_tensors(p, {}, {"kind": "embedding", "format": 1}),
     "header of the wrong shape": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[1, 2]"}),
     "header not parsable": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[" * 100_000}),
@@ -128,6 +134,8 @@ def test_digest_sees_every_value():
     changed = [{"a": [2, torch.arange(4.0)], "b": "x"}, {"a": [1, torch.arange(4.0).double()], "b": "x"}]
     changed += [{"a": [1, torch.arange(4.0).view(2, 2)], "b": "x"}, {"a": [1, torch.arange(4.0) + 1e-6], "b": "x"}]
     assert len({digest(value) for value in [base, *changed]}) == 5
+    assert digest([1, 23]) != digest([12, 3])
+    assert digest({"a": {"b": 1}, "c": 2}) != digest({"a": {"b": 1, "c": 2}})
 
 
 def test_the_oldest_runs_are_removed_above_the_limit(tmp_path):

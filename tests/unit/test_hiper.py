@@ -139,6 +139,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_rows_are_spoilt():
     assert torch.equal(fit.h, kept) and fit.step == 1
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_rows_are_spoilt():
+    fit = make()
+    fit.update()
+    kept, denoised = fit.h.detach().clone(), fit.denoiser.denoised
+    # zero in value, without a slope at that point
+    fit.denoiser.denoised = lambda x, s, c: denoised(x, s, c) + (c - c.detach()).abs().sum().sqrt()
+    with pytest.raises(RuntimeError, match="gradient became nan at step 2"):
+        fit.update()
+    assert torch.equal(fit.h, kept) and fit.step == 1
+
+
 def test_masked_mean_counts_channels():
     error = torch.ones(1, 4, 2, 2)
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
