@@ -89,11 +89,6 @@ def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
     return rows
 
 
-def replace_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    """The conditioning with its rows exchanged, everything else shared."""
-    return [[rows, options.copy()] for _, options in conditioning]
-
-
 def detached(value: Any) -> Any:
     """A nest of dicts, lists and tensors with every inference tensor replaced by an ordinary copy."""
     if isinstance(value, Tensor):

@@ -1,5 +1,4 @@
-"""HiPer (Han et al. 2023, arXiv 2303.08767), its one objective: argmin_h E_{t,eps} || eps_theta(z_t, t, [c, h]) - eps
-||^2.
+"""HiPer (Han et al. 2023, arXiv 2303.08767), its objective: argmin_h E || eps_theta(z_t, t, [c, h]) - eps ||^2.
 
 The text encoder's output for the source prompt is a table of rows (77 x 768 for SD1.x). HiPer freezes the model and the
 head c of the table, and optimises only its last n rows h, on one picture. Any other prompt that carries the learned

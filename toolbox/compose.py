@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,36 @@ class Pieces:
         return self.draw.node("PrimitiveStringMultiline", title, value=value)["STRING"]
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What both training graphs start with."""
+
+    model: Node
+    picture: Output
+    edit_text: Output
+    edit: Output
+    negative: Output
+    canvas: Output
+    source: Output
+    trained: Node
+
+
+def begin(make: Pieces) -> Beginning:
+    """Model, picture, prompts and the training, column by column."""
+    model = make.model()
+    make.draw.column()
+    picture = make.subject()
+    edit_text = make.text("Edit prompt", TARGET)
+    make.draw.column()
+    source = make.prompt("Source prompt", model["CLIP"], SOURCE)
+    edit = make.prompt("Edit prompt, encoded", model["CLIP"], edit_text)
+    negative = make.prompt("Negative prompt", model["CLIP"], "")
+    canvas = make.canvas()
+    make.draw.column()
+    trained = make.train(model, picture, source)
+    return Beginning(model, picture, edit_text, edit, negative, canvas, source, trained)
+
+
 def train_and_edit(draw: Drawing) -> None:
     """Learn a subject from one picture and edit the picture with it."""
     make = Pieces(draw)
@@ -151,26 +182,17 @@ def train_and_edit(draw: Drawing) -> None:
         "to 0.002.\n\n" + MODEL_NOTE + VISION_NOTE + OFF_NOTE,
         640,
     )
-    model = make.model()
-    draw.column()
-    picture = make.subject()
-    edit_text = make.text("Edit prompt", TARGET)
-    draw.column()
-    source = make.prompt("Source prompt", model["CLIP"], SOURCE)
-    edit = make.prompt("Edit prompt, encoded", model["CLIP"], edit_text)
-    negative = make.prompt("Negative prompt", model["CLIP"], "")
-    canvas = make.canvas()
-    draw.column()
-    trained = make.train(model, picture, source)
+    start = begin(make)
+    model, negative, canvas, trained = start.model, start.negative, start.canvas, start.trained
     draw.node("LossGraphNode", "Loss curve", extra=260, loss=trained["loss"], filename_prefix="likeness/loss")
     draw.node("LikenessSaveEmbedding", "Save the subject", embedding=trained["embedding"])
     draw.column()
-    again = make.apply("Subject in the source prompt", source, trained["embedding"], model, 1.0)
-    edited = make.apply("Subject in the edit prompt", edit, trained["embedding"], model, SCALE)
+    again = make.apply("Subject in the source prompt", start.source, trained["embedding"], model, 1.0)
+    edited = make.apply("Subject in the edit prompt", start.edit, trained["embedding"], model, SCALE)
     draw.column()
     rows = [
         make.decode(make.sample(title, model, positive, negative, canvas), model)
-        for title, positive in (("Reconstruct", again), ("Edit without", edit), ("Edit with", edited))
+        for title, positive in (("Reconstruct", again), ("Edit without", start.edit), ("Edit with", edited))
     ]
     draw.column()
     for title, image, name in zip(
@@ -183,7 +205,7 @@ def train_and_edit(draw: Drawing) -> None:
     draw.column()
     dino, clip = make.vision()
     both = draw.node("ImageBatch", "Without, with", image1=rows[1], image2=rows[2])
-    score = score_node(draw, both["IMAGE"], picture, edit_text, dino, clip)
+    score = score_node(draw, both["IMAGE"], start.picture, start.edit_text, dino, clip)
     shown = draw.node("SaveImage", "Scores", images=score["picture"], filename_prefix="likeness/scores")
     draw.group("Scores", [dino, clip, both, score, shown], bypassed=True)
 
@@ -245,20 +267,11 @@ def pick_the_step(draw: Drawing) -> None:
         "edit': then that run is not trained again.\n\n" + MODEL_NOTE + VISION_NOTE + ON_NOTE,
         560,
     )
-    model = make.model()
-    draw.column()
-    picture = make.subject()
-    edit_text = make.text("Edit prompt", TARGET)
-    draw.column()
-    source = make.prompt("Source prompt", model["CLIP"], SOURCE)
-    edit = make.prompt("Edit prompt, encoded", model["CLIP"], edit_text)
-    negative = make.prompt("Negative prompt", model["CLIP"], "")
-    canvas = make.canvas()
-    draw.column()
-    trained = make.train(model, picture, source)
+    start = begin(make)
+    model, negative, canvas, trained = start.model, start.negative, start.canvas, start.trained
     draw.column()
     applied = [
-        make.apply(f"After {step} steps", edit, trained["embedding"], model, SCALE, step) for step in SAVED_STEPS
+        make.apply(f"After {step} steps", start.edit, trained["embedding"], model, SCALE, step) for step in SAVED_STEPS
     ]
     draw.column()
     latents = [
@@ -273,7 +286,7 @@ def pick_the_step(draw: Drawing) -> None:
     draw.node("SaveImage", "All steps", images=images, filename_prefix="likeness/steps")
     draw.column()
     dino, clip = make.vision()
-    score = score_node(draw, images, picture, edit_text, dino, clip)
+    score = score_node(draw, images, start.picture, start.edit_text, dino, clip)
     shown = draw.node("SaveImage", "Scores", images=score["picture"], filename_prefix="likeness/step_scores")
     best = draw.node("ImageFromBatch", "The best", image=images, batch_index=score["best"], length=1)
     saved = draw.node("SaveImage", "Best step", images=best["IMAGE"], filename_prefix="likeness/best_step")

@@ -1,6 +1,4 @@
-"""Learning an embedding from a MODEL: from what the node got to a LIKENESS_EMBEDDING, its losses and preview
-pictures.
-"""
+"""Learning an embedding from a MODEL: from what the node got to a LIKENESS_EMBEDDING, its losses and previews."""
 
 from __future__ import annotations
 
@@ -194,8 +192,7 @@ def preview_pictures(
     cfg: float,
     seed: int,
 ) -> Tensor:
-    """[source, h] for each saved step; with a target prompt first [target] alone, then [source, h] and [target, 0.8
-    h] in turn.
+    """[source, h] for each saved step; with a target first [target], then [source, h] and [target, 0.8 h] in turn.
 
     All pictures start from the same noise. Shape [1, C, h, w] of the latent; returns [pictures, H, W, 3].
     """

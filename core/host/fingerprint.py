@@ -15,9 +15,7 @@ FIXED = ("family", "prediction", "latent_format", "shapes")
 
 
 def fingerprint(model: Any) -> dict[str, str]:
-    """family, prediction type, latent format and UNet shapes, which must match; and a hash of 16 weights, which
-    should.
-    """
+    """Family, prediction type, latent format and UNet shapes must match; a hash of 16 weights should."""
     base = model.model
     state = base.diffusion_model.state_dict()
     shapes = {name: list(value.shape) for name, value in state.items()}
@@ -38,9 +36,7 @@ def _weights_of_file(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_base(recorded: dict[str, str], model: Any) -> None:
-    """ValueError when an artifact cannot belong to this model; a warning when only the weights differ (another
-    fine-tune).
-    """
+    """ValueError when an artifact cannot belong to this model; a warning when only the weights differ."""
     if not recorded:
         log.warning("The artifact does not record its base model, so it was not checked.")
         return
@@ -49,8 +45,7 @@ def check_base(recorded: dict[str, str], model: Any) -> None:
         if recorded.get(name) != found[name]:
             raise ValueError(
                 f"The artifact was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected "
-                f"model is "
-                f"{found['family']} ({found['prediction']}), and their {name.replace('_', ' ')} differ: "
+                f"model is {found['family']} ({found['prediction']}), and their {name.replace('_', ' ')} differ: "
                 "connect the model it was trained on."
             )
     if recorded.get("content") != found["content"]:

@@ -131,8 +131,8 @@ def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
             f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without "
-            f"torch.compile, and "
-            "connect it before nodes that change its inner tensors in place (FreeU); they may follow for sampling."
+            "torch.compile, and connect it before nodes that change its inner tensors in place (FreeU); they may "
+            "follow for sampling."
         ) from error
     if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):
         raise RuntimeError(
