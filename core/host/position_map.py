@@ -1,0 +1,156 @@
+"""SINE's position map on a MODEL: added behind the first convolution, where the map's own models were trained with it.
+
+Every evaluation gets the part of the map for what it shows: the whole picture, the area of a regional prompt, a window
+of ComfyUI's context windows, or a tile that the user gave.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..position_map import INTERPOLATIONS, MAX_CELLS, position_map
+
+KEY = "likeness.position_map"
+BOXES = "likeness.boxes"  # transformer_options: [B, 4] in cells, one box for each sample of a training batch
+PICTURE = "likeness.picture"  # transformer_options: (h, w) of the whole latent that is being sampled
+AREAS = "likeness.areas"  # transformer_options: uuid of a regional prompt -> its window
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class PositionMap:
+    """The patch itself. window: (y, x, height, width) of the sampled latent as fractions of the whole picture."""
+
+    cells: int
+    interpolation: str
+    window: Box = WHOLE
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> PositionMap:
+        return self  # ComfyUI copies the options of a MODEL deeply
+
+    def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
+        """h [B, channels, height, width] after block ("input", 0), with its map added; other blocks as they are."""
+        if options["block"] != ("input", 0):
+            return h
+        boxes = options.get(BOXES)
+        size = (h.shape[-2], h.shape[-1])
+        if boxes is not None:
+            maps = position_map(h.shape[1], self.cells, boxes, size, self.interpolation).to(h)
+            return h + maps.repeat(h.shape[0] // maps.shape[0], 1, 1, 1)
+        chunks = self._windows(options)
+        parts = [_map(h.shape[1], self, window, size, h.device, h.dtype) for window in chunks]
+        if len(set(chunks)) == 1:
+            return h + parts[0]
+        return h + torch.cat([part.expand(h.shape[0] // len(parts), -1, -1, -1) for part in parts])
+
+    def _windows(self, options: dict[str, Any]) -> list[Box]:
+        """What each chunk of the batch shows, as a part of the whole picture."""
+        shown = _inside(self.window, _context_window(options))
+        areas = options.get(AREAS, {})
+        return [_inside(shown, areas.get(identity, WHOLE)) for identity in options.get("uuids", [None])]
+
+
+def _inside(outer: Box, part: Box) -> Box:
+    """A part of `outer`, given in fractions of it, as fractions of the whole picture."""
+    return (
+        outer[0] + part[0] * outer[2],
+        outer[1] + part[1] * outer[3],
+        part[2] * outer[2],
+        part[3] * outer[3],
+    )
+
+
+def _context_window(options: dict[str, Any]) -> Box:
+    """The window that ComfyUI's context windows cut along the height (dim 2) or the width (dim 3)."""
+    window, picture = options.get("context_window"), options.get(PICTURE)
+    dim = getattr(window, "dim", None)
+    if dim not in (2, 3) or picture is None:
+        return WHOLE
+    first, last, whole = min(window.index_list), max(window.index_list) + 1, picture[dim - 2]
+    start, length = first / whole, (last - first) / whole
+    return (start, 0.0, length, 1.0) if dim == 2 else (0.0, start, 1.0, length)
+
+
+@functools.lru_cache(maxsize=8)
+def _map(
+    channels: int, patch: PositionMap, window: Box, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    y, x, height, width = (round(value * patch.cells, 6) for value in window)  # 6: no cell more for a rounding error
+    box = torch.tensor([[y, x, y + height, x + width]], dtype=torch.float64)
+    with torch.inference_mode(False):  # a later training may meet it
+        return position_map(channels, patch.cells, box, size, patch.interpolation).to(device, dtype)
+
+
+def with_position_map(model: Any, cells: int, interpolation: str, window: Box = WHOLE) -> Any:
+    """A clone of the MODEL that gets the map; an earlier map is replaced.
+
+    window: (y, x, height, width) of what will be sampled, as fractions of the whole picture. Raises ValueError for
+    models without ComfyUI's UNet (the map is defined on its first convolution), or numbers out of range.
+    """
+    blocks = getattr(model.model.diffusion_model, "input_blocks", None)
+    if blocks is None:
+        raise ValueError(
+            f"The position map belongs to the UNet of SD1.x, SD2.x and SDXL; this model is a "
+            f"{type(model.model.model_config).__name__}, which has no first convolution to add it to."
+        )
+    if not 1 <= cells <= MAX_CELLS or interpolation not in INTERPOLATIONS:
+        raise ValueError(f"The map has {cells} cells and is '{interpolation}': expected 1 to {MAX_CELLS}, and one of "
+                         f"{', '.join(INTERPOLATIONS)}.")  # fmt: skip
+    y, x, height, width = window
+    if min(window) < 0 or min(height, width) <= 0 or y + height > 1 + 1e-6 or x + width > 1 + 1e-6:
+        raise ValueError(
+            f"The window (x {x:g}, y {y:g}, width {width:g}, height {height:g}) is not inside the picture: "
+            "x + width and y + height end at 1."
+        )
+    patched = without_position_map(model)
+    patched.set_model_input_block_patch(PositionMap(cells, interpolation, window))
+    patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _tell_size)
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _tell_areas)
+    return patched
+
+
+def without_position_map(model: Any) -> Any:
+    """A clone of the MODEL without the map."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"] = copy.copy(clone.model_options["transformer_options"])
+    patches = options.get("patches", {})
+    if "input_block_patch" in patches:
+        kept = [patch for patch in patches["input_block_patch"] if not isinstance(patch, PositionMap)]
+        options["patches"] = {**patches, "input_block_patch": kept}
+    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    clone.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
+    return clone
+
+
+def position_map_of(model: Any) -> PositionMap | None:
+    """The map that lies on a MODEL."""
+    patches = model.model_options.get("transformer_options", {}).get("patches", {})
+    found = [patch for patch in patches.get("input_block_patch", []) if isinstance(patch, PositionMap)]
+    return found[0] if found else None
+
+
+def _tell_size(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **more: Any) -> Any:
+    noise = more["noise"] if "noise" in more else args[1]
+    extra_args["model_options"]["transformer_options"][PICTURE] = tuple(noise.shape[-2:])  # a copy of this run's own
+    return executor(guider, sigmas, extra_args, *args, **more)
+
+
+def _tell_areas(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> Any:
+    height, width = x.shape[-2:]
+    areas: dict[Any, Box] = {}
+    for entry in (entry for cond in conds if cond is not None for entry in cond):
+        if len(entry.get("area") or ()) == 4:
+            h, w, y, x0 = entry["area"]
+            areas[entry["uuid"]] = (y / height, x0 / width, min(h, height - y) / height, min(w, width - x0) / width)
+    if areas:
+        options = {**model_options.get("transformer_options", {}), AREAS: areas}
+        model_options = {**model_options, "transformer_options": options}
+    return executor(model, conds, x, timestep, model_options)

@@ -1,0 +1,72 @@
+"""SINE (Zhang et al. 2022, arXiv 2212.04489), section 3.3: the map that tells the network where in the picture a patch
+lies.
+
+The paper names a Fourier embedding of v = [h1, w1, h2, w2]; the authors' code adds something else to the first
+convolution's output, and that is what their models are trained with: a sinusoid of the integer index of every cell of 8
+pixels, half of the channels for the column (x) and half for the row (y). A patch gets the part of the grid that its box
+covers, stretched to the size of its latent; no box means the whole grid. Nothing of it is learned.
+
+Source: ldm/modules/position_encoding.py and UNetModelPatch of the authors. Their `center_shift` has no effect, and a
+grid larger than their table of 128 rows is rebuilt silently; both are left out here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CELLS = 128  # per side: 1024 pixels in cells of 8, of which a patch of 512 pixels is cut and enlarged
+INTERPOLATIONS = ("bilinear", "nearest")  # the authors' configurations for photographs and for paintings
+MAX_CELLS = 1024
+BASE = 10_000.0
+
+
+def whole_box(cells: int) -> Tensor:
+    """The box [1, 4] of the whole picture."""
+    return torch.tensor([[0.0, 0.0, float(cells), float(cells)]])
+
+
+def sinusoids(cells: int, channels: int) -> Tensor:
+    """[cells, channels] float32: row p - 1 is [sin(p f_0) .. sin(p f_(m-1)), cos(p f_0) .. cos(p f_(m-1))] for the
+    position p = 1 .. cells, with m = channels / 2 and f_i = BASE^(-i / (m - 1)).
+    """
+    half = channels // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(BASE) / max(half - 1, 1)))
+    angles = torch.arange(1, cells + 1, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def position_map(
+    channels: int, cells: int, boxes: Tensor, size: tuple[int, int], interpolation: str = "bilinear"
+) -> Tensor:
+    """The maps [B, channels, h, w] float32 of boxes [B, 4], each (y0, x0, y1, x1) in cells, for latents of size (h, w).
+
+    Boxes need not end between cells: a window of a larger picture seldom does. They are then widened to whole cells.
+    Raises ValueError for a box outside of the grid, or channels that do not divide into sin and cos of x and y.
+    """
+    if channels % 4:
+        raise ValueError(f"The model's first layer has {channels} channels; a position map needs a multiple of 4.")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"The interpolation is {interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}.")
+    table = sinusoids(cells, channels // 2).T
+    x = table[:, None, :].expand(-1, cells, -1)
+    y = table[:, :, None].expand(-1, -1, cells)
+    grid = torch.cat([x, y])[None]
+    return torch.cat([_part(grid, box, size, interpolation) for box in boxes.tolist()])
+
+
+def _part(grid: Tensor, box: list[float], size: tuple[int, int], interpolation: str) -> Tensor:
+    cells = grid.shape[-1]
+    y0, x0, y1, x1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+    if not (0 <= y0 < y1 <= cells and 0 <= x0 < x1 <= cells):
+        raise ValueError(
+            f"The box (y {box[0]:g} to {box[2]:g}, x {box[1]:g} to {box[3]:g}) is not a part of the position map's "
+            f"{cells} x {cells} cells: give the number of cells that the model was trained with."
+        )
+    part = grid[:, :, y0:y1, x0:x1]
+    if interpolation == "nearest":
+        return F.interpolate(part, size=size, mode="nearest")
+    return F.interpolate(part, size=size, mode="bilinear", align_corners=True)

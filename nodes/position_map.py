@@ -1,0 +1,68 @@
+"""Tell a patch-tuned model where in the picture it is (SINE)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.host.position_map import with_position_map
+from ..core.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
+from .types import advanced, schema
+
+
+class LikenessPositionMap(io.ComfyNode):
+    """MODEL -> MODEL with SINE's position map."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessPositionMap",
+            display_name="Position Map",
+            category="likeness/fine_tune",
+            description="Gives a model that was fine-tuned on patches of a picture the map of positions it was trained "
+            "with (SINE). Fine-Tune on Picture and Load Tuned Subject attach it by themselves; needed for files that "
+            "other loaders load, and for tiles.",
+            search_aliases=["sine", "patch", "tile"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model that was tuned on patches. The map replaces an earlier one."),
+                io.Int.Input(
+                    "cells",
+                    default=CELLS,
+                    min=2,
+                    max=MAX_CELLS,
+                    tooltip="Cells per side of the map, as in the training: 128 for SINE's own checkpoints and for "
+                    "training at 512.",
+                ),
+                io.Combo.Input(
+                    "interpolation",
+                    options=list(INTERPOLATIONS),
+                    default=INTERPOLATIONS[0],
+                    tooltip="As in the training. SINE's own: bilinear for photographs, nearest for paintings.",
+                ),
+                *(advanced(_window(name, default)) for name, default in WINDOW),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with its position map.")],
+        )
+
+    @classmethod
+    def execute(cls, model, cells, interpolation, x=0.0, y=0.0, width=1.0, height=1.0) -> io.NodeOutput:
+        return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
+
+
+WINDOW = (("x", 0.0), ("y", 0.0), ("width", 1.0), ("height", 1.0))
+
+
+def _window(name: str, default: float) -> io.Input:
+    what = "begins" if name in "xy" else "is"
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        round=0.0001,
+        tooltip=f"For one tile of a larger picture that is sampled by itself: where its {name} {what}, as a part of "
+        "the whole picture. Regional prompts and ComfyUI's context windows need nothing here.",
+    )
+
+
+NODES = [LikenessPositionMap]
