@@ -32,10 +32,30 @@ class Denoiser(Protocol):
         ...
 
 
-def noise_error(denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """eps_theta(x_t, t, context) - eps, and the denoised estimate it came from; both [B, C, h, w]."""
+class PlacedDenoiser(Denoiser, Protocol):
+    """A Denoiser that can also be told a vector of the prompt and which part of a picture it is looking at."""
+
+    def denoised(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        boxes: Tensor | None = None,
+    ) -> Tensor:
+        """As in Denoiser; pooled [1, width] of the prompt (SDXL), boxes [B, 4] as y0, x0, y1, x1 in cells."""
+        ...
+
+
+def noise_error(
+    denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, **more: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """eps_theta(x_t, t, context) - eps, and the denoised estimate it came from; both [B, C, h, w].
+
+    more: pooled and boxes, for a PlacedDenoiser.
+    """
     x = denoiser.noised(x0, noise, sigma)
-    denoised = denoiser.denoised(x, sigma, context)
+    denoised = denoiser.denoised(x, sigma, context, **more)
     return (x0 - denoised) / sigma.view(-1, *[1] * (x0.ndim - 1)), denoised
 
 

@@ -40,9 +40,9 @@ class Fit(Protocol):
         ...
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random generator of one update; different for every pair of seed and step."""
-    mixed = hashlib.sha256(f"{seed} {step}".encode()).digest()
+def step_generator(seed: int, step: int, purpose: str = "") -> torch.Generator:
+    """The random generator of one update; different for every seed, step and purpose."""
+    mixed = hashlib.sha256(f"{seed} {step}{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
 
 
