@@ -14,6 +14,6 @@ class LikenessExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from . import embedding, embedding_files, score
+        from . import embedding, embedding_files, score, sweep
 
-        return [*embedding.NODES, *embedding_files.NODES, *score.NODES]
+        return [*embedding.NODES, *embedding_files.NODES, *score.NODES, *sweep.NODES]

@@ -1,0 +1,42 @@
+"""What sheets of pictures share: colours, the font, thumbnails, and the way back to an IMAGE."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageFont
+from torch import Tensor
+
+SMALLEST, LARGEST = 192, 512  # px, longer side of a picture on a sheet
+MARGIN, FONT_SIZE = 8, 14
+PAPER, INK, FRAME = (24, 24, 27), (228, 228, 231), (34, 197, 94)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def thumbnail(image: Tensor, largest: int = LARGEST) -> Image.Image:
+    """[H, W, C] in 0..1 -> a picture whose longer side lies between SMALLEST and `largest`."""
+    pixels = (image[..., :3].float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().numpy()
+    picture = Image.fromarray(pixels)
+    longer = max(picture.size)
+    scale = min(max(longer, SMALLEST), largest) / longer
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def font(size: int = FONT_SIZE) -> Font:
+    """PIL's own font, in this size where this Pillow can."""
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, OSError, ImportError):  # Pillow before 10.1, or built without FreeType: one small bitmap font
+        return ImageFont.load_default()
+
+
+def plain(text: str) -> str:
+    """ASCII only, '?' for the rest: PIL's own font may lack it."""
+    return text.encode("ascii", "replace").decode("ascii")
+
+
+def as_image(sheet: Image.Image) -> Tensor:
+    """A picture -> [1, h, w, 3] in 0..1."""
+    return torch.from_numpy(np.asarray(sheet.convert("RGB")).astype(np.float32) / 255.0)[None]

@@ -1,0 +1,115 @@
+"""Sweep the guidance over K and v: all pairs as lists, and their results as a grid with curves."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core import sweep
+from ..core.host.outputs import nothing
+from ..core.host.sweep_sheet import grid_sheet, measures, plot_sheet
+from .types import schema
+
+
+class LikenessSweep(io.ComfyNode):
+    """Two texts with numbers -> all pairs, as two lists."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSweep",
+            display_name="Sweep Guidance",
+            category="likeness/guidance",
+            description="Gives all pairs of the two settings of model-based guidance as lists: everything behind it "
+            "runs once for each pair. Plot Guidance Sweep collects the results.",
+            search_aliases=["sine", "xy plot", "grid search", "sweep"],
+            inputs=[
+                io.String.Input(
+                    "base_weights",
+                    default="0.3, 0.5, 0.7, 0.9",
+                    tooltip="Values for base_weight (v), from 0 to 1 with commas between them. Higher obeys the edit "
+                    "prompt more, lower keeps more of the picture.",
+                ),
+                io.String.Input(
+                    "end_percents",
+                    default="0.2, 0.4, 0.6, 0.8",
+                    tooltip="Values for end_percent (K), from 0 to 1 with commas between them. 0.6 is the paper's "
+                    "K = 400. Higher keeps more of the picture.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="base_weight",
+                    is_output_list=True,
+                    tooltip="The base weight of each pair, for the guidance node and for the plot.",
+                ),
+                io.Float.Output(
+                    display_name="end_percent",
+                    is_output_list=True,
+                    tooltip="The end percent of each pair, for the guidance node and for the plot.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, base_weights, end_percents) -> io.NodeOutput:
+        weights = sweep.numbers(base_weights, "base_weights")
+        found = sweep.pairs(weights, sweep.numbers(end_percents, "end_percents"))
+        return io.NodeOutput([weight for weight, _ in found], [end for _, end in found])
+
+
+class LikenessSweepPlot(io.ComfyNode):
+    """The results of a sweep -> a grid of pictures and a plot of their measures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSweepPlot",
+            display_name="Plot Guidance Sweep",
+            category="likeness/guidance",
+            description="Collects what a sweep has made: the pictures in a grid, one row for each end percent and one "
+            "column for each base weight, and their measures as curves.",
+            search_aliases=["sine", "xy plot", "grid", "sweep"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The results, one picture for each pair of the sweep."),
+                io.Float.Input("base_weight", force_input=True, tooltip="The list of that name, from Sweep Guidance."),
+                io.Float.Input("end_percent", force_input=True, tooltip="The list of that name, from Sweep Guidance."),
+                io.Float.Input(
+                    "distance",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A distance to the source picture, such as lpips of Score Likeness: lower is nearer.",
+                ),
+                io.Float.Input(
+                    "identity",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A likeness to the source picture, such as dino or clip_i of Score Likeness. Drawn as the "
+                    "distance 1 - identity.",
+                ),
+                io.Float.Input(
+                    "text",
+                    optional=True,
+                    force_input=True,
+                    tooltip="How well each picture meets the edit prompt: clip_t of Score Likeness.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="All pictures, with their settings at the edges."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="The measures over v for each K, and over K for each v. Nothing runs behind it when none "
+                    "was measured.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, base_weight, end_percent, distance=None, identity=None, text=None) -> io.NodeOutput:
+        grid = sweep.grid(base_weight, end_percent)
+        pictures = sweep.one_for_each(images, len(base_weight))
+        drawn = measures(len(base_weight), distance, identity, text)
+        return io.NodeOutput(grid_sheet(pictures, grid), plot_sheet(drawn, grid) if drawn else nothing())
+
+
+NODES = [LikenessSweep, LikenessSweepPlot]
