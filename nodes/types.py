@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 Embedding = io.Custom("LIKENESS_EMBEDDING")
 LossMap = io.Custom("LOSS_MAP")
+Subjects = io.Custom("LIKENESS_SUBJECTS")
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 

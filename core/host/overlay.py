@@ -1,0 +1,162 @@
+"""One loaded network, two sets of weights: a tuned MODEL that shares its module with the model that runs.
+
+Two MODELs of one loader hold one set of weights, and the one loaded last wins. So the tuned one is never loaded: while
+it predicts, what distinguishes its patches from those of the running model is added on the way. A plain LoRA goes
+beside its layer (out + up(down(x)), no second copy of any weight); every other kind of patch through ComfyUI's own
+weight functions, one layer at a time. Which of them was loaded first or last makes no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor, nn
+
+Patch = tuple[float, Any, float, Any, Any]  # ComfyUI's: strength, adapter or numbers, strength of the weight, ...
+SAME = ("object_patches", "injections", "weight_wrapper_patches")
+
+
+def check_separable(tuned: Any, base: Any) -> None:
+    """ValueError when two MODELs of one module differ in more than weights and options.
+
+    What replaces a part of the module itself cannot be there and not be there at once.
+    """
+    for name in SAME:
+        one, other = getattr(tuned, name, {}), getattr(base, name, {})
+        different = sorted(key for key in one.keys() | other.keys() if not _equal(one.get(key), other.get(key)))
+        if different:
+            raise ValueError(
+                f"The tuned model and the base model are one loaded model with different {name.replace('_', ' ')} "
+                f"({', '.join(map(str, different))[:200]}), which cannot be separated: apply the node that makes the "
+                "difference to both of them, load LoRAs without 'bypass', or load the checkpoint a second time for the "
+                "tuned model."
+            )
+    for key, _, _, _ in _differences(tuned, base):
+        _module_of(base.model, key)
+
+
+def _differences(tuned: Any, running: Any) -> Iterator[tuple[str, list[Patch], list[Patch], int]]:
+    """Key, both lists of patches and the length of their common beginning, for every weight where they differ."""
+    for key in sorted(tuned.patches.keys() | running.patches.keys()):
+        theirs, ours = tuned.patches.get(key, []), running.patches.get(key, [])
+        shared = _common(theirs, ours)
+        if not shared == len(theirs) == len(ours):
+            yield key, theirs, ours, shared
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return one is other
+
+
+def _module_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    path, _, attribute = key.rpartition(".")
+    module = comfy.utils.get_attr(model, path)
+    if not hasattr(module, f"{attribute}_function"):
+        raise ValueError(
+            f"The tuned model's patch of '{key}' cannot be separated from the base model, because that layer is not "
+            "one of ComfyUI's: load the checkpoint a second time for the tuned model."
+        )
+    return module, attribute
+
+
+class Overlay:
+    """What turns the running model into the tuned one while active()."""
+
+    def __init__(self, tuned: Any, running: Any) -> None:
+        """Both ModelPatchers; only `running` is loaded, and its module is the one that predicts."""
+        self._hooks: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._functions: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
+        device, model = running.load_device, running.model
+        for key, theirs, ours, shared in _differences(tuned, running):
+            module, attribute = _module_of(model, key)
+            more = [(1.0, patch) for patch in theirs[shared:]] + [(-1.0, patch) for patch in ours[shared:]]
+            if attribute == "weight" and _takes_a_lora(module) and all(map(_plain, more)):
+                self._hooks.append((module, _beside(module, more, device)))
+            elif shared == len(ours):
+                self._functions.append((module, attribute, _patched(key, theirs[shared:], None)))
+            else:
+                backup = running.backup.get(key)
+                start = getattr(module, attribute) if backup is None else backup.weight
+                self._functions.append((module, attribute, _patched(key, theirs, start)))
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While this lasts, the running module predicts as the tuned model."""
+        handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
+        before: list[tuple[nn.Module, str, list]] = []
+        try:
+            for module, attribute, function in self._functions:
+                name = f"{attribute}_function"
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, [*getattr(module, name), function])  # a new list: the old one may be the class's
+            yield
+        finally:
+            for module, name, functions in reversed(before):
+                setattr(module, name, functions)
+            for handle in handles:
+                handle.remove()
+
+
+def _common(one: list[Patch], other: list[Patch]) -> int:
+    """How many patches at the beginning are the same objects: a clone keeps those of the MODEL it came from."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] is other[count]:
+        count += 1
+    return count
+
+
+def _takes_a_lora(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def _plain(signed: tuple[float, Patch]) -> bool:
+    """Is it a LoRA whose change of the weight is a product of two matrices, added to the whole weight?"""
+    _, (_, adapter, strength_weight, offset, function) = signed
+    if not isinstance(adapter, LoRAAdapter) or strength_weight != 1.0 or offset is not None or function is not None:
+        return False
+    return all(value is None for value in adapter.weights[3:6])  # mid, dora_scale, reshape
+
+
+def _beside(layer: nn.Linear | nn.Conv2d, signed: list[tuple[float, Patch]], device: torch.device) -> Callable:
+    ups, downs = [], []
+    for sign, (strength, adapter, *_) in signed:
+        up, down, alpha = adapter.weights[:3]
+        scale = sign * strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
+        ups.append(scale * up.detach().flatten(1).float())
+        downs.append(down.detach().flatten(1).float())
+    up, down = torch.cat(ups, 1).to(device), torch.cat(downs).to(device)
+    factors: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        if x.dtype not in factors:
+            factors[x.dtype] = (up.to(x), down.to(x))
+        b, a = factors[x.dtype]
+        if isinstance(module, nn.Linear):
+            return output + F.linear(F.linear(x, a), b)
+        assert isinstance(module, nn.Conv2d)
+        kernel = a.view(a.shape[0], x.shape[1], *module.kernel_size)
+        hidden = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
+        return output + F.conv2d(hidden, b[:, :, None, None])
+
+    return hook
+
+
+def _patched(key: str, patches: list[Patch], start: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A weight function: ComfyUI's own arithmetic on the weight it is given, or on `start` in its place."""
+
+    def function(weight: Tensor) -> Tensor:
+        begin = weight if start is None else start
+        private = begin.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
+        return comfy.lora.calculate_weight(patches, private, key).to(weight.dtype)
+
+    return function

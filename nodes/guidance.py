@@ -1,0 +1,220 @@
+"""Guide an edit by models that were tuned on one picture (SINE): as a MODEL for any sampler, and as a GUIDER."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.host.guidance import guided, guider, subject_model
+from ..core.sine_guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
+from .types import Subjects, advanced, schema
+
+PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.0001}
+
+
+def _tuned() -> list[io.Input]:
+    return [
+        io.Model.Input(
+            "tuned",
+            tooltip="The model that was fine-tuned on the picture: of another loader, or the same model with a LoRA.",
+        ),
+        io.Conditioning.Input(
+            "tuned_positive",
+            tooltip="The prompt the tuned model was trained with, such as 'photo of a sks dog', from its own CLIP.",
+        ),
+    ]
+
+
+def _base_weight() -> io.Input:
+    return io.Float.Input(
+        "base_weight",
+        default=BASE_WEIGHT,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        round=0.0001,
+        tooltip="v: the base model's part of the guided prediction, against 1 - v for the tuned model. Higher obeys "
+        "the edit prompt more, lower keeps more of the picture. 0.5 to 0.8 is usual.",
+    )
+
+
+def _window() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "end_percent",
+            default=END_PERCENT,
+            **PERCENT,
+            tooltip="Until which part of the sampling the tuned model takes part: 0.6 is K = 400. Later keeps more of "
+            "the picture's details.",
+        ),
+        advanced(
+            io.Float.Input(
+                "start_percent",
+                default=0.0,
+                **PERCENT,
+                tooltip="From which part of the sampling on the tuned model takes part: 0 is pure noise, as published.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "k_timestep",
+                default=-1,
+                min=-1,
+                max=LAST_TIMESTEP + 1,
+                tooltip="K as a training timestep, as the paper gives it: 0 guides to the end, 1000 never. Takes the "
+                "place of end_percent; -1 leaves it to that.",
+            )
+        ),
+    ]
+
+
+def _more() -> list[io.Input]:
+    return [
+        advanced(
+            io.Boolean.Input(
+                "allow_over_one",
+                default=False,
+                tooltip="Allow the tuned models' weights to add up to more than 1: the base model then gets less than "
+                "nothing.",
+            )
+        ),
+        Subjects.Input(
+            "subjects", optional=True, tooltip="Further tuned models, from Subject Model: a style beside the content."
+        ),
+    ]
+
+
+class LikenessSubjectModel(io.ComfyNode):
+    """A further tuned model for the guidance, with its own weight and window."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSubjectModel",
+            display_name="Subject Model",
+            category="likeness/guidance",
+            description="Adds a further tuned model to a guidance (SINE): a style beside the content, for example. The "
+            "base model keeps 1 minus the sum of all weights.",
+            search_aliases=["sine", "style transfer"],
+            inputs=[
+                io.Model.Input("model", tooltip="The tuned model."),
+                io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
+                io.Float.Input(
+                    "weight",
+                    default=1 - BASE_WEIGHT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="Its part of the guided prediction (beta). SINE's style transfer: content 0.4, style 0.5.",
+                ),
+                *_window(),
+                Subjects.Input("subjects", optional=True, tooltip="Tuned models so far, to add this one to."),
+            ],
+            outputs=[Subjects.Output(display_name="subjects", tooltip="The tuned models, for a guidance.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, weight, end_percent, start_percent=0.0, k_timestep=-1, subjects=None
+    ) -> io.NodeOutput:
+        this = subject_model(model, positive, weight, start_percent, end_percent, k_timestep)
+        return io.NodeOutput([*(subjects or []), this])
+
+
+class LikenessGuidance(io.ComfyNode):
+    """Base MODEL + tuned MODEL -> MODEL, for every sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessGuidance",
+            display_name="Subject Guidance",
+            category="likeness/guidance",
+            description="Lets a model that was tuned on one picture guide the base model while the picture's layout "
+            "is decided (SINE): the edit prompt is obeyed, the picture is kept. For KSampler and any guider; "
+            f"published with cfg {CFG}.",
+            search_aliases=["sine", "edit", "single image", "model merge"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. It gets the edit prompt and the negative prompt."),
+                *_tuned(),
+                _base_weight(),
+                *_window(),
+                *_more(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The guided model: sample it with the edit prompt.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        tuned,
+        tuned_positive,
+        base_weight,
+        end_percent,
+        start_percent=0.0,
+        k_timestep=-1,
+        allow_over_one=False,
+        subjects=None,
+    ) -> io.NodeOutput:
+        first = subject_model(tuned, tuned_positive, 1 - base_weight, start_percent, end_percent, k_timestep)
+        return io.NodeOutput(guided(model, [first, *(subjects or [])], allow_over_one))
+
+
+class LikenessGuider(io.ComfyNode):
+    """The same as a GUIDER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessGuider",
+            display_name="Subject Guider",
+            category="likeness/guidance",
+            description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The pictures "
+            "are the same, bit for bit.",
+            search_aliases=["sine", "edit", "single image"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model."),
+                io.Conditioning.Input("positive", tooltip="The edit prompt, from the base model's CLIP."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty, from the same CLIP."),
+                *_tuned(),
+                io.Float.Input(
+                    "cfg",
+                    default=CFG,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strongly the guided prediction is preferred to the negative prompt's. 7.5 to 10.",
+                ),
+                _base_weight(),
+                *_window(),
+                *_more(),
+            ],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        tuned,
+        tuned_positive,
+        cfg,
+        base_weight,
+        end_percent,
+        start_percent=0.0,
+        k_timestep=-1,
+        allow_over_one=False,
+        subjects=None,
+    ) -> io.NodeOutput:
+        first = subject_model(tuned, tuned_positive, 1 - base_weight, start_percent, end_percent, k_timestep)
+        patched = guided(model, [first, *(subjects or [])], allow_over_one)
+        return io.NodeOutput(guider(patched, positive, negative, cfg))
+
+
+NODES = [LikenessSubjectModel, LikenessGuidance, LikenessGuider]

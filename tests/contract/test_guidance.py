@@ -1,0 +1,292 @@
+"""SINE's guidance in ComfyUI: what is evaluated, two models in one module, windows, and the neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+from .methods import Setting, run_node, sample
+from .test_contract import area, control_net, freeu, pag, rescale_cfg
+
+ATTENTION = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+CONVOLUTION = "diffusion_model.input_blocks.1.0.in_layers.2"
+NORM = "diffusion_model.out.0"
+
+
+def lora(seed: int = 4, strength: float = 0.3, keys=(ATTENTION, CONVOLUTION)) -> dict[str, torch.Tensor]:
+    """Weights of a LoRA file for the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = tiny_models.sd1().model.state_dict()
+    found = {}
+    for key in keys:
+        shape = shapes[f"{key}.weight"].shape
+        up, down = (shape[0], 2, *[1] * (len(shape) - 2)), (2, *shape[1:])
+        found[f"{key}.lora_up.weight"] = strength * torch.randn(up, generator=generator)
+        found[f"{key}.lora_down.weight"] = torch.randn(down, generator=generator)
+        found[f"{key}.alpha"] = torch.tensor(1.0)
+    return found
+
+
+def differences(seed: int = 5) -> dict[str, torch.Tensor]:
+    """Weights and a bias as a full fine-tune leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    state = tiny_models.sd1().model.state_dict()
+    found = {f"{key}.diff": state[f"{key}.weight"] for key in (ATTENTION, NORM)} | {
+        f"{NORM}.diff_b": state[f"{NORM}.bias"]
+    }
+    return {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in found.items()}
+
+
+def with_lora(model, weights, strength: float = 1.0):
+    import comfy.sd
+
+    with torch.inference_mode():
+        return comfy.sd.load_lora_for_models(model, None, weights, strength, 0.0)[0]
+
+
+def other_loader(model_seed: int = 0):
+    """The same weights in a module of their own, as a second loader node gives them."""
+    return tiny_models.sd1(model_seed)
+
+
+def patch(setting, tuned, **changes):
+    from likeness.nodes.guidance import LikenessGuidance
+
+    inputs = {"model": setting.model, "tuned": tuned, "tuned_positive": setting.source}
+    inputs |= {"base_weight": 0.7, "end_percent": 0.6, **changes}
+    return run_node(LikenessGuidance, **inputs)[0]
+
+
+def picture(setting, model, **changes):
+    return sample(model, setting.target, setting.empty, setting.latent, **{"steps": 5, **changes})
+
+
+def through_guider(setting, tuned, cfg: float = 4.0, **changes):
+    """The same sampling as picture(), by SamplerCustomAdvanced's own calls on our GUIDER."""
+    import comfy.samplers
+
+    from likeness.nodes.guidance import LikenessGuider
+
+    inputs = {"positive": setting.target, "negative": setting.empty, "tuned": tuned, "tuned_positive": setting.source}
+    inputs |= {"model": setting.model, "cfg": cfg, "base_weight": 0.7, "end_percent": 0.6, **changes}
+    guider = run_node(LikenessGuider, **inputs)[0]
+    noise = torch.randn(setting.latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        sigmas = comfy.samplers.calculate_sigmas(setting.model.get_model_object("model_sampling"), "normal", 5)
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0, disable_pbar=True)
+
+
+class Evaluations:
+    """Counts the samples that go through a model's network."""
+
+    def __init__(self, *models) -> None:
+        self.counts = [0] * len(models)
+        for index, model in enumerate(models):
+            model.model.diffusion_model.register_forward_pre_hook(self._count(index))
+
+    def _count(self, index: int):
+        def hook(_module, inputs):
+            self.counts[index] += inputs[0].shape[0]
+
+        return hook
+
+
+@pytest.mark.parametrize("weights", [lora, differences], ids=["lora", "diff"])
+def test_one_loader_gives_what_two_loaders_give(weights):
+    """The shared-module trap: whichever was loaded last, and whatever kind of patch."""
+    setting = Setting()
+    separate = picture(setting, patch(setting, with_lora(other_loader(), weights())))
+    shared = with_lora(setting.model, weights())
+    plain = picture(setting, setting.model)
+    first = picture(setting, patch(setting, shared))
+    picture(setting, shared)  # loads the tuned weights into the module
+    second = picture(setting, patch(setting, shared))
+    assert torch.equal(first, second), "the order of loading matters"
+    torch.testing.assert_close(first, separate, atol=2e-4, rtol=1e-5)
+    assert float((first - plain).abs().mean()) > 1e-3
+    assert torch.equal(plain, picture(setting, setting.model))
+    assert not any(part._forward_hooks for part in setting.model.model.modules())
+
+
+@pytest.mark.parametrize("weights", [lora, differences], ids=["lora", "diff"])
+@pytest.mark.parametrize("before", [True, False], ids=["lora-before", "lora-after"])
+def test_a_lora_on_the_base_model_stays_with_whom_it_was_given_to(weights, before):
+    """A style LoRA in front of the fork belongs to both; one behind the guidance to the base model alone."""
+    style = lora(seed=9)
+    setting, apart = Setting(), Setting()
+    if before:
+        setting.model = with_lora(setting.model, style)
+        shared = patch(setting, with_lora(setting.model, weights()))
+        tuned = with_lora(with_lora(other_loader(), style), weights())
+        apart.model = with_lora(apart.model, style)
+        separate = patch(apart, tuned)
+    else:
+        shared = with_lora(patch(setting, with_lora(setting.model, weights())), style)
+        separate = with_lora(patch(apart, with_lora(other_loader(), weights())), style)
+    torch.testing.assert_close(picture(setting, shared), picture(apart, separate), atol=2e-4, rtol=1e-5)
+
+
+def test_two_tuned_models_of_a_second_loader_share_its_module():
+    setting, second = Setting(), other_loader(1)
+    one, other = with_lora(second, lora(4)), with_lora(second, lora(5))
+    apart = with_lora(other_loader(1), lora(5))
+    results = []
+    for style in (other, apart):
+        subjects = subject(setting, style, 0.5)
+        results.append(picture(setting, patch(setting, one, base_weight=0.6, subjects=subjects)))
+    torch.testing.assert_close(results[0], results[1], atol=2e-4, rtol=1e-5)
+
+
+def subject(setting, model, weight, **changes):
+    from likeness.nodes.guidance import LikenessSubjectModel
+
+    inputs = {"model": model, "positive": setting.empty, "weight": weight, "end_percent": 0.6, **changes}
+    return run_node(LikenessSubjectModel, **inputs)[0]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_guider_equals_model_patch_bit_for_bit(cfg):
+    setting, tuned = Setting(), other_loader(1)
+    assert torch.equal(picture(setting, patch(setting, tuned), cfg=cfg), through_guider(setting, tuned, cfg))
+
+
+@pytest.mark.parametrize("neighbour", [freeu, pag, rescale_cfg, area, control_net], ids=lambda node: node.__name__)
+def test_other_nodes_keep_their_effect(neighbour):
+    setting, tuned = Setting(), other_loader(1)
+    alone = sample(*neighbour(setting, setting.model, setting.target), setting.empty, setting.latent, steps=5)
+    ours = picture(setting, patch(setting, tuned))
+    both = sample(*neighbour(setting, patch(setting, tuned), setting.target), setting.empty, setting.latent, steps=5)
+    assert float((both - ours).abs().mean()) > 1e-5 and float((both - alone).abs().mean()) > 1e-5
+    off = neighbour(setting, patch(setting, tuned, base_weight=1.0), setting.target)
+    assert torch.equal(alone, sample(*off, setting.empty, setting.latent, steps=5))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-module", "two-modules"])
+def test_three_evaluations_in_a_guided_step_and_two_after(shared):
+    setting = Setting()
+    tuned = with_lora(setting.model, lora()) if shared else other_loader(1)
+    models = [setting.model] if shared else [setting.model, tuned]
+    counted = Evaluations(*models)
+    picture(setting, patch(setting, tuned), steps=10)  # "normal": 6 of 10 sigmas lie above percent 0.6
+    assert sum(counted.counts) == 6 * 3 + 4 * 2
+    assert shared or counted.counts == [20, 6]
+
+
+def test_unneeded_evaluations_are_skipped():
+    def counts(base_weight: float, cfg: float = 4.0, **changes) -> list[int]:
+        setting, tuned = Setting(), other_loader(1)
+        counted = Evaluations(setting.model, tuned)
+        picture(setting, patch(setting, tuned, base_weight=base_weight, **changes), steps=10, cfg=cfg)
+        return counted.counts
+
+    assert counts(1.0) == [20, 0]
+    assert counts(0.0) == [6 + 8, 6]  # the base model's edit prompt only after K
+    assert counts(0.7, cfg=1.0) == [10, 6]
+    assert counts(0.7, k_timestep=1000) == [20, 0] and counts(0.7, k_timestep=0) == [20, 10]
+
+
+def test_asked_twice_in_one_step_the_tuned_model_predicts_once():
+    setting, tuned = Setting(), other_loader(1)
+    counted = Evaluations(tuned)
+    model, _ = pag(setting, patch(setting, tuned), setting.target)
+    picture(setting, model, steps=10)
+    assert counted.counts == [6]
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "dpmpp_sde", "euler_ancestral", "uni_pc"])
+def test_every_sampler_stays_inside_the_window(name):
+    """The tuned model is asked above K and nowhere else, at the samplers' own in-between noise levels too."""
+    import comfy.sample
+
+    setting, tuned = Setting(), other_loader(1)
+    seen: list[float] = []
+    base: list[float] = []
+
+    def record(into):
+        def wrapper(executor, model, conds, x, timestep, model_options):
+            into.append(float(timestep.max()))
+            return executor(model, conds, x, timestep, model_options)
+
+        return wrapper
+
+    tuned.add_wrapper_with_key("calc_cond_batch", "test", record(seen))
+    model = patch(setting, tuned)
+    model.add_wrapper_with_key("calc_cond_batch", "test", record(base))
+    noise = torch.randn(setting.latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        comfy.sample.sample(
+            model, noise, 6, 4.0, name, "normal", setting.target, setting.empty, torch.zeros_like(noise),
+            disable_pbar=True, seed=0,
+        )  # fmt: skip
+    limit = setting.model.get_model_object("model_sampling").percent_to_sigma(0.6)
+    assert seen == [sigma for sigma in base if sigma > limit * 1.0001] and 0 < len(seen) < len(base)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_one_model_is_the_chain_with_one_model(family):
+    """v = 0.7 is the multi-model form with beta = 0.3; batches and odd sizes included."""
+    setting = Setting(family)
+    setting.latent = {"samples": torch.zeros(2, 4, 7, 10)}
+    tuned = tiny_models.FAMILIES[family][0](1)
+    single = picture(setting, patch(setting, tuned))
+    chain = subject(setting, tuned, 0.3)
+    chain = [type(chain[0])(**{**vars(chain[0]), "conditioning": setting.source})]
+    other = patch(setting, tuned, base_weight=1.0, subjects=chain)
+    torch.testing.assert_close(single, picture(setting, other), atol=1e-5, rtol=1e-5)
+    assert bool(torch.isfinite(single).all())
+
+
+def test_a_control_net_in_the_training_prompt_is_loaded_and_heard():
+    setting, tuned = Setting(), other_loader(1)
+    plain = picture(setting, patch(setting, tuned))
+    _, controlled = control_net(setting, setting.model, setting.source)
+    assert float((picture(setting, patch(setting, tuned, tuned_positive=controlled)) - plain).abs().mean()) > 1e-5
+
+
+def test_the_base_model_is_as_it_was():
+    setting, tuned = Setting(), with_lora(Setting().model, lora())
+    before, options = picture(setting, setting.model), repr(setting.model.model_options)
+    picture(setting, patch(setting, tuned))
+    assert torch.equal(before, picture(setting, setting.model)) and repr(setting.model.model_options) == options
+    assert not setting.model.additional_models and not setting.model.wrappers
+
+
+def refused(match: str, setting, tuned, **changes):
+    with pytest.raises(ValueError, match=match):
+        patch(setting, tuned, **changes)
+
+
+def test_bad_input_is_refused_before_sampling():
+    import comfy.hooks
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+
+    setting, tuned = Setting(), other_loader(1)
+    refused("add up to 1.3", setting, tuned, subjects=subject(setting, tuned, 1.0))
+    patch(setting, tuned, subjects=subject(setting, tuned, 1.0), allow_over_one=True)
+    refused("K is timestep 1001", setting, tuned, k_timestep=1001)
+    refused("begin at 0.7 and end at 0.6", setting, tuned, start_percent=0.7)
+    refused("no prompt", setting, tuned, tuned_positive=[])
+    refused("works on SDXL latents", setting, tiny_models.sdxl())
+    refused("already carries a guidance", setting, patch(setting, tuned))
+    flow = run_node(ModelSamplingSD3, model=tuned, shift=3.0)[0]
+    refused("noise schedule", setting, flow)
+    zero = run_node(ModelSamplingDiscrete, model=setting.model, sampling="eps", zsnr=True)[0]
+    refused("noise schedule", setting, zero)
+    hooked = comfy.hooks.set_hooks_for_conditioning(setting.source, comfy.hooks.create_hook_lora(lora(), 1.0, 0.0))
+    refused("carries hooks", setting, tuned, tuned_positive=hooked)
+
+
+def test_one_module_that_cannot_be_separated_is_refused():
+    setting = Setting()
+    patched = setting.model.clone()
+    patched.add_object_patch("diffusion_model.out.2", torch.nn.Identity())
+    refused("cannot be separated.*second time", setting, patched)
+
+
+def test_a_window_without_a_step_is_said(caplog):
+    setting, tuned = Setting(), other_loader(1)
+    plain = picture(setting, setting.model)
+    assert torch.equal(plain, picture(setting, patch(setting, tuned, start_percent=0.51, end_percent=0.52)))
+    assert "None of the 5 steps" in caplog.text
