@@ -13,10 +13,10 @@ DATA = Path(__file__).parent / "data"
 SD_SCALE = 0.18215
 
 
-def arrays(name: str) -> dict[str, torch.Tensor]:
+def arrays(name: str, without: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     """A file of tests/parity/data as tensors."""
     with np.load(DATA / name) as file:
-        return {key: torch.from_numpy(file[key]) for key in file}
+        return {key: torch.as_tensor(file[key]) for key in file if key not in without}
 
 
 def tiny_sd15():
