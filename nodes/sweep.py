@@ -40,12 +40,12 @@ class LikenessSweep(io.ComfyNode):
                 io.Float.Output(
                     display_name="base_weight",
                     is_output_list=True,
-                    tooltip="The base weight of each pair, for the guidance node and for the plot.",
+                    tooltip="The base weight of each pair, for Subject Guidance and for the plot.",
                 ),
                 io.Float.Output(
                     display_name="end_percent",
                     is_output_list=True,
-                    tooltip="The end percent of each pair, for the guidance node and for the plot.",
+                    tooltip="The end percent of each pair, for Subject Guidance and for the plot.",
                 ),
             ],
         )

@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing
-from . import hiper
+from . import hiper, sine, sine_uses
 
-GRAPHS: dict[str, Callable[[Drawing], None]] = {**hiper.GRAPHS}
+GRAPHS: dict[str, Callable[[Drawing], None]] = {**hiper.GRAPHS, **sine.GRAPHS, **sine_uses.GRAPHS}

@@ -1,0 +1,228 @@
+"""The shipped graphs of SINE: a model tuned on one picture guides the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..drawing import Drawing, Node, Output
+from .pieces import CFG, MODEL_NOTE, OFF_NOTE, SEED, SIZE, VISION_NOTE, Pieces, score_node
+
+STEPS, SCHEDULER = 100, "ddim_uniform"  # the authors' sampling
+BASE_WEIGHT, END_PERCENT = 0.7, 0.6
+TRAINED, EDIT = "photo of a sks dog", "a photo of a dog wearing a red scarf"
+COST = (
+    "Sampling calls the model three times a step while the guidance is on, which is the first 60 % of the steps, and "
+    "twice after that: 260 calls for 100 steps, against 200 without guidance.\n\n"
+)
+FIRST = (
+    "**First** load your own picture in '{picture}' (example.png only holds its place). Keep 'sks' in the training "
+    "prompt, a word that means nothing yet, and put the kind of thing that the picture shows behind it: 'photo of a "
+    "sks dog'. Write the edit without 'sks'. "
+)
+
+
+class Guided(Pieces):
+    """Tuning on a picture, and sampling with the tuned model's guidance."""
+
+    def square(self, title: str = "Picture of the subject") -> Output:
+        """A picture, cut to a square of twice the model's size: patches are taken from it."""
+        loaded = self.draw.node("LoadImage", title, image="example.png")
+        cut = self.draw.node(
+            "ImageScale",
+            "To a square",
+            image=loaded["IMAGE"],
+            upscale_method="lanczos",
+            width=2 * SIZE,
+            height=2 * SIZE,
+            crop="center",
+        )
+        return cut["IMAGE"]
+
+    def tune(self, title: str, model: Node, picture: Output, text: Output, positive: Output) -> Node:
+        return self.draw.node(
+            "LikenessFineTune",
+            title,
+            extra=140,
+            model=model["MODEL"],
+            vae=model["VAE"],
+            image=picture,
+            prompt=text,
+            positive=positive,
+            seed=SEED,
+        )
+
+    def guide(self, title: str, model: Node, tuned: Output, trained: Output, **more: float | Output) -> Output:
+        settings = {"base_weight": BASE_WEIGHT, "end_percent": END_PERCENT, **more}
+        node = self.draw.node(
+            "LikenessGuidance", title, model=model["MODEL"], tuned=tuned, tuned_positive=trained, **settings
+        )
+        return node["model"]
+
+    def guided_sample(self, title: str, model: Output, positive: Output, negative: Output, canvas: Output) -> Output:
+        return self.sample(title, model, positive, negative, canvas, steps=STEPS, scheduler=SCHEDULER)
+
+    def save(self, title: str, image: Output, name: str) -> Node:
+        return self.draw.node("SaveImage", title, images=image, filename_prefix=f"likeness/{name}")
+
+
+def edit(draw: Drawing) -> None:
+    """Tune on one picture and edit it, at the size of the training."""
+    make = Guided(draw)
+    draw.note(
+        "# Edit one picture with a tuned model (SINE)\nTunes the model on patches of one picture, then makes the edit "
+        "three times from the same noise: by the base model alone, by the tuned model alone (it knows the picture "
+        "only, and does not obey) and by the base model guided by the tuned one.\n\n"
+        + FIRST.format(picture="Picture of the subject")
+        + "The picture is cut to a square. Closer to the picture: lower base_weight or raise end_percent. More of the "
+        "edit: the other way; 'sine_sweep' shows both. The tuned model is saved as a LoRA for 'sine_load_and_edit'."
+        "\n\n" + COST + MODEL_NOTE + VISION_NOTE + OFF_NOTE,
+        760,
+    )
+    model = make.model()
+    draw.column()
+    picture = make.square()
+    trained_text = make.text("Training prompt", TRAINED)
+    edit_text = make.text("Edit prompt", EDIT)
+    draw.column()
+    trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
+    positive = make.prompt("Edit prompt, encoded", model["CLIP"], edit_text)
+    negative = make.prompt("Negative prompt", model["CLIP"], "")
+    canvas = make.canvas()
+    draw.column()
+    tuned = make.tune("Learn the picture", model, picture, trained_text, trained)
+    draw.column()
+    draw.node("LossGraphNode", "Loss curve", extra=260, loss=tuned["loss"], filename_prefix="likeness/loss")
+    draw.node("LikenessSaveTuned", "Save the tuned model", lora=tuned["lora"])
+    guided = make.guide("Guide by the tuned model", model, tuned["model"], trained)
+    draw.column()
+    results = [
+        make.decode(make.guided_sample(title, sampled, positive, negative, canvas), model)
+        for title, sampled in (("Alone", model["MODEL"]), ("Tuned", tuned["model"]), ("Guided", guided))
+    ]
+    draw.column()
+    for title, image, name in zip(
+        ("Base model alone", "Tuned model alone", "Guided edit"), results, ("alone", "tuned", "guided"), strict=True
+    ):
+        make.save(title, image, f"sine_{name}")
+    draw.column()
+    dino, clip = make.vision()
+    both = draw.node("ImageBatch", "Alone, guided", image1=results[0], image2=results[2])
+    score = score_node(draw, both["IMAGE"], picture, edit_text, dino, clip)
+    shown = make.save("Scores", score["picture"], "sine_scores")
+    draw.group("Scores", [dino, clip, both, score, shown], bypassed=True)
+
+
+def edit_wide(draw: Drawing) -> None:
+    """The same with another shape and size of the result, and with the GUIDER instead of the MODEL patch."""
+    make = Guided(draw)
+    draw.note(
+        "# Edit at another shape and size (SINE)\nThe model is tuned on patches of the whole picture, squeezed to a "
+        "square, together with a map that says where in the picture a patch lies. The map then holds for any size: "
+        "here 1024 x 768 from a model of 512 x 512. Without guidance, on the left, such sizes repeat the subject.\n\n"
+        + FIRST.format(picture="Picture of the subject")
+        + "In 'Size of the results' keep the shape of your picture for an undistorted edit, or take another to "
+        "stretch the scene to it. This graph uses the guider and SamplerCustomAdvanced; the MODEL patch of "
+        "'sine_edit' gives the same pictures.\n\n" + COST + MODEL_NOTE,
+        620,
+    )
+    model = make.model()
+    picture = draw.node("LoadImage", "Picture of the subject", image="example.png")["IMAGE"]
+    draw.column()
+    trained_text = make.text("Training prompt", "picture of a sks castle")
+    trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
+    positive = make.prompt("Edit prompt", model["CLIP"], "a children's painting of a castle")
+    negative = make.prompt("Negative prompt", model["CLIP"], "")
+    draw.column()
+    tuned = make.tune("Learn the picture", model, picture, trained_text, trained)
+    draw.column()
+    prompts = {"model": model["MODEL"], "positive": positive, "negative": negative, "cfg": CFG}
+    alone = draw.node("CFGGuider", "Base model alone", **prompts)["GUIDER"]
+    guided = draw.node(
+        "LikenessGuider",
+        "Guided by the tuned model",
+        **prompts,
+        tuned=tuned["model"],
+        tuned_positive=trained,
+        base_weight=BASE_WEIGHT,
+        end_percent=END_PERCENT,
+    )["guider"]
+    noise = draw.node("RandomNoise", "Noise", noise_seed=SEED)["NOISE"]
+    sampler = draw.node("KSamplerSelect", "Sampler", sampler_name="euler")["SAMPLER"]
+    sigmas = draw.node("BasicScheduler", "Steps", model=model["MODEL"], scheduler=SCHEDULER, steps=STEPS)["SIGMAS"]
+    canvas = draw.node("EmptyLatentImage", "Size of the results", width=1024, height=768)["LATENT"]
+    draw.column()
+    images = []
+    for title, guider in (("Sample alone", alone), ("Sample guided", guided)):
+        sampled = draw.node(
+            "SamplerCustomAdvanced",
+            title,
+            extra=260,
+            noise=noise,
+            guider=guider,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=canvas,
+        )
+        images.append(make.decode(sampled["output"], model))
+    draw.column()
+    make.save("Wide, base model alone", images[0], "sine_wide_alone")
+    make.save("Wide, guided edit", images[1], "sine_wide_guided")
+
+
+def style_transfer(draw: Drawing) -> None:
+    """Content of one picture, style of another: two tuned models at once."""
+    make = Guided(draw)
+    draw.note(
+        "# The content of one picture in the style of another (SINE)\nTwo tuned models guide the base model, one tuned "
+        "on the content and one on the style. Their weights are 0.4 and 0.5, which leaves 0.1 to the base model and "
+        "its prompt; these, and cfg 10, are the authors' values for two models. The first result has the content "
+        "alone, from the same noise.\n\n**First** load both pictures, and say in the training prompts what they show: "
+        "'photo of a sks dog' for the content, 'painting in the sks style' for the style. The prompt for both says "
+        "what the result is.\n\nA guided step calls the model four times with two tuned models.\n\n" + MODEL_NOTE,
+        520,
+    )
+    model = make.model()
+    draw.column()
+    content, style = make.square("Picture of the content"), make.square("Picture of the style")
+    draw.column()
+    texts = (
+        make.text("Content's training prompt", TRAINED),
+        make.text("Style's training prompt", "painting in the sks style"),
+    )
+    prompts = [
+        make.prompt(f"{name}, encoded", model["CLIP"], text)
+        for name, text in zip(("Content", "Style"), texts, strict=True)
+    ]
+    positive = make.prompt("Prompt for both", model["CLIP"], "a painting of a dog")
+    negative = make.prompt("Negative prompt", model["CLIP"], "")
+    canvas = make.canvas()
+    draw.column()
+    tuned = [
+        make.tune(title, model, picture, text, prompt)["model"]
+        for title, picture, text, prompt in zip(
+            ("Learn the content", "Learn the style"), (content, style), texts, prompts, strict=True
+        )
+    ]
+    draw.column()
+    subject = draw.node(
+        "LikenessSubjectModel", "Style", model=tuned[1], positive=prompts[1], weight=0.5, end_percent=END_PERCENT
+    )
+    one = make.guide("Guide by the content", model, tuned[0], prompts[0], base_weight=0.6)
+    two = make.guide("Guide by both", model, tuned[0], prompts[0], base_weight=0.6, subjects=subject["subjects"])
+    draw.column()
+    images = [
+        make.decode(
+            make.sample(title, guided, positive, negative, canvas, steps=STEPS, scheduler=SCHEDULER, cfg=10.0), model
+        )
+        for title, guided in (("Sample content", one), ("Sample both", two))
+    ]
+    draw.column()
+    make.save("Content alone", images[0], "sine_content")
+    make.save("Content and style", images[1], "sine_style_transfer")
+
+
+GRAPHS: dict[str, Callable[[Drawing], None]] = {
+    "sine_edit": edit,
+    "sine_edit_wide": edit_wide,
+    "sine_style_transfer": style_transfer,
+}
