@@ -107,8 +107,8 @@ def faces(draw: Drawing) -> None:
     draw.note(
         "# Edit a face (SINE)\nTunes the model on one portrait and makes three edits from the same noise: a painting "
         "of it, glasses, and old age. The painting has a base_weight of 0.6, the paper's for its watercolor.\n\n"
-        "**First** load a portrait, cut so that the face fills most of it, and change 'woman' in all prompts if need be. Faces "
-        "need the whole training: if the result is someone else, raise the steps of 'Learn the face', lower "
+        "**First** load a portrait, cut so that the face fills most of it, and change 'woman' in all prompts if need "
+        "be. Faces need the whole training: if the result is someone else, raise the steps of 'Learn the face', lower "
         "base_weight or raise end_percent.\n\nUse pictures of people only with their consent.\n\n" + COST + MODEL_NOTE,
         520,
     )
@@ -200,8 +200,8 @@ def sweep(draw: Drawing) -> None:
     draw.note(
         "# Which K and v? (SINE)\nMakes one edit with every pair of base_weight (v) and end_percent (K), 16 pictures "
         "from the same noise, and lays them out in a grid as the paper's figures 7 to 9 and 19 to 21 do. With the "
-        "scores switched on it also draws how far each picture is from the source and how well it meets the edit prompt. To "
-        "the left and down the picture wins, to the right and up the prompt.\n\n"
+        "scores switched on it also draws how far each picture is from the source and how well it meets the edit "
+        "prompt. To the left and down the picture wins, to the right and up the prompt.\n\n"
         + FIRST.format(picture="Picture of the subject")
         + SAME
         + f"16 samplings of {SWEEP_STEPS} steps take their time: shorten the lists for a first look.\n\n"
