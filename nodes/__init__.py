@@ -14,6 +14,7 @@ class LikenessExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from . import embedding, embedding_files, score, sweep
+        from . import embedding, embedding_files, guidance, position_map, score, sweep
 
-        return [*embedding.NODES, *embedding_files.NODES, *score.NODES, *sweep.NODES]
+        modules = (embedding, embedding_files, guidance, position_map, sweep, score)
+        return [node for module in modules for node in module.NODES]
