@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -109,23 +111,21 @@ def test_prompts_of_different_areas_in_one_batch_get_their_own():
     close(order[1], wanted[1])
 
 
-def test_a_context_window_gets_its_part():
+def windowed(model):
+    """ComfyUI's context windows: a left and a right half."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
+    options = {"context_length": 8, "context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1}
+    options |= {"closed_loop": False, "fuse_method": "pyramid", "dim": 3}
+    newer = {"freenoise"} & inspect.signature(ContextWindowsManualNode.execute).parameters.keys()
+    return run_node(ContextWindowsManualNode, model=model, **options, **dict.fromkeys(newer, False))[0]
+
+
+def test_a_context_window_gets_its_part():
     setting = Setting(size=(8, 16))
-    windowed = run_node(
-        ContextWindowsManualNode,
-        model=mapped(setting),
-        context_length=8,
-        context_overlap=0,
-        context_schedule="standard_static",
-        context_stride=1,
-        closed_loop=False,
-        fuse_method="pyramid",
-        dim=3,
-    )[0]
-    added = Added(windowed)
-    sample(windowed, setting.target, setting.empty, setting.latent, cfg=1.0, steps=1)
+    model = windowed(mapped(setting))
+    added = Added(model)
+    sample(model, setting.target, setting.empty, setting.latent, cfg=1.0, steps=1)
     close(added.found[0], expected([0, 0, 16, 8], (8, 8)))
     close(added.found[1], expected([0, 8, 16, 16], (8, 8)))
 
@@ -176,16 +176,11 @@ def test_a_map_for_another_grid_is_refused():
 
 
 def test_the_tuned_model_of_a_guidance_follows_the_base_models_context_windows():
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     from .test_guidance import other_loader, patch
 
     setting, tuned = Setting(size=(8, 16)), with_position_map(other_loader(1), CELLS, "bilinear")
     guided = patch(setting, tuned)
     added = Added(guided.wrappers["sampler_sample"]["likeness.guidance"][0].subjects[0].model)
-    options = {"context_length": 8, "context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1}
-    options |= {"closed_loop": False, "fuse_method": "pyramid", "dim": 3}
-    windowed = run_node(ContextWindowsManualNode, model=guided, **options)[0]
-    sample(windowed, setting.target, setting.empty, setting.latent, cfg=1.0, steps=1)
+    sample(windowed(guided), setting.target, setting.empty, setting.latent, cfg=1.0, steps=1)
     close(added.found[0], expected([0, 0, 16, 8], (8, 8)))
     close(added.found[1], expected([0, 8, 16, 16], (8, 8)))
