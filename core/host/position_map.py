@@ -74,7 +74,10 @@ def _context_window(options: dict[str, Any]) -> Box:
     dim = getattr(window, "dim", None)
     if dim not in (2, 3) or picture is None:
         return WHOLE
-    first, last, whole = min(window.index_list), max(window.index_list) + 1, picture[dim - 2]
+    shown = list(window.index_list)
+    anchor = getattr(window, "causal_anchor_index", None)  # newer ComfyUI shows the one before the window too
+    shown += [anchor] if anchor is not None and anchor >= 0 else []
+    first, last, whole = min(shown), max(shown) + 1, picture[dim - 2]
     start, length = first / whole, (last - first) / whole
     return (start, 0.0, length, 1.0) if dim == 2 else (0.0, start, 1.0, length)
 

@@ -121,13 +121,20 @@ def windowed(model):
     return run_node(ContextWindowsManualNode, model=model, **options, **dict.fromkeys(newer, False))[0]
 
 
+def check_halves(found) -> None:
+    """The second half may have a column more in front: newer ComfyUI shows each window the one before it."""
+    close(found[0], expected([0, 0, 16, 8], (8, 8)))
+    width = found[1].shape[-1]
+    assert width in (8, 9)
+    close(found[1], expected([0, 16 - width, 16, 16], (8, width)))
+
+
 def test_a_context_window_gets_its_part():
     setting = Setting(size=(8, 16))
     model = windowed(mapped(setting))
     added = Added(model)
     sample(model, setting.target, setting.empty, setting.latent, cfg=1.0, steps=1)
-    close(added.found[0], expected([0, 0, 16, 8], (8, 8)))
-    close(added.found[1], expected([0, 8, 16, 16], (8, 8)))
+    check_halves(added.found)
 
 
 def test_a_tile_that_the_user_gave():
@@ -182,5 +189,4 @@ def test_the_tuned_model_of_a_guidance_follows_the_base_models_context_windows()
     guided = patch(setting, tuned)
     added = Added(guided.wrappers["sampler_sample"]["likeness.guidance"][0].subjects[0].model)
     sample(windowed(guided), setting.target, setting.empty, setting.latent, cfg=1.0, steps=1)
-    close(added.found[0], expected([0, 0, 16, 8], (8, 8)))
-    close(added.found[1], expected([0, 8, 16, 16], (8, 8)))
+    check_halves(added.found)
