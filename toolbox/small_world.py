@@ -10,10 +10,13 @@ import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .environment import ROOT, SANDBOX, Environment, Steps
 from .graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching
+
+if TYPE_CHECKING:
+    from ..toyworld import world
 
 MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
@@ -23,9 +26,11 @@ VISION = {"DINO (identity)": "small_world_measure", "CLIP (prompt)": "small_worl
 SIZE, CFG, SAMPLING_STEPS = 96, 4.0, 20
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
 SOURCE_BACKGROUND, TARGET_BACKGROUND = "grass", "sea"
-PICTURE = "small_world_subject.png"
+STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup", "yellow", "striped", "night"
+PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 STEPS, LEARNING_RATE = 300, 0.02  # the small world learns faster than SD1.5
-SHIPPED_STEPS, SAVED_STEPS = 1000, (200, 400, 700, 1000)  # of the shipped graphs
+CELLS, TUNING_RATE = 24, 1e-3
+SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
 
@@ -46,59 +51,107 @@ def build_models(environment: Environment) -> Path:
 
 
 def draw_subject(folder: Path) -> Path:
-    """Write the picture of the subject; needs numpy and Pillow."""
+    """Write the pictures of the subject and of the style; returns the subject's. Needs numpy and Pillow."""
     from PIL import Image
 
     from ..toyworld import world
 
-    subject = world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
-    picture, _ = world.render(subject, SOURCE_BACKGROUND, SUBJECT_SEED)
-    path = folder / PICTURE
-    Image.fromarray(picture).save(path)
-    return path
+    for name, identity, background, seed in (
+        (STYLE_PICTURE, style(), STYLE_BACKGROUND, STYLE_SEED),
+        (PICTURE, subject(), SOURCE_BACKGROUND, SUBJECT_SEED),
+    ):
+        picture, _ = world.render(identity, background, seed)
+        Image.fromarray(picture).save(folder / name)
+    return folder / PICTURE
 
 
-def prompts() -> tuple[str, str]:
-    """The source and the edit prompt: both name the class and the place, never what is the subject's own."""
+def subject() -> world.Identity:
     from ..toyworld import world
 
-    subject = world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
-    source, target = (
-        world.caption(subject, place, ("background",)) for place in (SOURCE_BACKGROUND, TARGET_BACKGROUND)
-    )
-    return source, target
+    return world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
+
+
+def style() -> world.Identity:
+    from ..toyworld import world
+
+    return world.identity(STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE)
+
+
+def texts() -> dict[str, str]:
+    """The prompts of the shipped graphs by their titles. They name class and place, never what is the subject's own."""
+    from ..toyworld import world
+
+    def caption(place: str, *words: str) -> str:
+        return world.caption(subject(), place, (*words, "background"))
+
+    source, target = caption(SOURCE_BACKGROUND), caption(TARGET_BACKGROUND)
+    trained = source.replace("a photo of a", "photo of a sks")
+    emblem = caption(SOURCE_BACKGROUND, "emblem", "emblem_color", "emblem_shape")
+    places = {f"Prompt {index}": caption(place) for index, place in enumerate(("sand", "night", "brick"), 1)}
+    edits = {
+        f"{name} prompt": caption(place)
+        for name, place in zip(("Stylise", "Accessory", "Age"), ("snow", "sand", "studio"), strict=True)
+    }
+    return {
+        "Source prompt": source,
+        "Edit prompt": target,
+        "Training prompt": trained,
+        "Content's training prompt": trained,
+        "Training prompt with it": emblem.replace("a photo of a", "photo of a sks"),
+        "Training prompt without it": trained,
+        "Prompt with it": emblem,
+        "Prompt without it": source,
+        "Style's training prompt": world.caption(style(), STYLE_BACKGROUND).replace("a photo of a", "photo of a sks"),
+        "Prompt for both": caption(STYLE_BACKGROUND),
+        "Prompt": caption(STYLE_BACKGROUND),
+        **places,
+        **edits,
+    }
 
 
 def settings(graph: Graph, steps: int = STEPS, sampling_steps: int = SAMPLING_STEPS) -> Settings:
     """What to change in a shipped graph, of any name, for it to run in the small world. steps: a multiple of 10."""
-    source, edit = prompts()
     wanted: Settings = {
         ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
         ("LoadImage", "image"): PICTURE,
-        ("ImageScale", "width"): SIZE,
-        ("ImageScale", "height"): SIZE,
-        ("EmptyLatentImage", "width"): SIZE,
-        ("EmptyLatentImage", "height"): SIZE,
-        ("Source prompt", "text"): source,
-        ("Edit prompt", "value"): edit,
+        ("Picture of the style", "image"): STYLE_PICTURE,
         ("KSampler", "steps"): sampling_steps,
         ("KSampler", "cfg"): CFG,
+        ("BasicScheduler", "steps"): sampling_steps,
+        ("CFGGuider", "cfg"): CFG,
+        ("LikenessGuider", "cfg"): CFG,
         ("LikenessTrainEmbedding", "steps"): steps,
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
         ("LikenessTrainEmbedding", "save_every"): max(1, steps // 10),
+        ("LikenessFineTune", "steps"): steps,
+        ("LikenessFineTune", "learning_rate"): TUNING_RATE,
+        ("LikenessFineTune", "resolution"): SIZE,
+        ("LikenessFineTune", "crops"): min(steps, SHIPPED_STEPS),
+        ("LikenessPositionMap", "cells"): CELLS,
         **{(f"After {saved} steps", "step"): max(1, steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
         **{(title, "name"): name for title, name in VISION.items()},
-        **{(f"Prompt {index}", "text"): text for index, text in enumerate(new_prompts(), 1)},
+        **{key: value for node in graph["nodes"] for key, value in sizes(node)},
+        **{(title, text_input(graph, title)): text for title, text in texts().items()},
     }
     return {key: value for key, value in wanted.items() if has(graph, key[0])}
 
 
-def new_prompts() -> tuple[str, ...]:
-    """Prompts for a subject that was saved before."""
-    from ..toyworld import world
+def sizes(node: Mapping[str, Any]) -> list[tuple[tuple[str, str], int]]:
+    """Widths and heights of a shipped node, as much smaller as the small world's pictures are."""
+    first = {"ImageScale": 1, "EmptyLatentImage": 0}.get(node["type"])
+    if first is None:
+        return []
+    values = node["widgets_values"][first : first + 2]
+    key = node.get("title") or node["type"]
+    return [
+        ((key, name), value * SIZE // SHIPPED_SIZE) for name, value in zip(("width", "height"), values, strict=True)
+    ]
 
-    subject = world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
-    return tuple(world.caption(subject, place, ("background",)) for place in ("sand", "night", "brick"))
+
+def text_input(graph: Graph, title: str) -> str:
+    """The name of the widget that holds the prompt in the node of this title."""
+    types = {node["type"] for node in graph["nodes"] if node.get("title") == title}
+    return "value" if "PrimitiveStringMultiline" in types else "text"
 
 
 def has(graph: Graph, name: str) -> bool:

@@ -33,9 +33,9 @@ def style_generation(draw: Drawing) -> None:
     model = make.model()
     draw.column()
     picture = make.square("Picture of the style")
-    trained_text = make.text("Training prompt", STYLE)
+    trained_text = make.text("Style's training prompt", STYLE)
     draw.column()
-    trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
+    trained = make.prompt("Style's training prompt, encoded", model["CLIP"], trained_text)
     positive = make.prompt("Prompt", model["CLIP"], "a painting of a forest")
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     canvas = make.canvas()
@@ -66,12 +66,12 @@ def remove_content(draw: Drawing) -> None:
     model = make.model()
     draw.column()
     picture = make.square()
-    trained_text = make.text("Training prompt", "photo of a sks dog with a flower in its mouth")
+    trained_text = make.text("Training prompt with it", "photo of a sks dog with a flower in its mouth")
     draw.column()
     prompts = {
         title: make.prompt(title, model["CLIP"], text)
         for title, text in (
-            ("Training prompt, encoded", trained_text),
+            ("Training prompt with it, encoded", trained_text),
             ("Training prompt without it", TRAINED),
             ("Prompt with it", "a photo of a dog with a flower in its mouth"),
             ("Prompt without it", "a photo of a dog"),
@@ -80,10 +80,10 @@ def remove_content(draw: Drawing) -> None:
     }
     canvas = make.canvas()
     draw.column()
-    tuned = make.tune("Learn the picture", model, picture, trained_text, prompts["Training prompt, encoded"])
+    tuned = make.tune("Learn the picture", model, picture, trained_text, prompts["Training prompt with it, encoded"])
     draw.column()
     rows = (
-        ("Still there", "Training prompt, encoded", "Prompt with it", "kept"),
+        ("Still there", "Training prompt with it, encoded", "Prompt with it", "kept"),
         ("Removed", "Training prompt without it", "Prompt without it", "removed"),
     )
     guided = [
