@@ -8,27 +8,46 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 HEADER_KEY = "likeness"
 MAX_HEADER = 4 << 20  # bytes of JSON in front of the tensors
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write tensors and a JSON header to path; an existing file is replaced in one step or left as it was."""
+    """Write tensors and a JSON header to path; an existing file is replaced in one step or left as it was.
+
+    One tensor at a time goes to the CPU, so a model's whole training state needs no second copy in memory. Raises
+    OSError, before anything is written, when the disk is too full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(f"{path.name} needs {size / 2**30:.2f} GB, {free / 2**30:.2f} GB are free")
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(ready, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
-        with temporary.open("rb+") as file:
+        with temporary.open("wb") as file:
+            _write_safetensors(file, tensors, json.dumps(header, sort_keys=True))
+            file.flush()
             os.fsync(file.fileno())  # the name must not become visible before the contents are on disk
         os.replace(temporary, path)
     except BaseException:
@@ -36,10 +55,28 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
         raise
 
 
-def read_tensors(path: Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: str) -> None:
+    """The format is eight bytes of length, a JSON table of contents, and the numbers in order."""
+    contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: header}}
+    end = 0
+    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + value.numel() * value.element_size()
+        contents[name] = {"dtype": TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    table = json.dumps(contents).encode()
+    table += b" " * (-len(table) % 8)
+    file.write(len(table).to_bytes(8, "little") + table)
+    for name in list(contents)[1:]:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def read_tensors(
+    path: Path, max_bytes: int, choose: Callable[[list[str]], list[str]] = list
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON header (empty when there is none) of a safetensors file.
 
-    Raises ValueError, with the remedy, for a file that is too large, malformed, or holds numbers that are not finite.
+    choose: which of the names to read; it may refuse the file before anything else is read. Raises ValueError, with
+    the remedy, for a file that is too large, malformed, or holds numbers that are not finite.
     """
     size = path.stat().st_size
     if size > max_bytes:
@@ -50,7 +87,8 @@ def read_tensors(path: Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[st
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in choose(names)}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path.name} is not a readable safetensors file ({error}): copy or train it again."

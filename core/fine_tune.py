@@ -86,7 +86,7 @@ class Prior:
 def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
     """Mean over the batch of (t / T)^2 * mean | pool(x0_hat) - pool(x0) |; t [B] of T = count timesteps."""
     difference = (denoised - x0).float()
-    size = tuple(min(side, POOLED) for side in x0.shape[-2:])
+    size = (min(x0.shape[-2], POOLED), min(x0.shape[-1], POOLED))
     if mask is not None:
         difference, mask = difference * mask, mask.float().expand(x0.shape[0], -1, -1, -1)
     if size != tuple(x0.shape[-2:]):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fitting import step_generator
+
 
 class LowRank(nn.Module):
     """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so nothing
@@ -65,7 +67,24 @@ def beside(layers: Mapping[str, nn.Module], adapters: Mapping[str, LowRank]) -> 
             handle.remove()
 
 
-def attention_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+# What the field trains by default, in the UNet and in CLIP; at rank 16 that is 3.2 M + 0.6 M numbers for SD1.x.
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = UNET_LAYERS) -> dict[str, nn.Module]:
     """The query, key, value and output projections below a module, by path."""
-    ends = ("to_q", "to_k", "to_v", "to_out.0")
     return {f"{prefix}.{name}": part for name, part in module.named_modules() if name.endswith(ends)}
+
+
+def new_adapters(layers: Mapping[str, nn.Module], rank: int, seed: int) -> dict[str, LowRank]:
+    """One adapter for each layer, drawn from the seed and the layer's name alone."""
+    return {
+        name: LowRank(layer, rank, step_generator(seed, 0, f"lora {name}")).requires_grad_(True)
+        for name, layer in layers.items()
+    }
+
+
+def factors(adapters: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
+    """All that is trained in a table of adapters, by name."""
+    return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

@@ -22,7 +22,6 @@ from .fitting import step_generator
 
 Box = tuple[int, int, int, int]  # y0, x0, y1, x1 in cells, the ends not included
 
-CELLS = 128  # of a picture of 1024 pixels, for training squares of 512
 SMALLEST = 0.1  # shortest side of a patch, as a fraction of the picture's
 TRIES = 100  # before a patch of a masked picture is given up for the whole picture
 

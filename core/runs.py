@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,13 @@ class RunStore:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def load(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a run, or None. A damaged file is removed and counts as absent."""
+    def load(self, key: str, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor] | None:
+        """The tensors of a run, all or the chosen ones; or None. A damaged file is removed and counts as absent."""
         path = self.path(key)
         if not path.is_file():
             return None
         try:
-            tensors, _ = read_tensors(path, self.limit_bytes)
+            tensors, _ = read_tensors(path, self.limit_bytes, choose)
         except ValueError as error:
             log.warning("A stored run could not be read and starts anew: %s", error)
             path.unlink(missing_ok=True)

@@ -15,6 +15,11 @@ from .runs import RunStore
 
 log = logging.getLogger("likeness")
 SAVE_SECONDS = 30.0  # at most this much work is lost to a power cut; an interrupt loses none
+SAVE_SHARE = 10.0  # and saving takes at most one part in so many of the time: a model's whole state takes a while
+LOSSES = "fit.losses"
+
+Result = dict[str, Tensor]
+"""What a run makes, as named tensors on the CPU; a result of one tensor may call it ''."""
 
 
 @dataclass
@@ -23,82 +28,107 @@ class Run:
 
     state: dict[str, Tensor]
     losses: list[float]
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Result] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         return len(self.losses)
 
-    def results(self, steps: int, save_every: int, last: Tensor) -> tuple[int, dict[int, Tensor]]:
-        """What a request for `steps` gets: the step reached and the results by step.
+    def answers(self, steps: int) -> bool:
+        """Whether a request for `steps` can be served without the model."""
+        return self.step >= steps and (steps in self.kept or self.step in self.kept)
 
-        A run that went further and kept this very step answers as if it had stopped there. If it did not keep it, all
-        that was done so far is handed out, with `last` as its newest result.
-        """
-        end = steps if steps in self.kept else self.step
-        chosen = {
-            step: rows for step, rows in self.kept.items() if step <= end and (step % save_every == 0 or step == end)
+    def end(self, steps: int) -> int:
+        """The step that a request for `steps` gets: this very one if it was kept, else all that was done so far."""
+        return steps if steps in self.kept else self.step
+
+    def results(self, steps: int, save_every: int) -> tuple[int, dict[int, Result]]:
+        """The step reached and all results that a run of this length would have kept, by step."""
+        end = self.end(steps)
+        return end, {
+            step: result
+            for step, result in self.kept.items()
+            if step <= end and (step % save_every == 0 or step == end)
         }
-        return end, chosen if end in chosen else {**chosen, end: last}
 
 
-def stored_run(store: RunStore, key: str) -> Run | None:
-    """The run kept under this key, or None."""
-    tensors = store.load(key)
+def _kept_name(step: int, name: str) -> str:
+    return f"kept.{step:06d}" + (f".{name}" if name else "")
+
+
+def stored_run(store: RunStore, key: str, *, whole: bool = True) -> Run | None:
+    """The run kept under this key, or None; its results alone when it is not to be continued (whole=False)."""
+
+    def choose(names: list[str]) -> list[str]:
+        return [name for name in names if whole or name == LOSSES or name.startswith("kept.")]
+
+    tensors = store.load(key, choose)
     if tensors is None:
         return None
     state = {name[4:]: value for name, value in tensors.items() if name.startswith("fit.")}
-    kept = {int(name[5:]): value for name, value in tensors.items() if name.startswith("kept.")}
-    return Run(state, state["losses"].tolist(), kept)
-
-
-def _try(save: Callable[[], Run]) -> None:
-    """Save; a full disk must neither stop a healthy run nor take the place of an interrupt."""
-    try:
-        save()
-    except OSError as problem:
-        log.warning("The work so far could not be stored (%s).", problem)
+    kept: dict[int, Result] = {}
+    for name, value in tensors.items():
+        if name.startswith("kept."):
+            step, _, part = name[5:].partition(".")
+            kept.setdefault(int(step), {})[part] = value
+    return Run(state, tensors[LOSSES].tolist(), kept)
 
 
 def train(
     fit: Fit,
     steps: int,
     save_every: int,
-    result: Callable[[], Tensor],
+    result: Callable[[], Result],
     store: RunStore,
     key: str,
     header: dict[str, Any],
     on_update: Callable[[Tensor], None],
+    keep: int | None = None,
 ) -> Run:
     """Bring the fit to `steps` updates, resuming what is stored under the key.
 
-    result() gives the fit's current result as a tensor on the CPU; it is kept at every save_every steps and at the end.
-    on_update gets the denoised estimate of each update; whatever it raises (an interrupt) ends the run, with its work
-    saved.
+    result() gives the fit's current result; it is kept at every save_every steps, at the end and where the run stopped,
+    of large ones only the last `keep`. on_update gets the denoised estimate of each update; whatever it raises (an
+    interrupt) ends the run, with its work saved.
     """
     run = stored_run(store, key) or Run({}, [])
     if run.state:
         fit.restore(run.state)
-    kept, saved_at = run.kept, time.monotonic()
+        run.state = {}
+    kept, saved_at, pause = run.kept, time.monotonic(), SAVE_SECONDS
 
-    def save() -> Run:
-        state = fit.state()
-        tensors = {f"fit.{name}": value for name, value in state.items()}
-        tensors |= {f"kept.{step:06d}": value for step, value in kept.items()}
-        store.save(key, tensors, header)
-        return Run(state, list(fit.losses), dict(kept))
+    def save() -> float:
+        """Store the run; returns the seconds it took."""
+        begin = time.monotonic()
+        tensors = {f"fit.{name}": value for name, value in fit.state().items()}
+        tensors |= {_kept_name(step, name): value for step, part in kept.items() for name, value in part.items()}
+        try:
+            store.save(key, tensors, header)
+        except OSError as problem:  # a full disk must neither stop a healthy run nor take the place of an interrupt
+            log.warning("The work so far could not be stored (%s).", problem)
+        return time.monotonic() - begin
+
+    def keep_result() -> None:
+        kept[fit.step] = result()
+        for old in sorted(kept)[: 0 if keep is None else -keep]:
+            del kept[old]
 
     try:
         while fit.step < steps:
             denoised = fit.update()
             if fit.step % save_every == 0 or fit.step == steps:
-                kept[fit.step] = result()
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                _try(save)
+                keep_result()
+            if time.monotonic() - saved_at > pause:
+                pause = max(SAVE_SECONDS, SAVE_SHARE * save())
                 saved_at = time.monotonic()
             on_update(denoised)
     except BaseException:
         if fit.step:
-            _try(save)
+            if fit.step not in kept and keep != 1:  # a single one is a model's whole weights: not worth the wait
+                keep_result()
+            save()
         raise
-    return save()
+    if fit.step not in kept:
+        keep_result()
+    save()
+    return Run({}, list(fit.losses), dict(kept))

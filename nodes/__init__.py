@@ -14,7 +14,7 @@ class LikenessExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from . import embedding, embedding_files, guidance, position_map, score, sweep
+        from . import embedding, embedding_files, fine_tune, guidance, position_map, score, sweep, tuned_files
 
-        modules = (embedding, embedding_files, guidance, position_map, sweep, score)
+        modules = (embedding, embedding_files, fine_tune, tuned_files, guidance, position_map, sweep, score)
         return [node for module in modules for node in module.NODES]

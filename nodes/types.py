@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 Embedding = io.Custom("LIKENESS_EMBEDDING")
+LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 Subjects = io.Custom("LIKENESS_SUBJECTS")
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .weights import gradients, load_fully, out_of_place_text_layers, thawed
+from ..conditioning import detached
+from ..fine_tune import Prompt
+from .weights import fixed_clone, gradients, load_fully, out_of_place_text_layers, thawed
 
 
 @contextlib.contextmanager
@@ -44,3 +46,24 @@ def text_encoding(clip: Any) -> Iterator[None]:
 def encode_tokens(clip: Any, tokens: dict[str, list[list[tuple[Any, float]]]]) -> Tensor:
     """Text rows [1, 77 * k, d] of tokens as clip.tokenize() gives them, where a tensor [d] may stand for a token id."""
     return clip.cond_stage_model.encode_token_weights(tokens)[0]
+
+
+class TextEncoder:
+    """A CLIP for use inside a gradient session that loads its patcher: prompts as the stock Text Encode gives them."""
+
+    def __init__(self, clip: Any) -> None:
+        self._clip, self.patcher = clip, fixed_clone(clip.patcher)
+
+    def tokens(self, text: str) -> Any:
+        """A prompt ready for encode()."""
+        return detached(self._clip.tokenize(text))
+
+    def encode(self, tokens: Any) -> Prompt:
+        """Rows and pooled vector, with a gradient to the encoder's weights."""
+        model = self.patcher.model
+        model.reset_clip_options()
+        if self._clip.layer_idx is not None:
+            model.set_clip_options({"layer": self._clip.layer_idx})
+        model.set_clip_options({"execution_device": self.patcher.load_device})  # newer ComfyUI asks for it
+        rows, pooled = model.encode_token_weights(tokens)[:2]
+        return Prompt(rows, pooled)

@@ -17,7 +17,7 @@ from ..denoiser import latent_mask, timestep_range
 from ..embedding import Embedding
 from ..fitting import curve
 from ..runs import RunStore, digest
-from ..training import Run, stored_run, train
+from ..training import Result, Run, stored_run, train
 from .describe import describe
 from .fingerprint import fingerprint, patches_digest
 from .progress import Progress
@@ -126,11 +126,12 @@ def train_embedding(
     key = digest([METHOD, asdict(settings), schedule.save_every, base, put_on, start, asdict(pictures)])
 
     progress = Progress(model, schedule.steps, node_id)
-    run = stored_run(run_store(), key)
+    run = stored_run(run_store(), key, whole=False)
     progress.start(0 if run is None else run.step)
-    if run is None or run.step < schedule.steps:
+    if run is None or not run.answers(schedule.steps):
         run = _train(model, positive, rows, start, pictures, settings, schedule, key, progress)
-    end, kept = run.results(schedule.steps, schedule.save_every, run.state["h"][None])
+    end, results = run.results(schedule.steps, schedule.save_every)
+    kept = {step: result[""] for step, result in results.items()}
     losses = run.losses[:end]
     progress.update(losses)
     log.info("HiPer: %d steps, loss %.4f to %.4f", end, losses[0], losses[-1])
@@ -166,8 +167,8 @@ def _train(
         mask = None if mask is None else mask.to(x0.device)
         fit = hiper.HiPer(denoiser, x0, context.to(x0.device), first, settings, mask)
 
-        def result() -> Tensor:
-            return fit.h.detach().cpu().clone()[None]
+        def result() -> Result:
+            return {"": fit.h.detach().cpu().clone()[None]}
 
         def on_update(denoised: Tensor) -> None:
             progress.update(fit.losses, denoised)

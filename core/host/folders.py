@@ -31,6 +31,7 @@ class Kind:
 EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
 LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
+LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only to say what they are
 KINDS = (EMBEDDINGS, VISION, LPIPS)
 
 

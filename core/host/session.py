@@ -10,24 +10,39 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import comfy.conds
 import comfy.model_management as mm
 import comfy.samplers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conditioning import Conditioning, detached
-from .weights import check_fully_loaded, checkpointed, gradients, load_fully, private_skips, thawed, trainable_clone
+from .position_map import BOXES
+from .weights import (
+    check_fully_loaded,
+    checkpointed,
+    gradients,
+    load_fully,
+    out_of_place_text_layers,
+    private_skips,
+    thawed,
+    trainable_clone,
+)
 
 # Backward keeps every activation, ComfyUI's estimate is for one forward pass. Estimates: no GPU was there to measure.
 ACTIVATION_FACTOR = 4.0
 ACTIVATION_FACTOR_CHECKPOINTED = 1.5
+BYTES_PER_WEIGHT = 16  # of a trained one, in float32: itself, its gradient, Adam's two moments
+TEXT = "likeness.text"
 
 
 class GuiderDenoiser:
     """A Denoiser over a running guider, for one picture prompt (the guider's "positive")."""
 
-    def __init__(self, guider: Any, extra_args: dict[str, Any]) -> None:
+    def __init__(self, guider: Any, extra_args: dict[str, Any], leaves: dict[str, nn.Parameter] | None = None) -> None:
+        """leaves: the weights that optimise() was asked to train, by name."""
         self._guider, self._extra_args = guider, extra_args
+        self.leaves = leaves or {}
         self._entry = guider.conds["positive"][0]
         self._sampling = guider.inner_model.model_sampling
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
@@ -35,23 +50,49 @@ class GuiderDenoiser:
     def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
 
-    def denoised(self, x: Tensor, sigma: Tensor, context: Tensor | None = None) -> Tensor:
-        """As in Denoiser; without a context the prompt's own rows are used."""
+    def denoised(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+        boxes: Tensor | None = None,
+    ) -> Tensor:
+        """As in PlacedDenoiser; without a context the prompt's own rows are used, without pooled its own vector."""
         mm.throw_exception_if_processing_interrupted()
-        with self._context(context):
-            return self._guider(x, sigma.expand(x.shape[0]), **self._extra_args)
+        extra_args = self._extra_args
+        if boxes is not None:
+            options = extra_args["model_options"]
+            placed = {**options.get("transformer_options", {}), BOXES: boxes}
+            extra_args = {**extra_args, "model_options": {**options, "transformer_options": placed}}
+        with self._prompt(context, None if pooled is None else self._vector(pooled, x)):
+            return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
+
+    def _vector(self, pooled: Tensor, x: Tensor) -> Tensor | None:
+        """What this model makes of the text encoder's pooled output; None for models that do not use it."""
+        given = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **self._entry}
+        given |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": "positive"}
+        return self._guider.inner_model.encode_adm(**given)
 
     @contextlib.contextmanager
-    def _context(self, context: Tensor | None) -> Iterator[None]:
+    def _prompt(self, context: Tensor | None, vector: Tensor | None) -> Iterator[None]:
         conds = self._guider.conds
+        exchanged = dict(self._entry["model_conds"])
         if context is not None:
-            model_conds = self._entry["model_conds"]
-            exchanged = {**model_conds, "c_crossattn": model_conds["c_crossattn"]._copy_with(context)}
+            exchanged["c_crossattn"] = exchanged["c_crossattn"]._copy_with(context)
+        if vector is not None:
+            exchanged["y"] = comfy.conds.CONDRegular(vector)
+        if context is not None or vector is not None:
             self._guider.conds = {**conds, "positive": [{**self._entry, "model_conds": exchanged}]}
         try:
             yield
         finally:
             self._guider.conds = conds
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model that the predictions come from."""
+        return self._guider.inner_model
 
     @property
     def context(self) -> Tensor:
@@ -79,29 +120,43 @@ def optimise(
     body: Callable[[GuiderDenoiser, Tensor], None],
     *,
     checkpointing: bool = False,
+    text: Any | None = None,
+    all_weights: bool = False,
 ) -> None:
     """Run body(denoiser, x0) with gradients through a MODEL.
 
     model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
     [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
-    What body wants to keep it must detach and move to the CPU itself.
+    What body wants to keep it must detach and move to the CPU itself. text: a text encoder's ModelPatcher that body
+    runs too. all_weights: every weight of the diffusion model (and of the text encoder) becomes a float32 leaf for the
+    time of the session; body finds them in denoiser.leaves.
     Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
     formats).
     """
-    clone = trainable_clone(model)
+    clone = trainable_clone(model, cast=all_weights)
+    together = [clone] if text is None else [clone, text]
+    if text is not None:
+        clone.set_additional_models(TEXT, [text])  # ComfyUI must not make room for the one by unloading the other
 
     def run(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
         for loaded in (clone, *guider.loaded_models):
             if hasattr(loaded, "model_size"):
                 check_fully_loaded(loaded)
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
+        trained = {"diffusion_model": guider.inner_model.diffusion_model} if all_weights else {}
+        if text is not None:
+            owners.append(text.model)
+            trained |= {"text_encoders": text.model} if all_weights else {}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(thawed(part for part in owners if isinstance(part, torch.nn.Module)))
+            parts = [part for part in owners if isinstance(part, torch.nn.Module)]
+            leaves = stack.enter_context(thawed(parts, trained))
+            if text is not None:
+                stack.enter_context(out_of_place_text_layers(text.model))
             if any("control" in entry for entry in guider.conds["positive"]):
                 stack.enter_context(private_skips(guider.inner_model.diffusion_model))
             if checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
-            denoiser = GuiderDenoiser(guider, extra_args)
+            denoiser = GuiderDenoiser(guider, extra_args, leaves)
             _probe(denoiser, x0[:1])
             body(denoiser, x0)
 
@@ -111,7 +166,10 @@ def optimise(
         latent = detached(latent).float()
         factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
         # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
-        load_fully([clone], clone.model_size() + factor * clone.model.memory_required([1, *latent.shape[1:]]))
+        memory = clone.model_size() + factor * clone.model.memory_required([1, *latent.shape[1:]])
+        if all_weights:
+            memory += sum(BYTES_PER_WEIGHT * part.numel() for each in together for part in each.model.parameters())
+        load_fully(together, memory)
         sampling = clone.get_model_object("model_sampling")
         ends = torch.tensor([float(sampling.sigma_max), 0.0])
         try:

@@ -7,7 +7,7 @@ Which ones are depends on who loaded the model first; therefore every weight is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.model_management as mm
@@ -41,13 +41,17 @@ def gradients() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def thawed(modules: Iterable[nn.Module]) -> Iterator[None]:
+def thawed(
+    modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
+) -> Iterator[dict[str, nn.Parameter]]:
     """Equal, ordinary stand-ins for all inference parameters and buffers; the originals come back on exit.
 
     Bringing back the very same objects keeps ModelPatcher's backups and the other nodes that share the module valid.
+    trained: modules, by prefix, whose weights become float32 leaves to be trained; yields them by their full names.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
+        leaves = _leaves(trained or {}, replaced)
         for module in modules:
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
@@ -55,10 +59,28 @@ def thawed(modules: Iterable[nn.Module]) -> Iterator[None]:
                         if value is not None and value.is_inference():
                             replaced.append((store, name, value))
                             store[name] = _ordinary(value, store is part._parameters)  # ty: ignore[invalid-assignment]
-        yield
+        yield leaves
     finally:
         for store, name, value in replaced:
             store[name] = value
+
+
+def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> dict[str, nn.Parameter]:
+    """Put a leaf in the place of every weight; a weight that is used in two places stays one."""
+    leaves: dict[str, nn.Parameter] = {}
+    known: dict[int, nn.Parameter] = {}
+    for prefix, module in trained.items():
+        for path, part in module.named_modules():
+            store: dict[str, Any] = part._parameters
+            for name, value in store.items():
+                if value is None:
+                    continue
+                if id(value) not in known:
+                    known[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
+                    leaves[".".join(word for word in (prefix, path, name) if word)] = known[id(value)]
+                replaced.append((store, name, value))
+                store[name] = known[id(value)]
+    return leaves
 
 
 def _ordinary(value: Tensor, parameter: bool) -> Tensor:
@@ -140,29 +162,50 @@ def _differentiable_attention(_chosen: Callable[..., Tensor], *args: Any, **kwar
     return attention_pytorch(*args, **kwargs)
 
 
-def trainable_clone(model: Any) -> Any:
-    """A clone of a MODEL whose forward can be differentiated: fixed weights, attention with a backward, safe precision.
+def fixed_clone(patcher: Any) -> Any:
+    """A clone of a ModelPatcher whose weights stay where they are.
 
     Raises RuntimeError when ComfyUI streams this model's weights and cannot give a fixed copy of them.
     """
-    if getattr(model, "is_dynamic", lambda: False)():
-        try:
-            clone = model.clone(disable_dynamic=True, force_deepcopy=True)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "This model's weights are streamed by ComfyUI's dynamic VRAM and its loader cannot reload them for "
-                "training: load it with Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
-            ) from error
-    else:
-        clone = model.clone()
+    if not getattr(patcher, "is_dynamic", lambda: False)():
+        return patcher.clone()
+    try:
+        return patcher.clone(disable_dynamic=True, force_deepcopy=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "This model's weights are streamed by ComfyUI's dynamic VRAM and its loader cannot reload them for "
+            "training: load it with Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
+        ) from error
+
+
+def trainable_clone(model: Any, cast: bool = False) -> Any:
+    """A clone of a MODEL whose forward can be differentiated: fixed weights, attention with a backward, safe precision.
+
+    cast: its weights will be float32 whatever it computes in.
+    """
+    clone = fixed_clone(model)
     for name in GUIDANCE:
         clone.model_options.pop(name, None)  # guidance belongs to sampling; a loss is on the model's own prediction
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
     options["optimized_attention_override"] = _differentiable_attention
-    if model.model_dtype() == torch.float16 and not mm.is_device_cpu(model.load_device):
+    dtype = model.model_dtype()
+    if dtype == torch.float16 and not mm.is_device_cpu(model.load_device):
         # Gradients of a diffusion loss vanish in fp16; bf16 has the range, at the same speed and memory.
         clone.set_model_compute_dtype(torch.bfloat16 if mm.should_use_bf16(model.load_device) else torch.float32)
+    elif cast and dtype != torch.float32 and model.get_model_object("manual_cast_dtype") is None:
+        clone.set_model_compute_dtype(dtype)
     return clone
+
+
+def check_trainable_weights(modules: Iterable[nn.Module]) -> None:
+    """ValueError when weights are stored in a quantised format: such numbers cannot be moved in small steps."""
+    kinds = {value.dtype for module in modules for value in module.parameters()}
+    found = kinds - {torch.float32, torch.float16, torch.bfloat16}
+    if found:
+        raise ValueError(
+            f"All weights cannot be trained from {', '.join(sorted(map(str, found)))}: load the model in fp16, bf16 or "
+            "fp32, or train a LoRA."
+        )
 
 
 def load_fully(models: list[Any], memory_required: float) -> None:

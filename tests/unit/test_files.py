@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("likeness.core.files.save_file", broken)
+    monkeypatch.setattr("likeness.core.files._write_safetensors", broken)
     with pytest.raises(OSError, match="disk full"):
         save_embedding(path, Embedding({1: torch.zeros(1, 2, 3)}))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

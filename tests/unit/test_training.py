@@ -24,12 +24,13 @@ def go(store: RunStore, steps: int = STEPS, cancel_at: int | None = None):
         if fit.step == cancel_at:
             raise Cancelled
 
-    run = train(fit, steps, EVERY, lambda: fit.h.detach().clone()[None], store, "key", {}, on_update)
+    run = train(fit, steps, EVERY, lambda: {"": fit.h.detach().clone()[None]}, store, "key", {}, on_update)
     return fit, run
 
 
 def results(run, steps: int = STEPS):
-    return run.results(steps, EVERY, run.state["h"][None])
+    end, kept = run.results(steps, EVERY)
+    return end, {step: result[""] for step, result in kept.items()}
 
 
 def same(a, b) -> bool:
@@ -37,9 +38,9 @@ def same(a, b) -> bool:
 
 
 def test_kept_steps_are_every_so_many_and_the_last(tmp_path):
-    _, run = go(RunStore(tmp_path))
+    fit, run = go(RunStore(tmp_path))
     end, kept = results(run)
-    assert end == STEPS and sorted(kept) == [4, 8, 10] and torch.equal(kept[10][0], run.state["h"])
+    assert end == STEPS and sorted(kept) == [4, 8, 10] and torch.equal(kept[10][0], fit.h)
 
 
 @pytest.mark.parametrize("cancel_at", [1, 4, 7])

@@ -3,7 +3,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const EVENT = "likeness.progress";
-const NODES = new Set(["LikenessTrainEmbedding"]);
+const NODES = new Set(["LikenessTrainEmbedding", "LikenessFineTune"]);
 const WIDTH = 300;
 const HEIGHT = 90;
 const SVG = "http://www.w3.org/2000/svg";

@@ -1,0 +1,121 @@
+"""Save and load a fine-tuning."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..core.host import folders
+from ..core.host.fingerprint import check_base
+from ..core.host.outputs import nothing, numbered_path
+from ..core.host.tuned_models import apply_tuned, encode_prompt
+from ..core.tuned import Tuned, load_tuned, save_tuned
+from .types import LoraModel, schema
+
+
+class LikenessSaveTuned(io.ComfyNode):
+    """LORA_MODEL -> a safetensors file in models/loras."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSaveTuned",
+            display_name="Save Fine-Tune",
+            category="likeness/fine_tune",
+            description="Saves what Fine-Tune on Picture learned into models/loras, with its prompt and position map. "
+            "The stock Load LoRA takes the file too, without map.",
+            inputs=[
+                LoraModel.Input("lora", tooltip="The output of Fine-Tune on Picture."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="likeness/tuned",
+                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is "
+                    "overwritten.",
+                ),
+            ],
+            outputs=[
+                LoraModel.Output(display_name="lora", tooltip="The fine-tune, passed on."),
+                io.String.Output(display_name="name", tooltip="The name under which Load Fine-Tune lists the file."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, lora, filename_prefix) -> io.NodeOutput:
+        tuned = lora if isinstance(lora, Tuned) else None
+        if tuned is None:
+            raise ValueError(
+                "This LORA_MODEL was not made by Fine-Tune on Picture, so nothing is known of its prompt and base: "
+                "save it with the stock Save LoRA node."
+            )
+        path = numbered_path(folders.first_folder(folders.LORAS), filename_prefix, ".safetensors")
+        save_tuned(path, tuned)
+        name = folders.listed_name(folders.LORAS, path)
+        return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{tuned.describe()}"))
+
+
+class LikenessLoadTuned(io.ComfyNode):
+    """A file of models/loras + MODEL (+ CLIP) -> the tuned ones, with map and prompt."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadTuned",
+            display_name="Load Fine-Tune",
+            category="likeness/fine_tune",
+            description="Loads a saved fine-tune: the weights, the position map they need, and the prompt they were "
+            "trained with.",
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folders.names(folders.LORAS),
+                    tooltip="A file of models/loras. Press R to refresh the list after saving one.",
+                ),
+                io.Model.Input("model", tooltip="The model that the fine-tune was made from. It is not changed."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 is what was trained; 0 gives the model back as it is, without position map.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder: it gets its own trained weights, and encodes the training prompt.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The tuned model, with its position map."),
+                io.Clip.Output(
+                    display_name="clip", tooltip="The tuned text encoder. Nothing runs behind it without 'clip'."
+                ),
+                io.String.Output(display_name="prompt", tooltip="The training prompt."),
+                io.Conditioning.Output(
+                    display_name="positive",
+                    tooltip="The training prompt encoded by the tuned text encoder, for Model-Based Guidance. Nothing "
+                    "runs behind it without 'clip', or for a file that the stock Save LoRA wrote: it has no prompt.",
+                ),
+                io.String.Output(
+                    display_name="info", tooltip="Method, base model, prompt, map, settings and loss of the file."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name, **_inputs) -> str:
+        status = folders.resolve(folders.LORAS, name).stat()
+        return f"{status.st_mtime_ns}-{status.st_size}"
+
+    @classmethod
+    def execute(cls, name, model, strength, clip=None) -> io.NodeOutput:
+        tuned = load_tuned(folders.resolve(folders.LORAS, name))
+        check_base(tuned.header.get("base", {}), model)
+        tuned_model, tuned_clip = apply_tuned(tuned, model, clip, strength)
+        if tuned_clip is None:
+            return io.NodeOutput(tuned_model, nothing(), tuned.prompt, nothing(), tuned.describe())
+        positive = encode_prompt(tuned_clip, tuned.prompt) if tuned.prompt else nothing()
+        return io.NodeOutput(tuned_model, tuned_clip, tuned.prompt, positive, tuned.describe())
+
+
+NODES = [LikenessSaveTuned, LikenessLoadTuned]
