@@ -7,7 +7,7 @@ import torch
 
 from .. import tiny_models
 from .methods import Setting, run_node, sample
-from .test_contract import area, control_net, freeu, pag, rescale_cfg
+from .test_contract import area, control_net, freeu, hook_lora, pag, rescale_cfg
 
 ATTENTION = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
 CONVOLUTION = "diffusion_model.input_blocks.1.0.in_layers.2"
@@ -128,6 +128,27 @@ def test_a_lora_on_the_base_model_stays_with_whom_it_was_given_to(weights, befor
     torch.testing.assert_close(picture(setting, shared), picture(apart, separate), atol=2e-4, rtol=1e-5)
 
 
+def test_a_lora_hook_on_the_edit_prompt_is_not_heard_by_the_tuned_model():
+    setting, apart = Setting(), Setting()
+    results = []
+    for each, tuned in ((setting, with_lora(setting.model, lora())), (apart, with_lora(other_loader(), lora()))):
+        model, hooked = hook_lora(each, patch(each, tuned), each.target)
+        results.append(sample(model, hooked, each.empty, each.latent, steps=5))
+    torch.testing.assert_close(*results, atol=2e-4, rtol=1e-5)
+
+
+def test_flow_models_are_mixed_on_their_own_schedule():
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    setting = Setting()
+    setting.model = run_node(ModelSamplingSD3, model=setting.model, shift=3.0)[0]
+    separate = run_node(ModelSamplingSD3, model=with_lora(other_loader(), lora()), shift=3.0)[0]
+    one = picture(setting, patch(setting, with_lora(setting.model, lora())))
+    torch.testing.assert_close(one, picture(setting, patch(setting, separate)), atol=2e-4, rtol=1e-5)
+    assert float((one - picture(setting, setting.model)).abs().mean()) > 1e-3
+    refused("noise schedule", setting, run_node(ModelSamplingSD3, model=separate, shift=1.0)[0])
+
+
 def test_two_tuned_models_of_a_second_loader_share_its_module():
     setting, second = Setting(), other_loader(1)
     one, other = with_lora(second, lora(4)), with_lora(second, lora(5))
@@ -152,7 +173,7 @@ def test_guider_equals_model_patch_bit_for_bit(cfg):
     assert torch.equal(picture(setting, patch(setting, tuned), cfg=cfg), through_guider(setting, tuned, cfg))
 
 
-@pytest.mark.parametrize("neighbour", [freeu, pag, rescale_cfg, area, control_net], ids=lambda node: node.__name__)
+@pytest.mark.parametrize("neighbour", [freeu, pag, rescale_cfg, area, control_net, hook_lora], ids=lambda node: node.__name__)
 def test_other_nodes_keep_their_effect(neighbour):
     setting, tuned = Setting(), other_loader(1)
     alone = sample(*neighbour(setting, setting.model, setting.target), setting.empty, setting.latent, steps=5)
