@@ -6,11 +6,12 @@ values.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,19 +85,27 @@ def read_tensors(
             f"{path.name} has {size} bytes, more than the {max_bytes} such a file can need: it is not one of ours."
         )
     _check_header_length(path, size)
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in choose(names)}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path.name} is not a readable safetensors file ({error}): copy or train it again."
-        ) from error
+    with _opened(path) as file:
+        names = list(file.keys())
+    chosen = choose(names)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in chosen}
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path.name} holds NaN or infinite numbers in '{name}': copy or train it again.")
     return tensors, _parse_header(path, metadata)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path.name} is not a readable safetensors file ({error}): copy or train it again."
+        ) from error
 
 
 def _check_header_length(path: Path, size: int) -> None:

@@ -26,7 +26,7 @@ MARKER = "likeness.needs_position_map"  # [cells, index of the interpolation]
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
 MODEL, TEXT = "diffusion_model.", "text_encoders."
 KEY = re.compile(
-    r"(diffusion_model|text_encoders)\\.[\\w.]{1,300}\\.(lora_up\\.weight|lora_down\\.weight|alpha|diff|diff_b)"
+    r"(diffusion_model|text_encoders)\.[\w.]{1,300}\.(lora_up\.weight|lora_down\.weight|alpha|diff|diff_b)"
 )
 
 
@@ -76,7 +76,7 @@ class Tuned(dict[str, Tensor]):
         losses = self.header.get("losses") or []
         if losses:
             lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
-        return "\\n".join(lines)
+        return "\n".join(lines)
 
     def _rank(self) -> int:
         return next((value.shape[0] for name, value in self.items() if name.endswith(".lora_down.weight")), 0)

@@ -6,6 +6,7 @@ else, from cancelling to working beside other packs' patches, is asked of all of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,23 @@ class Setting:
         self.latent = {"samples": torch.randn(self.images, 4, *self.size, generator=generator)}
         self.source, self.target, self.empty = (tiny_models.prompt(self.family, seed) for seed in (1, 2, 3))
 
+    @functools.cached_property
+    def image(self) -> torch.Tensor:
+        """Pictures of smooth colours, as large as the latents say."""
+        coarse = torch.rand(self.images, 3, 4, 4, generator=torch.Generator().manual_seed(6))
+        size = (8 * self.size[0], 8 * self.size[1])
+        return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").movedim(1, -1)
+
+
+@functools.cache
+def autoencoder():
+    """One VAE for all settings."""
+    return tiny_models.taesd()
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One trained thing.
+    """One trained thing. training: the module whose optimise() trains it.
 
     fit(setting, **changes) -> (artifact, losses); apply(setting, artifact, strength) -> (MODEL, positive CONDITIONING);
     tensors(artifact) -> named tensors; save(artifact, name) -> file; load(file) -> artifact; check_base(setting,
@@ -51,6 +65,7 @@ class Entry:
     save: Callable[[Any, Path], Path]
     load: Callable[[Path], Any]
     check_base: Callable[[Setting, Any], None]
+    training: str
 
 
 def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None, save_every: int = 4, **more):
@@ -109,6 +124,71 @@ def _check_embedding(setting: Setting, embedding) -> None:
     )
 
 
+def sine_inputs(setting: Setting, **more) -> dict[str, Any]:
+    """Every input of LikenessFineTune."""
+    return {
+        "model": setting.model,
+        "vae": autoencoder(),
+        "image": setting.image,
+        "positive": setting.source,
+        "prompt": "photo of a sks dog",
+        "method": "LoRA",
+        "patches": True,
+        "steps": STEPS,
+        "learning_rate": 0.02,
+        "rank": 4,
+        "resolution": 64,
+        "seed": 0,
+        "whole_image": 0.0,
+        "recon_weight": 0.1,
+        "cells": 0,
+        "interpolation": "bilinear",
+        "crops": 5,
+        "prior_weight": 0.0,
+        "prior_prompt": "",
+        "checkpointing": False,
+        **more,
+    }
+
+
+def fit_sine(setting: Setting, **more):
+    """The artifact and the losses of a fine-tune."""
+    from likeness.nodes.fine_tune import LikenessFineTune
+
+    output = run_node(LikenessFineTune, **sine_inputs(setting, **more))
+    return output[2], output[3]["loss"]
+
+
+def _fit_full(setting: Setting, *, learning_rate: float = 0.02, **more):
+    return fit_sine(setting, method="full weights", learning_rate=learning_rate / 20, **more)
+
+
+def _apply_tuned(setting: Setting, tuned, strength: float):
+    from likeness.core.host.tuned_models import apply_tuned
+
+    with torch.inference_mode():
+        return apply_tuned(tuned, setting.model, None, strength)[0], setting.target
+
+
+def _save_tuned(tuned, folder: Path) -> Path:
+    from likeness.core.tuned import save_tuned
+
+    save_tuned(folder / "tuned.safetensors", tuned)
+    return folder / "tuned.safetensors"
+
+
+def _load_tuned(path: Path):
+    from likeness.core.tuned import load_tuned
+
+    return load_tuned(path)
+
+
+def _check_tuned(setting: Setting, tuned) -> None:
+    from likeness.core.host.fingerprint import check_base
+
+    check_base(tuned.header["base"], setting.model)
+
+
 METHODS = [
     Entry(
         name="hiper",
@@ -119,7 +199,30 @@ METHODS = [
         save=_save_embedding,
         load=_load_embedding,
         check_base=_check_embedding,
-    )
+        training="embedding_training",
+    ),
+    Entry(
+        name="sine",
+        families=("sd1", "sd2_v", "sdxl"),
+        fit=fit_sine,
+        apply=_apply_tuned,
+        tensors=dict,
+        save=_save_tuned,
+        load=_load_tuned,
+        check_base=_check_tuned,
+        training="fine_tuning",
+    ),
+    Entry(
+        name="sine-full",
+        families=("sd1", "sdxl"),
+        fit=_fit_full,
+        apply=_apply_tuned,
+        tensors=dict,
+        save=_save_tuned,
+        load=_load_tuned,
+        check_base=_check_tuned,
+        training="fine_tuning",
+    ),
 ]
 
 
