@@ -92,16 +92,19 @@ class Overlay:
     def active(self) -> Iterator[None]:
         """While this lasts, the running module predicts as the tuned model."""
         handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
-        before: list[tuple[nn.Module, str, list]] = []
+        before: list[tuple[nn.Module, str, list | None]] = []
         try:
             for module, attribute, function in self._functions:
                 name = f"{attribute}_function"
-                before.append((module, name, getattr(module, name)))
-                setattr(module, name, [*getattr(module, name), function])  # a new list: the old one may be the class's
+                before.append((module, name, module.__dict__.get(name)))  # None: so far it has its class's empty list
+                setattr(module, name, [*getattr(module, name), function])
             yield
         finally:
             for module, name, functions in reversed(before):
-                setattr(module, name, functions)
+                if functions is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, functions)
             for handle in handles:
                 handle.remove()
 

@@ -107,7 +107,8 @@ def test_one_loader_gives_what_two_loaders_give(weights):
     torch.testing.assert_close(first, separate, atol=2e-4, rtol=1e-5)
     assert float((first - plain).abs().mean()) > 1e-3
     assert torch.equal(plain, picture(setting, setting.model))
-    assert not any(part._forward_hooks for part in setting.model.model.modules())
+    for part in setting.model.model.modules():
+        assert not part._forward_hooks and not getattr(part, "weight_function", None)
 
 
 @pytest.mark.parametrize("weights", [lora, differences], ids=["lora", "diff"])
@@ -173,7 +174,9 @@ def test_guider_equals_model_patch_bit_for_bit(cfg):
     assert torch.equal(picture(setting, patch(setting, tuned), cfg=cfg), through_guider(setting, tuned, cfg))
 
 
-@pytest.mark.parametrize("neighbour", [freeu, pag, rescale_cfg, area, control_net, hook_lora], ids=lambda node: node.__name__)
+@pytest.mark.parametrize(
+    "neighbour", [freeu, pag, rescale_cfg, area, control_net, hook_lora], ids=lambda node: node.__name__
+)
 def test_other_nodes_keep_their_effect(neighbour):
     setting, tuned = Setting(), other_loader(1)
     alone = sample(*neighbour(setting, setting.model, setting.target), setting.empty, setting.latent, steps=5)
