@@ -34,8 +34,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
     peak = [0]
 
     class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
             known = {value.untyped_storage().data_ptr() for value in tree_flatten((args, kwargs))[0] if _tensor(value)}
             for value in filter(_tensor, tree_flatten(out)[0]):
                 storage = value.untyped_storage()

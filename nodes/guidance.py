@@ -8,7 +8,9 @@ from ..core.host.guidance import guided, guider, subject_model
 from ..core.sine_guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from .types import Subjects, advanced, schema
 
-PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.0001}
+
+def _percent(name: str, default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
 
 
 def _tuned() -> list[io.Input]:
@@ -25,33 +27,27 @@ def _tuned() -> list[io.Input]:
 
 
 def _base_weight() -> io.Input:
-    return io.Float.Input(
+    return _percent(
         "base_weight",
-        default=BASE_WEIGHT,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        round=0.0001,
-        tooltip="v: the base model's part of the guided prediction, against 1 - v for the tuned model. Higher obeys "
+        BASE_WEIGHT,
+        "v: the base model's part of the guided prediction, against 1 - v for the tuned model. Higher obeys "
         "the edit prompt more, lower keeps more of the picture. 0.5 to 0.8 is usual.",
     )
 
 
 def _window() -> list[io.Input]:
     return [
-        io.Float.Input(
+        _percent(
             "end_percent",
-            default=END_PERCENT,
-            **PERCENT,
-            tooltip="Until which part of the sampling the tuned model takes part: 0.6 is K = 400. Later keeps more of "
-            "the picture's details.",
+            END_PERCENT,
+            "Until which part of the sampling the tuned model takes part: 0.6 is K = 400. Later keeps more of the "
+            "picture's details.",
         ),
         advanced(
-            io.Float.Input(
+            _percent(
                 "start_percent",
-                default=0.0,
-                **PERCENT,
-                tooltip="From which part of the sampling on the tuned model takes part: 0 is pure noise, as published.",
+                0.0,
+                "From which part of the sampling on the tuned model takes part: 0 is pure noise, as published.",
             )
         ),
         advanced(
@@ -98,14 +94,10 @@ class LikenessSubjectModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The tuned model."),
                 io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
-                io.Float.Input(
+                _percent(
                     "weight",
-                    default=1 - BASE_WEIGHT,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.0001,
-                    tooltip="Its part of the guided prediction (beta). SINE's style transfer: content 0.4, style 0.5.",
+                    1 - BASE_WEIGHT,
+                    "Its part of the guided prediction (beta). SINE's style transfer: content 0.4, style 0.5.",
                 ),
                 *_window(),
                 Subjects.Input("subjects", optional=True, tooltip="Tuned models so far, to add this one to."),

@@ -148,7 +148,9 @@ class _Branch:
         self._overlay = Overlay(subject.model, running)
         self._memory: tuple[Tensor, Tensor] | None = None
 
-    def prepare(self, sigmas: Tensor, seed: int | None, noise: Tensor, latent: Tensor, mask: Tensor | None) -> None:
+    def prepare(
+        self, sigmas: Tensor, seed: int | None, noise: Tensor, latent: Tensor | None, mask: Tensor | None
+    ) -> None:
         """Process the prompt with the tuned model's own network, as ComfyUI does for the base model."""
         device, tuned = self._running.load_device, self._subject.model
         conds = {"positive": comfy.sampler_helpers.convert_cond(self._subject.conditioning)}
@@ -250,7 +252,7 @@ def _run_of(model_options: dict[str, Any]) -> _Run | None:
 
 
 def _forget(executor: Any, x: Tensor, timestep: Tensor, model_options: dict | None = None, *args: Any) -> Any:
-    """Before every prediction: what the tuned models said belongs to the one before."""
+    """Around every prediction of the guider: what the tuned models say holds for this one alone."""
     run = _run_of(model_options or {})
     try:
         return executor(x, timestep, model_options, *args)

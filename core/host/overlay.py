@@ -80,7 +80,7 @@ class Overlay:
             module, attribute = _module_of(model, key)
             more = [(1.0, patch) for patch in theirs[shared:]] + [(-1.0, patch) for patch in ours[shared:]]
             if attribute == "weight" and _takes_a_lora(module) and all(map(_plain, more)):
-                self._hooks.append((module, _beside(module, more, device)))
+                self._hooks.append((module, _beside(more, device)))
             elif shared == len(ours):
                 self._functions.append((module, attribute, _patched(key, theirs[shared:], None)))
             else:
@@ -129,7 +129,7 @@ def _plain(signed: tuple[float, Patch]) -> bool:
     return all(value is None for value in adapter.weights[3:6])  # mid, dora_scale, reshape
 
 
-def _beside(layer: nn.Linear | nn.Conv2d, signed: list[tuple[float, Patch]], device: torch.device) -> Callable:
+def _beside(signed: list[tuple[float, Patch]], device: torch.device) -> Callable[..., Tensor]:
     ups, downs = [], []
     for sign, (strength, adapter, *_) in signed:
         up, down, alpha = adapter.weights[:3]

@@ -72,7 +72,7 @@ def _context_window(options: dict[str, Any]) -> Box:
     """The window that ComfyUI's context windows cut along the height (dim 2) or the width (dim 3)."""
     window, picture = options.get("context_window"), options.get(PICTURE)
     dim = getattr(window, "dim", None)
-    if dim not in (2, 3) or picture is None:
+    if window is None or dim not in (2, 3) or picture is None:
         return WHOLE
     shown = list(window.index_list)
     anchor = getattr(window, "causal_anchor_index", None)  # newer ComfyUI shows the one before the window too
