@@ -61,8 +61,14 @@ def box_of(seed: int, index: int, cells: int, whole_image: float, shows: Callabl
 
 
 def squashed(pictures: Tensor, size: int) -> Tensor:
-    """Pictures [B, C, H, W] as squares of size x size pixels, whatever their shape was."""
-    return F.interpolate(pictures.float(), size=(size, size), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+    """Pictures [B, C, H, W] as squares of size x size pixels, whatever their shape was.
+
+    Bicubic, antialiased, first along the rows and cut to 0..1 before the columns: so does Pillow, which theirs uses.
+    """
+    pictures = pictures.float()
+    for shape in ((pictures.shape[-2], size), (size, size)):
+        pictures = F.interpolate(pictures, size=shape, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+    return pictures
 
 
 def cut(square: Tensor, box: Box, cell: int, size: int) -> Tensor:

@@ -1,0 +1,172 @@
+"""Files of fine-tunes: what is written is read, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from likeness.core.files import write_tensors
+from likeness.core.tuned import KIND, MARKER, Tuned, load_tuned, marker, save_tuned, weight_differences
+
+PATH = "diffusion_model.middle_block.1.proj_in"
+
+
+def tensors(rank: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{PATH}.lora_up.weight": torch.randn(6, rank, generator=generator),
+        f"{PATH}.lora_down.weight": torch.randn(rank, 5, generator=generator),
+        f"{PATH}.alpha": torch.tensor(2.0),
+    }
+
+
+HEADER = {
+    "method": "sine",
+    "prompt": "photo of a sks dog",
+    "base": {"family": "SD15", "prediction": "EPS"},
+    "settings": {"steps": 7, "seed": 0},
+    "losses": [0.5, 0.25],
+}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    tuned = Tuned({**tensors(), **marker(64, "nearest")}, HEADER)
+    save_tuned(tmp_path / "a.safetensors", tuned)
+    loaded = load_tuned(tmp_path / "a.safetensors")
+    assert loaded.keys() == tuned.keys() and all(torch.equal(loaded[name], tuned[name]) for name in tuned)
+    assert loaded.position_map == (64, "nearest") and loaded.prompt == HEADER["prompt"] and not loaded.full
+    assert all(loaded.header[name] == value for name, value in HEADER.items())
+    text = loaded.describe()
+    for part in ("rank 2", "SD15 (EPS)", "photo of a sks dog", "64 cells, nearest", "steps 7", "last 0.2500", "UNet"):
+        assert part in text
+
+
+def test_a_stock_reader_finds_the_same_tensors(tmp_path):
+    """Our writer streams the format itself; here the library reads it."""
+    written = {
+        **tensors(),
+        "half": torch.arange(5).to(torch.float16),
+        "brain": torch.arange(3).to(torch.bfloat16),
+        "double": torch.arange(4).double(),
+        "number": torch.tensor(3),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "none": torch.zeros(0, 3),
+        "turned": torch.arange(6.0).view(2, 3).T,
+        "yes": torch.tensor([True, False]),
+    }
+    write_tensors(tmp_path / "a.safetensors", written, {"x": 'é"\\'})
+    read = load_file(tmp_path / "a.safetensors")
+    assert read.keys() == written.keys()
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in written.items())
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match="GB are free"):
+        save_tuned(tmp_path / "a.safetensors", Tuned(tensors(), HEADER))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_the_stock_save_node_still_says_that_it_needs_its_map(tmp_path):
+    save_file({**tensors(), **marker(128, "bilinear")}, tmp_path / "a.safetensors")
+    loaded = load_tuned(tmp_path / "a.safetensors")
+    assert loaded.position_map == (128, "bilinear") and loaded.prompt == ""
+    assert "not recorded" in loaded.describe()
+
+
+def test_differences_are_named_as_lora_files_name_them():
+    before = {
+        name: torch.ones(3)
+        for name in ("diffusion_model.a.weight", "diffusion_model.a.bias", "diffusion_model.p", "diffusion_model.same")
+    }
+    after = {name: value + (0.0 if name.endswith("same") else 0.25) for name, value in before.items()}
+    found = weight_differences(before, after)
+    assert sorted(found) == ["diffusion_model.a.diff", "diffusion_model.a.diff_b", "diffusion_model.p.diff"]
+    assert all(value.dtype == torch.float16 and float(value[0]) == 0.25 for value in found.values())
+    assert Tuned(found).full and "all weights" in Tuned(found).describe()
+
+
+def raw(path, header: dict) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def ours(path, found: dict[str, torch.Tensor], **header) -> None:
+    write_tensors(path, found, {**HEADER, "kind": KIND, "format": 1, **header})
+
+
+BAD = {
+    "empty file": (lambda p: p.write_bytes(b""), "cut off"),
+    "no tensors": (lambda p: raw(p, {}), "it is empty"),
+    "another lora": (
+        lambda p: save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(2, 2)}, p),
+        "not a fine-tune of this pack.*stock Load LoRA",
+    ),
+    "a path outside": (lambda p: ours(p, {"diffusion_model./../x.diff": torch.zeros(2)}), "not a fine-tune"),
+    "endless name": (lambda p: ours(p, {f"diffusion_model.{'a' * 400}.diff": torch.zeros(2)}), "not a fine-tune"),
+    "another kind": (lambda p: ours(p, tensors(), kind="embedding"), "not a fine-tune"),
+    "newer": (lambda p: ours(p, tensors(), format=9), "update the pack"),
+    "prompt is a number": (lambda p: ours(p, tensors(), prompt=5), "damaged header"),
+    "prompt is a book": (lambda p: ours(p, tensors(), prompt="x" * 20_000), "damaged header"),
+    "base is a list": (lambda p: ours(p, tensors(), base=[1]), "damaged header"),
+    "losses are words": (lambda p: ours(p, tensors(), losses=["low"]), "damaged header"),
+    "settings are a list": (lambda p: ours(p, tensors(), settings=[]), "damaged header"),
+    "integers": (lambda p: ours(p, {f"{PATH}.diff": torch.zeros(2, dtype=torch.int32)}), "unexpected tensor"),
+    "a vector as factor": (lambda p: ours(p, {f"{PATH}.lora_up.weight": torch.zeros(2)}), "unexpected tensor"),
+    "alpha is a table": (lambda p: ours(p, {f"{PATH}.alpha": torch.zeros(2)}), "unexpected tensor"),
+    "not a number": (lambda p: ours(p, {f"{PATH}.diff": torch.full((2,), float("nan"))}), "NaN"),
+    "map of no cells": (lambda p: ours(p, {**tensors(), MARKER: torch.zeros(2)}), "impossible position map"),
+    "map of another shape": (lambda p: ours(p, {**tensors(), MARKER: torch.zeros(3)}), "impossible position map"),
+    "map of no interpolation": (
+        lambda p: ours(p, {**tensors(), MARKER: torch.tensor([64.0, 0.5])}),
+        "impossible position map",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_with_a_sentence(tmp_path, name):
+    make, message = BAD[name]
+    path = tmp_path / "bad.safetensors"
+    make(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tuned(path)
+    assert "bad.safetensors" in str(caught.value)
+
+
+OFFICIAL = {"model.diffusion_model.head_position_encode._float_tensor": torch.zeros(1), "x": torch.zeros(2)}
+
+
+def test_the_authors_checkpoints_are_told_from_others(tmp_path):
+    save_file(OFFICIAL, tmp_path / "a.safetensors")
+    torch.save({"state_dict": OFFICIAL}, tmp_path / "b.ckpt")
+    torch.save(OFFICIAL, tmp_path / "c.pt")
+    for name in ("a.safetensors", "b.ckpt", "c.pt"):
+        with pytest.raises(ValueError, match=r"models/checkpoints.*Load Checkpoint.*Position Map"):
+            load_tuned(tmp_path / name)
+
+
+class Trap:
+    """Runs code when it is unpickled: makes a file."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    torch.save({"state_dict": Trap(tmp_path / "trap")}, tmp_path / "a.pt")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "b.ckpt")
+    (tmp_path / "c.ckpt").write_bytes(b"nothing")
+    for name in ("a.pt", "b.ckpt", "c.ckpt"):
+        with pytest.raises(ValueError, match=r"not a .safetensors file"):
+            load_tuned(tmp_path / name)
+    assert not (tmp_path / "trap").exists()
