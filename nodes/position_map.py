@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host.position_map import with_position_map
+from ..core.host.position_map import check_same_grid, with_position_map
 from ..core.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from .types import advanced, schema
 
@@ -19,11 +19,11 @@ class LikenessPositionMap(io.ComfyNode):
             display_name="Position Map",
             category="likeness/fine_tune",
             description="Gives a model that was fine-tuned on patches of a picture the map of positions it was trained "
-            "with (SINE). Fine-Tune on Picture and Load Tuned Subject attach it by themselves; needed for files that "
+            "with (SINE). Fine-Tune on Picture and Load Fine-Tune attach it by themselves; needed for files that "
             "other loaders load, and for tiles.",
             search_aliases=["sine", "patch", "tile"],
             inputs=[
-                io.Model.Input("model", tooltip="A model that was tuned on patches. The map replaces an earlier one."),
+                io.Model.Input("model", tooltip="A model that was tuned on patches."),
                 io.Int.Input(
                     "cells",
                     default=CELLS,
@@ -45,6 +45,7 @@ class LikenessPositionMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, cells, interpolation, x=0.0, y=0.0, width=1.0, height=1.0) -> io.NodeOutput:
+        check_same_grid(model, cells, interpolation)
         return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
 
 

@@ -140,6 +140,16 @@ def position_map_of(model: Any) -> PositionMap | None:
     return found[0] if found else None
 
 
+def check_same_grid(model: Any, cells: int, interpolation: str) -> None:
+    """ValueError when the MODEL has a map of another grid: its weights are of no use with this one."""
+    found = position_map_of(model)
+    if found is not None and (found.cells, found.interpolation) != (cells, interpolation):
+        raise ValueError(
+            f"The model was tuned with a map of {found.cells} cells, {found.interpolation}; {cells} cells, "
+            f"{interpolation} were asked for: set the same values, or connect the model without a map."
+        )
+
+
 def _tell_size(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **more: Any) -> Any:
     noise = more["noise"] if "noise" in more else args[1]
     extra_args["model_options"]["transformer_options"][PICTURE] = tuple(noise.shape[-2:])  # a copy of this run's own

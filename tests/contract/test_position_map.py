@@ -176,6 +176,13 @@ def test_a_window_outside_the_picture_is_refused(window):
 
 
 def test_a_map_for_another_grid_is_refused():
+    from likeness.nodes.position_map import LikenessPositionMap
+
+    setting = Setting()
+    setting.model = mapped(setting)
+    mapped(setting, width=0.5)  # the same grid, for a tile
+    with pytest.raises(ValueError, match="tuned with a map of 16 cells, bilinear; 128 cells, bilinear"):
+        run_node(LikenessPositionMap, model=setting.model, cells=128, interpolation="bilinear")
     with pytest.raises(ValueError, match="not a part of the position map's 8 x 8 cells"):
         PositionMap(8, "bilinear")(
             torch.zeros(1, 32, 8, 8), {"block": ("input", 0), BOXES: torch.tensor([[0, 0, 9, 8]])}
