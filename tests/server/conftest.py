@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .. import live
+from .results import run_all
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +18,12 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def object_info(server):
     return server.object_info()
+
+
+@pytest.fixture(scope="session")
+def results(server):
+    """All shipped graphs, run once."""
+    return run_all(server)
 
 
 @pytest.fixture

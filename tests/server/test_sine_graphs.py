@@ -1,0 +1,112 @@
+"""The shipped graphs of SINE in the small world: what each of them shows, by numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from likeness.toolbox import small_world
+from likeness.toolbox.graph import convert
+
+from .. import live
+from .results import Result, check_pictures, distance, pixels
+
+BARELY = 2e-4  # mean distance of pictures that differ by a model after ten steps of tuning
+THUMBNAIL = 192  # px of a picture on the sweep's sheet
+
+
+@pytest.fixture
+def source(server) -> np.ndarray:
+    return pixels(Image.open(server.base / "input" / small_world.PICTURE))
+
+
+def test_edit(results, source):
+    result = results["sine_edit"]
+    titles = ("Base model alone", "Tuned model alone", "Guided edit")
+    check_pictures([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
+    assert "DINO" in result.text("Score") and "best" in result.text("Score")
+    progress = result.run.of_type("likeness.progress")
+    assert progress[-1]["step"] == progress[-1]["steps"] == live.STEPS
+    assert len(progress[-1]["losses"]) == live.STEPS
+
+
+def test_edit_wide(results):
+    result = results["sine_edit_wide"]
+    alone, guided = (result.pictures(f"Wide, {title}")[0] for title in ("base model alone", "guided edit"))
+    assert alone.shape == guided.shape == (144, 192, 3)
+    assert alone.std() > 0.03 and guided.std() > 0.03 and distance(alone, guided) > BARELY
+
+
+PAIRS = {
+    "sine_style_transfer": ("Content alone", "Content and style"),
+    "sine_style_generation": ("Without the style", "In the style"),
+    "sine_remove_content": ("Still there", "Removed"),
+    "sine_faces": ("Stylise", "Accessory", "Age"),
+    "sine_load_and_edit": ("Result 1", "Result 2", "Result 3"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_results_of_a_graph_differ(results, source, name):
+    check_pictures([source, *(results[name].pictures(title)[0] for title in PAIRS[name])], apart=BARELY)
+
+
+def test_a_saved_model_edits_as_the_one_it_was_saved_from(results):
+    """Through our loader and through ComfyUI's own with the map put back."""
+    made = results["sine_edit"].pictures("Guided edit")[0]
+    loaded = results["sine_load_and_edit"].pictures("Result 1")[0]
+    stock = results["sine_stock_loader"].pictures("Guided edit")[0]
+    alone = results["sine_edit"].pictures("Base model alone")[0]
+    assert np.abs(made - loaded).max() <= 1 / 255 and np.abs(made - stock).max() <= 1 / 255
+    assert distance(made, alone) > BARELY
+    assert "sks" in results["sine_load_and_edit"].text("What it is")
+
+
+def test_sweep_lays_every_pair_into_its_cell(results):
+    """Columns v 0.3, 0.7 and rows K 400, 200: the second cell has the settings of the edit graph, and its picture."""
+    grid = results["sine_sweep"].pictures("Grid")[0]
+    edit = Image.fromarray((results["sine_edit"].pictures("Guided edit")[0] * 255).round().astype(np.uint8))
+    wanted = pixels(edit.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
+    step, height, width = THUMBNAIL + 8, *grid.shape[:2]
+    cells = [
+        grid[y : y + THUMBNAIL, x : x + THUMBNAIL]
+        for y in (height - 8 - 2 * step, height - 8 - step)
+        for x in (width - 8 - 2 * step, width - 8 - step)
+    ]
+    assert all(cell.std() > 0.03 for cell in cells)
+    assert all(distance(a, b) > BARELY for i, a in enumerate(cells) for b in cells[:i])
+    assert distance(cells[1], wanted) < 0.004 and distance(cells[1], wanted) == min(distance(c, wanted) for c in cells)
+
+
+def test_sweep_maps_every_node_over_the_pairs(results):
+    result = results["sine_sweep"]
+    assert len(result.run.outputs[small_world.node_id(result.graph, "Score")]["text"]) == 4
+    curves = result.pictures("Curves")[0]
+    assert curves.shape == (2 * 288, 2 * 526, 3), "two measures over two axes"
+    assert curves.std() > 0.05
+
+
+def test_one_training_serves_all_graphs(results):
+    """The sweep, the faces and the edit are tuned on the same picture with the same settings."""
+    for name in ("sine_sweep", "sine_faces"):
+        assert all(entry["resumed"] == live.STEPS for entry in results[name].run.of_type("likeness.progress"))
+
+
+def test_guidance_brings_the_edit_nearer_to_the_picture(server, source):
+    """With a model that really has learned the picture, whole, in some seconds."""
+    object_info = server.object_info()
+    settings = {
+        ("LikenessFineTune", "patches"): False,
+        ("LikenessFineTune", "steps"): 80,
+        ("LikenessFineTune", "learning_rate"): 2e-3,
+        ("LikenessGuidance", "base_weight"): 0.4,
+        ("KSampler", "steps"): 10,
+    }
+    graph = live.lowered("sine_edit", object_info, settings=settings)
+    run = server.run(convert(graph, object_info))
+    losses = np.array(run.of_type("likeness.progress")[-1]["losses"])
+    assert losses[-20:].mean() < 0.7 * losses[:20].mean()
+    result = Result(server, graph, run, "")
+    alone, guided = (result.pictures(title)[0] for title in ("Base model alone", "Guided edit"))
+    assert distance(guided, source) < 0.9 * distance(alone, source)
