@@ -125,6 +125,23 @@ def clip_l(seed: int = 0, layers: int = 2):
     return clip
 
 
+def clip_xl(seed: int = 0):
+    """SDXL's two text encoders with few layers."""
+    import comfy.sd
+    import comfy.sdxl_clip
+
+    class Target:
+        params: dict = {}
+        clip = comfy.sdxl_clip.SDXLClipModel
+        tokenizer = comfy.sdxl_clip.SDXLTokenizer
+
+    few = {"num_hidden_layers": 3}  # the rows are taken from the last but one
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "clip_g_model_config": few})
+        randomise(clip.cond_stage_model, seed)
+    return clip
+
+
 def controlnet(seed: int = 0):
     """A ControlNet for sd1()."""
     import comfy.cldm.cldm

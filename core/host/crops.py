@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,6 @@ from torch import Tensor
 from ..denoiser import latent_mask
 from ..fine_tune import Samples
 from ..patches import Box, box_of, check_size, cut, squashed
-
-log = logging.getLogger("likeness")
-CHUNK = 16  # patches encoded at once: their pixels never lie in memory all together
 
 
 @dataclass(frozen=True)
@@ -65,21 +61,18 @@ def make_samples(
     count = min(period, steps)
     boxes: list[Box] = []
     latents, latent_masks = [], []
-    for start in range(0, count, CHUNK):
+    for i in range(count):
         mm.throw_exception_if_processing_interrupted()
-        pixels = []
-        for i in range(start, min(count, start + CHUNK)):
-            square = squares[i % image.shape[0]][None]
-            masked = None if masks is None else masks[i % masks.shape[0]][None]
-            if cutting.cells:
-                boxes.append(_box(masked, cutting, seed, i, cell))
-                square = cut(square, boxes[-1], cell, cutting.resolution)
-                masked = None if masked is None else cut(masked, boxes[-1], cell, cutting.resolution)
-            pixels.append(square)
-            if masked is not None:
-                side = cutting.resolution // cell
-                latent_masks.append(latent_mask(masked, side, side))
-        latents.append(_encoded(model, vae, torch.cat(pixels)))
+        square = squares[i % image.shape[0]][None]
+        masked = None if masks is None else masks[i % masks.shape[0]][None]
+        if cutting.cells:
+            boxes.append(_box(masked, cutting, seed, i, cell))
+            square = cut(square, boxes[-1], cell, cutting.resolution)
+            masked = None if masked is None else cut(masked, boxes[-1], cell, cutting.resolution)
+        # One at a time: in a batch the last bits of a latent depend on its neighbours.
+        latents.append(_encoded(model, vae, square))
+        if masked is not None:
+            latent_masks.append(latent_mask(masked, *latents[-1].shape[-2:]))
     return Samples(
         torch.cat(latents),
         torch.tensor(boxes, dtype=torch.int64) if boxes else None,
@@ -96,7 +89,7 @@ def _box(mask: Tensor | None, cutting: Cutting, seed: int, index: int, cell: int
 
 
 def _encoded(model: Any, vae: Any, pixels: Tensor) -> Tensor:
-    """Latents [n, C, h, w] on the CPU of pixels [n, 3, H, W]; ValueError when the VAE is not the model's."""
+    """A latent [1, C, h, w] on the CPU of pixels [1, 3, H, W]; ValueError when the VAE is not the model's."""
     samples = vae.encode(pixels.movedim(1, -1))
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
