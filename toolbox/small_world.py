@@ -25,11 +25,11 @@ CHECKPOINT = "likeness_small_world.safetensors"
 VISION = {"DINO (identity)": "small_world_measure", "CLIP (prompt)": "small_world_clip"}
 SIZE, CFG, SAMPLING_STEPS = 96, 4.0, 20
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
-SOURCE_BACKGROUND, TARGET_BACKGROUND = "grass", "sea"
+SOURCE_BACKGROUND, TARGET_BACKGROUND, EDIT_TEXTURE = "grass", "sea", "spotted"
 STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup", "yellow", "striped", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 STEPS, LEARNING_RATE = 300, 0.02  # the small world learns faster than SD1.5
-CELLS, TUNING_RATE = 24, 1e-3
+TUNING_STEPS, TUNING_RATE, CELLS = 400, 3e-3, 24
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
@@ -85,32 +85,37 @@ def texts() -> dict[str, str]:
         return world.caption(subject(), place, (*words, "background"))
 
     source, target = caption(SOURCE_BACKGROUND), caption(TARGET_BACKGROUND)
-    trained = source.replace("a photo of a", "photo of a sks")
-    emblem = caption(SOURCE_BACKGROUND, "emblem", "emblem_color", "emblem_shape")
+    kind, trained = f"a photo of a {SUBJECT_CLASS}", f"photo of a sks {SUBJECT_CLASS}"
+    emblem = "with a yellow round emblem"
     places = {f"Prompt {index}": caption(place) for index, place in enumerate(("sand", "night", "brick"), 1)}
     edits = {
-        f"{name} prompt": caption(place)
-        for name, place in zip(("Stylise", "Accessory", "Age"), ("snow", "sand", "studio"), strict=True)
+        f"{name} prompt": f"a photo of a {words}"
+        for name, words in (("Stylise", "checkered dog"), ("Accessory", "spotted dog"), ("Age", "plain dark blue dog"))
     }
     return {
         "Source prompt": source,
         "Edit prompt": target,
+        "Prompt of the edit": f"a photo of a {EDIT_TEXTURE} {SUBJECT_CLASS}",
         "Training prompt": trained,
         "Content's training prompt": trained,
-        "Training prompt with it": emblem.replace("a photo of a", "photo of a sks"),
+        "Training prompt with it": f"{trained} {emblem}",
         "Training prompt without it": trained,
-        "Prompt with it": emblem,
-        "Prompt without it": source,
-        "Style's training prompt": world.caption(style(), STYLE_BACKGROUND).replace("a photo of a", "photo of a sks"),
-        "Prompt for both": caption(STYLE_BACKGROUND),
-        "Prompt": caption(STYLE_BACKGROUND),
+        "Prompt with it": f"{kind} {emblem}",
+        "Prompt without it": kind,
+        "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
+        "Prompt for both": kind,
+        "Prompt": kind,
         **places,
         **edits,
     }
 
 
-def settings(graph: Graph, steps: int = STEPS, sampling_steps: int = SAMPLING_STEPS) -> Settings:
-    """What to change in a shipped graph, of any name, for it to run in the small world. steps: a multiple of 10."""
+def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPLING_STEPS) -> Settings:
+    """What to change in a shipped graph, of any name, for it to run in the small world.
+
+    steps: of every training, a multiple of 10; without, those that show the effect.
+    """
+    embedding_steps, tuning_steps = steps or STEPS, steps or TUNING_STEPS
     wanted: Settings = {
         ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
         ("LoadImage", "image"): PICTURE,
@@ -120,15 +125,15 @@ def settings(graph: Graph, steps: int = STEPS, sampling_steps: int = SAMPLING_ST
         ("BasicScheduler", "steps"): sampling_steps,
         ("CFGGuider", "cfg"): CFG,
         ("LikenessGuider", "cfg"): CFG,
-        ("LikenessTrainEmbedding", "steps"): steps,
+        ("LikenessTrainEmbedding", "steps"): embedding_steps,
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
-        ("LikenessTrainEmbedding", "save_every"): max(1, steps // 10),
-        ("LikenessFineTune", "steps"): steps,
+        ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
+        ("LikenessFineTune", "steps"): tuning_steps,
         ("LikenessFineTune", "learning_rate"): TUNING_RATE,
         ("LikenessFineTune", "resolution"): SIZE,
-        ("LikenessFineTune", "crops"): min(steps, SHIPPED_STEPS),
+        ("LikenessFineTune", "crops"): min(tuning_steps, SHIPPED_STEPS),
         ("LikenessPositionMap", "cells"): CELLS,
-        **{(f"After {saved} steps", "step"): max(1, steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
+        **{(f"After {saved} steps", "step"): max(1, embedding_steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
         **{(title, "name"): name for title, name in VISION.items()},
         **{key: value for node in graph["nodes"] for key, value in sizes(node)},
         **{(title, text_input(graph, title)): text for title, text in texts().items()},
@@ -167,7 +172,7 @@ def shipped(name: str) -> Graph:
 def in_small_world(
     graph: Graph,
     object_info: ObjectInfo,
-    steps: int = STEPS,
+    steps: int | None = None,
     sampling_steps: int = SAMPLING_STEPS,
     more: Mapping[tuple[str, str], Any] | None = None,
 ) -> Graph:

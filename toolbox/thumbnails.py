@@ -18,31 +18,50 @@ TITLES = {
     "hiper_train_and_edit": ("Edit without the subject", "Edit with the subject"),
     "hiper_load_and_reuse": ("Result 1", "Result 2", "Result 3"),
     "hiper_pick_the_step": ("All steps",),
+    "sine_edit": ("Base model alone", "Tuned model alone", "Guided edit"),
+    "sine_load_and_edit": ("Result 1", "Result 2", "Result 3"),
+    "sine_sweep": ("Grid",),
+    "sine_faces": ("Stylise", "Accessory", "Age"),
+    "sine_edit_wide": ("Wide, base model alone", "Wide, guided edit"),
+    "sine_stock_loader": ("Guided edit",),
+    "sine_style_transfer": ("Content alone", "Content and style"),
+    "sine_style_generation": ("Without the style", "In the style"),
+    "sine_remove_content": ("Still there", "Removed"),
 }
 
 
 def montage(pictures: list[Any]) -> Any:
-    """The pictures side by side, as squares."""
+    """The pictures side by side, equally high; one alone as it is."""
     from PIL import Image
 
-    sheet = Image.new("RGB", (TILE * len(pictures), TILE))
-    for index, picture in enumerate(pictures):
-        tile = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (TILE * index, 0))
+    if len(pictures) == 1:
+        return pictures[0].convert("RGB")
+    tiles = [
+        picture.convert("RGB").resize((round(TILE * picture.width / picture.height), TILE), Image.Resampling.LANCZOS)
+        for picture in pictures
+    ]
+    sheet = Image.new("RGB", (sum(tile.width for tile in tiles), TILE))
+    left = 0
+    for tile in tiles:
+        sheet.paste(tile, (left, 0))
+        left += tile.width
     return sheet
 
 
 def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
-    """The subject's picture, then the graph's results."""
+    """The pictures that the graph loads, then its results; of a sweep its sheet alone."""
     from PIL import Image
 
     from . import small_world
 
     results = [picture for title in TITLES[name] for picture in server.images(run, small_world.node_id(graph, title))]
-    return [Image.open(server.base / "input" / small_world.PICTURE), *results]
+    if "LikenessSweepPlot" in {node["type"] for node in graph["nodes"]}:
+        return results
+    loaded = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
+    return [*(Image.open(server.base / "input" / file) for file in loaded or [small_world.PICTURE]), *results]
 
 
-def make(names: list[str], steps: int) -> None:
+def make(names: list[str], steps: int | None) -> None:
     """Run the graphs one after the other, the saving one before the loading one, and write their pictures."""
     from . import small_world
     from .demonstration import Narrator
@@ -66,11 +85,9 @@ def make(names: list[str], steps: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Make the thumbnails anew; started in the sandbox's Python by the lines below."""
-    from . import small_world
-
     parser = argparse.ArgumentParser(prog="thumbnails.py", description=main.__doc__)
     parser.add_argument("names", nargs="*", default=list(TITLES), help="graphs (default: all)")
-    parser.add_argument("--steps", type=int, default=small_world.STEPS, help="training steps, a multiple of 10")
+    parser.add_argument("--steps", type=int, default=None, help="training steps, a multiple of 10")
     options = parser.parse_args(arguments)
     make(options.names, options.steps)
     return 0

@@ -9,7 +9,15 @@ from likeness.toolbox.graph import PAGE_WIDGETS, convert, named_values
 
 from .. import live
 
-SAVED_SUBJECT = "likeness/subject_00001_.safetensors"
+FAMILIES = tuple(sorted({name.split("_")[0] for name in live.NAMES}))
+# What trains in a graph, and what must show a picture afterwards.
+RUNS = {
+    "hiper_train_and_edit": (
+        "Learn the subject",
+        ("Reconstruction", "Edit without the subject", "Edit with the subject", "Score"),
+    ),
+    "sine_edit": ("Learn the picture", ("Base model alone", "Tuned model alone", "Guided edit", "Score")),
+}
 
 
 def values(graph, object_info) -> dict[str, dict]:
@@ -32,17 +40,20 @@ def plain(prompt) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", live.NAMES)
-def test_graph_opens_and_keeps_its_values(page, object_info, name):
-    graph = small_world.shipped(name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_open_and_keep_their_values(page, object_info, family):
     page.setting("Comfy.Workflow.ShowMissingModelsWarning", False)  # SD1.5 is not there, the page would offer it
-    page.load(graph, name)
-    assert not page.unknown_nodes()
-    assert not [text for text in page.complaints() if "node" in text.lower()]  # the newest page also lists models
-    saved = page.saved()
-    assert values(saved, object_info) == values(graph, object_info)
-    assert len(saved["links"]) == len(graph["links"])
-    assert plain(page.prompt()) == plain(convert(graph, object_info)) == plain(convert(saved, object_info))
+    for name in live.NAMES:
+        if name.split("_")[0] != family:
+            continue
+        graph = small_world.shipped(name)
+        page.load(graph, name)
+        assert not page.unknown_nodes(), name
+        assert not [text for text in page.complaints() if "node" in text.lower()]  # the newest page also lists models
+        saved = page.saved()
+        assert values(saved, object_info) == values(graph, object_info), name
+        assert len(saved["links"]) == len(graph["links"]), name
+        assert plain(page.prompt()) == plain(convert(graph, object_info)) == plain(convert(saved, object_info)), name
 
 
 def test_missing_model_is_offered(page):
@@ -50,13 +61,15 @@ def test_missing_model_is_offered(page):
     page.tab.get_by_text("v1-5-pruned-emaonly-fp16.safetensors").first.wait_for(state="visible")
 
 
-def test_graph_runs_with_live_loss(page, object_info, server):
-    graph = live.lowered("hiper_train_and_edit", object_info)
-    trainer = small_world.node_id(graph, "Learn the subject")
+@pytest.mark.parametrize("name", RUNS)
+def test_graph_runs_with_live_loss(page, object_info, server, name):
+    graph = live.lowered(name, object_info)
+    title, shown = RUNS[name]
+    trainer = small_world.node_id(graph, title)
     seed = 7000 + len(
         list((server.base / "output").rglob("*.png"))
     )  # another one each time: nothing comes from a cache
-    graph = small_world.adapt(graph, {("LikenessTrainEmbedding", "seed"): seed}, object_info)
+    graph = small_world.adapt(graph, {(title, "seed"): seed}, object_info)
     page.load(graph, "run")
     curve = page.tab.locator(".likeness-loss").first
     assert curve.get_attribute("data-points") == "0"
@@ -81,7 +94,7 @@ def test_graph_runs_with_live_loss(page, object_info, server):
     assert box and box["width"] > 100 and box["height"] > 50
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
     assert page.shows_picture(trainer), "ComfyUI does not show the preview on the node"
-    for title in ("Reconstruction", "Edit without the subject", "Edit with the subject", "Score"):
+    for title in shown:
         assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
     saved = next(node for node in page.saved()["nodes"] if str(node["id"]) == trainer)
     assert named_values(saved, object_info)["seed"] == seed, "the curve must not be saved with the values"
@@ -98,6 +111,4 @@ def test_templates_are_listed_with_thumbnails(page):
             arg=name,
         )
     page.tab.locator(f'[data-testid="template-workflow-{live.NAMES[-1]}"]').click()
-    page.tab.wait_for_function(
-        "type => app.graph._nodes.some(node => node.type === type)", arg="LikenessTrainEmbedding"
-    )
+    page.tab.wait_for_function("type => app.graph._nodes.some(node => node.type === type)", arg="LikenessGuidance")

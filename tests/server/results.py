@@ -68,11 +68,13 @@ def run_all(server) -> dict[str, Result]:
     }
     done["sine_edit"] = run_graph(server, "sine_edit")
     saved = done["sine_edit"].text("Save the tuned model").splitlines()[0]
-    edit = small_world.texts()["Edit prompt"]
+    edit = small_world.texts()["Prompt of the edit"]
     loaded = {("Saved model", "name"): saved, ("Prompt 1", "text"): edit}
     done["sine_load_and_edit"] = run_graph(server, "sine_load_and_edit", loaded)
+    done["sine_edit_wide"] = run_graph(server, "sine_edit_wide")
+    saved = done["sine_edit_wide"].text("Save the tuned model").splitlines()[0]
     done["sine_stock_loader"] = run_graph(server, "sine_stock_loader", {("Saved model", "lora_name"): saved})
     done["sine_sweep"] = run_graph(server, "sine_sweep", SWEPT)
-    for name in ("edit_wide", "style_transfer", "style_generation", "remove_content", "faces"):
+    for name in ("style_transfer", "style_generation", "remove_content", "faces"):
         done[f"sine_{name}"] = run_graph(server, f"sine_{name}")
     return done

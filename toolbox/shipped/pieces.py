@@ -43,9 +43,9 @@ class Pieces:
     def model(self) -> Node:
         return self.draw.node("CheckpointLoaderSimple", "Model", models=(CHECKPOINT_MODEL,), ckpt_name=CHECKPOINT)
 
-    def subject(self) -> Output:
-        """The subject's picture, cut to the model's size."""
-        loaded = self.draw.node("LoadImage", "Picture of the subject", image="example.png")
+    def subject(self, title: str = "Picture of the subject") -> Output:
+        """A picture, cut to the model's size."""
+        loaded = self.draw.node("LoadImage", title, image="example.png")
         scaled = self.draw.node(
             "ImageScale",
             "To the model's size",
@@ -60,8 +60,8 @@ class Pieces:
     def prompt(self, title: str, clip: Output, text: str | Output) -> Output:
         return self.draw.node("CLIPTextEncode", title, clip=clip, text=text)["CONDITIONING"]
 
-    def canvas(self) -> Output:
-        return self.draw.node("EmptyLatentImage", "Size of the results", width=SIZE, height=SIZE)["LATENT"]
+    def canvas(self, width: int = SIZE, height: int = SIZE) -> Output:
+        return self.draw.node("EmptyLatentImage", "Size of the results", width=width, height=height)["LATENT"]
 
     def sample(
         self,

@@ -5,40 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing, Node, Output
-from .pieces import CFG, MODEL_NOTE, OFF_NOTE, SEED, SIZE, VISION_NOTE, Pieces, score_node
+from .pieces import CFG, MODEL_NOTE, OFF_NOTE, SEED, VISION_NOTE, Pieces, score_node
 
 STEPS, SCHEDULER = 100, "ddim_uniform"  # the authors' sampling
+WHOLE_STEPS, PATCH_STEPS = 800, 1000  # of training on the whole picture, and on patches of it
 BASE_WEIGHT, END_PERCENT = 0.7, 0.6
 TRAINED, EDIT = "photo of a sks dog", "a photo of a dog wearing a red scarf"
+WIDE_TRAINED, WIDE_EDIT, WIDE = "picture of a sks castle", "a children's painting of a castle", (1024, 768)
 COST = (
     "Sampling calls the model three times a step while the guidance is on, which is the first 60 % of the steps, and "
     "twice after that: 260 calls for 100 steps, against 200 without guidance.\n\n"
 )
 FIRST = (
-    "**First** load your own picture in '{picture}' (example.png only holds its place). Keep 'sks' in the training "
-    "prompt, a word that means nothing yet, and put the kind of thing that the picture shows behind it: 'photo of a "
-    "sks dog'. Write the edit without 'sks'. "
+    "**First** load your own picture in 'Picture of the subject' (example.png only holds its place). Keep 'sks' in the "
+    "training prompt, a word that means nothing yet, and put behind it what the picture shows. Write the edit without "
+    "'sks'. "
 )
 
 
 class Guided(Pieces):
     """Tuning on a picture, and sampling with the tuned model's guidance."""
 
-    def square(self, title: str = "Picture of the subject") -> Output:
-        """A picture, cut to a square of twice the model's size: patches are taken from it."""
-        loaded = self.draw.node("LoadImage", title, image="example.png")
-        cut = self.draw.node(
-            "ImageScale",
-            "To a square",
-            image=loaded["IMAGE"],
-            upscale_method="lanczos",
-            width=2 * SIZE,
-            height=2 * SIZE,
-            crop="center",
-        )
-        return cut["IMAGE"]
-
-    def tune(self, title: str, model: Node, picture: Output, text: Output, positive: Output) -> Node:
+    def tune(
+        self, title: str, model: Node, picture: Output, text: Output, positive: Output, **more: bool | int
+    ) -> Node:
+        """On the whole picture, for results of its own size, unless told otherwise."""
         return self.draw.node(
             "LikenessFineTune",
             title,
@@ -49,6 +40,7 @@ class Guided(Pieces):
             prompt=text,
             positive=positive,
             seed=SEED,
+            **{"patches": False, "steps": WHOLE_STEPS, **more},
         )
 
     def guide(self, title: str, model: Node, tuned: Output, trained: Output, **more: float | Output) -> Output:
@@ -69,23 +61,23 @@ def edit(draw: Drawing) -> None:
     """Tune on one picture and edit it, at the size of the training."""
     make = Guided(draw)
     draw.note(
-        "# Edit one picture with a tuned model (SINE)\nTunes the model on patches of one picture, then makes the edit "
+        "# Edit one picture with a tuned model (SINE)\nTunes the model on one picture, then makes the edit "
         "three times from the same noise: by the base model alone, by the tuned model alone (it knows the picture "
         "only, and does not obey) and by the base model guided by the tuned one.\n\n"
-        + FIRST.format(picture="Picture of the subject")
-        + "The picture is cut to a square. Closer to the picture: lower base_weight or raise end_percent. More of the "
-        "edit: the other way; 'sine_sweep' shows both. The tuned model is saved as a LoRA for 'sine_load_and_edit'."
-        "\n\n" + COST + MODEL_NOTE + VISION_NOTE + OFF_NOTE,
+        + FIRST
+        + "The picture is cut to a 512 x 512 square. Closer to the picture: lower base_weight or raise end_percent. "
+        "More of the edit: the other way; 'sine_sweep' shows both. The tuned model is saved as a LoRA for "
+        "'sine_load_and_edit'.\n\n" + COST + MODEL_NOTE + VISION_NOTE + OFF_NOTE,
         760,
     )
     model = make.model()
     draw.column()
-    picture = make.square()
+    picture = make.subject()
     trained_text = make.text("Training prompt", TRAINED)
-    edit_text = make.text("Edit prompt", EDIT)
+    edit_text = make.text("Prompt of the edit", EDIT)
     draw.column()
     trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
-    positive = make.prompt("Edit prompt, encoded", model["CLIP"], edit_text)
+    positive = make.prompt("Prompt of the edit, encoded", model["CLIP"], edit_text)
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     canvas = make.canvas()
     draw.column()
@@ -119,21 +111,26 @@ def edit_wide(draw: Drawing) -> None:
         "# Edit at another shape and size (SINE)\nThe model is tuned on patches of the whole picture, squeezed to a "
         "square, together with a map that says where in the picture a patch lies. The map then holds for any size: "
         "here 1024 x 768 from a model of 512 x 512. Without guidance, on the left, such sizes repeat the subject.\n\n"
-        + FIRST.format(picture="Picture of the subject")
+        + FIRST
         + "In 'Size of the results' keep the shape of your picture for an undistorted edit, or take another to "
         "stretch the scene to it. This graph uses the guider and SamplerCustomAdvanced; the MODEL patch of "
-        "'sine_edit' gives the same pictures.\n\n" + COST + MODEL_NOTE,
+        "'sine_edit' gives the same pictures. The tuned model is saved for 'sine_stock_loader'.\n\n"
+        + COST
+        + MODEL_NOTE,
         620,
     )
     model = make.model()
     picture = draw.node("LoadImage", "Picture of the subject", image="example.png")["IMAGE"]
     draw.column()
-    trained_text = make.text("Training prompt", "picture of a sks castle")
+    trained_text = make.text("Training prompt", WIDE_TRAINED)
     trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
-    positive = make.prompt("Edit prompt", model["CLIP"], "a children's painting of a castle")
+    positive = make.prompt("Prompt of the edit", model["CLIP"], WIDE_EDIT)
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     draw.column()
-    tuned = make.tune("Learn the picture", model, picture, trained_text, trained)
+    tuned = make.tune(
+        "Learn patches of the picture", model, picture, trained_text, trained, patches=True, steps=PATCH_STEPS
+    )
+    draw.node("LikenessSaveTuned", "Save the tuned model", lora=tuned["lora"], filename_prefix="likeness/tuned_patches")
     draw.column()
     prompts = {"model": model["MODEL"], "positive": positive, "negative": negative, "cfg": CFG}
     alone = draw.node("CFGGuider", "Base model alone", **prompts)["GUIDER"]
@@ -149,7 +146,7 @@ def edit_wide(draw: Drawing) -> None:
     noise = draw.node("RandomNoise", "Noise", noise_seed=SEED)["NOISE"]
     sampler = draw.node("KSamplerSelect", "Sampler", sampler_name="euler")["SAMPLER"]
     sigmas = draw.node("BasicScheduler", "Steps", model=model["MODEL"], scheduler=SCHEDULER, steps=STEPS)["SIGMAS"]
-    canvas = draw.node("EmptyLatentImage", "Size of the results", width=1024, height=768)["LATENT"]
+    canvas = make.canvas(*WIDE)
     draw.column()
     images = []
     for title, guider in (("Sample alone", alone), ("Sample guided", guided)):
@@ -183,7 +180,7 @@ def style_transfer(draw: Drawing) -> None:
     )
     model = make.model()
     draw.column()
-    content, style = make.square("Picture of the content"), make.square("Picture of the style")
+    content, style = make.subject("Picture of the content"), make.subject("Picture of the style")
     draw.column()
     texts = (
         make.text("Content's training prompt", TRAINED),

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from ..drawing import Drawing
 from .pieces import MODEL_NOTE, OFF_NOTE, VISION_NOTE, score_node
-from .sine import COST, EDIT, FIRST, SCHEDULER, TRAINED, Guided
+from .sine import COST, EDIT, FIRST, SCHEDULER, TRAINED, WIDE, WIDE_EDIT, WIDE_TRAINED, Guided
 
-SAVED = "likeness/tuned_00001_.safetensors"
+SAVED, SAVED_PATCHES = "likeness/tuned_00001_.safetensors", "likeness/tuned_patches_00001_.safetensors"
 SAME = "With the picture and the training prompt of 'sine_edit', that training is not done again.\n\n"
 SWEEP_STEPS = 50
 STYLE = "painting in the sks style"
@@ -32,7 +32,7 @@ def style_generation(draw: Drawing) -> None:
     )
     model = make.model()
     draw.column()
-    picture = make.square("Picture of the style")
+    picture = make.subject("Picture of the style")
     trained_text = make.text("Style's training prompt", STYLE)
     draw.column()
     trained = make.prompt("Style's training prompt, encoded", model["CLIP"], trained_text)
@@ -65,7 +65,7 @@ def remove_content(draw: Drawing) -> None:
     )
     model = make.model()
     draw.column()
-    picture = make.square()
+    picture = make.subject()
     trained_text = make.text("Training prompt with it", "photo of a sks dog with a flower in its mouth")
     draw.column()
     prompts = {
@@ -114,7 +114,7 @@ def faces(draw: Drawing) -> None:
     )
     model = make.model()
     draw.column()
-    picture = make.square("Portrait")
+    picture = make.subject("Portrait")
     trained_text = make.text("Training prompt", FACE)
     draw.column()
     trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
@@ -175,18 +175,20 @@ def stock_loader(draw: Drawing) -> None:
         "other LoRAs can be loaded before them. A stock loader does not know the position map of a model that was "
         "tuned on patches: put it back with 'Position map', with the cells and the interpolation of the training, and "
         "write the training prompt yourself. Without the map the tuned model shows parts of the picture in the wrong "
-        "places. Run 'sine_edit' once first.\n\n" + COST + MODEL_NOTE,
+        "places. Run 'sine_edit_wide' once first: the result is its guided edit again.\n\n" + COST + MODEL_NOTE,
         460,
     )
     model = make.model()
     draw.column()
-    loaded = draw.node("LoraLoaderModelOnly", "Saved model", model=model["MODEL"], lora_name=SAVED, strength_model=1.0)
+    loaded = draw.node(
+        "LoraLoaderModelOnly", "Saved model", model=model["MODEL"], lora_name=SAVED_PATCHES, strength_model=1.0
+    )
     mapped = draw.node("LikenessPositionMap", "Position map", model=loaded["MODEL"])
     draw.column()
-    trained = make.prompt("Training prompt", model["CLIP"], TRAINED)
-    positive = make.prompt("Edit prompt", model["CLIP"], EDIT)
+    trained = make.prompt("Training prompt", model["CLIP"], WIDE_TRAINED)
+    positive = make.prompt("Prompt of the edit", model["CLIP"], WIDE_EDIT)
     negative = make.prompt("Negative prompt", model["CLIP"], "")
-    canvas = make.canvas()
+    canvas = make.canvas(*WIDE)
     draw.column()
     guided = make.guide("Guide by the tuned model", model, mapped["model"], trained)
     latent = make.guided_sample("Sample", guided, positive, negative, canvas)
@@ -202,7 +204,7 @@ def sweep(draw: Drawing) -> None:
         "from the same noise, and lays them out in a grid as the paper's figures 7 to 9 and 19 to 21 do. With the "
         "scores switched on it also draws how far each picture is from the source and how well it meets the edit "
         "prompt. To the left and down the picture wins, to the right and up the prompt.\n\n"
-        + FIRST.format(picture="Picture of the subject")
+        + FIRST
         + SAME
         + f"16 samplings of {SWEEP_STEPS} steps take their time: shorten the lists for a first look.\n\n"
         + MODEL_NOTE
@@ -212,11 +214,11 @@ def sweep(draw: Drawing) -> None:
     )
     model = make.model()
     draw.column()
-    picture = make.square()
-    trained_text, edit_text = make.text("Training prompt", TRAINED), make.text("Edit prompt", EDIT)
+    picture = make.subject()
+    trained_text, edit_text = make.text("Training prompt", TRAINED), make.text("Prompt of the edit", EDIT)
     draw.column()
     trained = make.prompt("Training prompt, encoded", model["CLIP"], trained_text)
-    positive = make.prompt("Edit prompt, encoded", model["CLIP"], edit_text)
+    positive = make.prompt("Prompt of the edit, encoded", model["CLIP"], edit_text)
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     canvas = make.canvas()
     draw.column()
