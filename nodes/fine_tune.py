@@ -22,7 +22,7 @@ class LikenessFineTune(io.ComfyNode):
             display_name="Fine-Tune on Picture",
             category="likeness/fine_tune",
             description="Teaches a model one picture under one fixed prompt, whole or in patches with a position map "
-            "(SINE), so that Model-Based Guidance can edit that picture. As a LoRA or as a fine-tune of all weights.",
+            "(SINE), so that Subject Guidance can edit that picture. As a LoRA or as a fine-tune of all weights.",
             search_aliases=["sine", "dreambooth", "train lora", "finetune", "single image"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to teach. It is not changed."),

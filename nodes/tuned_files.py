@@ -93,7 +93,7 @@ class LikenessLoadTuned(io.ComfyNode):
                 io.String.Output(display_name="prompt", tooltip="The training prompt."),
                 io.Conditioning.Output(
                     display_name="positive",
-                    tooltip="The training prompt encoded by the tuned text encoder, for Model-Based Guidance. Nothing "
+                    tooltip="The training prompt encoded by the tuned text encoder, for Subject Guidance. Nothing "
                     "runs behind it without 'clip', or for a file that the stock Save LoRA wrote: it has no prompt.",
                 ),
                 io.String.Output(
