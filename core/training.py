@@ -84,8 +84,9 @@ def train(
     header: dict[str, Any],
     on_update: Callable[[Tensor], None],
     keep: int | None = None,
+    done: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Bring the fit to `steps` updates, resuming what is stored under the key.
+    """Bring the fit to `steps` updates, or until it says that it is done, resuming what is stored under the key.
 
     result() gives the fit's current result; it is kept at every save_every steps, at the end and where the run stopped,
     of large ones only the last `keep`. on_update gets the denoised estimate of each update; whatever it raises (an
@@ -114,7 +115,7 @@ def train(
             del kept[old]
 
     try:
-        while fit.step < steps:
+        while fit.step < steps and not done():
             denoised = fit.update()
             if fit.step % save_every == 0 or fit.step == steps:
                 keep_result()

@@ -11,6 +11,7 @@ Embedding = io.Custom("LIKENESS_EMBEDDING")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 Subjects = io.Custom("LIKENESS_SUBJECTS")
+Trajectory = io.Custom("LIKENESS_TRAJECTORY")
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 

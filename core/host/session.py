@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..conditioning import Conditioning, detached
 from .position_map import BOXES
 from .weights import (
+    GUIDANCE,
     check_fully_loaded,
     checkpointed,
     gradients,
@@ -111,6 +112,24 @@ class _Body(comfy.samplers.Sampler):
     ):
         self._run(model_wrap, extra_args, latent_image)
         return latent_image
+
+
+def predicting(
+    model: Any, positive: Conditioning, latent: Tensor, body: Callable[[GuiderDenoiser, Tensor], None]
+) -> None:
+    """Run body(denoiser, x0) with a MODEL's own predictions for one prompt, without guidance and without gradients.
+
+    Arguments as in optimise(); the model may be partly offloaded.
+    """
+    clone = model.clone()
+    for name in GUIDANCE:
+        clone.model_options.pop(name, None)
+    guider = comfy.samplers.CFGGuider(clone)
+    guider.inner_set_conds({"positive": positive})
+    sampling = clone.get_model_object("model_sampling")
+    ends = torch.tensor([float(sampling.sigma_max), 0.0])
+    run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args), x0))
+    guider.sample(torch.zeros_like(latent), latent, run, ends, disable_pbar=True)
 
 
 def optimise(

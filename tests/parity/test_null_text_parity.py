@@ -8,6 +8,7 @@ import torch
 from likeness.core.host.session import optimise
 from likeness.core.inversion import invert
 from likeness.core.null_text import NullText, NullTextSettings
+from likeness.core.windows import step_wise, windows
 
 from .unets import SD_SCALE, arrays, tiny_sd15
 
@@ -67,3 +68,30 @@ def test_null_text(official, run):
         torch.testing.assert_close(final, official[f"{run}_replay"][-1], atol=1e-3, rtol=0)
 
     in_session(official, work)
+
+
+@pytest.mark.parametrize("run", ["std", "early"])
+def test_playback_in_the_stock_sampler(official, run):
+    """Their embeddings as windowed negatives, through ComfyUI's guider and Euler sampler."""
+    import comfy.samplers
+
+    model = tiny_sd15()
+    sampling = model.get_model_object("model_sampling")
+    sigmas = levels(official)
+    steps = windows(sigmas.tolist(), sampling.percent_to_sigma)
+    seen = []
+    with torch.inference_mode():
+        negative = step_wise([[official["uncond"], {}]], official[f"{run}_null"].unbind(), steps)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds([[official["cond"], {}]], negative)
+        guider.set_cfg(float(official["guidance"]))
+        start = scaled(official, official[f"{run}_pivot"].flip(0))[0] / SD_SCALE
+        sampler = comfy.samplers.sampler_object("euler")
+        final = guider.sample(
+            torch.zeros_like(start), start, sampler, sigmas, callback=lambda *step: seen.append(step[2]), seed=0,
+            disable_pbar=True,
+        )  # fmt: skip
+    replay = official[f"{run}_replay"]
+    for step, x in enumerate(seen):
+        torch.testing.assert_close(x / (1 + sigmas[step] ** 2).sqrt(), replay[step], atol=2e-5, rtol=0)
+    torch.testing.assert_close(final * SD_SCALE / (1 + sigmas[-1] ** 2).sqrt(), replay[-1], atol=2e-5, rtol=0)

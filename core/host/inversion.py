@@ -1,0 +1,175 @@
+"""Inverting a picture with a MODEL, and null-text optimisation: from what the nodes got to what samplers take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning, detached, single_prompt
+from ..inversion import Label, invert
+from ..null_text import NullText, NullTextSettings
+from ..runs import digest
+from ..training import Result, Run, stored_run, train
+from ..trajectory import Trajectory, check_sigmas
+from ..windows import step_wise, windows
+from .describe import describe
+from .embedding_training import run_store, subject
+from .fingerprint import check_base, fingerprint, patches_digest
+from .progress import Progress
+from .session import GuiderDenoiser, optimise, predicting
+
+METHOD = "null-text"
+EVERY = 1 << 62
+
+
+def inverted(
+    model: Any,
+    positive: Conditioning,
+    latent: dict[str, Tensor] | None,
+    image: Tensor | None,
+    vae: Any | None,
+    sigmas: Tensor,
+    label: Label,
+    iterations: int,
+    node_id: str | None = None,
+) -> Trajectory:
+    """The trajectory of a picture along SIGMAS, with the prompt that describes it and no guidance."""
+    single_prompt(positive, "prompt")
+    check_sigmas(sigmas)
+    if label == "published" and not _variance_preserving(model):
+        raise ValueError(
+            "The published inversion is defined for models that add noise to the picture (SD1.x, SD2.x, SDXL), this "
+            "one mixes it in: choose 'current' or 'fixed point'."
+        )
+    samples = subject(model, latent, image, vae, None).latent
+    bar = comfy.utils.ProgressBar(len(sigmas) - 1, node_id=node_id)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    found: list[Tensor] = []
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        def on_step(step: int, x: Tensor) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            show = previewer is not None and step % 10 == 0
+            picture = previewer.decode_latent_to_preview_image("JPEG", x[:1].float()) if show else None
+            bar.update_absolute(step, len(sigmas) - 1, picture)
+
+        found.append(invert(denoiser, x0.float(), denoiser.context, sigmas, label, iterations, on_step).cpu())
+
+    predicting(model, positive, samples, body)
+    header = {"base": fingerprint(model), "label": label, "prompt": digest(describe(positive))}
+    return Trajectory(found[0], sigmas.detach().float().cpu(), header)
+
+
+def start_latent(model: Any, trajectory: Trajectory) -> dict[str, Tensor]:
+    """The noisiest latent as a LATENT, for samplers that add no noise of their own."""
+    return {"samples": model.get_model_object("latent_format").process_out(trajectory.latents[0])}
+
+
+def _variance_preserving(model: Any) -> bool:
+    ones = torch.ones(1, 1, 1, 1)
+    noised = model.get_model_object("model_sampling").noise_scaling(torch.full((1,), 0.5), 0 * ones, ones)
+    return float(noised) == 1.0
+
+
+@dataclass(frozen=True)
+class Nulls:
+    """What null-text optimisation found: one negative for each step, its losses, and how many updates each took."""
+
+    conditioning: Conditioning
+    losses: list[float]
+    counts: list[int]
+
+    def report(self) -> str:
+        """A line for each step: updates, first and last loss."""
+        lines, first = [], 0
+        for step, count in enumerate(self.counts):
+            of_step = self.losses[first : first + count]
+            lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
+            first += count
+        return "\n".join([*lines, f"{len(self.losses)} updates in all"])
+
+
+def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory) -> None:
+    """ValueError when a trajectory is of another model or prompt."""
+    check_base(trajectory.header.get("base", {}), model)
+    if trajectory.header.get("prompt") != digest(describe(positive)):
+        raise ValueError(
+            "The trajectory was made with another prompt: connect the very prompt that the picture was inverted with."
+        )
+
+
+def null_text(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    trajectory: Trajectory,
+    settings: NullTextSettings,
+    node_id: str | None = None,
+) -> Nulls:
+    """Optimise (or resume, or serve from disk) one negative for each step of a trajectory."""
+    check_trajectory(model, positive, trajectory)
+    if trajectory.latents.shape[1] != 1:
+        raise ValueError(
+            f"The trajectory holds {trajectory.latents.shape[1]} pictures; each needs negatives of its own: invert one "
+            "picture at a time."
+        )
+    start = single_prompt(negative, "negative prompt").detach().float().cpu()
+    put_on = [patches_digest(model), describe(positive)]
+    parts = [fingerprint(model), put_on, start, trajectory.latents, trajectory.sigmas]
+    key = digest([METHOD, asdict(settings), *parts])
+    total = trajectory.steps * settings.inner_steps
+    progress = Progress(model, total, node_id)
+    run = stored_run(run_store(), key)
+    progress.start(0 if run is None else run.step)
+    if run is None or not _complete(run, trajectory.steps):
+        run = _optimise(model, positive, start, trajectory, settings, key, total, progress)
+    result = run.kept[run.step]
+    progress.curve(run.losses)
+    sampling = model.get_model_object("model_sampling")
+    steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
+    conditioning = step_wise(negative, result["nulls"].split(1), steps)
+    return Nulls(conditioning, run.losses, result["counts"].tolist())
+
+
+def _complete(run: Run, steps: int) -> bool:
+    return run.step in run.kept and len(run.kept[run.step]["nulls"]) == steps
+
+
+def _optimise(
+    model: Any,
+    positive: Conditioning,
+    start: Tensor,
+    trajectory: Trajectory,
+    settings: NullTextSettings,
+    key: str,
+    total: int,
+    progress: Progress,
+) -> Run:
+    finished: list[Run] = []
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        latents, sigmas, null = (
+            each.to(x0.device) for each in detached([trajectory.latents, trajectory.sigmas, start])
+        )
+        fit = NullText(denoiser, latents, sigmas, denoiser.context, null, settings)
+
+        def result() -> Result:
+            return {"nulls": torch.cat(fit.nulls).cpu(), "counts": torch.tensor(fit.counts)}
+
+        def on_update(denoised: Tensor) -> None:
+            progress.update(fit.losses, denoised)
+
+        header = {"method": METHOD, "settings": asdict(settings)}
+        run = train(fit, total, EVERY, result, run_store(), key, header, on_update, done=lambda: fit.done)
+        finished.append(run)
+
+    latent_format = model.get_model_object("latent_format")
+    optimise(model, positive, latent_format.process_out(trajectory.latents[-1]), body)
+    return finished[0]

@@ -1,0 +1,34 @@
+"""The LIKENESS_TRAJECTORY: the latents that an inversion went through, with what is needed to use them rightly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """latents [T + 1, B, C, h, w] float32 on the CPU, in the model's latent space and ComfyUI's coordinates: entry i is
+    what a sampler has before step i. sigmas [T + 1], descending. header: base, label, prompt (JSON values).
+    """
+
+    latents: Tensor
+    sigmas: Tensor
+    header: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+def check_sigmas(sigmas: Tensor) -> None:
+    """ValueError for levels that no trajectory can be walked along."""
+    falling = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
+    if not falling or float(sigmas[-1]) < 0 or not bool(torch.isfinite(sigmas).all()):
+        raise ValueError(
+            f"The SIGMAS are {[round(float(s), 4) for s in sigmas.flatten()[:6]]}{' ...' if sigmas.numel() > 6 else ''}"
+            ", expected two or more falling noise levels, as BasicScheduler gives them: do not flip or cut them."
+        )

@@ -1,0 +1,146 @@
+"""Inversion and null-text optimisation in ComfyUI: the picture comes back, and what was stopped goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+from .methods import Setting, run_node
+from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
+
+STEPS = 10
+
+
+def sigmas(model, steps: int = STEPS, scheduler: str = "ddim_uniform") -> torch.Tensor:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def calm(setting: Setting) -> Setting:
+    """A network that says little, as a trained one does from step to step: a random one cannot be walked back."""
+    with torch.inference_mode():
+        last = setting.model.model.diffusion_model.out[2]
+        last.weight.mul_(0.05)
+    return setting
+
+
+def invert(setting, **changes):
+    from likeness.nodes.inversion import LikenessInvert
+
+    inputs = {"model": setting.model, "positive": setting.source, "latent": setting.latent, "label": "published"}
+    return run_node(LikenessInvert, **{"sigmas": sigmas(setting.model), **inputs, **changes})
+
+
+def play(setting, start, levels, negative, cfg: float) -> torch.Tensor:
+    import comfy.samplers
+
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(setting.model)
+        guider.set_conds(setting.source, negative)
+        guider.set_cfg(cfg)
+        samples = start["samples"]
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(torch.zeros_like(samples), samples, sampler, levels, seed=0, disable_pbar=True)
+
+
+def distance(setting, found) -> float:
+    return float((found - setting.latent["samples"]).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_picture_comes_back_without_guidance_and_the_fixed_point_is_exact(family):
+    setting = calm(Setting(family))
+    errors = {}
+    for label in ("published", "current", "fixed point"):
+        trajectory, start, levels = invert(setting, label=label, iterations=30)
+        assert trajectory.latents.shape == (STEPS + 1, 1, 4, 8, 8) and torch.equal(levels, sigmas(setting.model))
+        errors[label] = distance(setting, play(setting, start, levels, setting.empty, 1.0))
+    assert errors["fixed point"] < 1e-3 < errors["published"] < 0.5 and errors["current"] < 0.5
+
+
+def test_batches_odd_sizes_and_the_model_stay_as_they_are():
+    setting = calm(Setting(images=3, size=(9, 7)))
+    weights = {name: value for name, value in setting.model.model.named_parameters()}
+    trajectory, start, _ = invert(setting)
+    assert trajectory.latents.shape == (STEPS + 1, 3, 4, 9, 7) and start["samples"].shape == (3, 4, 9, 7)
+    assert all(value is weights[name] for name, value in setting.model.model.named_parameters())
+
+
+def optimised(setting, trajectory, **changes):
+    from likeness.nodes.inversion import LikenessNullText
+
+    inputs = {"model": setting.model, "positive": setting.source, "negative": setting.empty, "cfg": 7.5}
+    return run_node(LikenessNullText, **{**inputs, "trajectory": trajectory, "inner_steps": 5, **changes})
+
+
+def test_null_text_brings_guided_sampling_back_to_the_picture():
+    setting = calm(Setting())
+    trajectory, start, levels = invert(setting)
+    plain = distance(setting, play(setting, start, levels, setting.empty, 7.5))
+    negative, loss, report = optimised(setting, trajectory, learning_rate=0.1)
+    assert distance(setting, play(setting, start, levels, negative, 7.5)) < 0.8 * plain
+    assert len(negative) == STEPS and len(loss["loss"]) <= 5 * STEPS and f"{len(loss['loss'])} updates in all" in report
+
+
+@pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras", "simple", "sgm_uniform", "beta"])
+@pytest.mark.parametrize("steps", [1, 2, 20, 50])
+def test_every_level_meets_exactly_one_window(scheduler, steps):
+    from likeness.core.windows import windows
+
+    sampling = tiny_models.sd1().get_model_object("model_sampling")
+    levels = sigmas(tiny_models.sd1(), steps, scheduler)
+    found = windows(levels.tolist(), sampling.percent_to_sigma)
+    assert found[0][0] == 0.0 and found[-1][1] == 1.0 and len(found) == len(levels) - 1
+    for index, sigma in enumerate(levels[:-1].tolist()):
+        held = [
+            i for i, (start, end) in enumerate(found)
+            if sampling.percent_to_sigma(end) <= sigma <= sampling.percent_to_sigma(start)
+        ]  # fmt: skip
+        assert held == [index]
+
+
+def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch):
+    from likeness.core.host.progress import Progress
+
+    setting = calm(Setting())
+    trajectory, _, _ = invert(setting)
+    whole, losses, _ = optimised(setting, trajectory)
+    again, same, _ = optimised(setting, trajectory)
+    assert losses == same and all(torch.equal(a[0], b[0]) for a, b in zip(whole, again, strict=True))
+    forget_runs(tmp_path)
+    update, seen = Progress.update, []
+
+    def cancel(self, losses, denoised=None):
+        if len(losses) == 13 and denoised is not None:
+            raise Cancelled
+        update(self, losses, denoised)
+
+    monkeypatch.setattr(Progress, "update", cancel)
+    with pytest.raises(Cancelled):
+        optimised(setting, trajectory)
+    monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None: seen.append(len(losses)))
+    resumed, third, _ = optimised(setting, trajectory)
+    assert seen[0] == 14 and third == losses
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_bad_input_is_refused():
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    setting = calm(Setting())
+    trajectory, _, _ = invert(setting)
+    with pytest.raises(ValueError, match="falling noise levels"):
+        invert(setting, sigmas=sigmas(setting.model).flip(0))
+    with pytest.raises(ValueError, match="another prompt"):
+        optimised(setting, trajectory, positive=setting.target)
+    with pytest.raises(ValueError, match="connect the model"):
+        optimised(Setting("sdxl"), trajectory)
+    several = Setting(images=2)
+    with pytest.raises(ValueError, match="one picture at a time"):
+        optimised(several, invert(several)[0])
+    flow = Setting()
+    flow.model = run_node(ModelSamplingSD3, model=flow.model, shift=3.0)[0]
+    with pytest.raises(ValueError, match="choose 'current' or 'fixed point'"):
+        invert(flow, sigmas=sigmas(flow.model, scheduler="normal"))
