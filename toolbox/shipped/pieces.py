@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..drawing import Drawing, Node, Output
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
@@ -73,7 +75,13 @@ class Pieces:
         **changes: int | float | str,
     ) -> Output:
         """All samplings share one seed, so that results differ by one thing only."""
-        settings = {"steps": SAMPLING_STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal", **changes}
+        settings: dict[str, Any] = {
+            "steps": SAMPLING_STEPS,
+            "cfg": CFG,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            **changes,
+        }
         node = self.draw.node(
             "KSampler",
             title,

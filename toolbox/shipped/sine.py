@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..drawing import Drawing, Node, Output
 from .pieces import CFG, MODEL_NOTE, OFF_NOTE, SEED, VISION_NOTE, Pieces, score_node
@@ -30,6 +31,7 @@ class Guided(Pieces):
         self, title: str, model: Node, picture: Output, text: Output, positive: Output, **more: bool | int
     ) -> Node:
         """On the whole picture, for results of its own size, unless told otherwise."""
+        settings: dict[str, Any] = {"patches": False, "steps": WHOLE_STEPS, **more}
         return self.draw.node(
             "LikenessFineTune",
             title,
@@ -40,11 +42,11 @@ class Guided(Pieces):
             prompt=text,
             positive=positive,
             seed=SEED,
-            **{"patches": False, "steps": WHOLE_STEPS, **more},
+            **settings,
         )
 
-    def guide(self, title: str, model: Node, tuned: Output, trained: Output, **more: float | Output) -> Output:
-        settings = {"base_weight": BASE_WEIGHT, "end_percent": END_PERCENT, **more}
+    def guide(self, title: str, model: Node, tuned: Output, trained: Output, **more: Any) -> Output:
+        settings: dict[str, Any] = {"base_weight": BASE_WEIGHT, "end_percent": END_PERCENT, **more}
         node = self.draw.node(
             "LikenessGuidance", title, model=model["MODEL"], tuned=tuned, tuned_positive=trained, **settings
         )
@@ -132,7 +134,7 @@ def edit_wide(draw: Drawing) -> None:
     )
     draw.node("LikenessSaveTuned", "Save the tuned model", lora=tuned["lora"], filename_prefix="likeness/tuned_patches")
     draw.column()
-    prompts = {"model": model["MODEL"], "positive": positive, "negative": negative, "cfg": CFG}
+    prompts: dict[str, Any] = {"model": model["MODEL"], "positive": positive, "negative": negative, "cfg": CFG}
     alone = draw.node("CFGGuider", "Base model alone", **prompts)["GUIDER"]
     guided = draw.node(
         "LikenessGuider",

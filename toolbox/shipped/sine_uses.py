@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..drawing import Drawing
 from .pieces import MODEL_NOTE, OFF_NOTE, VISION_NOTE, score_node
@@ -225,7 +226,7 @@ def sweep(draw: Drawing) -> None:
     tuned = make.tune("Learn the picture", model, picture, trained_text, trained)
     draw.column()
     pairs = draw.node("LikenessSweep", "All pairs")
-    settings = {"base_weight": pairs["base_weight"], "end_percent": pairs["end_percent"]}
+    settings: dict[str, Any] = {"base_weight": pairs["base_weight"], "end_percent": pairs["end_percent"]}
     guided = make.guide("Guide at each pair", model, tuned["model"], trained, **settings)
     latents = make.sample("Sample each", guided, positive, negative, canvas, steps=SWEEP_STEPS, scheduler=SCHEDULER)
     draw.column()
