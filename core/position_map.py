@@ -44,29 +44,31 @@ def position_map(
 ) -> Tensor:
     """The maps [B, channels, h, w] float32 of boxes [B, 4], each (y0, x0, y1, x1) in cells, for latents of size (h, w).
 
-    Boxes need not end between cells: a window of a larger picture seldom does. They are then widened to whole cells.
+    They are on the device of the boxes. Boxes need not end between cells: a window of a larger picture seldom does. They are then widened to whole cells.
     Raises ValueError for a box outside of the grid, or channels that do not divide into sin and cos of x and y.
     """
     if channels % 4:
         raise ValueError(f"The model's first layer has {channels} channels; a position map needs a multiple of 4.")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"The interpolation is {interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}.")
-    table = sinusoids(cells, channels // 2).T
-    x = table[:, None, :].expand(-1, cells, -1)
-    y = table[:, :, None].expand(-1, -1, cells)
-    grid = torch.cat([x, y])[None]
-    return torch.cat([_part(grid, box, size, interpolation) for box in boxes.tolist()])
+    table = sinusoids(cells, channels // 2).T[None].to(boxes.device)
+    return torch.cat([_part(table, box, size, interpolation) for box in boxes.tolist()])
 
 
-def _part(grid: Tensor, box: list[float], size: tuple[int, int], interpolation: str) -> Tensor:
-    cells = grid.shape[-1]
+def _part(table: Tensor, box: list[float], size: tuple[int, int], interpolation: str) -> Tensor:
+    """[1, channels, h, w]. Each half varies along one axis only, so each is stretched along that one alone."""
+    cells = table.shape[-1]
     y0, x0, y1, x1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     if not (0 <= y0 < y1 <= cells and 0 <= x0 < x1 <= cells):
         raise ValueError(
             f"The box (y {box[0]:g} to {box[2]:g}, x {box[1]:g} to {box[3]:g}) is not a part of the position map's "
             f"{cells} x {cells} cells: give the number of cells that the model was trained with."
         )
-    part = grid[:, :, y0:y1, x0:x1]
+    x, y = _line(table[..., x0:x1], size[1], interpolation), _line(table[..., y0:y1], size[0], interpolation)
+    return torch.cat([x[:, :, None, :].expand(-1, -1, size[0], -1), y[..., None].expand(-1, -1, -1, size[1])], dim=1)
+
+
+def _line(part: Tensor, length: int, interpolation: str) -> Tensor:
     if interpolation == "nearest":
-        return F.interpolate(part, size=size, mode="nearest")
-    return F.interpolate(part, size=size, mode="bilinear", align_corners=True)
+        return F.interpolate(part, size=length, mode="nearest")
+    return F.interpolate(part, size=length, mode="linear", align_corners=True)

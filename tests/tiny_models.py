@@ -135,7 +135,7 @@ def clip_xl(seed: int = 0):
         clip = comfy.sdxl_clip.SDXLClipModel
         tokenizer = comfy.sdxl_clip.SDXLTokenizer
 
-    few = {"num_hidden_layers": 3}  # the rows are taken from the last but one
+    few = {"num_hidden_layers": 3, "intermediate_size": 256}  # the rows are taken from the last but one
     with torch.inference_mode():
         clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "clip_g_model_config": few})
         randomise(clip.cond_stage_model, seed)

@@ -9,6 +9,7 @@ a checkpoint the small world's is built and used; --vision adds a folder of mode
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -42,7 +43,13 @@ def main(arguments: list[str]) -> int:
         latent = torch.randn(1, vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
         found = [
             check(model, prompt, latent, checkpointing=checkpointing)
-            for check in (selftest.check_conditioning, selftest.check_latent, selftest.check_lora)
+            for check in (
+                selftest.check_conditioning,
+                selftest.check_latent,
+                selftest.check_lora,
+                functools.partial(selftest.check_lora, clip=clip),
+                functools.partial(selftest.check_weights, clip=clip),
+            )
             for checkpointing in (False, True)
         ]
         found += [selftest.check_vae_decode(vae, latent), selftest.check_clip_text(clip)]

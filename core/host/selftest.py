@@ -7,20 +7,21 @@ Run all with `python toolbox/_load.py toolbox.selftest`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..gradcheck import GradientCheck, gradient_check
-from ..lora import LowRank, attention_layers, beside
-from .differentiable import decode, decoding, encode_tokens, text_encoding
+from ..lora import TEXT_LAYERS, attention_layers, beside, new_adapters
+from .differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
 from .session import GuiderDenoiser, optimise
 from .weights import checkpointed
 
 LORA_RANK = 4
+LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -33,6 +34,7 @@ def _in_session(
     latent: Tensor,
     check: Callable[[GuiderDenoiser, Tensor, Tensor, Tensor], GradientCheck],
     checkpointing: bool,
+    **more: Any,
 ) -> GradientCheck:
     found: list[GradientCheck] = []
 
@@ -41,8 +43,27 @@ def _in_session(
         noise = _noise(tuple(x0.shape), 1).to(x0)
         found.append(check(denoiser, denoiser.noised(x0, noise, sigma), sigma, _noise(tuple(x0.shape), 2).to(x0)))
 
-    optimise(model, positive, latent, body, checkpointing=checkpointing)
+    optimise(model, positive, latent, body, checkpointing=checkpointing, **more)
     return found[0]
+
+
+@contextlib.contextmanager
+def _as_one(slots: list[tuple[nn.Module, str]]) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
+    """Parameters of modules as one vector: yields it as it is, and a function that puts another one in its place."""
+    stores = [dict(module._parameters) for module, _ in slots]
+    old = [torch.as_tensor(module._parameters.pop(name)).detach() for module, name in slots]
+
+    def put(vector: Tensor) -> None:
+        for (module, name), piece, like in zip(slots, vector.split([v.numel() for v in old]), old, strict=True):
+            setattr(module, name, piece.view(like.shape))
+
+    try:
+        yield torch.cat([value.flatten() for value in old]), put
+    finally:
+        for (module, name), store in reversed(list(zip(slots, stores, strict=True))):
+            module.__dict__.pop(name, None)
+            module._parameters.clear()
+            module._parameters.update(store)
 
 
 def check_conditioning(
@@ -67,32 +88,74 @@ def check_latent(model: Any, positive: Conditioning, latent: Tensor, *, checkpoi
     return _in_session(model, positive, latent, check, checkpointing)
 
 
-def check_lora(model: Any, positive: Conditioning, latent: Tensor, *, checkpointing: bool = False) -> GradientCheck:
-    """The same with respect to all factors of a LoRA on the attention layers, taken as one vector."""
+def check_lora(
+    model: Any, positive: Conditioning, latent: Tensor, *, checkpointing: bool = False, clip: Any | None = None
+) -> GradientCheck:
+    """The same with respect to all factors of a LoRA on the attention layers, taken as one vector.
+
+    clip: a text encoder that gets one too, and through which the prompt then comes.
+    """
+    text = None if clip is None else TextEncoder(clip)
 
     def check(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, weight: Tensor) -> GradientCheck:
-        layers = attention_layers(model.model.diffusion_model, "diffusion_model")
-        generator = torch.Generator().manual_seed(3)
-        adapters = {name: LowRank(layer, LORA_RANK, generator) for name, layer in layers.items()}
-        factors = [factor for adapter in adapters.values() for factor in (adapter.down, adapter.up)]
-        for factor in factors:
-            factor.requires_grad_(False)
-        start = torch.cat([f.flatten() for f in factors])
-        start = start + 0.01 * _noise(tuple(start.shape), 4).to(start)
+        layers = attention_layers(denoiser.model.diffusion_model, "diffusion_model")  # ty: ignore[invalid-argument-type]
+        if text is not None:
+            layers |= attention_layers(text.patcher.model, "text_encoders", TEXT_LAYERS)
+        adapters = new_adapters(layers, LORA_RANK, 3)
+        slots = [(adapter, name) for adapter in adapters.values() for name in ("down", "up")]
+        with beside(layers, adapters), _as_one(slots) as (start, put):
+            predict = _prediction(denoiser, x, sigma, text)
 
-        def function(vector: Tensor) -> Tensor:
-            pieces = iter(vector.split([f.numel() for f in factors]))
-            for adapter in adapters.values():
-                for name in ("down", "up"):
-                    shape = getattr(adapter, name).shape
-                    adapter._parameters.pop(name, None)
-                    setattr(adapter, name, next(pieces).view(shape))
-            return (denoiser.denoised(x, sigma) * weight).sum()
+            def function(vector: Tensor) -> Tensor:
+                put(vector)
+                return (predict() * weight).sum()
 
-        with beside(layers, adapters):
-            return gradient_check("lora", function, start)
+            name = "lora" if text is None else "lora of unet and text encoder"
+            return gradient_check(name, function, start + 0.01 * _noise(tuple(start.shape), 4).to(start))
 
-    return _in_session(model, positive, latent, check, checkpointing)
+    return _in_session(model, positive, latent, check, checkpointing, text=None if text is None else text.patcher)
+
+
+def check_weights(
+    model: Any, positive: Conditioning, latent: Tensor, *, checkpointing: bool = False, clip: Any | None = None
+) -> GradientCheck:
+    """The same with respect to every seventh weight of the model (and the text encoder), taken as one vector."""
+    text = None if clip is None else TextEncoder(clip)
+
+    def check(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, weight: Tensor) -> GradientCheck:
+        modules = [denoiser.model.diffusion_model, *([] if text is None else [text.patcher.model])]
+        slots = [
+            (part, name)
+            for module in modules
+            for part in module.modules()  # ty: ignore[call-non-callable]
+            for name, value in part._parameters.items()
+            if value is not None and value.numel() < LARGEST
+        ][::7]
+        with _as_one(slots) as (start, put):
+            predict = _prediction(denoiser, x, sigma, text)
+
+            def function(vector: Tensor) -> Tensor:
+                put(vector)
+                return (predict() * weight).sum()
+
+            name = "weights" if text is None else "weights of unet and text encoder"
+            return gradient_check(name, function, start)
+
+    patcher = None if text is None else text.patcher
+    return _in_session(model, positive, latent, check, checkpointing, text=patcher, all_weights=True)
+
+
+def _prediction(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, text: TextEncoder | None) -> Callable[[], Tensor]:
+    """The denoised estimate with the session's own prompt, or with one that the text encoder says anew each time."""
+    if text is None:
+        return lambda: denoiser.denoised(x, sigma)
+    tokens = text.tokens("a photo of a (cat:1.2)")
+
+    def predict() -> Tensor:
+        prompt = text.encode(tokens)
+        return denoiser.denoised(x, sigma, prompt.context, prompt.pooled)
+
+    return predict
 
 
 def check_vae_decode(vae: Any, samples: Tensor, *, checkpointing: bool = False) -> GradientCheck:

@@ -64,7 +64,7 @@ class GuiderDenoiser:
         extra_args = self._extra_args
         if boxes is not None:
             options = extra_args["model_options"]
-            placed = {**options.get("transformer_options", {}), BOXES: boxes}
+            placed = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
             extra_args = {**extra_args, "model_options": {**options, "transformer_options": placed}}
         with self._prompt(context, None if pooled is None else self._vector(pooled, x)):
             return self._guider(x, sigma.expand(x.shape[0]), **extra_args)

@@ -11,14 +11,12 @@ LIMIT = 0.01
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("what", ["conditioning", "latent", "lora"])
+@pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_through_the_model(family, what, checkpointing):
     from likeness.core.host import selftest
 
-    check = {"conditioning": selftest.check_conditioning, "latent": selftest.check_latent, "lora": selftest.check_lora}[
-        what
-    ]
+    check = getattr(selftest, f"check_{what}")
     with torch.inference_mode():
         model, prompt = tiny_models.FAMILIES[family][0](), tiny_models.prompt(family, 1)
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
@@ -59,6 +57,33 @@ def test_through_the_text_encoder():
     from likeness.core.host import selftest
 
     found = selftest.check_clip_text(tiny_models.clip_l())
+    assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("what", ["lora", "weights"])
+def test_through_model_and_text_encoder_together(what, checkpointing):
+    from likeness.core.host import selftest
+
+    model, clip = tiny_models.sd1(), tiny_models.clip_l()
+    before = dict(clip.cond_stage_model.named_parameters())
+    with torch.inference_mode():
+        latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
+        check = getattr(selftest, f"check_{what}")
+        found = check(model, tiny_models.prompt("sd1", 1), latent, checkpointing=checkpointing, clip=clip)
+    assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+    after = dict(clip.cond_stage_model.named_parameters())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+
+
+def test_through_the_pooled_vector_of_two_text_encoders():
+    from likeness.core.host import selftest
+
+    with torch.inference_mode():
+        latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
+        found = selftest.check_lora(
+            tiny_models.sdxl(), tiny_models.prompt("sdxl", 1), latent, clip=tiny_models.clip_xl()
+        )
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
