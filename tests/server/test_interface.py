@@ -15,10 +15,19 @@ from .. import live
 
 NODES = (
     "LikenessApplyEmbedding",
+    "LikenessFineTune",
+    "LikenessGuidance",
+    "LikenessGuider",
     "LikenessLoadEmbedding",
+    "LikenessLoadTuned",
     "LikenessLoadVision",
+    "LikenessPositionMap",
     "LikenessSaveEmbedding",
+    "LikenessSaveTuned",
     "LikenessScore",
+    "LikenessSubjectModel",
+    "LikenessSweep",
+    "LikenessSweepPlot",
     "LikenessTrainEmbedding",
 )
 MESSAGE_SYNTAX = set("{}@|")  # the page's translator reads these as instructions
