@@ -60,11 +60,11 @@ class Samples:
     mask: Tensor | None = None
     period: int = 0
 
-    def at(self, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def at(self, step: int, device: torch.device | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x0 [1, C, h, w], box [1, 4] and mask [1, 1, h, w] of an update."""
         i = step % (self.period or self.x0.shape[0])
-        box, mask = (None if part is None else part[i : i + 1] for part in (self.boxes, self.mask))
-        return self.x0[i : i + 1], box, mask
+        box, mask = (None if part is None else part[i : i + 1].to(device) for part in (self.boxes, self.mask))
+        return self.x0[i : i + 1].to(device), box, mask
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class FineTune:
         self.parameters, self.settings = dict(parameters), settings
         leaves = list(self.parameters.values())
         large = sum(leaf.numel() * leaf.element_size() for leaf in leaves) > LARGE
+        self.device = leaves[0].device
         self.optimizer = torch.optim.AdamW(leaves, lr=settings.learning_rate, foreach=False if large else None)
         self.losses: list[float] = []
 
@@ -153,22 +154,30 @@ class FineTune:
     def update(self) -> Tensor:
         generator = step_generator(self.settings.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        x0, box, mask = self.samples.at(self.step)
+        x0, box, mask = self.samples.at(self.step, self.device)
         t, noise = self.draw(self.samples, generator)
         loss, denoised = self.loss(self.prompt(), x0, t, noise, box, mask, self.settings.recon_weight)
         value = finite_or_raise(loss, self.step)
         loss.backward()
         if self.prior is not None and self.settings.prior_weight:
             value += self._prior(self.prior, generator)
-        gradients = [leaf.grad for leaf in self.parameters.values() if leaf.grad is not None]
-        finite_or_raise(torch.stack(torch._foreach_norm(gradients)).sum(), self.step, "gradient")
+        finite_or_raise(self._gradient_norms(), self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
         return denoised.detach()
 
+    def _gradient_norms(self) -> Tensor:
+        """Their sum; the text encoder may be on another device than the diffusion model."""
+        devices: dict[torch.device, list[Tensor]] = {}
+        for leaf in self.parameters.values():
+            if leaf.grad is not None:
+                devices.setdefault(leaf.device, []).append(leaf.grad)
+        sums = [torch.stack(torch._foreach_norm(gradients)).sum().cpu() for gradients in devices.values()]
+        return torch.stack(sums).sum()
+
     def _prior(self, prior: Prior, generator: torch.Generator) -> float:
         """The third term; its backward is its own, so that only one graph is held at a time."""
-        x0, box, mask = prior.samples.at(self.step)
+        x0, box, mask = prior.samples.at(self.step, self.device)
         t, noise = self.draw(prior.samples, generator)
         loss = self.settings.prior_weight * self.loss(prior.prompt(), x0, t, noise, box, mask)[0]
         value = finite_or_raise(loss, self.step, "prior loss")
@@ -177,7 +186,7 @@ class FineTune:
 
     def state(self) -> dict[str, Tensor]:
         return {
-            **{f"leaf.{name}": leaf.detach().cpu().clone() for name, leaf in self.parameters.items()},
+            **{f"leaf.{name}": leaf.detach() for name, leaf in self.parameters.items()},
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             **adam_state(self.optimizer),
         }

@@ -32,11 +32,11 @@ class Fit(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next update depends on, detached, on the CPU."""
+        """Everything that the next update depends on, detached; to be stored or copied before that update."""
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what state() gave."""
+        """Take back what state() gave; the tensors are the fit's from then on."""
         ...
 
 
@@ -47,11 +47,11 @@ def step_generator(seed: int, step: int, purpose: str = "") -> torch.Generator:
 
 
 def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of an Adam-like optimiser as named tensors: adam.<parameter index>.<name>."""
+    """The moments of an Adam-like optimiser, themselves and no copies, as tensors adam.<parameter index>.<name>."""
     packed = {}
     for index, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            packed[f"adam.{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
+            packed[f"adam.{index}.{name}"] = torch.as_tensor(value).detach()
     return packed
 
 
@@ -61,7 +61,7 @@ def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) ->
     for key, value in packed.items():
         if key.startswith("adam."):
             _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value.clone()
+            state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

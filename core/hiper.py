@@ -96,7 +96,7 @@ class HiPer:
 
     def state(self) -> dict[str, Tensor]:
         return {
-            "h": self.h.detach().cpu().clone(),
+            "h": self.h.detach(),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             **adam_state(self.optimizer),
         }

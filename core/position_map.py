@@ -44,8 +44,9 @@ def position_map(
 ) -> Tensor:
     """The maps [B, channels, h, w] float32 of boxes [B, 4], each (y0, x0, y1, x1) in cells, for latents of size (h, w).
 
-    They are on the device of the boxes. Boxes need not end between cells: a window of a larger picture seldom does. They are then widened to whole cells.
-    Raises ValueError for a box outside of the grid, or channels that do not divide into sin and cos of x and y.
+    They are on the device of the boxes. Boxes need not end between cells: a window of a larger picture seldom does.
+    They are then widened to whole cells. Raises ValueError for a box outside of the grid, or channels that do not
+    divide into sin and cos of x and y.
     """
     if channels % 4:
         raise ValueError(f"The model's first layer has {channels} channels; a position map needs a multiple of 4.")

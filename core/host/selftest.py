@@ -102,7 +102,9 @@ def check_lora(
         if text is not None:
             layers |= attention_layers(text.patcher.model, "text_encoders", TEXT_LAYERS)
         adapters = new_adapters(layers, LORA_RANK, 3)
-        slots = [(adapter, name) for adapter in adapters.values() for name in ("down", "up")]
+        slots: list[tuple[nn.Module, str]] = [
+            (adapter, name) for adapter in adapters.values() for name in ("down", "up")
+        ]
         with beside(layers, adapters), _as_one(slots) as (start, put):
             predict = _prediction(denoiser, x, sigma, text)
 
@@ -123,11 +125,11 @@ def check_weights(
     text = None if clip is None else TextEncoder(clip)
 
     def check(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, weight: Tensor) -> GradientCheck:
-        modules = [denoiser.model.diffusion_model, *([] if text is None else [text.patcher.model])]
+        modules: list[Any] = [denoiser.model.diffusion_model, *([] if text is None else [text.patcher.model])]
         slots = [
             (part, name)
             for module in modules
-            for part in module.modules()  # ty: ignore[call-non-callable]
+            for part in module.modules()
             for name, value in part._parameters.items()
             if value is not None and value.numel() < LARGEST
         ][::7]

@@ -66,7 +66,7 @@ class GuiderDenoiser:
             options = extra_args["model_options"]
             placed = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
             extra_args = {**extra_args, "model_options": {**options, "transformer_options": placed}}
-        with self._prompt(context, None if pooled is None else self._vector(pooled, x)):
+        with self._prompt(context, None if pooled is None else self._vector(pooled, x), x.device):
             return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
 
     def _vector(self, pooled: Tensor, x: Tensor) -> Tensor | None:
@@ -76,13 +76,13 @@ class GuiderDenoiser:
         return self._guider.inner_model.encode_adm(**given)
 
     @contextlib.contextmanager
-    def _prompt(self, context: Tensor | None, vector: Tensor | None) -> Iterator[None]:
+    def _prompt(self, context: Tensor | None, vector: Tensor | None, device: torch.device) -> Iterator[None]:
         conds = self._guider.conds
         exchanged = dict(self._entry["model_conds"])
         if context is not None:
-            exchanged["c_crossattn"] = exchanged["c_crossattn"]._copy_with(context)
+            exchanged["c_crossattn"] = exchanged["c_crossattn"]._copy_with(context.to(device))
         if vector is not None:
-            exchanged["y"] = comfy.conds.CONDRegular(vector)
+            exchanged["y"] = comfy.conds.CONDRegular(vector.to(device))
         if context is not None or vector is not None:
             self._guider.conds = {**conds, "positive": [{**self._entry, "model_conds": exchanged}]}
         try:
