@@ -29,7 +29,7 @@ SOURCE_BACKGROUND, TARGET_BACKGROUND, EDIT_TEXTURE = "grass", "sea", "spotted"
 STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup", "yellow", "striped", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 STEPS, LEARNING_RATE = 300, 0.02  # the small world learns faster than SD1.5
-TUNING_STEPS, TUNING_RATE, CELLS = 400, 1e-3, 24
+TUNING_STEPS, TUNING_RATE, CELLS = 800, 1e-3, 24
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
@@ -88,9 +88,11 @@ def texts() -> dict[str, str]:
     kind, trained = f"a photo of a {SUBJECT_CLASS}", f"photo of a sks {SUBJECT_CLASS}"
     emblem = "with a yellow round emblem"
     places = {f"Prompt {index}": caption(place) for index, place in enumerate(("sand", "night", "brick"), 1)}
+    textures = ("spotted", "checkered", "plain blue")
     edits = {
-        f"{name} prompt": f"a photo of a {words}"
-        for name, words in (("Stylise", "checkered dog"), ("Accessory", "spotted dog"), ("Age", "plain dark blue dog"))
+        title: f"a photo of a {words} {SUBJECT_CLASS}"
+        for titles in (("Edit 1", "Edit 2", "Edit 3"), ("Stylise prompt", "Accessory prompt", "Age prompt"))
+        for title, words in zip(titles, textures, strict=True)
     }
     return {
         "Source prompt": source,

@@ -69,7 +69,7 @@ def run_all(server) -> dict[str, Result]:
     done["sine_edit"] = run_graph(server, "sine_edit")
     saved = done["sine_edit"].text("Save the tuned model").splitlines()[0]
     edit = small_world.texts()["Prompt of the edit"]
-    loaded = {("Saved model", "name"): saved, ("Prompt 1", "text"): edit}
+    loaded = {("Saved model", "name"): saved, ("Edit 1", "text"): edit}
     done["sine_load_and_edit"] = run_graph(server, "sine_load_and_edit", loaded)
     done["sine_edit_wide"] = run_graph(server, "sine_edit_wide")
     saved = done["sine_edit_wide"].text("Save the tuned model").splitlines()[0]

@@ -154,7 +154,7 @@ def load_and_edit(draw: Drawing) -> None:
     draw.node("PreviewAny", "What it is", extra=160, source=loaded["info"])
     draw.column()
     texts = (EDIT, "a photo of a dog in the snow", "a watercolor painting of a dog")
-    prompts = [make.prompt(f"Prompt {index}", model["CLIP"], text) for index, text in enumerate(texts, 1)]
+    prompts = [make.prompt(f"Edit {index}", model["CLIP"], text) for index, text in enumerate(texts, 1)]
     negative = make.prompt("Negative prompt", model["CLIP"], "")
     canvas = make.canvas()
     guided = make.guide("Guide by the tuned model", model, loaded["model"], loaded["positive"])
