@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class NarrowVAE:
     """Encode and decode with the conventions of ComfyUI's VAE: pictures [B,H,W,3] in 0..1, latents [B,4,H/8,W/8]."""
 
+    patcher, vae_dtype = None, torch.float32  # what tells one VAE of ComfyUI from another; there is only one of these
+
     def __init__(self, tensors: Tensors) -> None:
         self.encoder, self.decoder = autoencoder.make_encoder(), autoencoder.make_decoder()
         self.encoder.load_state_dict(part_of(tensors, "encoder."))
@@ -31,6 +33,10 @@ class NarrowVAE:
         self.decoder.eval().requires_grad_(False)
         self.shift = float(tensors["latent.shift"])
         self.scale = float(tensors["latent.scale"])
+
+    def spacial_compression_encode(self) -> int:
+        """Pixels of a latent's side."""
+        return 8
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents as the wide VAE gives them."""
