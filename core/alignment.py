@@ -1,0 +1,181 @@
+"""HiFi Tuner (Wang et al. 2023, arXiv 2312.00079), eq. 9 and Algorithm 4: the transform that lays one mask on another.
+
+T = Scale(theta_1) Rotate(theta_2) Translate(theta_3, theta_4), the translation acting first, fitted by gradient steps
+on the distances of nearest points. As printed, Algorithm 4 sums over the points of the reference mask alone, and any T
+that shrinks it to somewhere inside the target has no loss at all: that form is here as `literal`. The default adds the
+distances from the target's points to the reference's, which is what eq. 9 asks for, and starts from the masks' moments
+at several angles, because a wrong turn is a local minimum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COARSE_POINTS, COARSE_STEPS, STARTS = 150, 40, 12
+FINE_POINTS, FINE_STEPS, FINALISTS = 500, 60, 2
+LEARNING_RATE = 0.03
+POLISH_STEPS, POLISH_RATE = 40, 0.01
+LITERAL_STEPS = 300
+SMALLEST = 16  # mask pixels that a transform can be fitted to
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """matrix [2, 3]: from a point (x, y) of the reference to the target, both in -1 .. 1 of a square frame whose longer
+    side is the picture's. iou: of the transformed reference mask and the target mask.
+    """
+
+    matrix: Tensor
+    iou: float
+
+    @property
+    def scale(self) -> float:
+        return float(self.matrix[:, :2].norm() / math.sqrt(2))
+
+    @property
+    def degrees(self) -> float:
+        return math.degrees(math.atan2(float(self.matrix[1, 0]), float(self.matrix[0, 0])))
+
+
+def points(mask: Tensor) -> Tensor:
+    """The set pixels of a mask [H, W] as points [N, 2] (x, y), centred, in units of half the longer side."""
+    rows, columns = torch.nonzero(mask > 0.5, as_tuple=True)
+    height, width = mask.shape
+    half = max(height, width) / 2
+    return torch.stack([(columns + 0.5 - width / 2) / half, (rows + 0.5 - height / 2) / half], 1).float()
+
+
+def matrices(theta: Tensor) -> Tensor:
+    """[B, 2, 3] of theta [B, 4]: log scale, angle in radians, translation x and y."""
+    cos, sin = theta[:, 1].cos(), theta[:, 1].sin()
+    turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+    linear = theta[:, 0].exp()[:, None, None] * turn
+    return torch.cat([linear, linear @ theta[:, 2:, None]], 2)
+
+
+def moved(matrix: Tensor, at: Tensor) -> Tensor:
+    """Points [N, 2] or [B, N, 2] through [B, 2, 3]."""
+    return at @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
+
+
+def nearest_distances(matrix: Tensor, reference: Tensor, target: Tensor, literal: bool) -> Tensor:
+    """Mean squared distance [B] of each transformed reference point to its nearest target point, and, unless literal,
+    of each target point to its nearest reference point.
+    """
+    at = moved(matrix, reference)
+    apart = torch.cdist(at.detach(), target.expand(at.shape[0], -1, -1))
+    loss = (at - target[apart.argmin(2)]).square().sum(2).mean(1)
+    if literal:
+        return loss
+    index = apart.argmin(1)[..., None].expand(-1, -1, 2)
+    return loss + (at.gather(1, index) - target).square().sum(2).mean(1)
+
+
+def _chosen(at: Tensor, count: int) -> Tensor:
+    """At most `count` of the points, the same ones every time."""
+    if len(at) <= count:
+        return at
+    order = torch.randperm(len(at), generator=torch.Generator().manual_seed(0))
+    return at[order[:count].to(at.device)]
+
+
+def _descend(theta: Tensor, reference: Tensor, target: Tensor, steps: int, literal: bool = False) -> Tensor:
+    theta = theta.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([theta], lr=LEARNING_RATE)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.9 * step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        nearest_distances(matrices(theta), reference, target, literal).sum().backward()
+        optimizer.step()
+    return theta.detach()
+
+
+def _from_moments(reference: Tensor, target: Tensor, angles: Tensor) -> Tensor:
+    """Starts [len(angles), 4]: the same area and centre, at each angle."""
+    theta = torch.zeros(len(angles), 4)
+    theta[:, 0] = math.log(math.sqrt(len(target) / len(reference)))
+    theta[:, 1] = angles
+    linear = matrices(theta)[:, :, :2]
+    centre = target.mean(0)[None, :, None]
+    theta[:, 2:] = (torch.linalg.inv(linear) @ centre)[..., 0] - reference.mean(0)
+    return theta
+
+
+def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees: float = 180.0) -> Alignment:
+    """The transform that lays the reference mask [H, W] on the target mask [h, w]; values in 0..1.
+
+    max_degrees limits the angles it starts from. Raises ValueError for masks without enough set pixels.
+    """
+    for name, mask in (("reference", reference), ("target", target)):
+        count = int((mask > 0.5).sum())
+        if count < SMALLEST:
+            raise ValueError(
+                f"The {name} mask has {count} set pixels, {SMALLEST} are needed: check that the subject was found."
+            )
+    ours, theirs = points(reference), points(target)
+    if literal:
+        theta = _descend(
+            torch.zeros(1, 4), _chosen(ours, FINE_POINTS), _chosen(theirs, FINE_POINTS), LITERAL_STEPS, True
+        )
+        matrix = matrices(theta)[0]
+        return Alignment(matrix, overlap(reference, target, matrix))
+    limit = math.radians(max_degrees)
+    angles = (
+        torch.linspace(-limit, limit, STARTS + 1)[:-1] if max_degrees >= 180 else torch.linspace(-limit, limit, STARTS)
+    )
+    theta = _from_moments(ours, theirs, angles)
+    few, their_few = _chosen(ours, COARSE_POINTS), _chosen(theirs, COARSE_POINTS)
+    theta = _descend(theta, few, their_few, COARSE_STEPS)
+    best = nearest_distances(matrices(theta), few, their_few, False).argsort()[:FINALISTS]
+    theta = _descend(theta[best], _chosen(ours, FINE_POINTS), _chosen(theirs, FINE_POINTS), FINE_STEPS)
+    theta = torch.cat([_polished(each, reference, target) for each in theta.split(1)])
+    found = [Alignment(matrix, overlap(reference, target, matrix)) for matrix in matrices(theta)]
+    return max(found, key=lambda alignment: alignment.iou)
+
+
+def _polished(theta: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """theta [1, 4] after gradient steps on the overlap itself, which counts border pixels as nearest points do not."""
+    theta = theta.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([theta], lr=POLISH_RATE)
+    mask, wanted = reference[None, None].float(), target.float()
+    best, best_loss = theta.detach().clone(), math.inf
+    for _ in range(POLISH_STEPS):
+        shown = warp(mask, matrices(theta)[0], (target.shape[0], target.shape[1]), "zeros")[0, 0]
+        loss = 1 - torch.minimum(shown, wanted).sum() / torch.maximum(shown, wanted).sum()
+        if float(loss.detach()) < best_loss:
+            best, best_loss = theta.detach().clone(), float(loss.detach())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return best
+
+
+def overlap(reference: Tensor, target: Tensor, matrix: Tensor) -> float:
+    """IoU of the transformed reference mask and the target mask."""
+    one = warp(reference[None, None].float(), matrix, (target.shape[0], target.shape[1]), "zeros")[0, 0] > 0.5
+    other = target > 0.5
+    return float((one & other).sum() / (one | other).sum().clamp(min=1))
+
+
+def warp(pictures: Tensor, matrix: Tensor, size: tuple[int, int], outside: str = "border") -> Tensor:
+    """Pictures [B, C, H, W] as the transform shows them in a frame of size (h, w); outside as in grid_sample.
+
+    "border" repeats the edge: black edges would be inverted along with the picture.
+    """
+    frame = _frame(pictures.shape[-2], pictures.shape[-1]), _frame(*size)
+    square = torch.cat([matrix.double(), torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
+    back = torch.linalg.inv(square)
+    back = torch.linalg.inv(torch.diag(frame[0])) @ back @ torch.diag(frame[1])
+    grid = F.affine_grid(back[:2].float()[None].expand(len(pictures), -1, -1), [len(pictures), 1, *size], False)
+    return F.grid_sample(pictures.float(), grid.to(pictures.device), "bilinear", outside, align_corners=False)
+
+
+def _frame(height: int, width: int) -> Tensor:
+    """How far a picture reaches into the square frame, (x, y, 1)."""
+    longer = max(height, width)
+    return torch.tensor([width / longer, height / longer, 1.0], dtype=torch.float64)
