@@ -13,8 +13,9 @@ training prompt is replaced by the edit prompt.
 
 The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the cost.
 
-    python toolbox/_load.py benchmarks.effect_sine --out benchmarks/results/effect_sine.json \
-        --sweep benchmarks/results/sweep_sine.json
+    python toolbox/_load.py benchmarks.effect_sine --out benchmarks/results/effect_sine.json
+    python toolbox/_load.py benchmarks.effect_sine --method LoRA --learning-rate 3e-3 --steps 400 \
+        --out benchmarks/results/effect_sine_lora.json --sweep benchmarks/results/sweep_sine.json
 """
 
 from __future__ import annotations
@@ -183,9 +184,10 @@ def setting(v: float, k: int) -> str:
     return f"v {v:g}, K {k}"
 
 
-def row_of(bench: Bench, edit: Edit, training: Training) -> dict[str, dict[str, float]]:
+def row_of(bench: Bench, edit: Edit, training: Training, swept: bool) -> dict[str, dict[str, float]]:
     """One subject: base alone, tuned alone (in a plain sampler), the tuned model in the guidance's place from the edit
-    prompt (v = 0 throughout), guided over K and v, and two references. v = 1 and K = 1000 are the base alone.
+    prompt (v = 0 throughout), two references, and guided, if wanted over K and v. v = 1 and K = 1000 are the base
+    alone.
     """
     base = bench.world.model
     tuned = bench.tune(edit, training)
@@ -198,7 +200,7 @@ def row_of(bench: Bench, edit: Edit, training: Training) -> dict[str, dict[str, 
         "tuned, own prompt": bench.scored(edit, bench.pictures(tuned, edit, edit.training_prompt)),
         "real edited render": bench.scored(edit, bench.edited_render(edit)),
     }
-    for v, k in [*((V, k) for k in KS), *((v, K) for v in VS if v != V)]:
+    for v, k in [*((V, k) for k in KS), *((v, K) for v in VS if v != V)] if swept else [(V, K)]:
         if v == 1.0 or k == 1000:
             row[setting(v, k)] = row["base"]
         else:
@@ -307,17 +309,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=Path, help="store each subject's figures here, and go on from them")
     parser.add_argument("--out", type=Path, help="write the effect as JSON")
-    parser.add_argument("--sweep", type=Path, help="write the curves over K and v as JSON")
+    parser.add_argument("--sweep", type=Path, help="vary K and v too, write the curves as JSON")
     options = parser.parse_args(arguments)
     hosting.start(options.threads)
     training = Training(options.method, options.steps, options.learning_rate, prior_weight=options.prior_weight)
     settings = {"cfg": CFG, "samples": SAMPLES, "sampling_steps": SAMPLING_STEPS, "v": V, "K": K}
     settings = {**vars(training), **settings}
     bench = Bench()
-    rows = stored(edits(options.subjects), options.rows, lambda edit: row_of(bench, edit, training))
-    parts = effect(rows), sweep(rows)
+    rows = stored(
+        edits(options.subjects), options.rows, lambda edit: row_of(bench, edit, training, bool(options.sweep))
+    )
+    parts = [effect(rows), *([sweep(rows)] if swept else [])]
     for part in parts:
         sys.stdout.write(json.dumps(part, indent=1) + "\n")
     write(options.out, {"settings": settings, "summary": parts[0], "rows": rows})
-    write(options.sweep, {"settings": settings, **parts[1]})
+    if swept:
+        write(options.sweep, {"settings": settings, **parts[1]})
     return int(not all(part["gates held"] for part in parts))
