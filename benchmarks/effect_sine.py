@@ -315,10 +315,8 @@ def main(arguments: list[str]) -> int:
     training = Training(options.method, options.steps, options.learning_rate, prior_weight=options.prior_weight)
     settings = {"cfg": CFG, "samples": SAMPLES, "sampling_steps": SAMPLING_STEPS, "v": V, "K": K}
     settings = {**vars(training), **settings}
-    bench = Bench()
-    rows = stored(
-        edits(options.subjects), options.rows, lambda edit: row_of(bench, edit, training, bool(options.sweep))
-    )
+    bench, swept = Bench(), options.sweep is not None
+    rows = stored(edits(options.subjects), options.rows, lambda edit: row_of(bench, edit, training, swept))
     parts = [effect(rows), *([sweep(rows)] if swept else [])]
     for part in parts:
         sys.stdout.write(json.dumps(part, indent=1) + "\n")
