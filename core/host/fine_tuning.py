@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -243,7 +244,8 @@ def _train(
         if prior is not None and others is not None:
             classes = Prior(in_models_scale(others), prompt_of(prior.prompt, lambda: _prompt(prior.positive)))
         prompt = prompt_of(subject.prompt, lambda: Prompt(denoiser.context))
-        with _Trained(denoiser, text, plan, settings.seed) as trained:
+        trained = _Trained(denoiser, text, plan, settings.seed)
+        with trained.active():
             fit = FineTune(denoiser, in_models_scale(samples), prompt, trained.parameters, settings, classes)
 
             def on_update(denoised: Tensor) -> None:
@@ -271,7 +273,7 @@ def _prompt(positive: Conditioning | None) -> Prompt:
 
 
 class _Trained:
-    """What is trained inside a session: LoRAs beside the layers while it is entered, or the weights themselves."""
+    """What is trained inside a session: LoRAs beside the layers, or the weights themselves."""
 
     def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: Plan, seed: int) -> None:
         self.full = plan.method == FULL
@@ -288,15 +290,9 @@ class _Trained:
         self._adapters = new_adapters(self._layers, plan.rank, seed)
         self.parameters = factors(self._adapters)
 
-    def __enter__(self) -> _Trained:
-        if not self.full:
-            self._beside = beside(self._layers, self._adapters)
-            self._beside.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if not self.full:
-            self._beside.__exit__(*error)
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, the LoRAs count."""
+        return contextlib.nullcontext() if self.full else beside(self._layers, self._adapters)
 
     def result(self) -> Result:
         """The tensors of the artifact, as they are now."""
