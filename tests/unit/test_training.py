@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.core import training
 from likeness.core.runs import RunStore
 from likeness.core.training import stored_run, train
 
@@ -83,3 +84,59 @@ def test_a_step_that_was_not_kept_gives_all_that_was_done(tmp_path):
         go(RunStore(tmp_path / "b"), cancel_at=2)
     end, kept = results(stored_run(RunStore(tmp_path / "b"), "key"), steps=1)
     assert end == 2 and sorted(kept) == [2]
+
+
+class Slow(RunStore):
+    """A store on a clock of its own, where saving takes 20 seconds."""
+
+    now = 0.0
+
+    def save(self, key, tensors, header):
+        self.saves.append(self.now)
+        self.now += 20.0
+        super().save(key, tensors, header)
+
+
+def test_saving_takes_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
+    store = Slow(tmp_path)
+    store.saves = []
+    monkeypatch.setattr(training.time, "monotonic", lambda: store.now)
+    fit = make()
+
+    def on_update(_denoised):
+        store.now += 10.0
+
+    train(fit, 60, 100, lambda: {"": fit.h.detach().clone()}, store, "key", {}, on_update)
+    assert store.saves[0] == 40.0, "the first after half a minute"
+    pauses = [after - before - 20.0 for before, after in zip(store.saves, store.saves[1:-1], strict=False)]
+    assert pauses and all(pause >= 200.0 for pause in pauses)
+
+
+def test_a_full_disk_does_not_cost_the_result(tmp_path, monkeypatch, caplog):
+    def full(*_args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(RunStore, "save", full)
+    fit, run = go(RunStore(tmp_path))
+    assert run.step == STEPS and torch.equal(run.kept[STEPS][""][0], fit.h.detach())
+    assert "could not be stored (disk full)" in caplog.text
+
+
+def test_results_alone_are_read_when_nothing_is_to_be_continued(tmp_path):
+    store = RunStore(tmp_path)
+    go(store)
+    run = stored_run(store, "key", whole=False)
+    assert run.state.keys() == {"losses"} and sorted(run.kept) == [4, 8, 10] and run.answers(STEPS)
+
+
+def test_runs_of_the_first_release_are_still_served(tmp_path):
+    """They kept one nameless tensor for each step, and not the last one when they were cancelled."""
+    store = RunStore(tmp_path)
+    fit, _ = go(store, steps=6)
+    tensors = store.load("key")
+    del tensors["kept.000006"]
+    store.save("key", tensors, {})
+    old = stored_run(store, "key")
+    assert sorted(old.kept) == [4] and old.kept[4].keys() == {""} and not old.answers(5)
+    again, run = go(store, steps=5)
+    assert run.step == 6 and torch.equal(run.kept[6][""][0], fit.h.detach()) and again.denoiser.calls == 0
