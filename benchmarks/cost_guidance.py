@@ -58,7 +58,7 @@ def _tensor(value: Any) -> bool:
 
 
 def attention_lora(model) -> dict[str, Any]:
-    """A LoRA of rank 16 on all attention projections, as Fine-Tune on Picture makes it."""
+    """A LoRA of rank 16 on all attention projections, as Fine-Tune On Picture makes it."""
     import torch
 
     generator, found = torch.Generator().manual_seed(0), {}

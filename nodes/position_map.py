@@ -19,7 +19,7 @@ class LikenessPositionMap(io.ComfyNode):
             display_name="Position Map",
             category="likeness/fine_tune",
             description="Gives a model that was fine-tuned on patches of a picture the map of positions it was trained "
-            "with (SINE). Fine-Tune on Picture and Load Fine-Tune attach it by themselves; needed for files that "
+            "with (SINE). Fine-Tune On Picture and Load Fine-Tune attach it by themselves; needed for files that "
             "other loaders load, and for tiles.",
             search_aliases=["sine", "patch", "tile"],
             inputs=[

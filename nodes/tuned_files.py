@@ -21,10 +21,10 @@ class LikenessSaveTuned(io.ComfyNode):
             node_id="LikenessSaveTuned",
             display_name="Save Fine-Tune",
             category="likeness/fine_tune",
-            description="Saves what Fine-Tune on Picture learned into models/loras, with its prompt and position map. "
+            description="Saves what Fine-Tune On Picture learned into models/loras, with its prompt and position map. "
             "The stock Load LoRA takes the file too, without map.",
             inputs=[
-                LoraModel.Input("lora", tooltip="The output of Fine-Tune on Picture."),
+                LoraModel.Input("lora", tooltip="The output of Fine-Tune On Picture."),
                 io.String.Input(
                     "filename_prefix",
                     default="likeness/tuned",
@@ -44,7 +44,7 @@ class LikenessSaveTuned(io.ComfyNode):
         tuned = lora if isinstance(lora, Tuned) else None
         if tuned is None:
             raise ValueError(
-                "This LORA_MODEL was not made by Fine-Tune on Picture, so nothing is known of its prompt and base: "
+                "This LORA_MODEL was not made by Fine-Tune On Picture, so nothing is known of its prompt and base: "
                 "save it with the stock Save LoRA node."
             )
         path = numbered_path(folders.first_folder(folders.LORAS), filename_prefix, ".safetensors")
