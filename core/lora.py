@@ -37,12 +37,12 @@ class LowRank(nn.Module):
         self.stride, self.padding = getattr(layer, "stride", 1), getattr(layer, "padding", 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(alpha / r) B A x in float32, as the layer's output has it."""
-        x = x.float()
+        """(alpha / r) B A x in the precision of x: the float32 factors are cast, not the much larger activations."""
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if self.down.ndim == 2:
-            return self.scale * F.linear(F.linear(x, self.down), self.up)
-        hidden = F.conv2d(x, self.down, stride=self.stride, padding=self.padding)
-        return self.scale * F.conv2d(hidden, self.up[:, :, None, None])
+            return self.scale * F.linear(F.linear(x, down), up)
+        hidden = F.conv2d(x, down, stride=self.stride, padding=self.padding)
+        return self.scale * F.conv2d(hidden, up[:, :, None, None])
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """As a LoRA file of ComfyUI names them, with path the layer's own path in the model."""

@@ -106,6 +106,7 @@ def fine_tune(
     progress.start(0 if run is None else run.step)
     if run is None or not run.answers(plan.steps):
         steps = max(plan.steps, 0 if run is None else run.step)
+        log.info("SINE: encoding the picture(s) for %d steps", steps)
         samples = make_samples(model, vae, subject.image, subject.mask, plan.cutting, settings.seed, steps)
         others = None if prior is None else _prior_samples(model, vae, prior, plan, settings, steps)
         run = _train(mapped, subject, positive, samples, prior, others, plan, settings, store, key, progress)
@@ -279,7 +280,7 @@ class _Trained:
         self.full = plan.method == FULL
         self._layers: dict[str, nn.Module] = {}
         if self.full:
-            self._before = {name: leaf.detach().cpu().clone() for name, leaf in denoiser.leaves.items()}
+            self._before = {name: leaf.detach().to("cpu", copy=True) for name, leaf in denoiser.leaves.items()}
             self.parameters = denoiser.leaves
             return
         modules = {"diffusion_model": denoiser.model.diffusion_model}
