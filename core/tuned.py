@@ -126,6 +126,7 @@ def load_tuned(path: Path) -> Tuned:
         allowed = next((dims for end, dims in sizes.items() if name.endswith(end)), None)
         if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
+    _check_pairs(path, tensors)
     if MARKER in tensors:
         _check_marker(path, tensors[MARKER])
     return Tuned(tensors, header)
@@ -180,6 +181,16 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
     )
     if not all(right):
         raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+
+
+def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        layer, _, part = name.partition(".lora_")
+        if not part:
+            continue
+        up, down = (tensors.get(f"{layer}.lora_{side}.weight") for side in ("up", "down"))
+        if up is None or down is None or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{path.name} holds no matching pair of factors for '{layer}': train it again.")
 
 
 def _check_marker(path: Path, value: Tensor) -> None:

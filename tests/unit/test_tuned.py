@@ -119,6 +119,14 @@ BAD = {
     "settings are a list": (lambda p: ours(p, tensors(), settings=[]), "damaged header"),
     "integers": (lambda p: ours(p, {f"{PATH}.diff": torch.zeros(2, dtype=torch.int32)}), "unexpected tensor"),
     "a vector as factor": (lambda p: ours(p, {f"{PATH}.lora_up.weight": torch.zeros(2)}), "unexpected tensor"),
+    "half a pair": (
+        lambda p: ours(p, {f"{PATH}.lora_up.weight": torch.zeros(6, 2)}),
+        "no matching pair of factors for 'diffusion_model.middle_block.1.proj_in'",
+    ),
+    "pair of two ranks": (
+        lambda p: ours(p, {**tensors(), f"{PATH}.lora_down.weight": torch.zeros(3, 5)}),
+        "no matching pair of factors",
+    ),
     "alpha is a table": (lambda p: ours(p, {f"{PATH}.alpha": torch.zeros(2)}), "unexpected tensor"),
     "not a number": (lambda p: ours(p, {f"{PATH}.diff": torch.full((2,), float("nan"))}), "NaN"),
     "map of no cells": (lambda p: ours(p, {**tensors(), MARKER: torch.zeros(2)}), "impossible position map"),
