@@ -13,6 +13,8 @@ from likeness.toolbox.server import Run, Server, environment_from_variables
 NAMES = tuple(sorted(path.stem for path in small_world.WORKFLOWS.glob("*.json")))
 PACK = next(iter(small_world.NODE_FOLDERS))
 STEPS, SAMPLING_STEPS = 10, 3
+# Ten steps on all weights would show no more, and write half a gigabyte each time.
+QUICK = {("LikenessFineTune", "method"): "LoRA", ("LikenessFineTune", "learning_rate"): 2e-3}
 
 
 def start(base: Path, frontend: Path | None = None) -> Server:
@@ -28,7 +30,9 @@ def start(base: Path, frontend: Path | None = None) -> Server:
 def lowered(name: str, object_info: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A shipped graph in the small world with few steps."""
     graph = small_world.shipped(name)
-    return small_world.in_small_world(graph, object_info, STEPS, SAMPLING_STEPS, more.get("settings"))
+    quick = {key: value for key, value in QUICK.items() if small_world.has(graph, key[0])}
+    settings = {**quick, **(more.get("settings") or {})}
+    return small_world.in_small_world(graph, object_info, STEPS, SAMPLING_STEPS, settings)
 
 
 class Training:

@@ -29,7 +29,7 @@ SOURCE_BACKGROUND, TARGET_BACKGROUND, EDIT_TEXTURE = "grass", "sea", "spotted"
 STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup", "yellow", "striped", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 STEPS, LEARNING_RATE = 300, 0.02  # the small world learns faster than SD1.5
-TUNING_STEPS, TUNING_RATE, CELLS = 800, 1e-3, 24
+TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
@@ -130,6 +130,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainEmbedding", "steps"): embedding_steps,
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
         ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
+        ("LikenessFineTune", "method"): TUNING_METHOD,
         ("LikenessFineTune", "steps"): tuning_steps,
         ("LikenessFineTune", "learning_rate"): TUNING_RATE,
         ("LikenessFineTune", "resolution"): SIZE,

@@ -101,7 +101,6 @@ def test_guidance_brings_the_edit_nearer_to_the_picture(server, source):
     object_info = server.object_info()
     settings = {
         ("LikenessFineTune", "steps"): 80,
-        ("LikenessFineTune", "learning_rate"): 2e-3,
         ("LikenessGuidance", "base_weight"): 0.4,
         ("KSampler", "steps"): 10,
     }
