@@ -14,8 +14,8 @@ training prompt is replaced by the edit prompt.
 The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the cost.
 
     python toolbox/_load.py benchmarks.effect_sine --out benchmarks/results/effect_sine.json
-    python toolbox/_load.py benchmarks.effect_sine --method LoRA --learning-rate 3e-3 --steps 400 \
-        --out benchmarks/results/effect_sine_lora.json --sweep benchmarks/results/sweep_sine.json
+    python toolbox/_load.py benchmarks.effect_sine --steps 400 --learning-rate 3e-3 \
+        --out benchmarks/results/effect_sine_shorter.json --sweep benchmarks/results/sweep_sine.json
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Training:
     prior_weight: float = 0.0
 
 
-FULL = Training("full weights", 500, 1e-3)
+TUNING = Training("LoRA", 500, 5e-3)
 
 
 @dataclass(frozen=True)
@@ -302,9 +302,9 @@ def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
     parser = argparse.ArgumentParser(prog="benchmarks.effect_sine")
     parser.add_argument("--subjects", type=int, default=16)
-    parser.add_argument("--method", choices=["LoRA", "full weights"], default=FULL.method)
-    parser.add_argument("--steps", type=int, default=FULL.steps)
-    parser.add_argument("--learning-rate", type=float, default=FULL.learning_rate)
+    parser.add_argument("--method", choices=["LoRA", "full weights"], default=TUNING.method)
+    parser.add_argument("--steps", type=int, default=TUNING.steps)
+    parser.add_argument("--learning-rate", type=float, default=TUNING.learning_rate)
     parser.add_argument("--prior-weight", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=Path, help="store each subject's figures here, and go on from them")

@@ -16,7 +16,7 @@ from .plot import GAP, MARGIN, PANEL, Panel
 
 COLORS = {"distance": (176, 42, 48), "text": (214, 110, 20), "identity": (31, 99, 180)}
 TITLES = {"K": "K (v = 0.7)", "v": "v (K = 400)"}
-SUBJECTS, SCALE = 6, 2
+SUBJECTS, SCALE = 4, 2
 COLUMNS = ("source picture", "base alone", "tuned alone", "guided")
 
 
@@ -48,7 +48,7 @@ def sheet(picture: Path, threads: int) -> None:
     import torch
     from PIL import Image, ImageDraw
 
-    from .effect_sine import FULL, SIDE, Bench, K, V, edits
+    from .effect_sine import SIDE, TUNING, Bench, K, V, edits
 
     bench, wide, left, top = Bench(), SIDE * SCALE, 210, 24
     canvas = Image.new("RGB", (left + len(COLUMNS) * (wide + 6), top + SUBJECTS * (wide + 6)), "white")
@@ -56,7 +56,7 @@ def sheet(picture: Path, threads: int) -> None:
     for column, title in enumerate(COLUMNS):
         draw.text((left + column * (wide + 6) + wide / 2, top / 2), title, fill=0, anchor="mm")
     for row, edit in enumerate(edits(SUBJECTS)):
-        tuned = bench.tune(edit, FULL)
+        tuned = bench.tune(edit, TUNING)
         guided = bench.guided(edit, tuned, V, K)
         shown = [bench.picture(edit.case).movedim(-1, 1)]
         shown += [bench.pictures(model, edit, edit.prompt)[:1] for model in (bench.world.model, tuned, guided)]
