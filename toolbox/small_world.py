@@ -30,6 +30,7 @@ STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 STEPS, LEARNING_RATE = 300, 0.02  # the small world learns faster than SD1.5
 TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
+WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
@@ -135,6 +136,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessFineTune", "learning_rate"): TUNING_RATE,
         ("LikenessFineTune", "resolution"): SIZE,
         ("LikenessFineTune", "crops"): min(tuning_steps, SHIPPED_STEPS),
+        ("Learn patches of the picture", "whole_image"): WHOLE_IMAGE,
         ("LikenessPositionMap", "cells"): CELLS,
         **{(f"After {saved} steps", "step"): max(1, embedding_steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
         **{(title, "name"): name for title, name in VISION.items()},
