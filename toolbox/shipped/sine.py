@@ -145,13 +145,22 @@ def edit_wide(draw: Drawing) -> None:
         base_weight=BASE_WEIGHT,
         end_percent=END_PERCENT,
     )["guider"]
+    images = sample_with_guiders(make, model, {"Sample alone": alone, "Sample guided": guided})
+    draw.column()
+    make.save("Wide, base model alone", images[0], "sine_wide_alone")
+    make.save("Wide, guided edit", images[1], "sine_wide_guided")
+
+
+def sample_with_guiders(make: Guided, model: Node, guiders: dict[str, Output]) -> list[Output]:
+    """The pictures of SamplerCustomAdvanced by the titles of its nodes, all from the same noise."""
+    draw = make.draw
     noise = draw.node("RandomNoise", "Noise", noise_seed=SEED)["NOISE"]
     sampler = draw.node("KSamplerSelect", "Sampler", sampler_name="euler")["SAMPLER"]
     sigmas = draw.node("BasicScheduler", "Steps", model=model["MODEL"], scheduler=SCHEDULER, steps=STEPS)["SIGMAS"]
     canvas = make.canvas(*WIDE)
     draw.column()
     images = []
-    for title, guider in (("Sample alone", alone), ("Sample guided", guided)):
+    for title, guider in guiders.items():
         sampled = draw.node(
             "SamplerCustomAdvanced",
             title,
@@ -163,9 +172,7 @@ def edit_wide(draw: Drawing) -> None:
             latent_image=canvas,
         )
         images.append(make.decode(sampled["output"], model))
-    draw.column()
-    make.save("Wide, base model alone", images[0], "sine_wide_alone")
-    make.save("Wide, guided edit", images[1], "sine_wide_guided")
+    return images
 
 
 def style_transfer(draw: Drawing) -> None:
