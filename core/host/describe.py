@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 SAMPLED_TENSORS = 16
 SAMPLED_ELEMENTS = 1 << 16
-DEPTH = 16
+DEPTH = 24
+PATCHER = ("patches", "injections", "weight_wrapper_patches")
+PASSING = ("original_forward",)  # a bypass LoRA's note while it is injected: says nothing of what it does
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -68,10 +70,12 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if inspect.isbuiltin(value) or inspect.ismodule(value):
         return [type(value).__name__, value.__name__]
     if hasattr(value, "model") and hasattr(value, "patches"):  # a ModelPatcher: its weights, and what it puts on them
-        return ["model", describe(value.model, inside), describe(value.patches, inside)]
+        parts = {part: getattr(value, part, None) or {} for part in PATCHER}
+        return ["model", describe(value.model, inside), describe(parts, inside)]
     if not hasattr(value, "__dict__"):
         return _unlike_any()
-    return [_name(type(value)), describe(vars(value), inside)]
+    parts = {name: part for name, part in vars(value).items() if name not in PASSING}
+    return [_name(type(value)), describe(parts, inside)]
 
 
 def _unlike_any() -> str:

@@ -19,7 +19,7 @@ from ..fitting import curve
 from ..runs import RunStore, digest
 from ..training import Result, Run, stored_run, train
 from .describe import describe
-from .fingerprint import fingerprint, patches_digest
+from .fingerprint import fingerprint, patches_digest, precision
 from .progress import Progress
 from .sampling import sample_picture
 from .session import GuiderDenoiser, optimise
@@ -122,7 +122,7 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = hiper.HiPerSettings(**{**asdict(settings), "t_low": t_low, "t_high": t_high})
     base = fingerprint(model)
-    put_on = [patches_digest(model), describe(positive)]
+    put_on = [patches_digest(model), precision(model), describe(positive)]
     key = digest([METHOD, asdict(settings), schedule.save_every, base, put_on, start, asdict(pictures)])
 
     progress = Progress(model, schedule.steps, node_id)

@@ -22,7 +22,7 @@ from ..tuned import Tuned, marker, weight_differences
 from .crops import Cutting, check_pictures, make_samples
 from .describe import describe
 from .differentiable import TextEncoder
-from .fingerprint import fingerprint, patches_digest
+from .fingerprint import fingerprint, patches_digest, precision
 from .position_map import position_map_of, with_position_map
 from .progress import Progress
 from .session import GuiderDenoiser, optimise
@@ -180,7 +180,8 @@ def _key(
     text = None if clip is None else [clip.patcher, clip.layer_idx, clip.tokenizer_options, subject.prompt]
     others = None if prior is None else [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
     what = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.cutting)]
-    put_on = [base, patches_digest(model), describe([vae.patcher, str(vae.vae_dtype), positive, text])]
+    precisions = [precision(model), str(vae.vae_dtype), None if clip is None else precision(clip.patcher)]
+    put_on = [base, patches_digest(model), precisions, describe([vae.patcher, positive, text])]
     return digest([METHOD, what, asdict(settings), put_on, subject.image, subject.mask, others])
 
 

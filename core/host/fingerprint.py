@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..runs import digest
-from .describe import describe, sampled
+from .describe import PATCHER, describe, sampled
+from .guidance import KEY as OWN_GUIDANCE
 
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
@@ -56,6 +57,25 @@ def check_base(recorded: dict[str, str], model: Any) -> None:
 
 
 def patches_digest(model: Any) -> str:
-    """A hash of all that lies on top of the weights: LoRAs, patches, wrappers, hooks, attachments and options."""
-    parts = ("patches", "object_patches", "hook_patches", "wrappers", "callbacks", "attachments", "additional_models")
-    return digest([describe({part: getattr(model, part, None) for part in parts}), describe(model.model_options)])
+    """A hash of all that lies on top of the weights: LoRAs, patches, wrappers, hooks, attachments and options.
+
+    Our own guidance is left out: it is no part of what is trained (see trainable_clone).
+    """
+    parts = ("object_patches", "hook_patches", "attachments")
+    found = {part: getattr(model, part, None) for part in (*PATCHER, *parts)}
+    found["additional_models"] = _without_guidance(getattr(model, "additional_models", {}))
+    for part in ("wrappers", "callbacks"):
+        kinds = {kind: _without_guidance(by_key) for kind, by_key in getattr(model, part, {}).items()}
+        found[part] = {kind: by_key for kind, by_key in kinds.items() if by_key}
+    return digest([describe(found), describe(model.model_options)])
+
+
+def _without_guidance(by_key: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in by_key.items() if key != OWN_GUIDANCE and value}
+
+
+def precision(model: Any) -> list[str]:
+    """The precisions that a model's weights are stored in and that it computes in."""
+    stored = model.model_dtype() if hasattr(model, "model_dtype") else None
+    cast = getattr(model.model, "manual_cast_dtype", None)
+    return [str(stored), str(model.object_patches.get("manual_cast_dtype", cast))]

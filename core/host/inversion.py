@@ -21,7 +21,7 @@ from ..trajectory import Trajectory, check_sigmas
 from ..windows import step_wise, windows
 from .describe import describe
 from .embedding_training import run_store, subject
-from .fingerprint import check_base, fingerprint, patches_digest
+from .fingerprint import check_base, fingerprint, patches_digest, precision
 from .progress import Progress
 from .session import GuiderDenoiser, optimise, predicting
 
@@ -121,7 +121,7 @@ def null_text(
             "picture at a time."
         )
     start = single_prompt(negative, "negative prompt").detach().float().cpu()
-    put_on = [patches_digest(model), describe(positive)]
+    put_on = [patches_digest(model), precision(model), describe(positive)]
     parts = [fingerprint(model), put_on, start, trajectory.latents, trajectory.sigmas]
     key = digest([METHOD, asdict(settings), *parts])
     total = trajectory.steps * settings.inner_steps

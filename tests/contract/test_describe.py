@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import pytest
 import torch
 
 from likeness.core.host.describe import describe
+from likeness.core.host.fingerprint import patches_digest, precision
 from likeness.core.runs import digest
+
+from .methods import Setting, run_node
 
 
 def closing_over(value):
@@ -56,3 +60,56 @@ def test_cycles_end():
     ring: dict = {"a": 1}
     ring["self"] = ring
     assert key(ring) == key(ring)
+
+
+def injected(model, amount: float, wrapped: bool = False):
+    """A clone of a MODEL with something that is no patch: an injection, as bypass LoRAs are, or a weight's wrapper."""
+    from comfy.patcher_extension import PatcherInjection
+
+    class Hook:
+        def __init__(self) -> None:
+            self.weights, self.original_forward = torch.full((2,), amount), None
+
+    hook, clone = Hook(), model.clone()
+    if wrapped:
+        clone.add_weight_wrapper("diffusion_model.out.2.weight", lambda weight: weight * amount)
+    else:
+        clone.set_injections("x", [PatcherInjection(inject=lambda _model: hook, eject=lambda _model: None)])
+    return clone, hook
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_injected_counts(wrapped):
+    model = Setting().model
+    one, two, again = (injected(model, amount, wrapped)[0] for amount in (1.0, 2.0, 1.0))
+    for of in (patches_digest, key):
+        assert len({of(model), of(one), of(two)}) == 3 and of(one) == of(again)
+
+
+def test_an_injection_in_use_has_the_same_key():
+    model, hook = injected(Setting().model, 1.0)
+    before = patches_digest(model)
+    hook.original_forward = torch.nn.Linear(2, 2).forward
+    assert patches_digest(model) == before
+
+
+def test_our_own_guidance_has_no_part_in_a_training():
+    from likeness.nodes.guidance import LikenessGuidance
+
+    setting = Setting()
+    inputs = {"base_weight": 0.7, "end_percent": 0.6, "start_percent": 0.0, "k_timestep": -1, "allow_over_one": False}
+    tuned = Setting(model_seed=1).model
+    guided = run_node(LikenessGuidance, model=setting.model, tuned=tuned, tuned_positive=setting.source, **inputs)[0]
+    assert guided.wrappers != setting.model.wrappers and guided.additional_models
+    assert patches_digest(guided) == patches_digest(setting.model)
+
+
+def test_precisions_of_weights_and_computing_are_told_apart():
+    model = Setting().model
+    cast = model.clone()
+    cast.set_model_compute_dtype(torch.float64)
+    assert precision(model) == ["torch.float32", "None"] and precision(cast) == ["torch.float32", "torch.float64"]
+    with torch.inference_mode():
+        other = Setting().model
+        other.model.diffusion_model.dtype = torch.float16
+    assert precision(other)[0] == "torch.float16"
