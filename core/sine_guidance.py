@@ -32,7 +32,7 @@ END_PERCENT = 0.6  # K = 400 of 1000 timesteps
 CFG = 7.5
 SAMPLING_STEPS = 100
 LAST_TIMESTEP = 999  # timesteps are 0 .. 999 in SD; percent 0 of the sampling is the last one
-TOLERANCE = 1e-4  # of sigma; neighbouring timesteps are 50 times as far apart
+TOLERANCE = 1e-4  # of sigma; neighbouring timesteps are 30 times as far apart or more
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .sine_guidance import LAST_TIMESTEP
+
 MOST_TEXT, MOST_NUMBERS, MOST_PAIRS = 2000, 24, 144
-LAST_TIMESTEP = 999  # of SD, where percent is 0; timestep 0 is percent 1
 _NUMBER = re.compile(r"[+-]?(\d{1,12}\.?\d{0,12}|\.\d{1,12})([eE][+-]?\d{1,2})?", re.ASCII)
 
 

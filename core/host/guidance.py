@@ -22,9 +22,10 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..sine_guidance import LAST_TIMESTEP, Window, base_share, check_weights, mixed, percent_of
 from .overlay import Overlay, check_separable
-from .position_map import PICTURE
+from .position_map import PICTURE, position_map_of
 
 KEY = "likeness.guidance"
+COMPILED = "torch.compile"  # the key of ComfyUI's own wrapper
 WRAPPERS = (WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 log = logging.getLogger("likeness")
 
@@ -67,12 +68,31 @@ def subject_model(
         )
     if not conditioning:
         raise ValueError("The tuned model has no prompt: connect its training prompt, encoded.")
+    _check_prompt(conditioning, start_percent, end_percent)
+    return SubjectModel(model, conditioning, weight, start_percent, end_percent)
+
+
+def _check_prompt(conditioning: Conditioning, start: float, end: float) -> None:
+    """ValueError for a training prompt that says nothing somewhere, or at some time, where the tuned model is asked."""
     if any("hooks" in options for _, options in conditioning):
         raise ValueError(
             "The tuned model's prompt carries hooks (Create Hook LoRA): load the LoRA onto the tuned model with Load "
             "LoRA instead; the base model may be the same loaded model."
         )
-    return SubjectModel(model, conditioning, weight, start_percent, end_percent)
+    limited = sorted({name for _, options in conditioning for name in ("area", "mask") if name in options})
+    if limited:
+        raise ValueError(
+            f"The tuned model's prompt is limited by {', '.join(limited)}: outside of it the tuned model would predict "
+            "nothing. Connect its plain training prompt; areas and masks belong to the edit prompt."
+        )
+    reached = start
+    for first, last in sorted((o.get("start_percent", 0.0), o.get("end_percent", 1.0)) for _, o in conditioning):
+        reached = max(reached, last) if first <= reached + 1e-6 else reached
+    if reached < end - 1e-6:
+        raise ValueError(
+            f"The tuned model's prompt says nothing from {reached:g} of the sampling on, the guidance lasts until "
+            f"{end:g}: connect its plain training prompt; the guidance has a window of its own."
+        )
 
 
 def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = False) -> Any:
@@ -91,13 +111,19 @@ def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = Fals
         elif owner is not subject.model:
             check_separable(subject.model, owner)
     clone = model.clone()
-    for wrapper in WRAPPERS:
-        clone.remove_wrappers_with_key(wrapper, KEY)
+    drop_guidance(clone)
     clone.set_additional_models(KEY, [*own, *_control_models(subjects)])
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(own)))
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _predict)
     return clone
+
+
+def drop_guidance(clone: Any) -> None:
+    """Take the guidance off a clone that is the caller's own: its own prediction is wanted, not the mix."""
+    for wrapper in WRAPPERS:
+        clone.remove_wrappers_with_key(wrapper, KEY)
+    clone.remove_additional_models(KEY)
 
 
 def guider(model: Any, positive: Conditioning, negative: Conditioning, cfg: float) -> Any:
@@ -156,12 +182,21 @@ class _Branch:
         conds = {"positive": comfy.sampler_helpers.convert_cond(self._subject.conditioning)}
         processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, latent, mask, seed)
         self._conds = processed["positive"]
+        if self._overlay.rewritten:
+            log.info(
+                "%d weights of the tuned model are computed anew in every guided step: load the checkpoint a second "
+                "time for the tuned model if there is memory for it.",
+                self._overlay.rewritten,
+            )
         tuned.model_patches_to(device)
         tuned.model_patches_to(tuned.model_dtype())
         self._options = comfy.model_patcher.create_model_options_clone(tuned.model_options)
         options = self._options.setdefault("transformer_options", {})
         for name in ("wrappers", "callbacks"):
             merge_nested_dicts(options.setdefault(name, {}), getattr(tuned, name), copy_dict1=False)
+        if not self._overlay.empty:  # a compiled network does not see what is added to its layers
+            calls = options["wrappers"].get(WrappersMP.APPLY_MODEL, {})
+            options["wrappers"][WrappersMP.APPLY_MODEL] = {k: v for k, v in calls.items() if k != COMPILED}
         options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[-2:])
 
     def predict(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Tensor:
@@ -179,6 +214,16 @@ class _Branch:
 
     def forget(self) -> None:
         self._memory = None
+
+    def cleanup(self) -> None:
+        """As ComfyUI does for the prompts that it evaluates itself: ControlNets let go of what this run gave them."""
+        self.forget()
+        comfy.sampler_helpers.cleanup_models({"positive": self._conds}, [])
+
+    def is_the_base(self, base: Any) -> bool:
+        """Whether nothing but the prompt distinguishes the tuned model from the base model."""
+        tuned = self._subject.model
+        return self._running is base and self._overlay.empty and position_map_of(tuned) == position_map_of(base)
 
 
 @dataclass(frozen=True)
@@ -208,18 +253,13 @@ class _Sampling:
     ) -> Any:
         base = guider.model_patcher
         loaded = base.get_additional_models_with_key(KEY)[: len(self.own)]
-        running = [self._running(subject.model, base, loaded) for subject in self.subjects]
-        sampling = guider.inner_model.model_sampling
-        with _started(loaded):
-            branches = []
-            for subject, patcher in zip(self.subjects, running, strict=True):
-                if subject.weight != 0.0:
-                    branches.append(_Branch(subject, patcher, sampling))
-                    branches[-1].prepare(sigmas, extra_args.get("seed"), noise, latent_image, denoise_mask)
-            steps = [float(sigma) for sigma in sigmas[:-1]]
-            for branch in branches:
-                if not any(map(branch.window.holds, steps)):
-                    log.warning("None of the %d steps lies in a tuned model's window: it takes no part.", len(steps))
+        branches: list[_Branch] = []
+        with _started(loaded, branches):
+            for subject in (each for each in self.subjects if each.weight != 0.0):
+                branch = _Branch(subject, self._running(subject.model, base, loaded), guider.inner_model.model_sampling)
+                branch.prepare(sigmas, extra_args.get("seed"), noise, latent_image, denoise_mask)
+                branches.append(branch)
+                _warn(branch, base, [float(sigma) for sigma in sigmas[:-1]])
             positive = frozenset(entry["uuid"] for entry in guider.conds.get("positive", []))
             options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
             options[KEY] = _Run(positive, tuple(branches))
@@ -229,20 +269,34 @@ class _Sampling:
                 del options[KEY]
 
     def _running(self, tuned: Any, base: Any, loaded: list[Any]) -> Any:
-        """The loaded model in whose module a tuned model predicts."""
+        """The loaded model in whose module a tuned model predicts; checked again, as nodes may have come between."""
         for mine, patcher in zip(self.own, loaded, strict=True):
             if tuned.is_clone(mine):
+                _check_pair(tuned, base)
+                if tuned is not mine:
+                    check_separable(tuned, patcher)
                 return patcher
+        check_separable(tuned, base)
         return base
 
 
+def _warn(branch: _Branch, base: Any, steps: list[float]) -> None:
+    """Say what is allowed but hardly meant."""
+    if branch.is_the_base(base):
+        log.warning("The tuned model is the base model itself: only its prompt guides. Connect the fine-tuned model.")
+    if not any(map(branch.window.holds, steps)):
+        log.warning("None of the %d steps lies in a tuned model's window: it takes no part.", len(steps))
+
+
 @contextlib.contextmanager
-def _started(models: list[Any]) -> Iterator[None]:
+def _started(models: list[Any], branches: list[_Branch]) -> Iterator[None]:
     try:
         for model in models:
             model.pre_run()
         yield
     finally:
+        for branch in branches:
+            branch.cleanup()
         for model in models:
             model.cleanup()
 

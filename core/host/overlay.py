@@ -9,6 +9,7 @@ weight functions, one layer at a time. Which of them was loaded first or last ma
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,16 +22,19 @@ from torch import Tensor, nn
 
 Patch = tuple[float, Any, float, Any, Any]  # ComfyUI's: strength, adapter or numbers, strength of the weight, ...
 SAME = ("object_patches", "injections", "weight_wrapper_patches")
+SHARED = "model_sampling"  # one for both in one module; that it is the same schedule is checked elsewhere
 
 
 def check_separable(tuned: Any, base: Any) -> None:
     """ValueError when two MODELs of one module differ in more than weights and options.
 
-    What replaces a part of the module itself cannot be there and not be there at once.
+    What replaces a part of the module itself cannot be there and not be there at once; and what is compiled as a whole
+    does not see what is added to its layers.
     """
     for name in SAME:
         one, other = getattr(tuned, name, {}), getattr(base, name, {})
-        different = sorted(key for key in one.keys() | other.keys() if not _equal(one.get(key), other.get(key)))
+        keys = (one.keys() | other.keys()) - {SHARED}
+        different = sorted(key for key in keys if not _equal(one.get(key), other.get(key)))
         if different:
             raise ValueError(
                 f"The tuned model and the base model are one loaded model with different {name.replace('_', ' ')} "
@@ -40,6 +44,11 @@ def check_separable(tuned: Any, base: Any) -> None:
             )
     for key, _, _, _ in _differences(tuned, base):
         _module_of(base.model, key)
+        if any(hasattr(value, "_orig_mod") for value in base.object_patches.values()):
+            raise ValueError(
+                "The model is compiled, and the tuned model is the same loaded model with other weights: compile with "
+                "ComfyUI's own TorchCompileModel node, or load the checkpoint a second time for the tuned model."
+            )
 
 
 def _differences(tuned: Any, running: Any) -> Iterator[tuple[str, list[Patch], list[Patch], int]]:
@@ -75,18 +84,28 @@ class Overlay:
         """Both ModelPatchers; only `running` is loaded, and its module is the one that predicts."""
         self._hooks: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._functions: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
-        device, model = running.load_device, running.model
+        model = running.model
         for key, theirs, ours, shared in _differences(tuned, running):
             module, attribute = _module_of(model, key)
             more = [(1.0, patch) for patch in theirs[shared:]] + [(-1.0, patch) for patch in ours[shared:]]
             if attribute == "weight" and _takes_a_lora(module) and all(map(_plain, more)):
-                self._hooks.append((module, _beside(more, device)))
+                self._hooks.append((module, _beside(more)))
             elif shared == len(ours):
                 self._functions.append((module, attribute, _patched(key, theirs[shared:], None)))
             else:
                 backup = running.backup.get(key)
-                start = getattr(module, attribute) if backup is None else backup.weight
+                start = functools.partial(getattr, module, attribute) if backup is None else lambda b=backup: b.weight
                 self._functions.append((module, attribute, _patched(key, theirs, start)))
+
+    @property
+    def empty(self) -> bool:
+        """Whether the two have the same weights."""
+        return not self._hooks and not self._functions
+
+    @property
+    def rewritten(self) -> int:
+        """How many weights are computed anew in every prediction: what is not a plain LoRA."""
+        return len(self._functions)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -129,14 +148,14 @@ def _plain(signed: tuple[float, Patch]) -> bool:
     return all(value is None for value in adapter.weights[3:6])  # mid, dora_scale, reshape
 
 
-def _beside(signed: list[tuple[float, Patch]], device: torch.device) -> Callable[..., Tensor]:
+def _beside(signed: list[tuple[float, Patch]]) -> Callable[..., Tensor]:
     ups, downs = [], []
     for sign, (strength, adapter, *_) in signed:
         up, down, alpha = adapter.weights[:3]
         scale = sign * strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
         ups.append(scale * up.detach().flatten(1).float())
         downs.append(down.detach().flatten(1).float())
-    up, down = torch.cat(ups, 1).to(device), torch.cat(downs).to(device)
+    up, down = torch.cat(ups, 1), torch.cat(downs)
     factors: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -154,11 +173,11 @@ def _beside(signed: list[tuple[float, Patch]], device: torch.device) -> Callable
     return hook
 
 
-def _patched(key: str, patches: list[Patch], start: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A weight function: ComfyUI's own arithmetic on the weight it is given, or on `start` in its place."""
+def _patched(key: str, patches: list[Patch], start: Callable[[], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """A weight function: ComfyUI's own arithmetic on the weight it is given, or on start() in its place."""
 
     def function(weight: Tensor) -> Tensor:
-        begin = weight if start is None else start
+        begin = weight if start is None else start()
         private = begin.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
         return comfy.lora.calculate_weight(patches, private, key).to(weight.dtype)
 

@@ -46,7 +46,7 @@ class PositionMap:
             maps = position_map(h.shape[1], self.cells, boxes, size, self.interpolation).to(h)
             return h + maps.repeat(h.shape[0] // maps.shape[0], 1, 1, 1)
         chunks = self._windows(options)
-        parts = [_map(h.shape[1], self, window, size, h.device, h.dtype) for window in chunks]
+        parts = [_map(h.shape[1], self, window, size, h.dtype).to(h.device) for window in chunks]
         if len(set(chunks)) == 1:
             return h + parts[0]
         return h + torch.cat([part.expand(h.shape[0] // len(parts), -1, -1, -1) for part in parts])
@@ -83,13 +83,12 @@ def _context_window(options: dict[str, Any]) -> Box:
 
 
 @functools.lru_cache(maxsize=8)
-def _map(
-    channels: int, patch: PositionMap, window: Box, size: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _map(channels: int, patch: PositionMap, window: Box, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """On the CPU: kept for the steps to come, it must not take the device's memory after the run."""
     y, x, height, width = (round(value * patch.cells, 6) for value in window)  # 6: no cell more for a rounding error
     box = torch.tensor([[y, x, y + height, x + width]], dtype=torch.float64)
     with torch.inference_mode(False):  # a later training may meet it
-        return position_map(channels, patch.cells, box, size, patch.interpolation).to(device, dtype)
+        return position_map(channels, patch.cells, box, size, patch.interpolation).to(dtype)
 
 
 def with_position_map(model: Any, cells: int, interpolation: str, window: Box = WHOLE) -> Any:

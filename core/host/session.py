@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..conditioning import Conditioning, detached
 from .position_map import BOXES
 from .weights import (
-    GUIDANCE,
     check_fully_loaded,
     checkpointed,
+    drop_all_guidance,
     gradients,
     load_fully,
     out_of_place_text_layers,
@@ -30,7 +30,7 @@ from .weights import (
     trainable_clone,
 )
 
-# Backward keeps every activation, ComfyUI's estimate is for one forward pass. Estimates: no GPU was there to measure.
+# Backward keeps every activation, ComfyUI's estimate is for one forward pass. Estimates, not measured on a GPU.
 ACTIVATION_FACTOR = 4.0
 ACTIVATION_FACTOR_CHECKPOINTED = 1.5
 BYTES_PER_WEIGHT = 16  # of a trained one, in float32: itself, its gradient, Adam's two moments
@@ -122,8 +122,7 @@ def predicting(
     Arguments as in optimise(); the model may be partly offloaded.
     """
     clone = model.clone()
-    for name in GUIDANCE:
-        clone.model_options.pop(name, None)
+    drop_all_guidance(clone)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
     sampling = clone.get_model_object("model_sampling")
@@ -183,18 +182,24 @@ def optimise(
         guider = comfy.samplers.CFGGuider(clone)
         guider.inner_set_conds({"positive": detached(positive)})
         latent = detached(latent).float()
-        factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
-        # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
-        memory = clone.model_size() + factor * clone.model.memory_required([1, *latent.shape[1:]])
-        if all_weights:
-            memory += sum(BYTES_PER_WEIGHT * part.numel() for each in together for part in each.model.parameters())
-        load_fully(together, memory)
+        load_fully(together, _memory(together, latent, checkpointing, all_weights))
         sampling = clone.get_model_object("model_sampling")
         ends = torch.tensor([float(sampling.sigma_max), 0.0])
         try:
             guider.sample(torch.zeros_like(latent), latent, _Body(run), ends, disable_pbar=True)
         finally:
             mm.soft_empty_cache()
+
+
+def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
+    """Bytes that a session needs beside the loaded weights; the diffusion model is the first of the models."""
+    first = models[0]
+    factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
+    # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
+    memory = first.model_size() + factor * first.model.memory_required([1, *latent.shape[1:]])
+    if all_weights:
+        memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
+    return memory
 
 
 def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:

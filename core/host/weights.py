@@ -16,6 +16,8 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .guidance import drop_guidance
+
 GUIDANCE = (
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
@@ -178,14 +180,20 @@ def fixed_clone(patcher: Any) -> Any:
         ) from error
 
 
+def drop_all_guidance(clone: Any) -> None:
+    """Guidance belongs to sampling; a loss, and an inversion, is on the model's own prediction."""
+    for name in GUIDANCE:
+        clone.model_options.pop(name, None)
+    drop_guidance(clone)
+
+
 def trainable_clone(model: Any, cast: bool = False) -> Any:
     """A clone of a MODEL whose forward can be differentiated: fixed weights, attention with a backward, safe precision.
 
     cast: its weights will be float32 whatever it computes in.
     """
     clone = fixed_clone(model)
-    for name in GUIDANCE:
-        clone.model_options.pop(name, None)  # guidance belongs to sampling; a loss is on the model's own prediction
+    drop_all_guidance(clone)
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
     options["optimized_attention_override"] = _differentiable_attention
     dtype = model.model_dtype()

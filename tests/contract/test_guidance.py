@@ -267,6 +267,8 @@ def test_a_control_net_in_the_training_prompt_is_loaded_and_heard():
     plain = picture(setting, patch(setting, tuned))
     _, controlled = control_net(setting, setting.model, setting.source)
     assert float((picture(setting, patch(setting, tuned, tuned_positive=controlled)) - plain).abs().mean()) > 1e-5
+    control = controlled[0][1]["control"]
+    assert control.cond_hint is None and control.timestep_range is None
 
 
 def test_the_base_model_is_as_it_was():
@@ -307,6 +309,71 @@ def test_one_module_that_cannot_be_separated_is_refused():
     patched = setting.model.clone()
     patched.add_object_patch("diffusion_model.out.2", torch.nn.Identity())
     refused("cannot be separated.*second time", setting, patched)
+
+
+def test_a_node_behind_the_guidance_is_checked_when_sampling_starts():
+    """What is put on the model later must not escape: another schedule, or a part of the shared module exchanged."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    setting = Setting()
+    later = run_node(ModelSamplingSD3, model=patch(setting, other_loader(1)), shift=3.0)[0]
+    with pytest.raises(ValueError, match="noise schedule"):
+        picture(setting, later)
+    shared = patch(setting, with_lora(setting.model, lora()))
+    picture(setting, run_node(ModelSamplingSD3, model=shared, shift=3.0)[0])  # one module has one schedule
+    shared = shared.clone()
+    shared.add_object_patch("diffusion_model.out.2", torch.nn.Identity())
+    with pytest.raises(ValueError, match="cannot be separated"):
+        picture(setting, shared)
+
+
+def test_one_module_with_the_same_schedule_applied_twice():
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    setting = Setting()
+    tuned = run_node(ModelSamplingSD3, model=with_lora(setting.model, lora()), shift=3.0)[0]
+    setting.model = run_node(ModelSamplingSD3, model=setting.model, shift=3.0)[0]
+    assert bool(torch.isfinite(picture(setting, patch(setting, tuned))).all())
+
+
+def test_a_compiled_model_and_its_lora_in_one_module():
+    """The compiled network would not notice what is added to its layers: the tuned model's own calls are eager."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    setting, tuned = Setting(), with_lora(Setting().model, lora())
+    expected = picture(setting, patch(setting, tuned), cfg=1.0)
+    compiled = setting.model.clone()
+    set_torch_compile_wrapper(compiled, "eager")
+    setting.model = compiled
+    shared = with_lora(compiled, lora())
+    found = picture(setting, patch(setting, shared), cfg=1.0)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-5)
+    assert shared.wrappers["apply_model"]["torch.compile"], "the user's model lost its compilation"
+
+
+def test_a_training_prompt_that_is_silent_somewhere_is_refused():
+    from nodes import ConditioningCombine, ConditioningSetArea, ConditioningSetTimestepRange
+
+    def timed(start, end):
+        return run_node(ConditioningSetTimestepRange, conditioning=setting.source, start=start, end=end)[0]
+
+    setting, tuned = Setting(), other_loader(1)
+    refused("says nothing from 0 of the sampling on", setting, tuned, tuned_positive=timed(0.3, 1.0))
+    refused("says nothing from 0.5 of the sampling on", setting, tuned, tuned_positive=timed(0.0, 0.5))
+    patch(setting, tuned, tuned_positive=timed(0.0, 0.7))
+    both = run_node(ConditioningCombine, conditioning_1=timed(0.0, 0.3), conditioning_2=timed(0.3, 1.0))[0]
+    patch(setting, tuned, tuned_positive=both)
+    left = run_node(ConditioningSetArea, conditioning=setting.source, width=32, height=64, x=0, y=0, strength=1.0)[0]
+    refused("limited by area", setting, tuned, tuned_positive=left)
+
+
+def test_the_base_model_as_its_own_tuned_model_is_said(caplog):
+    setting = Setting()
+    picture(setting, patch(setting, setting.model))
+    assert "is the base model itself" in caplog.text
+    caplog.clear()
+    picture(setting, patch(setting, with_lora(setting.model, lora())))
+    assert "itself" not in caplog.text
 
 
 def test_a_window_without_a_step_is_said(caplog):
