@@ -118,7 +118,7 @@ def _check_header_length(path: Path, size: int) -> None:
 def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata.get(HEADER_KEY, "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, or too deep
         raise ValueError(
             f"{path.name} has a damaged header ({type(error).__name__}): copy or train it again."
         ) from error

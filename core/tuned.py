@@ -22,6 +22,8 @@ FORMAT = 1
 KIND = "fine_tune"
 MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
 MAX_PROMPT = 10_000  # characters
+MAX_SETTINGS, MAX_WORD, MAX_LOSSES = 64, 200, 10_000  # settings of a header, characters of each, losses
+MAX_NUMBER = 1e300
 MARKER = "likeness.needs_position_map"  # [cells, index of the interpolation]
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
 MODEL, TEXT = "diffusion_model.", "text_encoders."
@@ -172,15 +174,31 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
         raise ValueError(
             f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
         )
-    prompt, base, losses = header.get("prompt", ""), header.get("base", {}), header.get("losses", [])
+    prompt, losses = header.get("prompt", ""), header.get("losses", [])
     right = (
-        isinstance(prompt, str) and len(prompt) <= MAX_PROMPT and isinstance(header.get("settings", {}), dict),
-        isinstance(base, dict) and all(isinstance(value, str) for value in base.values()),
-        isinstance(losses, list) and all(isinstance(loss, (int, float)) for loss in losses),
-        isinstance(header.get("method", ""), str),
+        isinstance(prompt, str) and len(prompt) <= MAX_PROMPT,
+        _plain(header.get("settings", {}), (str, bool, int, float)),
+        _plain(header.get("base", {}), (str,)),
+        isinstance(losses, list) and len(losses) <= MAX_LOSSES and all(map(_finite, losses)),
+        isinstance(header.get("method", ""), str) and len(header.get("method", "")) <= MAX_WORD,
     )
     if not all(right):
         raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+
+
+def _plain(table: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether this is a short table of short values of these kinds: people are shown it as it is."""
+    return (
+        isinstance(table, dict)
+        and len(table) <= MAX_SETTINGS
+        and all(isinstance(value, kinds) for value in table.values())
+        and all(_finite(value) for value in table.values() if not isinstance(value, str))
+        and all(len(str(part)) <= MAX_WORD for item in table.items() for part in item)
+    )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
 
 
 def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from likeness.core.files import write_tensors
+from likeness.core.files import HEADER_KEY, write_tensors
 from likeness.core.tuned import KIND, MARKER, Tuned, load_tuned, marker, save_tuned, weight_differences
 
 PATH = "diffusion_model.middle_block.1.proj_in"
@@ -101,6 +101,12 @@ def ours(path, found: dict[str, torch.Tensor], **header) -> None:
     write_tensors(path, found, {**HEADER, "kind": KIND, "format": 1, **header})
 
 
+def digits(path, count: int) -> None:
+    """A header with an integer that Python refuses to read."""
+    header = json.dumps({**HEADER, "kind": KIND, "format": 1, "losses": [5]}).replace("[5]", f"[{'1' * count}]")
+    save_file(tensors(), path, {HEADER_KEY: header})
+
+
 BAD = {
     "empty file": (lambda p: p.write_bytes(b""), "cut off"),
     "no tensors": (lambda p: raw(p, {}), "it is empty"),
@@ -116,7 +122,20 @@ BAD = {
     "prompt is a book": (lambda p: ours(p, tensors(), prompt="x" * 20_000), "damaged header"),
     "base is a list": (lambda p: ours(p, tensors(), base=[1]), "damaged header"),
     "losses are words": (lambda p: ours(p, tensors(), losses=["low"]), "damaged header"),
+    "a loss is no number": (lambda p: ours(p, tensors(), losses=[float("nan")]), "damaged header"),
+    "a loss is infinite": (lambda p: ours(p, tensors(), losses=[1.0, float("inf")]), "damaged header"),
+    "endless losses": (lambda p: ours(p, tensors(), losses=[0.5] * 20_000), "damaged header"),
+    "a loss beyond all numbers": (lambda p: ours(p, tensors(), losses=[10**400]), "damaged header"),
+    "a loss of endless digits": (lambda p: digits(p, 5000), "damaged header"),
     "settings are a list": (lambda p: ours(p, tensors(), settings=[]), "damaged header"),
+    "settings in settings": (lambda p: ours(p, tensors(), settings={"a": {"b": 1}}), "damaged header"),
+    "a setting is a book": (lambda p: ours(p, tensors(), settings={"a": "x" * 1000}), "damaged header"),
+    "a setting has a book's name": (lambda p: ours(p, tensors(), settings={"a" * 1000: 1}), "damaged header"),
+    "a setting is infinite": (lambda p: ours(p, tensors(), settings={"a": float("-inf")}), "damaged header"),
+    "a setting is no number": (lambda p: ours(p, tensors(), settings={"a": float("nan")}), "damaged header"),
+    "a thousand settings": (lambda p: ours(p, tensors(), settings=dict.fromkeys(map(str, range(1000)), 1)), "damaged"),
+    "base is a book": (lambda p: ours(p, tensors(), base={"family": "x" * 1000}), "damaged header"),
+    "method is a book": (lambda p: ours(p, tensors(), method="x" * 1000), "damaged header"),
     "integers": (lambda p: ours(p, {f"{PATH}.diff": torch.zeros(2, dtype=torch.int32)}), "unexpected tensor"),
     "a vector as factor": (lambda p: ours(p, {f"{PATH}.lora_up.weight": torch.zeros(2)}), "unexpected tensor"),
     "half a pair": (
