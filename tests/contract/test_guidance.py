@@ -381,3 +381,22 @@ def test_a_window_without_a_step_is_said(caplog):
     plain = picture(setting, setting.model)
     assert torch.equal(plain, picture(setting, patch(setting, tuned, start_percent=0.51, end_percent=0.52)))
     assert "None of the 5 steps" in caplog.text
+
+
+def test_training_and_inversion_see_the_models_own_prediction_not_the_mix(tmp_path):
+    """On a guided MODEL as on the plain one: what is learned, and where a picture is inverted to."""
+    import folder_paths
+
+    from .methods import METHODS
+    from .test_inversion import invert
+
+    folder_paths.set_user_directory(str(tmp_path / "user"))
+    plain, guided = Setting(), Setting()
+    guided.model = patch(guided, other_loader(1), end_percent=1.0)
+    assert torch.equal(invert(plain)[0].latents, invert(guided)[0].latents)
+    hiper = METHODS[0]
+    one, losses = hiper.fit(plain)
+    for path in (tmp_path / "user" / "likeness" / "runs").glob("*"):
+        path.unlink()
+    other, again = hiper.fit(guided)
+    assert losses == again and all(torch.equal(one.rows[step], other.rows[step]) for step in one.rows)
