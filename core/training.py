@@ -42,9 +42,21 @@ class Run:
         """The step that a request for `steps` gets: this very one if it was kept, else all that was done so far."""
         return steps if steps in self.kept else self.step
 
+    def told_end(self, steps: int) -> int:
+        """As end(), with a warning when more was done than is asked for and that very step was not kept."""
+        end = self.end(steps)
+        if end > steps:
+            kept = ", ".join(str(step) for step in sorted(self.kept) if step < end) or "none"
+            log.warning(
+                "%d steps were asked for, but this run had gone to step %d and did not keep step %d: you get step %d. "
+                "Ask for a step that was kept (%s), or choose another seed to train exactly %d steps.",
+                *(steps, end, steps, end, kept, steps),
+            )
+        return end
+
     def results(self, steps: int, save_every: int) -> tuple[int, dict[int, Result]]:
         """The step reached and all results that a run of this length would have kept, by step."""
-        end = self.end(steps)
+        end = self.told_end(steps)
         return end, {
             step: result
             for step, result in self.kept.items()

@@ -40,8 +40,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     min=1,
                     max=100_000,
                     tooltip="Number of updates. 300 to 1000 is usual; many more cost the ability to edit. Asking for "
-                    "more "
-                    "later goes on where this run ended.",
+                    "more later goes on where this run ended. Asking for fewer gives that step when it was kept, else "
+                    "the longer run with a warning.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -82,7 +82,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="Decides timesteps, noise and the previews' noise. The same seed gives the same bytes.",
+                    tooltip="Decides timesteps, noise and the previews' noise. The same seed gives the same bytes on a "
+                    "CPU; on a GPU up to rounding.",
                 ),
                 advanced(
                     io.Float.Input(

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core import fine_tune as sine
 from ..core.host.crops import Cutting
-from ..core.host.fine_tuning import FULL, LORA, Plan, PriorPictures, Subject, fine_tune
+from ..core.host.fine_tuning import FULL, LORA, PROMPT, Plan, PriorPictures, Subject, fine_tune
 from ..core.host.outputs import nothing
 from ..core.position_map import INTERPOLATIONS, MAX_CELLS
 from .types import LoraModel, LossMap, advanced, schema
@@ -34,10 +34,11 @@ class LikenessFineTune(io.ComfyNode):
                 ),
                 io.String.Input(
                     "prompt",
-                    default="photo of a sks dog",
+                    default=PROMPT,
                     multiline=True,
                     tooltip="The training prompt: a rare word and the subject's class. It is stored with the weights "
-                    "and must be used, word for word, with the tuned model.",
+                    "and must be used, word for word, with the tuned model. With 'positive' connected, write the text "
+                    "behind it here.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -58,7 +59,9 @@ class LikenessFineTune(io.ComfyNode):
                     default=1000,
                     min=1,
                     max=1_000_000,
-                    tooltip="Number of updates. Asking for more later goes on where this run ended.",
+                    tooltip="Number of updates. Asking for more later goes on where this run ended. Asking for fewer "
+                    "gives that step of a LoRA when it was kept (every 500), else the longer run with a warning; full "
+                    "weights are trained anew.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -67,7 +70,8 @@ class LikenessFineTune(io.ComfyNode):
                     max=1.0,
                     step=1e-6,
                     round=1e-9,
-                    tooltip="AdamW's learning rate: 0.0001 for a LoRA, 0.000001 for full weights.",
+                    tooltip="AdamW's learning rate: 0.0001 for a LoRA. Set it to 0.000001, the paper's, when you "
+                    "choose full weights: the default is 100 times that.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -91,7 +95,7 @@ class LikenessFineTune(io.ComfyNode):
                     max=2**63 - 1,
                     control_after_generate=True,
                     tooltip="Decides patches, timesteps, noise and the LoRA's start. The same seed gives the same "
-                    "bytes.",
+                    "bytes on a CPU; on a GPU up to rounding.",
                 ),
                 *_advanced(),
                 io.Clip.Input(
@@ -102,8 +106,8 @@ class LikenessFineTune(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The training prompt, encoded; the text encoder stays as it is. Instead of 'clip'. Write "
-                    "the same words into 'prompt'.",
+                    tooltip="The training prompt, encoded; the text encoder stays as it is. Instead of 'clip'. Its "
+                    "text must stand in 'prompt' too, word for word: that is what Load Fine-Tune encodes.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."

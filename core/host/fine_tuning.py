@@ -13,7 +13,7 @@ import folder_paths
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning, detached, single_prompt
-from ..fine_tune import FineTune, FineTuneSettings, Prior, Prompt, Samples
+from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Prompt, Samples
 from ..fitting import curve
 from ..lora import TEXT_LAYERS, attention_layers, beside, factors, new_adapters
 from ..runs import LIMIT_BYTES, RunStore, digest
@@ -23,14 +23,16 @@ from .crops import Cutting, check_pictures, make_samples
 from .describe import describe
 from .differentiable import TextEncoder
 from .fingerprint import fingerprint, patches_digest, precision
-from .position_map import position_map_of, with_position_map
+from .position_map import position_map_of
 from .progress import Progress
 from .session import GuiderDenoiser, optimise
-from .tuned_models import apply_tuned, encode_prompt
+from .tuned_models import apply_tuned, encode_prompt, with_same_map
 from .weights import check_trainable_weights
 
 METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
+PROMPT = "photo of a sks dog"  # the node's default
+HIGH_RATE_FULL = 1e-5  # ten times the paper's; a warning is given above it
 KEEP_EVERY = 500  # LoRAs are small: those on the way are kept, so that fewer steps can be asked for later
 KEPT_BYTES = 256 << 20
 RUN_BYTES_PER_WEIGHT = 14  # itself and two moments in float32, its difference in float16
@@ -82,6 +84,19 @@ class PriorPictures:
     positive: Conditioning | None = None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """All that decides a result, except the number of steps; with the MODEL as it is trained (with its map)."""
+
+    model: Any
+    vae: Any
+    subject: Subject
+    positive: Conditioning
+    plan: Plan
+    settings: FineTuneSettings
+    prior: PriorPictures | None
+
+
 def fine_tune(
     model: Any,
     vae: Any,
@@ -94,30 +109,39 @@ def fine_tune(
     """Train (or resume, or serve from disk); returns the tuned MODEL and CLIP, the artifact, and every step's loss."""
     positive = subject.conditioning()
     prior = _check(model, subject, positive, plan, settings, prior)
-    mapped = with_position_map(model, plan.cutting.cells, plan.interpolation) if plan.cutting.cells else model
+    _advise(subject, plan, settings)
+    mapped = with_same_map(model, plan.cutting.cells, plan.interpolation) if plan.cutting.cells else model
     if not plan.cutting.cells:
         settings = replace(settings, recon_weight=0.0)
     base = fingerprint(model)
-    key = _key(mapped, vae, subject, positive, plan, settings, prior, base)
+    job = _Job(mapped, vae, subject, positive, plan, settings, prior)
     store = _store(model, subject, plan)
+    key, run = _stored(store, _key(job, base), plan)
 
     progress = Progress(model, plan.steps, node_id)
-    run = stored_run(store, key, whole=False)
     progress.start(0 if run is None else run.step)
     if run is None or not run.answers(plan.steps):
-        steps = max(plan.steps, 0 if run is None else run.step)
-        log.info("SINE: encoding the picture(s) for %d steps", steps)
-        samples = make_samples(model, vae, subject.image, subject.mask, plan.cutting, settings.seed, steps)
-        others = None if prior is None else _prior_samples(model, vae, prior, plan, settings, steps)
-        run = _train(mapped, subject, positive, samples, prior, others, plan, settings, store, key, progress)
-    end = run.end(plan.steps)
-    if end > plan.steps:
-        log.info("This run had gone to step %d already and keeps no state of step %d.", end, plan.steps)
+        run = _train(job, max(plan.steps, 0 if run is None else run.step), store, key, progress)
+    end = run.told_end(plan.steps)
     losses = run.losses[:end]
     progress.update(losses)
     log.info("SINE: %s, %d steps, loss %.4f to %.4f", plan.method, end, losses[0], losses[-1])
     tuned = _artifact(mapped, run.kept[end], _header(base, subject, plan, settings, end, losses))
     return *apply_tuned(tuned, model, subject.clip, 1.0), tuned, losses
+
+
+def _stored(store: RunStore, key: str, plan: Plan) -> tuple[str, Run | None]:
+    """The stored run and its name. Of all weights only the last result is kept, so that a request for fewer steps than
+    were done is a run of its own, named by its number of steps too.
+    """
+    run = stored_run(store, key, whole=False)
+    if plan.method != FULL or run is not None and (run.step <= plan.steps or plan.steps in run.kept):
+        return key, run
+    own = digest([key, plan.steps])
+    shorter = stored_run(store, own, whole=False)
+    if run is None and shorter is None:
+        return key, None
+    return own, shorter
 
 
 def _check(
@@ -153,6 +177,23 @@ def _check(
     return prior
 
 
+def _advise(subject: Subject, plan: Plan, settings: FineTuneSettings) -> None:
+    """Warnings of what works but is seldom meant."""
+    if plan.method == FULL and settings.learning_rate > HIGH_RATE_FULL:
+        log.warning(
+            "All weights are trained at learning rate %g; the paper uses %g (0.0001 is for a LoRA). Small models may "
+            "want more; Stable Diffusion may break at it.",
+            settings.learning_rate,
+            LEARNING_RATE_FULL,
+        )
+    if subject.positive is not None and subject.prompt == PROMPT:
+        log.warning(
+            "'positive' is connected and 'prompt' is the default, '%s'. It is stored as the training prompt, and Load "
+            "Fine-Tune encodes it: write the words there that 'positive' was encoded from.",
+            PROMPT,
+        )
+
+
 def _modules(model: Any, subject: Subject) -> dict[str, nn.Module]:
     """What may be trained, by the prefix of its names."""
     modules = {"diffusion_model": model.model.diffusion_model}
@@ -165,24 +206,15 @@ def _layers(modules: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     return {prefix: attention_layers(module, prefix, *ends.get(prefix, ())) for prefix, module in modules.items()}
 
 
-def _key(
-    model: Any,
-    vae: Any,
-    subject: Subject,
-    positive: Conditioning,
-    plan: Plan,
-    settings: FineTuneSettings,
-    prior: PriorPictures | None,
-    base: dict[str, str],
-) -> str:
-    """The name of the run: all that decides its result, except the number of steps."""
-    clip = subject.clip
+def _key(job: _Job, base: dict[str, str]) -> str:
+    """The name of the run."""
+    plan, subject, clip, prior = job.plan, job.subject, job.subject.clip, job.prior
     text = None if clip is None else [clip.patcher, clip.layer_idx, clip.tokenizer_options, subject.prompt]
     others = None if prior is None else [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
     what = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.cutting)]
-    precisions = [precision(model), str(vae.vae_dtype), None if clip is None else precision(clip.patcher)]
-    put_on = [base, patches_digest(model), precisions, describe([vae.patcher, positive, text])]
-    return digest([METHOD, what, asdict(settings), put_on, subject.image, subject.mask, others])
+    precisions = [precision(job.model), str(job.vae.vae_dtype), None if clip is None else precision(clip.patcher)]
+    put_on = [base, patches_digest(job.model), precisions, describe([job.vae.patcher, job.positive, text])]
+    return digest([METHOD, what, asdict(job.settings), put_on, subject.image, subject.mask, others])
 
 
 def _store(model: Any, subject: Subject, plan: Plan) -> RunStore:
@@ -202,33 +234,27 @@ def _count(modules: dict[str, nn.Module], plan: Plan) -> int:
     return sum(plan.rank * (shape[0] + shape[1:].numel()) for shape in shapes)
 
 
-def _prior_samples(
-    model: Any, vae: Any, prior: PriorPictures, plan: Plan, settings: FineTuneSettings, steps: int
-) -> Samples:
-    """Whole pictures; beside patches they carry the box of the whole picture."""
-    samples = make_samples(model, vae, prior.image, None, Cutting(plan.cutting.resolution), settings.seed, steps)
-    if not plan.cutting.cells:
-        return samples
-    whole = samples.x0.new_tensor([[0, 0, plan.cutting.cells, plan.cutting.cells]])
-    return replace(samples, boxes=whole.expand(samples.x0.shape[0], -1))
+def _samples(job: _Job, steps: int) -> tuple[Samples, Samples | None]:
+    """The pictures for so many updates, and those of the prior."""
+    cutting, seed = job.plan.cutting, job.settings.seed
+    samples = make_samples(job.model, job.vae, job.subject.image, job.subject.mask, cutting, seed, steps)
+    if job.prior is None:
+        return samples, None
+    others = make_samples(job.model, job.vae, job.prior.image, None, Cutting(cutting.resolution), seed, steps)
+    if cutting.cells:  # beside patches they carry the box of the whole picture
+        whole = others.x0.new_tensor([[0, 0, cutting.cells, cutting.cells]])
+        others = replace(others, boxes=whole.expand(others.x0.shape[0], -1))
+    return samples, others
 
 
-def _train(
-    model: Any,
-    subject: Subject,
-    positive: Conditioning,
-    samples: Samples,
-    prior: PriorPictures | None,
-    others: Samples | None,
-    plan: Plan,
-    settings: FineTuneSettings,
-    store: RunStore,
-    key: str,
-    progress: Progress,
-) -> Run:
+def _train(job: _Job, steps: int, store: RunStore, key: str, progress: Progress) -> Run:
+    """Train to plan.steps; `steps` is how far the run goes at most, with what is stored of it."""
+    log.info("SINE: encoding the picture(s) for %d steps", steps)
+    samples, others = _samples(job, steps)
+    subject, plan, prior = job.subject, job.plan, job.prior
     finished: list[Run] = []
     text = None if subject.clip is None else TextEncoder(subject.clip)
-    latent_format = model.get_model_object("latent_format")
+    latent_format = job.model.get_model_object("latent_format")
 
     def in_models_scale(part: Samples) -> Samples:
         x0, boxes, mask = detached([part.x0, part.boxes, part.mask])
@@ -246,20 +272,20 @@ def _train(
         if prior is not None and others is not None:
             classes = Prior(in_models_scale(others), prompt_of(prior.prompt, lambda: _prompt(prior.positive)))
         prompt = prompt_of(subject.prompt, lambda: Prompt(denoiser.context))
-        trained = _Trained(denoiser, text, plan, settings.seed)
+        trained = _Trained(denoiser, text, plan, job.settings.seed)
         with trained.active():
-            fit = FineTune(denoiser, in_models_scale(samples), prompt, trained.parameters, settings, classes)
+            fit = FineTune(denoiser, in_models_scale(samples), prompt, trained.parameters, job.settings, classes)
 
             def on_update(denoised: Tensor) -> None:
                 progress.update(fit.losses, denoised)
 
             every, keep = trained.keeping()
-            header = {"method": METHOD, "settings": asdict(settings)}
+            header = {"method": METHOD, "settings": asdict(job.settings)}
             finished.append(train(fit, plan.steps, every, trained.result, store, key, header, on_update, keep))
 
     optimise(
-        model,
-        positive,
+        job.model,
+        job.positive,
         samples.x0[:1],
         body,
         checkpointing=plan.checkpointing,

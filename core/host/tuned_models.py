@@ -9,7 +9,7 @@ import comfy.sd
 
 from ..conditioning import Conditioning
 from ..tuned import MODEL, TEXT, Tuned
-from .position_map import with_position_map
+from .position_map import WHOLE, check_same_grid, position_map_of, with_position_map
 
 log = logging.getLogger("likeness")
 
@@ -24,8 +24,15 @@ def apply_tuned(tuned: Tuned, model: Any, clip: Any | None, strength: float) -> 
     if clip is not None:
         _, clip = comfy.sd.load_lora_for_models(None, clip, tuned.part(TEXT), 0.0, strength)
     if tuned.position_map is not None:
-        patched = with_position_map(patched, *tuned.position_map)
+        patched = with_same_map(patched, *tuned.position_map)
     return patched, clip
+
+
+def with_same_map(model: Any, cells: int, interpolation: str) -> Any:
+    """A clone of the MODEL with the map; one that is there must be of the same grid, and its window stays."""
+    check_same_grid(model, cells, interpolation)
+    found = position_map_of(model)
+    return with_position_map(model, cells, interpolation, WHOLE if found is None else found.window)
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:
