@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def autoencoder():
 
 @dataclass(frozen=True)
 class Entry:
-    """One trained thing. training: the module whose optimise() trains it.
+    """One trained thing. training: the module whose optimise() trains it. whole: inputs with which every update sees
+    the whole picture. longer_instead: asked for 8 steps after 9 were done, it gives the 9, as it did not keep the 8.
 
     fit(setting, **changes) -> (artifact, losses); apply(setting, artifact, strength) -> (MODEL, positive CONDITIONING);
     tensors(artifact) -> named tensors; save(artifact, name) -> file; load(file) -> artifact; check_base(setting,
@@ -66,6 +67,8 @@ class Entry:
     load: Callable[[Path], Any]
     check_base: Callable[[Setting, Any], None]
     training: str
+    whole: dict[str, Any] = field(default_factory=dict)
+    longer_instead: bool = False
 
 
 def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None, save_every: int = 4, **more):
@@ -211,6 +214,8 @@ METHODS = [
         load=_load_tuned,
         check_base=_check_tuned,
         training="fine_tuning",
+        whole={"patches": False},
+        longer_instead=True,
     ),
     Entry(
         name="sine-full",
@@ -222,6 +227,7 @@ METHODS = [
         load=_load_tuned,
         check_base=_check_tuned,
         training="fine_tuning",
+        whole={"patches": False},
     ),
 ]
 

@@ -193,18 +193,29 @@ def test_what_lies_on_the_model_or_in_the_prompt_makes_another_run(entry, family
 def test_a_finished_run_is_not_trained_again(entry, family, monkeypatch):
     training = importlib.import_module(f"likeness.core.host.{entry.training}")
     first, losses = entry.fit(Setting(family), steps=9)
-    shorter, _ = entry.fit(Setting(family), steps=8)
+    shorter, fewer = entry.fit(Setting(family), steps=8)
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(training, "optimise", refuse)
-    second, again = entry.fit(Setting(family), steps=9)
-    assert equal(entry, first, second) and losses == again
-    entry.fit(Setting(family), steps=4)
+    for steps, result, its_losses in ((9, first, losses), (8, shorter, fewer)):
+        second, again = entry.fit(Setting(family), steps=steps)
+        assert equal(entry, result, second) and its_losses == again
     with pytest.raises(AssertionError, match="trained again"):
         entry.fit(Setting(family), steps=10)
-    assert set(entry.tensors(shorter)) <= set(entry.tensors(first))
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_fewer_steps_than_were_done(entry, family, tmp_path, caplog):
+    direct, _ = entry.fit(Setting(family), steps=8)
+    forget_runs(tmp_path)
+    longer, losses = entry.fit(Setting(family), steps=9)
+    shorter, fewer = entry.fit(Setting(family), steps=8)
+    assert equal(entry, shorter, longer if entry.longer_instead else direct)
+    assert not equal(entry, direct, longer)
+    assert fewer == losses[: 9 if entry.longer_instead else 8]
+    assert ("8 steps were asked for" in caplog.text) == entry.longer_instead
 
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
@@ -226,19 +237,31 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(entry, family, monkey
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_masks_decide_what_is_learned(entry, family):
-    def trained(latent_change: float, mask):
-        setting = Setting(family)
-        setting.latent["samples"][..., 4:] += latent_change
-        return entry.fit(setting, mask=mask)[0]
+    def trained(mask):
+        return entry.fit(Setting(family), mask=mask)[0]
 
     left = torch.zeros(1, 64, 64)
     left[..., :32] = 1
-    full, masked = trained(0.0, None), trained(0.0, left)
-    assert not equal(entry, full, masked)
-    assert equal(entry, trained(0.0, torch.ones(1, 64, 64)), trained(0.0, torch.ones(64, 64)))
-    everything = entry.tensors(trained(0.0, torch.ones(1, 64, 64)))
+    full = trained(None)
+    assert not equal(entry, full, trained(left))
+    assert equal(entry, trained(torch.ones(1, 64, 64)), trained(torch.ones(64, 64)))
+    everything = entry.tensors(trained(torch.ones(1, 64, 64)))
     for name, value in entry.tensors(full).items():
         torch.testing.assert_close(value, everything[name], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("entry", "family"), FIRST)
+def test_what_lies_outside_a_mask_is_not_in_the_loss(entry, family):
+    """The mean error of the whole picture is then that of its parts, each weighed by its share."""
+    part = torch.zeros(1, 64, 64)
+    part[..., :16] = 1
+
+    def first_loss(mask) -> float:
+        return entry.fit(Setting(family), mask=mask, steps=1, **entry.whole)[1][0]
+
+    inside, outside = first_loss(part), first_loss(1 - part)
+    assert inside != pytest.approx(outside, rel=1e-2)
+    assert first_loss(None) == pytest.approx(inside / 4 + 3 * outside / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize(("entry", "family"), CASES)
