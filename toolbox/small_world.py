@@ -87,7 +87,7 @@ def texts() -> dict[str, str]:
 
     source, target = caption(SOURCE_BACKGROUND), caption(TARGET_BACKGROUND)
     kind, trained = f"a photo of a {SUBJECT_CLASS}", f"photo of a sks {SUBJECT_CLASS}"
-    emblem = "with a yellow round emblem"
+    striped = f"a photo of a {SUBJECT_TEXTURE} {SUBJECT_CLASS}"
     places = {f"Prompt {index}": caption(place) for index, place in enumerate(("sand", "night", "brick"), 1)}
     textures = ("spotted", "checkered", "plain blue")
     edits = {
@@ -101,10 +101,10 @@ def texts() -> dict[str, str]:
         "Prompt of the edit": f"a photo of a {EDIT_TEXTURE} {SUBJECT_CLASS}",
         "Training prompt": trained,
         "Content's training prompt": trained,
-        "Training prompt with it": f"{trained} {emblem}",
+        "Training prompt with it": f"photo of a sks {SUBJECT_TEXTURE} {SUBJECT_CLASS}",
         "Training prompt without it": trained,
-        "Prompt with it": f"{kind} {emblem}",
-        "Prompt without it": kind,
+        "Prompt with it": striped,
+        "Prompt without it": f"a photo of a plain {SUBJECT_CLASS}",
         "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
         "Prompt for both": kind,
         "Prompt": kind,

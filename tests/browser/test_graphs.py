@@ -104,7 +104,9 @@ def test_templates_are_listed_with_thumbnails(page):
     page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.tab.locator("[role=dialog]").get_by_text(live.PACK, exact=True).first.click()
     for name in live.NAMES:
-        page.tab.locator(f'[data-testid="template-workflow-{name}"]').wait_for()
+        card = page.tab.locator(f'[data-testid="template-workflow-{name}"]')
+        card.wait_for()
+        card.scroll_into_view_if_needed()  # pictures further down are loaded when they are looked at
         page.tab.wait_for_function(
             """name => { const image = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
               return image && image.naturalWidth > 0 && !image.src.includes('default-template'); }""",
