@@ -106,7 +106,7 @@ def texts() -> dict[str, str]:
         "Prompt with it": striped,
         "Prompt without it": f"a photo of a plain {SUBJECT_CLASS}",
         "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
-        "Prompt for both": kind,
+        "Prompt for both": f"{kind} {world.BACKGROUNDS[STYLE_BACKGROUND]}",
         "Prompt": kind,
         **places,
         **edits,
