@@ -39,15 +39,15 @@ def check_separable(tuned: Any, base: Any) -> None:
             raise ValueError(
                 f"The tuned model and the base model are one loaded model with different {name.replace('_', ' ')} "
                 f"({', '.join(map(str, different))[:200]}), which cannot be separated: apply the node that makes the "
-                "difference to both of them, load LoRAs without 'bypass', or load the checkpoint a second time for the "
-                "tuned model."
+                "difference to both of them, load LoRAs without 'bypass', or load a copy of the checkpoint file (under another "
+                "name) for the tuned model."
             )
     for key, _, _, _ in _differences(tuned, base):
         _module_of(base.model, key)
         if any(hasattr(value, "_orig_mod") for value in base.object_patches.values()):
             raise ValueError(
                 "The model is compiled, and the tuned model is the same loaded model with other weights: compile with "
-                "ComfyUI's own TorchCompileModel node, or load the checkpoint a second time for the tuned model."
+                "ComfyUI's own TorchCompileModel node, or load a copy of the checkpoint file for the tuned model."
             )
 
 
@@ -72,7 +72,7 @@ def _module_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     if not hasattr(module, f"{attribute}_function"):
         raise ValueError(
             f"The tuned model's patch of '{key}' cannot be separated from the base model, because that layer is not "
-            "one of ComfyUI's: load the checkpoint a second time for the tuned model."
+            "one of ComfyUI's: load a copy of the checkpoint file (under another name) for the tuned model."
         )
     return module, attribute
 

@@ -308,7 +308,7 @@ def test_one_module_that_cannot_be_separated_is_refused():
     setting = Setting()
     patched = setting.model.clone()
     patched.add_object_patch("diffusion_model.out.2", torch.nn.Identity())
-    refused("cannot be separated.*second time", setting, patched)
+    refused("cannot be separated.*a copy of the checkpoint", setting, patched)
 
 
 def test_a_node_behind_the_guidance_is_checked_when_sampling_starts():
