@@ -184,8 +184,8 @@ class _Branch:
         self._conds = processed["positive"]
         if self._overlay.rewritten:
             log.info(
-                "%d weights of the tuned model are computed anew in every guided step: with memory to spare, load a copy "
-                "of the checkpoint file for the tuned model.",
+                "%d weights of the tuned model are computed anew in every guided step: with memory to spare, load a "
+                "copy of the checkpoint file for the tuned model.",
                 self._overlay.rewritten,
             )
         tuned.model_patches_to(device)

@@ -39,8 +39,8 @@ def check_separable(tuned: Any, base: Any) -> None:
             raise ValueError(
                 f"The tuned model and the base model are one loaded model with different {name.replace('_', ' ')} "
                 f"({', '.join(map(str, different))[:200]}), which cannot be separated: apply the node that makes the "
-                "difference to both of them, load LoRAs without 'bypass', or load a copy of the checkpoint file (under another "
-                "name) for the tuned model."
+                "difference to both of them, load LoRAs without 'bypass', or load a copy of the checkpoint file (under "
+                "another name) for the tuned model."
             )
     for key, _, _, _ in _differences(tuned, base):
         _module_of(base.model, key)
