@@ -14,13 +14,20 @@ BASE_WEIGHT, END_PERCENT = 0.7, 0.6
 TRAINED, EDIT = "photo of a sks dog", "a photo of a dog wearing a red scarf"
 WIDE_TRAINED, WIDE_EDIT, WIDE = "picture of a sks castle", "a children's painting of a castle", (1024, 768)
 COST = (
-    "Sampling calls the model three times a step while the guidance is on, which is the first 60 % of the steps, and "
-    "twice after that: 260 calls for 100 steps, against 200 without guidance.\n\n"
+    "A training runs once: queueing again only samples, and Cancel loses nothing. If it does not fit your card, "
+    "switch "
+    "on checkpointing, an advanced input of the training. A guided picture takes about 1.3 times as long as a plain "
+    "one. Make several and choose: raise batch_size in 'Size of the results', or change the samplers' seed, not the "
+    "training's.\n\n"
+)
+SQUARE = (
+    "Leave 'Size of the results' at the training's 512 x 512; other sizes need patches, as in 'sine_edit_wide'. For "
+    "SDXL set 1024 in 'To the model's size', in the training's resolution and in 'Size of the results'.\n\n"
 )
 FIRST = (
-    "**First** load your own picture in 'Picture of the subject' (example.png only holds its place). Keep 'sks' in the "
-    "training prompt, a word that means nothing yet, and put behind it what the picture shows. Write the edit without "
-    "'sks'. "
+    "**First** load your own picture in 'Picture of the subject' (example.png only holds its place). In the training "
+    "prompt keep 'sks', a word that means nothing yet, and put one plain word for your subject behind it; use that "
+    "word in the edit too, without 'sks': 'photo of a sks cat', 'a photo of a cat wearing a red scarf'. "
 )
 
 
@@ -63,14 +70,21 @@ def edit(draw: Drawing) -> None:
     """Tune on one picture and edit it, at the size of the training."""
     make = Guided(draw)
     draw.note(
-        "# Edit one picture with a tuned model (SINE)\nTunes the model on one picture, then makes the edit "
-        "three times from the same noise: by the base model alone, by the tuned model alone (it knows the picture "
-        "only, and does not obey) and by the base model guided by the tuned one.\n\n"
+        "# Edit one picture with a tuned model (SINE)\nDraws your picture anew with a change: pose, place and "
+        "colours "
+        "stay, details may change. It trains a LoRA on the one picture (the tuned model), then makes the edit three "
+        "times from the same noise: by the base model alone, by the tuned model alone (it knows little but the "
+        "picture) and by the base model guided by the tuned one.\n\n"
         + FIRST
-        + "The picture is cut to a 512 x 512 square. Closer to the picture: lower base_weight or raise end_percent. "
-        "More of the edit: the other way; 'sine_sweep' shows both. The tuned model is saved as a LoRA for "
-        "'sine_load_and_edit'.\n\n" + COST + MODEL_NOTE + VISION_NOTE + OFF_NOTE,
-        760,
+        + "The picture is cut to a 512 x 512 square. Closer to the picture: in 'Guide by the tuned model' lower "
+        "base_weight to 0.6 or 0.5, or raise end_percent. More of the edit: the other way; 'sine_sweep' shows both. "
+        "The tuned model is saved in models/loras/likeness for 'sine_load_and_edit'.\n\n"
+        + SQUARE
+        + COST
+        + MODEL_NOTE
+        + VISION_NOTE
+        + OFF_NOTE,
+        980,
     )
     model = make.model()
     draw.column()
@@ -112,14 +126,16 @@ def edit_wide(draw: Drawing) -> None:
     draw.note(
         "# Edit at another shape and size (SINE)\nThe model is tuned on patches of the whole picture, squeezed to a "
         "square, together with a map that says where in the picture a patch lies. The map then holds for any size: "
-        "here 1024 x 768 from a model of 512 x 512. Without guidance, on the left, such sizes repeat the subject.\n\n"
+        "here 1024 x 768 from a model of 512 x 512. The upper result, by the base model alone, has never seen your "
+        "picture and often repeats things at such sizes; far above 1024 the guided one may too.\n\n"
         + FIRST
-        + "In 'Size of the results' keep the shape of your picture for an undistorted edit, or take another to "
-        "stretch the scene to it. This graph uses the guider and SamplerCustomAdvanced; the MODEL patch of "
-        "'sine_edit' gives the same pictures. The tuned model is saved for 'sine_stock_loader'.\n\n"
-        + COST
-        + MODEL_NOTE,
-        620,
+        + "Set 'Size of the results' to your picture's shape, in multiples of 64 (1024 x 768, 768 x 1024 "
+        "upright, 960 x "
+        "640); another shape stretches the scene to it. 1000 steps are for a first look, 2000 to 3000 for a good "
+        "one: the training goes on where it ended. This graph uses the guider and SamplerCustomAdvanced; Subject "
+        "Guidance with a KSampler, as in 'sine_edit', gives the same pictures. The tuned model is saved for "
+        "'sine_stock_loader'.\n\n" + COST + MODEL_NOTE,
+        820,
     )
     model = make.model()
     picture = draw.node("LoadImage", "Picture of the subject", image="example.png")["IMAGE"]
@@ -179,13 +195,17 @@ def style_transfer(draw: Drawing) -> None:
     """Content of one picture, style of another: two tuned models at once."""
     make = Guided(draw)
     draw.note(
-        "# The content of one picture in the style of another (SINE)\nTwo tuned models guide the base model, one tuned "
-        "on the content and one on the style. Their weights are 0.4 and 0.5, which leaves 0.1 to the base model and "
-        "its prompt; these, and cfg 10, are the authors' values for two models. The first result has the content "
-        "alone, from the same noise.\n\n**First** load both pictures, and say in the training prompts what they show: "
+        "# The content of one picture in the style of another (SINE)\nTwo tuned models guide the base model, one "
+        "tuned "
+        "on the content and one on the style. 'Guide by both' has a base_weight of 0.6, so the content weighs 0.4; "
+        "'Style' weighs 0.5, and 0.1 is left to the base model and its prompt. These, and cfg 10, are the authors' "
+        "values for two models; for more of the content lower the weight of 'Style' first. The result 'Content "
+        "alone' "
+        "is from the same noise.\n\n**First** load both pictures (they are cut to squares), and say in the "
+        "training prompts what they show: "
         "'photo of a sks dog' for the content, 'painting in the sks style' for the style. The prompt for both says "
-        "what the result is.\n\nA guided step calls the model four times with two tuned models.\n\n" + MODEL_NOTE,
-        520,
+        "what the result is. Two models are trained.\n\n" + SQUARE + COST + MODEL_NOTE,
+        740,
     )
     model = make.model()
     draw.column()

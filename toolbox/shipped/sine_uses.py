@@ -7,7 +7,7 @@ from typing import Any
 
 from ..drawing import Drawing
 from .pieces import MODEL_NOTE, OFF_NOTE, VISION_NOTE, score_node
-from .sine import COST, EDIT, FIRST, SCHEDULER, TRAINED, WIDE, WIDE_EDIT, WIDE_TRAINED, Guided
+from .sine import COST, EDIT, FIRST, SCHEDULER, SQUARE, TRAINED, WIDE, WIDE_EDIT, WIDE_TRAINED, Guided
 
 SAVED, SAVED_PATCHES = "likeness/tuned_00001_.safetensors", "likeness/tuned_patches_00001_.safetensors"
 SAME = "With the picture and the training prompt of 'sine_edit', that training is not done again.\n\n"
@@ -26,10 +26,14 @@ def style_generation(draw: Drawing) -> None:
     make = Guided(draw)
     draw.note(
         "# New pictures in the style of one picture (SINE)\nTunes the model on one picture as 'painting in the sks "
-        "style' and lets it guide a prompt for something else: here a forest, by the base model alone and guided, from "
-        "the same noise.\n\n**First** load the picture whose style you want, and write in 'Prompt' what to paint. "
-        "Lower base_weight for more of the style, and of the picture itself.\n\n" + COST + MODEL_NOTE,
-        460,
+        "style' and lets it guide a prompt for something else: here a forest, by the base model alone and "
+        "guided, from "
+        "the same noise.\n\n**First** load the picture whose style you want (it is cut to a square), and write in "
+        "'Prompt' what to paint. Lower base_weight for more of the style, and of the picture itself.\n\n"
+        + SQUARE
+        + COST
+        + MODEL_NOTE,
+        640,
     )
     model = make.model()
     draw.column()
@@ -58,11 +62,17 @@ def remove_content(draw: Drawing) -> None:
     """Name a part of the picture in the training, and leave it out afterwards."""
     make = Guided(draw)
     draw.note(
-        "# Remove something from the picture (SINE)\nThe training prompt names what is to go: 'photo of a sks dog with "
-        "a flower in its mouth'. Then both models are asked without it, the base model for 'a photo of a dog' and the "
+        "# Remove something from the picture (SINE)\nThe training prompt names what is to go: 'photo of a sks "
+        "dog with "
+        "a flower in its mouth'. Then both models are asked without it, the base model for 'a photo of a dog' "
+        "and the "
         "tuned one for 'photo of a sks dog'. The first result still names it, for comparison, from the same noise."
-        "\n\n**First** load your own picture and write all four prompts in this manner.\n\n" + COST + MODEL_NOTE,
-        460,
+        "\n\n**First** load your own picture (it is cut to a square). 'Training prompt with it' says what it "
+        "shows, the "
+        "thing included, 'Training prompt without it' the same with the thing left out; 'Prompt with it' and 'Prompt "
+        "without it' are the same two without 'sks'. The rest may change too. If the thing stays, "
+        "raise base_weight to 0.8.\n\n" + SQUARE + COST + MODEL_NOTE,
+        680,
     )
     model = make.model()
     draw.column()
@@ -109,9 +119,12 @@ def faces(draw: Drawing) -> None:
         "# Edit a face (SINE)\nTunes the model on one portrait and makes three edits from the same noise: a painting "
         "of it, glasses, and old age. The painting has a base_weight of 0.6, the paper's for its watercolor.\n\n"
         "**First** load a portrait, cut so that the face fills most of it, and change 'woman' in all prompts if need "
-        "be. Faces need the whole training: if the result is someone else, raise the steps of 'Learn the face', lower "
-        "base_weight or raise end_percent.\n\nUse pictures of people only with their consent.\n\n" + COST + MODEL_NOTE,
-        520,
+        "be; keep 'sks' in the training prompt. 800 steps are a start: if the result is someone else, go on to "
+        "1200 or "
+        "1600 steps in 'Learn the face', then lower base_weight or raise end_percent in the guidance.\n\nUse "
+        "pictures "
+        "of people only with their consent.\n\n" + SQUARE + COST + MODEL_NOTE,
+        720,
     )
     model = make.model()
     draw.column()
@@ -143,11 +156,14 @@ def load_and_edit(draw: Drawing) -> None:
     """Use a saved tuned model in new prompts."""
     make = Guided(draw)
     draw.note(
-        "# Load a tuned model and edit\nTakes a model that 'sine_edit' has saved into three new prompts, from the same "
-        "noise. Its training prompt and its position map come with the file. Run 'sine_edit' once first, choose its "
+        "# Load a tuned model and edit\nTakes a model that 'sine_edit' has saved into three new prompts, from "
+        "the same "
+        "noise. Its training prompt comes with the file (and the position map with one of 'sine_edit_wide': only "
+        "then "
+        "may the size differ from 512 x 512). Run 'sine_edit' once first, choose its "
         "file in 'Saved model' (press R if the list does not show it), and name in the prompts what your picture "
         "shows.\n\n" + COST + MODEL_NOTE,
-        420,
+        540,
     )
     model = make.model()
     loaded = draw.node("LikenessLoadTuned", "Saved model", model=model["MODEL"], clip=model["CLIP"], name=SAVED)
@@ -172,12 +188,19 @@ def stock_loader(draw: Drawing) -> None:
     """The same file through ComfyUI's own LoRA loader, with the position map added by hand."""
     make = Guided(draw)
     draw.note(
-        "# A tuned model from a stock LoRA loader\nSaved tuned models are plain LoRA files: any loader takes them, and "
+        "# A tuned model from a stock LoRA loader\nSaved tuned models are plain LoRA files: any loader takes "
+        "them, and "
         "other LoRAs can be loaded before them. A stock loader does not know the position map of a model that was "
-        "tuned on patches: put it back with 'Position map', with the cells and the interpolation of the training, and "
+        "tuned on patches: put it back with 'Position map', with the cells and the interpolation of the "
+        "training, and "
         "write the training prompt yourself. Without the map the tuned model shows parts of the picture in the wrong "
-        "places. Run 'sine_edit_wide' once first: the result is its guided edit again.\n\n" + COST + MODEL_NOTE,
-        460,
+        "places. The log then says 'not loaded: likeness.needs_position_map': that is what 'Position map' is for.\n\n"
+        "**First** run 'sine_edit_wide' once, choose its file in 'Saved model' (press R if the list does not "
+        "show it), "
+        "and copy its two prompts and its 'Size of the results' here: the result is its guided edit again.\n\n"
+        + COST
+        + MODEL_NOTE,
+        640,
     )
     model = make.model()
     draw.column()
@@ -201,13 +224,16 @@ def sweep(draw: Drawing) -> None:
     """One edit at every pair of K and v, with scores as curves."""
     make = Guided(draw)
     draw.note(
-        "# Which K and v? (SINE)\nMakes one edit with every pair of base_weight (v) and end_percent (K), 16 pictures "
+        "# Which base_weight and end_percent? (SINE)\nMakes one edit with every pair of base_weight (v) and "
+        "end_percent (K), 16 pictures "
         "from the same noise, and lays them out in a grid as the paper's figures 7 to 9 and 19 to 21 do. With the "
         "scores switched on it also draws how far each picture is from the source and how well it meets the edit "
         "prompt. To the left and down the picture wins, to the right and up the prompt.\n\n"
         + FIRST
         + SAME
-        + f"16 samplings of {SWEEP_STEPS} steps take their time: shorten the lists for a first look.\n\n"
+        + f"16 samplings of {SWEEP_STEPS} steps take their time: in 'All pairs' write '0.5, 0.7' and '0.4, 0.6' "
+        f"for a first "
+        "look. Then set the best pair in 'Guide by the tuned model' of 'sine_edit'.\n\n"
         + MODEL_NOTE
         + VISION_NOTE
         + OFF_NOTE,
