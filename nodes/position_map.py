@@ -38,7 +38,7 @@ class LikenessPositionMap(io.ComfyNode):
                     default=INTERPOLATIONS[0],
                     tooltip="As in the training. SINE's own: bilinear for photographs, nearest for paintings.",
                 ),
-                *(advanced(_window(name, default)) for name, default in WINDOW),
+                *(advanced(_window(*each)) for each in WINDOW),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its position map.")],
         )
@@ -49,21 +49,17 @@ class LikenessPositionMap(io.ComfyNode):
         return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
 
 
-WINDOW = (("x", 0.0), ("y", 0.0), ("width", 1.0), ("height", 1.0))
+TILE = "Only for one tile of a larger picture that is sampled by itself: "
+WINDOW = (
+    ("x", 0.0, "where it begins, 0 is the left edge of the whole picture."),
+    ("y", 0.0, "where it begins, 0 is the upper edge of the whole picture."),
+    ("width", 1.0, "how wide it is, 1 is the whole picture."),
+    ("height", 1.0, "how high it is, 1 is the whole picture."),
+)
 
 
-def _window(name: str, default: float) -> io.Input:
-    what = "begins" if name in "xy" else "is"
-    return io.Float.Input(
-        name,
-        default=default,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        round=0.0001,
-        tooltip=f"For one tile of a larger picture that is sampled by itself: where its {name} {what}, as a part of "
-        "the whole picture. Regional prompts and ComfyUI's context windows need nothing here.",
-    )
+def _window(name: str, default: float, what: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=TILE + what)
 
 
 NODES = [LikenessPositionMap]

@@ -187,7 +187,7 @@ def _advise(subject: Subject, plan: Plan, settings: FineTuneSettings) -> None:
             LEARNING_RATE_FULL,
         )
     if subject.positive is not None and subject.prompt == PROMPT:
-        log.warning(
+        log.info(  # the default may well be what it was encoded from
             "'positive' is connected and 'prompt' is the default, '%s'. It is stored as the training prompt, and Load "
             "Fine-Tune encodes it: write the words there that 'positive' was encoded from.",
             PROMPT,

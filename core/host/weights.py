@@ -230,6 +230,6 @@ def check_fully_loaded(model: Any) -> None:
         size, free = model.model_size() / 2**30, mm.get_free_memory(model.load_device) / 2**30
         raise RuntimeError(
             f"The model ({size:.1f} GB) does not fit whole beside what training needs ({free:.1f} GB are free), and "
-            "a partly loaded model cannot be trained through: use a smaller picture, an fp8 file of the model, or free "
-            "VRAM (Unload Models)."
+            "a partly loaded model cannot be trained through: switch checkpointing on where the node has it, use a "
+            "smaller picture or an fp8 file of the model, or free VRAM (Unload Models)."
         )

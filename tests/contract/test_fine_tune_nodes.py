@@ -177,6 +177,7 @@ def test_a_high_learning_rate_of_all_weights_is_told(caplog):
 
 
 def test_the_default_prompt_beside_an_encoded_one_is_told(caplog, clip):
+    caplog.set_level("INFO", logger="likeness")
     train(Setting(), prompt="a painting of xyz")
     train(Setting(), clip=clip)
     assert "'positive' is connected" not in caplog.text
