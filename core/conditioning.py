@@ -6,12 +6,14 @@ must fit the text encoder, and there must be n rows of padding to replace, or wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .hiper import with_tail
+from .windows import Window, step_wise
 
 Conditioning = list[list[Any]]
 CHUNK = 77  # rows of one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
@@ -50,14 +52,19 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
     return known
 
 
-def apply_embedding(conditioning: Conditioning, rows: Tensor, scale: float) -> Conditioning:
-    """A new conditioning whose last n rows are scale * rows [1, n, d]; areas, masks and time windows stay as they are.
+def apply_embedding(
+    conditioning: Conditioning, rows: Tensor, scale: float, windows: Sequence[Window] = ()
+) -> Conditioning:
+    """A new conditioning whose last n rows are scale * rows [T, n, d]; areas, masks and time windows stay as they are.
 
-    Scale 0 switches the embedding off and returns the prompt's own rows. Raises ValueError when the widths differ, or
-    when the rows would overwrite words.
+    Step-wise rows (T > 1, HiFi Tuner Algorithm 1) come with a window each, and every entry becomes T of them. Scale 0
+    switches the embedding off and returns the prompt's own rows. Raises ValueError when the widths differ, when the
+    rows would overwrite words, or when there is not a window for each step.
     """
-    if rows.shape[0] != 1:
-        raise ValueError(f"The embedding has {rows.shape[0]} denoising steps; this version applies embeddings of one.")
+    if len(rows) > 1 and len(rows) != len(windows):
+        raise ValueError(
+            f"The embedding has rows for {len(rows)} denoising steps and windows for {len(windows)}: train it again."
+        )
     for text, _ in conditioning:
         if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
             found = "nothing" if text is None else f"rows of width {text.shape[-1]}"
@@ -68,7 +75,12 @@ def apply_embedding(conditioning: Conditioning, rows: Tensor, scale: float) -> C
     if scale == 0.0:
         return [[text, options.copy()] for text, options in conditioning]
     check_room(conditioning, rows.shape[1])
-    return [[with_tail(text, scale * rows[0]), options.copy()] for text, options in conditioning]
+    applied: Conditioning = []
+    for text, options in conditioning:
+        tables = [with_tail(text, scale * of_step) for of_step in rows]
+        one = [[tables[0], options.copy()]]
+        applied += one if len(tables) == 1 else step_wise(one, tables, windows)
+    return applied
 
 
 def single_prompt(conditioning: Conditioning, role: str) -> Tensor:

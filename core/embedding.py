@@ -1,7 +1,7 @@
 """The LIKENESS_EMBEDDING artifact: text rows learned from a subject, with what is needed to use them rightly.
 
 One table of rows [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the
-number of denoising steps for a step-wise one.
+number of denoising steps for a step-wise one, whose header says in "windows" when each of them holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .files import read_tensors, write_tensors
+from .windows import Window
 
 FORMAT = 1
 MAX_BYTES = 512 << 20  # 50 denoising steps of 77 rows of width 2048, saved 16 times over
@@ -38,6 +39,21 @@ class Embedding:
                 f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width]: "
                 f"train it again."
             )
+        if self.denoising_steps > 1 and not _tile(self.header.get("windows"), self.denoising_steps):
+            raise ValueError(
+                f"The embedding has rows for {self.denoising_steps} denoising steps, but not a time window for each: "
+                "train it again."
+            )
+
+    @property
+    def denoising_steps(self) -> int:
+        """T."""
+        return next(iter(self.rows.values())).shape[0]
+
+    @property
+    def windows(self) -> list[Window]:
+        """When each of the T tables holds, in percent of the sampling; none for T = 1."""
+        return [(start, end) for start, end in self.header["windows"]] if self.denoising_steps > 1 else []
 
     @property
     def tokens(self) -> int:
@@ -65,14 +81,27 @@ class Embedding:
         """A few lines for people: method, size, base model, steps, last loss."""
         base = self.header.get("base", {})
         losses = self.header.get("losses") or []
+        of_each = f", others at each of {self.denoising_steps} denoising steps" if self.denoising_steps > 1 else ""
         lines = [
-            f"{self.header.get('method', 'unknown method')}: {self.tokens} tokens of width {self.width}",
+            f"{self.header.get('method', 'unknown method')}: {self.tokens} tokens of width {self.width}{of_each}",
             f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
             f"saved steps: {', '.join(map(str, sorted(self.rows)))}; recommended {self.recommended_step}",
         ]
         if losses:
             lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
         return "\n".join(lines)
+
+
+def _tile(windows: Any, count: int) -> bool:
+    """Whether these are `count` pairs of numbers that go from 0 to 1 without a gap."""
+    if not isinstance(windows, (list, tuple)) or len(windows) != count:
+        return False
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in windows):
+        return False
+    flat = [edge for pair in windows for edge in pair]
+    if not all(isinstance(edge, (int, float)) and 0 <= edge <= 1 for edge in flat):
+        return False
+    return flat == sorted(flat) and flat[0] == 0 and flat[-1] == 1 and flat[1:-1:2] == flat[2:-1:2]
 
 
 def save_embedding(path: Path, embedding: Embedding) -> None:
@@ -100,7 +129,7 @@ def load_embedding(path: Path) -> Embedding:
         )
     losses = header.get("losses", [])
     numbers = isinstance(losses, list) and all(isinstance(loss, (int, float)) for loss in losses)
-    if not numbers or not isinstance(header.get("base", {}), dict):
+    if not numbers or not all(isinstance(header.get(part, {}), dict) for part in ("base", "settings")):
         raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
     rows = {}
     for name, value in tensors.items():

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .conditioning import Conditioning
+if TYPE_CHECKING:
+    from .conditioning import Conditioning
 
 Window = tuple[float, float]  # start and end in percent of the sampling, 0 pure noise
 

@@ -6,12 +6,54 @@ from comfy_api.latest import io
 
 from ..core import hiper
 from ..core.conditioning import apply_embedding
-from ..core.host.embedding_training import Schedule, preview_pictures, subject, train_embedding
+from ..core.host.embedding_training import Hold, Schedule, preview_pictures, subject, train_embedding
 from ..core.host.fingerprint import check_base
 from ..core.host.outputs import nothing
 from .types import Embedding, LossMap, advanced, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
+ANCHORS = ("in the loss", "decoupled")
+
+
+def anchor_inputs(weight: float) -> list[io.Input]:
+    """HiFi Tuner's regulariser, with this default weight."""
+    return [
+        advanced(
+            io.Float.Input(
+                "anchor_weight",
+                default=weight,
+                min=0.0,
+                max=1.0,
+                step=0.001,
+                round=1e-6,
+                optional=True,
+                tooltip="Holds the rows near those of the empty prompt connected to 'negative' (HiFi Tuner; 0.01 is "
+                "usual), which keeps the prompt obeyed. 0 is off, as in HiPer.",
+            )
+        ),
+        advanced(
+            io.Combo.Input(
+                "anchor",
+                options=list(ANCHORS),
+                default=ANCHORS[0],
+                optional=True,
+                tooltip="How the anchor holds: as a term of the loss, as published, or as a pull beside the gradient, "
+                "which Adam does not rescale; that form wants a larger weight (0.1 to 1).",
+            )
+        ),
+    ]
+
+
+def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
+    """The anchor that the inputs ask for."""
+    if weight == 0.0:
+        return None
+    if negative is None:
+        raise ValueError(
+            f"anchor_weight is {weight} but nothing is connected to 'negative': connect the empty prompt there, or "
+            "set anchor_weight to 0."
+        )
+    return Hold(negative, weight, anchor == ANCHORS[1])
 
 
 class LikenessTrainEmbedding(io.ComfyNode):
@@ -142,8 +184,10 @@ class LikenessTrainEmbedding(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The empty prompt: guides the previews and starts the rows when init asks for it.",
+                    tooltip="The empty prompt: guides the previews, starts the rows when init asks for it, and is what "
+                    "the anchor holds them to.",
                 ),
+                *anchor_inputs(0.0),
             ],
             outputs=[
                 Embedding.Output(display_name="embedding", tooltip="The learned rows at every saved step."),
@@ -179,6 +223,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
         mask=None,
         target=None,
         negative=None,
+        anchor_weight=0.0,
+        anchor=ANCHORS[0],
     ) -> io.NodeOutput:
         if init == EMPTY and negative is None:
             raise ValueError(
@@ -193,6 +239,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
             Schedule(steps, save_every, start_percent, end_percent),
             empty=negative if init == EMPTY else None,
             target=target,
+            hold=held(negative, anchor_weight, anchor),
             node_id=cls.hidden.unique_id,
         )
         loss = {"loss": losses}
@@ -260,7 +307,7 @@ class LikenessApplyEmbedding(io.ComfyNode):
     def execute(cls, conditioning, embedding, scale, step, model=None) -> io.NodeOutput:
         if model is not None:
             check_base(embedding.header.get("base", {}), model)
-        return io.NodeOutput(apply_embedding(conditioning, embedding.at(step), scale))
+        return io.NodeOutput(apply_embedding(conditioning, embedding.at(step), scale, embedding.windows))
 
 
 NODES = [LikenessTrainEmbedding, LikenessApplyEmbedding]

@@ -16,6 +16,7 @@ from ..conditioning import Conditioning, apply_embedding, check_room, detached, 
 from ..denoiser import latent_mask, timestep_range
 from ..embedding import Embedding
 from ..fitting import curve
+from ..hifi_tuner import Anchor, AnchoredHiPer
 from ..runs import RunStore, digest
 from ..training import Result, Run, stored_run, train
 from .describe import describe
@@ -24,7 +25,8 @@ from .progress import Progress
 from .sampling import sample_picture
 from .session import GuiderDenoiser, optimise
 
-METHOD = "hiper"
+METHOD, ANCHORED = "hiper", "hifi tuner"
+EVERY = 1 << 62  # of a run whose only result is its last
 log = logging.getLogger("likeness")
 
 
@@ -44,6 +46,20 @@ class Schedule:
     save_every: int = hiper.SAVE_EVERY
     start_percent: float = 0.0
     end_percent: float = 1.0
+
+
+@dataclass(frozen=True)
+class Hold:
+    """HiFi Tuner's second term: the empty prompt, how strongly its rows hold, and whether outside of the gradient."""
+
+    empty: Conditioning
+    weight: float
+    decoupled: bool = False
+
+    def anchor(self, context: Tensor, tokens: int) -> Anchor:
+        """For rows of this prompt's width."""
+        empty = single_prompt(self.empty, "empty prompt").detach().float().cpu()
+        return Anchor(start_rows(context, empty, tokens), self.weight, self.decoupled)
 
 
 def run_store() -> RunStore:
@@ -109,13 +125,17 @@ def train_embedding(
     schedule: Schedule,
     empty: Conditioning | None = None,
     target: Conditioning | None = None,
+    hold: Hold | None = None,
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
-    """Train (or resume, or serve from disk) a HiPer embedding; returns it with the loss of every step.
+    """Train (or resume, or serve from disk) an embedding; returns it with the loss of every step.
 
-    target: a prompt that the embedding will be put into; only checked, so that it is refused before the work starts.
+    empty: the prompt whose rows it starts from, instead of the source prompt's. target: a prompt that the embedding
+    will be put into; only checked, so that it is refused before the work starts. hold: HiFi Tuner eq. 6 instead of
+    HiPer's objective.
     """
     rows, start = source_rows(positive, empty, settings.tokens)
+    anchor = None if hold is None else hold.anchor(rows, settings.tokens)
     if target is not None:
         apply_embedding(target, start[None], hiper.SCALE)
     count = len(model.get_model_object("model_sampling").sigmas)
@@ -123,26 +143,28 @@ def train_embedding(
     settings = hiper.HiPerSettings(**{**asdict(settings), "t_low": t_low, "t_high": t_high})
     base = fingerprint(model)
     put_on = [patches_digest(model), precision(model), describe(positive)]
-    key = digest([METHOD, asdict(settings), schedule.save_every, base, put_on, start, asdict(pictures)])
+    held = [] if anchor is None else [asdict(anchor)]
+    key = digest([METHOD, asdict(settings), schedule.save_every, base, put_on, start, asdict(pictures), *held])
 
     progress = Progress(model, schedule.steps, node_id)
     run = stored_run(run_store(), key, whole=False)
     progress.start(0 if run is None else run.step)
     if run is None or not run.answers(schedule.steps):
-        run = _train(model, positive, rows, start, pictures, settings, schedule, key, progress)
+        run = _train(model, positive, rows, start, pictures, settings, schedule, anchor, key, progress)
     end, results = run.results(schedule.steps, schedule.save_every)
     kept = {step: result[""] for step, result in results.items()}
     losses = run.losses[:end]
     progress.update(losses)
-    log.info("HiPer: %d steps, loss %.4f to %.4f", end, losses[0], losses[-1])
+    log.info("Embedding: %d steps, loss %.4f to %.4f", end, losses[0], losses[-1])
     header = {
-        "method": METHOD,
+        "method": METHOD if anchor is None else ANCHORED,
         "base": base,
         "settings": {
             **asdict(settings),
             "steps": end,
             "save_every": schedule.save_every,
             "masked": pictures.mask is not None,
+            **({} if anchor is None else {"anchor_weight": anchor.weight, "decoupled": anchor.decoupled}),
         },
         "losses": curve(losses),
     }
@@ -157,6 +179,7 @@ def _train(
     pictures: Subject,
     settings: hiper.HiPerSettings,
     schedule: Schedule,
+    anchor: Anchor | None,
     key: str,
     progress: Progress,
 ) -> Run:
@@ -165,7 +188,11 @@ def _train(
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         context, first, mask = detached([rows, start, pictures.mask])
         mask = None if mask is None else mask.to(x0.device)
-        fit = hiper.HiPer(denoiser, x0, context.to(x0.device), first, settings, mask)
+        given = (denoiser, x0, context.to(x0.device), first, settings)
+        if anchor is None:
+            fit = hiper.HiPer(*given, mask)
+        else:
+            fit = AnchoredHiPer(*given, Anchor(**detached(asdict(anchor))), mask)
 
         def result() -> Result:
             return {"": fit.h.detach().cpu().clone()[None]}

@@ -20,13 +20,12 @@ from ..training import Result, Run, stored_run, train
 from ..trajectory import Trajectory, check_sigmas
 from ..windows import step_wise, windows
 from .describe import describe
-from .embedding_training import run_store, subject
+from .embedding_training import EVERY, run_store, subject
 from .fingerprint import check_base, fingerprint, patches_digest, precision
 from .progress import Progress
 from .session import GuiderDenoiser, optimise, predicting
 
 METHOD = "null-text"
-EVERY = 1 << 62
 
 
 def inverted(

@@ -127,6 +127,31 @@ def _check_embedding(setting: Setting, embedding) -> None:
     )
 
 
+def _fit_anchored(setting: Setting, **more):
+    return _fit_hiper(setting, negative=setting.empty, init="empty prompt", anchor_weight=0.05, **more)
+
+
+def levels(setting: Setting, count: int) -> torch.Tensor:
+    """The first so many levels of a sampling of 50 steps, then 0."""
+    import comfy.samplers
+
+    sampling = setting.model.get_model_object("model_sampling")
+    return torch.cat([comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", 50)[:count], torch.zeros(1)])
+
+
+def _fit_step_wise(setting: Setting, *, steps: int = STEPS, save_every: int = 0, **more):
+    """One update for each of `steps` denoising steps, from the prompt's own rows on."""
+    from likeness.core.embedding import Embedding
+    from likeness.core.host.fingerprint import fingerprint
+    from likeness.nodes.refine import LikenessRefineEmbedding
+
+    first = Embedding({6: setting.source[0][0][:, -5:].clone()}, {"base": fingerprint(setting.model)})
+    inputs = {"learning_rate": 0.02, "step": 0, "seed": 0, "inner_steps": 1, "latent": setting.latent, "mask": None}
+    inputs |= {"model": setting.model, "positive": setting.source, "embedding": first}
+    output = run_node(LikenessRefineEmbedding, **{**inputs, "sigmas": levels(setting, steps), **more})
+    return output[0], output[1]["loss"]
+
+
 def sine_inputs(setting: Setting, **more) -> dict[str, Any]:
     """Every input of LikenessFineTune."""
     return {
@@ -203,6 +228,28 @@ METHODS = [
         load=_load_embedding,
         check_base=_check_embedding,
         training="embedding_training",
+    ),
+    Entry(
+        name="hifi",
+        families=("sd1", "sdxl"),
+        fit=_fit_anchored,
+        apply=_apply_hiper,
+        tensors=lambda embedding: {str(step): rows for step, rows in embedding.rows.items()},
+        save=_save_embedding,
+        load=_load_embedding,
+        check_base=_check_embedding,
+        training="embedding_training",
+    ),
+    Entry(
+        name="step-wise",
+        families=("sd1", "sdxl"),
+        fit=_fit_step_wise,
+        apply=_apply_hiper,
+        tensors=lambda embedding: {str(step): rows for step, rows in embedding.rows.items()},
+        save=_save_embedding,
+        load=_load_embedding,
+        check_base=_check_embedding,
+        training="refining",
     ),
     Entry(
         name="sine",

@@ -55,6 +55,10 @@ def write_raw(path, header: bytes, length: int | None = None, body: bytes = b"")
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + body)
 
 
+def write_step_wise(path, windows) -> None:
+    write_tensors(path, {"step_000001": torch.zeros(2, 5, 8)}, {"kind": "embedding", "format": 1, "windows": windows})
+
+
 BAD_FILES = {
     "empty": lambda p: p.write_bytes(b""),
     "cut off": lambda p: p.write_bytes(b"\x10\x00\x00"),
@@ -87,6 +91,15 @@ BAD_FILES = {
     "damaged losses": lambda p: write_tensors(
         p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 1, "losses": ["a"]}
     ),
+    "damaged settings": lambda p: write_tensors(
+        p, {"step_000001": torch.zeros(1, 5, 8)}, {"kind": "embedding", "format": 1, "settings": [1]}
+    ),
+    "step-wise without windows": lambda p: write_step_wise(p, None),
+    "a window too few": lambda p: write_step_wise(p, [[0, 1]]),
+    "a gap between windows": lambda p: write_step_wise(p, [[0, 0.4], [0.5, 1]]),
+    "windows that are words": lambda p: write_step_wise(p, [["a", "b"], ["b", "c"]]),
+    "windows that are not numbers": lambda p: write_step_wise(p, [[0, float("nan")], [float("nan"), 1]]),
+    "windows beyond the end": lambda p: write_step_wise(p, [[0, 2], [2, 1]]),
     "no tensors": lambda p: write_tensors(p, {}, {"kind": "embedding", "format": 1}),
     "header of the wrong shape": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[1, 2]"}),
     "header not parsable": lambda p: save_file({"a": torch.zeros(1)}, p, metadata={"likeness": "[" * 100_000}),

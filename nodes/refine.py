@@ -1,0 +1,124 @@
+"""Refine an embedding of a subject for each denoising step (HiFi Tuner)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core import hifi_tuner
+from ..core.host.embedding_training import subject
+from ..core.host.refining import refine_embedding
+from .embedding import ANCHORS, anchor_inputs, held
+from .types import Embedding, LossMap, schema
+
+
+class LikenessRefineEmbedding(io.ComfyNode):
+    """LIKENESS_EMBEDDING + SIGMAS -> rows of its own for each denoising step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessRefineEmbedding",
+            display_name="Refine Subject Embedding",
+            category="likeness/embedding",
+            description="Goes on training an embedding for each denoising step on its own, from the noisiest one on "
+            "(HiFi Tuner), so that early steps hold shape and late ones detail.",
+            search_aliases=["hifi tuner", "step-wise", "textual inversion", "subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the embedding was trained on. It is not changed."),
+                io.Conditioning.Input("positive", tooltip="The source prompt that the embedding was trained with."),
+                Embedding.Input("embedding", tooltip="From Train Subject Embedding, or loaded."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="The noise levels of the sampling, from BasicScheduler: one table of rows is learned for "
+                    "each of its steps. Other samplings take the rows of the nearest level.",
+                ),
+                io.Int.Input(
+                    "inner_steps",
+                    default=hifi_tuner.INNER_STEPS,
+                    min=1,
+                    max=1000,
+                    tooltip="Updates for each denoising step. 10 is published.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=hifi_tuner.LEARNING_RATE,
+                    min=1e-6,
+                    max=1.0,
+                    step=1e-4,
+                    round=1e-6,
+                    tooltip="Adam's learning rate, as in the training before.",
+                ),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="Which saved step of the embedding to begin with; 0 takes the recommended one.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Decides pictures and noise of the updates.",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The empty prompt that the anchor holds the rows to."
+                ),
+                *anchor_inputs(0.0),
+            ],
+            outputs=[
+                Embedding.Output(
+                    display_name="embedding",
+                    tooltip="The step-wise embedding, for Apply Subject Embedding with scale 1.",
+                ),
+                LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        embedding,
+        sigmas,
+        inner_steps,
+        learning_rate,
+        step,
+        seed,
+        latent=None,
+        image=None,
+        vae=None,
+        mask=None,
+        negative=None,
+        anchor_weight=0.0,
+        anchor=ANCHORS[0],
+    ) -> io.NodeOutput:
+        refined, losses = refine_embedding(
+            model,
+            positive,
+            subject(model, latent, image, vae, mask),
+            embedding,
+            step,
+            sigmas,
+            hifi_tuner.StepWiseSettings(inner_steps, learning_rate, seed),
+            held(negative, anchor_weight, anchor),
+            cls.hidden.unique_id,
+        )
+        return io.NodeOutput(refined, {"loss": losses})
+
+
+NODES = [LikenessRefineEmbedding]
