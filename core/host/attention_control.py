@@ -1,0 +1,277 @@
+"""Replacing a subject in a picture (HiFi Tuner, Alg. 3; prompt-to-prompt's word swap) on a MODEL, for any sampler.
+
+Source and edit are the two rows of one latent batch, with a CONDITIONING whose tables have two rows as well: ComfyUI
+gives each picture its own. Where the positive prompt is evaluated, the edit's attention is corrected by the source's of
+the same call; nothing is stored, and nothing is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..attention_control import SELF_CELLS, Swap, column_map, correction, own_columns, word_swap
+from ..conditioning import CHUNK, Conditioning, apply_embedding
+from ..embedding import Embedding
+from ..runs import digest
+from ..sine_guidance import Window
+from .attention_layers import Attention, attention_layers, replaced
+from .describe import describe
+from .fingerprint import check_base
+
+KEY = "likeness.replace"
+ROOM = CHUNK - 2  # tokens of a prompt between begin and end
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained subject for the edit. step: a saved one, 0 for the recommended."""
+
+    embedding: Embedding
+    scale: float = 1.0
+    step: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many rows of the prompt it takes."""
+        return self.embedding.tokens if self.scale else 0
+
+    def applied(self, conditioning: Conditioning) -> Conditioning:
+        """The prompt with the subject in it; one entry for each denoising step when it is step-wise."""
+        rows = self.embedding.at(self.step)
+        return apply_embedding(conditioning, rows, self.scale, self.embedding.windows)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished picture."""
+
+    prompts: tuple[str, str]
+    swap: Swap
+    rows: int
+    tail: int = 0
+    end_percent: float = 1.0
+    self_percent: float = 0.0
+    renormalise: bool = False
+
+
+def replaced_subject(
+    model: Any,
+    clip: Any,
+    prompt: str,
+    word: str,
+    new: str,
+    learned: Learned | None = None,
+    end_percent: float = 1.0,
+    self_percent: float = 0.0,
+    renormalise: bool = False,
+) -> tuple[Any, Conditioning]:
+    """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs."""
+    attention_layers(model.model.diffusion_model)
+    if learned is not None:
+        check_base(learned.embedding.header.get("base", {}), model)
+    edited = edited_prompt(prompt, word, new)
+    source, edit, of_word = (_tokens(clip, text) for text in (prompt, edited, word.strip()))
+    try:
+        swap = word_swap(source, edit, of_word)
+    except ValueError as error:
+        raise ValueError(
+            f"'{word}' is no token sequence of its own in '{prompt}' ({error}): put spaces around it, and give weights "
+            "such as (word:1.2) to the whole word."
+        ) from error
+    tail = learned.tokens if learned else 0
+    if tail > ROOM - len(edit):
+        raise ValueError(
+            f"The embedding takes the last {tail} rows of the prompt, but '{edited}' leaves only {ROOM - len(edit)} "
+            f"unused: shorten the prompt by {tail - ROOM + len(edit)} tokens."
+        )
+    of_source, of_edit = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, edited))
+    positive = paired(of_source, of_edit, learned, (prompt, edited))
+    rows = positive[0][0].shape[1]
+    control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise)
+    return with_control(model, control), positive
+
+
+def edited_prompt(prompt: str, word: str, new: str) -> str:
+    """The prompt with one word (or several in a row) exchanged; ValueError unless it is there exactly once."""
+    if not word.strip() or not new.strip():
+        raise ValueError(
+            f"The word is '{word}' and its replacement '{new}': write one or more words of the prompt, and what takes "
+            "their place."
+        )
+    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
+    found = len(pattern.findall(prompt))
+    if found == 0:
+        raise ValueError(
+            f"The word '{word}' is not in the prompt '{prompt}': write it as it stands there ('cats' is another word), "
+            "or put it into the prompt that the picture is inverted with."
+        )
+    if found > 1:
+        raise ValueError(
+            f"The word '{word}' is {found} times in the prompt '{prompt}': describe the picture so that it is there "
+            "once, or name more of the words around it."
+        )
+    return pattern.sub(lambda _match: new.strip(), prompt)
+
+
+def _tokens(clip: Any, text: str) -> list[str | int]:
+    """A text's tokens without begin, end and padding; learned ones (textual inversion) as their digest."""
+    chunks = next(iter(clip.tokenize(text, return_word_ids=True).values()))
+    found = [token for chunk in chunks for token, _, word in chunk if word != 0]
+    if len(chunks) > 1:
+        raise ValueError(
+            f"The prompt '{text}' has {len(found)} tokens, {ROOM} fit into one table of rows: shorten it by "
+            f"{max(1, len(found) - ROOM)}."
+        )
+    return [token if isinstance(token, int) else digest(describe(token)) for token in found]
+
+
+def paired(source: Conditioning, edit: Conditioning, learned: Learned | None, prompts: tuple[str, str]) -> Conditioning:
+    """Both prompts as one CONDITIONING whose tables are [2, N, d]: the source's rows, then the edit's."""
+    found: Conditioning = []
+    for (rows, options), entry in zip(source, edit, strict=True):
+        for edited, more in learned.applied([entry]) if learned else [entry]:
+            joined = {**more, KEY: prompts}
+            if isinstance(options.get("pooled_output"), Tensor):
+                joined["pooled_output"] = torch.cat([options["pooled_output"], more["pooled_output"]])
+            found.append([torch.cat([rows, edited.to(rows)]), joined])
+    return found
+
+
+def twice(latent: dict[str, Any]) -> dict[str, Any]:
+    """The starting noise for both pictures. ValueError unless it is one."""
+    samples = latent["samples"]
+    if samples.shape[0] != 1:
+        raise ValueError(
+            f"The latent holds {samples.shape[0]} pictures, expected the one noise that Invert Picture found: replace "
+            "the subject in one picture at a time."
+        )
+    return {**latent, "samples": torch.cat([samples, samples])}
+
+
+def with_control(model: Any, control: Control) -> Any:
+    """A clone of the MODEL that is controlled; a control that is already on it is replaced."""
+    clone = model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(control))
+    return clone
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """The wrapper of a whole sampling."""
+
+    control: Control
+
+    def __call__(
+        self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
+    ) -> Any:
+        run = _Run(self.control, self._ours(guider.conds, noise), guider.inner_model.model_sampling)
+        options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
+        before = options.get("patches_replace", {})
+        layers = attention_layers(guider.inner_model.diffusion_model)
+        patches = replaced(before, "attn2", layers, lambda inner: _Cross(run, inner))
+        if self.control.self_percent > 0:
+            patches = replaced(patches, "attn1", layers, lambda inner: _Self(run, inner))
+        options["patches_replace"] = patches
+        try:
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
+        finally:
+            options["patches_replace"] = before
+
+    def _ours(self, conds: dict[str, list], noise: Tensor) -> frozenset[Any]:
+        """The uuids of the prompt that belongs to this control; guiders have different names and orders."""
+        if noise.shape[0] != 2:
+            raise ValueError(
+                f"The latent holds {noise.shape[0]} picture(s); a model from Replace Subject works on two, the "
+                "picture and its edit: connect the latent of Replace Subject, and for anything else the model in "
+                "front of it."
+            )
+        marked = [entry for entries in conds.values() for entry in entries or [] if KEY in entry]
+        ours = frozenset(entry["uuid"] for entry in marked if entry[KEY] == self.control.prompts)
+        if not ours:
+            found = "another Replace Subject's" if marked else "not from Replace Subject"
+            raise ValueError(
+                f"The positive prompt is {found}: connect the 'positive' of the Replace Subject that the model comes "
+                "from."
+            )
+        return ours
+
+
+class _Run:
+    """One sampling: the control's numbers, and where the two pictures stand in a batch."""
+
+    def __init__(self, control: Control, ours: frozenset[Any], sampling: Any) -> None:
+        self.mapped = column_map(control.swap, control.rows)
+        self.own = own_columns(control.swap, control.rows, control.tail)
+        self.renormalise = control.renormalise
+        self.cross, self.self_ = (
+            Window(float("inf"), sampling.percent_to_sigma(end)) for end in (control.end_percent, control.self_percent)
+        )
+        self._ours = ours
+
+    def pairs(self, batch: int, window: Window, options: dict[str, Any]) -> Iterator[slice]:
+        """Where source and edit are evaluated with the positive prompt, while the window lasts."""
+        chunks = options.get("uuids", ())
+        if not window.holds(float(options["sigmas"].max())):
+            return
+        for index, chunk in enumerate(chunks):
+            if chunk not in self._ours:
+                continue
+            if batch != 2 * len(chunks):
+                raise ValueError(
+                    f"{batch} rows came for {len(chunks)} prompts, Replace Subject needs the picture and its edit in "
+                    "one call: take off the node that splits the batch or multiplies its rows (context windows, "
+                    "regional attention)."
+                )
+            yield slice(2 * index, 2 * index + 2)
+
+    def check_rows(self, rows: int) -> None:
+        """ValueError when the keys are not those of the prompt."""
+        if rows % len(self.own):
+            raise ValueError(
+                f"The prompt has {len(self.own)} rows, {rows} came: a node behind the text encoder or on the model "
+                "(a patch of attn2) adds rows of its own. Take it off, or use it without Replace Subject."
+            )
+
+
+@dataclass(frozen=True)
+class _Cross:
+    """A cross-attention layer of a run."""
+
+    run: _Run
+    inner: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        found = self.inner(q, k, v, options)
+        for pair in self.run.pairs(q.shape[0], self.run.cross, options):
+            self.run.check_rows(k.shape[1])
+            run, heads = self.run, options["n_heads"]
+            change = correction(q[pair], k[pair], v[pair], heads, run.mapped, run.own, run.renormalise)
+            found = found.clone()
+            found[pair.stop - 1] += change.to(found)
+        return found
+
+
+@dataclass(frozen=True)
+class _Self:
+    """A self-attention layer: the edit looks where the source looks, at its own values (prompt-to-prompt)."""
+
+    run: _Run
+    inner: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        if q.shape[1] <= SELF_CELLS:
+            for pair in self.run.pairs(q.shape[0], self.run.self_, options):
+                q, k = (each.index_copy(0, _last(pair, each), each[pair.start :][:1]) for each in (q, k))
+        return self.inner(q, k, v, options)
+
+
+def _last(pair: slice, like: Tensor) -> Tensor:
+    return torch.tensor([pair.stop - 1], device=like.device)

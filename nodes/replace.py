@@ -1,0 +1,132 @@
+"""Replace the subject of a picture and leave the rest where it is (HiFi Tuner; prompt-to-prompt)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.attention_control import END_PERCENT
+from ..core.host.attention_control import Learned, replaced_subject, twice
+from .types import Embedding, advanced, schema
+
+
+class LikenessReplaceSubject(io.ComfyNode):
+    """MODEL + an inverted picture + a word swap -> MODEL, prompts and noise for the picture and its edit."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessReplaceSubject",
+            display_name="Replace Subject",
+            category="likeness/reference",
+            description="Exchanges a word of the prompt that a picture was inverted with, while everything else looks "
+            "where it looked in the picture. Sample without adding noise, with the euler sampler and the SIGMAS of the "
+            "inversion: the first picture is the reconstruction, the second the edit.",
+            search_aliases=["prompt to prompt", "p2p", "hifi tuner", "word swap", "edit"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the picture was inverted with. It is not changed."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.Latent.Input("latent", tooltip="The noise from Invert Picture, of one picture."),
+                io.Conditioning.Input(
+                    "negative", tooltip="From Null-Text, so that the picture comes back with guidance. Passed on."
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="a photo of a cat on the grass",
+                    tooltip="The very prompt that the picture was inverted with; at most 75 tokens.",
+                ),
+                io.String.Input(
+                    "word",
+                    default="cat",
+                    tooltip="The word, or words in a row, that go: as they stand in the prompt, once.",
+                ),
+                io.String.Input("replacement", default="dog", tooltip="What takes their place: one or more words."),
+                io.Float.Input(
+                    "end_percent",
+                    default=END_PERCENT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="Until which part of the sampling the picture's attention is kept: 1 is to the end (HiFi "
+                    "Tuner), 0.8 prompt-to-prompt's. Earlier gives the new subject more freedom of shape.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.01,
+                    tooltip="Strength of the embedding: 1 is what was trained, 0 leaves it out.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "self_percent",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        round=0.0001,
+                        tooltip="Until which part of the sampling self-attention is taken over too "
+                        "(prompt-to-prompt, 0.4 there): keeps shapes, also the old subject's. 0 is off.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "renormalise",
+                        default=False,
+                        tooltip="Bring the mixed attention of each place back to a sum of 1. The papers do not.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "step",
+                        default=0,
+                        min=0,
+                        max=100_000,
+                        tooltip="Which saved step of the embedding to use; 0 takes the recommended one.",
+                    )
+                ),
+                Embedding.Input(
+                    "embedding",
+                    optional=True,
+                    tooltip="A trained subject to put into the edit; its rows look where they like. Replace the word "
+                    "by its class.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Sample both pictures with this one."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The prompt and the edited prompt, for the two pictures."
+                ),
+                io.Conditioning.Output(display_name="negative", tooltip="As it came, for the sampler."),
+                io.Latent.Output(display_name="latent", tooltip="The noise twice: for the picture and for its edit."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        latent,
+        negative,
+        prompt,
+        word,
+        replacement,
+        end_percent,
+        scale=1.0,
+        self_percent=0.0,
+        renormalise=False,
+        step=0,
+        embedding=None,
+    ) -> io.NodeOutput:
+        start = twice(latent)
+        learned = None if embedding is None else Learned(embedding, scale, step)
+        patched, positive = replaced_subject(
+            model, clip, prompt, word, replacement, learned, end_percent, self_percent, renormalise
+        )
+        return io.NodeOutput(patched, positive, negative, start)
+
+
+NODES = [LikenessReplaceSubject]
