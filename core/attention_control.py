@@ -1,4 +1,4 @@
-"""Word swap of prompt-to-prompt (Hertz et al. 2022, arXiv 2208.01626), as HiFi Tuner (arXiv 2312.00079) uses it in Alg. 3.
+"""Word swap of prompt-to-prompt (Hertz 2022, arXiv 2208.01626), in the form of HiFi Tuner (arXiv 2312.00079), Alg. 3.
 
 A picture and its edit are denoised side by side. In each cross-attention layer a_src [T, N] says how much each of T
 places of the picture looks at each of N rows of the source prompt. The edit's layer uses

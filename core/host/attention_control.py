@@ -82,14 +82,14 @@ def replaced_subject(
         swap = word_swap(source, edit, of_word)
     except ValueError as error:
         raise ValueError(
-            f"'{word}' is no token sequence of its own in '{prompt}' ({error}): put spaces around it, and give weights "
-            "such as (word:1.2) to the whole word."
+            f"'{word}' is no token sequence of its own in '{_short(prompt)}' ({error}): put spaces around it, and "
+            "give weights such as (word:1.2) to the whole word."
         ) from error
     tail = learned.tokens if learned else 0
     if tail > ROOM - len(edit):
         raise ValueError(
-            f"The embedding takes the last {tail} rows of the prompt, but '{edited}' leaves only {ROOM - len(edit)} "
-            f"unused: shorten the prompt by {tail - ROOM + len(edit)} tokens."
+            f"The embedding takes the last {tail} rows of the prompt, but '{_short(edited)}' leaves only "
+            f"{ROOM - len(edit)} unused: shorten the prompt by {tail - ROOM + len(edit)} tokens."
         )
     of_source, of_edit = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, edited))
     positive = paired(of_source, of_edit, learned, (prompt, edited))
@@ -109,15 +109,19 @@ def edited_prompt(prompt: str, word: str, new: str) -> str:
     found = len(pattern.findall(prompt))
     if found == 0:
         raise ValueError(
-            f"The word '{word}' is not in the prompt '{prompt}': write it as it stands there ('cats' is another word), "
-            "or put it into the prompt that the picture is inverted with."
+            f"The word '{word}' is not in the prompt '{_short(prompt)}': write it as it stands there ('cats' is "
+            "another word), or put it into the prompt that the picture is inverted with."
         )
     if found > 1:
         raise ValueError(
-            f"The word '{word}' is {found} times in the prompt '{prompt}': describe the picture so that it is there "
-            "once, or name more of the words around it."
+            f"The word '{word}' is {found} times in the prompt '{_short(prompt)}': describe the picture so that "
+            "it is there once, or name more of the words around it."
         )
     return pattern.sub(lambda _match: new.strip(), prompt)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _tokens(clip: Any, text: str) -> list[str | int]:
@@ -126,7 +130,7 @@ def _tokens(clip: Any, text: str) -> list[str | int]:
     found = [token for chunk in chunks for token, _, word in chunk if word != 0]
     if len(chunks) > 1:
         raise ValueError(
-            f"The prompt '{text}' has {len(found)} tokens, {ROOM} fit into one table of rows: shorten it by "
+            f"The prompt '{_short(text)}' has {len(found)} tokens, {ROOM} fit into one table of rows: shorten it by "
             f"{max(1, len(found) - ROOM)}."
         )
     return [token if isinstance(token, int) else digest(describe(token)) for token in found]

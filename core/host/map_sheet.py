@@ -1,4 +1,4 @@
-"""Attention maps as one picture: one line for each row of the prompt and one for their mean, a column for each level."""
+"""Attention maps as one picture: a line for each row of the prompt and one for their mean, a column for each level."""
 
 from __future__ import annotations
 

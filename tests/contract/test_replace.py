@@ -1,0 +1,334 @@
+"""Replacing a subject in ComfyUI: whose attention is taken, when, and beside whom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+from .methods import Setting, run_node
+
+STEPS = 5
+PROMPT, WORD = "a photo of a cat on the grass", "cat"
+
+
+def sigmas(model, steps: int = STEPS) -> torch.Tensor:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", steps)
+
+
+def swapped(setting, clip, **changes) -> tuple:
+    """Model, positive, negative, latent."""
+    from likeness.nodes.replace import LikenessReplaceSubject
+
+    start = {"samples": 14 * setting.latent["samples"] / 0.18215}
+    inputs = {"model": setting.model, "clip": clip, "latent": start, "negative": setting.empty, "prompt": PROMPT}
+    inputs |= {"word": WORD, "replacement": "dog", "end_percent": 1.0}
+    return run_node(LikenessReplaceSubject, **{**inputs, **changes})
+
+
+def play(model, positive, negative, latent, sampler: str = "euler", guider=None) -> torch.Tensor:
+    import comfy.samplers
+
+    with torch.inference_mode():
+        guider = guider or comfy.samplers.CFGGuider(model)
+        if type(guider) is comfy.samplers.CFGGuider:
+            guider.set_conds(positive, negative)
+            guider.set_cfg(4.0)
+        samples = latent["samples"]
+        made = comfy.samplers.sampler_object(sampler)
+        return guider.sample(torch.zeros_like(samples), samples, made, sigmas(model), seed=0, disable_pbar=True)
+
+
+def controlled_by(setting, positive, swap, **more):
+    """A model whose control is made by hand."""
+    from likeness.core.host.attention_control import KEY, Control, with_control
+
+    return with_control(setting.model, Control(positive[0][1][KEY], swap, 77, **more))
+
+
+class Corrections:
+    """Counts the calls of core's correction()."""
+
+    def __init__(self, monkeypatch) -> None:
+        from likeness.core.host import attention_control
+
+        self.count, original = 0, attention_control.correction
+
+        def counted(*args):
+            self.count += 1
+            return original(*args)
+
+        monkeypatch.setattr(attention_control, "correction", counted)
+
+
+def layers(setting) -> int:
+    from likeness.core.host.attention_layers import attention_layers
+
+    return len(attention_layers(setting.model.model.diffusion_model))
+
+
+def close(a, b, atol: float = 2e-4) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
+
+
+def by_hand(setting, columns: list[int], until: float = 0.0, self_until: float = float("inf")):
+    """Prompt-to-prompt written out for equally long words: a MODEL with stock patches on every layer."""
+    from likeness.core.host.attention_layers import attention_layers
+
+    def softmax(q, k, heads):
+        q, k = (each.view(*each.shape[:2], heads, -1).permute(0, 2, 1, 3) for each in (q, k))
+        return torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1)
+
+    def attend(q, k, v, options, change):
+        heads = options["n_heads"]
+        a = softmax(q, k, heads)
+        at = [2 * index for index, kind in enumerate(options["cond_or_uncond"]) if kind == 0]
+        for first in at:
+            change(a, first, float(options["sigmas"][0]))
+        out = a @ v.view(*v.shape[:2], heads, -1).permute(0, 2, 1, 3)
+        return out.permute(0, 2, 1, 3).flatten(2)
+
+    def cross(a, first, sigma):
+        for j in range(77):
+            if j not in columns and sigma > until:
+                a[first + 1, :, :, j] = a[first, :, :, j]
+
+    def of_self(a, first, sigma):
+        if sigma > self_until:
+            a[first + 1] = a[first]
+
+    clone = setting.model.clone()
+    for key in attention_layers(setting.model.model.diffusion_model):
+        clone.set_model_attn2_replace(lambda q, k, v, o: attend(q, k, v, o, cross), *key)
+        clone.set_model_attn1_replace(lambda q, k, v, o: attend(q, k, v, o, of_self), *key)
+    return clone
+
+
+@pytest.mark.parametrize("end", [1.0, 0.5], ids=["to-the-end", "half"])
+def test_it_is_prompt_to_prompt_written_out(clip, end):
+    """Word and tail columns of its own, everything else the source's; with self-attention to 0.4."""
+    setting = Setting()
+    limit, self_limit = (setting.model.get_model_object("model_sampling").percent_to_sigma(p) for p in (end, 0.4))
+    model, positive, negative, latent = swapped(setting, clip, end_percent=end)
+    ours = play(model, positive, negative, latent)
+    close(ours, play(by_hand(setting, [5], limit), positive, negative, latent))
+    plain = play(setting.model, positive, negative, latent)
+    assert torch.equal(ours[0], plain[0]) and float((ours[1] - plain[1]).abs().mean()) > 1e-3
+    model, positive, *_ = swapped(setting, clip, end_percent=end, self_percent=0.4)
+    both = play(model, positive, negative, latent)
+    close(both, play(by_hand(setting, [5], limit, self_limit), positive, negative, latent))
+    assert torch.equal(both[0], plain[0]) and float((both[1] - ours[1]).abs().mean()) > 1e-3
+
+
+def test_nothing_of_its_own_and_equal_prompts_give_the_same_picture_twice(clip):
+    from likeness.core.attention_control import Swap
+
+    setting = Setting()
+    _, positive, negative, latent = swapped(setting, clip, replacement=WORD)
+    found = play(controlled_by(setting, positive, Swap(0, 0, 0)), positive, negative, latent)
+    assert torch.equal(found[0], found[1])
+
+
+def test_all_columns_of_its_own_are_the_unpatched_pass(clip):
+    from likeness.core.attention_control import Swap
+
+    setting = Setting()
+    _, positive, negative, latent = swapped(setting, clip)
+    found = play(controlled_by(setting, positive, Swap(0, 77, 77)), positive, negative, latent)
+    assert torch.equal(found, play(setting.model, positive, negative, latent))
+
+
+def test_a_longer_word_moves_the_rest_and_renormalising_changes_it(clip):
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip, replacement="hippopotamus calf")
+    longer = play(model, positive, negative, latent)
+    plain = play(setting.model, positive, negative, latent)
+    assert torch.equal(longer[0], plain[0]) and float((longer[1] - plain[1]).abs().mean()) > 1e-3
+    other = swapped(setting, clip, replacement="hippopotamus calf", renormalise=True)
+    assert float((play(*other)[1] - longer[1]).abs().mean()) > 1e-4
+
+
+def test_the_reconstruction_is_the_single_picture(clip):
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip)
+    with torch.inference_mode():
+        source = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+    single = play(setting.model, source, negative, {"samples": latent["samples"][:1]})
+    close(play(model, positive, negative, latent)[:1], single, atol=1e-3)
+
+
+def test_prompts_that_come_in_separate_calls_give_the_same(clip, monkeypatch):
+    setting = Setting()
+    found = swapped(setting, clip)
+    together = play(*found)
+    monkeypatch.setattr(type(setting.model.model), "memory_required", lambda *_args, **_more: 1e30)
+    close(play(*found), together)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "uni_pc"])
+def test_it_ends_where_it_should_with_every_sampler(clip, monkeypatch, name):
+    setting = Setting()
+    counted, seen = Corrections(monkeypatch), []
+
+    def record(executor, model, conds, x, timestep, model_options):
+        seen.append(float(timestep.max()))
+        return executor(model, conds, x, timestep, model_options)
+
+    model, *rest = swapped(setting, clip, end_percent=0.5)
+    model.add_wrapper_with_key("calc_cond_batch", "test", record)
+    play(model, *rest, sampler=name)
+    limit = setting.model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    held = [sigma for sigma in seen if sigma > limit]
+    assert counted.count == layers(setting) * len(held) and 0 < len(held) < len(seen)
+
+
+def test_only_the_positive_prompt_is_controlled_in_any_guider(clip, monkeypatch):
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    setting = Setting()
+    counted = Corrections(monkeypatch)
+    model, positive, negative, latent = swapped(setting, clip)
+    guider = Guider_DualCFG(model)
+    guider.set_conds(positive, setting.target, negative)
+    guider.set_cfg(4.0, 2.0)
+    play(model, positive, negative, latent, guider=guider)
+    assert counted.count == layers(setting) * STEPS
+
+
+def adapter(model, strength: float = 0.5):
+    """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to a picture's tokens."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    from likeness.core.host.attention_layers import attention_layers
+
+    def patch(q, k, v, options):
+        generator = torch.Generator().manual_seed(q.shape[-1])
+        tokens = torch.randn(2, 1, 4, q.shape[-1], generator=generator).expand(-1, q.shape[0], -1, -1)
+        out = optimized_attention(q, k, v, options["n_heads"])
+        return out + strength * optimized_attention(q, tokens[0], tokens[1], options["n_heads"])
+
+    clone = model.clone()
+    for name, number, _ in attention_layers(model.model.diffusion_model):
+        clone.set_model_attn2_replace(patch, name, number)
+    return clone
+
+
+def test_it_works_around_a_patch_that_is_there_and_one_that_comes_later(clip):
+    from likeness.core.attention_control import Swap
+
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip)
+    adapted = adapter(setting.model)
+    alone = play(adapted, positive, negative, latent)
+    before = play(swapped(setting, clip, model=adapted)[0], positive, negative, latent)
+    assert torch.equal(before, play(adapter(model), positive, negative, latent))
+    assert torch.equal(before[0], alone[0]) and float((before[1] - alone[1]).abs().mean()) > 1e-3
+    assert float((before - play(model, positive, negative, latent)).abs().mean()) > 1e-3
+    setting.model = adapted
+    assert torch.equal(alone, play(controlled_by(setting, positive, Swap(0, 77, 77)), positive, negative, latent))
+
+
+def test_patches_that_change_what_comes_together_are_refused(clip):
+    setting = Setting()
+    model, *rest = swapped(setting, clip)
+    wider, split = model.clone(), model.clone()
+    wider.set_model_attn2_patch(lambda n, c, v, _options: (n, *(torch.cat([each, each[:, :4]], 1) for each in (c, v))))
+    with pytest.raises(ValueError, match="has 77 rows, 81 came"):
+        play(wider, *rest)
+    split.set_model_attn2_patch(lambda *parts: tuple(torch.cat([each, each]) for each in parts[:3]))
+    with pytest.raises(ValueError, match="8 rows came for 2 prompts"):
+        play(split, *rest)
+
+
+def test_the_base_model_is_as_it_was(clip):
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip)
+    before, options = play(setting.model, positive, negative, latent), repr(setting.model.model_options)
+    play(model, positive, negative, latent)
+    assert torch.equal(before, play(setting.model, positive, negative, latent))
+    assert repr(setting.model.model_options) == options and not setting.model.wrappers
+    assert not model.model_options["transformer_options"].get("patches_replace")
+    again = swapped(setting, clip, model=model)[0]
+    assert [len(keyed) for keyed in again.wrappers["sampler_sample"].values()] == [1]
+
+
+def subject(steps: int = 1, width: int = 768, **header):
+    from likeness.core.embedding import Embedding
+
+    rows = torch.randn(steps, 5, width, generator=torch.Generator().manual_seed(7))
+    edges = [index / steps for index in range(steps + 1)]
+    windows = list(zip(edges[:-1], edges[1:], strict=True))
+    return Embedding({3: rows}, {**header, "windows": windows} if steps > 1 else header)
+
+
+def test_a_learned_subject_goes_into_the_edit_alone_with_its_own_attention(clip):
+    setting, learned = Setting(), subject()
+    plain = swapped(setting, clip)[1][0][0]
+    model, positive, negative, latent = swapped(setting, clip, embedding=learned, scale=0.8)
+    rows = positive[0][0]
+    assert torch.equal(rows[0], plain[0]) and torch.equal(rows[1, :-5], plain[1, :-5])
+    assert torch.equal(rows[1, -5:], 0.8 * learned.rows[3][0])
+    close(
+        play(model, positive, negative, latent),
+        play(by_hand(setting, [5, *range(72, 77)]), *(positive, negative), latent),
+    )
+    off = swapped(setting, clip, embedding=learned, scale=0.0)
+    assert torch.equal(off[1][0][0], plain) and torch.equal(play(*off), play(*swapped(setting, clip)))
+
+
+def test_a_step_wise_subject_has_an_entry_for_each_window(clip):
+    setting, learned = Setting(), subject(4)
+    model, positive, negative, latent = swapped(setting, clip, embedding=learned)
+    windows = [(options["start_percent"], options["end_percent"]) for _, options in positive]
+    assert windows == learned.windows
+    assert all(torch.equal(e[0][1, -5:], learned.rows[3][i]) for i, e in enumerate(positive))
+    assert all(torch.equal(e[0][0], positive[0][0][0]) for e in positive)
+    close(
+        play(model, positive, negative, latent),
+        play(by_hand(setting, [5, *range(72, 77)]), *(positive, negative), latent),
+    )
+
+
+def test_sdxl_and_its_pooled_vectors():
+    setting, clip = Setting("sdxl"), tiny_models.clip_xl()
+    model, positive, negative, latent = swapped(setting, clip)
+    pooled = positive[0][1]["pooled_output"]
+    assert positive[0][0].shape == (2, 77, 2048) and pooled.shape == (2, 1280) and not torch.equal(*pooled)
+    found = play(model, positive, negative, latent)
+    close(found, play(by_hand(setting, [5]), positive, negative, latent))
+
+
+def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
+    setting = Setting()
+
+    def refused(match: str, **changes):
+        with pytest.raises(ValueError, match=match):
+            swapped(setting, clip, **changes)
+
+    refused("'dog' is not in the prompt", word="dog")
+    refused("'cats' is not in the prompt", word="cats")
+    refused("'a' is 2 times in the prompt", word="a")
+    refused("write one or more words", word=" ")
+    refused("write one or more words", replacement="")
+    refused("has 81 tokens, 75 fit.*shorten it by 6", prompt="a cat " + 79 * "x ")
+    refused("has 76 tokens, 75 fit.*by 1", prompt="a cat " + 73 * "x ", replacement="big dog")
+    refused("leaves only 2 unused: shorten the prompt by 3", prompt="a cat " + 71 * "x ", embedding=subject())
+    refused("no token sequence of its own", prompt="a photo of a (cat:1.2)", word="(cat")
+    refused("holds 2 pictures", latent={"samples": torch.ones(2, 4, 8, 8)})
+    refused("connect the model", embedding=subject(base={"family": "SDXL"}))
+    refused("width 1024", embedding=subject(width=1024))
+    for prompt, word in (("a photo of a (cat:1.2), on the grass", "cat"), ("A photo of a Black Cat.", "black cat")):
+        swapped(setting, clip, prompt=prompt, word=word)
+
+
+def test_what_does_not_belong_together_is_refused_when_sampling_starts(clip):
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip)
+    with pytest.raises(ValueError, match=r"holds 1 picture\(s\).*works on two"):
+        play(model, positive, negative, {"samples": latent["samples"][:1]})
+    with pytest.raises(ValueError, match="not from Replace Subject"):
+        play(model, setting.target, negative, latent)
+    with pytest.raises(ValueError, match="another Replace Subject's"):
+        play(model, swapped(setting, clip, replacement="car")[1], negative, latent)
