@@ -8,8 +8,9 @@ trace.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -63,6 +64,25 @@ def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) ->
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@contextlib.contextmanager
+def undone_if_cut(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """For updates that ask the model once more after their step: when that is cancelled, the step is taken back.
+
+    The parameters and moments are as before; whatever else an update changes it must change behind this block.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = [parameter.detach().clone() for parameter in parameters]
+    moments = {name: moment.clone() for name, moment in adam_state(optimizer).items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+        restore_adam(optimizer, moments)
+        raise
 
 
 def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:

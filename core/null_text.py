@@ -9,18 +9,33 @@ coordinates these are x / sqrt(1 + sigma^2), so the loss here is divided by 1 + 
 Deviations, each with its reason:
 - everything but the network is in float32, whatever the model computes in: the loss is about 1e-5;
 - `patience`: a step whose loss keeps rising is left with the best embedding it had; 0 is theirs, which keeps the last.
+
+START says where the first embedding begins. Theirs is the empty prompt, whose guidance errors are large: hundreds of
+updates. From the prompt's own rows, u = c, guidance changes nothing and only the inversion's own small error is left;
+one or two updates for each step then do. Two methods of others need no updates at all:
+
+- negative-prompt inversion (Miyake et al. 2023, arXiv 2305.16807) stays there: u_i = c for every step, so that guided
+  sampling is the unguided one, with the inversion's error;
+- direct inversion (Ju et al. 2023, arXiv 2310.01506) keeps the empty prompt and puts the latent back on the trajectory
+  after each step (rectify.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .fitting import adam_state, finite_or_raise, restore_adam
+from .fitting import adam_state, finite_or_raise, restore_adam, undone_if_cut
 from .inversion import predicted_noise
+
+Method = Literal["null-text", "negative prompt", "direct"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Start = Literal["prompt", "empty prompt"]
+STARTS: tuple[Start, ...] = get_args(Start)
 
 CFG = 7.5
 INNER_STEPS = 10
@@ -52,10 +67,14 @@ class NullText:
         context: Tensor,
         null: Tensor,
         settings: NullTextSettings,
+        unguided: Denoiser | None = None,
     ) -> None:
         """trajectory [T + 1, B, C, h, w] and sigmas [T + 1] as invert() has them, on the model's device; context
-        [1, n, d] of the prompt, null [1, n, d] of the empty one."""
+        [1, n, d] of the prompt, null [1, n, d] where the first embedding starts. unguided: what predicts for the
+        embeddings, when more than its rows distinguishes the negative prompt (a pooled vector).
+        """
         self.denoiser, self.trajectory, self.settings = denoiser, trajectory, settings
+        self.unguided = unguided or denoiser
         self.sigmas, self.context = sigmas.to(trajectory), context
         self.nulls: list[Tensor] = []  # finished, [1, n, d] each
         self.counts: list[int] = [0]  # inner updates of each step, the current one last
@@ -87,7 +106,7 @@ class NullText:
         if self._eps_c is None:  # the same for all inner updates of a step
             with torch.no_grad():
                 self._eps_c = predicted_noise(self.denoiser, self.x, sigma, self.context)
-        eps_u = predicted_noise(self.denoiser, self.x, sigma, u)
+        eps_u = predicted_noise(self.unguided, self.x, sigma, u)
         return self.x + (following - sigma) * (eps_u + self.settings.cfg * (self._eps_c - eps_u))
 
     def update(self) -> Tensor:
@@ -96,34 +115,35 @@ class NullText:
         loss = ((x - self.trajectory[i + 1]).float().square() / (1 + self.sigmas[i + 1] ** 2)).mean()
         value = finite_or_raise(loss, self.step)
         before = self.u.detach().clone()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        finite_or_raise(torch.as_tensor(self.u.grad).square().sum(), self.step, "gradient")
-        self.optimizer.step()
+        best, best_loss, worse = self.best, self.best_loss, self.worse + 1
+        if value < best_loss:
+            best, best_loss, worse = before, value, 0
+        finished, following = self._finished(value, i, worse), self.x
+        with undone_if_cut(self.optimizer):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            finite_or_raise(torch.as_tensor(self.u.grad).square().sum(), self.step, "gradient")
+            self.optimizer.step()
+            kept = best if self.settings.patience and worse else self.u.detach()
+            if finished:  # walk on from the latent that the embedding really leads to, not from the pivot
+                with torch.no_grad():
+                    following = self.next_x(kept)
         self.losses.append(value)
         self.counts[-1] += 1
-        if value < self.best_loss:
-            self.best, self.best_loss, self.worse = before, value, 0
-        else:
-            self.worse += 1
-        if self._finished(value, i):
-            self._finish()
+        self.best, self.best_loss, self.worse = best, best_loss, worse
+        if finished:
+            self.x = following
+            self.nulls.append(kept.clone())
+            if not self.done:
+                self.counts.append(0)
+                self._start(kept)
         return x.detach()
 
-    def _finished(self, value: float, i: int) -> bool:
+    def _finished(self, value: float, i: int, worse: int) -> bool:
+        """Whether the update under way is the last one of step i."""
         patience = self.settings.patience
         enough = value < self.settings.epsilon + i * EPSILON_GROWTH
-        return enough or self.counts[-1] >= self.settings.inner_steps or bool(patience) and self.worse >= patience
-
-    def _finish(self) -> None:
-        """Keep the step's embedding and walk on from the latent that it really leads to, not from the pivot."""
-        kept = self.best if self.settings.patience and self.worse else self.u.detach()
-        with torch.no_grad():
-            self.x = self.next_x(kept)
-        self.nulls.append(kept.clone())
-        if not self.done:
-            self.counts.append(0)
-            self._start(kept)
+        return enough or self.counts[-1] + 1 >= self.settings.inner_steps or bool(patience) and worse >= patience
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -53,3 +53,12 @@ def step_wise(conditioning: Conditioning, rows: Sequence[Tensor], steps: Sequenc
             if begin < stop:
                 found.append([table, {**options, "start_percent": begin, "end_percent": stop}])
     return found
+
+
+def active(conditioning: Conditioning, sigma: float, sigma_of: Callable[[float], float]) -> Conditioning:
+    """The entries that ComfyUI evaluates at a noise level."""
+    return [
+        entry
+        for entry in conditioning
+        if sigma_of(entry[1].get("end_percent", 1.0)) <= sigma <= sigma_of(entry[1].get("start_percent", 0.0))
+    ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core import null_text as published
-from ..core.host.inversion import inverted, null_text, start_latent
+from ..core.host.inversion import inverted, start_latent, way_back
+from ..core.host.outputs import nothing
 from ..core.inversion import ITERATIONS, LABELS
 from .types import LossMap, Trajectory, advanced, schema
 
@@ -70,7 +71,7 @@ class LikenessInvert(io.ComfyNode):
 
 
 class LikenessNullText(io.ComfyNode):
-    """MODEL + trajectory -> one negative prompt for each step, with which guided sampling meets the trajectory."""
+    """MODEL + trajectory -> negative and MODEL with which guided sampling comes back to the picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -78,14 +79,22 @@ class LikenessNullText(io.ComfyNode):
             node_id="LikenessNullText",
             display_name="Null-Text",
             category="likeness/inversion",
-            description="Optimises the negative prompt of every step so that sampling with guidance comes back to the "
-            "inverted picture (null-text inversion).",
-            search_aliases=["null text inversion", "pivotal", "ddim inversion"],
+            description="Lets sampling with guidance come back to an inverted picture: by a negative prompt of its own "
+            "for every step (null-text inversion), or by two ways that need no optimisation.",
+            search_aliases=["null text inversion", "negative prompt inversion", "direct inversion", "pnp", "pivotal"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the picture was inverted with. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The very prompt that the picture was inverted with."),
-                io.Conditioning.Input("negative", tooltip="The empty prompt, where the optimisation starts."),
+                io.Conditioning.Input("negative", tooltip="The empty prompt."),
                 Trajectory.Input("trajectory", tooltip="From Invert Picture."),
+                io.Combo.Input(
+                    "method",
+                    options=list(published.METHODS),
+                    default=published.METHODS[0],
+                    tooltip="null-text: optimises a negative for each step. negative prompt: the prompt is its own "
+                    "negative, at once, a little less exact. direct: the output model puts the first latent back on "
+                    "the inverted picture after each step, at once and exact, for euler.",
+                ),
                 io.Float.Input(
                     "cfg",
                     default=published.CFG,
@@ -93,14 +102,21 @@ class LikenessNullText(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="The guidance that the picture will be sampled with; set the same there.",
+                    tooltip="The guidance that the picture will be sampled with; set the same there. For null-text.",
+                ),
+                io.Combo.Input(
+                    "start",
+                    options=list(published.STARTS),
+                    default=published.STARTS[0],
+                    tooltip="Where null-text begins. prompt: at the prompt itself, where little is left to correct. "
+                    "empty prompt: as published; five times as many updates, and negatives nearer to an empty prompt.",
                 ),
                 io.Int.Input(
                     "inner_steps",
                     default=published.INNER_STEPS,
                     min=1,
                     max=1000,
-                    tooltip="Updates for each sampling step, at most.",
+                    tooltip="Updates for each sampling step, at most. For null-text.",
                 ),
                 advanced(
                     io.Float.Input(
@@ -139,8 +155,13 @@ class LikenessNullText(io.ComfyNode):
                 io.Conditioning.Output(
                     display_name="negative", tooltip="One negative for each step, as time windows: for any sampler."
                 ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
+                LossMap.Output(
+                    display_name="loss", tooltip="The loss of every update, for Plot Loss Graph. Only of null-text."
+                ),
                 io.String.Output(display_name="report", tooltip="Updates and losses of every step."),
+                io.Model.Output(
+                    display_name="model", tooltip="The model to sample with. Another than the input only for direct."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -152,15 +173,19 @@ class LikenessNullText(io.ComfyNode):
         positive,
         negative,
         trajectory,
+        method,
         cfg,
+        start,
         inner_steps,
         learning_rate=published.LEARNING_RATE,
         epsilon=published.EPSILON,
         patience=0,
     ) -> io.NodeOutput:
         settings = published.NullTextSettings(cfg, inner_steps, learning_rate, epsilon, patience)
-        found = null_text(model, positive, negative, trajectory, settings, cls.hidden.unique_id)
-        return io.NodeOutput(found.conditioning, {"loss": found.losses}, found.report())
+        node = cls.hidden.unique_id
+        found = way_back(model, positive, negative, trajectory, method, settings, start, node)
+        loss = nothing() if found.losses is None else {"loss": found.losses}
+        return io.NodeOutput(found.negative, loss, found.report, found.model)
 
 
 NODES = [LikenessInvert, LikenessNullText]

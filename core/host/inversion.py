@@ -1,4 +1,4 @@
-"""Inverting a picture with a MODEL, and null-text optimisation: from what the nodes got to what samplers take."""
+"""Inverting a picture with a MODEL, and the ways back to it: from what the nodes got to what samplers take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, detached, single_prompt
 from ..inversion import Label, invert
-from ..null_text import NullText, NullTextSettings
+from ..null_text import Method, NullText, NullTextSettings, Start
 from ..runs import digest
 from ..training import Result, Run, stored_run, train
 from ..trajectory import Trajectory, check_sigmas
@@ -22,6 +22,7 @@ from ..windows import step_wise, windows
 from .describe import describe
 from .embedding_training import EVERY, run_store, subject
 from .fingerprint import check_base, fingerprint, patches_digest, precision
+from .landing import Landing, landed
 from .progress import Progress
 from .session import GuiderDenoiser, optimise, predicting
 
@@ -104,6 +105,43 @@ def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory)
         )
 
 
+@dataclass(frozen=True)
+class WayBack:
+    """What a sampler needs to come back to an inverted picture. losses: None where nothing was optimised."""
+
+    model: Any
+    negative: Conditioning
+    losses: list[float] | None
+    report: str
+
+
+def way_back(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    trajectory: Trajectory,
+    method: Method,
+    settings: NullTextSettings,
+    start: Start,
+    node_id: str | None = None,
+) -> WayBack:
+    """By null-text optimisation, or by one of the two methods that need none (see null_text.py)."""
+    if method == "null-text":
+        found = null_text(model, positive, negative, trajectory, settings, node_id, start)
+        return WayBack(model, found.conditioning, found.losses, found.report())
+    check_trajectory(model, positive, trajectory)
+    if method == "negative prompt":
+        same = [[rows, options.copy()] for rows, options in positive]
+        return WayBack(model, same, None, "The negative prompt of every step is the prompt itself; no updates.")
+    levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
+    targets = dict(enumerate(trajectory.latents[1:]))
+    way = landed(model, Landing(targets, levels, rows=count))
+    report = (
+        f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"
+    ) + f" will be put back on the trajectory after each of {trajectory.steps} steps; no updates."
+    return WayBack(way, negative, None, report)
+
+
 def null_text(
     model: Any,
     positive: Conditioning,
@@ -111,6 +149,7 @@ def null_text(
     trajectory: Trajectory,
     settings: NullTextSettings,
     node_id: str | None = None,
+    start: Start = "empty prompt",
 ) -> Nulls:
     """Optimise (or resume, or serve from disk) one negative for each step of a trajectory."""
     check_trajectory(model, positive, trajectory)
@@ -119,21 +158,24 @@ def null_text(
             f"The trajectory holds {trajectory.latents.shape[1]} pictures; each needs negatives of its own: invert one "
             "picture at a time."
         )
-    start = single_prompt(negative, "negative prompt").detach().float().cpu()
-    put_on = [patches_digest(model), precision(model), describe(positive)]
-    parts = [fingerprint(model), put_on, start, trajectory.latents, trajectory.sigmas]
+    if settings.cfg == 1.0:
+        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+    first = positive if start == "prompt" else negative
+    single_prompt(first, "negative prompt")
+    put_on = [patches_digest(model), precision(model), describe(positive), describe(first)]
+    parts = [fingerprint(model), put_on, trajectory.latents, trajectory.sigmas]
     key = digest([METHOD, asdict(settings), *parts])
     total = trajectory.steps * settings.inner_steps
     progress = Progress(model, total, node_id)
     run = stored_run(run_store(), key)
     progress.start(0 if run is None else run.step)
     if run is None or not _complete(run, trajectory.steps):
-        run = _optimise(model, positive, start, trajectory, settings, key, total, progress)
+        run = _optimise(model, positive, first, trajectory, settings, key, total, progress)
     result = run.kept[run.step]
     progress.curve(run.losses)
     sampling = model.get_model_object("model_sampling")
     steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
-    conditioning = step_wise(negative, result["nulls"].split(1), steps)
+    conditioning = step_wise(first, result["nulls"].split(1), steps)
     return Nulls(conditioning, run.losses, result["counts"].tolist())
 
 
@@ -144,7 +186,7 @@ def _complete(run: Run, steps: int) -> bool:
 def _optimise(
     model: Any,
     positive: Conditioning,
-    start: Tensor,
+    first: Conditioning,
     trajectory: Trajectory,
     settings: NullTextSettings,
     key: str,
@@ -155,9 +197,10 @@ def _optimise(
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         latents, sigmas, null = (
-            each.to(x0.device) for each in detached([trajectory.latents, trajectory.sigmas, start])
+            each.to(x0.device).float() for each in detached([trajectory.latents, trajectory.sigmas, first[0][0]])
         )
-        fit = NullText(denoiser, latents, sigmas, denoiser.context, null, settings)
+        unguided = denoiser.of("negative")
+        fit = NullText(denoiser, latents, sigmas, denoiser.context, null, settings, unguided)
 
         def result() -> Result:
             return {"nulls": torch.cat(fit.nulls).cpu(), "counts": torch.tensor(fit.counts)}
@@ -170,5 +213,5 @@ def _optimise(
         finished.append(run)
 
     latent_format = model.get_model_object("latent_format")
-    optimise(model, positive, latent_format.process_out(trajectory.latents[-1]), body)
+    optimise(model, positive, latent_format.process_out(trajectory.latents[-1]), body, negative=first)
     return finished[0]

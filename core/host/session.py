@@ -38,13 +38,19 @@ TEXT = "likeness.text"
 
 
 class GuiderDenoiser:
-    """A Denoiser over a running guider, for one picture prompt (the guider's "positive")."""
+    """A Denoiser over a running guider, for one of its prompts."""
 
-    def __init__(self, guider: Any, extra_args: dict[str, Any], leaves: dict[str, nn.Parameter] | None = None) -> None:
-        """leaves: the weights that optimise() was asked to train, by name."""
-        self._guider, self._extra_args = guider, extra_args
+    def __init__(
+        self,
+        guider: Any,
+        extra_args: dict[str, Any],
+        leaves: dict[str, nn.Parameter] | None = None,
+        role: str = "positive",
+    ) -> None:
+        """leaves: the weights that optimise() was asked to train, by name. role: which of the guider's prompts."""
+        self._guider, self._extra_args, self._role = guider, extra_args, role
         self.leaves = leaves or {}
-        self._entry = guider.conds["positive"][0]
+        self._entry = guider.conds[role][0]
         self._sampling = guider.inner_model.model_sampling
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
 
@@ -72,7 +78,7 @@ class GuiderDenoiser:
     def _vector(self, pooled: Tensor, x: Tensor) -> Tensor | None:
         """What this model makes of the text encoder's pooled output; None for models that do not use it."""
         given = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **self._entry}
-        given |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": "positive"}
+        given |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": self._role}
         return self._guider.inner_model.encode_adm(**given)
 
     @contextlib.contextmanager
@@ -84,11 +90,17 @@ class GuiderDenoiser:
         if vector is not None:
             exchanged["y"] = comfy.conds.CONDRegular(vector.to(device))
         if context is not None or vector is not None:
-            self._guider.conds = {**conds, "positive": [{**self._entry, "model_conds": exchanged}]}
+            self._guider.conds = {"positive": [{**self._entry, "model_conds": exchanged}]}
+        else:
+            self._guider.conds = {"positive": conds[self._role]}
         try:
             yield
         finally:
             self._guider.conds = conds
+
+    def of(self, role: str) -> GuiderDenoiser:
+        """The same model's predictions for another of the guider's prompts, with all that hangs on that prompt."""
+        return GuiderDenoiser(self._guider, self._extra_args, self.leaves, role)
 
     @property
     def model(self) -> nn.Module:
@@ -137,6 +149,7 @@ def optimise(
     latent: Tensor,
     body: Callable[[GuiderDenoiser, Tensor], None],
     *,
+    negative: Conditioning | None = None,
     checkpointing: bool = False,
     text: Any | None = None,
     all_weights: bool = False,
@@ -145,9 +158,10 @@ def optimise(
 
     model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
     [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
-    What body wants to keep it must detach and move to the CPU itself. text: a text encoder's ModelPatcher that body
-    runs too. all_weights: every weight of the diffusion model (and of the text encoder) becomes a float32 leaf for the
-    time of the session; body finds them in denoiser.leaves.
+    What body wants to keep it must detach and move to the CPU itself. negative: another prompt, for
+    denoiser.of("negative"). text: a text encoder's ModelPatcher that body runs too. all_weights: every weight of the
+    diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them in
+    denoiser.leaves.
     Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
     formats).
     """
@@ -170,7 +184,7 @@ def optimise(
             leaves = stack.enter_context(thawed(parts, trained))
             if text is not None:
                 stack.enter_context(out_of_place_text_layers(text.model))
-            if any("control" in entry for entry in guider.conds["positive"]):
+            if any("control" in entry for entries in guider.conds.values() for entry in entries):
                 stack.enter_context(private_skips(guider.inner_model.diffusion_model))
             if checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
@@ -180,7 +194,8 @@ def optimise(
 
     with gradients():
         guider = comfy.samplers.CFGGuider(clone)
-        guider.inner_set_conds({"positive": detached(positive)})
+        given = {"positive": positive, "negative": negative}
+        guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
         latent = detached(latent).float()
         load_fully(together, _memory(together, latent, checkpointing, all_weights))
         sampling = clone.get_model_object("model_sampling")

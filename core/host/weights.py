@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .guidance import drop_guidance
+from .landing import drop_landing
 
 GUIDANCE = (
     "sampler_cfg_function",
@@ -185,6 +186,7 @@ def drop_all_guidance(clone: Any) -> None:
     for name in GUIDANCE:
         clone.model_options.pop(name, None)
     drop_guidance(clone)
+    drop_landing(clone)
 
 
 def trainable_clone(model: Any, cast: bool = False) -> Any:

@@ -72,6 +72,7 @@ def optimised(setting, trajectory, **changes):
     from likeness.nodes.inversion import LikenessNullText
 
     inputs = {"model": setting.model, "positive": setting.source, "negative": setting.empty, "cfg": 7.5}
+    inputs |= {"method": "null-text", "start": "empty prompt"}
     return run_node(LikenessNullText, **{**inputs, "trajectory": trajectory, "inner_steps": 5, **changes})
 
 
@@ -79,7 +80,7 @@ def test_null_text_brings_guided_sampling_back_to_the_picture():
     setting = calm(Setting())
     trajectory, start, levels = invert(setting)
     plain = distance(setting, play(setting, start, levels, setting.empty, 7.5))
-    negative, loss, report = optimised(setting, trajectory, learning_rate=0.1)
+    negative, loss, report, _ = optimised(setting, trajectory, learning_rate=0.1)
     assert distance(setting, play(setting, start, levels, negative, 7.5)) < 0.8 * plain
     assert len(negative) == STEPS and len(loss["loss"]) <= 5 * STEPS and f"{len(loss['loss'])} updates in all" in report
 
@@ -106,8 +107,8 @@ def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch):
 
     setting = calm(Setting())
     trajectory, _, _ = invert(setting)
-    whole, losses, _ = optimised(setting, trajectory)
-    again, same, _ = optimised(setting, trajectory)
+    whole, losses, *_ = optimised(setting, trajectory)
+    again, same, *_ = optimised(setting, trajectory)
     assert losses == same and all(torch.equal(a[0], b[0]) for a, b in zip(whole, again, strict=True))
     forget_runs(tmp_path)
     update, seen = Progress.update, []
@@ -121,7 +122,7 @@ def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch):
     with pytest.raises(Cancelled):
         optimised(setting, trajectory)
     monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None: seen.append(len(losses)))
-    resumed, third, _ = optimised(setting, trajectory)
+    resumed, third, *_ = optimised(setting, trajectory)
     assert seen[0] == 14 and third == losses
     assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
 

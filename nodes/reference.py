@@ -1,0 +1,128 @@
+"""Generate with the details of a reference picture (HiFi Tuner, Algorithm 2)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core import reference_guidance as published
+from ..core.host.outputs import nothing
+from ..core.host.reference_guidance import guided_by_reference
+from .types import LossMap, Trajectory, advanced, schema
+
+
+class LikenessReferenceGuide(io.ComfyNode):
+    """MODEL + prompt + noise + inverted reference + its mask -> the guided picture, and what samples it again."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessReferenceGuide",
+            display_name="Reference Guide",
+            category="likeness/reference",
+            description="Samples a picture whose subject takes up the details of an inverted reference picture (HiFi "
+            "Tuner): in part of the sampling the negative prompt inside the mask is optimised until the steps meet the "
+            "reference.",
+            search_aliases=["hifi tuner", "subject driven", "null text", "reference"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that the reference was inverted with; fine-tuned or not. Not changed."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt of the picture to make, with the subject's embedding in it (step-wise too).",
+                ),
+                io.Conditioning.Input("negative", tooltip="The empty prompt."),
+                io.Noise.Input("noise", tooltip="The noise that the unguided picture was sampled from (RandomNoise)."),
+                Trajectory.Input(
+                    "trajectory",
+                    tooltip="The reference, aligned to the unguided picture's subject, from Invert Picture. Its noise "
+                    "levels are those of the sampling.",
+                ),
+                io.Mask.Input("mask", tooltip="White where the aligned reference shows the subject."),
+                io.Float.Input(
+                    "cfg",
+                    default=published.CFG,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="The guidance of the sampling.",
+                ),
+                io.Int.Input(
+                    "inner_steps",
+                    default=published.INNER_STEPS,
+                    min=0,
+                    max=1000,
+                    tooltip="Updates in each step (J): more is nearer to the reference. 0 only transplants its layout.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=published.START_PERCENT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="Where in the sampling the reference comes in, and its latent is transplanted. 0.21 is "
+                    "t_s = 40 of 50 steps; earlier keeps more of the reference.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=published.END_PERCENT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="Where it is let go. 0.82 is t_e = 10 of 50 steps; later keeps more of its details.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=published.LEARNING_RATE,
+                        min=1e-5,
+                        max=1.0,
+                        step=1e-3,
+                        round=1e-6,
+                        tooltip="Adam's learning rate of the negative rows.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The finished picture, for VAE Decode."),
+                io.Model.Output(
+                    display_name="model", tooltip="Samples the same picture again: it makes the transplant on the way."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative",
+                    tooltip="The negatives that were found, for the same: one for each step, inside the mask.",
+                ),
+                LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
+                io.String.Output(display_name="report", tooltip="The guided steps and their losses."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        noise,
+        trajectory,
+        mask,
+        cfg,
+        inner_steps,
+        start_percent,
+        end_percent,
+        learning_rate=published.LEARNING_RATE,
+    ) -> io.NodeOutput:
+        settings = published.ReferenceSettings(cfg, inner_steps, learning_rate)
+        node = cls.hidden.unique_id
+        found = guided_by_reference(
+            model, positive, negative, noise, trajectory, mask, settings, start_percent, end_percent, node
+        )
+        loss = {"loss": found.losses} if found.losses else nothing()
+        return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
+
+
+NODES = [LikenessReferenceGuide]
