@@ -1,0 +1,112 @@
+"""Attention maps of a prompt's rows in ComfyUI: which rows, at which level, and what the sheet shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+from .methods import Setting, run_node, sample
+
+
+def looked_at(setting, conditioning=None, **changes) -> tuple:
+    from likeness.nodes.inspect import LikenessInspect
+
+    inputs = {"model": setting.model, "conditioning": conditioning or setting.source, "latent": setting.latent}
+    return run_node(LikenessInspect, **{**inputs, "tokens": 5, "columns": 4, "seed": 0, **changes})
+
+
+def maps(setting, conditioning=None, tokens: int = 5, levels: int = 4, seed: int = 0, **changes):
+    from likeness.core.host.attention_maps import inspected
+
+    inputs = {"model": setting.model, "latent": setting.latent, **changes}
+    with torch.inference_mode():
+        return inspected(inputs["model"], conditioning or setting.source, inputs["latent"], tokens, levels, seed)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_row_and_level_has_its_map(family):
+    setting = Setting(family, images=2, size=(9, 7))
+    sheet, mask = looked_at(setting)
+    assert (
+        sheet.ndim == 4
+        and sheet.shape[0] == 1
+        and sheet.shape[3] == 3
+        and 0 <= float(sheet.min()) < float(sheet.max()) <= 1
+    )
+    assert mask.shape == (1, 72, 56) and float(mask.min()) == 0 and float(mask.max()) == 1
+    found = maps(setting)
+    assert found.values.shape == (4, 5, 9, 7) and found.percents == [0.125, 0.375, 0.625, 0.875]
+    assert len({float(value.sum()) for value in found.values.flatten(0, 1)}) == 20, "two maps are one"
+
+
+def test_all_rows_of_the_prompt_add_up_to_one_everywhere():
+    found = maps(Setting(), tokens=77)
+    torch.testing.assert_close(found.values.sum(1), torch.ones(4, 8, 8), atol=1e-5, rtol=0)
+
+
+def test_rows_that_are_equal_share_the_attention_equally():
+    rows, options = tiny_models.prompt("sd1", 1)[0]
+    found = maps(Setting(), [[rows[:, :1].expand(-1, 77, -1), options]]).values
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 77), atol=1e-6, rtol=0)
+
+
+def test_step_wise_rows_are_looked_at_where_they_hold():
+    setting = Setting()
+    windows = [(0.0, 0.4), (0.4, 1.0)]
+    tables = [tiny_models.prompt("sd1", seed)[0] for seed in (11, 12)]
+    both = [
+        [table, {**options, "start_percent": start, "end_percent": end}]
+        for (table, options), (start, end) in zip(tables, windows, strict=True)
+    ]
+    found = maps(setting, both).values
+    first, second = (maps(setting, [table]).values for table in tables)
+    assert torch.equal(found[:2], first[:2]) and torch.equal(found[2:], second[2:])
+    assert not torch.equal(first[2:], second[2:])
+
+
+def test_the_seed_decides_the_noise_and_the_model_stays_as_it_is():
+    setting = Setting()
+    before, options = (
+        sample(setting.model, setting.source, setting.empty, setting.latent),
+        repr(setting.model.model_options),
+    )
+    state = torch.get_rng_state()
+    first, again, other = (maps(setting, seed=seed).values for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(before, sample(setting.model, setting.source, setting.empty, setting.latent))
+    assert repr(setting.model.model_options) == options and not setting.model.wrappers
+
+
+def test_a_patch_of_another_node_is_seen_too():
+    """What it does to deeper layers shows in their maps."""
+    from .test_replace import adapter
+
+    setting = Setting()
+    assert not torch.equal(maps(setting).values, maps(setting, model=adapter(setting.model)).values)
+
+
+def test_what_cannot_be_looked_at_is_refused():
+    setting = Setting()
+    twice = setting.source + setting.target
+    late = [[setting.source[0][0], {**setting.source[0][1], "start_percent": 0.5}]]
+    area = [[setting.source[0][0], {**setting.source[0][1], "area": (4, 4, 0, 0)}]]
+    pair = [[torch.cat([setting.source[0][0]] * 2), setting.source[0][1]]]
+    for match, prompt in (("2 prompts hold at 0.125", twice), ("0 prompts hold at 0.125", late)):
+        with pytest.raises(ValueError, match=match):
+            looked_at(setting, prompt)
+    with pytest.raises(ValueError, match="limited by area"):
+        looked_at(setting, area)
+    with pytest.raises(ValueError, match="single table"):
+        looked_at(setting, pair)
+    short = [[setting.source[0][0][:, :3], setting.source[0][1]]]
+    with pytest.raises(ValueError, match="5 rows were asked for, the prompt has 3"):
+        looked_at(setting, short)
+
+
+def test_another_kind_of_network_is_refused():
+    from likeness.core.host.attention_layers import attention_layers
+
+    with pytest.raises(ValueError, match="is a Linear.*SD1.x, SD2.x and SDXL only"):
+        attention_layers(torch.nn.Linear(1, 1))
