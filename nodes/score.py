@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..core.host import folders, scoring
 from ..core.host.score_sheet import score_sheet
-from ..core.host.vision import load_vision
+from ..core.host.vision import load_vision, vision_names
 from .types import schema
 
 NO_LPIPS = "none"
@@ -27,7 +27,7 @@ class LikenessLoadVision(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=folders.names(folders.VISION),
+                    options=vision_names(),
                     tooltip="A folder with config.json and model.safetensors, or an open_clip file named like "
                     "ViT-B-32__mine.safetensors, in models/likeness_vision. Press R to refresh the list.",
                 )
@@ -42,9 +42,7 @@ class LikenessLoadVision(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name) -> str:
-        path = folders.resolve(folders.VISION, name)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
+        return folders.state(folders.VISION, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

@@ -33,8 +33,11 @@ TORCH_CPU = (
 TORCH_PYPI = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # the last trio released together
 TOOLS = ("pytest", "playwright", "websocket-client", "ruff", "ty", "scikit-image", "requests")
 # Without their dependencies, which would replace ComfyUI's torch; what else they need comes with ComfyUI.
-OPEN_CLIP = ("open_clip_torch", "timm", "ftfy", "wcwidth")
-NEEDED = ("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage", "open_clip")
+EXTRAS = ("open_clip_torch", "timm", "ftfy", "wcwidth", "segment-anything")
+NEEDED = (
+    *("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage"),
+    *("open_clip", "segment_anything"),
+)
 PINS = ROOT / "toolbox" / "pins.txt"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -248,7 +251,7 @@ def borrow_packages(installer: Installer, owner: Path) -> None:
     installer.install_pinned(*light)
     if not imports(installer.python, ["skimage"]):  # without its dependencies: numpy must stay ComfyUI's own
         installer.install("--no-deps", "scikit-image", "imageio", "lazy-loader", "tifffile", "-c", PINS)
-    installer.install("--no-deps", *OPEN_CLIP, "-c", PINS)
+    installer.install("--no-deps", *EXTRAS, "-c", PINS)
 
 
 def install_all(installer: Installer, comfyui: Path) -> None:
@@ -258,7 +261,7 @@ def install_all(installer: Installer, comfyui: Path) -> None:
         installer.make_venv(venv, sys.executable)
     install_torch(installer)
     installer.install_pinned(*requirements_of(comfyui), *TOOLS)
-    installer.install("--no-deps", *OPEN_CLIP, "-c", PINS)
+    installer.install("--no-deps", *EXTRAS, "-c", PINS)
 
 
 def install_packages(steps: Steps, installer: Installer, comfyui: Path, owner: Path | None) -> None:
@@ -267,7 +270,7 @@ def install_packages(steps: Steps, installer: Installer, comfyui: Path, owner: P
     def there() -> bool:
         return imports(installer.python, NEEDED)
 
-    tools = ", ".join(TOOLS + OPEN_CLIP)
+    tools = ", ".join(TOOLS + EXTRAS)
     if owner:
         steps.do("packages", f"{tools} on top of {owner}", there, lambda: borrow_packages(installer, owner))
     else:

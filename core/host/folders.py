@@ -31,8 +31,9 @@ class Kind:
 EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
 LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
+SAMS = Kind("sams", (".safetensors", ".pth"))  # the folder that other packs use for segment-anything too
 LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only to say what they are
-KINDS = (EMBEDDINGS, VISION, LPIPS)
+KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS)
 
 
 def register_folders() -> None:
@@ -104,6 +105,13 @@ def resolve(kind: Kind, name: str) -> Path:
     raise FileNotFoundError(
         f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
     )
+
+
+def state(kind: Kind, name: str) -> str:
+    """Changes when the files of an entry do, for a node's fingerprint."""
+    path = resolve(kind, name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
 
 
 def _check_kind(kind: Kind, path: str, shown: str) -> None:

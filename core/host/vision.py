@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ..gradcheck import GradientCheck, gradient_check
 from ..preprocess import Preprocess
+from . import folders
+from .extras.caption import is_captioner
+from .extras.grounding import is_detector
 from .extras.open_clip_file import load_open_clip
 from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
@@ -76,6 +79,16 @@ class VisionModel:
     def get_sd(self) -> dict[str, Tensor]:
         """The weights, as ComfyUI's own object offers them."""
         return self.model.state_dict()
+
+
+def vision_names() -> list[str]:
+    """Entries of models/likeness_vision without those that other nodes load: detectors and captioning models."""
+
+    def others(name: str) -> bool:
+        path = folders.resolve(folders.VISION, name)
+        return is_detector(path) or is_captioner(path)
+
+    return [name for name in folders.names(folders.VISION) if not others(name)]
 
 
 def load_vision(path: Path) -> VisionModel:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -59,21 +60,29 @@ def load_transformers(folder: Path) -> Tower:
     Raises ValueError with the remedy when the weights are missing, pickled or incomplete, or the model takes no
     pictures; RuntimeError when transformers is not installed.
     """
-    config = _config(folder)
+    config = read_config(folder)
+    name = WITH_PROJECTION if config.get("architectures") == [WITH_PROJECTION] else "AutoModel"
+    model, missing = read_model(folder, name)
+    with offline():
+        pooled = _check_model(folder, model, missing)
+        tokenizer, text_missing = _tokenizer(folder, model)
+        tower = TransformersTower(model, tokenizer, pooled, folder.name)
+    tower.preprocess = _preprocess(folder, model.config)
+    tower.text_missing = text_missing
+    return tower
+
+
+def read_model(folder: Path, class_name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, set[str]]:
+    """The model of a folder by a class of transformers, frozen, and the names of weights that its files lack.
+
+    Raises as load_transformers does.
+    """
+    read_config(folder)
     _check_weights(folder)
-    try:
-        import transformers
-    except ImportError as error:
-        raise RuntimeError(
-            f"{folder.name} needs the transformers package ({error}): run `pip install transformers` with ComfyUI's "
-            "Python."
-        ) from error
+    transformers = library(folder)
     with offline(), _no_progress_bar(transformers):
-        loader = transformers.AutoModel
-        if config.get("architectures") == [WITH_PROJECTION]:
-            loader = transformers.CLIPVisionModelWithProjection
         try:
-            loaded: Any = loader.from_pretrained(
+            model, info = getattr(transformers, class_name).from_pretrained(
                 str(folder),
                 local_files_only=True,
                 trust_remote_code=False,
@@ -85,13 +94,53 @@ def load_transformers(folder: Path) -> Tower:
                 f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
                 f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
             ) from error
-        model, info = loaded
-        pooled = _check_model(folder, model, set(info["missing_keys"]))
-        tokenizer, text_missing = _tokenizer(folder, model)
-        tower = TransformersTower(model.float().eval().requires_grad_(False), tokenizer, pooled, folder.name)
-    tower.preprocess = _preprocess(folder, model.config)
-    tower.text_missing = text_missing
-    return tower
+        return model.to(dtype).eval().requires_grad_(False), set(info["missing_keys"])
+
+
+def read_processor(folder: Path) -> Any:
+    """What prepares pictures and texts for the model of a folder. ValueError when its files are not there."""
+    transformers = library(folder)
+    with offline():
+        try:
+            return transformers.AutoProcessor.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # as above
+            raise ValueError(
+                f"The folder {folder.name} lacks what prepares pictures and words ({reason(error)}): copy the model's "
+                "whole folder, with preprocessor_config.json and the tokenizer's files."
+            ) from error
+
+
+def library(folder: Path) -> Any:
+    """The transformers package. RuntimeError with the remedy when it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise RuntimeError(
+            f"{folder.name} needs the transformers package ({error}): run `pip install transformers` with ComfyUI's "
+            "Python."
+        ) from error
+    return transformers
+
+
+def kind_of(folder: Path) -> tuple[str, str]:
+    """(model type, class name) of a folder's config.json; empty when it has none that can be read."""
+    try:
+        config = read_config(folder)
+    except ValueError:
+        return "", ""
+    classes = config.get("architectures") or [""]
+    return str(config.get("model_type", "")), str(classes[0] if isinstance(classes, list) else "")
+
+
+def check_complete(folder: Path, missing: set[str]) -> None:
+    """ValueError when weights are missing."""
+    if missing:
+        raise ValueError(
+            f"The weights of {folder.name} lack {len(missing)} tensors that its config.json asks for (first: "
+            f"{min(missing)}): copy config.json and model.safetensors of the same model."
+        )
 
 
 @contextlib.contextmanager
@@ -106,7 +155,8 @@ def _no_progress_bar(transformers: Any) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. ValueError when it cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -133,12 +183,7 @@ def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
         raise ValueError(
             f"The folder {folder.name} holds a {type(model).__name__}, which takes no pictures: choose another."
         )
-    serious = sorted(name for name in missing if not name.startswith("pooler."))
-    if serious:
-        raise ValueError(
-            f"The weights of {folder.name} lack {len(serious)} tensors that its config.json asks for (first: "
-            f"{serious[0]}): copy config.json and model.safetensors of the same model."
-        )
+    check_complete(folder, {name for name in missing if not name.startswith("pooler.")})
     return not missing
 
 
@@ -174,7 +219,8 @@ def _preprocess(folder: Path, config: Any) -> Preprocess:
         ) from error
     resize = settings.get("size", size)
     crop = _side(settings.get("crop_size")) if settings.get("do_center_crop", "crop_size" in settings) else None
-    squash = isinstance(resize, dict) and "height" in resize and crop is None
+    # A bare number is the shorter side for models that crop afterwards (CLIP, DINOv2), both sides for others (DINO).
+    squash = crop is None and (not isinstance(resize, dict) or "height" in resize)
     shorter = _side(resize) or size
     if settings.get("do_normalize", True):
         mean, std = tuple(settings.get("image_mean", mean)), tuple(settings.get("image_std", std))

@@ -1,0 +1,65 @@
+"""A transformers folder of an image-to-text model (BLIP-2, BLIP, GIT) -> a caption. Read from disk only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .offline import offline, reason
+from .transformers_folder import check_complete, kind_of, read_model, read_processor
+
+CLASSES = ("ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq")  # endings of class names
+ALSO = ("GitForCausalLM",)
+BYTES = 1e9  # activations of one picture, generously, for ComfyUI's memory management
+
+
+class Captioner(nn.Module):
+    """An image-to-text model with its processor."""
+
+    def __init__(self, model: Any, processor: Any, name: str) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.description = f"{name} ({type(model).__name__})"
+
+    def forward(self, picture: np.ndarray, max_tokens: int) -> str:
+        """The likeliest words for a picture, uint8 [H, W, 3]: greedy, as BLIP-2's folder is used by default."""
+        first = next(self.model.parameters())
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        try:
+            with offline():
+                inputs = self.processor(images=picture, return_tensors="pt").to(first.device)
+                inputs["pixel_values"] = inputs["pixel_values"].to(first.dtype)
+                ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+                words = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a model that must be asked something first
+            raise ValueError(
+                f"{self.description} gives no caption for a picture alone ({reason(error)}): choose a captioning "
+                "model such as blip2-opt-2.7b or blip-image-captioning-base."
+            ) from error
+        return " ".join(words.split())
+
+
+def is_captioner(folder: Path) -> bool:
+    name = kind_of(folder)[1]
+    return name.endswith(CLASSES) or name in ALSO
+
+
+def load_captioner(folder: Path, dtype: torch.dtype) -> Captioner:
+    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
+
+    Raises as load_detector does.
+    """
+    if not is_captioner(folder):
+        raise ValueError(
+            f"The folder {folder.name} holds {kind_of(folder)[1] or 'no model that can be told'}, expected is one that "
+            "writes captions: choose a folder such as blip2-opt-2.7b or blip-image-captioning-base."
+        )
+    model, missing = read_model(folder, "AutoModelForImageTextToText", dtype)
+    check_complete(folder, missing)
+    processor = read_processor(folder)
+    with offline():
+        return Captioner(model, processor, folder.name)

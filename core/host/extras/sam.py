@@ -1,0 +1,88 @@
+"""A segment-anything file (Kirillov et al. 2023, arXiv 2304.02643) -> masks of what lies in boxes.
+
+The network comes from the authors' package, the weights from models/sams. Which of its three sizes a file holds is told
+from the weights.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .offline import offline, reason
+
+WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+TOLD_BY = "image_encoder.pos_embed"
+INPUT_PIXELS, BYTES_PER_PIXEL = 1024.0**2, 4000.0  # of the image encoder, for ComfyUI's memory management
+
+
+class Segmenter(nn.Module):
+    """The authors' network with its predictor."""
+
+    def __init__(self, sam: Any, predictor: type, description: str) -> None:
+        super().__init__()
+        self.sam, self._predictor, self.description = sam, predictor, description
+
+    def forward(self, picture: np.ndarray, boxes: Tensor) -> Tensor:
+        """One mask [N, H, W] (bool, on the CPU) for each box [N, 4] in a picture, uint8 [H, W, 3]."""
+        predictor = self._predictor(self.sam)
+        with offline():
+            predictor.set_image(picture)
+            at = predictor.transform.apply_boxes_torch(boxes.to(predictor.device), picture.shape[:2])
+            masks, _, _ = predictor.predict_torch(None, None, at, multimask_output=False)
+        return masks[:, 0].cpu()
+
+
+def load_sam(path: Path) -> Segmenter:
+    """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors.
+
+    Raises ValueError when the file holds something else; RuntimeError when the package is not installed.
+    """
+    try:
+        import segment_anything
+    except ImportError as error:
+        raise RuntimeError(
+            f"{path.name} needs the segment-anything package ({error}): run `pip install segment-anything` with "
+            "ComfyUI's Python, or connect a MASK from another node."
+        ) from error
+    tensors = _read(path)
+    marker = tensors.get(TOLD_BY)
+    variant = WIDTHS.get(marker.shape[-1]) if isinstance(marker, Tensor) and marker.ndim == 4 else None
+    if variant is None:
+        raise ValueError(
+            f"{path.name} does not hold a segment-anything model ({TOLD_BY} of width 768, 1024 or 1280 is expected): "
+            "choose one of the authors' files, such as sam_vit_b_01ec64.pth."
+        )
+    with offline():
+        sam = segment_anything.sam_model_registry[variant]()
+        try:
+            sam.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path.name} does not fit segment-anything's {variant} ({reason(error)}): SAM 2, HQ-SAM and MobileSAM "
+                "are other networks; choose one of the authors' files, such as sam_vit_b_01ec64.pth."
+            ) from error
+        sam = sam.float().eval().requires_grad_(False)
+        return Segmenter(sam, segment_anything.SamPredictor, f"{path.name} ({variant})")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return load_file(str(path))
+        with torch.inference_mode(False):
+            tensors = torch.load(str(path), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path.name} cannot be read as weights ({reason(error)}): download it again, and only from its authors."
+        ) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path.name} holds no table of weights: choose one of segment-anything's own files.")
+    return tensors

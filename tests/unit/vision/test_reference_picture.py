@@ -1,0 +1,99 @@
+"""The reference picture: which one is chosen, and how it is laid on another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from likeness.core.alignment import matrices, warp
+from likeness.core.host.reference_picture import LITERAL, SYMMETRIC, choose_reference, lay_on
+from likeness.core.host.vision import load_vision
+
+from .models import dino_folder, pictures
+
+
+@pytest.fixture
+def vision(tmp_path):
+    dino_folder(tmp_path / "dino")
+    return load_vision(tmp_path / "dino")
+
+
+def wedge(height: int = 64, width: int = 64) -> torch.Tensor:
+    """A mask without symmetry [1, H, W]."""
+    mask = torch.zeros(1, height, width)
+    for row in range(20, 44):
+        mask[0, row, 24 : 26 + (row - 18) // 2] = 1
+    return mask
+
+
+def scene(mask: torch.Tensor) -> torch.Tensor:
+    """Red subject on a blue ground."""
+    red, blue = torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.1, 0.8])
+    return mask[..., None] * red + (1 - mask[..., None]) * blue
+
+
+def test_the_most_similar_picture_is_taken(vision):
+    images = pictures(5, seed=1)
+    for wanted in (0, 3):
+        near = (images[wanted : wanted + 1] + 0.02 * pictures(1, seed=9)).clamp(0, 1)
+        choice = choose_reference(images, near, vision, None)
+        assert choice.index == wanted and 0.9 < choice.similarity <= 1.0001
+        assert choice.info.splitlines()[wanted].endswith("(taken)") and "Dinov2Model" in choice.info
+
+
+def test_bad_input_of_the_choice(vision):
+    with pytest.raises(ValueError, match="2 generated pictures were given, one is expected"):
+        choose_reference(pictures(3), pictures(2), vision, None)
+    with pytest.raises(ValueError, match="1 masks came with 3 candidates: give one for each"):
+        choose_reference(pictures(3), pictures(1), vision, torch.ones(1, 40, 40))
+
+
+def test_a_picture_is_laid_on_the_mask():
+    """In a node's own mode: ComfyUI runs nodes under inference mode."""
+    with torch.inference_mode():
+        mask = wedge()
+        matrix = matrices(torch.tensor([[math.log(1.3), math.radians(35), 0.1, -0.05]]))[0]
+        target = (warp(mask[None], matrix, (96, 80), "zeros")[0] > 0.5).float()
+        laid = lay_on(scene(mask), mask, target, SYMMETRIC, 180.0)
+    assert (
+        laid.image.shape == (1, 96, 80, 3) and laid.mask.shape == (1, 96, 80) and laid.overlay.shape == laid.image.shape
+    )
+    assert laid.iou > 0.9
+    inside = (target > 0.5) & (laid.mask > 0.5)
+    assert_close(laid.image[inside].mean(0), torch.tensor([0.9, 0.1, 0.1]), atol=0.06, rtol=0)
+    assert_close(laid.image[:, :4].mean((0, 1, 2)), torch.tensor([0.1, 0.1, 0.8]), atol=1e-3, rtol=0)  # the border
+    assert "scale 1.3" in laid.matrix or "scale 1.2" in laid.matrix
+    assert laid.matrix.startswith("scale") and f"IoU {laid.iou:.3f} (symmetric)" in laid.matrix
+
+
+def test_the_printed_form_shrinks():
+    mask = wedge()
+    matrix = matrices(torch.tensor([[math.log(1.5), 0.0, 0.0, 0.0]]))[0]
+    target = (warp(mask[None], matrix, (64, 64), "zeros")[0] > 0.5).float()
+    symmetric, literal = (lay_on(scene(mask), mask, target, form, 180.0) for form in (SYMMETRIC, LITERAL))
+    assert symmetric.iou > 0.9 > 0.8 > literal.iou and float(literal.mask.sum()) < 0.8 * float(target.sum())
+
+
+def test_masks_of_another_size_are_fitted_to_the_picture():
+    mask = wedge()
+    half = torch.nn.functional.interpolate(mask[None], (32, 32))[0]
+    laid = lay_on(scene(mask), half, mask, SYMMETRIC, 0.0)
+    assert laid.iou > 0.85 and laid.image.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "target", "expected"),
+    [
+        (torch.zeros(1, 64, 64), wedge(), "The mask is empty"),
+        (wedge(), torch.zeros(1, 64, 64), "The target_mask is empty"),
+        (torch.ones(1, 64, 64), wedge(), "The mask covers the whole picture"),
+        (wedge(), torch.ones(64, 64), "The target_mask covers the whole picture"),
+        (wedge().expand(2, -1, -1), wedge(), "2 were given as mask, one is expected"),
+    ],
+)
+def test_bad_masks(mask, target, expected):
+    with pytest.raises(ValueError, match=expected):
+        lay_on(scene(wedge()), mask, target, SYMMETRIC, 180.0)
