@@ -85,6 +85,115 @@ def test_null_text_brings_guided_sampling_back_to_the_picture():
     assert len(negative) == STEPS and len(loss["loss"]) <= 5 * STEPS and f"{len(loss['loss'])} updates in all" in report
 
 
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("start", ["prompt", "empty prompt"])
+def test_the_optimisation_takes_the_very_steps_of_the_sampler(family, start):
+    """With a learning rate that changes nothing, the last loss is what the played picture misses: also with SDXL's
+    pooled vector, which belongs to the negative prompt's own rows.
+    """
+    setting = calm(Setting(family))
+    trajectory, noisy, levels = invert(setting)
+    negative, loss, *_ = optimised(setting, trajectory, start=start, inner_steps=1, learning_rate=1e-7)
+    found = play(setting, noisy, levels, negative, 7.5)
+    missed = (found - setting.latent["samples"]) * setting.model.model.latent_format.scale_factor
+    torch.testing.assert_close(float(missed.square().mean()), loss["loss"][-1], atol=0, rtol=1e-2)
+
+
+def test_from_the_prompt_little_is_left_to_correct():
+    setting = calm(Setting())
+    trajectory, *_ = invert(setting)
+    first = [optimised(setting, trajectory, start=start)[1]["loss"][0] for start in ("prompt", "empty prompt")]
+    assert first[0] < 0.5 * first[1]
+
+
+def test_the_prompt_as_its_own_negative_is_sampling_without_guidance():
+    setting = calm(Setting())
+    trajectory, start, levels = invert(setting)
+    negative, loss, report, model = optimised(setting, trajectory, method="negative prompt")
+    assert model is setting.model and type(loss).__name__ == "ExecutionBlocker" and "no updates" in report
+    guided, plain = (play(setting, start, levels, prompt, cfg) for prompt, cfg in ((negative, 7.5), (setting.empty, 1)))
+    torch.testing.assert_close(guided, plain, atol=1e-4, rtol=0)
+
+
+def sampled(model, setting, samples, levels, sampler: str = "euler", positive=None) -> tuple[torch.Tensor, list]:
+    """What a stock sampler makes of noisy latents, and its latents before each step."""
+    import comfy.samplers
+
+    seen: list = []
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive or setting.source, setting.empty)
+        guider.set_cfg(7.5)
+        found = guider.sample(
+            torch.zeros_like(samples), samples, comfy.samplers.sampler_object(sampler), levels, seed=0,
+            callback=lambda *step: seen.append(step[2].clone()), disable_pbar=True,
+        )  # fmt: skip
+    return found, seen
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_direct_inversion_puts_the_source_back_and_leaves_the_edit_alone(family):
+    setting = calm(Setting(family))
+    trajectory, start, levels = invert(setting)
+    negative, loss, _, model = optimised(setting, trajectory, method="direct")
+    assert negative is setting.empty and type(loss).__name__ == "ExecutionBlocker"
+    both = start["samples"].repeat(2, 1, 1, 1)
+    found, seen = sampled(model, setting, both, levels)
+    plain, _ = sampled(setting.model, setting, both, levels)
+    torch.testing.assert_close(found[:1], setting.latent["samples"], atol=1e-4, rtol=0)
+    for step, x in enumerate(seen):
+        torch.testing.assert_close(x[:1], trajectory.latents[step], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[1:], plain[1:]) and distance(setting, plain[:1]) > 0.1
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m", "euler_ancestral", "ddim"])
+def test_other_samplers_come_back_by_direct_inversion_too(sampler):
+    setting = calm(Setting())
+    trajectory, start, levels = invert(setting)
+    model = optimised(setting, trajectory, method="direct")[-1]
+    found, _ = sampled(model, setting, start["samples"], levels, sampler)
+    torch.testing.assert_close(found, setting.latent["samples"], atol=1e-3, rtol=0)
+
+
+def test_direct_inversion_keeps_what_is_on_the_model_and_never_counts_twice(caplog):
+    setting = calm(Setting(images=2))
+    trajectory, start, levels = invert(setting)
+    before, _ = sampled(setting.model, setting, start["samples"], levels)
+    seen = []
+
+    def other(args):
+        seen.append(1)
+        return args["denoised"]
+
+    setting.model.set_model_sampler_post_cfg_function(other)
+    once = optimised(setting, trajectory, method="direct")[-1]
+    twice = optimised(setting, trajectory, method="direct", model=once)[-1]
+    assert [len(model.model_options["sampler_post_cfg_function"]) for model in (setting.model, once, twice)] == [
+        1,
+        2,
+        2,
+    ]
+    first, second = (sampled(model, setting, start["samples"], levels)[0] for model in (once, twice))
+    assert torch.equal(first, second) and len(seen) == 2 * STEPS
+    torch.testing.assert_close(first, setting.latent["samples"], atol=1e-4, rtol=0)
+    assert torch.equal(before, sampled(setting.model, setting, start["samples"], levels)[0])
+    with pytest.raises(ValueError, match=r"latent to sample is \(1, 4, 8, 8\)"):
+        sampled(once, setting, start["samples"][:1], levels)
+    assert not caplog.text
+    sampled(once, setting, start["samples"], levels[3:])  # a part of the levels is well known
+    assert not caplog.text
+
+
+def test_what_is_optimised_and_inverted_never_sees_the_landing(tmp_path):
+    setting = calm(Setting())
+    trajectory, *_ = invert(setting)
+    plain = optimised(setting, trajectory)[1]
+    forget_runs(tmp_path)
+    setting.model = optimised(setting, trajectory, method="direct")[-1]
+    assert optimised(setting, trajectory)[1] == plain
+    assert torch.equal(invert(setting)[0].latents, trajectory.latents)
+
+
 @pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras", "simple", "sgm_uniform", "beta"])
 @pytest.mark.parametrize("steps", [1, 2, 20, 50])
 def test_every_level_meets_exactly_one_window(scheduler, steps):
@@ -138,6 +247,11 @@ def test_bad_input_is_refused():
         optimised(setting, trajectory, positive=setting.target)
     with pytest.raises(ValueError, match="connect the model"):
         optimised(Setting("sdxl"), trajectory)
+    with pytest.raises(ValueError, match="With cfg 1 no negative prompt is looked at"):
+        optimised(setting, trajectory, cfg=1.0)
+    for method in ("direct", "negative prompt"):
+        with pytest.raises(ValueError, match="another prompt"):
+            optimised(setting, trajectory, positive=setting.target, method=method)
     several = Setting(images=2)
     with pytest.raises(ValueError, match="one picture at a time"):
         optimised(several, invert(several)[0])
