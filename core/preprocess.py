@@ -17,7 +17,8 @@ class Preprocess:
     """How one model wants its pictures.
 
     size: the square it takes, in pixels. shorter_side: length of the shorter side before the centre crop to `size`;
-    None squashes the picture into the square instead. mode: "bicubic" or "bilinear", always antialiased.
+    None squashes the picture into the square instead. mode: "bicubic" or "bilinear". published: as SISO's script does
+    it, without antialiasing, and the longer side cut to whole pixels instead of rounded.
     """
 
     size: int
@@ -25,6 +26,7 @@ class Preprocess:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
+    published: bool = False
 
     def __call__(self, pixels: Tensor, crop: bool = True) -> Tensor:
         """[B, H, W, 3 or 4] in 0..1 (alpha is dropped) -> [B, 3, size, size], normalised. crop False squashes.
@@ -35,12 +37,14 @@ class Preprocess:
         x = pixels[..., :3].movedim(-1, 1).float()
         height, width = x.shape[2:]
         if crop and self.shorter_side is not None:
-            scale = self.shorter_side / min(height, width)
-            target = (max(round(height * scale), self.size), max(round(width * scale), self.size))
+            whole = int if self.published else round
+            longer = whole(self.shorter_side * max(height, width) / min(height, width))
+            shorter, longer = max(self.shorter_side, self.size), max(longer, self.size)
+            target = (shorter, longer) if height <= width else (longer, shorter)
         else:
             target = (self.size, self.size)
         if (height, width) != target:
-            x = functional.interpolate(x, target, mode=self.mode, antialias=True, align_corners=False)
+            x = functional.interpolate(x, target, mode=self.mode, antialias=not self.published, align_corners=False)
         top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
         x = x[:, :, top : top + self.size, left : left + self.size]
         return (x - torch.tensor(self.mean).to(x).view(3, 1, 1)) / torch.tensor(self.std).to(x).view(3, 1, 1)

@@ -1,0 +1,103 @@
+"""Instance-retrieval features (Shao and Cui 2022, arXiv 2210.08473): a ViT-H/14 whose patches overlap, and a linear
+layer to 64 numbers that tell one object from another of its kind.
+
+First place of the Google Universal Image Embedding challenge: a CLIP vision tower fine-tuned on pictures of products
+and landmarks. SISO (arXiv 2503.16025) uses it as its second feature. The network is CLIP's, but for the stride of 12
+pixels instead of 14, so that a picture of 290 pixels makes 24 x 24 patches.
+
+The published weights are a .pth of two parts, the tower ("backbone.") and the layer ("fc1."); a third, the classifier
+of its training ("fc2."), is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+
+SIDE, PATCH, STRIDE, HEAD_WIDTH = 290, 14, 12, 80
+PREPROCESS = Preprocess(SIDE, SIDE, CLIP_MEAN, CLIP_STD, published=True)
+PREFIX, UNUSED = "module.", "fc2."
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); names as in the published file."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        hidden = {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.ModuleDict(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class Backbone(nn.Module):
+    """Pictures [B, 3, 290, 290] -> [B, out]: the projected class token."""
+
+    def __init__(self, width: int, layers: int, heads: int, out: int, tokens: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, PATCH, STRIDE, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(tokens, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(width, heads) for _ in range(layers))})
+        self.proj = nn.Parameter(torch.empty(width, out))
+
+    def forward(self, pictures: Tensor, checkpointed: bool = False) -> Tensor:
+        """checkpointed: each block is computed again in the backward pass, and keeps nothing until then."""
+        x = self.conv1(pictures).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = self.ln_pre(x)
+        for block in self.transformer["resblocks"]:  # ty: ignore[not-iterable]
+            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class InstanceRetrieval(nn.Module):
+    """Pictures [B, 3, 290, 290], as PREPROCESS makes them -> features [B, 64]."""
+
+    def __init__(self, backbone: Backbone, features: int) -> None:
+        super().__init__()
+        self.backbone, self.fc1 = backbone, nn.Linear(backbone.proj.shape[1], features)
+
+    def forward(self, pictures: Tensor, checkpointed: bool = False) -> Tensor:
+        """See Backbone."""
+        return self.fc1(self.backbone(pictures, checkpointed))
+
+
+def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:
+    """The network that a published file holds, frozen; ValueError when these are not its weights.
+
+    heads: of the attention, which the weights do not tell; by default they are 80 wide as in ViT-H.
+    """
+    named = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+    named = {name: value for name, value in named.items() if not name.startswith(UNUSED)}
+    try:
+        width, _, *patch = named["backbone.conv1.weight"].shape
+        tokens, out = named["backbone.positional_embedding"].shape[0], named["backbone.proj"].shape[1]
+        features = named["fc1.weight"].shape[0]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"These are not the weights of the instance-retrieval model ({error} is missing or has another shape): "
+            "choose the published file of the universal image embedding challenge."
+        ) from error
+    layers = 1 + max(int(name.split(".")[3]) for name in named if name.startswith("backbone.transformer.resblocks."))
+    expected = ((SIDE - PATCH) // STRIDE + 1) ** 2 + 1
+    if tokens != expected or patch != [PATCH, PATCH]:
+        raise ValueError(
+            f"The model looks at {tokens} tokens of patches {patch}, expected {expected} of {PATCH} x {PATCH}: this is "
+            "another vision model; load it with Load Vision Model."
+        )
+    model = InstanceRetrieval(Backbone(width, layers, heads or max(1, width // HEAD_WIDTH), out, tokens), features)
+    model.load_state_dict({name: value.float() for name, value in named.items()})
+    return model.eval().requires_grad_(False)
