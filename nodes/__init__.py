@@ -14,7 +14,24 @@ class LikenessExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from . import embedding, embedding_files, fine_tune, guidance, position_map, score, sweep, tuned_files
+        from . import (
+            align,
+            embedding,
+            embedding_files,
+            fine_tune,
+            guidance,
+            inspect,
+            inversion,
+            masks,
+            position_map,
+            reference,
+            refine,
+            replace,
+            score,
+            sweep,
+            tuned_files,
+        )
 
-        modules = (embedding, embedding_files, fine_tune, tuned_files, guidance, position_map, sweep, score)
+        modules = (embedding, refine, embedding_files, inspect, fine_tune, tuned_files, guidance, position_map, sweep)
+        modules += (inversion, masks, align, reference, replace, score)
         return [node for module in modules for node in module.NODES]

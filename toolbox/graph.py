@@ -93,11 +93,25 @@ def label(node: Mapping[str, Any]) -> str:
     return f"Node {node['id']} ({node.get('title') or node['type']})"
 
 
+def completed(node: Mapping[str, Any], object_info: ObjectInfo) -> Any:
+    """A node's widget values; optional inputs that were added behind them since it was saved have their defaults."""
+    values = node.get("widgets_values") or []
+    if not isinstance(values, list):
+        return values
+    entries = {entry.name: entry for entry in inputs_of(node["type"], object_info)}
+    for slot in widget_slots(node["type"], object_info)[len(values) :]:
+        entry = entries[slot.name]
+        if slot.kind != "value" or not entry.optional or "default" not in entry.options:
+            break
+        values = [*values, entry.options["default"]]
+    return values
+
+
 def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, Any]:
     """A node's widget values by input name."""
     if node["type"] in PAGE_WIDGETS:
         return {}
-    slots, values = widget_slots(node["type"], object_info), node.get("widgets_values") or []
+    slots, values = widget_slots(node["type"], object_info), completed(node, object_info)
     if not isinstance(values, list) or len(values) != len(slots):
         names = [f"{slot.name} ({slot.kind})" for slot in slots]
         raise GraphError(f"{label(node)} holds the values {values}, but its widgets are {names}.")
@@ -212,5 +226,6 @@ def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: Ob
             if Slot(entry, "value") not in slots:
                 raise GraphError(f"{label(node)} has no widget {entry}.")
             named_values(node, object_info)  # refuses values that do not fit the widgets
+            node["widgets_values"] = completed(node, object_info)
             node["widgets_values"][slots.index(Slot(entry, "value"))] = value
     return changed

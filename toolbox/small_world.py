@@ -22,13 +22,21 @@ MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
 NODE_FOLDERS = {"ComfyUI-Likeness": ROOT, "likeness_small_world": ROOT / "toyworld" / "comfyui_nodes"}
 CHECKPOINT = "likeness_small_world.safetensors"
-VISION = {"DINO (identity)": "small_world_measure", "CLIP (prompt)": "small_world_clip"}
+VISION = {
+    "DINO (identity)": "small_world_measure",
+    "CLIP (prompt)": "small_world_clip",
+    "DINO (reference)": "small_world_measure",
+}
+PLAYED, PLAYER = "LikenessSubjectMask", "ToyworldSubjectMask"
+ABSENT = "LikenessCaption"
 SIZE, CFG, SAMPLING_STEPS = 96, 4.0, 20
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
 SOURCE_BACKGROUND, TARGET_BACKGROUND, EDIT_TEXTURE = "grass", "sea", "spotted"
 STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup", "yellow", "striped", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
-STEPS, LEARNING_RATE = 300, 0.02  # the small world learns faster than SD1.5
+SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
+SWAPPED_CLASS = "cat"
+STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
 WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
@@ -52,7 +60,7 @@ def build_models(environment: Environment) -> Path:
 
 
 def draw_subject(folder: Path) -> Path:
-    """Write the pictures of the subject and of the style; returns the subject's. Needs numpy and Pillow."""
+    """Write the pictures of the subject and of the style; returns the subject's first. Needs numpy and Pillow."""
     from PIL import Image
 
     from ..toyworld import world
@@ -60,6 +68,7 @@ def draw_subject(folder: Path) -> Path:
     for name, identity, background, seed in (
         (STYLE_PICTURE, style(), STYLE_BACKGROUND, STYLE_SEED),
         (PICTURE, subject(), SOURCE_BACKGROUND, SUBJECT_SEED),
+        (SECOND_PICTURE, subject(), SECOND_BACKGROUND, SECOND_SEED),
     ):
         picture, _ = world.render(identity, background, seed)
         Image.fromarray(picture).save(folder / name)
@@ -86,6 +95,7 @@ def texts() -> dict[str, str]:
         return world.caption(subject(), place, (*words, "background"))
 
     source, target = caption(SOURCE_BACKGROUND), caption(TARGET_BACKGROUND)
+    other = world.caption(style(), STYLE_BACKGROUND, ("background",))
     kind, trained = f"a photo of a {SUBJECT_CLASS}", f"photo of a sks {SUBJECT_CLASS}"
     striped = f"a photo of a {SUBJECT_TEXTURE} {SUBJECT_CLASS}"
     places = {f"Prompt {index}": caption(place) for index, place in enumerate(("sand", "night", "brick"), 1)}
@@ -108,6 +118,11 @@ def texts() -> dict[str, str]:
         "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
         "Prompt for both": f"{kind} {world.BACKGROUNDS[STYLE_BACKGROUND]}",
         "Prompt": kind,
+        "Prompt of the new picture": target,
+        "Prompt of the picture": source,
+        "Swapped prompt": source.replace(SUBJECT_CLASS, SWAPPED_CLASS),
+        "Prompt of the picture to change": other,
+        "Prompt of the reference": source,
         **places,
         **edits,
     }
@@ -123,6 +138,13 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
         ("LoadImage", "image"): PICTURE,
         ("Picture of the style", "image"): STYLE_PICTURE,
+        ("Picture to change", "image"): STYLE_PICTURE,
+        ("Picture 2 of the subject", "image"): SECOND_PICTURE,
+        **{(title, "cfg"): CFG for title in ("LikenessNullText", "LikenessReferenceGuide")},
+        ("LikenessRefineEmbedding", "learning_rate"): REFINING_RATE,
+        **swaps("Replace", SUBJECT_CLASS, SWAPPED_CLASS),
+        **swaps("Replace by the word", STYLE_CLASS, SUBJECT_CLASS),
+        **swaps("Replace by the subject", STYLE_CLASS, SUBJECT_CLASS),
         ("KSampler", "steps"): sampling_steps,
         ("KSampler", "cfg"): CFG,
         ("BasicScheduler", "steps"): sampling_steps,
@@ -144,6 +166,11 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         **{(title, text_input(graph, title)): text for title, text in texts().items()},
     }
     return {key: value for key, value in wanted.items() if has(graph, key[0])}
+
+
+def swaps(title: str, word: str, replacement: str) -> Settings:
+    """The words of a LikenessReplaceSubject."""
+    return {(title, "word"): word, (title, "replacement"): replacement}
 
 
 def sizes(node: Mapping[str, Any]) -> list[tuple[tuple[str, str], int]]:
@@ -182,29 +209,52 @@ def in_small_world(
     more: Mapping[tuple[str, str], Any] | None = None,
 ) -> Graph:
     """The graph with the small world's models, sizes and prompts, and with the judge's masks at the scores."""
-    graph = switched_on(graph)
+    graph = played(switched_on(graph))
     changes = {**settings(graph, steps, sampling_steps), **(more or {})}
     return with_subject_masks(adapt(graph, changes, object_info))
 
 
 def switched_on(graph: Graph) -> Graph:
-    """The graph with the groups that are shipped bypassed: the small world has all their models."""
+    """The graph with the groups that are shipped bypassed, except those that need a model which is not there."""
+    absent = {node["id"] for node in graph["nodes"] if node["type"] == ABSENT}
+    absent |= {link[3] for link in graph["links"] if link[1] in absent}
     modes = {BYPASSED: 0}
-    return {**graph, "nodes": [{**node, "mode": modes.get(node["mode"], node["mode"])} for node in graph["nodes"]]}
+    return {
+        **graph,
+        "nodes": [
+            node if node["id"] in absent else {**node, "mode": modes.get(node["mode"], node["mode"])}
+            for node in graph["nodes"]
+        ],
+    }
+
+
+def played(graph: Graph) -> Graph:
+    """The graph with the small world's own mask node in the place of the pack's, which needs large models."""
+    graph = copy.deepcopy(graph)
+    for node in graph["nodes"]:
+        if node["type"] == PLAYED:
+            taken = [entry for entry in node["inputs"] if entry["name"] == "image"]
+            node |= {"type": PLAYER, "inputs": taken, "widgets_values": []}
+            node["properties"] = {"Node name for S&R": PLAYER}
+    return graph
 
 
 def with_subject_masks(graph: Graph) -> Graph:
     """Measure on the subject only: the small world's own mask node in front of every LikenessScore."""
     graph = copy.deepcopy(graph)
-    scores = [node for node in graph["nodes"] if node["type"] == "LikenessScore"]
-    for node in scores:
+    for node in [node for node in graph["nodes"] if node["type"] == "LikenessScore" and measures_identity(node)]:
         insert_mask(graph, node, "images", "mask")
         insert_mask(graph, node, "reference", "reference_mask")
     return graph
 
 
+def measures_identity(node: Mapping[str, Any]) -> bool:
+    """Whether a model for it is connected."""
+    return any(entry["name"] in ("dino", "clip") and entry["link"] is not None for entry in node["inputs"])
+
+
 def insert_mask(graph: Graph, node: dict[str, Any], image_input: str, mask_input: str) -> None:
-    """Connect mask_input to a new ToyworldSubjectMask of what arrives at image_input."""
+    """Connect mask_input to a new mask node of what arrives at image_input."""
     slots = {entry["name"]: (index, entry) for index, entry in enumerate(node["inputs"])}
     origin = next((link for link in graph["links"] if link[0] == slots[image_input][1]["link"]), None)
     if origin is None:
@@ -222,7 +272,7 @@ def insert_mask(graph: Graph, node: dict[str, Any], image_input: str, mask_input
     graph["nodes"].append(
         {
             "id": identity,
-            "type": "ToyworldSubjectMask",
+            "type": PLAYER,
             "pos": [node["pos"][0], node["pos"][1] - 200 - 100 * (mask_input == "mask")],
             "size": [340, 60],
             "flags": {},
@@ -230,7 +280,7 @@ def insert_mask(graph: Graph, node: dict[str, Any], image_input: str, mask_input
             "mode": 0,
             "inputs": [{"name": "image", "type": "IMAGE", "link": first}],
             "outputs": [{"name": "mask", "type": "MASK", "links": [first + 1]}],
-            "properties": {"Node name for S&R": "ToyworldSubjectMask"},
+            "properties": {"Node name for S&R": PLAYER},
             "widgets_values": [],
         }
     )

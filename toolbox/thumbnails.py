@@ -27,6 +27,12 @@ TITLES = {
     "sine_style_transfer": ("Content alone", "Content and style"),
     "sine_style_generation": ("Without the style", "In the style"),
     "sine_remove_content": ("Still there", "Removed"),
+    "invert_and_reconstruct": ("Autoencoder alone", "Back: plain", "Back: null-text", "Back: direct"),
+    "invert_and_edit": ("Picture and edit",),
+    "hifi_train_subject": ("Prompt alone", "One embedding", "Step-wise embedding"),
+    "hifi_reference_guided": ("Unguided", "Guided by the reference"),
+    "hifi_replace_subject": ("Picture and replaced subject",),
+    "hifi_ablation": ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference"),
 }
 
 

@@ -25,7 +25,7 @@ INFO = {
     "Change": {
         "input": {
             "required": {"image": ["IMAGE"], "gain": ["FLOAT", {"default": 1.0}]},
-            "optional": {"mask": ["MASK"]},
+            "optional": {"mask": ["MASK"], "blur": ["FLOAT", {"default": 0.5}]},
         },
         "output": ["IMAGE"],
         "output_name": ["IMAGE"],
@@ -52,7 +52,7 @@ def chain() -> dict:
 def test_conversion_of_values_and_links():
     assert convert(chain(), INFO) == {
         "2": {"class_type": "Make", "inputs": {"text": "a cat", "seed": 3, "mode": "fast", "size": "l"}},
-        "3": {"class_type": "Change", "inputs": {"gain": 2.0, "image": ["2", 0]}},
+        "3": {"class_type": "Change", "inputs": {"gain": 2.0, "blur": 0.5, "image": ["2", 0]}},
         "4": {"class_type": "Show", "inputs": {"title": "", "images": ["3", 0]}},
     }
 
@@ -113,6 +113,17 @@ def test_adapt_changes_a_copy_by_title_or_type():
     for setting in (("Darker", "gain"), ("Brighter", "image"), ("Brighter", "none")):
         with pytest.raises(GraphError):
             adapt(graph, {setting: 1}, INFO)
+
+
+def test_a_graph_saved_before_an_optional_input_was_added():
+    graph = chain()
+    assert graph["nodes"][2]["widgets_values"].pop() == 0.5
+    assert convert(graph, INFO)["3"]["inputs"]["blur"] == 0.5
+    changed = adapt(graph, {("Brighter", "blur"): 0.7}, INFO)
+    assert changed["nodes"][2]["widgets_values"] == [2.0, 0.7]
+    graph["nodes"][2]["widgets_values"].clear()
+    with pytest.raises(GraphError, match="but its widgets are"):
+        convert(graph, INFO)
 
 
 def test_ancestors():

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing
-from . import hiper, sine, sine_uses
+from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses
 
-GRAPHS: dict[str, Callable[[Drawing], None]] = {**hiper.GRAPHS, **sine.GRAPHS, **sine_uses.GRAPHS}
+GRAPHS: dict[str, Callable[[Drawing], None]] = {
+    **hiper.GRAPHS,
+    **sine.GRAPHS,
+    **sine_uses.GRAPHS,
+    **inversion.GRAPHS,
+    **hifi.GRAPHS,
+    **hifi_ablation.GRAPHS,
+}

@@ -26,21 +26,26 @@ class ToyworldSubjectMask(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """One input, one output."""
+        """One input; the outputs are those of the pack's Subject Mask, in whose place it stands."""
         return io.Schema(
             node_id="ToyworldSubjectMask",
             display_name="Subject Mask (small world)",
             category="likeness/small world",
             description="The subject's mask in a picture of the small world, found by its judge.",
             inputs=[io.Image.Input("image", tooltip="Pictures of the small world.")],
-            outputs=[io.Mask.Output(display_name="mask", tooltip="1 on the subject, 0 elsewhere.")],
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="1 on the subject, 0 elsewhere."),
+                io.Image.Output(display_name="picture", tooltip="The pictures with the rest darkened."),
+                io.String.Output(display_name="info", tooltip="How large the subjects are."),
+            ],
         )
 
     @classmethod
     def execute(cls, image: object) -> io.NodeOutput:
         """Run the judge."""
-        mask = _judge_module().load_judge().mask(image.movedim(-1, 1)[:, :3])
-        return io.NodeOutput((mask > 0.5).float())
+        mask = (_judge_module().load_judge().mask(image.movedim(-1, 1)[:, :3]) > 0.5).float()
+        info = ", ".join(f"{100 * share:.1f} %" for share in mask.mean((1, 2)).tolist())
+        return io.NodeOutput(mask, image[..., :3] * (0.3 + 0.7 * mask[..., None]), info)
 
 
 class SmallWorldExtension(ComfyExtension):

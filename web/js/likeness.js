@@ -3,7 +3,13 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const EVENT = "likeness.progress";
-const NODES = new Set(["LikenessTrainEmbedding", "LikenessFineTune"]);
+const NODES = new Set([
+  "LikenessTrainEmbedding",
+  "LikenessRefineEmbedding",
+  "LikenessFineTune",
+  "LikenessNullText",
+  "LikenessReferenceGuide",
+]);
 const WIDTH = 300;
 const HEIGHT = 90;
 const SVG = "http://www.w3.org/2000/svg";

@@ -1,0 +1,181 @@
+"""The shipped graphs of inversion: a picture comes back from its noise, and with a word of its prompt exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..drawing import Drawing, Node, Output
+from .pieces import CFG, MODEL_NOTE, SEED, Pieces
+
+STEPS, SCHEDULER = 50, "ddim_uniform"  # the sampling of the papers
+SOURCE = "a photo of a cat on a sofa"
+WORD, REPLACEMENT = "cat", "dog"
+METHODS = ("null-text", "negative prompt", "direct")
+LEVELS = (
+    "All samplings use the noise levels of 'Steps': ddim_uniform with a number of steps that divides 1000 (20, 25, 40, "
+    "50), the euler sampler, and no added noise. The cfg of Null-Text and of the guiders must be the same.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What every sampling of a graph shares."""
+
+    sampler: Output
+    sigmas: Output
+    no_noise: Output
+
+
+class Inverted(Pieces):
+    """Sampling along one list of noise levels, and the way of a picture along it."""
+
+    def levels(self, model: Node, steps: int = STEPS) -> Levels:
+        sigmas = self.draw.node("BasicScheduler", "Steps", model=model["MODEL"], scheduler=SCHEDULER, steps=steps)
+        sampler = self.draw.node("KSamplerSelect", "Sampler", sampler_name="euler")
+        return Levels(sampler["SAMPLER"], sigmas["SIGMAS"], self.draw.node("DisableNoise")["NOISE"])
+
+    def invert(self, title: str, model: Output, picture: Output, positive: Output, vae: Output, levels: Levels) -> Node:
+        return self.draw.node(
+            "LikenessInvert", title, model=model, positive=positive, sigmas=levels.sigmas, image=picture, vae=vae
+        )
+
+    def back(self, title: str, model: Node, positive: Output, negative: Output, inverted: Node, method: str) -> Node:
+        return self.draw.node(
+            "LikenessNullText",
+            title,
+            extra=140,
+            model=model["MODEL"],
+            positive=positive,
+            negative=negative,
+            trajectory=inverted["trajectory"],
+            method=method,
+            cfg=CFG,
+        )
+
+    def exact(
+        self,
+        title: str,
+        model: Output,
+        positive: Output,
+        negative: Output,
+        latent: Output,
+        levels: Levels,
+        noise: Output | None = None,
+    ) -> Output:
+        """SamplerCustomAdvanced from this latent, without added noise unless some is given."""
+        guider = self.draw.node(
+            "CFGGuider", f"{title}: guider", model=model, positive=positive, negative=negative, cfg=CFG
+        )
+        sampled = self.draw.node(
+            "SamplerCustomAdvanced",
+            title,
+            extra=260,
+            noise=levels.no_noise if noise is None else noise,
+            guider=guider["GUIDER"],
+            sampler=levels.sampler,
+            sigmas=levels.sigmas,
+            latent_image=latent,
+        )
+        return sampled["output"]
+
+    def noise(self) -> Output:
+        return self.draw.node("RandomNoise", "Noise", noise_seed=SEED)["NOISE"]
+
+    def save(self, title: str, image: Output, name: str) -> Node:
+        return self.draw.node("SaveImage", title, images=image, filename_prefix=f"likeness/{name}")
+
+
+def reconstruct(draw: Drawing) -> None:
+    """A picture, its noise, and four ways back."""
+    make = Inverted(draw)
+    draw.note(
+        "# Invert a picture and get it back\nFinds the noise that a picture would have come from, and samples from it "
+        "with guidance in four ways: with the plain empty negative prompt (which drifts away), with a negative prompt "
+        "that Null-Text has optimised for each step, with the prompt as its own negative, and with direct inversion. "
+        "'Scores' tells how near each comes (PSNR in dB, in this order); what the autoencoder alone gives back is the "
+        "most that can be reached.\n\n**First** load your picture (it is cut to a 512 x 512 square) and describe it "
+        "plainly in 'Prompt of the picture'.\n\nThe optimised negatives work in any sampling with the same levels: "
+        "'invert_and_edit' goes on from here.\n\n" + LEVELS + MODEL_NOTE,
+        780,
+    )
+    model = make.model()
+    draw.column()
+    picture = make.subject("Picture to invert")
+    encoded = draw.node("VAEEncode", "Encoded", pixels=picture, vae=model["VAE"])["LATENT"]
+    round_trip = make.decode(encoded, model)
+    draw.column()
+    positive = make.prompt("Prompt of the picture", model["CLIP"], SOURCE)
+    empty = make.prompt("Empty prompt", model["CLIP"], "")
+    levels = make.levels(model)
+    draw.column()
+    inverted = make.invert("Invert", model["MODEL"], picture, positive, model["VAE"], levels)
+    ways = [make.back(f"Way back: {method}", model, positive, empty, inverted, method) for method in METHODS]
+    draw.column()
+    draw.node("LossGraphNode", "Loss of null-text", extra=260, loss=ways[0]["loss"], filename_prefix="likeness/loss")
+    draw.node("PreviewAny", "Report of null-text", extra=160, source=ways[0]["report"])
+    draw.column()
+    start = inverted["latent"]
+    latents = [make.exact("Plain", model["MODEL"], positive, empty, start, levels)]
+    for method, way in zip(METHODS, ways, strict=True):
+        latents.append(make.exact(method.capitalize(), way["model"], positive, way["negative"], start, levels))
+    draw.column()
+    images = [make.decode(latent, model) for latent in latents]
+    draw.column()
+    make.save("Autoencoder alone", round_trip, "invert_autoencoder")
+    for method, image in zip(("plain", *METHODS), images, strict=True):
+        make.save(f"Back: {method}", image, f"invert_{method.replace(' ', '_')}")
+    draw.column()
+    batch = images[0]
+    for image in images[1:]:
+        batch = draw.node("ImageBatch", image1=batch, image2=image)["IMAGE"]
+    score = draw.node("LikenessScore", "Score", extra=420, images=batch, reference=picture)
+    make.save("Scores", score["picture"], "invert_scores")
+
+
+def edit(draw: Drawing) -> None:
+    """A picture with its subject exchanged by a word."""
+    make = Inverted(draw)
+    draw.note(
+        "# Exchange a subject by a word\nInverts a picture, and samples it twice at once: as it was, and with one word "
+        "of its prompt exchanged, where everything but the new word looks at the places where it looked before "
+        "(prompt-to-prompt, as HiFi Tuner uses it). Beside it the same swap without that control, which usually "
+        "changes the whole picture.\n\n**First** load your picture (it is cut to a 512 x 512 square), describe it "
+        "plainly in 'Prompt of the picture', and write in 'Replace' which word goes and what takes its place.\n\n"
+        "When the new subject keeps too much of the old one's shape, lower end_percent there, to 0.6 or 0.4; when the "
+        "background changes, raise it.\n\n" + LEVELS + MODEL_NOTE,
+        740,
+    )
+    model = make.model()
+    draw.column()
+    picture = make.subject("Picture to edit")
+    text = make.text("Prompt of the picture", SOURCE)
+    draw.column()
+    positive = make.prompt("Prompt of the picture, encoded", model["CLIP"], text)
+    empty = make.prompt("Empty prompt", model["CLIP"], "")
+    swapped = make.prompt("Swapped prompt", model["CLIP"], SOURCE.replace(WORD, REPLACEMENT))
+    levels = make.levels(model)
+    draw.column()
+    inverted = make.invert("Invert", model["MODEL"], picture, positive, model["VAE"], levels)
+    way = make.back("Way back", model, positive, empty, inverted, METHODS[0])
+    draw.column()
+    replaced = draw.node(
+        "LikenessReplaceSubject",
+        "Replace",
+        model=way["model"],
+        clip=model["CLIP"],
+        latent=inverted["latent"],
+        negative=way["negative"],
+        prompt=text,
+        word=WORD,
+        replacement=REPLACEMENT,
+    )
+    draw.column()
+    both = make.exact("Both", replaced["model"], replaced["positive"], replaced["negative"], replaced["latent"], levels)
+    plain = make.exact("Without control", model["MODEL"], swapped, way["negative"], inverted["latent"], levels)
+    draw.column()
+    make.save("Picture and edit", make.decode(both, model), "invert_edit")
+    make.save("Edit without control", make.decode(plain, model), "invert_edit_plain")
+
+
+GRAPHS: dict[str, Callable[[Drawing], None]] = {"invert_and_reconstruct": reconstruct, "invert_and_edit": edit}
