@@ -14,7 +14,12 @@ NAMES = tuple(sorted(path.stem for path in small_world.WORKFLOWS.glob("*.json"))
 PACK = next(iter(small_world.NODE_FOLDERS))
 STEPS, SAMPLING_STEPS = 10, 3
 # Ten steps on all weights would show no more, and write half a gigabyte each time.
-QUICK = {("LikenessFineTune", "method"): "LoRA", ("LikenessFineTune", "learning_rate"): 2e-3}
+QUICK = {
+    ("LikenessFineTune", "method"): "LoRA",
+    ("LikenessFineTune", "learning_rate"): 2e-3,
+    ("LikenessRefineEmbedding", "inner_steps"): 2,
+}
+EXACT, EXACT_STEPS = ("LikenessInvert", "LikenessRefineEmbedding"), 5  # a number that ddim_uniform keeps to
 
 
 def start(base: Path, frontend: Path | None = None) -> Server:
@@ -30,7 +35,9 @@ def start(base: Path, frontend: Path | None = None) -> Server:
 def lowered(name: str, object_info: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A shipped graph in the small world with few steps."""
     graph = small_world.shipped(name)
-    quick = {key: value for key, value in QUICK.items() if small_world.has(graph, key[0])}
+    quick: dict[tuple[str, str], Any] = {key: value for key, value in QUICK.items() if small_world.has(graph, key[0])}
+    if any(small_world.has(graph, name) for name in EXACT):
+        quick["BasicScheduler", "steps"] = EXACT_STEPS
     settings = {**quick, **(more.get("settings") or {})}
     return small_world.in_small_world(graph, object_info, STEPS, SAMPLING_STEPS, settings)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from likeness.toolbox import small_world
-from likeness.toolbox.graph import convert
+from likeness.toolbox.graph import active_nodes, convert
 
 from .. import live
 
@@ -53,7 +53,7 @@ def run_graph(server, name: str, settings: dict[tuple[str, str], Any] | None = N
     object_info = server.object_info()  # anew: the choices now include what was saved
     graph = live.lowered(name, object_info, settings=settings)
     run = server.run(convert(graph, object_info))
-    outputs = {str(node["id"]) for node in graph["nodes"] if object_info.get(node["type"], {}).get("output_node")}
+    outputs = {str(node["id"]) for node in active_nodes(graph) if object_info[node["type"]].get("output_node")}
     assert set(run.outputs) == outputs, "a part of the graph did not run"
     return Result(server, graph, run, server.log()[before:])
 
@@ -77,4 +77,9 @@ def run_all(server) -> dict[str, Result]:
     done["sine_sweep"] = run_graph(server, "sine_sweep", SWEPT)
     for name in ("style_transfer", "style_generation", "remove_content", "faces"):
         done[f"sine_{name}"] = run_graph(server, f"sine_{name}")
+    for name in ("invert_and_reconstruct", "invert_and_edit", "hifi_train_subject", "hifi_ablation"):
+        done[name] = run_graph(server, name)
+    saved = done["hifi_train_subject"].text("Save the subject").splitlines()[0]
+    for name in ("hifi_reference_guided", "hifi_replace_subject"):
+        done[name] = run_graph(server, name, {("Saved subject", "name"): saved})
     return done

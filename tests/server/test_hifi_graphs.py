@@ -1,0 +1,96 @@
+"""The shipped graphs of inversion and of HiFi Tuner in the small world: what each of them shows, by numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from likeness.toolbox import small_world
+
+from .. import live
+from .results import check_pictures, distance, pixels
+
+BARELY = 2e-4  # mean distance of pictures that differ by ten steps of training
+
+
+@pytest.fixture
+def source(server) -> np.ndarray:
+    return pixels(Image.open(server.base / "input" / small_world.PICTURE))
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(-10 * np.log10(np.square(one - other).mean()))
+
+
+def test_ways_back(results, source):
+    """Plain guidance drifts away; direct inversion gives back what the autoencoder does, null-text comes near it."""
+    result = results["invert_and_reconstruct"]
+    plain, null_text, prompt, direct = (
+        psnr(result.pictures(f"Back: {way}")[0], source) for way in ("plain", "null-text", "negative prompt", "direct")
+    )
+    ceiling = psnr(result.pictures("Autoencoder alone")[0], source)
+    assert ceiling - 0.3 < direct < ceiling + 0.3
+    assert plain + 2 < null_text < direct + 0.3 and plain < prompt
+    rows = [line.split() for line in result.text("Score").splitlines() if line.strip()[:1].isdigit()]
+    assert [float(row[1]) for row in rows] == pytest.approx([plain, null_text, prompt, direct], abs=0.1)
+    assert "updates in all" in result.text("Report of null-text")
+
+
+def test_a_swapped_word(results, source):
+    result = results["invert_and_edit"]
+    again, edited = result.pictures("Picture and edit")
+    plain = result.pictures("Edit without control")[0]
+    check_pictures([again, edited, plain], apart=0.005)
+    assert distance(again, source) < 0.06
+    assert distance(edited, again) < 0.8 * distance(plain, again), "the control keeps the picture"
+
+
+def test_train_subject(results, source):
+    result = results["hifi_train_subject"]
+    titles = ("Prompt alone", "One embedding", "Step-wise embedding")
+    check_pictures([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
+    assert f"others at each of {live.EXACT_STEPS} denoising steps" in result.text("Save the subject")
+    assert result.pictures("Maps")[0].std() > 0.05
+    steps = [event["steps"] for event in result.run.of_type("likeness.progress")]
+    assert live.STEPS in steps and 2 * live.EXACT_STEPS in steps
+
+
+def test_reference_guided(results):
+    result = results["hifi_reference_guided"]
+    unguided, guided, again = (
+        result.pictures(title)[0] for title in ("Unguided", "Guided by the reference", "The same again")
+    )
+    check_pictures([unguided, guided], apart=0.005)
+    assert np.abs(guided - again).max() <= 1 / 255, "stock nodes must sample the same picture"
+    choice = result.text("Which and how").splitlines()
+    assert len(choice) == 3 and sum(line.endswith("(taken)") for line in choice) == 1
+    overlay = result.pictures("Laid over")[0]
+    green = (overlay[..., 1] > overlay[..., 0] + 0.1) & (overlay[..., 1] > overlay[..., 2] + 0.1)
+    assert green.mean() > 0.02
+    assert f"of {live.EXACT_STEPS}" in result.text("Report")
+
+
+def test_replace_subject(results, server):
+    result = results["hifi_replace_subject"]
+    again, swapped = result.pictures("Picture and word swap")
+    once_more, replaced = result.pictures("Picture and replaced subject")
+    picture = pixels(Image.open(server.base / "input" / small_world.STYLE_PICTURE))
+    assert np.abs(again - once_more).max() <= 1 / 255 and distance(again, picture) < 0.08
+    check_pictures([again, swapped, replaced], apart=BARELY)
+
+
+def test_ablation(results):
+    result = results["hifi_ablation"]
+    titles = ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference")
+    check_pictures([result.pictures(title)[0] for title in titles], apart=2e-5)
+    rows = [line for line in result.text("Score").splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == len(titles)
+    resumed = {event["resumed"] for event in result.run.of_type("likeness.progress") if event["steps"] == live.STEPS}
+    assert live.STEPS in resumed, "the training of the other graph is not done again"
+
+
+def test_what_was_found_stands_beside_a_caption_that_is_switched_off(results):
+    """The group of the captioning model stays bypassed; everything else of its graph ran."""
+    graph = results["hifi_replace_subject"].graph
+    assert [node["mode"] for node in graph["nodes"] if node["type"] == small_world.ABSENT] == [4]
