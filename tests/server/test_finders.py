@@ -60,9 +60,11 @@ def test_several_are_found_and_the_best_is_cut_out(server):
 REFUSED = {
     "nothing above the threshold": ({"box_threshold": 1.0}, "No 'red dog' above the box_threshold of 1 was found"),
     "no word": ({"subject": "  "}, "The subject is empty: write what to look for"),
-    "a detector outside of its folder": ({"detector": "../checkpoints"}, "not in list"),
-    "weights outside of their folder": ({"sam": "../../secret.pth"}, "not in list"),
-    "a rule that is none": ({"choose": "worst"}, "not in list"),
+    "a detector outside of its folder": (
+        {"detector": "../checkpoints"},
+        "not a plain name below models/likeness_vision",
+    ),
+    "weights outside of their folder": ({"sam": "../../secret.pth"}, "not a plain name below models/sams"),
 }
 
 

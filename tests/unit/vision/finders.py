@@ -39,7 +39,7 @@ def grounding_dino_folder(folder: Path, seed: int = 0):
         vocab_size=len(TEXT), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
     config = GroundingDinoConfig(
-        backbone_config=backbone, text_config=text, d_model=32, num_queries=12, encoder_layers=1, decoder_layers=2,
+        backbone_config=backbone, text_config=text, d_model=64, num_queries=12, encoder_layers=1, decoder_layers=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, max_text_len=32,
     )  # fmt: skip
     model = seeded(lambda: GroundingDinoForObjectDetection(config), seed)

@@ -95,7 +95,7 @@ def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
     assert best.mask.shape == (2, 48, 64) and best.picture.shape == (2, 48, 64, 3)
     assert set(best.mask.unique().tolist()) <= {0.0, 1.0}
     assert bool((every.mask >= best.mask).all()) and float(every.mask.sum()) > float(best.mask.sum())
-    assert re.search(r"picture 0: red dog 1\.00 at .* \d found, taken: number 0 \(best\); mask", best.info)
+    assert re.search(r"picture 0: red dog 1\.00 at .* \d+ found, taken: number 0 \(best\); mask", best.info)
     assert "picture 1:" in best.info and "sam_small.pth (vit_b)" in best.info
     assert float((best.picture - images).abs().mean()) > 0.01
     assert "memory leak" not in caplog.text
