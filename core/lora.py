@@ -22,15 +22,26 @@ class LowRank(nn.Module):
     changes.
     """
 
-    def __init__(self, layer: nn.Module, rank: int, generator: torch.Generator, alpha: float | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        rank: int,
+        generator: torch.Generator,
+        alpha: float | None = None,
+        deviation: float | None = None,
+    ) -> None:
+        """deviation: A is drawn from a normal distribution with it, instead of evenly as a linear layer is."""
         super().__init__()
         weight: Tensor = layer.weight  # ty: ignore[invalid-assignment]
         if weight.ndim not in (2, 4):
             raise ValueError(
                 f"LoRA needs a linear or 2-D convolution layer, this one has a weight of shape {tuple(weight.shape)}."
             )
-        bound = float(weight[0].numel()) ** -0.5
-        down = torch.rand((rank, *weight.shape[1:]), generator=generator) * 2 * bound - bound
+        shape, bound = (rank, *weight.shape[1:]), float(weight[0].numel()) ** -0.5
+        if deviation is None:
+            down = torch.rand(shape, generator=generator) * 2 * bound - bound
+        else:
+            down = torch.randn(shape, generator=generator) * deviation
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         self.scale = (rank if alpha is None else alpha) / rank
@@ -44,11 +55,13 @@ class LowRank(nn.Module):
         hidden = F.conv2d(x, down, stride=self.stride, padding=self.padding)
         return self.scale * F.conv2d(hidden, up[:, :, None, None])
 
-    def tensors(self, path: str) -> dict[str, Tensor]:
-        """As a LoRA file of ComfyUI names them, with path the layer's own path in the model."""
-        up = self.up if self.down.ndim == 2 else self.up[:, :, None, None]
-        alpha = torch.tensor(self.scale * self.down.shape[0])
-        named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": self.down, f"{path}.alpha": alpha}
+    def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """As a LoRA file of ComfyUI names them, with path the layer's own path in the model. values: "up" and "down" of
+        another moment than now."""
+        up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
+        up = up if down.ndim == 2 else up[:, :, None, None]
+        alpha = torch.tensor(self.scale * down.shape[0])
+        named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
 
@@ -77,10 +90,12 @@ def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = UNE
     return {f"{prefix}.{name}": part for name, part in module.named_modules() if name.endswith(ends)}
 
 
-def new_adapters(layers: Mapping[str, nn.Module], rank: int, seed: int) -> dict[str, LowRank]:
+def new_adapters(
+    layers: Mapping[str, nn.Module], rank: int, seed: int, deviation: float | None = None
+) -> dict[str, LowRank]:
     """One adapter for each layer, drawn from the seed and the layer's name alone."""
     return {
-        name: LowRank(layer, rank, step_generator(seed, 0, f"lora {name}")).requires_grad_(True)
+        name: LowRank(layer, rank, step_generator(seed, 0, f"lora {name}"), None, deviation).requires_grad_(True)
         for name, layer in layers.items()
     }
 

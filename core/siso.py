@@ -31,6 +31,8 @@ from .measures import cosine
 
 ITERATIONS = 50
 THRESHOLD, PATIENCE = 3.0, 7  # percent, and iterations
+RANK = 4
+TEXT = "text_encoders."  # how the names of a text encoder's parameters begin
 MAX_NORM = 1.0  # of the gradient
 BACKGROUND = 10.0  # c
 Keep = Literal["best", "last"]
@@ -89,6 +91,8 @@ class SisoSettings:
 
     learning_rate: float = 2e-4
     weight_decay: float = 1e-2
+    text_rate: float = 2e-4  # of parameters whose name begins with TEXT
+    text_decay: float = 1e-2
     threshold: float = THRESHOLD
     patience: int = PATIENCE
 
@@ -102,18 +106,21 @@ class Siso:
         terms: Sequence[Term],
         parameters: Mapping[str, nn.Parameter],
         settings: SisoSettings,
-        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """generate() gives the picture [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: instead of
-        AdamW, over the same parameters in the same order."""
+        """generate() gives the picture [1, 3, H, W] in 0..1 with a gradient to the parameters."""
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
-        self.optimizer = optimizer or torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT)]
+        rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT)]
+        groups = [
+            {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+            {"params": text, "lr": settings.text_rate, "weight_decay": settings.text_decay},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
         self.plateau = Plateau(settings.threshold, settings.patience)
         self.losses: list[float] = []
         self.parts: list[list[float]] = []  # of each iteration, a number for each term
         self.best: dict[str, Tensor] = {}  # parameters that made the best picture
+        self.pictures: list[Tensor] = []  # of each iteration, uint8 [1, 3, H, W] on the CPU
         self.picture: Tensor | None = None  # the best one, [1, 3, H, W]
 
     @property
@@ -151,6 +158,7 @@ class Siso:
             self.best, self.picture = kept, pixels.detach()
         self.losses.append(value)
         self.parts.append(parts)
+        self.pictures.append((255 * pixels.detach()).round().byte().cpu())
         self.plateau.see(value)
         return pixels.detach()
 
@@ -161,6 +169,7 @@ class Siso:
             **{f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()},
             **best,
             **picture,
+            "pictures": torch.cat(self.pictures),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "parts": torch.tensor(self.parts, dtype=torch.float64),
             "plateau": torch.tensor([self.plateau.best, float(self.plateau.count)], dtype=torch.float64),
@@ -175,5 +184,6 @@ class Siso:
         self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
         self.picture = state["picture"].to(device) if "picture" in state else None
         self.losses, self.parts = state["losses"].tolist(), state["parts"].tolist()
+        self.pictures = list(state["pictures"].split(1))
         self.plateau.best, self.plateau.count = float(state["plateau"][0]), int(state["plateau"][1])
         restore_adam(self.optimizer, state)

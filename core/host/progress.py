@@ -8,12 +8,14 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import latent_preview
+from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
 from ..fitting import curve
 
 EVENT = "likeness.progress"
+PREVIEW_SIDE = 512
 INTERVAL = 1.0  # seconds between two pictures or curves
 
 
@@ -29,8 +31,11 @@ class Progress:
         """Say how many steps were already there: of a stored run that is continued, or served as it is."""
         self._resumed = step
 
-    def update(self, losses: list[float], denoised: Tensor | None = None) -> None:
-        """Show the state after an update; pictures and curves at most once a second, and at the end."""
+    def update(self, losses: list[float], denoised: Tensor | None = None, picture: Tensor | None = None) -> None:
+        """Show the state after an update; pictures and curves at most once a second, and at the end.
+
+        picture: one [3, H, W] in 0..1 that is there already, instead of a latent.
+        """
         mm.throw_exception_if_processing_interrupted()
         step, now = len(losses), time.monotonic()
         if now - self._last < INTERVAL and step < self._total:
@@ -40,6 +45,9 @@ class Progress:
         preview = None
         if self._previewer is not None and denoised is not None:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", denoised[:1].float())
+        if picture is not None:
+            pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
+            preview = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)
         self._bar.update_absolute(step, self._total, preview)
         self.curve(losses)
 

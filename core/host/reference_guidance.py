@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +21,9 @@ from .embedding_training import EVERY, run_store
 from .fingerprint import check_base, fingerprint, patches_digest, precision
 from .landing import Landing, landed
 from .progress import Progress
+from .sampling import noisy
 from .session import GuiderDenoiser, optimise
+from .weights import warn_of_guidance
 
 METHOD = "reference guide"
 LIMITS = ("area", "mask")
@@ -87,6 +88,9 @@ def guided_by_reference(
             "invert one picture."
         )
     single_prompt(negative, "negative prompt")
+    if settings.cfg == 1.0 and settings.inner_steps:
+        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+    warn_of_guidance(model)
     sampling = model.get_model_object("model_sampling")
     chosen = guided_steps(trajectory.sigmas.tolist(), start_percent, end_percent, sampling.percent_to_sigma)
     cells = subject_cells(mask, trajectory.latents)
@@ -205,7 +209,13 @@ def _sample(model: Any, task: _Task, settings: ReferenceSettings, key: str, tota
     levels = task.trajectory.sigmas
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        parts = [_noisy(sampling, task.noise, levels), task.trajectory.latents, levels, task.negative[0][0], task.mask]
+        parts = [
+            noisy(sampling, task.noise, torch.zeros_like(task.noise), levels),
+            task.trajectory.latents,
+            levels,
+            task.negative[0][0],
+            task.mask,
+        ]
         start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
         contexts = [rows.to(x0.device) for rows in detached(task.contexts)]
         unguided = denoiser.of("negative")
@@ -228,10 +238,3 @@ def _sample(model: Any, task: _Task, settings: ReferenceSettings, key: str, tota
     latent = latent_format.process_out(task.trajectory.latents[-1])
     optimise(model, task.prompt, latent, body, negative=task.negative)
     return finished[0]
-
-
-def _noisy(sampling: Any, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """What ComfyUI's samplers start from in an empty picture."""
-    first, highest = float(sigmas[0]), float(sampling.sigma_max)
-    whole = first > highest or math.isclose(first, highest, rel_tol=1e-5)
-    return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), torch.zeros_like(noise), whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import comfy.sample
@@ -11,6 +12,13 @@ from torch import Tensor
 from ..conditioning import Conditioning
 
 SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together DDIM with eta 0, which the papers use
+
+
+def noisy(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:
+    """What ComfyUI's samplers start from: a latent in the model's own space, under noise of the first of the levels."""
+    first, highest = float(sigmas[0]), float(sampling.sigma_max)
+    whole = first > highest or math.isclose(first, highest, rel_tol=1e-5)
+    return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, whole)
 
 
 def sample_picture(

@@ -7,7 +7,7 @@ and cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import comfy.conds
@@ -34,7 +34,7 @@ from .weights import (
 ACTIVATION_FACTOR = 4.0
 ACTIVATION_FACTOR_CHECKPOINTED = 1.5
 BYTES_PER_WEIGHT = 16  # of a trained one, in float32: itself, its gradient, Adam's two moments
-TEXT = "likeness.text"
+BESIDE = "likeness.beside"
 
 
 class GuiderDenoiser:
@@ -152,6 +152,8 @@ def optimise(
     negative: Conditioning | None = None,
     checkpointing: bool = False,
     text: Any | None = None,
+    others: Sequence[Any] = (),
+    more_memory: float = 0.0,
     all_weights: bool = False,
 ) -> None:
     """Run body(denoiser, x0) with gradients through a MODEL.
@@ -159,16 +161,17 @@ def optimise(
     model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
     [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
     What body wants to keep it must detach and move to the CPU itself. negative: another prompt, for
-    denoiser.of("negative"). text: a text encoder's ModelPatcher that body runs too. all_weights: every weight of the
-    diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them in
-    denoiser.leaves.
+    denoiser.of("negative"). text: a text encoder's ModelPatcher that body runs too. others: further ones (a VAE, vision
+    models), which get gradients to their inputs; more_memory: bytes that they need for that. all_weights: every weight
+    of the diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them
+    in denoiser.leaves.
     Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
     formats).
     """
     clone = trainable_clone(model, cast=all_weights)
-    together = [clone] if text is None else [clone, text]
-    if text is not None:
-        clone.set_additional_models(TEXT, [text])  # ComfyUI must not make room for the one by unloading the other
+    beside = [*([] if text is None else [text]), *others]
+    if beside:
+        clone.set_additional_models(BESIDE, beside)  # ComfyUI must not make room for the one by unloading the other
 
     def run(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
         for loaded in (clone, *guider.loaded_models):
@@ -176,14 +179,14 @@ def optimise(
                 check_fully_loaded(loaded)
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
         trained = {"diffusion_model": guider.inner_model.diffusion_model} if all_weights else {}
-        if text is not None:
-            owners.append(text.model)
-            trained |= {"text_encoders": text.model} if all_weights else {}
+        owners += [each.model for each in beside]
+        if text is not None and all_weights:
+            trained["text_encoders"] = text.model
         with contextlib.ExitStack() as stack:
             parts = [part for part in owners if isinstance(part, torch.nn.Module)]
             leaves = stack.enter_context(thawed(parts, trained))
-            if text is not None:
-                stack.enter_context(out_of_place_text_layers(text.model))
+            for each in beside:
+                stack.enter_context(out_of_place_text_layers(each.model))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
                 stack.enter_context(private_skips(guider.inner_model.diffusion_model))
             if checkpointing:
@@ -197,7 +200,9 @@ def optimise(
         given = {"positive": positive, "negative": negative}
         guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
         latent = detached(latent).float()
-        load_fully(together, _memory(together, latent, checkpointing, all_weights))
+        together = [clone] if text is None else [clone, text]
+        copies = sum(each.model_size() for each in others)  # thawed, every weight is there twice
+        load_fully([clone, *beside], _memory(together, latent, checkpointing, all_weights) + copies + more_memory)
         sampling = clone.get_model_object("model_sampling")
         ends = torch.tensor([float(sampling.sigma_max), 0.0])
         try:

@@ -60,9 +60,9 @@ class VisionModel:
         output["mm_projected"] = None
         return output
 
-    def features(self, pixels: Tensor, crop: bool = True) -> Tensor:
+    def features(self, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
         """See features(); call inside looking() or measure with embed()."""
-        return self.model(self.preprocess(pixels.to(self.load_device), crop)).embedding
+        return self.model((preprocess or self.preprocess)(pixels.to(self.load_device), crop)).embedding
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """Text embeddings [len(texts), D]. ValueError when the model has no text encoder."""
@@ -112,16 +112,16 @@ def looking(vision: Any) -> Iterator[None]:
             yield
 
 
-def features(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
+def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
     """Embeddings [B, D] of pictures [B, H, W, 3], of ComfyUI's CLIP_VISION objects and ours, on the model's device.
 
     crop False squashes instead of cutting out the centre: for subject crops, which are square and have no border.
     Differentiable inside looking(). CLIP: the projected image embedding. DINOv2: the class token after the last layer
-    norm. ComfyUI's SigLIP has no pooling layer: the mean of its tokens.
+    norm. ComfyUI's SigLIP has no pooling layer: the mean of its tokens. preprocess: instead of the model's own.
     """
     if isinstance(vision, VisionModel):
-        return vision.features(pixels, crop)
-    inputs = preprocess_of(vision)(pixels.to(vision.load_device), crop)
+        return vision.features(pixels, crop, preprocess)
+    inputs = (preprocess or preprocess_of(vision))(pixels.to(vision.load_device), crop)
     pooled = vision.model(pixel_values=inputs, intermediate_output=-2)[2]
     return pooled.mean(1) if pooled.ndim == 3 else pooled
 

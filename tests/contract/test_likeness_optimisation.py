@@ -1,0 +1,255 @@
+"""The likeness optimisation on tiny models of ComfyUI's own classes: gradient, LoRA in stock nodes, stored runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+from ..unit.vision.models import clip_folder
+from .methods import Setting, autoencoder
+from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
+
+ITERATIONS = 6
+
+
+def sigmas(setting: Setting, steps: int = 2) -> torch.Tensor:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(setting.model.get_model_object("model_sampling"), "simple", steps)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A tiny CLIP."""
+    from likeness.core.host.vision import load_vision
+
+    folder = tmp_path_factory.mktemp("vision") / "clip"
+    clip_folder(folder)
+    with torch.inference_mode():
+        return load_vision(folder)
+
+
+def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, rate=0.02, **changes):
+    from likeness.core.host.likeness_optimisation import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.host.similarity import Part, Similarity
+    from likeness.core.siso import SisoSettings
+
+    found = {"seed": 3, "grad_steps": 1, "cfg": 1.0, "iterations": ITERATIONS, "patience": 0, "keep": "best", **changes}
+    generator = Generator(setting.model, autoencoder(), setting.source, setting.empty, clip, "a cat")
+    similarity = Similarity((Part(vision, 1.0, setting.image),))
+    latent = torch.zeros_like(setting.latent["samples"][:1])
+    sampling = Sampling(latent, sigmas(setting, steps), found["seed"], found["cfg"], found["grad_steps"])
+    with torch.inference_mode():
+        return optimise_lora(
+            generator,
+            similarity,
+            sampling,
+            Plan(found["iterations"], 2, found["keep"]),
+            SisoSettings(rate, 0.0, rate, 0.0, patience=found["patience"]),
+            background,
+        )
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_pictures_become_more_alike(family, vision):
+    found = optimised(Setting(family), vision, iterations=25)
+    assert found.losses[found.best] < found.losses[0] - 1e-3
+    assert found.picture.shape == (1, 64, 64, 3) and found.pictures.shape == (25, 64, 64, 3)
+    assert float((found.pictures[found.best] - found.picture[0]).abs().max()) < 1 / 254
+
+
+def pictured(setting: Setting, model, positive, steps: int, seed: int, cfg: float) -> torch.Tensor:
+    """What stock sampling and decoding make."""
+    import comfy.sample
+    import comfy.samplers
+
+    latent = torch.zeros_like(setting.latent["samples"][:1])
+    with torch.inference_mode():
+        noise = comfy.sample.prepare_noise(latent, seed)
+        sampler, levels = comfy.samplers.sampler_object("euler"), sigmas(setting, steps)
+        samples = comfy.sample.sample_custom(
+            model, noise, cfg, sampler, levels, positive, setting.empty, latent, disable_pbar=True, seed=seed
+        )
+        return autoencoder().decode(samples)
+
+
+@pytest.mark.parametrize(("cfg", "steps", "grad_steps"), [(1.0, 1, 1), (4.0, 3, 2)])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_lora_in_stock_nodes_makes_the_kept_picture(family, cfg, steps, grad_steps, vision):
+    import comfy.sd
+
+    setting = Setting(family)
+    found = optimised(setting, vision, cfg=cfg, steps=steps, grad_steps=grad_steps)
+    assert found.best > 0
+    with torch.inference_mode():
+        tuned, _ = comfy.sd.load_lora_for_models(setting.model, None, found.lora, 1.0, 0.0)
+    assert len(tuned.patches) == len(found.lora) // 3
+    again = pictured(setting, tuned, setting.source, steps, 3, cfg)
+    torch.testing.assert_close(again, found.picture, atol=1e-4, rtol=0)
+    base = pictured(setting, setting.model, setting.source, steps, 3, cfg)
+    assert float((base - found.picture).abs().max()) > 1e-3
+    assert float((base - found.pictures[:1]).abs().max()) < 1 / 254
+
+
+def test_the_text_encoder_learns_too(vision):
+    import comfy.sd
+
+    setting = Setting()
+    clip = tiny_models.clip_l()
+    found = optimised(setting, vision, clip=clip, steps=1)
+    text = [name for name in found.lora if name.startswith("text_encoders.")]
+    assert text and any(float(found.lora[name].abs().max()) > 0 for name in text if "lora_up" in name)
+    with torch.inference_mode():
+        tuned, encoder = comfy.sd.load_lora_for_models(setting.model, clip, found.lora, 1.0, 1.0)
+        positive = encoder.encode_from_tokens_scheduled(encoder.tokenize("a cat"))
+    again = pictured(setting, tuned, positive, 1, 3, 1.0)
+    torch.testing.assert_close(again, found.picture, atol=1e-4, rtol=0)
+
+
+def hooked(setting: Setting, vision) -> int:
+    """How many hooks there are on all models' layers."""
+    parts = [setting.model.model, autoencoder().first_stage_model, vision.model]
+    layers = [layer for part in parts for layer in part.modules()]
+    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers)
+
+
+def test_the_model_stays_as_it_is(vision):
+    setting = Setting()
+    weights = {name: value for name, value in setting.model.model.named_parameters()}
+    before = pictured(setting, setting.model, setting.source, 2, 0, 1.0)
+    vision.encode_image(setting.image)  # transformers has hooks of its own from the first use on
+    hooks = hooked(setting, vision)
+    optimised(setting, vision)
+    assert torch.equal(before, pictured(setting, setting.model, setting.source, 2, 0, 1.0))
+    assert all(value is weights[name] for name, value in setting.model.model.named_parameters())
+    assert hooked(setting, vision) == hooks
+
+
+def equal(a, b) -> bool:
+    return a.losses == b.losses and torch.equal(a.picture, b.picture) and same(a.lora, b.lora)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path, monkeypatch):
+    from likeness.core.host import likeness_optimisation
+    from likeness.core.host.progress import Progress
+
+    whole = optimised(Setting(), vision)
+    forget_runs(tmp_path)
+    update = Progress.update
+
+    def cancel(self, losses, denoised=None, picture=None):
+        assert picture.shape == (3, 64, 64)
+        if len(losses) == 3:
+            raise Cancelled
+        update(self, losses, denoised, picture)
+
+    monkeypatch.setattr(Progress, "update", cancel)
+    with pytest.raises(Cancelled):
+        optimised(Setting(), vision)
+    monkeypatch.setattr(Progress, "update", update)
+    resumed = optimised(Setting(), vision)
+    assert equal(whole, resumed) and torch.equal(whole.pictures, resumed.pictures)
+    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    assert equal(whole, optimised(Setting(), vision))
+    fewer = optimised(Setting(), vision, iterations=2)
+    assert equal(whole, fewer), "what is there is given at once"
+
+
+def test_it_ends_by_itself_and_is_not_begun_again(vision, monkeypatch):
+    from likeness.core.host import likeness_optimisation
+
+    found = optimised(Setting(), vision, rate=1e-9, patience=2, iterations=20)
+    assert len(found.losses) == 3
+    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    assert equal(found, optimised(Setting(), vision, rate=1e-9, patience=2, iterations=20))
+
+
+def test_another_seed_or_reference_is_another_run(vision):
+    first = optimised(Setting(), vision)
+    assert not equal(first, optimised(Setting(), vision, seed=4))
+    other = Setting()
+    other.image = other.image.flip(0, 1, 2)
+    assert not equal(first, optimised(other, vision))
+    assert not same(first.lora, optimised(Setting(), vision, keep="last").lora)
+
+
+def test_the_background_stays(vision):
+    from likeness.core.host.likeness_optimisation import Background
+
+    setting = Setting()
+    source = pictured(setting, setting.model, setting.source, 1, 3, 1.0)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+
+    def error(weight: float) -> float:
+        keep = Background(source, mask, weight)
+        found = optimised(Setting(), vision, background=keep, steps=1, iterations=15, keep="last")
+        assert len(found.parts[0]) == 2
+        return float((found.pictures[-1:] - source)[:, 32:].square().mean())
+
+    assert error(100.0) < 0.7 * error(0.0)
+
+
+def test_the_gradient_is_that_of_finite_differences(vision, monkeypatch):
+    """Of the whole way: LoRA, sampling, decoder, vision model; all numbers moved a little along the gradient."""
+    from likeness.core import siso
+
+    found = []
+    update = siso.Siso.update
+
+    def compared(self):
+        if self.step == 2:  # B is not zero any more
+            leaves = list(self.parameters.values())
+            gradient = torch.autograd.grad(sum(term(self.generate()) for term in self.terms), leaves)
+            steepness = float(torch.stack([part.square().sum() for part in gradient]).sum().sqrt())
+
+            def loss(amount: float) -> float:
+                with torch.no_grad():
+                    for leaf, part in zip(leaves, gradient, strict=True):
+                        leaf += amount / steepness * part
+                    value = sum(float(term(self.generate())) for term in self.terms)
+                    for leaf, part in zip(leaves, gradient, strict=True):
+                        leaf -= amount / steepness * part
+                return value
+
+            step = 2e-5 / steepness  # random decoders have a kink at every saturated pixel: longer steps cross many
+            found.extend([steepness, (loss(step) - loss(-step)) / (2 * step)])
+        return update(self)
+
+    monkeypatch.setattr(siso.Siso, "update", compared)
+    optimised(Setting(), vision, steps=2, grad_steps=2, iterations=3)
+    gradient, difference = found
+    assert gradient == pytest.approx(difference, rel=0.01)
+
+
+REFUSED = {
+    "no weight": ({"weight": 0.0}, "no part with a weight"),
+    "too many gradient steps": ({"grad_steps": 3}, "grad_steps is 3"),
+    "flipped sigmas": ({"flipped": True}, "do not flip"),
+    "cfg without a negative": ({"cfg": 3.0, "empty": None}, "no negative prompt"),
+    "a mask over everything": ({"mask": torch.ones(1, 64, 64)}, "covers the whole picture"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypatch):
+    from likeness.core.host import likeness_optimisation as host
+    from likeness.core.host.similarity import Part, Similarity
+    from likeness.core.siso import SisoSettings
+
+    changes, message = REFUSED[case]
+    monkeypatch.setattr(host, "optimise", None)
+    setting = Setting()
+    generator = host.Generator(setting.model, autoencoder(), setting.source, changes.get("empty", setting.empty))
+    levels = sigmas(setting).flip(0) if "flipped" in changes else sigmas(setting)
+    latent = torch.zeros_like(setting.latent["samples"])
+    sampling = host.Sampling(latent, levels, 0, changes.get("cfg", 1.0), changes.get("grad_steps", 1))
+    background = host.Background(setting.image, changes["mask"], 1.0) if "mask" in changes else None
+    similarity = Similarity((Part(vision, changes.get("weight", 1.0), setting.image),))
+    with pytest.raises(ValueError, match=message):
+        host.optimise_lora(generator, similarity, sampling, host.Plan(), SisoSettings(), background)
