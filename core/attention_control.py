@@ -14,6 +14,11 @@ tokens share its attention evenly, and everything behind it moves. Deviations, e
 - behind the last swapped word the authors' code goes on with Map[j, j] = 1, so that words behind a longer one would get
   their neighbours' attention; here they move, as between two swapped words in their code;
 - the sum over a row of `a` is not 1 any more; neither paper says what to do. An option divides by it.
+
+Prompt-to-prompt's local blend is an option as well (Algorithm 3 has none): after each step the edit's latent is the
+source's, except where the word of either prompt is looked at by more than a share of the most. Source: LocalBlend of
+the authors' notebook. Deviation: all layers' maps count, at the latent's size, and not those of 16 x 16 cells alone, as
+latents of other sizes may have no such layer; the neighbourhood of 3 cells of 16 becomes as large a part of the latent.
 """
 
 from __future__ import annotations
@@ -25,9 +30,12 @@ import torch
 from torch import Tensor
 
 from .attention_maps import probabilities
+from .rectify import landing
 
 END_PERCENT = 1.0  # Algorithm 3; prompt-to-prompt: 0.8
 SELF_CELLS = 32**2  # prompt-to-prompt hands self-attention over in layers of at most so many places
+BLEND_START = 0.2  # of the sampling: before, the maps say little
+BLEND_CELLS = 16  # side of the maps that the authors blend by
 
 
 @dataclass(frozen=True)
@@ -98,3 +106,18 @@ def correction(
     change = controlled(source, edit, mapped, own, renormalise) - edit
     values = v[1].float().unflatten(-1, (heads, -1)).transpose(0, 1)
     return (change @ values).transpose(0, 1).flatten(1)
+
+
+def blend_mask(looked: Tensor, share: float) -> Tensor:
+    """Where the edit may differ, [1, h, w] bool: looked [2, h, w] is how much each prompt's word is looked at."""
+    reach = max(1, round(min(looked.shape[-2:]) / BLEND_CELLS))
+    widened = torch.nn.functional.max_pool2d(looked[:, None], 2 * reach + 1, 1, reach)
+    return (widened > share * widened.amax((-2, -1), keepdim=True)).any(0)
+
+
+def blended(x: Tensor, denoised: Tensor, sigma: float, following: float, mask: Tensor) -> Tensor:
+    """Predictions [2, C, h, w] with which an Euler step to level `following` brings both to the same latent outside of
+    the mask."""
+    source, edit = x + (following - sigma) * (x - denoised) / sigma
+    wanted = torch.where(mask.to(x.device), edit, source)
+    return torch.stack([denoised[0], landing(x[1], sigma, wanted, following)])

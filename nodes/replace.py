@@ -87,6 +87,19 @@ class LikenessReplaceSubject(io.ComfyNode):
                         tooltip="Which saved step of the embedding to use; 0 takes the recommended one.",
                     )
                 ),
+                advanced(
+                    io.Float.Input(
+                        "blend",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        round=0.0001,
+                        tooltip="Keep the picture itself wherever the word, old or new, gets less than this share of "
+                        "the most attention (prompt-to-prompt's local blend, 0.3 there). Needs the euler sampler. 0 is "
+                        "off.",
+                    )
+                ),
                 Embedding.Input(
                     "embedding",
                     optional=True,
@@ -119,12 +132,13 @@ class LikenessReplaceSubject(io.ComfyNode):
         self_percent=0.0,
         renormalise=False,
         step=0,
+        blend=0.0,
         embedding=None,
     ) -> io.NodeOutput:
         start = twice(latent)
         learned = None if embedding is None else Learned(embedding, scale, step)
         patched, positive = replaced_subject(
-            model, clip, prompt, word, replacement, learned, end_percent, self_percent, renormalise
+            model, clip, prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend
         )
         return io.NodeOutput(patched, positive, negative, start)
 

@@ -8,7 +8,7 @@ the same call; nothing is stored, and nothing is counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,27 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..attention_control import SELF_CELLS, Swap, column_map, correction, own_columns, word_swap
+from ..attention_control import (
+    BLEND_START,
+    SELF_CELLS,
+    Swap,
+    blend_mask,
+    blended,
+    column_map,
+    correction,
+    own_columns,
+    word_swap,
+)
+from ..attention_maps import mean_over_layers, probabilities, row_maps
 from ..conditioning import CHUNK, Conditioning, apply_embedding
 from ..embedding import Embedding
+from ..rectify import step_at
 from ..runs import digest
 from ..sine_guidance import Window
 from .attention_layers import Attention, attention_layers, replaced
 from .describe import describe
 from .fingerprint import check_base
+from .landing import POST_CFG
 
 KEY = "likeness.replace"
 ROOM = CHUNK - 2  # tokens of a prompt between begin and end
@@ -50,7 +63,9 @@ class Learned:
 
 @dataclass(frozen=True)
 class Control:
-    """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished picture."""
+    """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished picture. blend:
+    the share of the most attention from which on a place may change; 0 lets all of them.
+    """
 
     prompts: tuple[str, str]
     swap: Swap
@@ -59,6 +74,7 @@ class Control:
     end_percent: float = 1.0
     self_percent: float = 0.0
     renormalise: bool = False
+    blend: float = 0.0
 
 
 def replaced_subject(
@@ -71,6 +87,7 @@ def replaced_subject(
     end_percent: float = 1.0,
     self_percent: float = 0.0,
     renormalise: bool = False,
+    blend: float = 0.0,
 ) -> tuple[Any, Conditioning]:
     """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs."""
     attention_layers(model.model.diffusion_model)
@@ -94,7 +111,7 @@ def replaced_subject(
     of_source, of_edit = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, edited))
     positive = paired(of_source, of_edit, learned, (prompt, edited))
     rows = positive[0][0].shape[1]
-    control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise)
+    control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise, blend)
     return with_control(model, control), positive
 
 
@@ -176,18 +193,23 @@ class _Sampling:
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
-        run = _Run(self.control, self._ours(guider.conds, noise), guider.inner_model.model_sampling)
-        options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
-        before = options.get("patches_replace", {})
+        size = (noise.shape[-2], noise.shape[-1])
+        ours = self._ours(guider.conds, noise)
+        run = _Run(self.control, ours, guider.inner_model.model_sampling, sigmas.tolist(), size)
+        own = extra_args["model_options"]  # a copy of this run's own
+        options = own["transformer_options"]
+        before, after_cfg = options.get("patches_replace", {}), own.get(POST_CFG, [])
         layers = attention_layers(guider.inner_model.diffusion_model)
         patches = replaced(before, "attn2", layers, lambda inner: _Cross(run, inner))
         if self.control.self_percent > 0:
             patches = replaced(patches, "attn1", layers, lambda inner: _Self(run, inner))
         options["patches_replace"] = patches
+        if self.control.blend > 0:
+            own[POST_CFG] = [*after_cfg, run.blended]
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         finally:
-            options["patches_replace"] = before
+            options["patches_replace"], own[POST_CFG] = before, after_cfg
 
     def _ours(self, conds: dict[str, list], noise: Tensor) -> frozenset[Any]:
         """The uuids of the prompt that belongs to this control; guiders have different names and orders."""
@@ -209,22 +231,24 @@ class _Sampling:
 
 
 class _Run:
-    """One sampling: the control's numbers, and where the two pictures stand in a batch."""
+    """One sampling: the control's numbers, where both pictures stand in a batch, and where the word was looked at."""
 
-    def __init__(self, control: Control, ours: frozenset[Any], sampling: Any) -> None:
+    def __init__(
+        self, control: Control, ours: frozenset[Any], sampling: Any, levels: Sequence[float], size: tuple[int, int]
+    ) -> None:
+        self.control = control
         self.mapped = column_map(control.swap, control.rows)
         self.own = own_columns(control.swap, control.rows, control.tail)
-        self.renormalise = control.renormalise
         self.cross, self.self_ = (
             Window(float("inf"), sampling.percent_to_sigma(end)) for end in (control.end_percent, control.self_percent)
         )
-        self._ours = ours
+        self._ours, self._levels, self._size = ours, levels, size
+        self._blend_from = sampling.percent_to_sigma(BLEND_START)
+        self._looked = torch.zeros(2, *size)
 
-    def pairs(self, batch: int, window: Window, options: dict[str, Any]) -> Iterator[slice]:
-        """Where source and edit are evaluated with the positive prompt, while the window lasts."""
+    def pairs(self, batch: int, options: dict[str, Any]) -> Iterator[slice]:
+        """Where source and edit are evaluated with the positive prompt."""
         chunks = options.get("uuids", ())
-        if not window.holds(float(options["sigmas"].max())):
-            return
         for index, chunk in enumerate(chunks):
             if chunk not in self._ours:
                 continue
@@ -235,6 +259,23 @@ class _Run:
                     "regional attention)."
                 )
             yield slice(2 * index, 2 * index + 2)
+
+    def look(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
+        """Remember how much the word is looked at: q and k [2, T or N, heads * d] of source and edit."""
+        swap = self.control.swap
+        maps = row_maps(probabilities(q, k, options["n_heads"]), tuple(options["activations_shape"][-2:]))
+        of_word = [maps[0, swap.start : swap.start + swap.old], maps[1, swap.start : swap.start + swap.new]]
+        seen = torch.stack([each.mean(0) for each in of_word])
+        self._looked = self._looked.to(seen) + mean_over_layers([seen[None]], self._size)[0]
+
+    def blended(self, args: dict[str, Any]) -> Tensor:
+        """Called after CFG: the prediction that leaves the edit as the source is, away from the word."""
+        sigma = float(args["sigma"].max())
+        step = step_at(sigma, self._levels)
+        if step is None or sigma > self._blend_from:
+            return args["denoised"]
+        mask = blend_mask(self._looked, self.control.blend)
+        return blended(args["input"], args["denoised"], sigma, self._levels[step + 1], mask)
 
     def check_rows(self, rows: int) -> None:
         """ValueError when the keys are not those of the prompt."""
@@ -254,12 +295,17 @@ class _Cross:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         found = self.inner(q, k, v, options)
-        for pair in self.run.pairs(q.shape[0], self.run.cross, options):
-            self.run.check_rows(k.shape[1])
-            run, heads = self.run, options["n_heads"]
-            change = correction(q[pair], k[pair], v[pair], heads, run.mapped, run.own, run.renormalise)
-            found = found.clone()
-            found[pair.stop - 1] += change.to(found)
+        run, control = self.run, self.run.control
+        controls = run.cross.holds(float(options["sigmas"].max()))
+        for pair in run.pairs(q.shape[0], options) if controls or control.blend else ():
+            run.check_rows(k.shape[1])
+            if control.blend:
+                run.look(q[pair], k[pair], options)
+            if controls:
+                heads = options["n_heads"]
+                change = correction(q[pair], k[pair], v[pair], heads, run.mapped, run.own, control.renormalise)
+                found = found.clone()
+                found[pair.stop - 1] += change.to(found)
         return found
 
 
@@ -271,8 +317,8 @@ class _Self:
     inner: Attention
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        if q.shape[1] <= SELF_CELLS:
-            for pair in self.run.pairs(q.shape[0], self.run.self_, options):
+        if q.shape[1] <= SELF_CELLS and self.run.self_.holds(float(options["sigmas"].max())):
+            for pair in self.run.pairs(q.shape[0], options):
                 q, k = (each.index_copy(0, _last(pair, each), each[pair.start :][:1]) for each in (q, k))
         return self.inner(q, k, v, options)
 
