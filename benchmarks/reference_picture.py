@@ -44,7 +44,9 @@ def transforms(count: int) -> Iterator[tuple[Any, Any, float]]:
         while True:
             scale, angle = float(rng.uniform(0.6, 1.6)), math.radians(float(rng.uniform(-60, 60)))
             theta = torch.tensor([[math.log(scale), angle, *rng.uniform(-0.5, 0.5, 2)]], dtype=torch.float32)
-            target = (warp(mask[None, None], matrices(theta)[0], mask.shape, "zeros")[0, 0] > 0.5).float()
+            target = (
+                warp(mask[None, None], matrices(theta)[0], (mask.shape[0], mask.shape[1]), "zeros")[0, 0] > 0.5
+            ).float()
             inside = not (target[[0, -1]].any() or target[:, [0, -1]].any())
             if inside and int(target.sum()) >= SMALLEST:
                 break

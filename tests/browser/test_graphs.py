@@ -16,6 +16,7 @@ RUNS = {
         "Learn the subject",
         ("Reconstruction", "Edit without the subject", "Edit with the subject", "Score"),
     ),
+    "hifi_train_subject": ("Learn the subject", ("Prompt alone", "One embedding", "Step-wise embedding", "Maps")),
     "sine_edit": ("Learn the picture", ("Base model alone", "Tuned model alone", "Guided edit", "Score")),
 }
 

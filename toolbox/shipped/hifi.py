@@ -323,7 +323,11 @@ def replace_subject(draw: Drawing) -> None:
     way = make.back("Way back", model, positive, empty, inverted, METHODS[0])
     draw.column()
     swaps = []
-    for title, more in (("Replace by the word", {}), ("Replace by the subject", {"embedding": loaded["embedding"]})):
+    rows: dict[str, dict[str, Any]] = {
+        "Replace by the word": {},
+        "Replace by the subject": {"embedding": loaded["embedding"]},
+    }
+    for title, more in rows.items():
         swaps.append(
             draw.node(
                 "LikenessReplaceSubject",
