@@ -25,6 +25,7 @@ from .fingerprint import check_base, fingerprint, patches_digest, precision
 from .landing import Landing, landed
 from .progress import Progress
 from .session import GuiderDenoiser, optimise, predicting
+from .weights import warn_of_guidance
 
 METHOD = "null-text"
 
@@ -160,6 +161,7 @@ def null_text(
         )
     if settings.cfg == 1.0:
         raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+    warn_of_guidance(model)
     first = positive if start == "prompt" else negative
     single_prompt(first, "negative prompt")
     put_on = [patches_digest(model), precision(model), describe(positive), describe(first)]

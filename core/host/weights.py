@@ -7,16 +7,18 @@ Which ones are depends on who loaded the model first; therefore every weight is 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .guidance import drop_guidance
+from .guidance import KEY, drop_guidance
 from .landing import drop_landing
 
 GUIDANCE = (
@@ -25,6 +27,7 @@ GUIDANCE = (
     "sampler_post_cfg_function",
     "sampler_calc_cond_batch_function",
 )
+log = logging.getLogger("likeness")
 CHECKPOINTED = ("ResBlock", "SpatialTransformer")  # ComfyUI's UNet blocks; both compute out of place
 
 
@@ -179,6 +182,18 @@ def fixed_clone(patcher: Any) -> Any:
             "This model's weights are streamed by ComfyUI's dynamic VRAM and its loader cannot reload them for "
             "training: load it with Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
         ) from error
+
+
+def warn_of_guidance(model: Any) -> None:
+    """Say that other nodes' guidance is not part of an optimisation that a sampling is meant to follow exactly."""
+    carried = [name for name in GUIDANCE if model.model_options.get(name)]
+    carried += [KEY] if any(model.wrappers.get(WrappersMP.CALC_COND_BATCH, {}).values()) else []
+    if carried:
+        log.warning(
+            "The model carries guidance of other nodes (%s), which is left out here: sampled with it, the result will "
+            "not be met. Connect the model from before those nodes, to the sampler too.",
+            ", ".join(carried),
+        )
 
 
 def drop_all_guidance(clone: Any) -> None:

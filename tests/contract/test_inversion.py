@@ -184,13 +184,15 @@ def test_direct_inversion_keeps_what_is_on_the_model_and_never_counts_twice(capl
     assert not caplog.text
 
 
-def test_what_is_optimised_and_inverted_never_sees_the_landing(tmp_path):
+def test_what_is_optimised_and_inverted_never_sees_the_landing_and_says_so(tmp_path, caplog):
     setting = calm(Setting())
     trajectory, *_ = invert(setting)
     plain = optimised(setting, trajectory)[1]
     forget_runs(tmp_path)
+    assert "guidance of other nodes" not in caplog.text
     setting.model = optimised(setting, trajectory, method="direct")[-1]
     assert optimised(setting, trajectory)[1] == plain
+    assert "guidance of other nodes (sampler_post_cfg_function), which is left out" in caplog.text
     assert torch.equal(invert(setting)[0].latents, trajectory.latents)
 
 

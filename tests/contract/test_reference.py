@@ -240,6 +240,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
         "has 2 entries in step 1 of 10": {"positive": [*target, *setting.source]},
         "has 0 entries in step 1 of 10": {"positive": late},
         "differ in more than their rows": {"positive": pooled},
+        "With cfg 1 no negative prompt": {"cfg": 1.0},
         "negative prompt has 2 prompts": {"negative": [*setting.empty, *setting.source]},
     }.items():
         with pytest.raises(ValueError, match=message):
