@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, detached, single_prompt
 from ..fine_tune import Prompt
+from ..fitting import curve
 from ..lora import TEXT_LAYERS, attention_layers, beside, factors, new_adapters
 from ..runs import digest
 from ..siso import ITERATIONS, RANK, TEXT, Keep, Siso, SisoSettings, Term, background_error
 from ..training import Result, Run, stored_run, train
 from ..trajectory import check_sigmas
+from ..tuned import Tuned
 from .describe import describe
 from .differentiable import TextEncoder, decode
 from .embedding_training import EVERY, run_store
@@ -73,10 +75,25 @@ class Optimised:
     losses: list[float]
     parts: list[list[float]]
 
+    header: dict[str, Any] = field(default_factory=dict)
+
     @property
     def best(self) -> int:
         """The iteration with the lowest loss, from 0."""
         return min(range(len(self.losses)), key=self.losses.__getitem__)
+
+    def tuned(self) -> Tuned:
+        """The LoRA as the pack's and stock nodes take it."""
+        return Tuned(self.lora, self.header)
+
+    def report(self) -> str:
+        """The best iteration, and its loss beside the first one's, term by term."""
+        terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])
+        first = " ".join(f"{value:.4f}" for value in self.parts[0])
+        return (
+            f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
+            f"first: loss {self.losses[0]:.4f} ({first})"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,14 @@ class Generator:
         text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
         put_on = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
         return [fingerprint(self.model), put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
+
+
+def background(picture: Tensor | None, mask: Tensor | None, weight: float) -> Background | None:
+    """The background that is to stay; None without a mask. ValueError when one of the two is missing."""
+    if (picture is None) != (mask is None):
+        given, missing = ("picture", "mask") if mask is None else ("mask", "picture ('image')")
+        raise ValueError(f"A {given} was connected without a {missing}: connect both to keep a background, or neither.")
+    return None if picture is None or mask is None else Background(picture, mask, weight)
 
 
 def optimise_lora(
@@ -123,7 +148,15 @@ def optimise_lora(
     parts = result.pop("parts").tolist()
     picture, pictures = (result.pop(name).movedim(1, -1) for name in ("picture", "pictures"))
     result.pop("ended")
-    return Optimised(result, picture, pictures.float() / 255, run.losses, parts)
+    header = {
+        "method": METHOD,
+        "base": fingerprint(generator.model),
+        "prompt": generator.prompt,
+        "weights": "LoRA",
+        "settings": {**asdict(settings), "rank": plan.rank, "iterations": len(run.losses), "keep": plan.keep},
+        "losses": curve(run.losses),
+    }
+    return Optimised(result, picture, pictures.float() / 255, run.losses, parts, header)
 
 
 def _ended(run: Run) -> bool:

@@ -23,6 +23,7 @@ from . import folders
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
 from .extras.open_clip_file import load_open_clip
+from .extras.retrieval import load_retrieval
 from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
 from .weights import gradients, load_fully, out_of_place_text_layers, thawed
@@ -101,6 +102,11 @@ def load_vision(path: Path) -> VisionModel:
     if not complete and (path / "open_clip_config.json").is_file():
         return VisionModel(load_open_clip(path))
     return VisionModel(load_transformers(path))
+
+
+def load_instance_retrieval(path: Path) -> VisionModel:
+    """SISO's second feature, from its published file. ValueError for anything else."""
+    return VisionModel(load_retrieval(path))
 
 
 @contextlib.contextmanager

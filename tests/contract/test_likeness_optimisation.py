@@ -7,7 +7,7 @@ import torch
 
 from .. import tiny_models
 from ..unit.vision.models import clip_folder
-from .methods import Setting, autoencoder
+from .methods import Setting, autoencoder, run_node
 from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
 
 ITERATIONS = 6
@@ -253,3 +253,36 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
     similarity = Similarity((Part(vision, changes.get("weight", 1.0), setting.image),))
     with pytest.raises(ValueError, match=message):
         host.optimise_lora(generator, similarity, sampling, host.Plan(), SisoSettings(), background)
+
+
+def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    setting, clip = Setting(), tiny_models.clip_l()
+    one = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=0.5)[0]
+    both = run_node(LikenessSimilarity, vision=vision, image=setting.image.flip(1), weight=1.0, similarity=one)[0]
+    assert [part.weight for part in both.parts] == [0.5, 1.0] and len(both.patchers) == 1
+    inputs = {
+        "model": setting.model,
+        "vae": autoencoder(),
+        "positive": setting.source,
+        "similarity": both,
+        "latent": {"samples": torch.zeros(1, 4, 8, 8)},
+        "sigmas": sigmas(setting, 1),
+        "iterations": 3,
+        "learning_rate": 0.02,
+        "cfg": 1.0,
+        "grad_steps": 1,
+        "seed": 0,
+    }
+    model, encoder, lora, best, images, loss, report = run_node(LikenessOptimizeLora, **inputs)
+    assert isinstance(encoder, ExecutionBlocker) and model is not setting.model and "best: iteration" in report
+    assert best.shape == (1, 64, 64, 3) and images.shape == (3, 64, 64, 3) and len(loss["loss"]) == 3
+    assert lora.header["method"] == "siso" and lora.header["base"]
+    _, encoder, lora, *_ = run_node(LikenessOptimizeLora, **inputs, clip=clip, prompt="a cat")
+    assert not isinstance(encoder, ExecutionBlocker) and lora.part("text_encoders.")
+    with pytest.raises(ValueError, match="mask was connected without a picture"):
+        run_node(LikenessOptimizeLora, **inputs, mask=torch.zeros(1, 64, 64))

@@ -1,0 +1,41 @@
+"""The published file of the instance-retrieval model -> Tower (see core/instance_retrieval.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published
+from .tower import Seen, Tower
+
+
+class RetrievalTower(Tower):
+    """Its 64 numbers as the embedding."""
+
+    def __init__(self, model: InstanceRetrieval, name: str) -> None:
+        super().__init__()
+        self.model, self.preprocess = model, PREPROCESS
+        self.description = f"{name} (instance retrieval, {model.fc1.out_features} numbers)"
+
+    def forward(self, pixel_values: Tensor) -> Seen:
+        return Seen(self.model(pixel_values, checkpointed=torch.is_grad_enabled()), None, None)
+
+
+def load_retrieval(path: Path) -> RetrievalTower:
+    """Read a .pth (tensors only, no code) or a .safetensors file; ValueError when it holds something else."""
+    if path.suffix.lower() == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
+            raise ValueError(
+                f"{path.name} is not a plain tensor file ({type(error).__name__}): download the weights again."
+            ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path.name} does not hold a table of tensors: choose the file of published weights.")
+    return RetrievalTower(from_published(tensors), path.stem)
