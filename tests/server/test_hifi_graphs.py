@@ -38,12 +38,15 @@ def test_ways_back(results, source):
 
 
 def test_a_swapped_word(results, source):
+    """With the local blend what lies away from both subjects is the picture itself."""
     result = results["invert_and_edit"]
     again, edited = result.pictures("Picture and edit")
     plain = result.pictures("Edit without control")[0]
     check_pictures([again, edited, plain], apart=0.005)
     assert distance(again, source) < 0.06
-    assert distance(edited, again) < 0.8 * distance(plain, again), "the control keeps the picture"
+    edge = np.ones(again.shape[:2], dtype=bool)
+    edge[8:-8, 8:-8] = False
+    assert distance(edited[edge], again[edge]) < 0.5 * distance(plain[edge], again[edge])
 
 
 def test_train_subject(results, source):
@@ -86,8 +89,14 @@ def test_ablation(results):
     check_pictures([result.pictures(title)[0] for title in titles], apart=2e-5)
     rows = [line for line in result.text("Score").splitlines() if line.strip()[:1].isdigit()]
     assert len(rows) == len(titles)
-    resumed = {event["resumed"] for event in result.run.of_type("likeness.progress") if event["steps"] == live.STEPS}
-    assert live.STEPS in resumed, "the training of the other graph is not done again"
+    learned = {
+        event["node"]
+        for event in result.run.of_type("likeness.progress")
+        if event["steps"] == live.STEPS and event["resumed"] == 0
+    }
+    assert learned == {
+        small_world.node_id(result.graph, title) for title in ("Learn everything", "Learn inside the mask")
+    }
 
 
 def test_what_was_found_stands_beside_a_caption_that_is_switched_off(results):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..drawing import Drawing, Node, Output
-from .inversion import LEVELS, METHODS, SOURCE, WORD, Inverted, Levels
+from .inversion import BLEND, LEVELS, METHODS, SOURCE, WORD, Inverted, Levels
 from .pieces import CFG, HUB, MODEL_NOTE, OFF_NOTE, SEED, VISION_NOTE, score_node
 
 CAPTION, TARGET = "a photo of a dog", "a photo of a dog on the beach"
@@ -339,6 +339,7 @@ def replace_subject(draw: Drawing) -> None:
                 prompt=text,
                 word=WORD,
                 replacement=SUBJECT,
+                blend=BLEND,
                 **more,
             )
         )

@@ -11,6 +11,7 @@ from .pieces import CFG, MODEL_NOTE, SEED, Pieces
 STEPS, SCHEDULER = 50, "ddim_uniform"  # the sampling of the papers
 SOURCE = "a photo of a cat on a sofa"
 WORD, REPLACEMENT = "cat", "dog"
+BLEND = 0.3  # of prompt-to-prompt
 METHODS = ("null-text", "negative prompt", "direct")
 LEVELS = (
     "All samplings use the noise levels of 'Steps': ddim_uniform with a number of steps that divides 1000 (20, 25, 40, "
@@ -169,6 +170,7 @@ def edit(draw: Drawing) -> None:
         prompt=text,
         word=WORD,
         replacement=REPLACEMENT,
+        blend=BLEND,
     )
     draw.column()
     both = make.exact("Both", replaced["model"], replaced["positive"], replaced["negative"], replaced["latent"], levels)
