@@ -63,11 +63,12 @@ def _small(rng: np.random.Generator) -> Any:
 def aligned(count: int) -> dict[str, Any]:
     """IoU and scale of both forms over the transforms."""
     from ..core.alignment import align
+    from ..core.host.reference_picture import MAX_DEGREES
 
     rows, seconds = [], []
     for mask, target, scale in transforms(count):
         start = time.perf_counter()
-        ours = align(mask, target)
+        ours = align(mask, target, max_degrees=MAX_DEGREES)
         seconds.append(time.perf_counter() - start)
         printed = align(mask, target, literal=True)
         rows.append((ours.iou, printed.iou, ours.scale / scale, printed.scale / scale))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.host.outputs import nothing
-from ..core.host.reference_picture import FORMS, SYMMETRIC, choose_reference, lay_on
+from ..core.host.reference_picture import FORMS, MAX_DEGREES, SYMMETRIC, choose_reference, lay_on
 from .types import advanced, schema
 
 
@@ -81,13 +81,13 @@ class LikenessAlign(io.ComfyNode):
                 advanced(
                     io.Float.Input(
                         "max_degrees",
-                        default=180.0,
+                        default=MAX_DEGREES,
                         min=0.0,
                         max=180.0,
                         step=1.0,
                         round=0.1,
-                        tooltip="How far it may start turned; lower it when the subject comes out upside down. 0: it "
-                        "starts upright. For symmetric.",
+                        tooltip="How far it may start turned. 180 finds every angle, and may lay a subject upside down "
+                        "where that covers the mask a little better; 0 starts upright. For symmetric.",
                     )
                 ),
             ],
@@ -104,7 +104,7 @@ class LikenessAlign(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, mask, target_mask, form=SYMMETRIC, max_degrees=180.0) -> io.NodeOutput:
+    def execute(cls, image, mask, target_mask, form=SYMMETRIC, max_degrees=MAX_DEGREES) -> io.NodeOutput:
         laid = lay_on(image, mask, target_mask, form, max_degrees)
         return io.NodeOutput(laid.image, laid.mask, laid.iou, laid.overlay, laid.matrix)
 

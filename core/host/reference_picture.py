@@ -15,6 +15,7 @@ from .vision import describe, embed
 
 SYMMETRIC, LITERAL = "symmetric", "as printed"
 FORMS = (SYMMETRIC, LITERAL)
+MAX_DEGREES = 60.0  # a subject upside down may cover the other a little better, and is the wrong reference
 ONLY_REFERENCE, ONLY_TARGET, BOTH = (0.94, 0.27, 0.27), (0.23, 0.51, 0.96), (0.13, 0.77, 0.37)
 TINT = 0.5
 
