@@ -181,6 +181,7 @@ class Bench(effect_hiper.Bench):
         from ..core.alignment import align, warp
         from ..core.host.inversion import inverted
         from ..core.host.reference_guidance import guided_by_reference
+        from ..core.host.reference_picture import MAX_DEGREES
         from ..core.host.session import gradients
         from ..core.reference_guidance import END_PERCENT, START_PERCENT, ReferenceSettings
         from ..toyworld import world
@@ -194,7 +195,7 @@ class Bench(effect_hiper.Bench):
                 found.append(picture)
                 continue
             with gradients():
-                matrix = align(ours.clone(), theirs.clone()).matrix
+                matrix = align(ours.clone(), theirs.clone(), max_degrees=MAX_DEGREES).matrix
             moved = warp(reference, matrix, (SIDE, SIDE)).movedim(1, -1)
             mask = (warp(ours[None, None], matrix, (SIDE, SIDE), "zeros")[0] > 0.5).float()
             trajectory = inverted(model, caption, None, moved, self.world.vae, self.sigmas(), "published", 0)
