@@ -5,6 +5,9 @@ settings) by the pack's own code. Then the class in the caption becomes another 
 the grass" -> "... cat ...", and from the same noise with the same negatives pictures are sampled: by the base model
 alone (plain prompt swap), and with Replace Subject.
 
+With a mask the node keeps the picture itself away from it: here from the judge's subject masks of the source and of the
+edit without a mask, both grown, as Subject Mask would give them.
+
 - Seen: the judge sees the new class.
 - Background: PSNR to the source picture's autoencoder round trip, outside of the judge's subject masks of both.
 - Base: how often the base model shows the class, for the same prompts from other noise.
@@ -27,27 +30,28 @@ from typing import Any
 from . import effect_hiper, hosting
 from .effect_sine import write
 
-CFG, SAMPLING_STEPS, BASE_SAMPLES, SIDE = 7.5, 50, 4, 96
+CFG, SAMPLING_STEPS, BASE_SAMPLES, SIDE = 7.5, 50, 2, 96
+GROWN = 4  # px by which masks are grown before they are given to the node
 SEEN_GATE, BACKGROUND_GATE, GAIN_GATE = 0.85, 22.0, 6.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What Replace Subject is told; no setting is the plain prompt swap."""
+    """What Replace Subject is told. masked: with a mask, of the source's and the first setting's edited subject."""
 
     end_percent: float = 1.0
-    self_percent: float = 0.0
-    renormalise: bool = False
+    blend: float = 0.0
+    masked: bool = False
 
     @property
     def name(self) -> str:
         """How rows call it."""
-        more = f", self {self.self_percent:g}" if self.self_percent else ""
-        return f"end {self.end_percent:g}{more}{', renormalised' if self.renormalise else ''}"
+        more = f", blend {self.blend:g}" if self.blend else ", mask" if self.masked else ""
+        return f"end {self.end_percent:g}{more}"
 
 
 PLAIN = "plain swap"
-SETTINGS = tuple(Setting(end) for end in (1.0, 0.8, 0.6, 0.4, 0.2))
+SETTINGS = (Setting(0.4), Setting(), Setting(0.4, 0.5), Setting(0.4, masked=True), Setting(0.0, masked=True))
 
 
 @dataclass(frozen=True)
@@ -178,18 +182,21 @@ class Bench(effect_hiper.Bench):
         with torch.inference_mode():
             source = self.picture(wanted.case)
             target = self.world.vae.decode(self.world.vae.encode(source)).movedim(-1, 1)
-            mask = self.judge.mask(target)[0] > 0.5
+            mask, either = self.judge.mask(target)[0] > 0.5, None
             found: dict[str, dict[str, float]] = {"base": {"seen": self.base_rate(wanted)}}
             clip = NarrowClip(self.world)
             for setting in settings:
                 model, positive = replaced_subject(
-                    self.world.model, clip, wanted.prompt, wanted.word, wanted.new, None,
-                    setting.end_percent, setting.self_percent, setting.renormalise,
+                    self.world.model, clip, wanted.prompt, wanted.word, wanted.new, None, setting.end_percent,
+                    blend=setting.blend, mask=either if setting.masked else None,
                 )  # fmt: skip
                 if PLAIN not in found:
                     plain = self.pictures(self.world.model, positive, start)
                     found[PLAIN] = self.scored(wanted, plain, target, mask)
-                found[setting.name] = self.scored(wanted, self.pictures(model, positive, start), target, mask)
+                made = self.pictures(model, positive, start)
+                if either is None:
+                    either = grown(mask | (self.judge.mask(made[1:])[0] > 0.5))
+                found[setting.name] = self.scored(wanted, made, target, mask)
         return found
 
     def scored(self, wanted: Replacement, pictures: Any, target: Any, mask: Any) -> dict[str, float]:
@@ -215,6 +222,13 @@ def stored(bench: Bench, chosen: list[Replacement], path: Path | None) -> list[d
         sys.stdout.write(f"{len(rows):3d} {rows[-1]['subject']}: {shown}\n")
         sys.stdout.flush()
     return rows[: len(chosen)]
+
+
+def grown(mask: Any) -> Any:
+    """A mask [H, W] grown by GROWN pixels, as a MASK [1, H, W]."""
+    import torch
+
+    return torch.nn.functional.max_pool2d(mask[None].float(), 2 * GROWN + 1, 1, GROWN)
 
 
 def psnr(one: Any, other: Any) -> float:

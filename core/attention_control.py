@@ -17,8 +17,11 @@ tokens share its attention evenly, and everything behind it moves. Deviations, e
 
 Prompt-to-prompt's local blend is an option as well (Algorithm 3 has none): after each step the edit's latent is the
 source's, except where the word of either prompt is looked at by more than a share of the most. Source: LocalBlend of
-the authors' notebook. Deviation: all layers' maps count, at the latent's size, and not those of 16 x 16 cells alone, as
-latents of other sizes may have no such layer; the neighbourhood of 3 cells of 16 becomes as large a part of the latent.
+the authors' notebook. Deviations, each with its reason:
+- all layers' maps count, at the latent's size, and not those of 16 x 16 cells alone, as latents of other sizes may have
+  no such layer; the neighbourhood of 3 cells of 16 becomes as large a part of the latent;
+- the share is of what the attention varies by, as in small networks no place looks at a word not at all;
+- a mask may take the place of the maps, and then holds from the first step on.
 """
 
 from __future__ import annotations
@@ -112,7 +115,8 @@ def blend_mask(looked: Tensor, share: float) -> Tensor:
     """Where the edit may differ, [1, h, w] bool: looked [2, h, w] is how much each prompt's word is looked at."""
     reach = max(1, round(min(looked.shape[-2:]) / BLEND_CELLS))
     widened = torch.nn.functional.max_pool2d(looked[:, None], 2 * reach + 1, 1, reach)
-    return (widened > share * widened.amax((-2, -1), keepdim=True)).any(0)
+    low, high = (extreme((-2, -1), keepdim=True) for extreme in (widened.amin, widened.amax))
+    return (widened > low + share * (high - low)).any(0)
 
 
 def blended(x: Tensor, denoised: Tensor, sigma: float, following: float, mask: Tensor) -> Tensor:

@@ -106,6 +106,12 @@ class LikenessReplaceSubject(io.ComfyNode):
                     tooltip="A trained subject to put into the edit; its rows look where they like. Replace the word "
                     "by its class.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the picture may change: the subject, grown to where the new one will be. "
+                    "Elsewhere the picture itself is kept. In place of blend; needs the euler sampler.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="Sample both pictures with this one."),
@@ -134,11 +140,12 @@ class LikenessReplaceSubject(io.ComfyNode):
         step=0,
         blend=0.0,
         embedding=None,
+        mask=None,
     ) -> io.NodeOutput:
         start = twice(latent)
         learned = None if embedding is None else Learned(embedding, scale, step)
         patched, positive = replaced_subject(
-            model, clip, prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend
+            model, clip, prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend, mask
         )
         return io.NodeOutput(patched, positive, negative, start)
 

@@ -64,7 +64,8 @@ class Learned:
 @dataclass(frozen=True)
 class Control:
     """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished picture. blend:
-    the share of the most attention from which on a place may change; 0 lets all of them.
+    the share of the most attention from which on a place may change; 0 lets all of them. mask [1, 1, H, W]: where the
+    picture may change, in place of blend.
     """
 
     prompts: tuple[str, str]
@@ -75,6 +76,7 @@ class Control:
     self_percent: float = 0.0
     renormalise: bool = False
     blend: float = 0.0
+    mask: Tensor | None = None
 
 
 def replaced_subject(
@@ -88,6 +90,7 @@ def replaced_subject(
     self_percent: float = 0.0,
     renormalise: bool = False,
     blend: float = 0.0,
+    mask: Tensor | None = None,
 ) -> tuple[Any, Conditioning]:
     """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs."""
     attention_layers(model.model.diffusion_model)
@@ -111,8 +114,22 @@ def replaced_subject(
     of_source, of_edit = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, edited))
     positive = paired(of_source, of_edit, learned, (prompt, edited))
     rows = positive[0][0].shape[1]
-    control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise, blend)
+    control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise, blend, _usable(mask))
     return with_control(model, control), positive
+
+
+def _usable(mask: Tensor | None) -> Tensor | None:
+    """A MASK [H, W] or [1, H, W] as [1, 1, H, W]; ValueError for several, an empty or a full one."""
+    if mask is None:
+        return None
+    inside = (mask > 0.5).float().reshape(-1, 1, *mask.shape[-2:])
+    if len(inside) != 1 or not 0 < float(inside.mean()) < 1:
+        found = f"{len(inside)} masks" if len(inside) != 1 else "an empty mask" if not inside.any() else "a full mask"
+        raise ValueError(
+            f"There is {found}, expected one that is white where the picture may change and black elsewhere: connect "
+            "the subject's mask, grown a little, or none."
+        )
+    return inside
 
 
 def edited_prompt(prompt: str, word: str, new: str) -> str:
@@ -204,7 +221,7 @@ class _Sampling:
         if self.control.self_percent > 0:
             patches = replaced(patches, "attn1", layers, lambda inner: _Self(run, inner))
         options["patches_replace"] = patches
-        if self.control.blend > 0:
+        if run.blends:
             own[POST_CFG] = [*after_cfg, run.blended]
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
@@ -245,6 +262,8 @@ class _Run:
         self._ours, self._levels, self._size = ours, levels, size
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
         self._looked = torch.zeros(2, *size)
+        self.blends = control.blend > 0 or control.mask is not None
+        self.looks = control.blend > 0 and control.mask is None
 
     def pairs(self, batch: int, options: dict[str, Any]) -> Iterator[slice]:
         """Where source and edit are evaluated with the positive prompt."""
@@ -272,9 +291,12 @@ class _Run:
         """Called after CFG: the prediction that leaves the edit as the source is, away from the word."""
         sigma = float(args["sigma"].max())
         step = step_at(sigma, self._levels)
-        if step is None or sigma > self._blend_from:
+        if step is None or self.looks and sigma > self._blend_from:
             return args["denoised"]
-        mask = blend_mask(self._looked, self.control.blend)
+        if self.control.mask is None:
+            mask = blend_mask(self._looked, self.control.blend)
+        else:
+            mask = torch.nn.functional.adaptive_max_pool2d(self.control.mask, self._size)[0] > 0
         return blended(args["input"], args["denoised"], sigma, self._levels[step + 1], mask)
 
     def check_rows(self, rows: int) -> None:
@@ -297,9 +319,9 @@ class _Cross:
         found = self.inner(q, k, v, options)
         run, control = self.run, self.run.control
         controls = run.cross.holds(float(options["sigmas"].max()))
-        for pair in run.pairs(q.shape[0], options) if controls or control.blend else ():
+        for pair in run.pairs(q.shape[0], options) if controls or run.looks else ():
             run.check_rows(k.shape[1])
-            if control.blend:
+            if run.looks:
                 run.look(q[pair], k[pair], options)
             if controls:
                 heads = options["n_heads"]

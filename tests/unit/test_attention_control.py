@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.attention_control import Swap, column_map, controlled, correction, own_columns, word_swap
+from likeness.core.attention_control import (
+    Swap,
+    blend_mask,
+    blended,
+    column_map,
+    controlled,
+    correction,
+    own_columns,
+    word_swap,
+)
 from likeness.core.attention_maps import mean_over_layers, probabilities, row_maps, stretched
 
 ROWS = 9
@@ -124,3 +133,22 @@ def test_layers_of_all_sizes_count_alike_and_maps_are_stretched():
     found = stretched(torch.tensor([[0.2, 0.3], [0.25, 0.4]]))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.5], [0.25, 1.0]]))
     assert not stretched(torch.full((2, 2), 0.3)).any()
+
+
+def test_blended_predictions_leave_the_edit_as_the_source_outside_of_the_mask():
+    x, denoised, mask = drawn(2, 4, 6, 5), drawn(2, 4, 6, 5, seed=1), torch.zeros(1, 6, 5, dtype=torch.bool)
+    mask[:, 2:4, 1:3] = True
+    for sigma, following in ((3.0, 2.0), (0.5, 0.0)):
+        found = blended(x, denoised, sigma, following, mask)
+        after, plain = (x + (following - sigma) * (x - d) / sigma for d in (found, denoised))
+        assert torch.equal(found[0], denoised[0])
+        torch.testing.assert_close(after[1], torch.where(mask, plain[1], plain[0]))
+
+
+def test_the_blend_s_mask_is_where_either_word_is_looked_at():
+    looked = torch.full((2, 64, 64), 0.02)
+    looked[0, 10, 10], looked[1, 50, 50], looked[1, 30, 30] = 0.1, 0.5, 0.1
+    found = blend_mask(looked, 0.3)[0]
+    assert found[6:15, 6:15].all() and found[46:55, 46:55].all()  # the neighbourhood: 4 cells of 64 to each side
+    assert int(found.sum()) == 2 * 81
+    assert blend_mask(looked, 0.1)[0, 30, 30]
