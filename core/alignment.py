@@ -20,6 +20,7 @@ COARSE_POINTS, COARSE_STEPS, STARTS = 150, 40, 12
 FINE_POINTS, FINE_STEPS, FINALISTS = 500, 60, 2
 LEARNING_RATE = 0.03
 POLISH_STEPS, POLISH_RATE = 40, 0.01
+TIE = 0.02  # of the overlap: within it the least turned counts, since balls and stars fit at many angles
 LITERAL_STEPS = 300
 SMALLEST = 16  # mask pixels that a transform can be fitted to
 
@@ -131,11 +132,15 @@ def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees:
     theta = _from_moments(ours, theirs, angles)
     few, their_few = _chosen(ours, COARSE_POINTS), _chosen(theirs, COARSE_POINTS)
     theta = _descend(theta, few, their_few, COARSE_STEPS)
-    best = nearest_distances(matrices(theta), few, their_few, False).argsort()[:FINALISTS]
-    theta = _descend(theta[best], _chosen(ours, FINE_POINTS), _chosen(theirs, FINE_POINTS), FINE_STEPS)
+    best = nearest_distances(matrices(theta), few, their_few, False).argsort()[:FINALISTS].tolist()
+    upright = int(theta[:, 1].abs().argmin())
+    theta = _descend(
+        theta[sorted({*best, upright})], _chosen(ours, FINE_POINTS), _chosen(theirs, FINE_POINTS), FINE_STEPS
+    )
     theta = torch.cat([_polished(each, reference, target) for each in theta.split(1)])
     found = [Alignment(matrix, overlap(reference, target, matrix)) for matrix in matrices(theta)]
-    return max(found, key=lambda alignment: alignment.iou)
+    most = max(alignment.iou for alignment in found)
+    return min((each for each in found if each.iou > most - TIE), key=lambda alignment: abs(alignment.degrees))
 
 
 def _polished(theta: Tensor, reference: Tensor, target: Tensor) -> Tensor:

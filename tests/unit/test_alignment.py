@@ -77,3 +77,14 @@ def test_frames_of_different_shape():
 def test_an_empty_mask_is_refused():
     with pytest.raises(ValueError, match="target mask has 0 set pixels"):
         align(shape(0), torch.zeros(64, 64))
+
+
+def test_what_fits_at_many_angles_stays_upright():
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    disc = ((x**2 + y**2) < 0.3).float()
+    moved = (((x - 0.2) ** 2 + (y + 0.1) ** 2) < 0.2).float()
+    angle = torch.atan2(y, x)
+    star = ((x**2 + y**2).sqrt() < 0.5 + 0.2 * torch.cos(5 * angle)).float()
+    for reference, target in ((disc, moved), (star, star.roll((3, -4), (0, 1)))):
+        found = align(reference, target, max_degrees=60.0)
+        assert found.iou > 0.9 and abs(found.degrees) < 10
