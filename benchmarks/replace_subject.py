@@ -1,12 +1,9 @@
 """Does Replace Subject put another subject into a picture and leave the rest alone? On the small world, counted.
 
-For each held-out subject one picture is rendered, inverted with its caption, and optimised for (null-text, published
-settings) by the pack's own code. Then the class in the caption becomes another one, "a photo of a red striped dog on
-the grass" -> "... cat ...", and from the same noise with the same negatives pictures are sampled: by the base model
-alone (plain prompt swap), and with Replace Subject.
-
-With a mask the node keeps the picture itself away from it: here from the judge's subject masks of the source and of the
-edit without a mask, both grown, as Subject Mask would give them.
+For each held-out subject one picture is rendered and inverted with its caption by the pack's own code, with null-text's
+published settings or with direct inversion as the way back. Then the class in the caption becomes another one, "a photo
+of a red striped dog on the grass" -> "... cat ...", and from the same noise with the same negatives pictures are
+sampled: by the base model alone (plain swap), and with Replace Subject at several settings.
 
 - Seen: the judge sees the new class.
 - Background: PSNR to the source picture's autoencoder round trip, outside of the judge's subject masks of both.
@@ -15,6 +12,7 @@ edit without a mask, both grown, as Subject Mask would give them.
 The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the cost.
 
     python toolbox/_load.py benchmarks.replace_subject --out benchmarks/results/replace_subject.json
+    python toolbox/_load.py benchmarks.replace_subject --method direct --out benchmarks/results/replace_direct.json
 """
 
 from __future__ import annotations
@@ -31,27 +29,25 @@ from . import effect_hiper, hosting
 from .effect_sine import write
 
 CFG, SAMPLING_STEPS, BASE_SAMPLES, SIDE = 7.5, 50, 2, 96
-GROWN = 4  # px by which masks are grown before they are given to the node
 SEEN_GATE, BACKGROUND_GATE, GAIN_GATE = 0.85, 22.0, 6.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What Replace Subject is told. masked: with a mask, of the source's and the first setting's edited subject."""
+    """What Replace Subject is told."""
 
     end_percent: float = 1.0
     blend: float = 0.0
-    masked: bool = False
 
     @property
     def name(self) -> str:
         """How rows call it."""
-        more = f", blend {self.blend:g}" if self.blend else ", mask" if self.masked else ""
-        return f"end {self.end_percent:g}{more}"
+        return f"end {self.end_percent:g}" + (f", blend {self.blend:g}" if self.blend else "")
 
 
 PLAIN = "plain swap"
-SETTINGS = (Setting(0.4), Setting(), Setting(0.4, 0.5), Setting(0.4, masked=True), Setting(0.0, masked=True))
+METHODS = ("null-text", "direct")
+SETTINGS = (Setting(), Setting(0.4), Setting(1.0, 0.5), Setting(0.4, 0.5))
 
 
 @dataclass(frozen=True)
@@ -104,22 +100,23 @@ class NarrowClip:
 
 @dataclass(frozen=True)
 class Inverted:
-    """What an inversion of the source leaves: the noise, the levels, and a negative for each step."""
+    """What an inversion of the source leaves: the noise, the levels, and the way back."""
 
     latent: dict[str, Any]
     sigmas: Any
+    model: Any
     negative: list
 
 
 class Bench(effect_hiper.Bench):
     """The small world's models and measures, and the pack's own inversion and replacement on them."""
 
-    def inverted(self, wanted: Replacement) -> Inverted:
-        """Published inversion and null-text optimisation of the source picture."""
+    def inverted(self, wanted: Replacement, method: str) -> Inverted:
+        """The published inversion of the source picture, and a way back to it."""
         import comfy.samplers
         import torch
 
-        from ..core.host.inversion import inverted, null_text, start_latent
+        from ..core.host.inversion import inverted, start_latent, way_back
         from ..core.null_text import NullTextSettings
 
         model, prompt = self.world.model, self.conditioning(wanted.prompt)
@@ -128,8 +125,10 @@ class Bench(effect_hiper.Bench):
             sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", SAMPLING_STEPS)
             latent = {"samples": self.world.vae.encode(self.picture(wanted.case))}
             trajectory = inverted(model, prompt, latent, None, None, sigmas, "published", 0)
-            nulls = null_text(model, prompt, self.conditioning(""), trajectory, NullTextSettings(CFG))
-            return Inverted(start_latent(model, trajectory), sigmas, nulls.conditioning)
+            chosen = "direct" if method == "direct" else "null-text"
+            empty = self.conditioning("")
+            way = way_back(model, prompt, empty, trajectory, chosen, NullTextSettings(CFG), "empty prompt")
+            return Inverted(start_latent(model, trajectory), sigmas, way.model, way.negative)
 
     def pictures(self, model: Any, positive: list, start: Inverted) -> Any:
         """Pictures [2, 3, 96, 96] of the source and the edit."""
@@ -172,31 +171,28 @@ class Bench(effect_hiper.Bench):
         found = self.judge.attributes(pictures)["class"] == world.CLASSES.index(wanted.new)
         return float(found.float().mean())
 
-    def row(self, wanted: Replacement, settings: tuple[Setting, ...]) -> dict[str, dict[str, float]]:
+    def row(self, wanted: Replacement, method: str) -> dict[str, dict[str, float]]:
         """All figures of one case."""
         import torch
 
         from ..core.host.attention_control import replaced_subject
 
-        start = self.inverted(wanted)
+        start = self.inverted(wanted, method)
         with torch.inference_mode():
             source = self.picture(wanted.case)
             target = self.world.vae.decode(self.world.vae.encode(source)).movedim(-1, 1)
-            mask, either = self.judge.mask(target)[0] > 0.5, None
+            mask = self.judge.mask(target)[0] > 0.5
             found: dict[str, dict[str, float]] = {"base": {"seen": self.base_rate(wanted)}}
             clip = NarrowClip(self.world)
-            for setting in settings:
+            for setting in SETTINGS:
                 model, positive = replaced_subject(
-                    self.world.model, clip, wanted.prompt, wanted.word, wanted.new, None, setting.end_percent,
-                    blend=setting.blend, mask=either if setting.masked else None,
+                    start.model, clip, wanted.prompt, wanted.word, wanted.new, None, setting.end_percent,
+                    blend=setting.blend,
                 )  # fmt: skip
                 if PLAIN not in found:
-                    plain = self.pictures(self.world.model, positive, start)
+                    plain = self.pictures(start.model, positive, start)
                     found[PLAIN] = self.scored(wanted, plain, target, mask)
-                made = self.pictures(model, positive, start)
-                if either is None:
-                    either = grown(mask | (self.judge.mask(made[1:])[0] > 0.5))
-                found[setting.name] = self.scored(wanted, made, target, mask)
+                found[setting.name] = self.scored(wanted, self.pictures(model, positive, start), target, mask)
         return found
 
     def scored(self, wanted: Replacement, pictures: Any, target: Any, mask: Any) -> dict[str, float]:
@@ -209,11 +205,11 @@ class Bench(effect_hiper.Bench):
         }
 
 
-def stored(bench: Bench, chosen: list[Replacement], path: Path | None) -> list[dict[str, Any]]:
+def stored(bench: Bench, chosen: list[Replacement], method: str, path: Path | None) -> list[dict[str, Any]]:
     """One row for each case; each is stored as soon as it is there, and taken from there later."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
     for wanted in chosen[len(rows) :]:
-        row = bench.row(wanted, SETTINGS)
+        row = bench.row(wanted, method)
         rows.append({"subject": f"{wanted.prompt} -> {wanted.new}", **row})
         if path:
             with path.open("a") as file:
@@ -222,13 +218,6 @@ def stored(bench: Bench, chosen: list[Replacement], path: Path | None) -> list[d
         sys.stdout.write(f"{len(rows):3d} {rows[-1]['subject']}: {shown}\n")
         sys.stdout.flush()
     return rows[: len(chosen)]
-
-
-def grown(mask: Any) -> Any:
-    """A mask [H, W] grown by GROWN pixels, as a MASK [1, H, W]."""
-    import torch
-
-    return torch.nn.functional.max_pool2d(mask[None].float(), 2 * GROWN + 1, 1, GROWN)
 
 
 def psnr(one: Any, other: Any) -> float:
@@ -259,6 +248,7 @@ def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when no setting holds the gates."""
     parser = argparse.ArgumentParser(prog="benchmarks.replace_subject")
     parser.add_argument("--cases", type=int, default=32)
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=Path, help="store each case's figures here, and go on from them")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -266,9 +256,10 @@ def main(arguments: list[str]) -> int:
     hosting.start(options.threads)
     bench = Bench()
     chosen = replacements(options.cases)
-    rows = stored(bench, chosen, options.rows)
+    rows = stored(bench, chosen, options.method, options.rows)
     result = summary(rows)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     settings = {"cfg": CFG, "sampling_steps": SAMPLING_STEPS, "base samples": BASE_SAMPLES}
+    settings |= {"method": options.method}
     write(options.out, {"settings": settings, "summary": result, "rows": rows})
     return int(not any(isinstance(part, dict) and part["gates held"] for part in result.values()))
