@@ -55,7 +55,10 @@ def first_folder(kind: Kind) -> str:
 
 
 def names(kind: Kind) -> list[str]:
-    """All entries, sorted: files with the kind's extensions, and folders that hold a marker (not looked into)."""
+    """All entries, sorted: files with the kind's extensions, and folders that hold a marker (not looked into).
+
+    Only names that resolve() accepts: lists are made while ComfyUI starts, and nothing odd on a disk may stop that.
+    """
     found: set[str] = set()
     for root in roots(kind):
         for directory, subfolders, files in os.walk(root):
@@ -67,7 +70,7 @@ def names(kind: Kind) -> list[str]:
                 continue
             shown = (name for name in files if _is_listed(kind, name) and _inside(root, os.path.join(directory, name)))
             found.update(Path(directory, name).relative_to(root).as_posix() for name in shown)
-    return sorted(found)
+    return sorted(name for name in found if _resolves(kind, name))
 
 
 def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
@@ -82,8 +85,9 @@ def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
 def resolve(kind: Kind, name: str) -> Path:
     """The path of an entry, links resolved.
 
-    Raises ValueError for a name that is not a plain relative path, leaves the kind's folders (through a link too), or
-    is of another kind; FileNotFoundError when nothing of that name is there.
+    The first folder that has such an entry counts, as in names(). Raises ValueError for a name that is not a plain
+    relative path, leaves the kind's folders (through a link too), or is of another kind; FileNotFoundError when nothing
+    of that name is there.
     """
     shown = repr(name if len(name) <= 80 else name[:77] + "...")
     parts = PurePosixPath(name.replace("\\", "/")).parts
@@ -92,17 +96,19 @@ def resolve(kind: Kind, name: str) -> Path:
         raise ValueError(
             f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list."
         )
+    refused: ValueError | None = None
     for root in roots(kind):
         path = os.path.join(root, *parts)
         if not os.path.lexists(path):
             continue
-        if not _inside(root, path):
-            raise ValueError(
-                f"The model name {shown} leads outside of models/{kind.folder}: put the file itself there, or name its "
-                "folder in extra_model_paths.yaml."
-            )
-        _check_kind(kind, path, shown)
+        try:
+            _check_entry(kind, root, path, shown)
+        except ValueError as error:
+            refused = refused or error
+            continue
         return Path(os.path.realpath(path))
+    if refused is not None:
+        raise refused
     raise FileNotFoundError(
         f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
     )
@@ -115,7 +121,20 @@ def state(kind: Kind, name: str) -> str:
     return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
 
 
-def _check_kind(kind: Kind, path: str, shown: str) -> None:
+def _resolves(kind: Kind, name: str) -> bool:
+    try:
+        resolve(kind, name)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _check_entry(kind: Kind, root: str, path: str, shown: str) -> None:
+    if not _inside(root, path):
+        raise ValueError(
+            f"The model name {shown} leads outside of models/{kind.folder}: put the file itself there, or name its "
+            "folder in extra_model_paths.yaml."
+        )
     if os.path.isdir(path):
         right = any(os.path.isfile(os.path.join(path, marker)) for marker in kind.markers)
     else:

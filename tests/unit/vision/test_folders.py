@@ -10,6 +10,8 @@ import pytest
 
 from likeness.core.host import folders
 from likeness.core.host.folders import EMBEDDINGS, LPIPS, VISION
+from likeness.core.host.subject_masks import captioners, detectors
+from likeness.core.host.vision import vision_names
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,18 @@ def test_second_folder_is_searched_too(root, tmp_path_factory):
     assert folders.names(EMBEDDINGS) == ["a/cat.pt"]
     assert folders.resolve(EMBEDDINGS, "a/cat.pt") == (more / "a" / "cat.pt").resolve()
     assert folders.first_folder(EMBEDDINGS) == str(root / EMBEDDINGS.folder)
+
+
+def test_an_odd_folder_hides_nothing_else(root, tmp_path_factory):
+    """Neither a name that resolve() refuses nor an empty folder in front of the real one; the lists are made while
+    ComfyUI starts."""
+    more = tmp_path_factory.mktemp("more")
+    for path in (root / VISION.folder / "~dino" / "config.json", more / "dino" / "config.json"):
+        touch(path)
+    (root / VISION.folder / "dino").mkdir()
+    folder_paths.add_model_folder_path(VISION.folder, str(more))
+    assert folders.names(VISION) == ["dino"] and vision_names() == ["dino"] and detectors() == captioners() == []
+    assert folders.resolve(VISION, "dino") == (more / "dino").resolve()
 
 
 def test_listed_name_and_resolve_are_inverse(root):
