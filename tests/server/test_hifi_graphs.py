@@ -38,7 +38,7 @@ def test_ways_back(results, source):
 
 
 def test_a_swapped_word(results, source):
-    """With the local blend what lies away from both subjects is the picture itself."""
+    """With the local blend the border of the picture stays nearer to what it was; five steps show little of it."""
     result = results["invert_and_edit"]
     again, edited = result.pictures("Picture and edit")
     plain = result.pictures("Edit without control")[0]
