@@ -8,7 +8,8 @@ Source: NullInversion of the authors' notebook. Their loss is a mean over latent
 coordinates these are x / sqrt(1 + sigma^2), so the loss here is divided by 1 + sigma^2 and their constants hold.
 Deviations, each with its reason:
 - everything but the network is in float32, whatever the model computes in: the loss is about 1e-5;
-- `patience`: a step whose loss keeps rising is left with the best embedding it had; 0 is theirs, which keeps the last.
+- `patience`: a step whose loss keeps rising is left with the best embedding it had; 0 is theirs, which keeps the last;
+- with more than their 50 steps the learning rate falls to one half over all of them; theirs would become negative.
 
 START says where the first embedding begins. Theirs is the empty prompt, whose guidance errors are large: hundreds of
 updates. From the prompt's own rows, u = c, guidance changes nothing and only the inversion's own small error is left;
@@ -41,6 +42,7 @@ CFG = 7.5
 INNER_STEPS = 10
 LEARNING_RATE = 1e-2
 DECAY = 100.0  # the learning rate of step i is LEARNING_RATE * (1 - i / DECAY)
+NONE = -1.0  # in a stored state: no loss yet
 EPSILON = 1e-5
 EPSILON_GROWTH = 2e-5  # a step ends when its loss is below EPSILON + i * EPSILON_GROWTH
 
@@ -94,27 +96,33 @@ class NullText:
     def _start(self, null: Tensor) -> None:
         """Begin the next sampling step from this embedding, with a fresh Adam."""
         self.u = null.detach().float().clone().requires_grad_(True)
-        rate = self.settings.learning_rate * (1 - len(self.nulls) / DECAY)
+        slope = max(DECAY, 2.0 * (len(self.sigmas) - 1))
+        rate = self.settings.learning_rate * (1 - len(self.nulls) / slope)
         self.optimizer = torch.optim.Adam([self.u], lr=rate)
         self.best, self.best_loss, self.worse = self.u.detach().clone(), float("inf"), 0
         self._eps_c: Tensor | None = None
 
-    def next_x(self, u: Tensor) -> Tensor:
-        """The latent after the current step, guided against u."""
+    def guided_noise(self, u: Tensor) -> Tensor:
+        """The predicted noise before the current step, guided against u."""
         i = len(self.nulls)
-        sigma, following = self.sigmas[i], self.sigmas[i + 1]
+        sigma = self.sigmas[i]
         if self._eps_c is None:  # the same for all inner updates of a step
             with torch.no_grad():
                 self._eps_c = predicted_noise(self.denoiser, self.x, sigma, self.context)
         eps_u = predicted_noise(self.unguided, self.x, sigma, u)
-        return self.x + (following - sigma) * (eps_u + self.settings.cfg * (self._eps_c - eps_u))
+        return eps_u + self.settings.cfg * (self._eps_c - eps_u)
+
+    def next_x(self, eps: Tensor) -> Tensor:
+        """The latent after the current step with this noise."""
+        i = len(self.nulls)
+        return self.x + (self.sigmas[i + 1] - self.sigmas[i]) * eps
 
     def update(self) -> Tensor:
         i = len(self.nulls)
-        x = self.next_x(self.u)
-        loss = ((x - self.trajectory[i + 1]).float().square() / (1 + self.sigmas[i + 1] ** 2)).mean()
+        eps = self.guided_noise(self.u)
+        loss = ((self.next_x(eps) - self.trajectory[i + 1]).float().square() / (1 + self.sigmas[i + 1] ** 2)).mean()
         value = finite_or_raise(loss, self.step)
-        before = self.u.detach().clone()
+        before, denoised = self.u.detach().clone(), (self.x - self.sigmas[i] * eps).detach()
         best, best_loss, worse = self.best, self.best_loss, self.worse + 1
         if value < best_loss:
             best, best_loss, worse = before, value, 0
@@ -127,7 +135,7 @@ class NullText:
             kept = best if self.settings.patience and worse else self.u.detach()
             if finished:  # walk on from the latent that the embedding really leads to, not from the pivot
                 with torch.no_grad():
-                    following = self.next_x(kept)
+                    following = self.next_x(self.guided_noise(kept))
         self.losses.append(value)
         self.counts[-1] += 1
         self.best, self.best_loss, self.worse = best, best_loss, worse
@@ -137,7 +145,7 @@ class NullText:
             if not self.done:
                 self.counts.append(0)
                 self._start(kept)
-        return x.detach()
+        return denoised
 
     def _finished(self, value: float, i: int, worse: int) -> bool:
         """Whether the update under way is the last one of step i."""
@@ -149,7 +157,7 @@ class NullText:
         return {
             "nulls": torch.cat([*self.nulls, self.u.detach()]).cpu(),
             "best": self.best.cpu(),
-            "best_loss": torch.tensor([self.best_loss, float(self.worse)], dtype=torch.float64),
+            "best_loss": torch.tensor([self.best_loss, float(self.worse)], dtype=torch.float64).nan_to_num(posinf=NONE),
             "x": self.x.detach().cpu(),
             "counts": torch.tensor(self.counts),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
@@ -161,6 +169,7 @@ class NullText:
         self.nulls = finished
         self._start(current)
         self.best, self.x = state["best"].to(self.u), state["x"].to(self.trajectory)
-        self.best_loss, self.worse = float(state["best_loss"][0]), int(state["best_loss"][1])
+        best_loss, worse = state["best_loss"].tolist()
+        self.best_loss, self.worse = float("inf") if best_loss == NONE else best_loss, int(worse)
         self.counts, self.losses = state["counts"].tolist(), state["losses"].tolist()
         restore_adam(self.optimizer, state)

@@ -6,7 +6,8 @@ step is x' = x + (sigma' - sigma) (x - D) / sigma, so the latent that it reaches
 
 Other samplers: D makes the straight line from (x, sigma) through the target at sigma' the one that they follow. Those
 that evaluate on the way (dpm_2) still land; those that mix several evaluations (heun, dpmpp_2m, ancestral ones) come
-near in every step, and land at the end where their step to level 0 takes D as it is (all but uni_pc).
+near in every step, and land at the end where their step to level 0 takes D as it is (not uni_pc, dpm_fast,
+dpm_adaptive and dpmpp_3m_sde, which end near it).
 """
 
 from __future__ import annotations

@@ -122,9 +122,11 @@ class ReferenceGuide:
         self._fixed = self._fixed or self._predicted(x, i)  # the same for all updates of a step
         eps_c, eps_0 = self._fixed
         sigma, following = self.sigmas[i], self.sigmas[i + 1]
-        found = self._moved(x, i, eps_c, predicted_noise(self.unguided, x, sigma, self.phi_h))
+        eps = predicted_noise(self.unguided, x, sigma, self.phi_h)
+        found = self._moved(x, i, eps_c, eps)
         loss = masked_mean((found - self.trajectory[i + 1]).float().square() / (1 + following**2), self.mask)
         value = finite_or_raise(loss, self.step)
+        denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()
         last = (self.step + 1) % self.settings.inner_steps == 0
         with undone_if_cut(self.optimizer):
             self.optimizer.zero_grad(set_to_none=True)
@@ -141,7 +143,7 @@ class ReferenceGuide:
             self.nulls.append(self.phi_h.detach().clone())
             self.x, self.index, self._fixed = x, i, None
             self._start(self.phi_h)
-        return found.detach()
+        return denoised
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -137,9 +137,12 @@ def train(
             on_update(denoised)
     except BaseException:
         if fit.step:
-            if fit.step not in kept and keep != 1:  # a single one is a model's whole weights: not worth the wait
-                keep_result()
-            save()
+            try:
+                if fit.step not in kept and keep != 1:  # a single one is a model's whole weights: not worth the wait
+                    keep_result()
+                save()
+            except Exception as problem:  # why the run ended is what the user must see
+                log.warning("The work so far could not be kept (%s: %s).", type(problem).__name__, problem)
         raise
     if fit.step not in kept:
         keep_result()

@@ -2,12 +2,13 @@
 
 ComfyUI evaluates every entry whose window holds the current noise level, both ends included, and averages them; where
 none holds it, the prediction is zero without a word. So the windows tile the whole process and are cut between the
-steps' own levels: every sampler, also one that evaluates between its steps, then finds exactly one of them.
+steps' own levels: every sampler, also one that evaluates between its steps, then finds exactly one of them. Not in the
+middle of their logarithms, where some samplers (dpm_2) evaluate, but a little below: such an evaluation belongs to the
+step that it is made for.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .conditioning import Conditioning
 
+LOWER = 0.45  # of the way from the lower level to the higher, in logarithms
 Window = tuple[float, float]  # start and end in percent of the sampling, 0 pure noise
 
 
@@ -24,7 +26,7 @@ def windows(sigmas: Sequence[float], sigma_of: Callable[[float], float]) -> list
 
     sigma_of(percent) is the model's own falling map from percent to noise level.
     """
-    cuts = [_percent(math.sqrt(a * b), sigma_of) for a, b in zip(sigmas[:-2], sigmas[1:-1], strict=True)]
+    cuts = [_percent(a**LOWER * b ** (1 - LOWER), sigma_of) for a, b in zip(sigmas[:-2], sigmas[1:-1], strict=True)]
     return list(zip([0.0, *cuts], [*cuts, 1.0], strict=True))
 
 

@@ -46,6 +46,8 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     inside = (*above, id(value))
     if isinstance(value, (torch.dtype, torch.device, enum.Enum)):
         return str(value)
+    if isinstance(value, np.generic):
+        return describe(value.item(), above)
     if isinstance(value, np.ndarray):
         return [str(value.dtype), list(value.shape), value.tobytes().hex()]
     if isinstance(value, functools.partial):

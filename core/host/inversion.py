@@ -44,10 +44,16 @@ def inverted(
     """The trajectory of a picture along SIGMAS, with the prompt that describes it and no guidance."""
     single_prompt(positive, "prompt")
     check_sigmas(sigmas)
-    if label == "published" and not _variance_preserving(model):
+    sampling = model.get_model_object("model_sampling")
+    if not _adds_noise(sampling):
         raise ValueError(
-            "The published inversion is defined for models that add noise to the picture (SD1.x, SD2.x, SDXL), this "
-            "one mixes it in: choose 'current' or 'fixed point'."
+            "This model mixes noise into the picture (SD3, FLUX and other flow models), and samplers start it from "
+            "pure noise, not from an inverted picture: use SD1.x, SD2.x or SDXL."
+        )
+    if float(sigmas[-1]) > 1.01 * float(sampling.sigma_min):
+        raise ValueError(
+            f"The SIGMAS end at {float(sigmas[-1]):.4g}, where a picture is still noisy; the inversion begins at the "
+            f"clean picture, at 0 or {float(sampling.sigma_min):.4g}: connect them uncut, as BasicScheduler gives them."
         )
     samples = subject(model, latent, image, vae, None).latent
     bar = comfy.utils.ProgressBar(len(sigmas) - 1, node_id=node_id)
@@ -64,7 +70,7 @@ def inverted(
         found.append(invert(denoiser, x0.float(), denoiser.context, sigmas, label, iterations, on_step).cpu())
 
     predicting(model, positive, samples, body)
-    header = {"base": fingerprint(model), "label": label, "prompt": digest(describe(positive))}
+    header = {**_origin(model, positive), "label": label}
     return Trajectory(found[0], sigmas.detach().float().cpu(), header)
 
 
@@ -73,10 +79,19 @@ def start_latent(model: Any, trajectory: Trajectory) -> dict[str, Tensor]:
     return {"samples": model.get_model_object("latent_format").process_out(trajectory.latents[0])}
 
 
-def _variance_preserving(model: Any) -> bool:
+def _adds_noise(sampling: Any) -> bool:
     ones = torch.ones(1, 1, 1, 1)
-    noised = model.get_model_object("model_sampling").noise_scaling(torch.full((1,), 0.5), 0 * ones, ones)
-    return float(noised) == 1.0
+    return float(sampling.noise_scaling(torch.full((1,), 0.5), 0 * ones, ones)) == 1.0
+
+
+def _origin(model: Any, positive: Conditioning) -> dict[str, Any]:
+    """What a trajectory belongs to: the model with the LoRAs on its weights, and the prompt's rows."""
+    rows, options = positive[0]
+    return {
+        "base": fingerprint(model),
+        "patches": digest(describe(model.patches)),
+        "prompt": digest([rows, options.get("pooled_output")]),
+    }
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,14 @@ class Nulls:
 def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory) -> None:
     """ValueError when a trajectory is of another model or prompt."""
     check_base(trajectory.header.get("base", {}), model)
-    if trajectory.header.get("prompt") != digest(describe(positive)):
+    single_prompt(positive, "prompt")
+    origin = _origin(model, positive)
+    if any(trajectory.header.get(part) != origin[part] for part in ("base", "patches")):
+        raise ValueError(
+            "The trajectory was made with other weights (another checkpoint, or another LoRA on it): connect the very "
+            "model that the picture was inverted with."
+        )
+    if trajectory.header.get("prompt") != origin["prompt"]:
         raise ValueError(
             "The trajectory was made with another prompt: connect the very prompt that the picture was inverted with."
         )
@@ -205,7 +227,8 @@ def _optimise(
         fit = NullText(denoiser, latents, sigmas, denoiser.context, null, settings, unguided)
 
         def result() -> Result:
-            return {"nulls": torch.cat(fit.nulls).cpu(), "counts": torch.tensor(fit.counts)}
+            finished = torch.cat(fit.nulls) if fit.nulls else null[:0]
+            return {"nulls": finished.cpu(), "counts": torch.tensor(fit.counts)}
 
         def on_update(denoised: Tensor) -> None:
             progress.update(fit.losses, denoised)
@@ -215,5 +238,5 @@ def _optimise(
         finished.append(run)
 
     latent_format = model.get_model_object("latent_format")
-    optimise(model, positive, latent_format.process_out(trajectory.latents[-1]), body, negative=first)
+    optimise(model, positive, latent_format.process_out(trajectory.latents[-1]), body, negative=first, exact=True)
     return finished[0]

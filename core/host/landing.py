@@ -45,7 +45,9 @@ class Landing:
         return found
 
     def check(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *more, **named) -> Any:
-        """Around a whole sampling: refuse latents that the targets do not fit, before the model is loaded."""
+        """Around a whole sampling: refuse latents that the targets do not fit, before the model is loaded; and have the
+        last word after CFG, also behind nodes that were connected later.
+        """
         target = next(iter(self.targets.values()))
         if noise.shape[1:] != target.shape[1:] or noise.shape[0] < (self.rows or 1):
             raise ValueError(
@@ -59,6 +61,8 @@ class Landing:
                 "Picture, or the picture will be met only roughly.",
                 strange[0],
             )
+        options = executor.class_obj.model_options  # this run's own
+        options[POST_CFG] = [*(each for each in options.get(POST_CFG, []) if each is not self), self]
         return executor(noise, latent, sampler, sigmas, *more, **named)
 
 

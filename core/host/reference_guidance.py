@@ -236,5 +236,5 @@ def _sample(model: Any, task: _Task, settings: ReferenceSettings, key: str, tota
         finished.append(train(fit, total, EVERY, result, run_store(), key, header, on_update))
 
     latent = latent_format.process_out(task.trajectory.latents[-1])
-    optimise(model, task.prompt, latent, body, negative=task.negative)
+    optimise(model, task.prompt, latent, body, negative=task.negative, exact=True)
     return finished[0]

@@ -154,6 +154,7 @@ def optimise(
     text: Any | None = None,
     others: Sequence[Any] = (),
     more_memory: float = 0.0,
+    exact: bool = False,
     all_weights: bool = False,
 ) -> None:
     """Run body(denoiser, x0) with gradients through a MODEL.
@@ -162,13 +163,14 @@ def optimise(
     [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
     What body wants to keep it must detach and move to the CPU itself. negative: another prompt, for
     denoiser.of("negative"). text: a text encoder's ModelPatcher that body runs too. others: further ones (a VAE, vision
-    models), which get gradients to their inputs; more_memory: bytes that they need for that. all_weights: every weight
-    of the diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them
-    in denoiser.leaves.
+    models), which get gradients to their inputs; more_memory: bytes that they need for that. exact: an fp16 model
+    computes in float32 instead of bf16, for results that an fp16 sampling shall meet. all_weights: every weight of the
+    diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them in
+    denoiser.leaves.
     Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
     formats).
     """
-    clone = trainable_clone(model, cast=all_weights)
+    clone = trainable_clone(model, all_weights, exact)
     beside = [*([] if text is None else [text]), *others]
     if beside:
         clone.set_additional_models(BESIDE, beside)  # ComfyUI must not make room for the one by unloading the other

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .guidance import KEY, drop_guidance
-from .landing import drop_landing
+from .landing import POST_CFG, Landing, drop_landing
 
 GUIDANCE = (
     "sampler_cfg_function",
@@ -186,11 +186,13 @@ def fixed_clone(patcher: Any) -> Any:
 
 def warn_of_guidance(model: Any) -> None:
     """Say that other nodes' guidance is not part of an optimisation that a sampling is meant to follow exactly."""
-    carried = [name for name in GUIDANCE if model.model_options.get(name)]
-    carried += [KEY] if any(model.wrappers.get(WrappersMP.CALC_COND_BATCH, {}).values()) else []
+    given = {name: model.model_options.get(name) for name in GUIDANCE}
+    given[POST_CFG] = [each for each in given[POST_CFG] or [] if not isinstance(each, Landing)]
+    carried = [name for name, value in given.items() if value]
+    carried += [KEY] if model.wrappers.get(WrappersMP.CALC_COND_BATCH, {}).get(KEY) else []
     if carried:
         log.warning(
-            "The model carries guidance of other nodes (%s), which is left out here: sampled with it, the result will "
+            "The model carries guidance (%s), which is left out here: sampled with it, the result will "
             "not be met. Connect the model from before those nodes, to the sampler too.",
             ", ".join(carried),
         )
@@ -204,10 +206,10 @@ def drop_all_guidance(clone: Any) -> None:
     drop_landing(clone)
 
 
-def trainable_clone(model: Any, cast: bool = False) -> Any:
+def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     """A clone of a MODEL whose forward can be differentiated: fixed weights, attention with a backward, safe precision.
 
-    cast: its weights will be float32 whatever it computes in.
+    cast: its weights will be float32 whatever it computes in. exact: it computes in float32 where its fp16 is no good.
     """
     clone = fixed_clone(model)
     drop_all_guidance(clone)
@@ -216,7 +218,8 @@ def trainable_clone(model: Any, cast: bool = False) -> Any:
     dtype = model.model_dtype()
     if dtype == torch.float16 and not mm.is_device_cpu(model.load_device):
         # Gradients of a diffusion loss vanish in fp16; bf16 has the range, at the same speed and memory.
-        clone.set_model_compute_dtype(torch.bfloat16 if mm.should_use_bf16(model.load_device) else torch.float32)
+        coarse = mm.should_use_bf16(model.load_device) and not exact
+        clone.set_model_compute_dtype(torch.bfloat16 if coarse else torch.float32)
     elif cast and dtype != torch.float32 and model.get_model_object("manual_cast_dtype") is None:
         clone.set_model_compute_dtype(dtype)
     return clone

@@ -189,11 +189,27 @@ def test_what_is_optimised_and_inverted_never_sees_the_landing_and_says_so(tmp_p
     trajectory, *_ = invert(setting)
     plain = optimised(setting, trajectory)[1]
     forget_runs(tmp_path)
-    assert "guidance of other nodes" not in caplog.text
     setting.model = optimised(setting, trajectory, method="direct")[-1]
     assert optimised(setting, trajectory)[1] == plain
-    assert "guidance of other nodes (sampler_post_cfg_function), which is left out" in caplog.text
     assert torch.equal(invert(setting)[0].latents, trajectory.latents)
+    setting.model.add_wrapper_with_key("calc_cond_batch", "another pack", lambda executor, *args: executor(*args))
+    assert optimised(setting, trajectory, learning_rate=0.02)[1] and "guidance" not in caplog.text
+    setting.model.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    optimised(setting, trajectory, learning_rate=0.03)
+    assert "carries guidance (sampler_post_cfg_function), which is left out" in caplog.text
+
+
+def test_direct_inversion_has_the_last_word_behind_nodes_that_were_connected_later():
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    setting = calm(Setting())
+    trajectory, start, levels = invert(setting)
+    model = optimised(setting, trajectory, method="direct")[-1]
+    later = run_node(PerturbedAttentionGuidance, model=model, scale=3.0)[0]
+    order = list(later.model_options["sampler_post_cfg_function"])
+    found, _ = sampled(later, setting, start["samples"], levels)
+    torch.testing.assert_close(found, setting.latent["samples"], atol=1e-4, rtol=0)
+    assert later.model_options["sampler_post_cfg_function"] == order
 
 
 @pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras", "simple", "sgm_uniform", "beta"])
@@ -211,9 +227,25 @@ def test_every_level_meets_exactly_one_window(scheduler, steps):
             if sampling.percent_to_sigma(end) <= sigma <= sampling.percent_to_sigma(start)
         ]  # fmt: skip
         assert held == [index]
+    for index, (high, low) in enumerate(zip(levels[:-2].tolist(), levels[1:-1].tolist(), strict=True)):
+        middle = (high * low) ** 0.5  # where dpm_2 evaluates
+        held = [
+            i for i, (start, end) in enumerate(found)
+            if sampling.percent_to_sigma(end) <= middle <= sampling.percent_to_sigma(start)
+        ]  # fmt: skip
+        assert held == [index]
 
 
-def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch):
+def test_more_steps_than_the_published_rate_lasts():
+    setting = calm(Setting())
+    trajectory, *_ = invert(setting, sigmas=sigmas(setting.model, 125, "simple"))
+    negative, loss, *_ = optimised(setting, trajectory, inner_steps=1)
+    assert len(negative) == 125 and len(loss["loss"]) == 125
+
+
+@pytest.mark.parametrize("updates", [3, 13, 15])
+def test_null_text_is_served_resumed_and_the_same_again(updates, tmp_path, monkeypatch, caplog):
+    """Cancelled in the first step, in the middle of a later one, and at the end of one."""
     from likeness.core.host.progress import Progress
 
     setting = calm(Setting())
@@ -225,7 +257,7 @@ def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch):
     update, seen = Progress.update, []
 
     def cancel(self, losses, denoised=None):
-        if len(losses) == 13 and denoised is not None:
+        if len(losses) == updates and denoised is not None:
             raise Cancelled
         update(self, losses, denoised)
 
@@ -234,7 +266,7 @@ def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch):
         optimised(setting, trajectory)
     monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None: seen.append(len(losses)))
     resumed, third, *_ = optimised(setting, trajectory)
-    assert seen[0] == 14 and third == losses
+    assert seen[0] == updates + 1 and third == losses and not caplog.text
     assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
 
 
@@ -257,7 +289,39 @@ def test_bad_input_is_refused():
     several = Setting(images=2)
     with pytest.raises(ValueError, match="one picture at a time"):
         optimised(several, invert(several)[0])
+    with pytest.raises(ValueError, match="where a picture is still noisy"):
+        invert(setting, sigmas=sigmas(setting.model)[:5])
     flow = Setting()
     flow.model = run_node(ModelSamplingSD3, model=flow.model, shift=3.0)[0]
-    with pytest.raises(ValueError, match="choose 'current' or 'fixed point'"):
-        invert(flow, sigmas=sigmas(flow.model, scheduler="normal"))
+    for label in ("published", "current", "fixed point"):
+        with pytest.raises(ValueError, match="mixes noise into the picture"):
+            invert(flow, sigmas=sigmas(flow.model, scheduler="normal"), label=label)
+
+
+def with_lora(setting) -> None:
+    setting.model = setting.model.clone()
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    ones = torch.ones(setting.model.model.state_dict()[key].shape)
+    setting.model.add_patches({key: ("diff", (ones,))}, 0.1)
+
+
+@pytest.mark.parametrize("method", ["null-text", "negative prompt", "direct"])
+def test_a_trajectory_of_other_weights_is_refused(method):
+    trajectory, *_ = invert(calm(Setting()))
+    with pytest.raises(ValueError, match="made with other weights"):
+        optimised(calm(Setting(model_seed=1)), trajectory, method=method)
+    tuned = calm(Setting())
+    with_lora(tuned)
+    with pytest.raises(ValueError, match="made with other weights"):
+        optimised(tuned, trajectory, method=method)
+    with_it, *_ = invert(tuned)
+    assert optimised(tuned, with_it, method=method)
+
+
+def test_options_that_cannot_be_told_apart_do_not_make_another_prompt():
+    import numpy as np
+
+    setting = calm(Setting())
+    setting.source[0][1] |= {"note": np.float32(1.0), "thing": object()}
+    trajectory, *_ = invert(setting)
+    assert optimised(setting, trajectory, method="negative prompt")
