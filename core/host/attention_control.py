@@ -210,9 +210,8 @@ class _Sampling:
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
-        size = (noise.shape[-2], noise.shape[-1])
         ours = self._ours(guider.conds, noise)
-        run = _Run(self.control, ours, guider.inner_model.model_sampling, sigmas.tolist(), size)
+        run = _Run(self.control, ours, guider.inner_model.model_sampling, sigmas.tolist(), noise)
         own = extra_args["model_options"]  # a copy of this run's own
         options = own["transformer_options"]
         before, after_cfg = options.get("patches_replace", {}), own.get(POST_CFG, [])
@@ -251,17 +250,17 @@ class _Run:
     """One sampling: the control's numbers, where both pictures stand in a batch, and where the word was looked at."""
 
     def __init__(
-        self, control: Control, ours: frozenset[Any], sampling: Any, levels: Sequence[float], size: tuple[int, int]
+        self, control: Control, ours: frozenset[Any], sampling: Any, levels: Sequence[float], noise: Tensor
     ) -> None:
         self.control = control
-        self.mapped = column_map(control.swap, control.rows)
-        self.own = own_columns(control.swap, control.rows, control.tail)
+        self.mapped = column_map(control.swap, control.rows).to(noise.device)
+        self.own = own_columns(control.swap, control.rows, control.tail).to(noise.device)
         self.cross, self.self_ = (
             Window(float("inf"), sampling.percent_to_sigma(end)) for end in (control.end_percent, control.self_percent)
         )
-        self._ours, self._levels, self._size = ours, levels, size
+        self._ours, self._levels, self._size = ours, levels, (noise.shape[-2], noise.shape[-1])
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
-        self._looked = torch.zeros(2, *size)
+        self._looked = torch.zeros(2, *self._size)
         self.blends = control.blend > 0 or control.mask is not None
         self.looks = control.blend > 0 and control.mask is None
 
