@@ -12,7 +12,8 @@ second kind; Algorithm 3 has no step at which it ends, prompt-to-prompt ends at 
 Source of Map: get_replacement_mapper of the authors' seq_aligner. Rows of a word that becomes one of another number of
 tokens share its attention evenly, and everything behind it moves. Deviations, each with its reason:
 - behind the last swapped word the authors' code goes on with Map[j, j] = 1, so that words behind a longer one would get
-  their neighbours' attention; here they move, as between two swapped words in their code;
+  their neighbours' attention; here they move, as between two swapped words in their code. Behind a shorter word the
+  edit's last rows have none to come from and take the source's last one, so that they are looked at as padding is;
 - the sum over a row of `a` is not 1 any more; neither paper says what to do. An option divides by it.
 
 Prompt-to-prompt's local blend is an option as well (Algorithm 3 has none): after each step the edit's latent is the
@@ -68,7 +69,8 @@ def word_swap(source: Sequence[Hashable], edit: Sequence[Hashable], word: Sequen
 
 def column_map(swap: Swap, rows: int) -> Tensor:
     """Map [rows, rows]: how much of a row of the source prompt goes to each row of the edit."""
-    behind = torch.arange(rows).unsqueeze(1) - swap.old == torch.arange(rows) - swap.new
+    origin = (torch.arange(rows) - swap.new + swap.old).clamp(max=rows - 1)
+    behind = torch.arange(rows).unsqueeze(1) == origin
     found = torch.eye(rows)
     found[:, swap.start :] = behind[:, swap.start :].float()
     if swap.new != swap.old:  # the words' own tokens stand one by one for each other where there are as many

@@ -61,8 +61,7 @@ def written_out(swap: Swap) -> torch.Tensor:
         if offset < 0:
             found[j, j] = 1
         elif offset >= swap.new:
-            if j + swap.old - swap.new < ROWS:
-                found[j + swap.old - swap.new, j] = 1
+            found[min(j + swap.old - swap.new, ROWS - 1), j] = 1
         elif swap.new == swap.old:
             found[j, j] = 1
         else:
@@ -76,10 +75,9 @@ def written_out(swap: Swap) -> torch.Tensor:
 )
 def test_rows_behind_a_longer_or_shorter_word_move(swap):
     assert torch.equal(column_map(swap, ROWS), written_out(swap))
-    lost = column_map(swap, ROWS).sum(1)[: ROWS - max(swap.new - swap.old, 0)]
-    torch.testing.assert_close(
-        lost, torch.ones_like(lost)
-    )  # a word's attention is shared, none of it is lost or doubled
+    kept = column_map(swap, ROWS).sum(1)[: ROWS - max(swap.new - swap.old, 1)]
+    torch.testing.assert_close(kept, torch.ones_like(kept))  # a word's attention is shared, not lost or doubled
+    assert column_map(swap, ROWS).sum(0).all()  # the edit's last rows are looked at too
 
 
 def test_the_edit_s_own_rows_are_the_word_and_the_tail():
