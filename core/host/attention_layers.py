@@ -42,9 +42,12 @@ def replaced(
 ) -> dict[str, Any]:
     """A copy of transformer_options["patches_replace"] where every layer has around(what it would have done).
 
-    ComfyUI has one place for each layer. Standing around what is there at the beginning of a run works beside other
-    nodes' patches (IPAdapter, PAG), in whichever order they were connected.
+    Standing around what is there at the beginning of a run works beside other nodes' patches (IPAdapter, PAG), in
+    whichever order they were connected. ComfyUI takes a layer's own patch, else its block's; we take the place that is
+    taken already, else the block's. So a block's patch that comes for one call (PAG's perturbed pass) holds as without
+    us, in place of ours.
     """
     before = patches.get(kind, {})
-    ours = {key: around(before.get(key, before.get(key[:2], attend))) for key in layers}
+    places = {key if key in before else key[:2] for key in layers}
+    ours = {place: around(before.get(place, attend)) for place in places}
     return {**patches, kind: {**before, **ours}}

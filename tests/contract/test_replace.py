@@ -256,6 +256,18 @@ def test_it_works_around_a_patch_that_is_there_and_one_that_comes_later(clip):
     assert torch.equal(alone, play(controlled_by(setting, positive, Swap(0, 77, 77)), positive, negative, latent))
 
 
+@pytest.mark.parametrize("self_percent", [0.0, 1.0])
+def test_perturbed_attention_keeps_its_effect(clip, self_percent):
+    """PAG patches the middle block's self-attention for calls of its own, in which ours must not take its place."""
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    model, *rest = swapped(Setting(), clip, self_percent=self_percent)
+    weak, strong = (
+        play(run_node(PerturbedAttentionGuidance, model=model, scale=scale)[0], *rest) for scale in (0.0, 3.0)
+    )
+    assert float((strong - weak).abs().mean()) > 1e-3
+
+
 def test_patches_that_change_what_comes_together_are_refused(clip):
     setting = Setting()
     model, *rest = swapped(setting, clip)
