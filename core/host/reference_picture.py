@@ -94,9 +94,16 @@ def lay_on(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: 
 
 
 def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """One mask as [H, W] of 0 and 1, at its picture's size. ValueError when it is empty or full."""
+    """One mask as [H, W] of 0 and 1, at its picture's size. ValueError when it is empty, full, or of another
+    proportion."""
     plane = mask.float().cpu().reshape(1, 1, *mask.shape[-2:])
     if size is not None and plane.shape[2:] != size:
+        (height, width), (rows, columns) = plane.shape[2:], size
+        if abs(height * columns - width * rows) > max(height, width, rows, columns):  # a pixel or so of rounding
+            raise ValueError(
+                f"The {name} is {width} x {height}, its picture {columns} x {rows}, another proportion: connect the "
+                "mask that belongs to the picture."
+            )
         plane = F.interpolate(plane, size, mode="bilinear", align_corners=False)
     set_pixels = plane[0, 0] > 0.5
     if bool(set_pixels.all()) or not bool(set_pixels.any()):

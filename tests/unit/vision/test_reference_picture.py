@@ -92,6 +92,7 @@ def test_masks_of_another_size_are_fitted_to_the_picture():
         (torch.ones(1, 64, 64), wedge(), "The mask covers the whole picture"),
         (wedge(), torch.ones(64, 64), "The target_mask covers the whole picture"),
         (wedge().expand(2, -1, -1), wedge(), "2 were given as mask, one is expected"),
+        (wedge()[:, :32], wedge(), "The mask is 64 x 32, its picture 64 x 64, another proportion"),
     ],
 )
 def test_bad_masks(mask, target, expected):
