@@ -60,10 +60,12 @@ def _folders(wanted: Callable[[Path], bool]) -> list[str]:
 def subject_masks(image: Tensor, request: Request, detector: Path, segmenter: Path) -> SubjectMasks:
     """Masks of the subject in pictures [B, H, W, C] in 0..1.
 
-    ValueError when a picture does not show it, before segment-anything is loaded.
+    ValueError when a picture does not show it, before segment-anything is built; what is wrong with its package or its
+    file is said before anything is looked for.
     """
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
+    weights = sam.read_sam(segmenter)
     pictures = [_pixels(each) for each in image]
     detecting = grounding.load_detector(detector)
     detecting.check(request.subject)
@@ -73,7 +75,7 @@ def subject_masks(image: Tensor, request: Request, detector: Path, segmenter: Pa
         mm.throw_exception_if_processing_interrupted()
         found.append(finder(picture, request.subject, request.box_threshold, request.text_threshold))
     _check_found(found, request)
-    segmenting = sam.load_sam(segmenter)
+    segmenting = sam.load_sam(weights)
     cutter = _Loaded(segmenting, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
     masks, drawn = [], []
     lines = [f"'{request.subject.strip()}' by {detecting.description} and {segmenting.description}"]

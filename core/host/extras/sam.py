@@ -7,6 +7,7 @@ from the weights.
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,17 @@ class Segmenter(nn.Module):
         return masks[:, 0].cpu()
 
 
-def load_sam(path: Path) -> Segmenter:
-    """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors.
+@dataclass(frozen=True)
+class Weights:
+    """A file of segment-anything that was read and fits; load_sam() makes a network of it."""
+
+    name: str
+    variant: str
+    tensors: dict[str, Tensor]
+
+
+def read_sam(path: Path) -> Weights:
+    """Read sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors.
 
     Raises ValueError when the file holds something else; RuntimeError when the package is not installed.
     """
@@ -60,17 +70,27 @@ def load_sam(path: Path) -> Segmenter:
             f"{path.name} does not hold a segment-anything model ({TOLD_BY} of width 768, 1024 or 1280 is expected): "
             "choose one of the authors' files, such as sam_vit_b_01ec64.pth."
         )
-    with offline():
-        sam = segment_anything.sam_model_registry[variant]()
+    with offline(), torch.device("meta"):  # names and shapes alone
+        empty = segment_anything.sam_model_registry[variant]()
         try:
-            sam.load_state_dict(tensors, strict=True)
+            empty.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(
                 f"{path.name} does not fit segment-anything's {variant} ({reason(error)}): SAM 2, HQ-SAM and MobileSAM "
                 "are other networks; choose one of the authors' files, such as sam_vit_b_01ec64.pth."
             ) from error
+    return Weights(path.name, variant, tensors)
+
+
+def load_sam(weights: Weights) -> Segmenter:
+    """The network with these weights, frozen, in float32."""
+    import segment_anything
+
+    with offline():
+        sam = segment_anything.sam_model_registry[weights.variant]()
+        sam.load_state_dict(weights.tensors, strict=True)
         sam = sam.float().eval().requires_grad_(False)
-        return Segmenter(sam, segment_anything.SamPredictor, f"{path.name} ({variant})")
+        return Segmenter(sam, segment_anything.SamPredictor, f"{weights.name} ({weights.variant})")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ def read_model(folder: Path, class_name: str, dtype: torch.dtype = torch.float32
     read_config(folder)
     _check_weights(folder)
     transformers = library(folder)
+    setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # the older one's name
     with offline(), _no_progress_bar(transformers):
         try:
             model, info = getattr(transformers, class_name).from_pretrained(
@@ -88,6 +89,7 @@ def read_model(folder: Path, class_name: str, dtype: torch.dtype = torch.float32
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **{setting: dtype},  # while reading: a captioner in float32 would need twice its memory
             )
         except Exception as error:  # transformers raises many kinds for a damaged folder
             raise ValueError(

@@ -139,7 +139,7 @@ def test_the_variant_is_told_from_the_weights(tmp_path):
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"any{suffix}"
         network = finders.sam_file(path)
-        loaded = sam.load_sam(path)
+        loaded = sam.load_sam(sam.read_sam(path))
         assert loaded.description == f"{path.name} (vit_b)"
         assert all(torch.equal(value, loaded.sam.state_dict()[name]) for name, value in network.state_dict().items())
         assert not any(value.requires_grad for value in loaded.parameters())
@@ -157,10 +157,10 @@ def test_files_that_are_not_segment_anythings(tmp_path, small_sam):
         path = tmp_path / f"{name}.pth"
         torch.save(content, path)
         with pytest.raises(ValueError, match=expected):
-            sam.load_sam(path)
+            sam.read_sam(path)
     (tmp_path / "garbage.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        sam.load_sam(tmp_path / "garbage.pth")
+        sam.read_sam(tmp_path / "garbage.pth")
 
 
 class Runs:
@@ -173,13 +173,23 @@ class Runs:
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
     torch.save({sam.TOLD_BY: Runs()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        sam.load_sam(tmp_path / "evil.pth")
+        sam.read_sam(tmp_path / "evil.pth")
 
 
-def test_without_the_package(small_sam, monkeypatch):
+def test_what_is_wrong_with_segment_anything_is_said_before_anything_is_looked_for(
+    tmp_path, folder, small_sam, monkeypatch
+):
+    def refuse(_path):
+        raise AssertionError("it was looked for the subject for nothing")
+
+    monkeypatch.setattr(grounding, "load_detector", refuse)
+    tensors = torch.load(small_sam, weights_only=True)
+    torch.save({k: v for k, v in tensors.items() if "neck" not in k}, tmp_path / "lacking.pth")
+    with pytest.raises(ValueError, match="does not fit segment-anything's vit_b"):
+        subject_masks(pictures(1), Request("dog"), folder, tmp_path / "lacking.pth")
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     with pytest.raises(RuntimeError, match="pip install segment-anything.*MASK from another node"):
-        sam.load_sam(small_sam)
+        subject_masks(pictures(1), Request("dog"), folder, small_sam)
 
 
 def test_captions_are_the_librarys(tmp_path):
@@ -191,6 +201,23 @@ def test_captions_are_the_librarys(tmp_path):
         ids = model.generate(**processor(images=pixels, return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert words[1] == processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip() and len(words[1]) > 2
     assert len(words) == 2 and len(captions(pictures(1), tmp_path / "blip2", 4)[0]) < len(words[0])
+
+
+def test_a_model_is_read_in_the_dtype_it_is_used_in(tmp_path, monkeypatch):
+    """Not first in float32: that would be twice the memory of a large captioner."""
+    import transformers
+
+    read, original = [], transformers.AutoModelForImageTextToText.from_pretrained
+
+    def watched(*args, **settings):
+        found = original(*args, **settings)
+        read.append({value.dtype for value in found[0].parameters()})
+        return found
+
+    finders.blip_folder(tmp_path / "blip")
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", watched)
+    loaded = [caption.load_captioner(tmp_path / "blip", dtype) for dtype in (torch.float16, torch.float32)]
+    assert read == [{each.model.dtype} for each in loaded] == [{torch.float16}, {torch.float32}]
 
 
 def test_blip_writes_too(tmp_path):
