@@ -7,6 +7,7 @@ the same call; nothing is stored, and nothing is counted.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ def replaced_subject(
 ) -> tuple[Any, Conditioning]:
     """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs."""
     attention_layers(model.model.diffusion_model)
+    if clip is None:
+        raise ValueError(
+            "The CLIP is empty: this checkpoint holds no text encoder. Connect the one that belongs to the model, from "
+            "a Load CLIP node."
+        )
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
     edited = edited_prompt(prompt, word, new)
@@ -211,7 +217,8 @@ class _Sampling:
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
         ours = self._ours(guider.conds, noise)
-        run = _Run(self.control, ours, guider.inner_model.model_sampling, sigmas.tolist(), noise)
+        lengths = [_rows(entry) for entries in guider.conds.values() for entry in entries or []]
+        run = _Run(self.control, ours, lengths, guider.inner_model.model_sampling, sigmas.tolist(), noise)
         own = extra_args["model_options"]  # a copy of this run's own
         options = own["transformer_options"]
         before, after_cfg = options.get("patches_replace", {}), own.get(POST_CFG, [])
@@ -221,7 +228,7 @@ class _Sampling:
             patches = replaced(patches, "attn1", layers, lambda inner: _Self(run, inner))
         options["patches_replace"] = patches
         if run.blends:
-            own[POST_CFG] = [*after_cfg, run.blended]
+            own[POST_CFG] = [run.counted, *after_cfg, run.blended]
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         finally:
@@ -236,21 +243,48 @@ class _Sampling:
                 "front of it."
             )
         marked = [entry for entries in conds.values() for entry in entries or [] if KEY in entry]
-        ours = frozenset(entry["uuid"] for entry in marked if entry[KEY] == self.control.prompts)
+        ours = [entry for entry in marked if entry[KEY] == self.control.prompts]
         if not ours:
             found = "another Replace Subject's" if marked else "not from Replace Subject"
             raise ValueError(
                 f"The positive prompt is {found}: connect the 'positive' of the Replace Subject that the model comes "
                 "from."
             )
-        return ours
+        for entry in ours:
+            _check_rows(self.control.rows, _rows(entry))
+            if "area" in entry and self.control.blend > 0 and self.control.mask is None:
+                raise ValueError(
+                    "The positive prompt holds in an area, whose maps do not show the whole picture: take the area "
+                    "off, or give Replace Subject a mask in place of blend."
+                )
+        return frozenset(entry["uuid"] for entry in ours)
+
+
+def _rows(entry: dict[str, Any]) -> int:
+    """How many rows the table of an entry of a guider has; 1 for one without a table."""
+    return entry["cross_attn"].shape[1] if isinstance(entry.get("cross_attn"), Tensor) else 1
+
+
+def _check_rows(expected: int, rows: int, longest: int | None = None) -> None:
+    """ValueError when these are not the rows of the prompt, or their repetition up to what all prompts fit into."""
+    if rows % expected or (longest or expected) % rows:
+        raise ValueError(
+            f"The prompt has {expected} rows, {rows} came: a node behind Replace Subject (Conditioning Concat) or on "
+            "the model (a patch of attn2) adds rows of its own. Take it off, or use it without Replace Subject."
+        )
 
 
 class _Run:
     """One sampling: the control's numbers, where both pictures stand in a batch, and where the word was looked at."""
 
     def __init__(
-        self, control: Control, ours: frozenset[Any], sampling: Any, levels: Sequence[float], noise: Tensor
+        self,
+        control: Control,
+        ours: frozenset[Any],
+        lengths: Sequence[int],
+        sampling: Any,
+        levels: Sequence[float],
+        noise: Tensor,
     ) -> None:
         self.control = control
         self.mapped = column_map(control.swap, control.rows).to(noise.device)
@@ -260,7 +294,8 @@ class _Run:
         )
         self._ours, self._levels, self._size = ours, levels, (noise.shape[-2], noise.shape[-1])
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
-        self._looked = torch.zeros(2, *self._size)
+        self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths in one call up to this
+        self._looked, self._looking = torch.zeros(2, *self._size), torch.zeros(2, *self._size)
         self.blends = control.blend > 0 or control.mask is not None
         self.looks = control.blend > 0 and control.mask is None
 
@@ -279,15 +314,22 @@ class _Run:
             yield slice(2 * index, 2 * index + 2)
 
     def look(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
-        """Remember how much the word is looked at: q and k [2, T or N, heads * d] of source and edit."""
+        """Note how much the word is looked at: q and k [2, T or N, heads * d] of source and edit."""
         swap = self.control.swap
         maps = row_maps(probabilities(q, k, options["n_heads"]), tuple(options["activations_shape"][-2:]))
         of_word = [maps[0, swap.start : swap.start + swap.old], maps[1, swap.start : swap.start + swap.new]]
         seen = torch.stack([each.mean(0) for each in of_word])
-        self._looked = self._looked.to(seen) + mean_over_layers([seen[None]], self._size)[0]
+        self._looking = self._looking.to(seen) + mean_over_layers([seen[None]], self._size)[0]
+
+    def counted(self, args: dict[str, Any]) -> Tensor:
+        """Called first after CFG: what was noted up to here counts. What other nodes evaluate after CFG, such as PAG's
+        perturbed pass, does not."""
+        self._looked = self._looked.to(self._looking) + self._looking
+        return args["denoised"]
 
     def blended(self, args: dict[str, Any]) -> Tensor:
-        """Called after CFG: the prediction that leaves the edit as the source is, away from the word."""
+        """Called last after CFG: the prediction that leaves the edit as the source is, away from the word."""
+        self._looking = torch.zeros_like(self._looking)
         sigma = float(args["sigma"].max())
         step = step_at(sigma, self._levels)
         if step is None or self.looks and sigma > self._blend_from:
@@ -300,11 +342,7 @@ class _Run:
 
     def check_rows(self, rows: int) -> None:
         """ValueError when the keys are not those of the prompt."""
-        if rows % len(self.own):
-            raise ValueError(
-                f"The prompt has {len(self.own)} rows, {rows} came: a node behind the text encoder or on the model "
-                "(a patch of attn2) adds rows of its own. Take it off, or use it without Replace Subject."
-            )
+        _check_rows(len(self.own), rows, self._longest)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,10 @@ def test_patches_that_change_what_comes_together_are_refused(clip):
     wider.set_model_attn2_patch(lambda n, c, v, _options: (n, *(torch.cat([each, each[:, :4]], 1) for each in (c, v))))
     with pytest.raises(ValueError, match="has 77 rows, 81 came"):
         play(wider, *rest)
+    repeated = model.clone()
+    repeated.set_model_attn2_patch(lambda n, c, v, _options: (n, *(torch.cat([each, each], 1) for each in (c, v))))
+    with pytest.raises(ValueError, match="has 77 rows, 154 came"):
+        play(repeated, *rest)
     split.set_model_attn2_patch(lambda *parts: tuple(torch.cat([each, each]) for each in parts[:3]))
     with pytest.raises(ValueError, match="8 rows came for 2 prompts"):
         play(split, *rest)
@@ -343,7 +347,7 @@ def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
 
     def refused(match: str, **changes):
         with pytest.raises(ValueError, match=match):
-            swapped(setting, clip, **changes)
+            swapped(setting, **{"clip": clip, **changes})
 
     refused("'dog' is not in the prompt", word="dog")
     refused("'cats' is not in the prompt", word="cats")
@@ -357,16 +361,64 @@ def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
     refused("holds 2 pictures", latent={"samples": torch.ones(2, 4, 8, 8)})
     refused("connect the model", embedding=subject(base={"family": "SDXL"}))
     refused("width 1024", embedding=subject(width=1024))
+    refused("CLIP is empty.*Load CLIP", clip=None)
     for prompt, word in (("a photo of a (cat:1.2), on the grass", "cat"), ("A photo of a Black Cat.", "black cat")):
         swapped(setting, clip, prompt=prompt, word=word)
 
 
+def test_a_longer_negative_repeats_the_rows_and_changes_nothing_else(clip):
+    """ComfyUI pads prompts that come in one call to the same length."""
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip)
+    longer = [[negative[0][0].repeat(1, 2, 1), negative[0][1]]]
+    close(play(model, positive, longer, latent), play(model, positive, negative, latent))
+
+
+def area_of(positive):
+    return [[rows, {**options, "area": (4, 4, 2, 2)}] for rows, options in positive]
+
+
+def test_the_local_blend_needs_maps_of_the_whole_picture(clip):
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip, blend=0.3)
+    with pytest.raises(ValueError, match="holds in an area.*a mask in place of blend"):
+        play(model, area_of(positive), negative, latent)
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 16:40, 16:33] = 1.0
+    for changes in ({}, {"blend": 0.3, "mask": mask}):
+        model, positive, *_ = swapped(setting, clip, **changes)
+        assert play(model, area_of(positive), negative, latent).isfinite().all()
+
+
+def test_the_local_blend_counts_no_perturbed_pass(clip):
+    """Beside a node whose additional predictions change nothing, it is as without."""
+    import comfy.samplers
+
+    setting = Setting()
+    model, *rest = swapped(setting, clip, blend=0.5)
+
+    def again(args):
+        other = args["input"].flip(-1)
+        comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], other, args["sigma"], args["model_options"])
+        return args["denoised"]
+
+    beside = model.clone()
+    beside.set_model_sampler_post_cfg_function(again)
+    assert torch.equal(play(beside, *rest), play(model, *rest))
+
+
 def test_what_does_not_belong_together_is_refused_when_sampling_starts(clip):
+    from nodes import ConditioningConcat
+
     setting = Setting()
     model, positive, negative, latent = swapped(setting, clip)
     with pytest.raises(ValueError, match=r"holds 1 picture\(s\).*works on two"):
         play(model, positive, negative, {"samples": latent["samples"][:1]})
     with pytest.raises(ValueError, match="not from Replace Subject"):
         play(model, setting.target, negative, latent)
+    with torch.inference_mode():
+        joined = ConditioningConcat().concat(positive, [[positive[0][0].flip(1), {}]])[0]
+    with pytest.raises(ValueError, match=r"has 77 rows, 154 came.*Conditioning Concat"):
+        play(model, joined, negative, latent)
     with pytest.raises(ValueError, match="another Replace Subject's"):
         play(model, swapped(setting, clip, replacement="car")[1], negative, latent)
