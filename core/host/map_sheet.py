@@ -11,7 +11,7 @@ from .attention_maps import Maps
 from .sheets import FONT_SIZE, INK, MARGIN, PAPER, as_image, font, thumbnail
 from .sweep_sheet import centre
 
-TILE = 192  # px, the longer side of a map
+TILE, SHEET = 192, 4096  # px, the longer side of a map at most, and of all maps together about
 TITLE = "attention to the last {} rows of the prompt, from noise (0) to picture (1)"
 SHADES = ((24, 24, 27), (67, 30, 120), (190, 55, 90), (250, 150, 40), (255, 250, 190))  # from dark to light
 
@@ -22,12 +22,15 @@ def map_sheet(maps: Maps) -> Tensor:
     rows = [*maps.values.unbind(1), maps.values.mean(1)]
     names = [*(f"row {index - count}" for index in range(count)), "mean"]
     labels = [(name, f"to {float(row.amax()):.3f}") for name, row in zip(names, rows, strict=True)]
-    tiles = [[thumbnail(coloured(tile), TILE) for tile in stretched(row)] for row in rows]
+    side = tile_side(len(rows), len(maps.percents), *maps.values.shape[-2:])
+    tiles = [[thumbnail(coloured(tile), side) for tile in stretched(row)] for row in rows]
     face, line = font(), FONT_SIZE + 6
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max(int(measure.textlength(text, font=face)) for label in labels for text in label) + 3 * MARGIN
     title = TITLE.format(count)
     width, height = (size + MARGIN for size in tiles[0][0].size)
+    width = max(width, int(measure.textlength("0.00", font=face)) + MARGIN)  # labels of small maps do not meet
+    height = max(height, 2 * line)
     top = 2 * line + 2 * MARGIN
     whole = max(left + len(tiles[0]) * width + MARGIN, int(measure.textlength(title, font=face)) + 2 * MARGIN)
     sheet = Image.new("RGB", (whole, top + len(tiles) * height + MARGIN), PAPER)
@@ -42,6 +45,13 @@ def map_sheet(maps: Maps) -> Tensor:
         for column, tile in enumerate(row):
             sheet.paste(tile, (left + column * width, y))
     return as_image(sheet)
+
+
+def tile_side(rows: int, columns: int, height: int, width: int) -> int:
+    """The longer side of a map [height, width] with which so many fit on a sheet, TILE at most."""
+    longer = max(height, width)
+    fitting = ((SHEET / count - MARGIN) * longer / side for count, side in ((rows, height), (columns, width)))
+    return max(1, int(min(TILE, *fitting)))
 
 
 def coloured(values: Tensor) -> Tensor:

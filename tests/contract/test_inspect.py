@@ -40,6 +40,18 @@ def test_every_row_and_level_has_its_map(family):
     assert len({float(value.sum()) for value in found.values.flatten(0, 1)}) == 20, "two maps are one"
 
 
+@pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32)])
+def test_many_maps_are_shown_smaller(size):
+    """The whole prompt at every level fits on a sheet that can be shown; few maps keep their size."""
+    from likeness.core.host.attention_maps import Maps
+    from likeness.core.host.map_sheet import SHEET, TILE, map_sheet
+
+    many = map_sheet(Maps(torch.rand(50, 77, *size), [index / 50 for index in range(50)]))
+    assert SHEET / 3 < max(many.shape[1:3]) < SHEET + 200
+    few = map_sheet(Maps(torch.rand(2, 1, *size), [0.25, 0.75]))
+    assert max(few.shape[1:3]) > 2 * TILE
+
+
 def test_all_rows_of_the_prompt_add_up_to_one_everywhere():
     found = maps(Setting(), tokens=77)
     torch.testing.assert_close(found.values.sum(1), torch.ones(4, 8, 8), atol=1e-5, rtol=0)
