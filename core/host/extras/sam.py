@@ -95,9 +95,9 @@ def load_sam(weights: Weights) -> Segmenter:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix.lower() == ".safetensors":
-            return load_file(str(path))
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # nodes run in it, and its tensors cannot become parameters
+            if path.suffix.lower() == ".safetensors":
+                return load_file(str(path))
             tensors = torch.load(str(path), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(

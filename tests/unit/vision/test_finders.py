@@ -135,11 +135,12 @@ def test_subjects_that_cannot_be_looked_for(folder, small_sam, subject, expected
 
 
 def test_the_variant_is_told_from_the_weights(tmp_path):
-    """Whole ViT-B weights, as .pth and as safetensors; nothing is predicted."""
+    """Whole ViT-B weights, as .pth and as safetensors, read as a node reads them; nothing is predicted."""
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"any{suffix}"
         network = finders.sam_file(path)
-        loaded = sam.load_sam(sam.read_sam(path))
+        with torch.inference_mode():
+            loaded = sam.load_sam(sam.read_sam(path))
         assert loaded.description == f"{path.name} (vit_b)"
         assert all(torch.equal(value, loaded.sam.state_dict()[name]) for name, value in network.state_dict().items())
         assert not any(value.requires_grad for value in loaded.parameters())
