@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..drawing import Drawing, Node, Output
-from .inversion import BLEND, LEVELS, METHODS, SOURCE, WORD, Inverted, Levels
+from .inversion import BLEND, DIRECT, LEVELS, SOURCE, UNTIL, WORD, Inverted, Levels
 from .pieces import CFG, HUB, MODEL_NOTE, OFF_NOTE, SEED, VISION_NOTE, score_node
 
 CAPTION, TARGET = "a photo of a dog", "a photo of a dog on the beach"
@@ -300,10 +300,8 @@ def replace_subject(draw: Drawing) -> None:
         "'hifi_train_subject' once first and choose its file in 'Saved subject' (press R if the list does not show "
         "it). **Then** load the picture to change, describe it plainly in 'Prompt of the picture to change', and write "
         "in 'Replace by the subject' and 'Replace by the word' which word goes and what your subject is.\n\nLower "
-        "end_percent (0.6, 0.4) when the old subject's shape stays, raise it when the background changes.\n\n"
-        + LEVELS
-        + MODEL_NOTE
-        + BLIP_NOTE,
+        "end_percent or raise blend when the old subject's shape stays; raise end_percent (0.6, 0.8, 1) or lower blend "
+        "when the background changes.\n\n" + LEVELS + MODEL_NOTE + BLIP_NOTE,
         860,
     )
     model = make.model()
@@ -320,7 +318,7 @@ def replace_subject(draw: Drawing) -> None:
     levels = make.levels(model)
     draw.column()
     inverted = make.invert("Invert", model["MODEL"], picture, positive, model["VAE"], levels)
-    way = make.back("Way back", model, positive, empty, inverted, METHODS[0])
+    way = make.back("Way back", model, positive, empty, inverted, DIRECT)
     draw.column()
     swaps = []
     rows: dict[str, dict[str, Any]] = {
@@ -339,6 +337,7 @@ def replace_subject(draw: Drawing) -> None:
                 prompt=text,
                 word=WORD,
                 replacement=SUBJECT,
+                end_percent=UNTIL,
                 blend=BLEND,
                 **more,
             )

@@ -11,8 +11,9 @@ from .pieces import CFG, MODEL_NOTE, SEED, Pieces
 STEPS, SCHEDULER = 50, "ddim_uniform"  # the sampling of the papers
 SOURCE = "a photo of a cat on a sofa"
 WORD, REPLACEMENT = "cat", "dog"
-BLEND = 0.3  # of prompt-to-prompt
+BLEND, UNTIL = 0.5, 0.4  # what kept most of the background in the small world
 METHODS = ("null-text", "negative prompt", "direct")
+DIRECT = METHODS[2]  # negatives near the source prompt, as null-text makes them, hinder edits
 LEVELS = (
     "All samplings use the noise levels of 'Steps': ddim_uniform with a number of steps that divides 1000 (20, 25, 40, "
     "50), the euler sampler, and no added noise. The cfg of Null-Text and of the guiders must be the same.\n\n"
@@ -143,8 +144,10 @@ def edit(draw: Drawing) -> None:
         "(prompt-to-prompt, as HiFi Tuner uses it). Beside it the same swap without that control, which usually "
         "changes the whole picture.\n\n**First** load your picture (it is cut to a 512 x 512 square), describe it "
         "plainly in 'Prompt of the picture', and write in 'Replace' which word goes and what takes its place.\n\n"
-        "When the new subject keeps too much of the old one's shape, lower end_percent there, to 0.6 or 0.4; when the "
-        "background changes, raise it.\n\n" + LEVELS + MODEL_NOTE,
+        "When the background changes, raise end_percent there (0.6, 0.8, 1) or lower blend (0.4, 0.3); when the new "
+        "subject is cut off or keeps too much of the old one's shape, lower end_percent or raise blend.\n\n"
+        + LEVELS
+        + MODEL_NOTE,
         740,
     )
     model = make.model()
@@ -158,7 +161,7 @@ def edit(draw: Drawing) -> None:
     levels = make.levels(model)
     draw.column()
     inverted = make.invert("Invert", model["MODEL"], picture, positive, model["VAE"], levels)
-    way = make.back("Way back", model, positive, empty, inverted, METHODS[0])
+    way = make.back("Way back", model, positive, empty, inverted, DIRECT)
     draw.column()
     replaced = draw.node(
         "LikenessReplaceSubject",
@@ -170,6 +173,7 @@ def edit(draw: Drawing) -> None:
         prompt=text,
         word=WORD,
         replacement=REPLACEMENT,
+        end_percent=UNTIL,
         blend=BLEND,
     )
     draw.column()
