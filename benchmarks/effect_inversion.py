@@ -25,6 +25,7 @@ from . import effect_sine, hosting
 
 if TYPE_CHECKING:
     from ..core.inversion import Label
+    from ..core.null_text import Method, Start
 
 STEPS, CFG, SCHEDULER = 50, 7.5, "ddim_uniform"
 ROUND_TRIP, PUBLISHED, CHEAP = "autoencoder", "null-text, published", "null-text from the prompt"
@@ -128,7 +129,7 @@ class Bench:
             start = start_latent(model, trajectory)["samples"]
             row[f"{label}, unguided"] = {"psnr": psnr(self.sampled(model, positive, self.empty, start, 1.0)), **cost}
         row["plain"] = {"psnr": psnr(self.sampled(model, positive, self.empty, start, CFG))}
-        ways = {
+        ways: dict[str, tuple[Method, Start]] = {
             "negative prompt": ("negative prompt", "prompt"),
             "direct": ("direct", "empty prompt"),
             PUBLISHED: ("null-text", "empty prompt"),
