@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..drawing import Drawing, Node, Output
-from .inversion import BLEND, DIRECT, LEVELS, SOURCE, UNTIL, WORD, Inverted, Levels
+from .inversion import ADVICE, BLEND, DIRECT, FRESH_LEVELS, LEVELS, SOURCE, UNTIL, WORD, Inverted, Levels
 from .pieces import CFG, HUB, MODEL_NOTE, OFF_NOTE, SEED, VISION_NOTE, score_node
 
 CAPTION, TARGET = "a photo of a dog", "a photo of a dog on the beach"
@@ -162,10 +162,12 @@ def train_subject(draw: Drawing) -> None:
         "Three pictures from the same noise: the prompt alone, with one embedding for all steps, with the step-wise "
         "one. 'Maps' shows where the learned rows look, from noise (left) to picture (right).\n\n"
         + FIRST
-        + "Several pictures of the subject may be joined to a batch (Batch Images) before 'Mask'. The result is saved "
-        "in models/likeness_embeddings/likeness for 'hifi_reference_guided' and 'hifi_replace_subject'.\n\n"
+        + "Several pictures (3 to 5): add a Load Image and an Image Scale like these two for each, join them with "
+        "Batch Images, and put that batch in the place of the scaled picture, in all its links but the one to "
+        "'reference' of 'Score'. The result is saved as models/likeness_embeddings/likeness/hifi_00001_.safetensors, "
+        "for 'hifi_reference_guided' and 'hifi_replace_subject'; every further training counts up.\n\n"
         "1000 and 500 steps; each training runs once: queueing again only samples, and Cancel loses nothing.\n\n"
-        + LEVELS
+        + FRESH_LEVELS
         + MODEL_NOTE
         + MASK_ROWS
         + VISION_NOTE
@@ -183,7 +185,7 @@ def train_subject(draw: Drawing) -> None:
     caption = make.prompt("Source prompt", model["CLIP"], CAPTION)
     target = make.prompt("Prompt, encoded", model["CLIP"], target_text)
     empty = make.prompt("Empty prompt", model["CLIP"], "")
-    levels = make.levels(model)
+    levels = make.levels(model, noiseless=False)
     begin = Beginning(make.canvas(), make.noise())
     draw.column()
     trained = make.train(
@@ -237,14 +239,16 @@ def reference_guided(draw: Drawing) -> None:
     draw.note(
         "# A picture with a reference's details (HiFi Tuner)\nSamples the saved subject in a new prompt, chooses which "
         "of the subject's pictures is most like the result, lays it on the result's subject, inverts it, and samples "
-        "again with the same noise: inside the mask the negative prompt of steps 10 to 40 is optimised until the "
+        "again with the same noise: inside the mask the negative prompt of steps 11 to 41 is optimised until the "
         "steps meet the reference.\n\nRun 'hifi_train_subject' once first and choose its file in 'Saved subject' "
         "(press R if the list does not show it). **Then** load two pictures of the subject (more by further Batch "
         "Images nodes), write in both 'Mask' nodes what the subject is, and describe the references plainly in 'Prompt "
-        "of the reference'. For rigid things, not for animals that move: the reference's shape comes along.\n\nNearer "
+        "of the reference'. Made for things that keep their shape (a mug, a shoe, a toy); with an animal only when the "
+        "reference shows nearly the same pose: where 'Laid over' has little green, take another picture or another "
+        "number in 'Noise'.\n\nNearer "
         "to the reference: raise inner_steps or end_percent in 'Guide by the reference'. 'Laid over' shows in green "
         "where both subjects are.\n\nThe group 'Play back' samples the same picture with stock nodes, from what was "
-        "found; it is switched off.\n\n" + LEVELS + MODEL_NOTE + REFERENCE_ROWS + MASK_ROWS + MASK_NOTE,
+        "found; it is switched off.\n\n" + FRESH_LEVELS + MODEL_NOTE + REFERENCE_ROWS + MASK_ROWS + MASK_NOTE,
         1020,
     )
     model = make.model()
@@ -258,7 +262,7 @@ def reference_guided(draw: Drawing) -> None:
     caption = make.prompt("Prompt of the reference", model["CLIP"], CAPTION)
     target = make.prompt("Prompt of the new picture", model["CLIP"], TARGET)
     empty = make.prompt("Empty prompt", model["CLIP"], "")
-    levels = make.levels(model)
+    levels = make.levels(model, noiseless=False)
     begin = Beginning(make.canvas(), make.noise())
     draw.column()
     positive = make.apply("Subject in the prompt", target, loaded["embedding"], model)
@@ -299,9 +303,11 @@ def replace_subject(draw: Drawing) -> None:
         "looks where it looked in the picture. Beside it the same without the saved subject.\n\nRun "
         "'hifi_train_subject' once first and choose its file in 'Saved subject' (press R if the list does not show "
         "it). **Then** load the picture to change, describe it plainly in 'Prompt of the picture to change', and write "
-        "in 'Replace by the subject' and 'Replace by the word' which word goes and what your subject is.\n\nLower "
-        "end_percent or raise blend when the old subject's shape stays; raise end_percent (0.6, 0.8, 1) or lower blend "
-        "when the background changes.\n\n" + LEVELS + MODEL_NOTE + BLIP_NOTE,
+        "in 'Replace by the subject' and 'Replace by the word' which word goes and what your subject is.\n\n"
+        + ADVICE
+        + LEVELS
+        + MODEL_NOTE
+        + BLIP_NOTE,
         860,
     )
     model = make.model()

@@ -19,7 +19,7 @@ from .hifi import (
     reference_for,
     scores,
 )
-from .inversion import LEVELS
+from .inversion import FRESH_LEVELS
 from .pieces import MODEL_NOTE, ON_NOTE, VISION_NOTE
 
 ROWS = {
@@ -41,7 +41,7 @@ def ablation(draw: Drawing) -> None:
         "the table: identity (DINO, CLIP-I) should rise, the prompt's score (CLIP-T) should stay. One picture says "
         "little: change the noise and look again, or batch several subjects' results by hand.\n\nThree trainings of "
         "1000 steps and one of 500, once; with the picture and prompts of 'hifi_train_subject' two of them are already "
-        "done.\n\n" + LEVELS + MODEL_NOTE + REFERENCE_ROWS + MASK_ROWS + VISION_NOTE + ON_NOTE + MASK_NOTE,
+        "done.\n\n" + FRESH_LEVELS + MODEL_NOTE + REFERENCE_ROWS + MASK_ROWS + VISION_NOTE + ON_NOTE + MASK_NOTE,
         900,
     )
     model = make.model()
@@ -54,7 +54,7 @@ def ablation(draw: Drawing) -> None:
     caption = make.prompt("Source prompt", model["CLIP"], CAPTION)
     target = make.prompt("Prompt, encoded", model["CLIP"], text)
     empty = make.prompt("Empty prompt", model["CLIP"], "")
-    levels = make.levels(model)
+    levels = make.levels(model, noiseless=False)
     begin = Beginning(make.canvas(), make.noise())
     draw.column()
     base = make.train("Learn everything", model, picture, caption, empty)

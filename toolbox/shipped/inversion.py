@@ -14,9 +14,19 @@ WORD, REPLACEMENT = "cat", "dog"
 BLEND, UNTIL = 0.5, 0.4  # what kept most of the background in the small world
 METHODS = ("null-text", "negative prompt", "direct")
 DIRECT = METHODS[2]  # negatives near the source prompt, as null-text makes them, hinder edits
-LEVELS = (
-    "All samplings use the noise levels of 'Steps': ddim_uniform with a number of steps that divides 1000 (20, 25, 40, "
-    "50), the euler sampler, and no added noise. The cfg of Null-Text and of the guiders must be the same.\n\n"
+STEPS_NOTE = (
+    "All samplings use the noise levels of 'Steps' (ddim_uniform; 10, 20, 25, 40 or 50 steps come out as asked), the "
+    "euler sampler and "
+)
+LEVELS = STEPS_NOTE + (
+    "no added noise (DisableNoise): the inverted picture is the noise. The cfg of Null-Text and of all guiders must be "
+    "the same.\n\n"
+)
+FRESH_LEVELS = STEPS_NOTE + "the noise of 'Noise'. Keep one cfg in all guiders (and in 'Guide by the reference').\n\n"
+ADVICE = (
+    "When the background changes, raise blend (0.6, 0.7), or connect a mask: white where the picture may change. When "
+    "the new subject is cut off, lower blend (0.4, 0.3). When it keeps the old one's shape, lower end_percent (0.3, "
+    "0.2).\n\n"
 )
 
 
@@ -26,16 +36,17 @@ class Levels:
 
     sampler: Output
     sigmas: Output
-    no_noise: Output
+    no_noise: Output | None
 
 
 class Inverted(Pieces):
     """Sampling along one list of noise levels, and the way of a picture along it."""
 
-    def levels(self, model: Node, steps: int = STEPS) -> Levels:
+    def levels(self, model: Node, steps: int = STEPS, noiseless: bool = True) -> Levels:
         sigmas = self.draw.node("BasicScheduler", "Steps", model=model["MODEL"], scheduler=SCHEDULER, steps=steps)
         sampler = self.draw.node("KSamplerSelect", "Sampler", sampler_name="euler")
-        return Levels(sampler["SAMPLER"], sigmas["SIGMAS"], self.draw.node("DisableNoise")["NOISE"])
+        no_noise = self.draw.node("DisableNoise")["NOISE"] if noiseless else None
+        return Levels(sampler["SAMPLER"], sigmas["SIGMAS"], no_noise)
 
     def invert(self, title: str, model: Output, picture: Output, positive: Output, vae: Output, levels: Levels) -> Node:
         return self.draw.node(
@@ -97,8 +108,10 @@ def reconstruct(draw: Drawing) -> None:
         "that Null-Text has optimised for each step, with the prompt as its own negative, and with direct inversion. "
         "'Scores' tells how near each comes (PSNR in dB, in this order); what the autoencoder alone gives back is the "
         "most that can be reached.\n\n**First** load your picture (it is cut to a 512 x 512 square) and describe it "
-        "plainly in 'Prompt of the picture'.\n\nThe optimised negatives work in any sampling with the same levels: "
-        "'invert_and_edit' goes on from here.\n\n" + LEVELS + MODEL_NOTE,
+        "plainly in 'Prompt of the picture'.\n\nNothing here needs to run first for 'invert_and_edit': it inverts by "
+        "itself, and comes back by direct inversion, because negatives near the prompt hinder edits.\n\n"
+        + LEVELS
+        + MODEL_NOTE,
         780,
     )
     model = make.model()
@@ -141,13 +154,11 @@ def edit(draw: Drawing) -> None:
     draw.note(
         "# Exchange a subject by a word\nInverts a picture, and samples it twice at once: as it was, and with one word "
         "of its prompt exchanged, where everything but the new word looks at the places where it looked before "
-        "(prompt-to-prompt, as HiFi Tuner uses it). Beside it the same swap without that control, which usually "
-        "changes the whole picture.\n\n**First** load your picture (it is cut to a 512 x 512 square), describe it "
-        "plainly in 'Prompt of the picture', and write in 'Replace' which word goes and what takes its place.\n\n"
-        "When the background changes, raise end_percent there (0.6, 0.8, 1) or lower blend (0.4, 0.3); when the new "
-        "subject is cut off or keeps too much of the old one's shape, lower end_percent or raise blend.\n\n"
-        + LEVELS
-        + MODEL_NOTE,
+        "for the first 40 % of the sampling (prompt-to-prompt, as HiFi Tuner uses it). Beside it the same swap without "
+        "that control, which usually changes the whole picture.\n\n**First** change three places together. 1. Load "
+        "your picture (it is cut to a 512 x 512 square) and describe it plainly in 'Prompt of the picture'. 2. In "
+        "'Replace' write the word that goes (it must stand once in that prompt) and what takes its place. 3. In "
+        "'Swapped prompt' write the same prompt with the new word.\n\n" + ADVICE + LEVELS + MODEL_NOTE,
         740,
     )
     model = make.model()

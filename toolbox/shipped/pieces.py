@@ -26,7 +26,7 @@ VISION_NOTE = f"""| [{DINO}]({HUB}/facebook/dinov2-base) (config.json, preproces
 | [{CLIP}]({HUB}/openai/clip-vit-large-patch14) (all .json and .txt files, model.safetensors) \
 | models/likeness_vision/{CLIP} | MIT |
 
-The two vision models are only for the scores.
+'{DINO}' and '{CLIP}' are only for the scores.
 """
 OFF_NOTE = """The group "Scores" is therefore switched off. When you have them, right-click its title and choose
 "Set Group Nodes to Always".
