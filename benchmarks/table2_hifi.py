@@ -285,30 +285,60 @@ def row_of(bench: Bench, case: effect_hiper.Case, settings: Settings) -> dict[st
     return row
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of every row of the table, what each adds to the one before (paired, 95 %), and what is asked of it."""
+    from ..core.measures import paired_interval
+
+    def gain(name: str, other: str, score: str) -> dict[str, Any]:
+        return vars(paired_interval([row[name][score] - row[other][score] for row in rows]))
+
+    names = [name for name in rows[0] if name != "subject"]
+    scores = ("identity", "text", "class", "background")
+    mean = {name: {s: sum(row[name][s] for row in rows) / len(rows) for s in scores} for name in names}
+    steps = [*zip(TI[1:], TI[:-1], strict=True), (TI[-1], TI[0]), (DB[1], DB[0])]
+    gains = {f"{name} - {other}": {s: gain(name, other, s) for s in scores[:2]} for name, other in steps}
+    whole = gains[f"{TI[-1]} - {TI[0]}"]
+    gates = {
+        "identity rises from first to last": whole["identity"]["low"] > 0,
+        "each part raises identity": all(mean[name]["identity"] > mean[other]["identity"] for name, other in steps),
+        "text does not fall by more than noise": all(each["text"]["high"] >= 0 for each in gains.values()),
+    }
+    return {"subjects": len(rows), "mean": mean, "gains": gains, "gates": gates, "paper": PAPER}
+
+
 def main(arguments: list[str]) -> int:
-    """Print and write the table."""
+    """Print and write the table; exit 1 when something that is asked does not hold."""
     parser = argparse.ArgumentParser(prog="benchmarks.table2_hifi")
     parser.add_argument("--subjects", type=int, default=16)
     parser.add_argument("--first", type=int, default=0, help="skip so many subjects; others than the table's: 32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--rows", type=Path, help="make the table of a file with finished rows instead")
     parser.add_argument("--runs", type=Path, help="keep finished trainings here, and take them from here")
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(arguments)
+    settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
+    rows = json.loads(options.rows.read_text())["rows"] if options.rows else measured(options, settings)
+    found = summary(rows)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"settings": asdict(settings), "rows": rows, "summary": found}
+        options.out.write_text(json.dumps(kept, indent=1) + "\n")
+    return int(not all(found["gates"].values()))
+
+
+def measured(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]]:
+    """A row for each subject."""
     hosting.start(options.threads)
     if options.runs:
         import folder_paths
 
         folder_paths.set_user_directory(str(options.runs.resolve()))
-    bench = Bench()
-    settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
-    rows = []
+    bench, rows = Bench(), []
     for case in effect_hiper.cases(options.first + options.subjects)[options.first :]:
         rows.append(row_of(bench, case, settings))
         sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"settings": asdict(settings), "rows": rows}, indent=1) + "\n")
-    return 0
+    return rows
