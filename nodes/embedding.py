@@ -44,6 +44,22 @@ def anchor_inputs(weight: float) -> list[io.Input]:
     ]
 
 
+def picture_inputs(vae: str) -> list[io.Input]:
+    """What is learned from; vae: the tooltip of that input."""
+    return [
+        io.Latent.Input(
+            "latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."
+        ),
+        io.Image.Input(
+            "image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."
+        ),
+        io.Vae.Input("vae", optional=True, tooltip=vae),
+        io.Mask.Input(
+            "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
+        ),
+    ]
+
+
 def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
     """The anchor that the inputs ask for."""
     if weight == 0.0:
@@ -166,16 +182,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         tooltip="Guidance of the preview pictures. Without a negative prompt they are made at 1.",
                     )
                 ),
-                io.Latent.Input(
-                    "latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."
-                ),
-                io.Image.Input(
-                    "image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."
-                ),
-                io.Vae.Input("vae", optional=True, tooltip="Encodes the image and makes the previews."),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
-                ),
+                *picture_inputs("Encodes the image and makes the previews."),
                 io.Conditioning.Input(
                     "target",
                     optional=True,

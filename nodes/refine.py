@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core import hifi_tuner
 from ..core.host.embedding_training import subject
 from ..core.host.refining import refine_embedding
-from .embedding import ANCHORS, anchor_inputs, held
+from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
 from .types import Embedding, LossMap, schema
 
 
@@ -63,16 +63,7 @@ class LikenessRefineEmbedding(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Decides pictures and noise of the updates.",
                 ),
-                io.Latent.Input(
-                    "latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."
-                ),
-                io.Image.Input(
-                    "image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."
-                ),
-                io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
-                ),
+                *picture_inputs("Encodes the image."),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="The empty prompt that the anchor holds the rows to."
                 ),

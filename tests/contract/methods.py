@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,40 +217,21 @@ def _check_tuned(setting: Setting, tuned) -> None:
     check_base(tuned.header["base"], setting.model)
 
 
+HIPER = Entry(
+    name="hiper",
+    families=("sd1", "sd2_v", "sdxl"),
+    fit=_fit_hiper,
+    apply=_apply_hiper,
+    tensors=lambda embedding: {str(step): rows for step, rows in embedding.rows.items()},
+    save=_save_embedding,
+    load=_load_embedding,
+    check_base=_check_embedding,
+    training="embedding_training",
+)
 METHODS = [
-    Entry(
-        name="hiper",
-        families=("sd1", "sd2_v", "sdxl"),
-        fit=_fit_hiper,
-        apply=_apply_hiper,
-        tensors=lambda embedding: {str(step): rows for step, rows in embedding.rows.items()},
-        save=_save_embedding,
-        load=_load_embedding,
-        check_base=_check_embedding,
-        training="embedding_training",
-    ),
-    Entry(
-        name="hifi",
-        families=("sd1", "sdxl"),
-        fit=_fit_anchored,
-        apply=_apply_hiper,
-        tensors=lambda embedding: {str(step): rows for step, rows in embedding.rows.items()},
-        save=_save_embedding,
-        load=_load_embedding,
-        check_base=_check_embedding,
-        training="embedding_training",
-    ),
-    Entry(
-        name="step-wise",
-        families=("sd1", "sdxl"),
-        fit=_fit_step_wise,
-        apply=_apply_hiper,
-        tensors=lambda embedding: {str(step): rows for step, rows in embedding.rows.items()},
-        save=_save_embedding,
-        load=_load_embedding,
-        check_base=_check_embedding,
-        training="refining",
-    ),
+    HIPER,
+    replace(HIPER, name="hifi", families=("sd1", "sdxl"), fit=_fit_anchored),
+    replace(HIPER, name="step-wise", families=("sd1", "sdxl"), fit=_fit_step_wise, training="refining"),
     Entry(
         name="sine",
         families=("sd1", "sd2_v", "sdxl"),

@@ -7,7 +7,7 @@ import torch
 
 from .. import tiny_models
 from ..unit.vision.models import clip_folder
-from .methods import Setting, autoencoder, run_node
+from .methods import Setting, autoencoder
 from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
 
 ITERATIONS = 6
@@ -255,34 +255,13 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
         host.optimise_lora(generator, similarity, sampling, host.Plan(), SisoSettings(), background)
 
 
-def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
-    from comfy_execution.graph_utils import ExecutionBlocker
+def test_the_artifact_tells_where_it_comes_from(vision):
+    from likeness.core.host.likeness_optimisation import background
 
-    from likeness.nodes.optimize_lora import LikenessOptimizeLora
-    from likeness.nodes.similarity import LikenessSimilarity
-
-    setting, clip = Setting(), tiny_models.clip_l()
-    one = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=0.5)[0]
-    both = run_node(LikenessSimilarity, vision=vision, image=setting.image.flip(1), weight=1.0, similarity=one)[0]
-    assert [part.weight for part in both.parts] == [0.5, 1.0] and len(both.patchers) == 1
-    inputs = {
-        "model": setting.model,
-        "vae": autoencoder(),
-        "positive": setting.source,
-        "similarity": both,
-        "latent": {"samples": torch.zeros(1, 4, 8, 8)},
-        "sigmas": sigmas(setting, 1),
-        "iterations": 3,
-        "learning_rate": 0.02,
-        "cfg": 1.0,
-        "grad_steps": 1,
-        "seed": 0,
-    }
-    model, encoder, lora, best, images, loss, report = run_node(LikenessOptimizeLora, **inputs)
-    assert isinstance(encoder, ExecutionBlocker) and model is not setting.model and "best: iteration" in report
-    assert best.shape == (1, 64, 64, 3) and images.shape == (3, 64, 64, 3) and len(loss["loss"]) == 3
-    assert lora.header["method"] == "siso" and lora.header["base"]
-    _, encoder, lora, *_ = run_node(LikenessOptimizeLora, **inputs, clip=clip, prompt="a cat")
-    assert not isinstance(encoder, ExecutionBlocker) and lora.part("text_encoders.")
+    found = optimised(Setting(), vision, iterations=3)
+    tuned = found.tuned()
+    assert tuned.header["method"] == "siso" and tuned.header["base"] and tuned.header["settings"]["rank"] == 2
+    assert f"best: iteration {found.best + 1} of 3" in found.report()
+    assert background(None, None, 1.0) is None
     with pytest.raises(ValueError, match="mask was connected without a picture"):
-        run_node(LikenessOptimizeLora, **inputs, mask=torch.zeros(1, 64, 64))
+        background(None, torch.zeros(1, 64, 64), 1.0)

@@ -58,7 +58,7 @@ def test_a_stock_reader_finds_the_same_tensors(tmp_path):
         "turned": torch.arange(6.0).view(2, 3).T,
         "yes": torch.tensor([True, False]),
     }
-    write_tensors(tmp_path / "a.safetensors", written, {"x": 'é"\\'})
+    write_tensors(tmp_path / "a.safetensors", written, {"x": '\u00e9"\\'})
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == written.keys()
     assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in written.items())

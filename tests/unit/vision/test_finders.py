@@ -165,16 +165,20 @@ def test_files_that_are_not_segment_anythings(tmp_path, small_sam):
 
 
 class Runs:
-    """A pickle of this would open a file when it is loaded."""
+    """A pickle of this writes a file when it is loaded."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
 
     def __reduce__(self):
-        return open, ("/tmp/never-written", "w")
+        return open, (self.path, "w")
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
-    torch.save({sam.TOLD_BY: Runs()}, tmp_path / "evil.pth")
+    torch.save({sam.TOLD_BY: Runs(tmp_path / "written")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         sam.read_sam(tmp_path / "evil.pth")
+    assert not (tmp_path / "written").exists()
 
 
 def test_what_is_wrong_with_segment_anything_is_said_before_anything_is_looked_for(
