@@ -10,6 +10,7 @@ from comfy_api.latest import io
 Embedding = io.Custom("LIKENESS_EMBEDDING")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
+Similarity = io.Custom("LIKENESS_SIMILARITY")
 Subjects = io.Custom("LIKENESS_SUBJECTS")
 Trajectory = io.Custom("LIKENESS_TRAJECTORY")
 

@@ -32,8 +32,9 @@ EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
 LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
 SAMS = Kind("sams", (".safetensors", ".pth"))  # the folder that other packs use for segment-anything too
+RETRIEVAL = Kind("ir_features", (".safetensors", ".pth"))
 LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only to say what they are
-KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS)
+KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS, RETRIEVAL)
 
 
 def register_folders() -> None:

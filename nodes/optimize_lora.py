@@ -1,0 +1,199 @@
+"""Optimise a LoRA against the likeness of the pictures that it makes (SISO)."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from comfy_api.latest import io
+
+from ..core import siso
+from ..core.host import likeness_optimisation as host
+from ..core.host.outputs import nothing
+from ..core.host.tuned_models import apply_tuned
+from .types import LoraModel, LossMap, Similarity, advanced, schema
+
+
+class LikenessOptimizeLora(io.ComfyNode):
+    """MODEL + VAE + prompt + LIKENESS_SIMILARITY -> a LoRA with which the prompt's pictures show the subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessOptimizeLora",
+            display_name="Optimize LoRA",
+            category="likeness/similarity",
+            description="Makes a picture again and again from the same noise, and after each one moves a LoRA so that "
+            "the next is more like the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the LoRA works "
+            "in other prompts and with more steps too.",
+            search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
+            inputs=[*_inputs(), *_advanced_inputs(), *_optional_inputs()],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder with the LoRA; with 'clip' connected."),
+                LoraModel.Output(display_name="lora", tooltip="The LoRA, for Save LoRA Weights and stock loaders."),
+                io.Image.Output(display_name="best", tooltip="The picture that is most like the subject."),
+                io.Image.Output(display_name="images", tooltip="The pictures of all iterations."),
+                LossMap.Output(display_name="loss", tooltip="The loss of every iteration, for Plot Loss Graph."),
+                io.String.Output(display_name="report", tooltip="Which iteration was best, and its likenesses."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        positive,
+        similarity,
+        latent,
+        sigmas,
+        iterations,
+        learning_rate,
+        cfg,
+        grad_steps,
+        seed,
+        rank=siso.RANK,
+        weight_decay=1e-2,
+        text_rate=2e-4,
+        text_decay=1e-2,
+        threshold=siso.THRESHOLD,
+        patience=siso.PATIENCE,
+        keep="best",
+        checkpointing=False,
+        background_weight=siso.BACKGROUND,
+        negative=None,
+        clip=None,
+        prompt="",
+        image=None,
+        mask=None,
+    ) -> io.NodeOutput:
+        found = host.optimise_lora(
+            host.Generator(model, vae, positive, negative, clip, prompt),
+            similarity,
+            host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps),
+            host.Plan(iterations, rank, keep, checkpointing),
+            siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience),
+            host.background(image, mask, background_weight),
+            cls.hidden.unique_id,
+        )
+        lora = found.tuned()
+        tuned, encoder = apply_tuned(lora, model, clip, 1.0)
+        encoder = nothing() if encoder is None else encoder
+        loss = {"loss": found.losses}
+        return io.NodeOutput(tuned, encoder, lora, found.picture, found.pictures, loss, found.report())
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
+        io.Vae.Input("vae", tooltip="Decodes every picture, with a gradient."),
+        io.Conditioning.Input("positive", tooltip="A plain prompt: 'a photo of a dog'."),
+        Similarity.Input("similarity", tooltip="From Likeness To Pictures."),
+        io.Latent.Input(
+            "latent",
+            tooltip="The size of the pictures (Empty Latent Image), or for editing the noise of an inverted picture.",
+        ),
+        io.Sigmas.Input(
+            "sigmas",
+            tooltip="The noise levels of the sampling: one step for turbo models, 20 or more for others.",
+        ),
+        io.Int.Input(
+            "iterations",
+            default=siso.ITERATIONS,
+            min=1,
+            max=10_000,
+            tooltip="Pictures made, at most. Asking for more later goes on; asking for fewer gives what is there.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=2e-4,
+            min=1e-7,
+            max=1.0,
+            step=1e-5,
+            round=1e-8,
+            tooltip="AdamW's learning rate. 0.0002 for SDXL-turbo is published.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=1.0,
+            min=1.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance while optimising: 1 for turbo models. Above 1 it needs the negative prompt.",
+        ),
+        io.Int.Input(
+            "grad_steps",
+            default=1,
+            min=1,
+            max=1000,
+            tooltip="How many of the last steps have a gradient. More cost memory; 1 to 3 are usual.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**63 - 1,
+            control_after_generate=True,
+            tooltip="Decides the noise, the same in every iteration, and the LoRA's first numbers.",
+        ),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    def number(name: str, default: float, most: float, tooltip: str) -> io.Input:
+        return advanced(
+            io.Float.Input(name, default=default, min=0.0, max=most, step=default / 10, round=1e-8, tooltip=tooltip)
+        )
+
+    return [
+        advanced(io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA.")),
+        number("weight_decay", 1e-2, 1.0, "AdamW's weight decay."),
+        number("text_rate", 2e-4, 1.0, "Learning rate of the text encoder, with 'clip' connected."),
+        number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder."),
+        number("threshold", siso.THRESHOLD, 100.0, "An improvement is a loss lower by so many percent."),
+        advanced(
+            io.Int.Input(
+                "patience",
+                default=siso.PATIENCE,
+                min=0,
+                max=10_000,
+                tooltip="Stop after so many iterations without an improvement; 0 never stops early.",
+            )
+        ),
+        advanced(
+            io.Combo.Input(
+                "keep",
+                options=list(get_args(siso.Keep)),
+                default="best",
+                tooltip="The LoRA of the best picture, or of the last iteration as the authors' script writes it.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "checkpointing", default=False, tooltip="Less memory, about a third more time, the same result."
+            )
+        ),
+        number("background_weight", siso.BACKGROUND, 1000.0, "How much the background counts, with a mask."),
+    ]
+
+
+def _optional_inputs() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, for a cfg above 1."),
+        io.Clip.Input(
+            "clip", optional=True, tooltip="Connect it to optimise the text encoder too; it encodes 'prompt'."
+        ),
+        io.String.Input(
+            "prompt",
+            default="",
+            optional=True,
+            tooltip="With 'clip': the words that 'positive' was encoded from.",
+        ),
+        io.Image.Input("image", optional=True, tooltip="For editing: the picture whose background stays."),
+        io.Mask.Input("mask", optional=True, tooltip="White where the picture may change."),
+    ]
+
+
+NODES = [LikenessOptimizeLora]

@@ -1,0 +1,85 @@
+"""What a generated picture is to be like (SISO)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.host import folders
+from ..core.host import similarity as host
+from ..core.host.vision import load_instance_retrieval
+from .types import Similarity, schema
+
+
+class LikenessLoadRetrieval(io.ComfyNode):
+    """A file of models/ir_features -> CLIP_VISION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadRetrieval",
+            display_name="Load Instance Retrieval",
+            category="likeness/similarity",
+            description="Loads the instance-retrieval model that SISO uses beside DINOv2: the weights of the Google "
+            "Universal Image Embedding challenge's first place, which you download yourself.",
+            search_aliases=["siso", "ir features", "instance retrieval"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folders.names(folders.RETRIEVAL),
+                    tooltip="A file of models/ir_features: the published .pth (read without running code in it), or "
+                    "its tensors as safetensors. Press R to refresh the list.",
+                )
+            ],
+            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The model, for Likeness To Pictures.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name) -> str:
+        return folders.state(folders.RETRIEVAL, name)
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        return io.NodeOutput(load_instance_retrieval(folders.resolve(folders.RETRIEVAL, name)))
+
+
+class LikenessSimilarity(io.ComfyNode):
+    """CLIP_VISION + pictures of the subject -> LIKENESS_SIMILARITY."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSimilarity",
+            display_name="Likeness To Pictures",
+            category="likeness/similarity",
+            description="Says what generated pictures are to be like: the subject's pictures, as a vision model sees "
+            "them. SISO adds up DINOv2 (large) and instance retrieval, each with weight 1.",
+            search_aliases=["siso", "dino loss", "similarity loss", "reward"],
+            inputs=[
+                io.ClipVision.Input(
+                    "vision",
+                    tooltip="DINOv2 large from Load CLIP Vision or Load Vision Model, or Load Instance Retrieval. CLIP "
+                    "and SigLIP work too; they are not in the paper.",
+                ),
+                io.Image.Input(
+                    "image", tooltip="The subject, one picture or a batch: of several the mean likeness counts."
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much this likeness counts. 1 for DINOv2 and for instance retrieval is published.",
+                ),
+                Similarity.Input("similarity", optional=True, tooltip="Another likeness to add this one to."),
+            ],
+            outputs=[Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to add another to.")],
+        )
+
+    @classmethod
+    def execute(cls, vision, image, weight, similarity=None) -> io.NodeOutput:
+        before = host.Similarity(()) if similarity is None else similarity
+        return io.NodeOutput(before.and_also(host.Part(vision, weight, image[..., :3])))
+
+
+NODES = [LikenessLoadRetrieval, LikenessSimilarity]
