@@ -33,10 +33,13 @@ TORCH_CPU = (
 TORCH_PYPI = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # the last trio released together
 TOOLS = ("pytest", "playwright", "websocket-client", "ruff", "ty", "scikit-image", "requests")
 # Without their dependencies, which would replace ComfyUI's torch; what else they need comes with ComfyUI.
-EXTRAS = ("open_clip_torch", "timm", "ftfy", "wcwidth", "segment-anything")
+EXTRAS = (
+    *("open_clip_torch", "timm", "ftfy", "wcwidth", "segment-anything"),
+    *("diffusers", "peft", "accelerate", "importlib-metadata", "zipp"),
+)
 NEEDED = (
     *("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage"),
-    *("open_clip", "segment_anything"),
+    *("open_clip", "segment_anything", "diffusers", "peft", "accelerate"),
 )
 PINS = ROOT / "toolbox" / "pins.txt"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -135,6 +138,8 @@ class Installer:
         return str(uv) if uv.exists() else None
 
     def make_venv(self, folder: Path, base: str) -> None:
+        if folder.resolve() in Path(base).absolute().parents:  # the one that goes away: take what it was made from
+            base = answer(Path(base), "-c", "import sys; print(sys._base_executable)")
         shutil.rmtree(folder, ignore_errors=True)
         if self._uv:
             call(self._uv, "venv", "-q", "-p", base, folder)
