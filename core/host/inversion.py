@@ -43,18 +43,7 @@ def inverted(
 ) -> Trajectory:
     """The trajectory of a picture along SIGMAS, with the prompt that describes it and no guidance."""
     single_prompt(positive, "prompt")
-    check_sigmas(sigmas)
-    sampling = model.get_model_object("model_sampling")
-    if not _adds_noise(sampling):
-        raise ValueError(
-            "This model mixes noise into the picture (SD3, FLUX and other flow models), and samplers start it from "
-            "pure noise, not from an inverted picture: use SD1.x, SD2.x or SDXL."
-        )
-    if float(sigmas[-1]) > 1.01 * float(sampling.sigma_min):
-        raise ValueError(
-            f"The SIGMAS end at {float(sigmas[-1]):.4g}, where a picture is still noisy; the inversion begins at the "
-            f"clean picture, at 0 or {float(sampling.sigma_min):.4g}: connect them uncut, as BasicScheduler gives them."
-        )
+    check_way(model, sigmas)
     samples = subject(model, latent, image, vae, None).latent
     bar = comfy.utils.ProgressBar(len(sigmas) - 1, node_id=node_id)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
@@ -72,6 +61,22 @@ def inverted(
     predicting(model, positive, samples, body)
     header = {**_origin(model, positive), "label": label}
     return Trajectory(found[0], sigmas.detach().float().cpu(), header)
+
+
+def check_way(model: Any, sigmas: Tensor) -> None:
+    """ValueError when a picture cannot be walked up along these levels with this model."""
+    check_sigmas(sigmas)
+    sampling = model.get_model_object("model_sampling")
+    if not _adds_noise(sampling):
+        raise ValueError(
+            "This model mixes noise into the picture (SD3, FLUX and other flow models), and samplers start it from "
+            "pure noise, not from an inverted picture: use SD1.x, SD2.x or SDXL."
+        )
+    if float(sigmas[-1]) > 1.01 * float(sampling.sigma_min):
+        raise ValueError(
+            f"The SIGMAS end at {float(sigmas[-1]):.4g}, where a picture is still noisy; the inversion begins at the "
+            f"clean picture, at 0 or {float(sampling.sigma_min):.4g}: connect them uncut, as BasicScheduler gives them."
+        )
 
 
 def start_latent(model: Any, trajectory: Trajectory) -> dict[str, Tensor]:
