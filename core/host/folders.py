@@ -24,8 +24,8 @@ class Kind:
 
     def expected(self) -> str:
         """What an entry looks like, for error messages."""
-        files = "a " + " or ".join(self.extensions) + " file"
-        return files + (f", or a folder with {' or '.join(self.markers)}" if self.markers else "")
+        files = ["a " + " or ".join(self.extensions) + " file"] if self.extensions else []
+        return ", or ".join(files + ([f"a folder with {' or '.join(self.markers)}"] if self.markers else []))
 
 
 EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
@@ -34,6 +34,7 @@ LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=
 SAMS = Kind("sams", (".safetensors", ".pth"))  # the folder that other packs use for segment-anything too
 RETRIEVAL = Kind("ir_features", (".safetensors", ".pth"))
 LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only to say what they are
+DIFFUSERS = Kind("diffusers", (), ("model_index.json",))  # ComfyUI's own
 KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS, RETRIEVAL)
 
 

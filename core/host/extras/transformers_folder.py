@@ -72,13 +72,16 @@ def load_transformers(folder: Path) -> Tower:
     return tower
 
 
-def read_model(folder: Path, class_name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, set[str]]:
+def read_model(
+    folder: Path, class_name: str, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> tuple[Any, set[str]]:
     """The model of a folder by a class of transformers, frozen, and the names of weights that its files lack.
 
-    Raises as load_transformers does.
+    variant: of files named like model.bf16.safetensors. Raises as load_transformers does.
     """
     read_config(folder)
-    _check_weights(folder)
+    if variant is None:
+        _check_weights(folder)
     transformers = library(folder)
     setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # the older one's name
     with offline(), _no_progress_bar(transformers):
@@ -88,6 +91,7 @@ def read_model(folder: Path, class_name: str, dtype: torch.dtype = torch.float32
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                variant=variant,
                 output_loading_info=True,
                 **{setting: dtype},  # while reading: a captioner in float32 would need twice its memory
             )

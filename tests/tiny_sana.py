@@ -1,0 +1,120 @@
+"""A diffusers folder of Sana with tiny random networks: as published in everything but its widths and its words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .tiny_models import randomise
+
+WIDTHS = (4, 8, 8, 8, 16, 16)  # six levels, as published: samples are 32 times smaller than pictures
+CHANNELS, CAPTION = 8, 16
+SCALE = 0.41407
+
+
+def transformer(seed: int = 0, layers: int = 2) -> nn.Module:
+    """Two blocks instead of 20, four heads instead of 70."""
+    from diffusers import SanaTransformer2DModel
+
+    network = SanaTransformer2DModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=layers,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=CAPTION,
+        sample_size=4,
+    )
+    randomise(network, seed)
+    return network
+
+
+def autoencoder(seed: int = 0) -> nn.Module:
+    """With both kinds of blocks that the published one has."""
+    from diffusers import AutoencoderDC
+
+    kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    scales = ((),) * 3 + ((5,),) * 3
+    network = AutoencoderDC(
+        latent_channels=CHANNELS,
+        attention_head_dim=4,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=WIDTHS,
+        decoder_block_out_channels=WIDTHS,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=SCALE,
+    )
+    randomise(network, seed, gain=1.0)
+    return network
+
+
+def text_encoder(words: int, seed: int = 0) -> nn.Module:
+    """Gemma 2 with two layers."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=words,
+        hidden_size=CAPTION,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4096,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    network = Gemma2Model(config)
+    randomise(network, seed)
+    return network
+
+
+def tokenizer():
+    """A token for each byte; it begins a text with <bos>, as Gemma's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    table = {word: number for number, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    fast = Tokenizer(models.BPE(vocab=table, merges=[], unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", table["<bos>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def write(folder: Path, seed: int = 0) -> Path:
+    """The whole folder, as SanaPipeline.save_pretrained() writes it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+    words = tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        networks = {
+            "transformer": transformer(seed),
+            "vae": autoencoder(seed + 1),
+            "text_encoder": text_encoder(len(words), seed + 2),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    SanaPipeline(tokenizer=words, scheduler=scheduler, **networks).save_pretrained(folder)
+    return folder
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
