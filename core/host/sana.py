@@ -26,6 +26,7 @@ from .extras import sana
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = [torch.bfloat16, torch.float32]  # fp16 overflows in Gemma and in the linear attention
+LORA_LAYERS = ("to_q", "to_k", "to_v")
 INSTRUCTED = "likeness_instruction"  # a tokenizer option
 SCALE = 0.41407  # of the published autoencoder, where its configuration does not tell
 ENCODING, DECODING = 700, 700  # values alive for each pixel of a picture, generously: the widest layers are 4 x 128
@@ -59,6 +60,11 @@ class SanaModel(comfy.model_base.HiDream):
     def __init__(self, config: Sana, network: nn.Module) -> None:
         comfy.model_base.BaseModel.__init__(self, config, comfy.model_base.ModelType.FLOW)
         self.diffusion_model = network.eval()
+
+    def lora_layers(self) -> dict[str, nn.Module]:
+        """What SISO's script trains for Sana, by the names of diffusers' files."""
+        parts = self.diffusion_model.named_modules()
+        return {f"transformer.{path}": part for path, part in parts if path.endswith(LORA_LAYERS)}
 
     extra_conds = comfy.model_base.BaseModel.extra_conds
     encode_adm = comfy.model_base.BaseModel.encode_adm

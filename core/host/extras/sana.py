@@ -1,4 +1,4 @@
-"""A diffusers folder of Sana (Xie et al. 2024, arXiv 2410.10629) -> its networks. Read from disk only, safetensors only.
+"""A diffusers folder of Sana (Xie et al. 2024, arXiv 2410.10629) -> its networks. Read from disk only, never a pickle.
 
 The layers are those of the diffusers and transformers packages, under the names that the folder has for them: so a LoRA
 made on them is diffusers' own, and no weight is stored twice.
@@ -66,12 +66,14 @@ def library(folder: Path) -> Any:
     try:
         import diffusers
 
-        return diffusers if hasattr(diffusers, NETWORK) else diffusers.SanaTransformer2DModel
-    except (ImportError, AttributeError) as error:
+        for name in (NETWORK, AUTOENCODER, PIPELINE):
+            getattr(diffusers, name)  # it is imported now
+    except (ImportError, AttributeError, RuntimeError) as error:
         raise RuntimeError(
-            f"{folder.name} needs the diffusers package, 0.32 or newer ({error}): run `pip install -U diffusers` with "
-            "ComfyUI's Python."
+            f"{folder.name} needs the diffusers package, 0.32 or newer ({reason(error)}): run `pip install -U "
+            "diffusers` with ComfyUI's Python."
         ) from error
+    return diffusers
 
 
 def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -88,7 +90,6 @@ def load_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
 def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Words, Gemma]:
     """The tokenizer, and the text encoder that it belongs to."""
     import transformers
-
     from diffusers import SanaPipeline
 
     part = folder / "text_encoder"
