@@ -66,6 +66,25 @@ def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) ->
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The numbers in its parameter groups, which some optimisers (Prodigy) move, as tensors group.<index>.<name>."""
+    return {
+        f"group.{index}.{name}": torch.tensor(float(value), dtype=torch.float64)
+        for index, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def restore_groups(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
+    """Inverse of group_state()."""
+    for key, value in packed.items():
+        if key.startswith("group."):
+            _, index, name = key.split(".", 2)
+            group = optimizer.param_groups[int(index)]
+            group[name] = type(group.get(name, 0.0))(value.item())
+
+
 @contextlib.contextmanager
 def undone_if_cut(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """For updates that ask the model once more after their step: when that is cancelled, the step is taken back.

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
@@ -53,13 +52,12 @@ class Backbone(nn.Module):
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(width, heads) for _ in range(layers))})
         self.proj = nn.Parameter(torch.empty(width, out))
 
-    def forward(self, pictures: Tensor, checkpointed: bool = False) -> Tensor:
-        """checkpointed: each block is computed again in the backward pass, and keeps nothing until then."""
+    def forward(self, pictures: Tensor) -> Tensor:
         x = self.conv1(pictures).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
         x = self.ln_pre(x)
         for block in self.transformer["resblocks"]:  # ty: ignore[not-iterable]
-            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+            x = block(x)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -70,9 +68,8 @@ class InstanceRetrieval(nn.Module):
         super().__init__()
         self.backbone, self.fc1 = backbone, nn.Linear(backbone.proj.shape[1], features)
 
-    def forward(self, pictures: Tensor, checkpointed: bool = False) -> Tensor:
-        """See Backbone."""
-        return self.fc1(self.backbone(pictures, checkpointed))
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.fc1(self.backbone(pictures))
 
 
 def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:

@@ -9,12 +9,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fitting import step_generator
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some output rows of a linear layer that does the work of several, as FLUX's query, key and value together."""
+
+    layer: nn.Module
+    start: int
+    count: int
+
+    @property
+    def weight(self) -> Tensor:
+        whole: Tensor = self.layer.weight  # ty: ignore[invalid-assignment]
+        return whole[self.start : self.start + self.count]
+
+
+Layer = nn.Module | Rows
 
 
 class LowRank(nn.Module):
@@ -24,7 +42,7 @@ class LowRank(nn.Module):
 
     def __init__(
         self,
-        layer: nn.Module,
+        layer: Layer,
         rank: int,
         generator: torch.Generator,
         alpha: float | None = None,
@@ -64,15 +82,35 @@ class LowRank(nn.Module):
         named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
+    def peft_tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """As tensors(), in the names of PEFT, which know no alpha: the scale goes into B."""
+        up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
+        named = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": self.scale * up}
+        return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
+
 
 @contextlib.contextmanager
-def beside(layers: Mapping[str, nn.Module], adapters: Mapping[str, LowRank]) -> Iterator[None]:
+def beside(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iterator[None]:
     """While active, every named layer's output has its adapter's added."""
 
-    def hook(adapter: LowRank):
-        return lambda _layer, inputs, output: output + adapter(inputs[0]).to(output.dtype)
+    def hook(adapter: LowRank, start: int | None, count: int):
+        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            more = adapter(inputs[0]).to(output.dtype)
+            if start is None:
+                return output + more
+            return torch.cat(
+                [output[..., :start], output[..., start : start + count] + more, output[..., start + count :]], -1
+            )
 
-    handles = [layers[name].register_forward_hook(hook(adapter)) for name, adapter in adapters.items()]
+        return add
+
+    handles = []
+    for name, adapter in adapters.items():
+        place = layers[name]
+        if isinstance(place, Rows):
+            handles.append(place.layer.register_forward_hook(hook(adapter, place.start, place.count)))
+        else:
+            handles.append(place.register_forward_hook(hook(adapter, None, 0)))
     try:
         yield
     finally:
@@ -91,7 +129,7 @@ def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = UNE
 
 
 def new_adapters(
-    layers: Mapping[str, nn.Module], rank: int, seed: int, deviation: float | None = None
+    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None
 ) -> dict[str, LowRank]:
     """One adapter for each layer, drawn from the seed and the layer's name alone."""
     return {

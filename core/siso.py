@@ -21,12 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .fitting import adam_state, finite_or_raise, restore_adam
+from .fitting import adam_state, finite_or_raise, group_state, restore_adam, restore_groups
 from .measures import cosine
 
 ITERATIONS = 50
@@ -36,6 +36,9 @@ TEXT = "text_encoders."  # how the names of a text encoder's parameters begin
 MAX_NORM = 1.0  # of the gradient
 BACKGROUND = 10.0  # c
 Keep = Literal["best", "last"]
+OptimizerName = Literal["AdamW", "Prodigy"]
+Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Groups of parameters, each with its lr and weight_decay -> an optimiser whose state is tensors and numbers."""
 
 Term = Callable[[Tensor], Tensor]
 """Pictures [1, 3, H, W] in 0..1 -> a loss of one number."""
@@ -95,6 +98,7 @@ class SisoSettings:
     text_decay: float = 1e-2
     threshold: float = THRESHOLD
     patience: int = PATIENCE
+    optimizer: OptimizerName = "AdamW"
 
 
 class Siso:
@@ -106,8 +110,11 @@ class Siso:
         terms: Sequence[Term],
         parameters: Mapping[str, nn.Parameter],
         settings: SisoSettings,
+        optimizer: Optimizer = torch.optim.AdamW,
     ) -> None:
-        """generate() gives the picture [1, 3, H, W] in 0..1 with a gradient to the parameters."""
+        """generate() gives the picture [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: what the
+        settings name.
+        """
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
         text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT)]
         rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT)]
@@ -115,7 +122,7 @@ class Siso:
             {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
             {"params": text, "lr": settings.text_rate, "weight_decay": settings.text_decay},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+        self.optimizer = optimizer([group for group in groups if group["params"]])
         self.plateau = Plateau(settings.threshold, settings.patience)
         self.losses: list[float] = []
         self.parts: list[list[float]] = []  # of each iteration, a number for each term
@@ -174,6 +181,7 @@ class Siso:
             "parts": torch.tensor(self.parts, dtype=torch.float64),
             "plateau": torch.tensor([self.plateau.best, float(self.plateau.count)], dtype=torch.float64),
             **adam_state(self.optimizer),
+            **group_state(self.optimizer),
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -187,3 +195,4 @@ class Siso:
         self.pictures = list(state["pictures"].split(1))
         self.plateau.best, self.plateau.count = float(state["plateau"][0]), int(state["plateau"][1])
         restore_adam(self.optimizer, state)
+        restore_groups(self.optimizer, state)

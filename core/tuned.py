@@ -1,7 +1,9 @@
 """The artifact of a fine-tuning: weights as a LoRA file of ComfyUI names them, with what is needed to use them rightly.
 
 It is a plain table of tensors, so every stock node for LoRAs takes it: low-rank factors ("<path>.lora_up.weight",
-"<path>.lora_down.weight", "<path>.alpha") or differences of whole weights ("<path>.diff", "<path>.diff_b"). One more
+"<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight") or differences of
+whole weights ("<path>.diff", "<path>.diff_b"). Paths are ComfyUI's, those of the field's training scripts
+("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....", "text_encoder...."). One more
 tensor tells that a position map belongs to it; stock nodes log its name as not loaded, which is the warning that is
 due: such weights without their map misbehave.
 """
@@ -26,10 +28,14 @@ MAX_SETTINGS, MAX_WORD, MAX_LOSSES = 64, 200, 10_000  # settings of a header, ch
 MAX_NUMBER = 1e300
 MARKER = "likeness.needs_position_map"  # [cells, index of the interpolation]
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
-MODEL, TEXT = "diffusion_model.", "text_encoders."
+MODEL = ("diffusion_model.", "lora_unet_", "transformer.")  # how the names of a part's tensors begin
+TEXT = ("text_encoders.", "lora_te", "text_encoder.")
 KEY = re.compile(
-    r"(diffusion_model|text_encoders)\.[\w.]{1,300}\.(lora_up\.weight|lora_down\.weight|alpha|diff|diff_b)"
+    r"(diffusion_model\.|text_encoders\.|lora_unet_|lora_te[12]?_|transformer\.|text_encoder\.)[\w.]{1,300}"
+    r"\.(lora_up\.weight|lora_down\.weight|lora_A\.weight|lora_B\.weight|alpha|diff|diff_b)"
 )
+OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # every other program's LoRAs begin so too
+PAIRS = (("lora_up", "lora_down"), ("lora_B", "lora_A"))
 
 
 class Tuned(dict[str, Tensor]):
@@ -57,9 +63,9 @@ class Tuned(dict[str, Tensor]):
         """Whether it holds differences of whole weights."""
         return any(name.endswith((".diff", ".diff_b")) for name in self)
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors for the diffusion model or for the text encoder."""
-        return {name: value for name, value in self.items() if name.startswith(prefix)}
+    def part(self, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tensors for the diffusion model (MODEL) or for the text encoder (TEXT)."""
+        return {name: value for name, value in self.items() if name.startswith(prefixes)}
 
     def describe(self) -> str:
         """A few lines for people: method, base model, prompt, map, steps, last loss."""
@@ -81,7 +87,8 @@ class Tuned(dict[str, Tensor]):
         return "\n".join(lines)
 
     def _rank(self) -> int:
-        return next((value.shape[0] for name, value in self.items() if name.endswith(".lora_down.weight")), 0)
+        downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
+        return next((value.shape[0] for value in downs), 0)
 
 
 def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
@@ -123,8 +130,10 @@ def load_tuned(path: Path) -> Tuned:
         _refuse_pickle(path)
     tensors, header = read_tensors(path, MAX_BYTES, lambda names: _check_names(path, names))
     _check_header(path, header)
+    if not header:
+        _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
     for name, value in tensors.items():
-        sizes = {"alpha": (0,), "lora_up.weight": (2, 4), "lora_down.weight": (2, 4)}
+        sizes = {"alpha": (0,), **{f"{side}.weight": (2, 4) for pair in PAIRS for side in pair}}
         allowed = next((dims for end, dims in sizes.items() if name.endswith(end)), None)
         if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
@@ -136,14 +145,18 @@ def load_tuned(path: Path) -> Tuned:
 
 def _check_names(path: Path, names: list[str]) -> list[str]:
     _refuse_official(path, names)
-    foreign = [name for name in names if name != MARKER and not KEY.fullmatch(name)]
-    if foreign or not names:
-        example = f"such as '{foreign[0][:80]}'" if foreign else "it is empty"
-        raise ValueError(
-            f"{path.name} is a safetensors file but not a fine-tune of this pack ({example}): choose one made by Save "
-            "Fine-Tune; other LoRAs belong into the stock Load LoRA node."
-        )
+    if not names:
+        raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
+    _refuse_foreign(path, [name for name in names if name != MARKER and not KEY.fullmatch(name)])
     return names
+
+
+def _refuse_foreign(path: Path, foreign: list[str]) -> None:
+    if foreign:
+        raise ValueError(
+            f"{path.name} is a safetensors file but not a fine-tune of this pack (such as '{foreign[0][:80]}'): choose "
+            "one made by Save Fine-Tune; other LoRAs belong into the stock Load LoRA node."
+        )
 
 
 def _refuse_official(path: Path, names: list[str]) -> None:
@@ -203,10 +216,11 @@ def _finite(value: Any) -> bool:
 
 def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
     for name in tensors:
-        layer, _, part = name.partition(".lora_")
-        if not part:
+        layer, _, part = name.rpartition(".lora_")
+        if not layer:
             continue
-        up, down = (tensors.get(f"{layer}.lora_{side}.weight") for side in ("up", "down"))
+        names = next(pair for pair in PAIRS if f"lora_{part.partition('.')[0]}" in pair)
+        up, down = (tensors.get(f"{layer}.{side}.weight") for side in names)
         if up is None or down is None or up.shape[1] != down.shape[0]:
             raise ValueError(f"{path.name} holds no matching pair of factors for '{layer}': train it again.")
 

@@ -80,15 +80,32 @@ def sdxl(seed: int = 0):
     return _patcher(comfy.model_base.SDXL, comfy.supported_models.SDXL, config, "EPS", seed)
 
 
+def flux(seed: int = 0):
+    """FLUX.1-schnell: a flow model, text rows of width 64 here, a pooled vector of 768, 16 latent channels."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    config = {
+        **{"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 64},
+        **{"hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2},
+        **{"axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False},
+        "dtype": torch.float32,
+    }
+    return _patcher(comfy.model_base.Flux, comfy.supported_models.FluxSchnell, config, "FLOW", seed)
+
+
 FAMILIES = {"sd1": (sd1, 768, 768), "sd2_v": (sd2_v, 1024, 1024), "sdxl": (sdxl, 2048, 1280)}
 """Family -> (function of a seed, width of the text rows, width of the pooled vector)."""
+
+TRANSFORMERS = {"flux": (flux, 64, 768)}
+"""The same, of families that only the likeness optimisation knows."""
 
 
 def prompt(family: str, seed: int, end: int | None = 6) -> list:
     """CONDITIONING of random rows. With `end`, the pooled vector says that the text ends there (where the widths
     allow).
     """
-    _, width, pooled = FAMILIES[family]
+    _, width, pooled = {**FAMILIES, **TRANSFORMERS}[family]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(1, 77, width, generator=generator)
     vector = (
@@ -97,16 +114,32 @@ def prompt(family: str, seed: int, end: int | None = 6) -> list:
     return [[rows, {"pooled_output": vector}]]
 
 
-def taesd(seed: int = 0):
-    """A VAE with TAESD's layout: 8 x smaller, four channels."""
+def taesd(seed: int = 0, channels: int = 4):
+    """A VAE with TAESD's layout: 8 x smaller; 4 channels, or 16 as FLUX has them."""
     import comfy.sd
     from comfy.taesd.taesd import TAESD
 
-    net = TAESD()
+    net = TAESD(latent_channels=channels)
     randomise(net, seed, gain=1.0)
     state = {key: value for key, value in net.state_dict().items() if not key.startswith("vae_")}
     state |= {"vae_scale": torch.tensor(0.18215), "vae_shift": torch.tensor(0.0)}
     return comfy.sd.VAE(sd=state)
+
+
+def kl_autoencoder(seed: int = 0):
+    """A VAE with the layout of SD's own: 8 x smaller, four channels, narrow."""
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    layout = {
+        **{"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32},
+        **{"ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0},
+    }
+    config = {"params": {"ddconfig": layout, "embed_dim": 4}}
+    with torch.inference_mode():
+        net = AutoencoderKL(**config["params"])
+        randomise(net, seed, gain=1.0)
+        return comfy.sd.VAE(sd=net.state_dict(), config=config)
 
 
 def clip_l(seed: int = 0, layers: int = 2):
@@ -138,6 +171,24 @@ def clip_xl(seed: int = 0):
     few = {"num_hidden_layers": 3, "intermediate_size": 256}  # the rows are taken from the last but one
     with torch.inference_mode():
         clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "clip_g_model_config": few})
+        randomise(clip.cond_stage_model, seed)
+    return clip
+
+
+def clip_flux(seed: int = 0):
+    """FLUX's text encoders with few layers: CLIP-L, and a T5 of width 64."""
+    import comfy.sd
+    import comfy.text_encoders.flux
+
+    class Target:
+        params: dict = {"dtype_t5": torch.float32}
+        clip = comfy.text_encoders.flux.FluxClipModel
+        tokenizer = comfy.text_encoders.flux.FluxTokenizer
+
+    few = {"num_hidden_layers": 2, "intermediate_size": 256}
+    t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 2}
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "t5xxl_model_config": t5})
         randomise(clip.cond_stage_model, seed)
     return clip
 

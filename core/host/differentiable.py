@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..conditioning import detached
 from ..fine_tune import Prompt
-from .weights import fixed_clone, gradients, load_fully, out_of_place_text_layers, thawed
+from .weights import fixed_clone, gradients, load_fully, out_of_place, thawed
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def text_encoding(clip: Any) -> Iterator[None]:
     """Load the text encoder whole and make it differentiable; encode_tokens() may be called inside."""
     with gradients():
         load_fully([clip.patcher], 0.0)
-        with thawed([clip.cond_stage_model]), out_of_place_text_layers(clip.cond_stage_model):
+        with thawed([clip.cond_stage_model]), out_of_place(clip.cond_stage_model):
             yield
 
 

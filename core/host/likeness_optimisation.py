@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import comfy.sample
 import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, detached, single_prompt
 from ..fine_tune import Prompt
 from ..fitting import curve
-from ..lora import TEXT_LAYERS, attention_layers, beside, factors, new_adapters
+from ..lora import beside, factors, new_adapters
+from ..renoise import Replay
 from ..runs import digest
-from ..siso import ITERATIONS, RANK, TEXT, Keep, Siso, SisoSettings, Term, background_error
+from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from ..training import Result, Run, stored_run, train
 from ..trajectory import check_sigmas
 from ..tuned import Tuned
+from .background import Background
 from .describe import describe
 from .differentiable import TextEncoder, decode
 from .embedding_training import EVERY, run_store
+from .extras.prodigy import prodigy
 from .fingerprint import fingerprint, patches_digest, precision
+from .lora_layers import trained_layers
+from .memory import activations, decoding_memory, vision_memory
 from .progress import Progress
 from .sampling import noisy
 from .session import GuiderDenoiser, optimise
 from .similarity import Similarity
+from .weights import DECODER, checkpointed, layers_checkpointed
 
 METHOD = "siso"
-DECODER_FACTOR = 4.0  # of the memory that ComfyUI estimates for a decoding without a gradient
+log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a picture is made in every iteration. latent [1, C, h, w] as in a LATENT: where it starts; zeros for noise
-    alone. grad_steps: how many of the last steps have a gradient.
+    alone. grad_steps: how many of the last steps have a gradient. replay: of an inverted picture, whose latent is where
+    the sampling starts, with no noise but the recorded one.
     """
 
     latent: Tensor
@@ -42,15 +52,7 @@ class Sampling:
     seed: int
     cfg: float = 1.0
     grad_steps: int = 1
-
-
-@dataclass(frozen=True)
-class Background:
-    """A picture [1, H, W, 3] to keep outside of a mask [1, H, W], for editing."""
-
-    picture: Tensor
-    mask: Tensor
-    weight: float
+    replay: Replay | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,16 @@ class Optimised:
         """The best iteration, and its loss beside the first one's, term by term."""
         terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])
         first = " ".join(f"{value:.4f}" for value in self.parts[0])
-        return (
+        told = (
             f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
             f"first: loss {self.losses[0]:.4f} ({first})"
         )
+        if self.best == 0 and len(self.losses) > 1:
+            told += (
+                "\nNo picture was more like the subject than the first, so the LoRA changes nothing: try another "
+                "learning rate (ten times lower, or higher), a prompt that names the subject's class, or another seed."
+            )
+        return told
 
 
 @dataclass(frozen=True)
@@ -116,14 +124,6 @@ class Generator:
         return [fingerprint(self.model), put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
 
 
-def background(picture: Tensor | None, mask: Tensor | None, weight: float) -> Background | None:
-    """The background that is to stay; None without a mask. ValueError when one of the two is missing."""
-    if (picture is None) != (mask is None):
-        given, missing = ("picture", "mask") if mask is None else ("mask", "picture ('image')")
-        raise ValueError(f"A {given} was connected without a {missing}: connect both to keep a background, or neither.")
-    return None if picture is None or mask is None else Background(picture, mask, weight)
-
-
 def optimise_lora(
     generator: Generator,
     similarity: Similarity,
@@ -134,7 +134,9 @@ def optimise_lora(
     node_id: str | None = None,
 ) -> Optimised:
     """Optimise (or resume, or serve from disk) a LoRA; ValueError, before any work, for what does not fit together."""
+    sampling = replace(sampling, latent=comfy.sample.fix_empty_latent_channels(generator.model, sampling.latent))
     _check(generator, similarity, sampling, background)
+    optimizer = prodigy() if settings.optimizer == "Prodigy" else torch.optim.AdamW
     kept = [] if background is None else [asdict(background)]
     what = [plan.rank, plan.keep, asdict(settings), asdict(sampling), [part.described() for part in similarity.parts]]
     key = digest([METHOD, what, generator.described(), *kept])
@@ -142,7 +144,7 @@ def optimise_lora(
     run = stored_run(run_store(), key, whole=False)
     progress.start(0 if run is None else run.step)
     if run is None or not (run.answers(plan.iterations) or _ended(run)):
-        run = _optimise(generator, similarity, sampling, plan, settings, background, key, progress)
+        run = _optimise(generator, similarity, sampling, plan, settings, background, key, progress, optimizer)
     result = dict(run.kept[run.end(plan.iterations)])
     progress.curve(run.losses)
     parts = result.pop("parts").tolist()
@@ -156,7 +158,10 @@ def optimise_lora(
         "settings": {**asdict(settings), "rank": plan.rank, "iterations": len(run.losses), "keep": plan.keep},
         "losses": curve(run.losses),
     }
-    return Optimised(result, picture, pictures.float() / 255, run.losses, parts, header)
+    found = Optimised(result, picture, pictures.float() / 255, run.losses, parts, header)
+    if found.best == 0 and len(run.losses) > 1:
+        log.warning("%s", found.report().splitlines()[-1])
+    return found
 
 
 def _ended(run: Run) -> bool:
@@ -178,14 +183,29 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if sampling.cfg != 1.0 and generator.negative is None:
         raise ValueError(f"cfg is {sampling.cfg:g} but no negative prompt is connected: connect it, or set cfg to 1.")
-    layers = attention_layers(generator.model.model.diffusion_model, "diffusion_model")
-    if not layers:
+    trained_layers(generator.model.model, None if generator.clip is None else generator.clip.cond_stage_model)
+    expected = generator.model.get_model_object("latent_format").latent_channels
+    given = getattr(generator.vae, "latent_channels", expected)
+    if given != expected or sampling.latent.shape[1] != expected:
         raise ValueError(
-            f"No attention layers that a LoRA of this pack knows are in this "
-            f"{type(generator.model.model.model_config).__name__} model: use SD1.x, SD2.x or SDXL."
+            f"The model's latents have {expected} channels, the connected latent has {sampling.latent.shape[1]} and "
+            f"the VAE decodes {given}: use the model's own VAE, and an empty latent or one of this model."
         )
-    if background is not None and bool((background.mask > 0.5).all()):
-        raise ValueError("The mask covers the whole picture, so that no background is left to keep: paint the subject.")
+    if background is not None:
+        background.check(generator.vae, sampling.latent)
+    if sampling.replay is not None and not _same_levels(sampling.replay.sigmas, sampling.sigmas):
+        raise ValueError(
+            f"The latent was inverted along the noise levels {_rounded(sampling.replay.sigmas)}, and the SIGMAS are "
+            f"{_rounded(sampling.sigmas)}: connect the SIGMAS that came with the latent."
+        )
+
+
+def _rounded(sigmas: Tensor) -> list[float]:
+    return [round(float(sigma), 4) for sigma in sigmas]
+
+
+def _same_levels(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
 
 
 def _optimise(
@@ -197,32 +217,23 @@ def _optimise(
     background: Background | None,
     key: str,
     progress: Progress,
+    optimizer: Optimizer,
 ) -> Run:
     finished: list[Run] = []
     text = None if generator.clip is None else TextEncoder(generator.clip)
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        diffusion_model = denoiser.model.get_submodule("diffusion_model")
-        layers = attention_layers(diffusion_model, "diffusion_model")
-        if text is not None:
-            layers |= attention_layers(text.patcher.model, TEXT.rstrip("."), TEXT_LAYERS)
-        adapters = new_adapters(layers, plan.rank, sampling.seed, deviation=1 / plan.rank)
-        with beside(layers, adapters):
+        trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
+        adapters = new_adapters(trained.layers, plan.rank, sampling.seed, deviation=1 / plan.rank)
+        with beside(trained.layers, adapters), _recomputing(generator, similarity, plan):
             picture = _picture(generator, sampling, denoiser, x0, text)
             terms = [part.term() for part in similarity.parts if part.weight]
             if background is not None:
-                terms.append(_keeping(background, x0.device))
-            fit = Siso(picture, terms, factors(adapters), settings)
+                terms.append(background.term(x0.device))
+            fit = Siso(picture, terms, factors(adapters), settings, optimizer)
 
             def result() -> Result:
-                values = fit.best if plan.keep == "best" else fit.parameters
-                lora = {
-                    name: value
-                    for path, adapter in adapters.items()
-                    for name, value in adapter.tensors(
-                        path, {part: values[f"{path}.{part}"] for part in ("up", "down")}
-                    ).items()
-                }
+                lora = trained.tensors(adapters, fit.best if plan.keep == "best" else fit.parameters)
                 best = fit.pictures[fit.best_step] if fit.picture is None else fit.picture
                 seen = {"picture": best.cpu(), "pictures": torch.cat(fit.pictures)}
                 return {**lora, **seen, "parts": torch.tensor(fit.parts), "ended": torch.tensor(fit.done)}
@@ -234,7 +245,6 @@ def _optimise(
             run = train(fit, plan.iterations, EVERY, result, run_store(), key, header, on_update, done=lambda: fit.done)
             finished.append(run)
 
-    shape = tuple(sampling.latent.shape)
     optimise(
         generator.model,
         generator.positive,
@@ -244,9 +254,28 @@ def _optimise(
         checkpointing=plan.checkpointing,
         text=None if text is None else text.patcher,
         others=[generator.vae.patcher, *similarity.patchers],
-        more_memory=DECODER_FACTOR * generator.vae.memory_used_decode(shape, generator.vae.vae_dtype),
+        more_memory=_more_memory(generator, similarity, sampling, plan),
     )
     return finished[0]
+
+
+@contextlib.contextmanager
+def _recomputing(generator: Generator, similarity: Similarity, plan: Plan) -> Iterator[None]:
+    """Checkpointing of the decoder and of the vision models; the session does it for the diffusion model."""
+    with contextlib.ExitStack() as stack:
+        if plan.checkpointing:
+            stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
+            for vision in similarity.visions:
+                stack.enter_context(layers_checkpointed(vision.model))
+        yield
+
+
+def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: Plan) -> float:
+    """Bytes beside the first prediction's: further predictions, the decoder, and the largest of the vision models."""
+    passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
+    predictions = (passes - 1) * activations(generator.model, sampling.latent, plan.checkpointing)
+    seen = max(vision_memory(vision, plan.checkpointing) for vision in similarity.visions)
+    return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + seen
 
 
 def _picture(
@@ -256,8 +285,11 @@ def _picture(
     scheme = generator.model.get_model_object("model_sampling")
     latent_format = generator.model.get_model_object("latent_format")
     sigmas = detached(sampling.sigmas).to(x0)
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
-    start = noisy(scheme, noise, x0, sigmas)
+    if sampling.replay is None:
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
+        replay, start = Replay(sigmas, noise[:0]), noisy(scheme, noise, x0, sigmas)
+    else:
+        replay, start = Replay(sigmas, detached(sampling.replay.noises).to(x0)), x0
     steps, unguided = len(sigmas) - 1, denoiser.of("negative") if sampling.cfg != 1.0 else None
     tokens = None if text is None else text.tokens(generator.prompt)
 
@@ -273,21 +305,9 @@ def _picture(
         x, prompt = start, None if text is None else text.encode(tokens)
         for step in range(steps):
             with torch.set_grad_enabled(step >= steps - sampling.grad_steps):
-                sigma, following = sigmas[step], sigmas[step + 1]
-                found = predicted(x, sigma, prompt)
-                x = x + (x - found) / sigma * (following - sigma)
+                sigma = sigmas[step]
+                x = replay.stepped(x, (x - predicted(x, sigma, prompt)) / sigma, step)
         samples = latent_format.process_out(scheme.inverse_noise_scaling(sigmas[-1], x))
         return decode(generator.vae, samples).movedim(-1, 1).clamp(0, 1)
 
     return make
-
-
-def _keeping(background: Background, device: torch.device) -> Term:
-    """The loss outside of the mask."""
-    source = detached(background.picture)[..., :3].movedim(-1, 1).to(device)
-    mask = (detached(background.mask).reshape(1, 1, *background.mask.shape[-2:]) > 0.5).to(source)
-
-    def loss(picture: Tensor) -> Tensor:
-        return background.weight * background_error(picture, source, mask)
-
-    return loss

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..gradcheck import GradientCheck, gradient_check
-from ..lora import TEXT_LAYERS, attention_layers, beside, new_adapters
+from ..lora import beside, new_adapters
 from .differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
+from .lora_layers import trained_layers
 from .session import GuiderDenoiser, optimise
-from .weights import checkpointed
+from .weights import DECODER, checkpointed
 
 LORA_RANK = 4
 LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient
@@ -98,9 +99,7 @@ def check_lora(
     text = None if clip is None else TextEncoder(clip)
 
     def check(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, weight: Tensor) -> GradientCheck:
-        layers = attention_layers(denoiser.model.diffusion_model, "diffusion_model")  # ty: ignore[invalid-argument-type]
-        if text is not None:
-            layers |= attention_layers(text.patcher.model, "text_encoders", TEXT_LAYERS)
+        layers = trained_layers(denoiser.model, None if text is None else text.patcher.model).layers
         adapters = new_adapters(layers, LORA_RANK, 3)
         slots: list[tuple[nn.Module, str]] = [
             (adapter, name) for adapter in adapters.values() for name in ("down", "up")
@@ -165,7 +164,7 @@ def check_vae_decode(vae: Any, samples: Tensor, *, checkpointing: bool = False) 
     with contextlib.ExitStack() as stack:
         stack.enter_context(decoding(vae, tuple(samples.shape)))
         if checkpointing:
-            stack.enter_context(checkpointed(vae.first_stage_model, ("ResnetBlock", "AttnBlock", "Block")))
+            stack.enter_context(checkpointed(vae.first_stage_model, DECODER))
         point = samples.detach().clone().float().to(vae.device)
         weight = _noise(tuple(decode(vae, point).shape), 2).to(point)
         return gradient_check("vae decode", lambda z: (decode(vae, z) * weight).sum(), point)

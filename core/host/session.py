@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning, detached
+from .memory import BYTES_PER_WEIGHT, activations, check_room, told_when_out_of_memory
 from .position_map import BOXES
 from .weights import (
     check_fully_loaded,
@@ -24,16 +25,12 @@ from .weights import (
     drop_all_guidance,
     gradients,
     load_fully,
-    out_of_place_text_layers,
+    out_of_place,
     private_skips,
     thawed,
     trainable_clone,
 )
 
-# Backward keeps every activation, ComfyUI's estimate is for one forward pass. Estimates, not measured on a GPU.
-ACTIVATION_FACTOR = 4.0
-ACTIVATION_FACTOR_CHECKPOINTED = 1.5
-BYTES_PER_WEIGHT = 16  # of a trained one, in float32: itself, its gradient, Adam's two moments
 BESIDE = "likeness.beside"
 
 
@@ -187,8 +184,8 @@ def optimise(
         with contextlib.ExitStack() as stack:
             parts = [part for part in owners if isinstance(part, torch.nn.Module)]
             leaves = stack.enter_context(thawed(parts, trained))
-            for each in beside:
-                stack.enter_context(out_of_place_text_layers(each.model))
+            for part in parts:
+                stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
                 stack.enter_context(private_skips(guider.inner_model.diffusion_model))
             if checkpointing:
@@ -204,11 +201,14 @@ def optimise(
         latent = detached(latent).float()
         together = [clone] if text is None else [clone, text]
         copies = sum(each.model_size() for each in others)  # thawed, every weight is there twice
-        load_fully([clone, *beside], _memory(together, latent, checkpointing, all_weights) + copies + more_memory)
+        needed = _memory(together, latent, checkpointing, all_weights) + copies + more_memory
+        check_room([clone, *beside], needed, clone.load_device)
+        load_fully([clone, *beside], needed)
         sampling = clone.get_model_object("model_sampling")
         ends = torch.tensor([float(sampling.sigma_max), 0.0])
         try:
-            guider.sample(torch.zeros_like(latent), latent, _Body(run), ends, disable_pbar=True)
+            with told_when_out_of_memory():
+                guider.sample(torch.zeros_like(latent), latent, _Body(run), ends, disable_pbar=True)
         finally:
             mm.soft_empty_cache()
 
@@ -216,9 +216,8 @@ def optimise(
 def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
     """Bytes that a session needs beside the loaded weights; the diffusion model is the first of the models."""
     first = models[0]
-    factor = ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
     # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
-    memory = first.model_size() + factor * first.model.memory_required([1, *latent.shape[1:]])
+    memory = first.model_size() + activations(first, latent, checkpointing)
     if all_weights:
         memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
     return memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 from torch import Tensor
 
 from ..conditioning import detached
+from ..measures import resize_mask, subject_crop
 from ..siso import Term, unlikeness
 from .describe import describe
 from .vision import features, preprocess_of
+
+log = logging.getLogger("likeness")
+LOST = 0.1  # share of a picture's length that a centre crop may lose unsaid
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,36 @@ class Part:
         return [describe(self.vision.patcher), self.weight, self.references]
 
 
+def part_of(vision: Any, weight: float, pictures: Tensor, mask: Tensor | None = None) -> Part:
+    """A Part of the subject's pictures [N, H, W, 3 or 4], seen as published: whole, cut to the central square.
+
+    mask [1 or N, h, w]: the subject is put on white and cut out, with nothing of it lost. ValueError for pictures or
+    masks that hold nothing; a warning when the central square loses a good part of a picture.
+    """
+    if pictures.ndim != 4 or pictures.shape[-1] < 3 or not bool(torch.isfinite(pictures).all()):
+        raise ValueError(f"The picture is {tuple(pictures.shape)}, expected finite numbers [batch, height, width, 3].")
+    pictures = pictures[..., :3].float().cpu()
+    count, height, width = pictures.shape[:3]
+    if mask is not None:
+        if abs(mask.shape[-1] * height - mask.shape[-2] * width) > max(height, width):
+            raise ValueError(
+                f"The mask has {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {width} x {height}, which is "
+                "another proportion: paint the mask on the very picture that is connected."
+            )
+        sized = resize_mask(mask.float().cpu().reshape(-1, *mask.shape[-2:]), height, width)
+        if len(sized) not in (1, count):
+            raise ValueError(f"{len(sized)} masks came with {count} pictures: give one mask, or one for each picture.")
+        size = preprocess_of(vision).size
+        return Part(vision, weight, subject_crop(pictures, sized.expand(count, -1, -1), size).clamp(0, 1))
+    if 1 - min(height, width) / max(height, width) > LOST:
+        log.warning(
+            "Only the central %d x %d pixels of the subject's %d x %d picture are seen (as published). If the subject "
+            "reaches the border, cut the picture square around it, or connect its mask to Likeness To Pictures.",
+            *(min(height, width), min(height, width), width, height),
+        )
+    return Part(vision, weight, pictures)
+
+
 @dataclass(frozen=True)
 class Similarity:
     """The sum of its parts."""
@@ -47,10 +82,14 @@ class Similarity:
     parts: tuple[Part, ...]
 
     @property
+    def visions(self) -> list[Any]:
+        """The vision models, each once."""
+        return list({id(part.vision.patcher): part.vision for part in self.parts}.values())
+
+    @property
     def patchers(self) -> list[Any]:
-        """The vision models' ModelPatchers, each once."""
-        found = {id(part.vision.patcher): part.vision.patcher for part in self.parts}
-        return list(found.values())
+        """Their ModelPatchers."""
+        return [vision.patcher for vision in self.visions]
 
     def and_also(self, part: Part) -> Similarity:
         """With one part more."""

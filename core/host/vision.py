@@ -26,7 +26,7 @@ from .extras.open_clip_file import load_open_clip
 from .extras.retrieval import load_retrieval
 from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
-from .weights import gradients, load_fully, out_of_place_text_layers, thawed
+from .weights import gradients, load_fully, out_of_place, thawed
 
 BYTES_PER_PIXEL = 600.0  # activations of one forward pass, generously, for ComfyUI's memory management
 BATCH = 8  # pictures per forward pass when only measuring
@@ -114,7 +114,7 @@ def looking(vision: Any) -> Iterator[None]:
     """Load a CLIP_VISION whole and make it differentiable; features() may be called inside."""
     with gradients():
         _load(vision, 1)
-        with thawed([vision.model]), out_of_place_text_layers(vision.model):
+        with thawed([vision.model]), out_of_place(vision.model):
             yield
 
 

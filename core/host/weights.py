@@ -28,7 +28,16 @@ GUIDANCE = (
     "sampler_calc_cond_batch_function",
 )
 log = logging.getLogger("likeness")
-CHECKPOINTED = ("ResBlock", "SpatialTransformer")  # ComfyUI's UNet blocks; both compute out of place
+IN_PLACE = ("CLIPLayer", "DoubleStreamBlock", "SingleStreamBlock")  # ComfyUI's blocks that add to their input in place
+NORMS = ("layer_norm1", "layer_norm2", "img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")  # inside them
+CHECKPOINTED = (
+    *("ResBlock", "SpatialTransformer", "DoubleStreamBlock", "SingleStreamBlock"),  # of ComfyUI's models
+    "SanaTransformerBlock",  # of diffusers
+)
+DECODER = (
+    *("ResnetBlock", "AttnBlock", "Upsample", "Block"),  # of ComfyUI's KL autoencoders and TAESD
+    *("ResBlock", "EfficientViTBlock", "DCUpBlock2d"),  # of diffusers' deep compression autoencoder
+)
 
 
 @contextlib.contextmanager
@@ -95,10 +104,10 @@ def _ordinary(value: Tensor, parameter: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def out_of_place_text_layers(module: nn.Module) -> Iterator[None]:
-    """Keep ComfyUI's CLIP layers from overwriting what backward needs.
+def out_of_place(module: nn.Module) -> Iterator[None]:
+    """Keep ComfyUI's CLIP layers and FLUX blocks from overwriting what backward needs.
 
-    CLIPLayer adds to its input in place. Plain autograd notices and raises; checkpointing does not notice and gives
+    They add to their input in place. Plain autograd notices and raises; checkpointing does not notice and gives
     wrong gradients. Handing each layer norm a copy of its input makes the saved tensor a private one.
     """
 
@@ -108,7 +117,7 @@ def out_of_place_text_layers(module: nn.Module) -> Iterator[None]:
     handles = []
     try:
         for part in module.modules():
-            for name in ("layer_norm1", "layer_norm2"):
+            for name in NORMS if type(part).__name__ in IN_PLACE else ():
                 norm = getattr(part, name, None)
                 if isinstance(norm, nn.Module):
                     handles.append(norm.register_forward_pre_hook(private))
@@ -144,24 +153,52 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
 def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
     """Recompute the blocks of these classes in backward instead of keeping activations: less memory, more time."""
     names = set(class_names)
-    wrapped = [part for part in module.modules() if type(part).__name__ in names]
+    with _checkpointed([part for part in module.modules() if type(part).__name__ in names]):
+        yield
+
+
+@contextlib.contextmanager
+def layers_checkpointed(module: nn.Module) -> Iterator[None]:
+    """The same for every row of equal layers that a vision model has, whatever library it comes from."""
+    rows: list[list[nn.Module]] = []
+    inner: set[int] = set()
+    for part in module.modules():
+        layers = list(part.children()) if isinstance(part, nn.ModuleList) and id(part) not in inner else []
+        if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
+            rows.append(layers)
+            inner |= {id(below) for layer in layers for below in layer.modules()}
+    with _checkpointed([layer for layers in rows for layer in layers]):
+        yield
+
+
+@contextlib.contextmanager
+def _checkpointed(parts: list[nn.Module]) -> Iterator[None]:
     try:
-        for part in wrapped:
-            part.forward = _recomputed(part.forward)  # type: ignore[method-assign]
+        for part in parts:
+            part.forward = _recomputed(part.forward, type(part).__name__ in IN_PLACE)  # type: ignore[method-assign]
         yield
     finally:
-        for part in wrapped:
+        for part in parts:
             part.__dict__.pop("forward", None)
 
 
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _recomputed(forward: Callable[..., Tensor], in_place: bool) -> Callable[..., Tensor]:
+    def fresh(*args: Any, **kwargs: Any) -> Tensor:
+        """A block that overwrites its inputs gets copies of them, so that they are the same when it runs again."""
+        copies = [_copied(value) for value in args]
+        return forward(*copies, **{name: _copied(value) for name, value in kwargs.items()})
+
     def run(*args: Any, **kwargs: Any) -> Tensor:
         # The dict says which block is running and changes as the model goes on: recomputing needs it as it is now.
         fixed = tuple(dict(a) if isinstance(a, dict) else a for a in args)
         fixed_kw: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        return checkpoint(forward, *fixed, use_reentrant=False, **fixed_kw)
+        return checkpoint(fresh if in_place else forward, *fixed, use_reentrant=False, **fixed_kw)
 
     return run
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _differentiable_attention(_chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -29,9 +29,11 @@ class Setting:
     size: tuple[int, int] = (8, 8)
 
     def __post_init__(self) -> None:
-        self.model = tiny_models.FAMILIES[self.family][0](self.model_seed)
+        known = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
+        self.model = known[self.family][0](self.model_seed)
         generator = torch.Generator().manual_seed(5)
-        self.latent = {"samples": torch.randn(self.images, 4, *self.size, generator=generator)}
+        self.channels = self.model.model.latent_format.latent_channels
+        self.latent = {"samples": torch.randn(self.images, self.channels, *self.size, generator=generator)}
         self.source, self.target, self.empty = (tiny_models.prompt(self.family, seed) for seed in (1, 2, 3))
 
     @functools.cached_property
@@ -43,9 +45,9 @@ class Setting:
 
 
 @functools.cache
-def autoencoder():
-    """One VAE for all settings."""
-    return tiny_models.taesd()
+def autoencoder(channels: int = 4):
+    """One VAE for all settings with so many latent channels."""
+    return tiny_models.taesd(channels=channels)
 
 
 @dataclass(frozen=True)

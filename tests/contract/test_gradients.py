@@ -8,18 +8,20 @@ import torch
 from .. import tiny_models
 
 LIMIT = 0.01
+MODELS = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_through_the_model(family, what, checkpointing):
     from likeness.core.host import selftest
 
     check = getattr(selftest, f"check_{what}")
     with torch.inference_mode():
-        model, prompt = tiny_models.FAMILIES[family][0](), tiny_models.prompt(family, 1)
-        latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
+        model, prompt = MODELS[family][0](), tiny_models.prompt(family, 1)
+        channels = model.model.latent_format.latent_channels
+        latent = torch.randn(1, channels, 9, 7, generator=torch.Generator().manual_seed(3))
         found = check(model, prompt, latent, checkpointing=checkpointing)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
@@ -44,12 +46,13 @@ def test_through_the_models_blocks_a_control_net_writes_to():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_through_the_autoencoder(checkpointing):
+@pytest.mark.parametrize("kind", ["taesd", "kl_autoencoder"])
+def test_through_the_autoencoder(kind, checkpointing):
     from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(3))
-        found = selftest.check_vae_decode(tiny_models.taesd(), latent, checkpointing=checkpointing)
+        found = selftest.check_vae_decode(getattr(tiny_models, kind)(), latent, checkpointing=checkpointing)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 

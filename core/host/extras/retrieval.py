@@ -20,7 +20,7 @@ class RetrievalTower(Tower):
         self.description = f"{name} (instance retrieval, {model.fc1.out_features} numbers)"
 
     def forward(self, pixel_values: Tensor) -> Seen:
-        return Seen(self.model(pixel_values, checkpointed=torch.is_grad_enabled()), None, None)
+        return Seen(self.model(pixel_values), None, None)
 
 
 def load_retrieval(path: Path) -> RetrievalTower:
