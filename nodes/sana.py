@@ -1,0 +1,75 @@
+"""Load Sana, which ComfyUI does not know, as MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.host import folders
+from ..core.host import sana as host
+from .types import advanced, schema
+
+
+class LikenessLoadSana(io.ComfyNode):
+    """A folder of models/diffusers -> MODEL, CLIP, VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadSana",
+            display_name="Load Sana",
+            category="likeness/loaders",
+            description="Loads Sana from a diffusers folder as ordinary MODEL, CLIP and VAE, for stock samplers and for "
+            "this pack's nodes. Needs the diffusers package. Nothing is downloaded.",
+            search_aliases=["sana", "diffusers", "dc-ae", "gemma"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=host.sana_names(),
+                    tooltip="A folder in models/diffusers with model_index.json and the folders transformer, vae, "
+                    "text_encoder, tokenizer and scheduler, such as Sana_1600M_512px_diffusers. Press R to refresh "
+                    "the list.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "dtype",
+                        options=list(host.DTYPES),
+                        default="default",
+                        tooltip="Precision of the diffusion model. default: bf16 where the device is fast in it, else "
+                        "fp32, which the authors of SISO use.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "instruction",
+                        default=True,
+                        tooltip="Put the published instruction to describe details before every prompt that is not "
+                        "empty. Off: prompts as they are.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The diffusion model."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder (Gemma), for prompts."),
+                io.Vae.Output(
+                    display_name="vae",
+                    tooltip="The autoencoder. Its samples are 32 times smaller than pictures: start from Empty "
+                    "HunyuanImage Latent.",
+                ),
+                io.Clip.Output(
+                    display_name="plain_clip",
+                    tooltip="The same text encoder without the instruction, for a negative prompt that is not empty.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name, **_inputs) -> str:
+        return host.sana_state(name)
+
+    @classmethod
+    def execute(cls, name, dtype="default", instruction=True) -> io.NodeOutput:
+        found = host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction)
+        return io.NodeOutput(found.model, found.clip, found.vae, found.plain_clip)
+
+
+NODES = [LikenessLoadSana]
