@@ -6,7 +6,10 @@ of a red striped dog on the grass" -> "... cat ...", and from the same noise wit
 sampled: by the base model alone (plain swap), and with Replace Subject at several settings.
 
 - Seen: the judge sees the new class.
-- Background: PSNR to the source picture's autoencoder round trip, outside of the judge's subject masks of both.
+- Background: PSNR to the source picture's autoencoder round trip, outside of the judge's subject masks of both, from
+  two pixels beyond their outline on: on the outline itself the subject's colour decides, and every picture gets about
+  the same figure (stored as "to the outline").
+- Plain swap: the edited prompt from the same noise on the same way back, without Replace Subject.
 - Base: how often the base model shows the class, for the same prompts from other noise.
 
 The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the cost.
@@ -29,6 +32,7 @@ from . import effect_hiper, hosting
 from .effect_sine import write
 
 CFG, SAMPLING_STEPS, BASE_SAMPLES, SIDE = 7.5, 50, 2, 96
+MARGIN = 2  # pixels around a subject that belong to its outline
 SEEN_GATE, BACKGROUND_GATE, GAIN_GATE = 0.85, 22.0, 6.0
 
 
@@ -38,16 +42,18 @@ class Setting:
 
     end_percent: float = 1.0
     blend: float = 0.0
+    grown: int | None = None  # pixels by which the source's subject mask is grown, to be the node's mask
 
     @property
     def name(self) -> str:
         """How rows call it."""
-        return f"end {self.end_percent:g}" + (f", blend {self.blend:g}" if self.blend else "")
+        blend = f", blend {self.blend:g}" if self.blend else ""
+        return f"end {self.end_percent:g}{blend}" + ("" if self.grown is None else f", mask + {self.grown} px")
 
 
 PLAIN = "plain swap"
 METHODS = ("null-text", "direct")
-SETTINGS = (Setting(), Setting(0.4), Setting(1.0, 0.5), Setting(0.4, 0.5))
+SETTINGS = (Setting(), Setting(0.4), Setting(0.4, 0.5), Setting(0.4, 0.5, 8))
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Bench(effect_hiper.Bench):
             for setting in SETTINGS:
                 model, positive = replaced_subject(
                     start.model, clip, wanted.prompt, wanted.word, wanted.new, None, setting.end_percent,
-                    blend=setting.blend,
+                    blend=setting.blend, mask=None if setting.grown is None else grown(mask, setting.grown),
                 )  # fmt: skip
                 if PLAIN not in found:
                     plain = self.pictures(start.model, positive, start)
@@ -197,10 +203,12 @@ class Bench(effect_hiper.Bench):
 
     def scored(self, wanted: Replacement, pictures: Any, target: Any, mask: Any) -> dict[str, float]:
         """seen, background (dB) of the edit, and the whole picture's PSNR of the reconstruction."""
-        outside = ~(mask | (self.judge.mask(pictures[1:])[0] > 0.5))
+        subjects = mask | (self.judge.mask(pictures[1:])[0] > 0.5)
+        beyond, outside = (grown(subjects, pixels)[0] < 0.5 for pixels in (MARGIN, 0))
         return {
             "seen": self.seen(wanted, pictures[1:]),
-            "background": psnr(pictures[1][:, outside], target[0][:, outside]),
+            "background": psnr(pictures[1][:, beyond], target[0][:, beyond]),
+            "to the outline": psnr(pictures[1][:, outside], target[0][:, outside]),
             "reconstruction": psnr(pictures[0], target[0]),
         }
 
@@ -218,6 +226,13 @@ def stored(bench: Bench, chosen: list[Replacement], method: str, path: Path | No
         sys.stdout.write(f"{len(rows):3d} {rows[-1]['subject']}: {shown}\n")
         sys.stdout.flush()
     return rows[: len(chosen)]
+
+
+def grown(mask: Any, pixels: int) -> Any:
+    """A mask [H, W], wider by so many pixels on every side, as a MASK [1, H, W]."""
+    import torch.nn.functional as F
+
+    return F.max_pool2d(mask.float()[None, None], 2 * pixels + 1, stride=1, padding=pixels)[0]
 
 
 def psnr(one: Any, other: Any) -> float:
@@ -260,6 +275,6 @@ def main(arguments: list[str]) -> int:
     result = summary(rows)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     settings = {"cfg": CFG, "sampling_steps": SAMPLING_STEPS, "base samples": BASE_SAMPLES}
-    settings |= {"method": options.method}
+    settings |= {"method": options.method, "margin": MARGIN}
     write(options.out, {"settings": settings, "summary": result, "rows": rows})
     return int(not any(isinstance(part, dict) and part["gates held"] for part in result.values()))

@@ -110,7 +110,8 @@ class LikenessReplaceSubject(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White where the picture may change: the subject, grown to where the new one will be. "
-                    "Elsewhere the picture itself is kept. In place of blend; needs the euler sampler.",
+                    "Elsewhere the picture itself is kept; with blend too, where both allow it. Needs the euler "
+                    "sampler.",
                 ),
             ],
             outputs=[

@@ -11,6 +11,7 @@ from .graph import BYPASSED, FORMAT_VERSION, Graph, GraphError, Input, ObjectInf
 
 WIDTH, GAP_X, GAP_Y = 340, 70, 60
 TITLE, SLOT, WIDGET, TEXT_BOX, PICTURE, CURVE = 40, 22, 26, 110, 260, 130
+TEXT_NODES = ("PrimitiveString", "PrimitiveStringMultiline")
 PICTURE_NODES = ("LoadImage", "PreviewImage", "SaveImage")
 NAMESPACE = uuid.UUID("6c6f5f0e-0c9a-4b0e-9a43-2f6f8a1c7e11")
 OPTIONAL_SHAPE = 7  # how the page draws an input that need not be connected
@@ -89,7 +90,7 @@ class Drawing:
                 "Node name for S&R": node_type,
                 **({"models": [dict(model) for model in models]} if models else {}),
             },
-            "widgets_values": [value for entry in entries for value in widget_values(entry, values)],
+            "widgets_values": [value for entry in entries for value in widget_values(entry, self._shown(values))],
         }
         if title:
             record["title"] = title
@@ -123,6 +124,15 @@ class Drawing:
             "extra": {"ds": {"scale": 0.6, "offset": [60, 140]}},
             "version": FORMAT_VERSION,
         }
+
+    def _shown(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values, with a connected text in place of its connection: what a greyed-out widget shows."""
+        found = dict(values)
+        for name, value in values.items():
+            source = self._nodes[value.node - 1] if isinstance(value, Output) else None
+            if source is not None and source["type"] in TEXT_NODES:
+                found[name] = source["widgets_values"][0]
+        return found
 
     def _slot(self, entry: Input, value: Any, identity: int, index: int) -> dict[str, Any]:
         slot: dict[str, Any] = {"name": entry.name, "type": entry.type, "link": None}

@@ -66,7 +66,7 @@ class Learned:
 class Control:
     """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished picture. blend:
     the share of the most attention from which on a place may change; 0 lets all of them. mask [1, 1, H, W]: where the
-    picture may change, in place of blend.
+    picture may change; with both, where both allow it.
     """
 
     prompts: tuple[str, str]
@@ -252,7 +252,7 @@ class _Sampling:
             )
         for entry in ours:
             _check_rows(self.control.rows, _rows(entry))
-            if "area" in entry and self.control.blend > 0 and self.control.mask is None:
+            if "area" in entry and self.control.blend > 0:
                 raise ValueError(
                     "The positive prompt holds in an area, whose maps do not show the whole picture: take the area "
                     "off, or give Replace Subject a mask in place of blend."
@@ -297,7 +297,7 @@ class _Run:
         self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths in one call up to this
         self._looked, self._looking = torch.zeros(2, *self._size), torch.zeros(2, *self._size)
         self.blends = control.blend > 0 or control.mask is not None
-        self.looks = control.blend > 0 and control.mask is None
+        self.looks = control.blend > 0
 
     def pairs(self, batch: int, options: dict[str, Any]) -> Iterator[slice]:
         """Where source and edit are evaluated with the positive prompt."""
@@ -331,14 +331,19 @@ class _Run:
         """Called last after CFG: the prediction that leaves the edit as the source is, away from the word."""
         self._looking = torch.zeros_like(self._looking)
         sigma = float(args["sigma"].max())
-        step = step_at(sigma, self._levels)
-        if step is None or self.looks and sigma > self._blend_from:
+        step, mask = step_at(sigma, self._levels), self._may_change(sigma)
+        if step is None or mask is None:
             return args["denoised"]
-        if self.control.mask is None:
-            mask = blend_mask(self._looked, self.control.blend)
-        else:
-            mask = torch.nn.functional.adaptive_max_pool2d(self.control.mask, self._size)[0] > 0
         return blended(args["input"], args["denoised"], sigma, self._levels[step + 1], mask)
+
+    def _may_change(self, sigma: float) -> Tensor | None:
+        """The places [1, h, w] that the mask and the word's attention leave to the edit at this level; None for all."""
+        mask = self.control.mask
+        allowed = None if mask is None else torch.nn.functional.adaptive_max_pool2d(mask, self._size)[0] > 0
+        if not self.looks or sigma > self._blend_from:
+            return allowed
+        looked = blend_mask(self._looked, self.control.blend)
+        return looked if allowed is None else looked & allowed.to(looked.device)
 
     def check_rows(self, rows: int) -> None:
         """ValueError when the keys are not those of the prompt."""

@@ -35,6 +35,18 @@ def test_the_local_blend_keeps_the_picture_where_the_word_is_not_looked_at(clip)
     close(whole[1], whole[0], atol=1e-3)
 
 
+def test_with_mask_and_blend_the_picture_changes_only_where_both_allow_it(clip):
+    setting = Setting()
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 16:40, 16:33] = 1.0
+    masked, both, none = (play(*swapped(setting, clip, mask=mask, blend=share)) for share in (0.0, 0.8, 1.0))
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:5, 2:5] = True
+    changed = [(found[1] - found[0]).abs().amax(0) >= 1e-3 for found in (masked, both, none)]
+    assert not (changed[1] & ~inside).any() and not changed[2].any()
+    assert int(changed[1].sum()) < int(changed[0].sum())
+
+
 def area_of(positive):
     return [[rows, {**options, "area": (4, 4, 2, 2)}] for rows, options in positive]
 
@@ -46,7 +58,7 @@ def test_the_local_blend_needs_maps_of_the_whole_picture(clip):
         play(model, area_of(positive), negative, latent)
     mask = torch.zeros(1, 64, 64)
     mask[0, 16:40, 16:33] = 1.0
-    for changes in ({}, {"blend": 0.3, "mask": mask}):
+    for changes in ({}, {"mask": mask}):
         model, positive, *_ = swapped(setting, clip, **changes)
         assert play(model, area_of(positive), negative, latent).isfinite().all()
 

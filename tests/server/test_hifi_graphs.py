@@ -33,7 +33,7 @@ def test_ways_back(results, source):
     assert ceiling - 0.3 < direct < ceiling + 0.3
     assert plain + 2 < null_text < direct + 0.3 and plain < prompt
     rows = [line.split() for line in result.text("Score").splitlines() if line.strip()[:1].isdigit()]
-    assert [float(row[1]) for row in rows] == pytest.approx([plain, null_text, prompt, direct], abs=0.1)
+    assert [float(row[1]) for row in rows] == pytest.approx([plain, null_text, prompt, direct, ceiling], abs=0.1)
     assert "updates in all" in result.text("Report of null-text")
 
 

@@ -10,6 +10,7 @@ from ..drawing import Drawing, Node, Output
 from .inversion import ADVICE, BLEND, DIRECT, FRESH_LEVELS, LEVELS, SOURCE, UNTIL, WORD, Inverted, Levels
 from .pieces import CFG, HUB, MODEL_NOTE, OFF_NOTE, SEED, VISION_NOTE, score_node
 
+ROOM = 16  # pixels around the subject that goes
 CAPTION, TARGET = "a photo of a dog", "a photo of a dog on the beach"
 SUBJECT, ANCHOR_WEIGHT = "dog", 0.01
 SAVED = "likeness/hifi_00001_.safetensors"
@@ -33,8 +34,11 @@ model.safetensors) | models/likeness_vision/{REFERENCE} | Apache-2.0 |
 BLIP_NOTE = f"""| [{BLIP}]({HUB}/Salesforce/{BLIP}) (all .json and .txt files, model.safetensors) \
 | models/likeness_vision/{BLIP} | BSD-3-Clause |
 
-The group "Caption" is switched off, so that its model need not be there. It writes a description of the picture, to \
-be copied into 'Prompt of the picture to change'.
+The groups "Caption" and "Mask" are switched off, so that their models need not be there. To switch one on, \
+right-click its title and choose "Set Group Nodes to Always". "Caption" writes a description of the picture, to be \
+copied into 'Prompt of the picture to change'. \
+"Mask" finds the subject that goes, by the word in 'What goes'; only there, grown by 'Room for the new one', the \
+picture changes then. A MASK that you paint does as well: lead it into 'Room for the new one'.
 """
 FIRST = (
     "**First** load your own picture (example.png only holds its place; it is cut to a 512 x 512 square), write in "
@@ -244,8 +248,8 @@ def reference_guided(draw: Drawing) -> None:
         "(press R if the list does not show it). **Then** load two pictures of the subject (more by further Batch "
         "Images nodes), write in both 'Mask' nodes what the subject is, and describe the references plainly in 'Prompt "
         "of the reference'. Made for things that keep their shape (a mug, a shoe, a toy); with an animal only when the "
-        "reference shows nearly the same pose: where 'Laid over' has little green, take another picture or another "
-        "number in 'Noise'.\n\nNearer "
+        "reference shows nearly the same pose: where 'Laid over' has little green ('How well it covers' is below 0.7), "
+        "take another picture or another number in 'Noise'.\n\nNearer "
         "to the reference: raise inner_steps or end_percent in 'Guide by the reference'. 'Laid over' shows in green "
         "where both subjects are.\n\nThe group 'Play back' samples the same picture with stock nodes, from what was "
         "found; it is switched off.\n\n" + FRESH_LEVELS + MODEL_NOTE + REFERENCE_ROWS + MASK_ROWS + MASK_NOTE,
@@ -271,6 +275,7 @@ def reference_guided(draw: Drawing) -> None:
     reference = reference_for(make, pictures, masks["mask"], unguided, vision["vision"])
     draw.node("PreviewImage", "Laid over", images=reference.aligned["overlay"])
     draw.node("PreviewAny", "Which and how", extra=160, source=reference.chosen["info"])
+    draw.node("PreviewAny", "How well it covers", source=reference.aligned["iou"])
     draw.column()
     guided = guide(make, model, positive, empty, caption, reference, begin, levels)
     draw.node("PreviewAny", "Report", extra=160, source=guided["report"])
@@ -307,8 +312,10 @@ def replace_subject(draw: Drawing) -> None:
         + ADVICE
         + LEVELS
         + MODEL_NOTE
-        + BLIP_NOTE,
-        860,
+        + MASK_ROWS
+        + BLIP_NOTE
+        + MASK_NOTE,
+        1010,
     )
     model = make.model()
     loaded = draw.node("LikenessLoadEmbedding", "Saved subject", name=SAVED)
@@ -318,6 +325,10 @@ def replace_subject(draw: Drawing) -> None:
     captioned = draw.node("LikenessCaption", "Describe it", image=picture, model=BLIP)
     shown = draw.node("PreviewAny", "Its description", extra=160, source=captioned["caption"])
     draw.group("Caption", [captioned, shown], bypassed=True)
+    draw.column()
+    goes = draw.node("LikenessSubjectMask", "What goes", image=picture, subject=WORD, detector=DETECTOR, sam=SAM)
+    room = draw.node("GrowMask", "Room for the new one", mask=goes["mask"], expand=ROOM)
+    draw.group("Mask", [goes, room], bypassed=True)
     draw.column()
     positive = make.prompt("Prompt to change, encoded", model["CLIP"], text)
     empty = make.prompt("Empty prompt", model["CLIP"], "")
@@ -345,6 +356,7 @@ def replace_subject(draw: Drawing) -> None:
                 replacement=SUBJECT,
                 end_percent=UNTIL,
                 blend=BLEND,
+                mask=room["MASK"],
                 **more,
             )
         )

@@ -8,6 +8,7 @@ from ..drawing import Drawing
 from .hifi import (
     ANCHOR_WEIGHT,
     CAPTION,
+    FIRST,
     MASK_NOTE,
     MASK_ROWS,
     REFERENCE,
@@ -39,10 +40,12 @@ def ablation(draw: Drawing) -> None:
         "more than the one before: **base** (five rows from the empty prompt, no mask), **+ mask**, **+ "
         "regularisation** (held near the empty prompt), **+ step-wise** rows, **+ reference guidance**. 'Scores' has "
         "the table: identity (DINO, CLIP-I) should rise, the prompt's score (CLIP-T) should stay. One picture says "
-        "little: change the noise and look again, or batch several subjects' results by hand.\n\nThree trainings of "
+        "little: change the noise and look again, or batch several subjects' results by hand.\n\n"
+        + FIRST
+        + "\n\nThree trainings of "
         "1000 steps and one of 500, once; with the picture and prompts of 'hifi_train_subject' two of them are already "
         "done.\n\n" + FRESH_LEVELS + MODEL_NOTE + REFERENCE_ROWS + MASK_ROWS + VISION_NOTE + ON_NOTE + MASK_NOTE,
-        900,
+        960,
     )
     model = make.model()
     vision = draw.node("LikenessLoadVision", "DINO (reference)", name=REFERENCE)

@@ -24,9 +24,9 @@ LEVELS = STEPS_NOTE + (
 )
 FRESH_LEVELS = STEPS_NOTE + "the noise of 'Noise'. Keep one cfg in all guiders (and in 'Guide by the reference').\n\n"
 ADVICE = (
-    "When the background changes, raise blend (0.6, 0.7), or connect a mask: white where the picture may change. When "
-    "the new subject is cut off, lower blend (0.4, 0.3). When it keeps the old one's shape, lower end_percent (0.3, "
-    "0.2).\n\n"
+    "When the background changes, raise blend (0.6, 0.7), or connect a mask too: white where the picture may change. "
+    "When the new subject is cut off, lower blend (0.4, 0.3). When it keeps the old one's shape, lower end_percent "
+    "(0.3, 0.2).\n\n"
 )
 
 
@@ -106,10 +106,10 @@ def reconstruct(draw: Drawing) -> None:
         "# Invert a picture and get it back\nFinds the noise that a picture would have come from, and samples from it "
         "with guidance in four ways: with the plain empty negative prompt (which drifts away), with a negative prompt "
         "that Null-Text has optimised for each step, with the prompt as its own negative, and with direct inversion. "
-        "'Scores' tells how near each comes (PSNR in dB, in this order); what the autoencoder alone gives back is the "
-        "most that can be reached.\n\n**First** load your picture (it is cut to a 512 x 512 square) and describe it "
-        "plainly in 'Prompt of the picture'.\n\nNothing here needs to run first for 'invert_and_edit': it inverts by "
-        "itself, and comes back by direct inversion, because negatives near the prompt hinder edits.\n\n"
+        "'Scores' tells how near each comes (PSNR in dB, in this order); the last one is what the autoencoder gives "
+        "back, the most that can be reached.\n\n**First** load your picture (it is cut to a 512 x 512 square) and "
+        "describe it plainly in 'Prompt of the picture'.\n\nNothing here needs to run first for 'invert_and_edit': it"
+        " inverts by itself, and comes back by direct inversion, because negatives near the prompt hinder edits.\n\n"
         + LEVELS
         + MODEL_NOTE,
         780,
@@ -142,7 +142,7 @@ def reconstruct(draw: Drawing) -> None:
         make.save(f"Back: {method}", image, f"invert_{method.replace(' ', '_')}")
     draw.column()
     batch = images[0]
-    for image in images[1:]:
+    for image in (*images[1:], round_trip):
         batch = draw.node("ImageBatch", image1=batch, image2=image)["IMAGE"]
     score = draw.node("LikenessScore", "Score", extra=420, images=batch, reference=picture)
     make.save("Scores", score["picture"], "invert_scores")
