@@ -9,6 +9,7 @@ import comfy.model_management as mm
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, single_prompt
@@ -99,6 +100,12 @@ def renoised(
 
     predicting(model, positive, samples, body)
     start, replay, error = found[0]
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError(
+            "The inversion ran away: what this model predicts for the picture is too unlike noise to be corrected. Check "
+            "that the prompt describes the picture and that this is a turbo model's own VAE, or lower kl_weight and "
+            "correlation_weight, down to 0."
+        )
     start = model.get_model_object("latent_format").process_out(start)
     return ReNoised({"samples": start, REPLAY: replay}, replaying_sampler(replay), error, replay)
 

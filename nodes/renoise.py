@@ -1,0 +1,138 @@
+"""Invert a picture for a sampling of few steps (ReNoise)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core import renoise as published
+from ..core.host.renoise import renoised
+from .types import advanced, schema
+
+ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
+
+
+class LikenessRenoise(io.ComfyNode):
+    """MODEL + picture + its prompt + a few SIGMAS -> the noise, and the SAMPLER that comes back from it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessRenoise",
+            display_name="Invert For Few Steps",
+            category="likeness/inversion",
+            description="Finds the noise that a picture would have come from in a few steps of a turbo model "
+            "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with the sampler and SIGMAS "
+            "given here and no other noise, or edit with Optimize LoRA.",
+            search_aliases=["renoise", "turbo inversion", "siso", "invert", "unsampler", "ddim inversion"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
+                io.Conditioning.Input("positive", tooltip="A plain description of the picture: 'a photo of a dog'."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="The noise levels to come back along. Published: BasicScheduler, simple, 4 steps, then "
+                    "SplitSigmas at 1, its low_sigmas. Fewer keep more of the picture.",
+                ),
+                io.Combo.Input(
+                    "sampler",
+                    options=list(SAMPLERS),
+                    default=ANCESTRAL,
+                    tooltip="euler_ancestral: as published for SDXL-turbo. euler: as published for SD-turbo, with "
+                    "correlation_weight 0.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=published.SEED,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Decides the noises that are added on the way back, and chance in the correction.",
+                ),
+                *_advanced_inputs(),
+                io.Latent.Input("latent", optional=True, tooltip="The picture, encoded. Instead of image and VAE."),
+                io.Image.Input("image", optional=True, tooltip="The picture. Needs the VAE."),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="Where the sampling starts. Sample it without adding noise (DisableNoise), or connect it "
+                    "to Optimize LoRA.",
+                ),
+                io.Sampler.Output(
+                    display_name="sampler", tooltip="The sampler, adding the very noises that were found."
+                ),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for sampler or Optimize LoRA."),
+                io.String.Output(display_name="report", tooltip="The steps, and how near they come to the picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        sigmas,
+        sampler,
+        seed,
+        iterations=published.ITERATIONS,
+        averaged=published.AVERAGED,
+        kl_weight=published.KL_WEIGHT,
+        correlation_weight=published.CORRELATION_WEIGHT,
+        latent=None,
+        image=None,
+        vae=None,
+    ) -> io.NodeOutput:
+        settings = published.ReNoiseSettings(
+            sampler == ANCESTRAL, iterations, averaged, kl_weight, correlation_weight, seed
+        )
+        found = renoised(model, positive, latent, image, vae, sigmas, settings, cls.hidden.unique_id)
+        return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report())
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
+        advanced(
+            io.Int.Input(
+                "iterations",
+                default=published.ITERATIONS,
+                min=1,
+                max=100,
+                tooltip="How often a step is tried again from the latent that it gave.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "averaged",
+                default=published.AVERAGED,
+                min=1,
+                max=100,
+                tooltip="Over how many of the last tries the predicted noise is averaged.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "kl_weight",
+                default=published.KL_WEIGHT,
+                min=0.0,
+                max=10.0,
+                step=0.005,
+                round=1e-6,
+                tooltip="How strongly patches of the predicted noise are made to look like noise.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "correlation_weight",
+                default=published.CORRELATION_WEIGHT,
+                min=0.0,
+                max=1000.0,
+                step=1.0,
+                round=1e-4,
+                tooltip="How strongly neighbours in the predicted noise are made independent. 0 for SD-turbo.",
+            )
+        ),
+    ]
+
+
+NODES = [LikenessRenoise]
