@@ -21,8 +21,8 @@ class LikenessRenoise(io.ComfyNode):
             display_name="Invert For Few Steps",
             category="likeness/inversion",
             description="Finds the noise that a picture would have come from in a few steps of a turbo model "
-            "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with the sampler and SIGMAS "
-            "given here and no other noise, or edit with Optimize LoRA.",
+            "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with this sampler "
+            "and these SIGMAS and no other noise, or edit with Optimize LoRA.",
             search_aliases=["renoise", "turbo inversion", "siso", "invert", "unsampler", "ddim inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),

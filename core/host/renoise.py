@@ -102,8 +102,8 @@ def renoised(
     start, replay, error = found[0]
     if not bool(torch.isfinite(start).all()):
         raise ValueError(
-            "The inversion ran away: what this model predicts for the picture is too unlike noise to be corrected. Check "
-            "that the prompt describes the picture and that this is a turbo model's own VAE, or lower kl_weight and "
+            "The inversion ran away: what this model predicts for the picture is too unlike noise to be corrected. "
+            "Check that the prompt describes the picture and that the VAE is the model's own, or lower kl_weight and "
             "correlation_weight, down to 0."
         )
     start = model.get_model_object("latent_format").process_out(start)
