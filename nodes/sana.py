@@ -18,7 +18,7 @@ class LikenessLoadSana(io.ComfyNode):
             node_id="LikenessLoadSana",
             display_name="Load Sana",
             category="likeness/loaders",
-            description="Loads Sana from a diffusers folder as ordinary MODEL, CLIP and VAE, for stock samplers and for "
+            description="Loads Sana from a diffusers folder as an ordinary MODEL, CLIP and VAE, for stock samplers and "
             "this pack's nodes. Needs the diffusers package. Nothing is downloaded.",
             search_aliases=["sana", "diffusers", "dc-ae", "gemma"],
             inputs=[

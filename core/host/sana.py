@@ -29,7 +29,9 @@ PRECISIONS = [torch.bfloat16, torch.float32]  # fp16 overflows in Gemma and in t
 LORA_LAYERS = ("to_q", "to_k", "to_v")
 INSTRUCTED = "likeness_instruction"  # a tokenizer option
 SCALE = 0.41407  # of the published autoencoder, where its configuration does not tell
-ENCODING, DECODING = 700, 700  # values alive for each pixel of a picture, generously: the widest layers are 4 x 128
+# Measured on the published widths: values alive for each pixel of a picture while it is coded, and values that a block
+# keeps for each token and channel for its backward. ComfyUI asks for one pass; the gradient session takes 4 of them.
+ENCODING, DECODING, KEPT, PASSES = 1200, 1350, 30, 4
 
 
 class SanaLatents(comfy.latent_formats.LatentFormat):
@@ -49,7 +51,6 @@ class Sana(comfy.supported_models_base.BASE):
     unet_extra_config: dict[str, Any] = {}
     latent_format = SanaLatents
     supported_inference_dtypes = PRECISIONS
-    memory_usage_factor = 6.0  # 2240 wide, 11200 inside its convolutions, one token for each sample
 
 
 class SanaModel(comfy.model_base.HiDream):
@@ -60,6 +61,13 @@ class SanaModel(comfy.model_base.HiDream):
     def __init__(self, config: Sana, network: nn.Module) -> None:
         comfy.model_base.BaseModel.__init__(self, config, comfy.model_base.ModelType.FLOW)
         self.diffusion_model = network.eval()
+
+    def memory_required(self, input_shape, cond_shapes=None) -> float:
+        """Bytes for one prediction of an input [B, C, h, w]."""
+        config = self.diffusion_model.config
+        tokens = input_shape[0] * input_shape[2] * input_shape[3] / config.patch_size**2
+        width = config.num_attention_heads * config.attention_head_dim
+        return KEPT / PASSES * tokens * width * config.num_layers * mm.dtype_size(self.get_dtype())
 
     def lora_layers(self) -> dict[str, nn.Module]:
         """What SISO's script trains for Sana, by the names of diffusers' files."""

@@ -186,6 +186,26 @@ def test_its_precision_can_be_chosen(folder, name):
     assert model.model_dtype() == DTYPES[name]
 
 
+def test_the_memory_that_is_asked_for_is_about_what_a_gradient_keeps(loaded, prompts):
+    """Four times the estimate for one pass, as the session asks for; counted with autograd's own hooks."""
+    network = loaded.model.model.diffusion_model
+    own = {value.untyped_storage().data_ptr() for value in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        place = value.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = value
+        return value
+
+    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        x = torch.randn(1, tiny_sana.CHANNELS, 16, 16, requires_grad=True)
+        network(x, torch.tensor([500.0]), prompts[0][0][0].clone())
+    counted = sum(value.untyped_storage().nbytes() for value in kept.values())
+    asked = loaded.model.model.memory_required(list(x.shape))
+    assert 0.5 * asked < counted / 4 < 2 * asked
+
+
 def test_it_is_loaded_whole_and_unloaded_whole(loaded):
     import comfy.model_management as mm
 
