@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..core import siso
 from ..core.host import likeness_optimisation as host
+from ..core.host.background import background
 from ..core.host.outputs import nothing
 from ..core.host.tuned_models import apply_tuned
 from .types import LoraModel, LossMap, Similarity, advanced, schema
@@ -67,14 +68,15 @@ class LikenessOptimizeLora(io.ComfyNode):
         prompt="",
         image=None,
         mask=None,
+        optimizer="AdamW",
     ) -> io.NodeOutput:
         found = host.optimise_lora(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps),
             host.Plan(iterations, rank, keep, checkpointing),
-            siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience),
-            host.background(image, mask, background_weight),
+            siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience, optimizer),
+            background(image, mask, background_weight),
             cls.hidden.unique_id,
         )
         lora = found.tuned()
@@ -112,7 +114,8 @@ def _inputs() -> list[io.Input]:
             max=1.0,
             step=1e-5,
             round=1e-8,
-            tooltip="AdamW's learning rate. 0.0002 for SDXL-turbo is published.",
+            tooltip="AdamW's learning rate: 0.0002 for SDXL-turbo and FLUX.1-schnell is published, 0.0008 for Sana. "
+            "With Prodigy: 1.",
         ),
         io.Float.Input(
             "cfg",
@@ -149,9 +152,14 @@ def _advanced_inputs() -> list[io.Input]:
 
     return [
         advanced(io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA.")),
-        number("weight_decay", 1e-2, 1.0, "AdamW's weight decay."),
-        number("text_rate", 2e-4, 1.0, "Learning rate of the text encoder, with 'clip' connected."),
-        number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder."),
+        number("weight_decay", 1e-2, 1.0, "The optimizer's weight decay; 0.0001 for FLUX and Sana."),
+        number(
+            "text_rate",
+            2e-4,
+            1.0,
+            "Learning rate of the text encoder, with 'clip' connected; 0.000005 for FLUX. Prodigy takes learning_rate.",
+        ),
+        number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder; 0.001 for FLUX."),
         number("threshold", siso.THRESHOLD, 100.0, "An improvement is a loss lower by so many percent."),
         advanced(
             io.Int.Input(
@@ -172,7 +180,10 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         advanced(
             io.Boolean.Input(
-                "checkpointing", default=False, tooltip="Less memory, about a third more time, the same result."
+                "checkpointing",
+                default=False,
+                tooltip="Of the model, the decoder and the vision models: much less memory, about a third more time, "
+                "the same result.",
             )
         ),
         number("background_weight", siso.BACKGROUND, 1000.0, "How much the background counts, with a mask."),
@@ -183,7 +194,10 @@ def _optional_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, for a cfg above 1."),
         io.Clip.Input(
-            "clip", optional=True, tooltip="Connect it to optimise the text encoder too; it encodes 'prompt'."
+            "clip",
+            optional=True,
+            tooltip="Connect it to optimise the CLIP text encoders too, as published for SDXL-turbo and FLUX; it "
+            "encodes 'prompt'.",
         ),
         io.String.Input(
             "prompt",
@@ -193,6 +207,16 @@ def _optional_inputs() -> list[io.Input]:
         ),
         io.Image.Input("image", optional=True, tooltip="For editing: the picture whose background stays."),
         io.Mask.Input("mask", optional=True, tooltip="White where the picture may change."),
+        advanced(
+            io.Combo.Input(
+                "optimizer",
+                options=list(get_args(siso.OptimizerName)),
+                default="AdamW",
+                optional=True,
+                tooltip="AdamW is published. Prodigy finds the step size itself, with learning_rate 1; it needs the "
+                "prodigyopt package.",
+            )
+        ),
     ]
 
 

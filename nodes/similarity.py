@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..core.host import folders
 from ..core.host import similarity as host
+from ..core.host.extras.retrieval import retrieval_missing
 from ..core.host.vision import load_instance_retrieval
 from .types import Similarity, schema
 
@@ -20,7 +21,8 @@ class LikenessLoadRetrieval(io.ComfyNode):
             display_name="Load Instance Retrieval",
             category="likeness/similarity",
             description="Loads the instance-retrieval model that SISO uses beside DINOv2: the weights of the Google "
-            "Universal Image Embedding challenge's first place, which you download yourself.",
+            "Universal Image Embedding challenge's first place, which you download yourself. DINOv2 alone does nearly "
+            "as well.",
             search_aliases=["siso", "ir features", "instance retrieval"],
             inputs=[
                 io.Combo.Input(
@@ -32,6 +34,10 @@ class LikenessLoadRetrieval(io.ComfyNode):
             ],
             outputs=[io.ClipVision.Output(display_name="vision", tooltip="The model, for Likeness To Pictures.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, name) -> bool | str:
+        return True if name in folders.names(folders.RETRIEVAL) else retrieval_missing(name)
 
     @classmethod
     def fingerprint_inputs(cls, name) -> str:
@@ -61,7 +67,9 @@ class LikenessSimilarity(io.ComfyNode):
                     "and SigLIP work too; they are not in the paper.",
                 ),
                 io.Image.Input(
-                    "image", tooltip="The subject, one picture or a batch: of several the mean likeness counts."
+                    "image",
+                    tooltip="The subject, one picture or a batch: of several the mean likeness counts. Only the "
+                    "central square of a picture is seen.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -72,14 +80,20 @@ class LikenessSimilarity(io.ComfyNode):
                     tooltip="How much this likeness counts. 1 for DINOv2 and for instance retrieval is published.",
                 ),
                 Similarity.Input("similarity", optional=True, tooltip="Another likeness to add this one to."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White on the subject: then it is cut out and put on white, and nothing of it is lost at "
+                    "the border. Not in the paper, which shows the whole picture.",
+                ),
             ],
             outputs=[Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to add another to.")],
         )
 
     @classmethod
-    def execute(cls, vision, image, weight, similarity=None) -> io.NodeOutput:
+    def execute(cls, vision, image, weight, similarity=None, mask=None) -> io.NodeOutput:
         before = host.Similarity(()) if similarity is None else similarity
-        return io.NodeOutput(before.and_also(host.Part(vision, weight, image[..., :3])))
+        return io.NodeOutput(before.and_also(host.part_of(vision, weight, image, mask)))
 
 
 NODES = [LikenessLoadRetrieval, LikenessSimilarity]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 CPU = torch.device("cpu")
+EXACT = {"dtype": torch.float32}  # text encoders are float16 otherwise, in which a LoRA is rounded as it is put on
 
 
 def randomise(module: nn.Module, seed: int, gain: float = 0.7) -> None:
@@ -170,7 +171,7 @@ def clip_xl(seed: int = 0):
 
     few = {"num_hidden_layers": 3, "intermediate_size": 256}  # the rows are taken from the last but one
     with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "clip_g_model_config": few})
+        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "clip_g_model_config": few, **EXACT})
         randomise(clip.cond_stage_model, seed)
     return clip
 
@@ -188,7 +189,7 @@ def clip_flux(seed: int = 0):
     few = {"num_hidden_layers": 2, "intermediate_size": 256}
     t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 2}
     with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "t5xxl_model_config": t5})
+        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "t5xxl_model_config": t5, **EXACT})
         randomise(clip.cond_stage_model, seed)
     return clip
 

@@ -136,7 +136,9 @@ def optimise_lora(
     """Optimise (or resume, or serve from disk) a LoRA; ValueError, before any work, for what does not fit together."""
     sampling = replace(sampling, latent=comfy.sample.fix_empty_latent_channels(generator.model, sampling.latent))
     _check(generator, similarity, sampling, background)
-    optimizer = prodigy() if settings.optimizer == "Prodigy" else torch.optim.AdamW
+    optimizer = torch.optim.AdamW
+    if settings.optimizer == "Prodigy":  # it knows one learning rate only
+        optimizer, settings = prodigy(), replace(settings, text_rate=settings.learning_rate)
     kept = [] if background is None else [asdict(background)]
     what = [plan.rank, plan.keep, asdict(settings), asdict(sampling), [part.described() for part in similarity.parts]]
     key = digest([METHOD, what, generator.described(), *kept])

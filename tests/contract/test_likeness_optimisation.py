@@ -94,18 +94,22 @@ def test_the_lora_in_stock_nodes_makes_the_kept_picture(family, cfg, steps, grad
     assert float((base - found.pictures[:1]).abs().max()) < 1 / 254
 
 
-TEXTS = {"sd1": ("clip_l", "lora_te_"), "sdxl": ("clip_xl", "lora_te2_"), "flux": ("clip_flux", "text_encoder.")}
+TEXTS = {
+    "sd1": ("clip_l", "lora_te_", 0.02),
+    "sdxl": ("clip_xl", "lora_te2_", 0.005),
+    "flux": ("clip_flux", "text_encoder.", 0.02),
+}
 
 
 @pytest.mark.parametrize("family", TEXTS)
 def test_the_text_encoder_learns_too(family, vision, caplog):
     import comfy.sd
 
-    encoder, prefix = TEXTS[family]
+    encoder, prefix, rate = TEXTS[family]
     setting, clip = Setting(family), getattr(tiny_models, encoder)()
     with torch.inference_mode():
         setting.source = clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))
-    found = optimised(setting, vision, clip=clip, steps=1)
+    found = optimised(setting, vision, clip=clip, steps=1, rate=rate)
     text = [name for name in found.lora if name.startswith(prefix)]
     ups = [name for name in text if ".lora_up." in name or ".lora_B." in name]
     assert ups and any(float(found.lora[name].abs().max()) > 0 for name in ups)
@@ -179,6 +183,36 @@ def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path
     assert equal(whole, optimised(Setting(), vision))
     fewer = optimised(Setting(), vision, iterations=2)
     assert equal(whole, fewer), "what is there is given at once"
+
+
+def test_prodigy_goes_on_exactly_where_it_was_stopped(vision, tmp_path, monkeypatch):
+    from likeness.core.host.progress import Progress
+
+    inputs = {"optimizer": "Prodigy", "rate": 1.0, "iterations": 8, "keep": "last"}
+    whole = optimised(Setting(), vision, **inputs)
+    assert len(set(whole.losses)) > 2, "it moves"
+    forget_runs(tmp_path)
+
+    def cancel(self, losses, denoised=None, picture=None):
+        if len(losses) == 4:
+            raise Cancelled
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "update", cancel)
+        with pytest.raises(Cancelled):
+            optimised(Setting(), vision, **inputs)
+    assert equal(whole, optimised(Setting(), vision, **inputs))
+
+
+def test_prodigy_that_is_not_installed_is_said_before_work_starts(vision, monkeypatch):
+    import sys
+
+    from likeness.core.host import likeness_optimisation
+
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    with pytest.raises(RuntimeError, match="pip install prodigyopt"):
+        optimised(Setting(), vision, optimizer="Prodigy", rate=1.0)
 
 
 def test_it_ends_by_itself_and_is_not_begun_again(vision, monkeypatch):
