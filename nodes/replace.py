@@ -113,6 +113,12 @@ class LikenessReplaceSubject(io.ComfyNode):
                     "Elsewhere the picture itself is kept; with blend too, where both allow it. Needs the euler "
                     "sampler.",
                 ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="The prompt as Invert Picture got it, when something is on it: sizes (SDXL), a ControlNet. "
+                    "They then hold for both pictures.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="Sample both pictures with this one."),
@@ -142,13 +148,25 @@ class LikenessReplaceSubject(io.ComfyNode):
         blend=0.0,
         embedding=None,
         mask=None,
+        positive=None,
     ) -> io.NodeOutput:
         start = twice(latent)
         learned = None if embedding is None else Learned(embedding, scale, step)
-        patched, positive = replaced_subject(
-            model, clip, prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend, mask
+        patched, both = replaced_subject(
+            model,
+            clip,
+            prompt,
+            word,
+            replacement,
+            learned,
+            end_percent,
+            self_percent,
+            renormalise,
+            blend,
+            mask,
+            positive,
         )
-        return io.NodeOutput(patched, positive, negative, start)
+        return io.NodeOutput(patched, both, negative, start)
 
 
 NODES = [LikenessReplaceSubject]

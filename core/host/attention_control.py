@@ -8,7 +8,6 @@ the same call; nothing is stored, and nothing is counted.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,37 +28,13 @@ from ..attention_control import (
     word_swap,
 )
 from ..attention_maps import mean_over_layers, probabilities, row_maps
-from ..conditioning import CHUNK, Conditioning, apply_embedding
-from ..embedding import Embedding
+from ..conditioning import Conditioning
 from ..rectify import step_at
-from ..runs import digest
 from ..sine_guidance import Window
 from .attention_layers import Attention, attention_layers, replaced
-from .describe import describe
 from .fingerprint import check_base
 from .landing import POST_CFG
-
-KEY = "likeness.replace"
-ROOM = CHUNK - 2  # tokens of a prompt between begin and end
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A trained subject for the edit. step: a saved one, 0 for the recommended."""
-
-    embedding: Embedding
-    scale: float = 1.0
-    step: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """How many rows of the prompt it takes."""
-        return self.embedding.tokens if self.scale else 0
-
-    def applied(self, conditioning: Conditioning) -> Conditioning:
-        """The prompt with the subject in it; one entry for each denoising step when it is step-wise."""
-        rows = self.embedding.at(self.step)
-        return apply_embedding(conditioning, rows, self.scale, self.embedding.windows)
+from .swapped_prompt import KEY, ROOM, Learned, edited_prompt, encoded, paired, shortened, tokens_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +67,12 @@ def replaced_subject(
     renormalise: bool = False,
     blend: float = 0.0,
     mask: Tensor | None = None,
+    source: Conditioning | None = None,
 ) -> tuple[Any, Conditioning]:
-    """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs."""
+    """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs.
+
+    source: the prompt as it was inverted with; sizes and ControlNets on it hold for both.
+    """
     attention_layers(model.model.diffusion_model)
     if clip is None:
         raise ValueError(
@@ -103,22 +82,21 @@ def replaced_subject(
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
     edited = edited_prompt(prompt, word, new)
-    source, edit, of_word = (_tokens(clip, text) for text in (prompt, edited, word.strip()))
+    of_source, of_edit, of_word = (tokens_of(clip, text) for text in (prompt, edited, word.strip()))
     try:
-        swap = word_swap(source, edit, of_word)
+        swap = word_swap(of_source, of_edit, of_word)
     except ValueError as error:
         raise ValueError(
-            f"'{word}' is no token sequence of its own in '{_short(prompt)}' ({error}): put spaces around it, and "
+            f"'{word}' is no token sequence of its own in '{shortened(prompt)}' ({error}): put spaces around it, and "
             "give weights such as (word:1.2) to the whole word."
         ) from error
     tail = learned.tokens if learned else 0
-    if tail > ROOM - len(edit):
+    if tail > ROOM - len(of_edit):
         raise ValueError(
-            f"The embedding takes the last {tail} rows of the prompt, but '{_short(edited)}' leaves only "
-            f"{ROOM - len(edit)} unused: shorten the prompt by {tail - ROOM + len(edit)} tokens."
+            f"The embedding takes the last {tail} rows of the prompt, but '{shortened(edited)}' leaves only "
+            f"{ROOM - len(of_edit)} unused: shorten the prompt by {tail - ROOM + len(of_edit)} tokens."
         )
-    of_source, of_edit = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, edited))
-    positive = paired(of_source, of_edit, learned, (prompt, edited))
+    positive = paired(*encoded(clip, (prompt, edited), source), learned, (prompt, edited))
     rows = positive[0][0].shape[1]
     control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise, blend, _usable(mask))
     return with_control(model, control), positive
@@ -136,56 +114,6 @@ def _usable(mask: Tensor | None) -> Tensor | None:
             "the subject's mask, grown a little, or none."
         )
     return inside
-
-
-def edited_prompt(prompt: str, word: str, new: str) -> str:
-    """The prompt with one word (or several in a row) exchanged; ValueError unless it is there exactly once."""
-    if not word.strip() or not new.strip():
-        raise ValueError(
-            f"The word is '{word}' and its replacement '{new}': write one or more words of the prompt, and what takes "
-            "their place."
-        )
-    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
-    found = len(pattern.findall(prompt))
-    if found == 0:
-        raise ValueError(
-            f"The word '{word}' is not in the prompt '{_short(prompt)}': write it as it stands there ('cats' is "
-            "another word), or put it into the prompt that the picture is inverted with."
-        )
-    if found > 1:
-        raise ValueError(
-            f"The word '{word}' is {found} times in the prompt '{_short(prompt)}': describe the picture so that "
-            "it is there once, or name more of the words around it."
-        )
-    return pattern.sub(lambda _match: new.strip(), prompt)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _tokens(clip: Any, text: str) -> list[str | int]:
-    """A text's tokens without begin, end and padding; learned ones (textual inversion) as their digest."""
-    chunks = next(iter(clip.tokenize(text, return_word_ids=True).values()))
-    found = [token for chunk in chunks for token, _, word in chunk if word != 0]
-    if len(chunks) > 1:
-        raise ValueError(
-            f"The prompt '{_short(text)}' has {len(found)} tokens, {ROOM} fit into one table of rows: shorten it by "
-            f"{max(1, len(found) - ROOM)}."
-        )
-    return [token if isinstance(token, int) else digest(describe(token)) for token in found]
-
-
-def paired(source: Conditioning, edit: Conditioning, learned: Learned | None, prompts: tuple[str, str]) -> Conditioning:
-    """Both prompts as one CONDITIONING whose tables are [2, N, d]: the source's rows, then the edit's."""
-    found: Conditioning = []
-    for (rows, options), entry in zip(source, edit, strict=True):
-        for edited, more in learned.applied([entry]) if learned else [entry]:
-            joined = {**more, KEY: prompts}
-            if isinstance(options.get("pooled_output"), Tensor):
-                joined["pooled_output"] = torch.cat([options["pooled_output"], more["pooled_output"]])
-            found.append([torch.cat([rows, edited.to(rows)]), joined])
-    return found
 
 
 def twice(latent: dict[str, Any]) -> dict[str, Any]:

@@ -316,6 +316,21 @@ def test_sdxl_and_its_pooled_vectors():
     close(found, play(by_hand(setting, [5]), positive, negative, latent))
 
 
+def test_what_lies_on_the_inverted_prompt_holds_for_both_pictures():
+    """SDXL's sizes: the reconstruction is that prompt's own picture, and the edit moves too."""
+    setting, clip = Setting("sdxl"), tiny_models.clip_xl()
+    ((rows, options),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+    source = [[rows, {**options, "width": 4096, "height": 256, "crop_w": 512}]]
+    model, positive, negative, latent = swapped(setting, clip, positive=source)
+    found, without = play(model, positive, negative, latent), play(*swapped(setting, clip))
+    alone = play(setting.model, source, negative, {"samples": latent["samples"][:1]})
+    close(found[:1], alone)
+    assert all(float((one - other).abs().mean()) > 1e-3 for one, other in zip(found, without, strict=True))
+    other = clip.encode_from_tokens_scheduled(clip.tokenize("a painting of a house"))
+    with pytest.raises(ValueError, match="The positive prompt is not 'a photo"):
+        swapped(setting, clip, positive=other)
+
+
 def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
     setting = Setting()
 
