@@ -23,15 +23,18 @@ class LikenessExtension(ComfyExtension):
             inspect,
             inversion,
             masks,
+            optimize_lora,
             position_map,
             reference,
             refine,
             replace,
+            sana,
             score,
+            similarity,
             sweep,
             tuned_files,
         )
 
         modules = (embedding, refine, embedding_files, inspect, fine_tune, tuned_files, guidance, position_map, sweep)
-        modules += (inversion, masks, align, reference, replace, score)
+        modules += (inversion, masks, align, reference, replace, similarity, optimize_lora, sana, score)
         return [node for module in modules for node in module.NODES]

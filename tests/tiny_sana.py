@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from likeness.toolbox.server import Server
 
 from .tiny_models import randomise
 
 WIDTHS = (4, 8, 8, 8, 16, 16)  # six levels, as published: samples are 32 times smaller than pictures
 CHANNELS, CAPTION = 8, 16
 SCALE = 0.41407
+NAME, ITERATIONS = "tiny_sana", 4  # in a server, and of an optimisation there
 
 
 def transformer(seed: int = 0, layers: int = 2) -> nn.Module:
@@ -113,6 +117,14 @@ def write(folder: Path, seed: int = 0) -> Path:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     SanaPipeline(tokenizer=words, scheduler=scheduler, **networks).save_pretrained(folder)
     return folder
+
+
+def in_server(server: Server) -> dict[tuple[str, str], Any]:
+    """The settings with which a shipped graph takes the folder, which lies in the server's own models afterwards."""
+    folder = server.base / "models" / "diffusers" / NAME
+    if not folder.exists():
+        write(folder)
+    return {("LikenessLoadSana", "name"): NAME, ("LikenessOptimizeLora", "iterations"): ITERATIONS}
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -26,9 +26,17 @@ VISION = {
     "DINO (identity)": "small_world_measure",
     "CLIP (prompt)": "small_world_clip",
     "DINO (reference)": "small_world_measure",
+    "DINO (similarity)": "small_world_dino",
 }
-PLAYED, PLAYER = "LikenessSubjectMask", "ToyworldSubjectMask"
-ABSENT = "LikenessCaption"
+PLAYER = "ToyworldSubjectMask"
+PLAYED = {
+    "LikenessSubjectMask": PLAYER,
+    "UNETLoader": "ToyworldLoadModel",
+    "DualCLIPLoader": "ToyworldLoadCLIP",
+    "VAELoader": "ToyworldLoadVAE",
+}
+SMALL_WORLD, TINY_FLUX = "small world", "random tiny FLUX"  # what the loaders among them give
+ABSENT = ("LikenessCaption", "LikenessLoadRetrieval")
 SIZE, CFG, SAMPLING_STEPS = 96, 4.0, 20
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
 SOURCE_BACKGROUND, TARGET_BACKGROUND, EDIT_TEXTURE = "grass", "sea", "spotted"
@@ -37,6 +45,7 @@ PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
 SWAPPED_CLASS = "cat"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
+ITERATIONS, LIKENESS_RATE = 50, 4e-3
 TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
 WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
@@ -118,6 +127,8 @@ def texts() -> dict[str, str]:
         "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
         "Prompt for both": f"{kind} {world.BACKGROUNDS[STYLE_BACKGROUND]}",
         "Prompt": kind,
+        "Prompt of the training": kind,
+        "Prompt to score": target,
         "Prompt of the new picture": target,
         "Prompt of the picture": source,
         "Swapped prompt": source.replace(SUBJECT_CLASS, SWAPPED_CLASS),
@@ -153,6 +164,9 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainEmbedding", "steps"): embedding_steps,
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
         ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
+        ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
+        ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
+        ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 10,
         ("LikenessFineTune", "method"): TUNING_METHOD,
         ("LikenessFineTune", "steps"): tuning_steps,
         ("LikenessFineTune", "learning_rate"): TUNING_RATE,
@@ -175,7 +189,8 @@ def swaps(title: str, word: str, replacement: str) -> Settings:
 
 def sizes(node: Mapping[str, Any]) -> list[tuple[tuple[str, str], int]]:
     """Widths and heights of a shipped node, as much smaller as the small world's pictures are."""
-    first = {"ImageScale": 1, "EmptyLatentImage": 0}.get(node["type"])
+    empty = ("EmptyLatentImage", "EmptyHunyuanImageLatent", "EmptySD3LatentImage")
+    first = {"ImageScale": 1, **dict.fromkeys(empty, 0)}.get(node["type"])
     if first is None:
         return []
     values = node["widgets_values"][first : first + 2]
@@ -216,7 +231,7 @@ def in_small_world(
 
 def switched_on(graph: Graph) -> Graph:
     """The graph with the groups that are shipped bypassed, except those that need a model which is not there."""
-    absent = {node["id"] for node in graph["nodes"] if node["type"] == ABSENT}
+    absent = {node["id"] for node in graph["nodes"] if node["type"] in ABSENT}
     absent |= {link[3] for link in graph["links"] if link[1] in absent}
     modes = {BYPASSED: 0}
     return {
@@ -229,13 +244,14 @@ def switched_on(graph: Graph) -> Graph:
 
 
 def played(graph: Graph) -> Graph:
-    """The graph with the small world's own mask node in the place of the pack's, which needs large models."""
+    """The graph with the small world's own nodes in the place of those that need large models."""
     graph = copy.deepcopy(graph)
     for node in graph["nodes"]:
-        if node["type"] == PLAYED:
+        if node["type"] in PLAYED:
             taken = [entry for entry in node["inputs"] if entry["name"] == "image"]
-            node |= {"type": PLAYER, "inputs": taken, "widgets_values": []}
-            node["properties"] = {"Node name for S&R": PLAYER}
+            player = PLAYED[node["type"]]
+            node |= {"type": player, "inputs": taken, "widgets_values": [] if player == PLAYER else [SMALL_WORLD]}
+            node["properties"] = {"Node name for S&R": player}
     return graph
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from likeness.toolbox import small_world
 from likeness.toolbox.graph import active_nodes, convert
 
-from .. import live
+from .. import live, tiny_sana
 
 SWEPT = {("LikenessSweep", "base_weights"): "0.3, 0.7", ("LikenessSweep", "end_percents"): "0.6, 0.8"}
 UNWANTED = ("Traceback", "ERROR", "WARNING", "Warning", "deprecated", "lora key not loaded")
@@ -82,4 +82,5 @@ def run_all(server) -> dict[str, Result]:
     saved = done["hifi_train_subject"].text("Save the subject").splitlines()[0]
     for name in ("hifi_reference_guided", "hifi_replace_subject"):
         done[name] = run_graph(server, name, {("Saved subject", "name"): saved})
+    done["siso_sana"] = run_graph(server, "siso_sana", tiny_sana.in_server(server))
     return done

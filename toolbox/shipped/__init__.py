@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing
-from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses
+from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses, siso, siso_sana
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **hiper.GRAPHS,
@@ -14,4 +14,6 @@ GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **inversion.GRAPHS,
     **hifi.GRAPHS,
     **hifi_ablation.GRAPHS,
+    **siso.GRAPHS,
+    **siso_sana.GRAPHS,
 }
