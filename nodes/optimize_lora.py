@@ -10,6 +10,7 @@ from ..core import siso
 from ..core.host import likeness_optimisation as host
 from ..core.host.background import background
 from ..core.host.outputs import nothing
+from ..core.host.renoise import replay_of
 from ..core.host.tuned_models import apply_tuned
 from .types import LoraModel, LossMap, Similarity, advanced, schema
 
@@ -73,7 +74,7 @@ class LikenessOptimizeLora(io.ComfyNode):
         found = host.optimise_lora(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
-            host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps),
+            host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
             host.Plan(iterations, rank, keep, checkpointing),
             siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience, optimizer),
             background(image, mask, background_weight),
