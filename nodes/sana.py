@@ -52,8 +52,8 @@ class LikenessLoadSana(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="The text encoder (Gemma), for prompts."),
                 io.Vae.Output(
                     display_name="vae",
-                    tooltip="The autoencoder. Its samples are 32 times smaller than pictures: start from Empty "
-                    "HunyuanImage Latent.",
+                    tooltip="The autoencoder. Its samples are 32 times smaller than pictures: start from "
+                    "EmptyHunyuanImageLatent.",
                 ),
                 io.Clip.Output(
                     display_name="plain_clip",
