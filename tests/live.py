@@ -13,11 +13,14 @@ from likeness.toolbox.server import Run, Server, environment_from_variables
 NAMES = tuple(sorted(path.stem for path in small_world.WORKFLOWS.glob("*.json")))
 PACK = next(iter(small_world.NODE_FOLDERS))
 STEPS, SAMPLING_STEPS = 10, 3
+ITERATIONS = 4  # of a likeness optimisation, which makes a whole picture in each
 # Ten steps on all weights would show no more, and write half a gigabyte each time.
 QUICK = {
     ("LikenessFineTune", "method"): "LoRA",
     ("LikenessFineTune", "learning_rate"): 2e-3,
     ("LikenessRefineEmbedding", "inner_steps"): 2,
+    ("LikenessOptimizeLora", "iterations"): ITERATIONS,
+    ("LikenessOptimizeLora", "grad_steps"): 1,
 }
 EXACT, EXACT_STEPS = ("LikenessInvert", "LikenessRefineEmbedding"), 5  # a number that ddim_uniform keeps to
 

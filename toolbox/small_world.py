@@ -133,6 +133,7 @@ def texts() -> dict[str, str]:
         "Prompt of the picture": source,
         "Swapped prompt": source.replace(SUBJECT_CLASS, SWAPPED_CLASS),
         "Prompt of the picture to change": other,
+        "Prompt of the result": kind,
         "Prompt of the reference": source,
         **places,
         **edits,

@@ -13,6 +13,7 @@ from likeness.toolbox.graph import active_nodes, convert
 from .. import live, tiny_sana
 
 SWEPT = {("LikenessSweep", "base_weights"): "0.3, 0.7", ("LikenessSweep", "end_percents"): "0.6, 0.8"}
+TINY_FLUX = {(title, "kind"): small_world.TINY_FLUX for title in ("Model", "Text encoders", "Autoencoder")}
 UNWANTED = ("Traceback", "ERROR", "WARNING", "Warning", "deprecated", "lora key not loaded")
 # A stock loader says of a file that was tuned on patches what it does not know.
 SAID = "lora key not loaded: likeness.needs_position_map"
@@ -82,5 +83,10 @@ def run_all(server) -> dict[str, Result]:
     saved = done["hifi_train_subject"].text("Save the subject").splitlines()[0]
     for name in ("hifi_reference_guided", "hifi_replace_subject"):
         done[name] = run_graph(server, name, {("Saved subject", "name"): saved})
+    for name in ("siso_generate", "siso_sdxl_turbo", "siso_references"):
+        done[name] = run_graph(server, name)
+    done["siso_flux"] = run_graph(server, "siso_flux", TINY_FLUX)
+    saved = done["siso_generate"].text("Save the LoRA").splitlines()[0]
+    done["siso_reuse"] = run_graph(server, "siso_reuse", {("Saved LoRA", "lora_name"): saved})
     done["siso_sana"] = run_graph(server, "siso_sana", tiny_sana.in_server(server))
     return done

@@ -1,4 +1,6 @@
-"""A second custom node folder, used by the demo and the tests of the small world only: the judge's subject mask."""
+"""A second custom node folder, used by the demo and the tests of the small world only: the judge's subject mask, and
+loaders in the place of those of large models.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,27 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = "likeness_small_world.safetensors"
+KINDS = ("small world", "random tiny FLUX")
 
 
 def _judge_module() -> object:
-    """toyworld/judge.py, loaded by its path: this folder is installed on its own, possibly as a link."""
-    name = "likeness_toyworld_judge"
+    """toyworld/judge.py."""
+    return _loaded("likeness_toyworld_judge", ROOT / "toyworld" / "judge.py")
+
+
+def _tiny_models() -> object:
+    """tests/tiny_models.py."""
+    return _loaded("likeness_tiny_models", ROOT / "tests" / "tiny_models.py")
+
+
+def _loaded(name: str, path: Path) -> object:
+    """A module of the repository, by its path: this folder is installed on its own, possibly as a link."""
     if name not in sys.modules:
-        path = Path(__file__).resolve().parents[1] / "judge.py"
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
@@ -48,12 +63,71 @@ class ToyworldSubjectMask(io.ComfyNode):
         return io.NodeOutput(mask, image[..., :3] * (0.3 + 0.7 * mask[..., None]), info)
 
 
+def _checkpoint() -> tuple:
+    import comfy.sd
+
+    return comfy.sd.load_checkpoint_guess_config(folder_paths.get_full_path_or_raise("checkpoints", CHECKPOINT))
+
+
+def _loader(what: str, output: type[io.Output]) -> io.Schema:
+    return io.Schema(
+        node_id=f"ToyworldLoad{what}",
+        display_name=f"Load {what} (small world)",
+        category="likeness/small world",
+        description="In the place of a loader of a large model.",
+        inputs=[io.Combo.Input("kind", options=list(KINDS), tooltip="Which small model.")],
+        outputs=[output],
+    )
+
+
+class ToyworldLoadModel(io.ComfyNode):
+    """A small MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """As UNETLoader's."""
+        return _loader("Model", io.Model.Output(display_name="MODEL"))
+
+    @classmethod
+    def execute(cls, kind: str) -> io.NodeOutput:
+        """Load or make it."""
+        return io.NodeOutput(_checkpoint()[0] if kind == KINDS[0] else _tiny_models().flux())
+
+
+class ToyworldLoadCLIP(io.ComfyNode):
+    """A small CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """As DualCLIPLoader's."""
+        return _loader("CLIP", io.Clip.Output(display_name="CLIP"))
+
+    @classmethod
+    def execute(cls, kind: str) -> io.NodeOutput:
+        """Load or make it."""
+        return io.NodeOutput(_checkpoint()[1] if kind == KINDS[0] else _tiny_models().clip_flux())
+
+
+class ToyworldLoadVAE(io.ComfyNode):
+    """A small VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """As VAELoader's."""
+        return _loader("VAE", io.Vae.Output(display_name="VAE"))
+
+    @classmethod
+    def execute(cls, kind: str) -> io.NodeOutput:
+        """Load or make it."""
+        return io.NodeOutput(_checkpoint()[2] if kind == KINDS[0] else _tiny_models().taesd(channels=16))
+
+
 class SmallWorldExtension(ComfyExtension):
     """The nodes of this folder."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes."""
-        return [ToyworldSubjectMask]
+        return [ToyworldSubjectMask, ToyworldLoadModel, ToyworldLoadCLIP, ToyworldLoadVAE]
 
 
 async def comfy_entrypoint() -> SmallWorldExtension:

@@ -1,0 +1,102 @@
+"""The shipped graphs of SISO's generation in the small world, and on a tiny random FLUX: what they show, by numbers."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from likeness.toolbox import small_world
+from likeness.toolbox.graph import convert
+from likeness.toolbox.server import PromptError
+
+from .. import live
+from ..unit.vision.test_retrieval import published
+from .results import TINY_FLUX, UNWANTED, check_pictures, distance, run_graph
+
+RETRIEVAL = ("Retrieval model", "Like it in retrieval too")
+NAMES = ("siso_generate", "siso_sdxl_turbo", "siso_references")
+
+
+@pytest.fixture(scope="module")
+def ran(server):
+    done = {name: run_graph(server, name) for name in NAMES}
+    done["siso_flux"] = run_graph(server, "siso_flux", TINY_FLUX)
+    saved = done["siso_generate"].text("Save the LoRA").splitlines()[0]
+    done["siso_reuse"] = run_graph(server, "siso_reuse", {("Saved LoRA", "lora_name"): saved})
+    return done
+
+
+@pytest.mark.parametrize("name", [*NAMES, "siso_flux"])
+def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(ran, name):
+    result = ran[name]
+    assert not [word for word in UNWANTED if word in result.log]
+    pictures, best = result.pictures("All iterations"), result.pictures("Most alike")
+    assert 1 < len(pictures) <= live.ITERATIONS and len(best) == 1
+    assert min(distance(best[0], picture) for picture in pictures) < 1 / 254
+    losses = result.run.of_type("likeness.progress")[-1]["losses"]
+    assert len(losses) == len(pictures) and min(losses) < losses[0]
+    assert f"of {len(losses)}" in result.text("Report")
+    without, learned = (result.pictures(f"{which} the LoRA")[0] for which in ("Without", "With"))
+    assert without.shape == learned.shape == (small_world.SIZE, small_world.SIZE, 3)
+    assert without.std() > 0.03 and distance(without, learned) > 1e-3
+
+
+KEYS = {
+    "siso_generate": ("lora_unet_",),
+    "siso_sdxl_turbo": ("lora_unet_", "lora_te_"),
+    "siso_flux": ("transformer.", "text_encoder."),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_the_saved_file_holds_the_parts_that_were_learned(server, ran, name):
+    file = server.base / "models" / "loras" / ran[name].text("Save the LoRA").splitlines()[0]
+    with safe_open(file, "pt") as opened:
+        keys = list(opened.keys())
+    assert all(key.startswith(KEYS[name]) for key in keys)
+    assert all(any(key.startswith(prefix) for key in keys) for prefix in KEYS[name])
+
+
+def test_the_stock_loader_shows_the_subject_in_three_prompts(ran):
+    assert "not loaded" not in ran["siso_reuse"].log
+    check_pictures([ran["siso_reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
+
+
+def test_several_references_are_not_one(ran):
+    one, two = (ran[name].pictures("Most alike")[0] for name in ("siso_generate", "siso_references"))
+    assert distance(one, two) > 1e-4
+
+
+def with_retrieval(server) -> dict:
+    """siso_generate with the group of the retrieval model switched on, as the server takes it."""
+    graph, object_info = small_world.shipped("siso_generate"), server.object_info()
+    graph = live.lowered("siso_generate", object_info)
+    for node in graph["nodes"]:
+        if node.get("title") in RETRIEVAL:
+            node["mode"] = 0
+    return convert(graph, object_info)
+
+
+def test_without_the_retrieval_weights_it_says_where_they_are(server):
+    prompt = with_retrieval(server)
+    loader = next(name for name, node in prompt.items() if node["class_type"] == "LikenessLoadRetrieval")
+    prompt[loader]["inputs"]["name"] = "absent.pth"
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt)
+    told = str(caught.value)
+    assert all(word in told for word in ("models/ir_features", "kaggle.com", "licence", "DINOv2 alone"))
+
+
+def test_with_the_retrieval_weights_two_likenesses_count(server):
+    folder = server.base / "models" / "ir_features"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in published().items()}, folder / "tiny.safetensors")
+    prompt = with_retrieval(server)
+    loader = next(name for name, node in prompt.items() if node["class_type"] == "LikenessLoadRetrieval")
+    prompt[loader]["inputs"]["name"] = "tiny.safetensors"
+    graph = live.lowered("siso_generate", server.object_info())
+    report = small_world.node_id(graph, "Report")
+    run = server.run(prompt)
+    first = run.outputs[report]["text"][0].splitlines()[0]
+    assert len(first.partition("(")[2].split()) == 2, "a number for each of the two"

@@ -1,0 +1,397 @@
+"""The shipped graphs of SISO's generation: a LoRA optimised against the likeness of the picture itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..drawing import Drawing, Node, Output
+from .pieces import CHECKPOINT_MODEL, HUB, MODEL_NOTE, SEED, SIZE, Pieces, score_node
+
+LARGE = "dinov2-large"
+RETRIEVAL = "ir_features.pth"
+RETRIEVAL_PAGE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
+SIMPLE, TARGET = "a photo of a dog", "a photo of a dog on the beach"
+SAVED = "likeness/siso_00001_.safetensors"
+TURBO = {
+    "name": "sd_xl_turbo_1.0_fp16.safetensors",
+    "url": f"{HUB}/stabilityai/sdxl-turbo/resolve/main/sd_xl_turbo_1.0_fp16.safetensors",
+    "directory": "checkpoints",
+}
+SCHNELL = {
+    "name": "flux1-schnell.safetensors",
+    "url": f"{HUB}/black-forest-labs/FLUX.1-schnell/resolve/main/flux1-schnell.safetensors",
+    "directory": "diffusion_models",
+}
+ENCODERS = tuple(
+    {
+        "name": name,
+        "url": f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/{name}",
+        "directory": "text_encoders",
+    }
+    for name in ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+)
+AUTOENCODER = {
+    "name": "ae.safetensors",
+    "url": f"{HUB}/black-forest-labs/FLUX.1-schnell/resolve/main/ae.safetensors",
+    "directory": "vae",
+}
+HEAD = "## Models\n| file | folder | licence |\n|---|---|---|\n"
+LIKENESS_ROWS = f"""| [{LARGE}]({HUB}/facebook/{LARGE}) (config.json, preprocessor_config.json, model.safetensors) \
+| models/likeness_vision/{LARGE} | Apache-2.0 |
+| [{RETRIEVAL}]({RETRIEVAL_PAGE}) (the .pth file, with a Kaggle account) | models/ir_features | see there; some of its \
+training data is for research only |
+
+The group "Instance retrieval" is switched off, so that '{RETRIEVAL}' need not be there; DINOv2 alone does nearly as \
+well. To add it, choose the file, right-click the group's title and choose "Set Group Nodes to Always".
+"""
+SCORE_ROWS = f"""| [dinov2-base]({HUB}/facebook/dinov2-base) and [clip-vit-large-patch14]\
+({HUB}/openai/clip-vit-large-patch14), only for the group "Scores", which is switched off too \
+| models/likeness_vision | Apache-2.0, MIT |
+"""
+FIRST = (
+    "**First** load a picture of the subject, cut square around it (only the central square is seen), and write what "
+    "it is into 'Prompt of the training', in the plainest words: 'a photo of a cat', 'a photo of a vase'. "
+)
+HOW = (
+    "'Optimize' makes a picture of the plain prompt again and again, from the same noise, and moves a small LoRA until "
+    "the picture shows your subject, as DINOv2 sees it. It stops when nothing improves any more, and shows every "
+    "picture on the way. The LoRA then works in other prompts: 'With the LoRA' beside 'Without the LoRA', from the "
+    "same noise.\n\nToo little of the subject: another 'seed' in 'Optimize', or patience 0 and more iterations (what "
+    "was done is kept, it goes on). Too much of the picture itself: fewer iterations.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is said to 'Optimize', and how a picture of the new prompt is sampled."""
+
+    optimise: dict[str, Any]
+    scheduler: str
+    training_steps: int
+    steps: int
+    sampler: str = "euler"
+    canvas: str = "EmptyLatentImage"
+    reuse: dict[str, Any] = field(default_factory=dict)
+
+
+MANY_STEPS = Recipe(
+    {
+        **{"iterations": 50, "learning_rate": 8e-4, "weight_decay": 1e-4, "patience": 5},
+        **{"cfg": 4.5, "grad_steps": 3, "checkpointing": True},
+    },
+    scheduler="normal",
+    training_steps=20,
+    steps=20,
+    reuse={"cfg": 4.5},
+)
+ONE_STEP = Recipe(
+    {
+        **{"iterations": 50, "learning_rate": 2e-4, "weight_decay": 1e-2, "patience": 7, "cfg": 1.0},
+        **{"text_rate": 2e-4, "text_decay": 1e-2},
+    },
+    scheduler="sgm_uniform",
+    training_steps=1,
+    steps=4,
+    sampler="euler_ancestral",
+    reuse={"cfg": 1.0},
+)
+FLUX = Recipe(
+    {
+        **{"iterations": 50, "learning_rate": 2e-4, "weight_decay": 1e-4, "patience": 7, "cfg": 1.0},
+        **{"text_rate": 5e-6, "text_decay": 1e-3, "checkpointing": True},
+    },
+    scheduler="simple",
+    training_steps=1,
+    steps=4,
+    canvas="EmptySD3LatentImage",
+    reuse={"cfg": 1.0},
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model's three parts."""
+
+    model: Output
+    clip: Output
+    vae: Output
+
+
+class Likeness(Pieces):
+    """A LoRA from the likeness of pictures, and pictures with it."""
+
+    def checkpoint(self, model: dict[str, str]) -> Base:
+        node = self.draw.node("CheckpointLoaderSimple", "Model", models=(model,), ckpt_name=model["name"])
+        return Base(node["MODEL"], node["CLIP"], node["VAE"])
+
+    def flux(self) -> Base:
+        model = self.draw.node("UNETLoader", "Model", models=(SCHNELL,), unet_name=SCHNELL["name"])
+        clip = self.draw.node(
+            "DualCLIPLoader",
+            "Text encoders",
+            models=ENCODERS,
+            clip_name1=ENCODERS[0]["name"],
+            clip_name2=ENCODERS[1]["name"],
+            type="flux",
+        )
+        vae = self.draw.node("VAELoader", "Autoencoder", models=(AUTOENCODER,), vae_name=AUTOENCODER["name"])
+        return Base(model["MODEL"], clip["CLIP"], vae["VAE"])
+
+    def picture(self, title: str) -> Output:
+        return self.draw.node("LoadImage", title, image="example.png")["IMAGE"]
+
+    def likeness(self, pictures: Output) -> Output:
+        """To DINOv2 and, in a group that is switched off, to the retrieval model."""
+        dino = self.draw.node("LikenessLoadVision", "DINO (similarity)", name=LARGE)
+        first = self.draw.node("LikenessSimilarity", "Like the subject", vision=dino["vision"], image=pictures)
+        self.draw.column()
+        retrieval = self.draw.node("LikenessLoadRetrieval", "Retrieval model", name=RETRIEVAL)
+        both = self.draw.node(
+            "LikenessSimilarity",
+            "Like it in retrieval too",
+            vision=retrieval["vision"],
+            image=pictures,
+            similarity=first["similarity"],
+        )
+        self.draw.group("Instance retrieval", [retrieval, both], bypassed=True)
+        return both["similarity"]
+
+    def learn(self, base: Base, similarity: Output, recipe: Recipe, text_encoder: bool) -> tuple[Node, Output]:
+        """The optimisation with what it shows; also the empty negative prompt."""
+        text = self.text("Prompt of the training", SIMPLE)
+        positive = self.prompt("Prompt of the training, encoded", base.clip, text)
+        negative = self.prompt("Negative prompt", base.clip, "")
+        canvas = self.draw.node(recipe.canvas, "Size of the pictures", width=SIZE, height=SIZE)["LATENT"]
+        levels = self.levels("Steps of the training", base.model, recipe, recipe.training_steps)
+        more: dict[str, Any] = {"clip": base.clip, "prompt": text} if text_encoder else {}
+        if recipe.optimise["cfg"] != 1.0:
+            more["negative"] = negative
+        self.draw.column()
+        node = self.draw.node(
+            "LikenessOptimizeLora",
+            "Optimize",
+            extra=420,
+            model=base.model,
+            vae=base.vae,
+            positive=positive,
+            similarity=similarity,
+            latent=canvas,
+            sigmas=levels,
+            seed=SEED,
+            **recipe.optimise,
+            **more,
+        )
+        self.draw.column()
+        self.save("Most alike", node["best"], "siso_best")
+        self.draw.node("PreviewImage", "All iterations", images=node["images"])
+        self.draw.node("LossGraphNode", "Loss", extra=260, loss=node["loss"], filename_prefix="likeness/loss")
+        self.draw.node("PreviewAny", "Report", extra=160, source=node["report"])
+        self.draw.node("LikenessSaveTuned", "Save the LoRA", lora=node["lora"], filename_prefix="likeness/siso")
+        return node, negative
+
+    def levels(self, title: str, model: Output, recipe: Recipe, steps: int) -> Output:
+        node = self.draw.node("BasicScheduler", title, model=model, scheduler=recipe.scheduler, steps=steps)
+        return node["SIGMAS"]
+
+    def compare(self, base: Base, learned: Node, negative: Output, recipe: Recipe, text_encoder: bool) -> list[Output]:
+        """The new prompt without and with the LoRA, from the same noise."""
+        draw = self.draw
+        text = self.text("Prompt of the new picture", TARGET)
+        plain = self.prompt("New prompt", base.clip, text)
+        tuned = self.prompt("New prompt, tuned encoder", learned["clip"], text) if text_encoder else plain
+        canvas = draw.node(recipe.canvas, "Size of the new pictures", width=SIZE, height=SIZE)["LATENT"]
+        noise = draw.node("RandomNoise", "Noise", noise_seed=SEED + 1)["NOISE"]
+        sampler = draw.node("KSamplerSelect", "Sampler", sampler_name=recipe.sampler)["SAMPLER"]
+        levels = self.levels("Steps", base.model, recipe, recipe.steps)
+        draw.column()
+        images = []
+        for name, model, positive in (("without", base.model, plain), ("with", learned["model"], tuned)):
+            guider = draw.node(
+                "CFGGuider", f"Guider {name}", model=model, positive=positive, negative=negative, **recipe.reuse
+            )
+            sampled = draw.node(
+                "SamplerCustomAdvanced",
+                f"Sample {name}",
+                extra=260,
+                noise=noise,
+                guider=guider["GUIDER"],
+                sampler=sampler,
+                sigmas=levels,
+                latent_image=canvas,
+            )
+            decoded = draw.node("VAEDecode", samples=sampled["output"], vae=base.vae)
+            images.append(decoded["IMAGE"])
+        draw.column()
+        for name, image in zip(("Without", "With"), images, strict=True):
+            self.save(f"{name} the LoRA", image, f"siso_{name.lower()}")
+        return images
+
+    def save(self, title: str, image: Output, name: str) -> Node:
+        return self.draw.node("SaveImage", title, images=image, filename_prefix=f"likeness/{name}")
+
+    def scores(self, images: list[Output], reference: Output) -> None:
+        """Identity by a model that is not in the loss, and the prompt; switched off."""
+        text = self.text("Prompt to score", TARGET)
+        dino, clip = self.vision()
+        both = self.draw.node("ImageBatch", image1=images[0], image2=images[1])
+        self.draw.column()
+        score = score_node(self.draw, both["IMAGE"], reference, text, dino, clip)
+        shown = self.save("Scores", score["picture"], "siso_scores")
+        self.draw.group("Scores", [dino, clip, both, score, shown], bypassed=True)
+
+
+def row(model: dict[str, str], licence: str) -> str:
+    return f"| [{model['name']}]({model['url']}) | models/{model['directory']} | {licence} |\n"
+
+
+def generate(draw: Drawing) -> None:
+    """SD1.x: twenty steps, the last three with a gradient."""
+    make = Likeness(draw)
+    draw.note(
+        "# A subject from one picture, with SD1.x (SISO)\n"
+        + FIRST
+        + HOW
+        + "SD1.x has no one-step form, so this follows the authors' recipe for Sana: 20 steps, the last 3 of them with "
+        "a gradient, cfg 4.5. One iteration takes about as long as two pictures; 15 to 50 are usual. 'Save the LoRA' "
+        "writes it into models/loras, for 'siso_reuse' and every stock loader.\n\n"
+        + MODEL_NOTE
+        + LIKENESS_ROWS.replace("\n\n", f"\n{SCORE_ROWS}\n", 1),
+        1060,
+    )
+    base = make.checkpoint(CHECKPOINT_MODEL)
+    draw.column()
+    picture = make.picture("Picture of the subject")
+    similarity = make.likeness(picture)
+    draw.column()
+    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False)
+    draw.column()
+    images = make.compare(base, learned, negative, MANY_STEPS, text_encoder=False)
+    draw.column()
+    make.scores(images, picture)
+
+
+def sdxl_turbo(draw: Drawing) -> None:
+    """SDXL-turbo: one step, both text encoders too."""
+    make = Likeness(draw)
+    draw.note(
+        "# A subject from one picture, with SDXL-turbo (SISO)\n"
+        + FIRST
+        + HOW
+        + "The pictures of the training are made in one step, the new one in four. The LoRA is learned for both text "
+        "encoders too, as published; without 'clip' at 'Optimize' it needs less memory and changes prompts less. "
+        "Pictures are 512 x 512, which is what SDXL-turbo was made for. In 16 GB switch checkpointing on in "
+        "'Optimize'.\n\n" + HEAD + row(TURBO, "Stability AI non-commercial research") + LIKENESS_ROWS,
+        1020,
+    )
+    base = make.checkpoint(TURBO)
+    draw.column()
+    picture = make.picture("Picture of the subject")
+    similarity = make.likeness(picture)
+    draw.column()
+    learned, negative = make.learn(base, similarity, ONE_STEP, text_encoder=True)
+    draw.column()
+    make.compare(base, learned, negative, ONE_STEP, text_encoder=True)
+
+
+def flux(draw: Drawing) -> None:
+    """FLUX.1-schnell: one step, CLIP-L too."""
+    make = Likeness(draw)
+    draw.note(
+        "# A subject from one picture, with FLUX.1-schnell (SISO)\n"
+        + FIRST
+        + HOW
+        + "The pictures of the training are made in one step and look blurred: that is expected, the new one is made "
+        "in four and is sharp. FLUX.1 is large: load it as fp8 ('weight_dtype' in 'Model'), keep checkpointing on, and "
+        "disconnect 'clip' at 'Optimize' when memory is short (its T5 is then not needed while optimising).\n\n"
+        + HEAD
+        + row(SCHNELL, "Apache-2.0")
+        + "".join(row(model, "Apache-2.0" if "t5" in model["name"] else "MIT") for model in ENCODERS)
+        + row(AUTOENCODER, "Apache-2.0")
+        + LIKENESS_ROWS,
+        1080,
+    )
+    base = make.flux()
+    draw.column()
+    picture = make.picture("Picture of the subject")
+    similarity = make.likeness(picture)
+    draw.column()
+    learned, negative = make.learn(base, similarity, FLUX, text_encoder=True)
+    draw.column()
+    make.compare(base, learned, negative, FLUX, text_encoder=True)
+
+
+def references(draw: Drawing) -> None:
+    """Several pictures of the subject."""
+    make = Likeness(draw)
+    draw.note(
+        "# A subject from several pictures, with SD1.x (SISO)\nAs 'siso_generate', with more than one picture of the "
+        "subject: the mean likeness to them counts, so that what only one of them shows (its background, its light) "
+        "counts less.\n\n"
+        + FIRST
+        + "More pictures: join them with more 'Batch Images' nodes, all of one shape (the first one's).\n\n"
+        + HOW
+        + MODEL_NOTE
+        + LIKENESS_ROWS,
+        960,
+    )
+    base = make.checkpoint(CHECKPOINT_MODEL)
+    draw.column()
+    first = make.picture("Picture of the subject")
+    second = make.picture("Picture 2 of the subject")
+    both = draw.node("ImageBatch", "Both pictures", image1=first, image2=second)["IMAGE"]
+    draw.column()
+    similarity = make.likeness(both)
+    draw.column()
+    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False)
+    draw.column()
+    make.compare(base, learned, negative, MANY_STEPS, text_encoder=False)
+
+
+def reuse(draw: Drawing) -> None:
+    """The saved LoRA through ComfyUI's own loader, in three prompts."""
+    make = Likeness(draw)
+    draw.note(
+        "# Use a learned subject again (SISO)\nThe saved LoRA in other prompts, with the stock LoRA loader: no node of "
+        "this pack is needed.\n\n**First** run 'siso_generate' once, choose its file in 'Saved LoRA' (press R if the "
+        "list does not show it), and name the subject by its class in the prompts, as in the training. Lower the "
+        "strength to 0.7 when the background of the training comes back; other LoRAs can be loaded beside it. Files of "
+        "'siso_sdxl_turbo' and 'siso_flux' work the same way, with their model and four steps.\n\n" + MODEL_NOTE,
+        560,
+    )
+    base = make.checkpoint(CHECKPOINT_MODEL)
+    draw.column()
+    loaded = draw.node(
+        "LoraLoader",
+        "Saved LoRA",
+        model=base.model,
+        clip=base.clip,
+        lora_name=SAVED,
+        strength_model=1.0,
+        strength_clip=1.0,
+    )
+    negative = make.prompt("Negative prompt", loaded["CLIP"], "")
+    canvas = make.canvas()
+    draw.column()
+    places = ("a photo of a dog on a sandy beach", "a photo of a dog at night", "a photo of a dog in front of a wall")
+    prompts = [make.prompt(f"Prompt {index}", loaded["CLIP"], text) for index, text in enumerate(places, 1)]
+    draw.column()
+    latents = [
+        make.sample(f"Sample {index}", loaded["MODEL"], prompt, negative, canvas)
+        for index, prompt in enumerate(prompts, 1)
+    ]
+    draw.column()
+    images = [draw.node("VAEDecode", samples=latent, vae=base.vae)["IMAGE"] for latent in latents]
+    draw.column()
+    for index, image in enumerate(images, 1):
+        make.save(f"Result {index}", image, f"siso_reuse_{index}")
+
+
+GRAPHS: dict[str, Callable[[Drawing], None]] = {
+    "siso_generate": generate,
+    "siso_sdxl_turbo": sdxl_turbo,
+    "siso_flux": flux,
+    "siso_references": references,
+    "siso_reuse": reuse,
+}
