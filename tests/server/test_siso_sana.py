@@ -26,7 +26,7 @@ def ran(server, settings):
 
 
 def test_the_lora_changes_the_pictures_of_another_prompt(ran):
-    without, learned = (ran.pictures(f"Picture {which} the lora")[0] for which in ("without", "with"))
+    without, learned = (ran.pictures(f"{which} the LoRA")[0] for which in ("Without", "With"))
     assert without.shape == learned.shape == (small_world.SIZE, small_world.SIZE, 3)
     assert without.std() > 0.01 and distance(without, learned) > 1e-4
 
@@ -36,7 +36,7 @@ def test_the_log_is_clean(ran):
 
 
 def test_every_iterations_picture_is_shown_and_the_best_told(ran):
-    pictures, best = ran.pictures("All pictures"), ran.pictures("Best picture")
+    pictures, best = ran.pictures("All iterations"), ran.pictures("Most alike")
     assert len(pictures) == tiny_sana.ITERATIONS and len(best) == 1
     assert min(distance(best[0], picture) for picture in pictures) < 1 / 254
     assert f"of {tiny_sana.ITERATIONS}" in ran.text("Report")
@@ -50,19 +50,19 @@ def test_the_saved_lora_gives_the_same_picture_in_the_stock_loader(server, setti
     object_info = server.object_info()
     graph = live.lowered("siso_sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
-    learner, sana = (small_world.node_id(graph, title) for title in ("Learn the subject", "Sana"))
+    learner, sana = (small_world.node_id(graph, title) for title in ("Optimize", "Sana"))
     prompt["900"] = {
         "class_type": "LoraLoaderModelOnly",
         "inputs": {"model": [sana, 0], "lora_name": name, "strength_model": 1.0},
     }
-    sampler, shown = (small_world.node_id(graph, title) for title in ("With the LoRA", "Picture with the lora"))
-    assert prompt[sampler]["inputs"]["model"] == [learner, 0]
-    prompt[sampler]["inputs"]["model"] = ["900", 0]
+    guider, shown = (small_world.node_id(graph, title) for title in ("Guider with", "With the LoRA"))
+    assert prompt[guider]["inputs"]["model"] == [learner, 0]
+    prompt[guider]["inputs"]["model"] = ["900", 0]
     before = len(server.log())
     run = server.run({key: node for key, node in prompt.items() if key in needed(prompt, shown)})
     assert "not loaded" not in server.log()[before:]
     found = np.asarray(server.images(run, shown)[0].convert("RGB"), dtype=np.float32) / 255
-    assert np.abs(found - ran.pictures("Picture with the lora")[0]).max() <= 1 / 255
+    assert np.abs(found - ran.pictures("With the LoRA")[0]).max() <= 1 / 255
 
 
 def needed(prompt: dict, node: str) -> set[str]:
@@ -101,7 +101,7 @@ def test_a_text_encoder_is_not_trained(server, settings):
     object_info = server.object_info()
     graph = live.lowered("siso_sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
-    learner, sana = (small_world.node_id(graph, title) for title in ("Learn the subject", "Sana"))
+    learner, sana = (small_world.node_id(graph, title) for title in ("Optimize", "Sana"))
     prompt[learner]["inputs"] |= {"clip": [sana, 1], "prompt": "a photo of a dog"}
     with pytest.raises(PromptError) as caught:
         server.run(prompt)
