@@ -16,7 +16,7 @@ from .tiny_models import randomise
 WIDTHS = (4, 8, 8, 8, 16, 16)  # six levels, as published: samples are 32 times smaller than pictures
 CHANNELS, CAPTION = 8, 16
 SCALE = 0.41407
-NAME, ITERATIONS = "tiny_sana", 4  # in a server, and of an optimisation there
+NAME, ITERATIONS, GRAD_STEPS = "tiny_sana", 4, 3  # in a server, and of an optimisation there
 
 
 def transformer(seed: int = 0, layers: int = 2) -> nn.Module:
@@ -124,7 +124,8 @@ def in_server(server: Server) -> dict[tuple[str, str], Any]:
     folder = server.base / "models" / "diffusers" / NAME
     if not folder.exists():
         write(folder)
-    return {("LikenessLoadSana", "name"): NAME, ("LikenessOptimizeLora", "iterations"): ITERATIONS}
+    learning = {("LikenessOptimizeLora", "iterations"): ITERATIONS, ("LikenessOptimizeLora", "grad_steps"): GRAD_STEPS}
+    return {("LikenessLoadSana", "name"): NAME, **learning}
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -256,6 +256,17 @@ def played(graph: Graph) -> Graph:
     return graph
 
 
+def without_sana(graph: Graph) -> Graph:
+    """The graph with the small world's checkpoint in the place of Sana, which has no small form that was trained."""
+    graph = copy.deepcopy(graph)
+    for node in graph["nodes"]:
+        if node["type"] == "LikenessLoadSana":
+            node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [CHECKPOINT]}
+        elif node["type"] == "EmptyHunyuanImageLatent":
+            node["type"] = "EmptyLatentImage"
+    return graph
+
+
 def with_subject_masks(graph: Graph) -> Graph:
     """Measure on the subject only: the small world's own mask node in front of every LikenessScore."""
     graph = copy.deepcopy(graph)
