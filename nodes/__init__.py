@@ -27,6 +27,7 @@ class LikenessExtension(ComfyExtension):
             position_map,
             reference,
             refine,
+            renoise,
             replace,
             sana,
             score,
@@ -36,5 +37,5 @@ class LikenessExtension(ComfyExtension):
         )
 
         modules = (embedding, refine, embedding_files, inspect, fine_tune, tuned_files, guidance, position_map, sweep)
-        modules += (inversion, masks, align, reference, replace, similarity, optimize_lora, sana, score)
+        modules += (inversion, renoise, masks, align, reference, replace, similarity, optimize_lora, sana, score)
         return [node for module in modules for node in module.NODES]

@@ -32,6 +32,14 @@ TITLES = {
     "hifi_train_subject": ("Prompt alone", "One embedding", "Step-wise embedding"),
     "hifi_reference_guided": ("Unguided", "Guided by the reference"),
     "hifi_replace_subject": ("Picture and replaced subject",),
+    "siso_generate": ("Without the LoRA", "With the LoRA"),
+    "siso_sdxl_turbo": ("Without the LoRA", "With the LoRA"),
+    "siso_flux": ("Without the LoRA", "With the LoRA"),
+    "siso_references": ("Without the LoRA", "With the LoRA"),
+    "siso_sana": ("Without the LoRA", "With the LoRA"),
+    "siso_reuse": ("Result 1", "Result 2", "Result 3"),
+    "siso_edit_sdxl_turbo": ("Picture again", "Edited picture"),
+    "siso_edit_sd_turbo": ("Picture again", "Edited picture"),
     "hifi_ablation": ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference"),
 }
 
@@ -82,7 +90,8 @@ def make(names: list[str], steps: int | None) -> None:
     with server:
         for name in names:
             object_info = server.object_info()
-            graph = small_world.in_small_world(small_world.shipped(name), object_info, steps)
+            shipped = small_world.without_sana(small_world.shipped(name))
+            graph = small_world.in_small_world(shipped, object_info, steps)
             run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
             path = small_world.WORKFLOWS / f"{name}.jpg"
             montage(pictures_of(name, server, graph, run)).save(path, quality=QUALITY)

@@ -83,7 +83,7 @@ def run_all(server) -> dict[str, Result]:
     saved = done["hifi_train_subject"].text("Save the subject").splitlines()[0]
     for name in ("hifi_reference_guided", "hifi_replace_subject"):
         done[name] = run_graph(server, name, {("Saved subject", "name"): saved})
-    for name in ("siso_generate", "siso_sdxl_turbo", "siso_references"):
+    for name in ("siso_generate", "siso_sdxl_turbo", "siso_references", "siso_edit_sdxl_turbo", "siso_edit_sd_turbo"):
         done[name] = run_graph(server, name)
     done["siso_flux"] = run_graph(server, "siso_flux", TINY_FLUX)
     saved = done["siso_generate"].text("Save the LoRA").splitlines()[0]

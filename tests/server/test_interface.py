@@ -31,6 +31,7 @@ NODES = (
     "LikenessPositionMap",
     "LikenessReferenceGuide",
     "LikenessRefineEmbedding",
+    "LikenessRenoise",
     "LikenessReplaceSubject",
     "LikenessSaveEmbedding",
     "LikenessSaveTuned",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing
-from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses, siso, siso_sana
+from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses, siso, siso_edit, siso_sana
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **hiper.GRAPHS,
@@ -15,5 +15,6 @@ GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **hifi.GRAPHS,
     **hifi_ablation.GRAPHS,
     **siso.GRAPHS,
+    **siso_edit.GRAPHS,
     **siso_sana.GRAPHS,
 }
