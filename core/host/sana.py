@@ -64,7 +64,7 @@ class SanaModel(comfy.model_base.HiDream):
 
     def memory_required(self, input_shape, cond_shapes=None) -> float:
         """Bytes for one prediction of an input [B, C, h, w]."""
-        config = self.diffusion_model.config
+        config: Any = self.diffusion_model.config
         tokens = input_shape[0] * input_shape[2] * input_shape[3] / config.patch_size**2
         width = config.num_attention_heads * config.attention_head_dim
         return KEPT / PASSES * tokens * width * config.num_layers * mm.dtype_size(self.get_dtype())
@@ -161,7 +161,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     config.sampling_settings = {"shift": sana.noise_shift(folder)}
     with torch.inference_mode(False):
         model = SanaModel(config, network)
-    patcher = Whole(model, load_device=device, offload_device=mm.unet_offload_device())
+    patcher: Any = Whole(model, load_device=device, offload_device=mm.unet_offload_device())
     patcher.cached_patcher_init = (load_model, (folder, dtype))  # newer ComfyUI: how to read it once more
     return patcher
 
@@ -181,7 +181,7 @@ def _clip(folder: Path) -> Any:
 
 def _vae(folder: Path) -> Any:
     # ComfyUI's VAE sets up all its attributes for a pixel-space model, which has no weights; then the network comes.
-    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    vae: Any = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae.vae_dtype = mm.vae_dtype(vae.device, PRECISIONS)
     network = sana.load_autoencoder(folder, vae.vae_dtype)
     vae.first_stage_model, vae.working_dtypes = network, PRECISIONS

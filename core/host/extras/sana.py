@@ -182,9 +182,11 @@ class Autoencoder(nn.Module):
 
 @functools.cache
 def _network_class() -> type:
-    from diffusers import SanaTransformer2DModel
+    import diffusers
 
-    class SanaNetwork(SanaTransformer2DModel):
+    base: Any = diffusers.SanaTransformer2DModel
+
+    class SanaNetwork(base):
         """diffusers' transformer behind ComfyUI's call. A subclass, so that all weights keep diffusers' names."""
 
         def forward(
