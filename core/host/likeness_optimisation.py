@@ -195,10 +195,20 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if background is not None:
         background.check(generator.vae, sampling.latent)
-    if sampling.replay is not None and not _same_levels(sampling.replay.sigmas, sampling.sigmas):
+    if sampling.replay is not None:
+        _check_replay(sampling.replay, sampling)
+
+
+def _check_replay(replay: Replay, sampling: Sampling) -> None:
+    if not _same_levels(replay.sigmas, sampling.sigmas):
         raise ValueError(
-            f"The latent was inverted along the noise levels {_rounded(sampling.replay.sigmas)}, and the SIGMAS are "
+            f"The latent was inverted along the noise levels {_rounded(replay.sigmas)}, and the SIGMAS are "
             f"{_rounded(sampling.sigmas)}: connect the SIGMAS that came with the latent."
+        )
+    if replay.noises.shape[1:] != sampling.latent.shape[1:]:
+        raise ValueError(
+            f"The latent is {tuple(sampling.latent.shape[1:])}, the noises that were found for it are "
+            f"{tuple(replay.noises.shape[1:])}: connect the latent of Invert For Few Steps as it is, not scaled or cut."
         )
 
 

@@ -232,6 +232,7 @@ BACKGROUNDS = {
     "a mask of another proportion": ({"mask": torch.zeros(1, 64, 32)}, "same proportion"),
     "two masks": ({"mask": torch.zeros(2, 64, 64)}, "2 of them"),
     "a mask over everything": ({"mask": torch.ones(1, 32, 32)}, "covers the whole picture"),
+    "a scaled latent": ({"scaled": True, "picture": torch.zeros(1, 128, 128, 3)}, "not scaled or cut"),
     "other levels": ({"levels": torch.tensor([4.0, 1.0, 0.0])}, "connect the SIGMAS that came with the latent"),
 }
 
@@ -246,6 +247,8 @@ def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, m
     setting = calm(Setting())
     start, _, levels, _ = invert(setting)
     inputs = {"picture": setting.image, "mask": torch.zeros(1, 64, 64), "levels": levels, **changes}
+    if "scaled" in changes:
+        start = {**start, "samples": start["samples"].repeat(1, 1, 2, 2)}
     keep = Background(inputs["picture"], inputs["mask"], 10.0)
     with pytest.raises(ValueError, match=message):
         edited(setting, vision, start, inputs["levels"], keep)
