@@ -20,7 +20,7 @@ from torch import nn
 
 RANK = int(os.environ.get("TOYWORLD_RANK", "0"))
 RANKS = int(os.environ.get("TOYWORLD_RANKS", "1"))
-WORK = Path(__file__).resolve().parents[1] / ".sandbox" / "toyworld"
+WORK = Path(os.environ.get("TOYWORLD_WORK") or Path(__file__).resolve().parents[1] / ".sandbox" / "toyworld")
 # Coefficients of the quintic Newton-Schulz iteration of Muon (K. Jordan and others, 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
