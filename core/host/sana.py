@@ -25,7 +25,7 @@ from . import folders
 from .extras import sana
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-PRECISIONS = [torch.bfloat16, torch.float32]  # fp16 overflows in Gemma and in the linear attention
+PRECISIONS = [torch.bfloat16, torch.float32]  # as the authors run it; Gemma overflows in fp16
 LORA_LAYERS = ("to_q", "to_k", "to_v")
 INSTRUCTED = "likeness_instruction"  # a tokenizer option
 SCALE = 0.41407  # of the published autoencoder, where its configuration does not tell

@@ -333,6 +333,15 @@ def test_checkpointing_changes_nothing(loaded, prompts, vision, own_folders, tmp
     assert found.losses == pytest.approx(plain.losses, abs=1e-5) and found.losses[0] != found.losses[-1]
 
 
+def test_stopped_early_it_goes_on_as_if_it_had_not_been(loaded, prompts, vision, own_folders, tmp_path):
+    whole = optimised(loaded, prompts, vision, iterations=5)
+    forget_runs(tmp_path)
+    first = optimised(loaded, prompts, vision, iterations=2)
+    again = optimised(loaded, prompts, vision, iterations=5)
+    assert first.losses == whole.losses[:2] and again.losses == whole.losses
+    assert all(torch.equal(again.lora[name], value) for name, value in whole.lora.items())
+
+
 def test_its_text_encoder_is_not_trained(loaded, prompts, vision):
     with pytest.raises(ValueError, match="disconnect 'clip'"):
         optimised(loaded, prompts, vision, clip=loaded.clip)

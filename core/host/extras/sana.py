@@ -70,7 +70,7 @@ def library(folder: Path) -> Any:
             getattr(diffusers, name)  # it is imported now
     except (ImportError, AttributeError, RuntimeError) as error:
         raise RuntimeError(
-            f"{folder.name} needs the diffusers package, 0.32 or newer ({reason(error)}): run `pip install -U "
+            f"{folder.name} needs the diffusers package, 0.35 or newer ({reason(error)}): run `pip install -U "
             "diffusers` with ComfyUI's Python."
         ) from error
     return diffusers
@@ -205,7 +205,7 @@ def _network_class() -> type:
 
         def _predict(self, x: Tensor, timesteps: Tensor, context: Tensor, **_more: Any) -> Tensor:
             mm.throw_exception_if_processing_interrupted()
-            moment = timesteps * self.config.timestep_scale
+            moment = timesteps * self.config.get("timestep_scale", 1.0)  # older diffusers has none
             out = super().forward(x, context, moment, return_dict=False)[0]
             return out[:, : x.shape[1]]  # some have the variance behind it
 
