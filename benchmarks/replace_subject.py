@@ -53,7 +53,10 @@ class Setting:
 
 PLAIN = "plain swap"
 METHODS = ("null-text", "direct")
-SETTINGS = (Setting(), Setting(0.4), Setting(0.4, 0.5), Setting(0.4, 0.5, 8))
+SETTINGS = (
+    *(Setting(), Setting(0.4), Setting(0.4, 0.5)),
+    *(Setting(0.4, grown=0), Setting(0.4, 0.5, 0), Setting(0.4, 0.5, 8)),
+)
 
 
 @dataclass(frozen=True)
