@@ -28,7 +28,6 @@ DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = [torch.bfloat16, torch.float32]  # as the authors run it; Gemma overflows in fp16
 LORA_LAYERS = ("to_q", "to_k", "to_v")
 INSTRUCTED = "likeness_instruction"  # a tokenizer option
-SCALE = 0.41407  # of the published autoencoder, where its configuration does not tell
 # Measured on the published widths: values alive for each pixel of a picture while it is coded, and values that a block
 # keeps for each token and channel for its backward. ComfyUI asks for one pass; the gradient session takes 4 of them.
 ENCODING, DECODING, KEPT, PASSES = 1200, 1350, 30, 4
@@ -40,7 +39,7 @@ class SanaLatents(comfy.latent_formats.LatentFormat):
     latent_channels = 32
     spacial_downscale_ratio = 32  # newer ComfyUI asks for it (and spells it so)
 
-    def __init__(self, scale_factor: float = SCALE, channels: int = 32, ratio: int = 32) -> None:
+    def __init__(self, scale_factor: float = 1.0, channels: int = 32, ratio: int = 32) -> None:
         self.scale_factor, self.latent_channels, self.spacial_downscale_ratio = scale_factor, channels, ratio
 
 
@@ -139,30 +138,27 @@ def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) ->
     """
     sana.check_folder(folder)
     sana.library(folder)
-    model = load_model(folder, dtype)
-    vae = _vae(folder)
-    scale = float(vae.first_stage_model.dc.config.scaling_factor)
-    model.model.latent_format = SanaLatents(scale, vae.latent_channels, vae.upscale_ratio)
-    plain = _clip(folder)
+    model, vae, plain = load_model(folder, dtype), _vae(folder), _clip(folder)
     plain.set_tokenizer_option(INSTRUCTED, False)
     clip = plain.clone()
     clip.set_tokenizer_option(INSTRUCTED, instruction)
     return Loaded(model, clip, vae, plain)
 
 
-def load_model(folder: Path, dtype: str) -> Any:
-    """The MODEL alone, in one of DTYPES."""
+def load_model(folder: Path, dtype: str, **_more: Any) -> Any:
+    """The MODEL alone, in one of DTYPES. Newer ComfyUI gives further wishes when it reads a model once more."""
     device, chosen = mm.get_torch_device(), DTYPES[dtype]
     if chosen is None:
         found = mm.unet_dtype(device, supported_dtypes=PRECISIONS)
         chosen = found if found in PRECISIONS else torch.float32
     network = sana.load_network(folder, chosen)
-    config = Sana({"disable_unet_model_creation": True, "dtype": chosen})
+    config: Any = Sana({"disable_unet_model_creation": True, "dtype": chosen})
     config.sampling_settings = {"shift": sana.noise_shift(folder)}
+    config.latent_format = SanaLatents(*sana.samples(folder))
     with torch.inference_mode(False):
         model = SanaModel(config, network)
     patcher: Any = Whole(model, load_device=device, offload_device=mm.unet_offload_device())
-    patcher.cached_patcher_init = (load_model, (folder, dtype))  # newer ComfyUI: how to read it once more
+    patcher.cached_patcher_init = (load_model, (folder, dtype))
     return patcher
 
 
@@ -185,11 +181,10 @@ def _vae(folder: Path) -> Any:
     vae.vae_dtype = mm.vae_dtype(vae.device, PRECISIONS)
     network = sana.load_autoencoder(folder, vae.vae_dtype)
     vae.first_stage_model, vae.working_dtypes = network, PRECISIONS
-    vae.latent_channels = int(network.dc.config.latent_channels)
-    vae.upscale_ratio = vae.downscale_ratio = int(network.dc.spatial_compression_ratio)
-    across = vae.upscale_ratio**2
+    _, vae.latent_channels, across = sana.samples(folder)
+    vae.upscale_ratio = vae.downscale_ratio = across
     vae.memory_used_encode = lambda shape, dtype: ENCODING * shape[2] * shape[3] * mm.dtype_size(dtype)
-    vae.memory_used_decode = lambda shape, dtype: DECODING * shape[2] * shape[3] * across * mm.dtype_size(dtype)
+    vae.memory_used_decode = lambda shape, dtype: DECODING * shape[2] * shape[3] * across**2 * mm.dtype_size(dtype)
     vae.patcher = Whole(network, load_device=vae.device, offload_device=mm.vae_offload_device())
     vae.disable_offload, vae.size = True, None
     return vae

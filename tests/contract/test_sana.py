@@ -206,6 +206,16 @@ def test_the_memory_that_is_asked_for_is_about_what_a_gradient_keeps(loaded, pro
     assert 0.5 * asked < counted / 4 < 2 * asked
 
 
+def test_it_can_be_read_once_more(loaded, prompts):
+    """As newer ComfyUI does for a copy of its own."""
+    read, arguments = loaded.model.cached_patcher_init
+    with torch.inference_mode():
+        again = read(*arguments, disable_dynamic=True)
+    assert again.model is not loaded.model.model
+    pictures = [pictured(model, loaded.vae, prompts, levels(loaded.model)) for model in (loaded.model, again)]
+    assert torch.equal(*pictures)
+
+
 def test_it_is_loaded_whole_and_unloaded_whole(loaded):
     import comfy.model_management as mm
 
@@ -391,6 +401,7 @@ def no_words(copy: Path) -> None:
         (cut, "could not be loaded by diffusers"),
         (lacking, "lack 1 tensors"),
         (torn, "cannot be read"),
+        (changed("vae/config.json", scaling_factor=None), "lacks an entry"),
         (no_words, "tokenizer of copy could not be loaded"),
         (changed("model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline, expected is"),
         (changed("vae/config.json", _class_name="AutoencoderKL"), "AutoencoderKL, expected is AutoencoderDC"),

@@ -117,6 +117,18 @@ def noise_shift(folder: Path) -> float:
     return float(value) if isinstance(value, (int, float)) and value > 0 else SHIFT
 
 
+def samples(folder: Path) -> tuple[float, int, int]:
+    """Scale of the autoencoder's samples, their channels, and how many times smaller than pictures they are."""
+    table = _table(folder / "vae" / "config.json")
+    try:
+        levels = len(table["encoder_block_out_channels"])
+        return float(table["scaling_factor"]), int(table["latent_channels"]), 2 ** (levels - 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.json of {folder.name}/vae lacks an entry ({reason(error)}): copy {SOURCE} whole."
+        ) from error
+
+
 class Words:
     """Prompts as token ids. instruction: what is put before every prompt that is not empty, as published."""
 
