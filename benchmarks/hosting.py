@@ -33,6 +33,14 @@ def start(threads: int) -> Path:
     return base
 
 
+def keep_runs(folder: Path | None) -> None:
+    """Keep finished trainings in a folder, and take them from there, where one was given."""
+    if folder:
+        import folder_paths
+
+        folder_paths.set_user_directory(str(folder.resolve()))
+
+
 def small_world(base: Path):
     """MODEL, CLIP and VAE of the small world, through ComfyUI's own checkpoint loader."""
     import comfy.sd
