@@ -26,7 +26,7 @@ from .extras.open_clip_file import load_open_clip
 from .extras.retrieval import load_retrieval
 from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
-from .weights import gradients, load_fully, out_of_place, thawed
+from .weights import gradients, layers_checkpointed, load_fully, out_of_place, thawed
 
 BYTES_PER_PIXEL = 600.0  # activations of one forward pass, generously, for ComfyUI's memory management
 BATCH = 8  # pictures per forward pass when only measuring
@@ -166,9 +166,10 @@ def describe(vision: Any) -> str:
     return f"{kind} from CLIP_VISION ({type(vision.model).__name__}, width {sizes}, {vision.image_size} px)"
 
 
-def check_vision(vision: Any, pixels: Tensor) -> GradientCheck:
+def check_vision(vision: Any, pixels: Tensor, *, checkpointing: bool = False) -> GradientCheck:
     """d (randomly weighted features) / d (pixels), against finite differences."""
-    with looking(vision):
+    recomputed = layers_checkpointed(vision.model) if checkpointing else contextlib.nullcontext()
+    with looking(vision), recomputed:
         point = pixels.detach().clone().float().to(vision.load_device)
         width = features(vision, point).shape[1]
         weight = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(point)

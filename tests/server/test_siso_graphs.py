@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from likeness.toolbox import small_world
-from likeness.toolbox.graph import convert
+from likeness.toolbox.graph import convert, with_ancestors
 from likeness.toolbox.server import PromptError
 
 from .. import live
@@ -70,12 +70,12 @@ def test_several_references_are_not_one(ran):
 
 def with_retrieval(server) -> dict:
     """siso_generate with the group of the retrieval model switched on, as the server takes it."""
-    graph, object_info = small_world.shipped("siso_generate"), server.object_info()
+    object_info = server.object_info()
     graph = live.lowered("siso_generate", object_info)
     for node in graph["nodes"]:
         if node.get("title") in RETRIEVAL:
             node["mode"] = 0
-    return convert(graph, object_info)
+    return with_ancestors(convert(graph, object_info), [small_world.node_id(graph, "Report")])
 
 
 def test_without_the_retrieval_weights_it_says_where_they_are(server):
@@ -84,7 +84,7 @@ def test_without_the_retrieval_weights_it_says_where_they_are(server):
     prompt[loader]["inputs"]["name"] = "absent.pth"
     with pytest.raises(PromptError) as caught:
         server.run(prompt)
-    told = str(caught.value)
+    told = caught.value.sentences()
     assert all(word in told for word in ("models/ir_features", "kaggle.com", "licence", "DINOv2 alone"))
 
 
@@ -95,8 +95,7 @@ def test_with_the_retrieval_weights_two_likenesses_count(server):
     prompt = with_retrieval(server)
     loader = next(name for name, node in prompt.items() if node["class_type"] == "LikenessLoadRetrieval")
     prompt[loader]["inputs"]["name"] = "tiny.safetensors"
-    graph = live.lowered("siso_generate", server.object_info())
-    report = small_world.node_id(graph, "Report")
     run = server.run(prompt)
+    report = next(name for name, node in prompt.items() if node["class_type"] == "PreviewAny")
     first = run.outputs[report]["text"][0].splitlines()[0]
     assert len(first.partition("(")[2].split()) == 2, "a number for each of the two"

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from likeness.core.host.vision import check_vision, describe, embed, features, load_vision, looking, text_missing
+from likeness.core.host.vision import (
+    check_vision,
+    describe,
+    embed,
+    features,
+    load_instance_retrieval,
+    load_vision,
+    looking,
+    text_missing,
+)
+from likeness.core.host.weights import layers_checkpointed
 from likeness.core.preprocess import Preprocess
 
 from .models import CLIP_SIDE, clip_folder, core_vision, dino_folder, open_clip_file, pictures
+from .test_retrieval import published
 
 KINDS = ["clip", "dino", "open_clip", "core_clip", "core_dino"]
 
@@ -17,23 +29,45 @@ KINDS = ["clip", "dino", "open_clip", "core_clip", "core_dino"]
 def make(kind: str, folder):
     if kind.startswith("core"):
         return core_vision(folder, dino=kind == "core_dino")
+    if kind == "retrieval":
+        save_file(published(), folder / "retrieval.safetensors")
+        return load_instance_retrieval(folder / "retrieval.safetensors")
     if kind == "open_clip":
         return load_vision(open_clip_file(folder / kind)[0])
     (clip_folder if kind == "clip" else dino_folder)(folder / kind)
     return load_vision(folder / kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_equals_finite_differences(kind, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kind", [*KINDS, "retrieval"])
+def test_gradient_equals_finite_differences(kind, checkpointing, tmp_path):
     vision = make(kind, tmp_path)
     images = pictures(1, 36, 44)
     weights = [(name, value) for name, value in vision.model.named_parameters()]
     with torch.inference_mode():  # as a node is run
-        check = check_vision(vision, images)
+        check = check_vision(vision, images, checkpointing=checkpointing)
     assert check.relative_error < 0.01, check
     assert abs(check.analytic) > 1e-4, "a zero slope would agree with anything"
     assert all(value is vision.model.get_parameter(name) for name, value in weights), "the weights must come back"
-    assert not any(part._forward_pre_hooks for part in vision.model.modules())
+    assert not any(part._forward_pre_hooks or "forward" in vars(part) for part in vision.model.modules())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "retrieval"])
+def test_checkpointing_keeps_less_for_the_backward_pass(kind, tmp_path):
+    vision = make(kind, tmp_path)
+    kept = []
+
+    def run() -> int:
+        kept.clear()
+        point = pictures(1, 36, 44).requires_grad_(True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+            features(vision, point).sum()
+        return sum(kept)
+
+    with looking(vision):
+        plain = run()
+        with layers_checkpointed(vision.model):
+            assert run() < 0.7 * plain
 
 
 @pytest.mark.parametrize("kind", ["core_clip", "core_dino"])
