@@ -255,12 +255,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     full = found[FULL.name]
     mean, gain = full["mean"], full["minus base"]
     identity = gain["optimised"]["identity"]
+    pairs = {"optimised": "base", "reused": "base, other prompt"}
+    lost = {kind: 1 - mean[kind]["text"] / mean[base]["text"] for kind, base in pairs.items()}
     gates = {
         "identity rises": identity["low"] > 0 and identity["share_won"] >= WON_GATE,
-        "text falls by less than a tenth": mean["optimised"]["text"] >= (1 - TEXT_GATE) * mean["base"]["text"],
+        "text falls by less than a tenth": max(lost.values()) < TEXT_GATE,
         "identity above the base when reused": gain["reused"]["identity"]["low"] > 0,
     }
-    return {"arms": found, "gates": gates, "gates held": all(gates.values())}
+    return {"arms": found, "text lost": lost, "gates": gates, "gates held": all(gates.values())}
 
 
 def main(arguments: list[str]) -> int:
