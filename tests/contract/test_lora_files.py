@@ -93,7 +93,8 @@ def test_diffusers_and_the_stock_loader_change_the_same_weights(family, tmp_path
     path = tmp_path / "lora.safetensors"
     save_file(tensors, path)
     with torch.inference_mode():
-        patched, _ = comfy.sd.load_lora_for_models(setting.model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0)
+        read = comfy.utils.load_torch_file(str(path))
+        patched, _ = comfy.sd.load_lora_for_models(setting.model, None, read, 1.0, 0.0)
         ours = stock(patched)
     config = setting.model.model.model_config.unet_config
     if family == "flux":

@@ -1,0 +1,192 @@
+"""Likeness To Pictures, Load Instance Retrieval and Optimize LoRA as nodes: what goes in, and what is said of it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+
+from .. import tiny_models
+from ..unit.vision.models import clip_folder
+from .methods import Setting, autoencoder, run_node
+from .test_contract import own_user_folder  # noqa: F401  (a fixture)
+from .test_likeness_optimisation import optimised, sigmas
+
+GB = 2**30
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    from likeness.core.host.vision import load_vision
+
+    folder = tmp_path_factory.mktemp("vision") / "clip"
+    clip_folder(folder)
+    with torch.inference_mode():
+        return load_vision(folder)
+
+
+def parts(**inputs):
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    return run_node(LikenessSimilarity, **{"weight": 1.0, **inputs})[0].parts
+
+
+def inputs_of(setting: Setting, similarity) -> dict:
+    return {
+        "model": setting.model,
+        "vae": autoencoder(),
+        "positive": setting.source,
+        "similarity": similarity,
+        "latent": {"samples": torch.zeros(1, 4, 8, 8)},
+        "sigmas": sigmas(setting, 1),
+        "iterations": 3,
+        "learning_rate": 0.02,
+        "cfg": 1.0,
+        "grad_steps": 1,
+        "seed": 0,
+    }
+
+
+def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    setting, clip = Setting(), tiny_models.clip_l()
+    one = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=0.5)[0]
+    both = run_node(LikenessSimilarity, vision=vision, image=setting.image.flip(1), weight=1.0, similarity=one)[0]
+    assert [part.weight for part in both.parts] == [0.5, 1.0] and len(both.patchers) == 1
+    inputs = inputs_of(setting, both)
+    model, encoder, lora, best, images, loss, report = run_node(LikenessOptimizeLora, **inputs)
+    assert isinstance(encoder, ExecutionBlocker) and model is not setting.model and "best: iteration" in report
+    assert best.shape == (1, 64, 64, 3) and images.shape == (3, 64, 64, 3) and len(loss["loss"]) == 3
+    assert lora.header["method"] == "siso" and lora.header["base"]
+    _, encoder, lora, *_ = run_node(LikenessOptimizeLora, **inputs, clip=clip, prompt="a cat", optimizer="AdamW")
+    assert not isinstance(encoder, ExecutionBlocker)
+    assert any(name.startswith("lora_te_") for name in lora)
+    with pytest.raises(ValueError, match="mask was connected without a picture"):
+        run_node(LikenessOptimizeLora, **inputs, mask=torch.zeros(1, 64, 64))
+
+
+def test_of_a_masked_reference_the_subject_alone_counts(vision):
+    picture, mask = torch.rand(1, 96, 64, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 96, 64)
+    mask[:, 70:90, 40:64] = 1
+    part = parts(vision=vision, image=picture, mask=mask)[0]
+    size = vision.image_size
+    assert part.references.shape == (1, size, size, 3)
+    changed = picture.clone()
+    changed[mask == 0] = 0.5
+    assert torch.equal(part.references, parts(vision=vision, image=changed, mask=mask)[0].references)
+    corners = part.references[0, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert float(corners.min()) > 0.95, "white around it"
+    assert not torch.equal(part.references, parts(vision=vision, image=picture.flip(1), mask=mask)[0].references)
+
+
+def test_several_references_may_share_a_mask(vision):
+    pictures, mask = torch.rand(3, 64, 64, 3), torch.zeros(1, 32, 32)
+    mask[:, 8:24, 8:24] = 1
+    assert len(parts(vision=vision, image=pictures, mask=mask)[0].references) == 3
+    with pytest.raises(ValueError, match="2 masks came with 3 pictures"):
+        parts(vision=vision, image=pictures, mask=mask.repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(torch.zeros(1, 64, 96), "mark the subject"), (torch.ones(1, 64, 64), "another proportion")],
+)
+def test_masks_that_do_not_fit_are_refused(vision, mask, message):
+    with pytest.raises(ValueError, match=message):
+        parts(vision=vision, image=torch.rand(1, 64, 96, 3), mask=mask)
+
+
+def test_a_border_that_is_not_seen_is_told(vision, caplog):
+    with caplog.at_level(logging.WARNING, "likeness"):
+        parts(vision=vision, image=torch.rand(1, 64, 66, 3))
+        assert not caplog.text
+        parts(vision=vision, image=torch.rand(1, 64, 96, 3))
+    assert "Only the central 64 x 64 pixels of the subject's 96 x 64 picture" in caplog.text
+
+
+def test_a_picture_that_holds_no_numbers_is_refused(vision):
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        parts(vision=vision, image=torch.full((1, 64, 64, 3), float("nan")))
+
+
+def test_retrieval_weights_that_are_not_there_are_told_before_anything_runs():
+    from likeness.nodes.similarity import LikenessLoadRetrieval
+
+    told = LikenessLoadRetrieval.validate_inputs("ir_features.pth")
+    assert all(word in told for word in ("'ir_features.pth'", "models/ir_features", "kaggle.com", "licence", "press R"))
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(vision, monkeypatch):
+    from likeness.core.host import memory, session
+
+    monkeypatch.setattr(memory.mm, "get_total_memory", lambda _device: 1000)
+    monkeypatch.setattr(session, "load_fully", None)
+    with pytest.raises(RuntimeError, match="must fit all at once"):
+        optimised(Setting(), vision)
+
+
+def test_an_estimate_above_the_memory_is_told_with_what_to_change(vision, monkeypatch, caplog):
+    from likeness.core.host import memory
+
+    monkeypatch.setattr(memory.mm, "get_total_memory", lambda _device: GB)
+    with caplog.at_level(logging.WARNING, "likeness"):
+        memory.check_room([], 0.5 * GB, torch.device("cpu"))
+        assert not caplog.text
+        memory.check_room([], 2 * GB, torch.device("cpu"))
+    assert "may need about 2.0 GB" in caplog.text and "switch checkpointing on" in caplog.text
+
+
+def test_running_out_of_memory_says_what_to_change():
+    from likeness.core.host.memory import mm, told_when_out_of_memory
+
+    with pytest.raises(mm.OOM_EXCEPTION, match="switch checkpointing on"), told_when_out_of_memory():
+        raise mm.OOM_EXCEPTION("no room")
+
+
+def test_checkpointing_is_estimated_lower(vision):
+    from likeness.core.host.memory import activations, decoding_memory, vision_memory
+
+    latent = torch.zeros(1, 4, 8, 8)
+    for estimate in (
+        lambda on: vision_memory(vision, on),
+        lambda on: activations(tiny_models.sd1(), latent, on),
+        lambda on: decoding_memory(autoencoder(), latent, on),
+    ):
+        assert 0 < estimate(True) < estimate(False)
+
+
+def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
+    from likeness.core.host import similarity
+    from likeness.core.siso import unlikeness
+
+    rising = itertools.count()
+    monkeypatch.setattr(similarity, "unlikeness", lambda *features: unlikeness(*features) + next(rising))
+    with caplog.at_level(logging.WARNING, "likeness"):
+        found = optimised(Setting(), vision, iterations=3)
+    assert found.best == 0 and "changes nothing: try another learning rate" in found.report()
+    assert "changes nothing" in caplog.text
+
+
+def test_a_latent_or_vae_of_another_model_is_refused(vision, monkeypatch):
+    from likeness.core.host import likeness_optimisation
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    setting = Setting()
+    alike = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=1.0)[0]
+    inputs = inputs_of(setting, alike)
+    with pytest.raises(ValueError, match="the VAE decodes 16"):
+        run_node(LikenessOptimizeLora, **{**inputs, "vae": tiny_models.taesd(channels=16)})
+    with pytest.raises(ValueError, match="the connected latent has 16"):
+        run_node(LikenessOptimizeLora, **{**inputs, "latent": {"samples": torch.ones(1, 16, 8, 8)}})
+    with pytest.raises(ValueError, match="no CLIP part"):
+        encoder = tiny_models.clip_l()
+        encoder.cond_stage_model = torch.nn.Identity()
+        run_node(LikenessOptimizeLora, **inputs, clip=encoder, prompt="a cat")
