@@ -23,7 +23,6 @@ from .files import read_tensors, write_tensors
 log = logging.getLogger("likeness")
 KIND, FORMAT = "adapter", 1
 MAX_BYTES = 8 << 30
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MARKERS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 SECONDS = ("model_1.safetensors", "pytorch_model_1.bin")  # where older checkpoints keep w
 BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+"

@@ -30,6 +30,8 @@ from .session import predicting
 KEY = "likeness.adapter"
 BOTH, PROMPT_ONLY = "both", "positive only"
 APPLY_TO = (BOTH, PROMPT_ONLY)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of files
+MARGIN = 0.06
 CLOSE = 0.05  # relative: a base in fp16 or bf16 is still the same base
 WHITE = 0.9
 log = logging.getLogger("likeness")

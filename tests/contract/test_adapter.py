@@ -1,0 +1,295 @@
+"""EZIGen's adapter on tiny models of ComfyUI's own classes: where it works, what it leaves alone, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from .. import tiny_models
+from .methods import Setting, autoencoder
+
+STEPS, SEED, CFG = 5, 11, 3.0
+FAMILIES = ["sd1", "sdxl"]
+
+
+def stored(model, seed: int = 0, header: dict | None = None):
+    """An adapter as training starts it, moved a little."""
+    from likeness.core.host.adapter import trained
+    from likeness.core.host.adapter_layers import new_adapter
+
+    generator = torch.Generator().manual_seed(seed)
+    found = trained(new_adapter(model.model), header or {})
+    for value in found.tensors.values():
+        value += 0.05 * torch.randn(value.shape, generator=generator)
+    return found
+
+
+def subject(setting: Setting, seed: int = 0, images: int = 1):
+    from likeness.core.host.adapter import encode_subject, prepared
+
+    pictures = torch.rand(images, 40, 64, 3, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(images, 40, 64)
+    mask[:, 8:32, 10:50] = 1.0
+    with torch.inference_mode():
+        ready = prepared(pictures, mask, 64, 0.1)
+        return encode_subject(setting.model, autoencoder(), setting.source, ready, seed)
+
+
+def sampled(setting: Setting, model, sampler: str = "euler", steps: int = STEPS, batch: int = 1) -> torch.Tensor:
+    import comfy.sample
+    import comfy.samplers
+
+    shape = (batch, 4, 8, 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    with torch.inference_mode():
+        levels = comfy.samplers.calculate_sigmas(setting.model.get_model_object("model_sampling"), "simple", steps)
+        chosen = comfy.samplers.sampler_object(sampler)
+        latent = torch.zeros(shape)
+        return comfy.sample.sample_custom(
+            model, noise, CFG, chosen, levels, setting.target, setting.empty, latent, disable_pbar=True, seed=SEED
+        )
+
+
+def applied(setting: Setting, adapter=None, about=None, **more):
+    from likeness.core.host.adapter import with_adapter
+
+    with torch.inference_mode():
+        return with_adapter(setting.model, adapter or stored(setting.model), about or subject(setting), **more)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_subject_changes_the_picture_and_the_base_stays_as_it_is(family):
+    setting = Setting(family)
+    before, options = sampled(setting, setting.model), copy.deepcopy(setting.model.model_options)
+    one, other = (applied(setting, about=subject(setting, seed)) for seed in (0, 1))
+    first, second = sampled(setting, one), sampled(setting, other)
+    assert float((first - before).abs().max()) > 1e-3
+    assert float((first - second).abs().max()) > 1e-4
+    assert torch.equal(sampled(setting, one), first)
+    assert torch.equal(sampled(setting, setting.model), before)
+    assert setting.model.model_options == options and not setting.model.wrappers.get("sampler_sample")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+def test_only_the_last_part_of_the_steps(sampler):
+    """Where it does not work yet the latents are the base's, bit for bit; behind that they are not."""
+    import comfy.samplers
+
+    setting = Setting()
+    seen: dict[str, list[torch.Tensor]] = {}
+    model = applied(setting, ratio=0.4)
+    for name, each in (("base", setting.model), ("adapter", model)):
+        steps = seen.setdefault(name, [])
+        guider = comfy.samplers.CFGGuider(each)
+        guider.set_conds(setting.target, setting.empty)
+        guider.set_cfg(CFG)
+        levels = comfy.samplers.calculate_sigmas(each.get_model_object("model_sampling"), "simple", STEPS)
+        noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(SEED))
+
+        def keep(_step, denoised, _x, _total, steps=steps):
+            steps.append(denoised.clone())
+
+        with torch.inference_mode():
+            guider.sample(
+                noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), levels, callback=keep,
+                disable_pbar=True, seed=SEED,
+            )  # fmt: skip
+    same = [torch.equal(*pair) for pair in zip(seen["base"], seen["adapter"], strict=True)]
+    assert same == [True, True, True, False, False]
+
+
+def test_off_is_skipped_and_strength_goes_between():
+    setting = Setting()
+    base = sampled(setting, setting.model)
+    assert torch.equal(sampled(setting, applied(setting, strength=0.0)), base)
+    distances = [float((sampled(setting, applied(setting, strength=s)) - base).norm()) for s in (0.01, 0.1, 1.0)]
+    assert 0 < distances[0] < distances[1] < distances[2]
+
+
+def test_the_positive_prompt_alone():
+    """The negative prompt's prediction is then the base's own, whichever way ComfyUI batches the two."""
+
+    setting = Setting()
+    predictions: dict[str, list[torch.Tensor]] = {}
+    for apply_to in ("both", "positive only", "base"):
+        model = setting.model.clone() if apply_to == "base" else applied(setting, apply_to=apply_to)
+        kept = predictions.setdefault(apply_to, [])
+
+        def note(args, kept=kept):
+            kept[:] = kept or [args["uncond_denoised"].clone(), args["cond_denoised"].clone()]
+            return args["denoised"]
+
+        model.set_model_sampler_post_cfg_function(note)
+        sampled(setting, model, steps=1)
+    assert torch.equal(predictions["positive only"][0], predictions["base"][0])
+    assert not torch.allclose(predictions["both"][0], predictions["base"][0], atol=1e-4)
+    torch.testing.assert_close(predictions["positive only"][1], predictions["both"][1], atol=1e-5, rtol=1e-5)
+
+
+def test_batches_and_several_pictures():
+    """Rows of a batch do not see each other; two pictures are not one; the order of pictures does not matter."""
+    setting = Setting()
+    one, two = subject(setting, 0), subject(setting, 1)
+    adapter = stored(setting.model)
+    alone = sampled(setting, applied(setting, adapter, one))
+    together = sampled(setting, applied(setting, adapter, one), batch=3)
+    noise_first = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(SEED))[:1]
+    assert torch.equal(noise_first, torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(SEED)))
+    torch.testing.assert_close(together[:1], alone, atol=2e-3, rtol=0)
+    both = sampled(setting, applied(setting, adapter, one.with_more(two)))
+    turned = sampled(setting, applied(setting, adapter, two.with_more(one)))
+    torch.testing.assert_close(both, turned, atol=2e-3, rtol=0)
+    assert float((both - alone).abs().max()) > 1e-2
+
+
+def test_encoding_is_of_the_bare_model_and_of_its_seed():
+    """Patches of other nodes on the MODEL do not reach the features; the global random numbers stay untouched."""
+    setting = Setting()
+    plain = subject(setting)
+    state = torch.get_rng_state()
+    busy = Setting()
+    busy.model = busy.model.clone()
+    busy.model.set_model_attn1_patch(lambda q, k, v, options: (0.5 * q, k, v))
+    busy.model.set_model_attn1_output_patch(lambda n, options: 0 * n)
+    found = subject(busy)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(plain.tokens.layers, found.tokens.layers, strict=True):
+        assert torch.equal(one, other)
+    again = subject(setting, seed=0)
+    assert all(map(torch.equal, plain.tokens.layers, again.tokens.layers))
+    widths = [layer.shape for layer in plain.tokens.layers]
+    assert widths[0] == (1, 64, 32) and len(widths) == len({*range(7)})
+
+
+def test_beside_other_nodes_patches():
+    """A middle_patch and an attention patch of others hold as before."""
+    setting = Setting()
+    adapter, about = stored(setting.model), subject(setting)
+    patched = setting.model.clone()
+    patched.set_model_patch(lambda h, options: 0.9 * h, "middle_patch")
+    setting.model = patched
+    with_both = sampled(setting, applied(setting, adapter, about))
+    assert float((with_both - sampled(setting, patched)).abs().max()) > 1e-3
+    plain = Setting()
+    assert float((with_both - sampled(plain, applied(plain, adapter, about))).abs().max()) > 1e-3
+
+
+def test_a_second_adapter_replaces_the_first():
+    setting = Setting()
+    first, second = stored(setting.model, 1), stored(setting.model, 2)
+    wanted = sampled(setting, applied(setting, second))
+    setting.model = applied(setting, first)
+    assert torch.equal(sampled(setting, applied(setting, second, subject(Setting()))), wanted)
+
+
+def test_gradients_reach_a_prompt_through_the_adapter():
+    from likeness.core.host.session import optimise
+
+    setting = Setting()
+    found: list[torch.Tensor] = []
+
+    def body(denoiser, x0):
+        context = denoiser.context.detach().clone().requires_grad_(True)
+        denoiser.denoised(x0, denoiser.sigmas[300].view(1), context).square().mean().backward()
+        found.append(context.grad)
+
+    for model in (setting.model, applied(setting)):
+        with torch.inference_mode():
+            optimise(model, setting.source, setting.latent["samples"], body)
+    assert float(found[1].abs().max()) > 0 and not torch.allclose(found[0], found[1])
+
+
+def test_what_does_not_belong_together_is_refused(caplog):
+    setting, other = Setting("sd1"), Setting("sdxl")
+    adapter, about = stored(setting.model), subject(setting)
+    with pytest.raises(ValueError, match="connect the model it was trained on"):
+        applied(other, stored(other.model), about)
+    with pytest.raises(ValueError, match="Connect the model that the adapter was trained for|connect the model that"):
+        applied(other, adapter, subject(other))
+    with pytest.raises(ValueError, match="predicts v"):
+        applied(Setting("sd2_v"), adapter, about)
+    with pytest.raises(ValueError, match="above 0"):
+        applied(setting, adapter, about, ratio=0.0)
+    with pytest.raises(ValueError, match="no layout|leaves none|for the layout"):
+        sampled(setting, applied(setting, adapter, about, ratio=0.95), steps=4)
+    flux = tiny_models.flux()
+    setting.model = flux
+    with pytest.raises(ValueError, match="UNet of SD1.x"):
+        applied(setting, adapter, about)
+    caplog.set_level(logging.WARNING, logger="likeness")
+
+
+def test_adapter_of_another_model_of_the_same_shape_is_said(caplog):
+    from likeness.core.host.adapter import base_sample
+
+    caplog.set_level(logging.WARNING, logger="likeness")
+    one, other = Setting(), Setting(model_seed=1)
+    own = stored(one.model, header={"base": base_sample(one.model)})
+    applied(one, own)
+    assert "another model" not in caplog.text
+    applied(other, own, subject(other))
+    assert "The adapter was trained with another model" in caplog.text
+
+
+def test_prepared_pictures(caplog):
+    from likeness.core.host.adapter import prepared
+
+    caplog.set_level(logging.WARNING, logger="likeness")
+    image = torch.full((1, 40, 60, 3), 0.2)
+    mask = torch.zeros(1, 40, 60)
+    mask[:, 10:20, 20:40] = 1.0
+    ready = prepared(image, mask, 64, 0.0)
+    assert ready.shape == (1, 64, 64, 3) and float(ready[0, 32, 32].max()) < 0.25
+    assert float(ready[0, 4].min()) > 0.95 and float(ready[0, -4].min()) > 0.95  # white above and below
+    alpha = torch.cat([image, mask[..., None]], -1)
+    torch.testing.assert_close(prepared(alpha, None, 64, 0.0), ready)
+    assert not caplog.text
+    whole = prepared(image, None, 64, 0.1)
+    assert float(whole[0, 2].min()) > 0.95 and float(whole[0, 32].max()) < 0.3
+    assert "no white background" in caplog.text
+    with pytest.raises(ValueError, match="mask is empty"):
+        prepared(image, 0 * mask, 64, 0.1)
+    with pytest.raises(ValueError, match="one for each"):
+        prepared(image, mask.expand(3, -1, -1), 64, 0.1)
+
+
+def test_the_nodes_one_after_the_other():
+    """Load what training left, extract it, load that, encode with alpha, apply: as calling the functions."""
+    from pathlib import Path
+
+    from likeness.core.adapter_file import save_adapter
+    from likeness.core.host import folders
+    from likeness.nodes.adapter import (
+        LikenessApplyAdapter,
+        LikenessEncodeSubject,
+        LikenessExtractAdapter,
+        LikenessLoadAdapter,
+    )
+
+    setting = Setting()
+    folder = Path(folders.first_folder(folders.ADAPTERS)) / "checkpoint-7"
+    adapter = stored(setting.model)
+    save_adapter(folder / "model.safetensors", adapter)
+    assert "checkpoint-7" in folders.names(folders.ADAPTERS)
+    pictures = torch.rand(1, 40, 64, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 40, 64)
+    mask[:, 8:32, 10:50] = 1.0
+    with torch.inference_mode():
+        whole, info = LikenessLoadAdapter.execute("checkpoint-7").result
+        _, name = LikenessExtractAdapter.execute(whole, "float32", "likeness/test").result
+        extracted, again = LikenessLoadAdapter.execute(name).result
+        alpha = torch.cat([pictures, mask[..., None]], -1)
+        about, seen = LikenessEncodeSubject.execute(
+            setting.model, autoencoder(), setting.source, alpha, 64, 0, margin=0.1
+        ).result
+        (model,) = LikenessApplyAdapter.execute(setting.model, extracted, about, 0.4, 1.0).result
+        two, _ = LikenessEncodeSubject.execute(
+            setting.model, autoencoder(), setting.source, alpha, 64, 1, subject=about
+        ).result
+    assert info == again and seen.shape == (1, 64, 64, 3)
+    wanted = sampled(setting, applied(setting, adapter, subject(setting), ratio=0.4))
+    assert torch.equal(sampled(setting, model), wanted)
+    assert two.tokens.layers[0].shape[1] == 2 * about.tokens.layers[0].shape[1]
