@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from likeness.core.lora import attention_layers, beside, factors, new_adapters
+from likeness.core.lora import Rows, attention_layers, beside, factors, new_adapters
 
 
 class Block(nn.Module):
@@ -83,3 +83,22 @@ def test_factors_stay_in_float32_and_the_output_keeps_its_precision():
 def test_a_layer_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="linear or 2-D convolution"):
         new_adapters({"x": nn.LayerNorm(4)}, 2, 0)
+
+
+def test_adapters_of_some_rows_of_a_layer_are_those_of_the_weight_merged_in_rows():
+    net, x = nn.Linear(5, 11), torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+    layers = {"q": Rows(net, 0, 3), "v": Rows(net, 6, 3)}
+    adapters = trained(layers)
+    with beside(layers, adapters):
+        expected = net(x)
+    plain = net(x)
+    assert torch.equal(expected[:, 3:6], plain[:, 3:6]) and torch.equal(expected[:, 9:], plain[:, 9:])
+    for name, place in layers.items():
+        named = adapters[name].peft_tensors(name)
+        assert list(named) == [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
+        with torch.no_grad():
+            net.weight[place.start : place.start + place.count] += (
+                named[f"{name}.lora_B.weight"] @ named[f"{name}.lora_A.weight"]
+            )
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, plain)

@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from likeness.core.files import HEADER_KEY, write_tensors
-from likeness.core.tuned import KIND, MARKER, Tuned, load_tuned, marker, save_tuned, weight_differences
+from likeness.core.tuned import (
+    KIND,
+    MARKER,
+    MODEL,
+    TEXT,
+    Tuned,
+    load_tuned,
+    marker,
+    save_tuned,
+    weight_differences,
+)
 
 PATH = "diffusion_model.middle_block.1.proj_in"
 
@@ -43,6 +53,34 @@ def test_what_is_saved_is_loaded(tmp_path):
     text = loaded.describe()
     for part in ("rank 2", "SD15 (EPS)", "photo of a sks dog", "64 cells, nearest", "steps 7", "last 0.2500", "UNet"):
         assert part in text
+
+
+KOHYA = (
+    ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", "lora_te1_text_model_encoder_layers_0_q_proj"),
+    (".lora_down.weight", ".lora_up.weight"),
+)
+PEFT = (
+    ("transformer.transformer_blocks.0.attn.to_q", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"),
+    (".lora_A.weight", ".lora_B.weight"),
+)
+
+
+@pytest.mark.parametrize("names", [KOHYA, PEFT], ids=["scripts", "peft"])
+def test_names_that_other_programs_read_are_ours_with_our_header_only(tmp_path, names):
+    paths, ends = names
+    found = {path + end: torch.ones((3, 5) if end == ends[0] else (6, 3)) for path in paths for end in ends}
+    save_tuned(tmp_path / "a.safetensors", Tuned(found, HEADER))
+    loaded = load_tuned(tmp_path / "a.safetensors")
+    assert set(loaded.part(MODEL)) == {paths[0] + end for end in ends}
+    assert set(loaded.part(TEXT)) == {paths[1] + end for end in ends}
+    assert "rank 3 of the UNet and text encoder" in loaded.describe().replace("LoRA of ", "")
+    save_file(found, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="not a fine-tune of this pack.*stock Load LoRA"):
+        load_tuned(tmp_path / "b.safetensors")
+    del found[paths[0] + ends[1]]
+    save_tuned(tmp_path / "c.safetensors", Tuned(found, HEADER))
+    with pytest.raises(ValueError, match="no matching pair"):
+        load_tuned(tmp_path / "c.safetensors")
 
 
 def test_a_stock_reader_finds_the_same_tensors(tmp_path):
