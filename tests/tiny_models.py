@@ -83,6 +83,7 @@ def sdxl(seed: int = 0):
 
 def flux(seed: int = 0):
     """FLUX.1-schnell: a flow model, text rows of width 64 here, a pooled vector of 768, 16 latent channels."""
+    import comfy.ldm.flux.model
     import comfy.model_base
     import comfy.supported_models
 
@@ -92,6 +93,8 @@ def flux(seed: int = 0):
         **{"axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False},
         "dtype": torch.float32,
     }
+    if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__annotations__:  # newer ComfyUI
+        config["txt_ids_dims"] = []
     return _patcher(comfy.model_base.Flux, comfy.supported_models.FluxSchnell, config, "FLOW", seed)
 
 

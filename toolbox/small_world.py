@@ -46,7 +46,7 @@ SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "s
 SWAPPED_CLASS = "cat"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
-ITERATIONS, LIKENESS_RATE = 50, 4e-3
+ITERATIONS, LIKENESS_RATE, LIKENESS_STEPS = 50, 4e-3, 5
 TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
 WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
@@ -128,7 +128,7 @@ def texts() -> dict[str, str]:
         "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
         "Prompt for both": f"{kind} {world.BACKGROUNDS[STYLE_BACKGROUND]}",
         "Prompt": kind,
-        "Prompt of the training": kind,
+        "Prompt of the training": f"{kind} {world.BACKGROUNDS['studio']}",
         "Prompt to score": target,
         "Prompt of the new picture": target,
         "Prompt of the picture": source,
@@ -166,6 +166,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainEmbedding", "steps"): embedding_steps,
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
         ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
+        ("Steps of the training", "steps"): min(sampling_steps, LIKENESS_STEPS),
         ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
         ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
         ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 10,
@@ -269,8 +270,12 @@ def without_sana(graph: Graph) -> Graph:
 
 
 def with_subject_masks(graph: Graph) -> Graph:
-    """Measure on the subject only: the small world's own mask node in front of every LikenessScore."""
+    """Look at the subject only: the small world's own mask node in front of every LikenessScore, and of every picture
+    to be like, since its DINO knows nothing else.
+    """
     graph = copy.deepcopy(graph)
+    for node in [node for node in graph["nodes"] if node["type"] == "LikenessSimilarity" and not node["mode"]]:
+        insert_mask(graph, node, "image", "mask")
     for node in [node for node in graph["nodes"] if node["type"] == "LikenessScore" and measures_identity(node)]:
         insert_mask(graph, node, "images", "mask")
         insert_mask(graph, node, "reference", "reference_mask")
