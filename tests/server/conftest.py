@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .. import live
-from .results import run_all
+from .results import Results
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +22,8 @@ def object_info(server):
 
 @pytest.fixture(scope="session")
 def results(server):
-    """All shipped graphs, run once."""
-    return run_all(server)
+    """All shipped graphs, each run once."""
+    return Results(server)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,21 @@ from .. import live, tiny_sana
 
 SWEPT = {("LikenessSweep", "base_weights"): "0.3, 0.7", ("LikenessSweep", "end_percents"): "0.6, 0.8"}
 TINY_FLUX = {(title, "kind"): small_world.TINY_FLUX for title in ("Model", "Text encoders", "Autoencoder")}
+SETTINGS: dict[str, dict[tuple[str, str], Any]] = {
+    "sine_sweep": SWEPT,
+    "sine_load_and_edit": {("Edit 1", "text"): small_world.texts()["Prompt of the edit"]},
+    "siso_flux": TINY_FLUX,
+}
+# graph: (the graph that runs before it, what saves there, where the file is chosen here)
+AFTER: dict[str, tuple[str, str, tuple[str, str]]] = {
+    "hiper_load_and_reuse": ("hiper_train_and_edit", "", ("", "")),
+    "hiper_pick_the_step": ("hiper_train_and_edit", "", ("", "")),
+    "sine_load_and_edit": ("sine_edit", "Save the tuned model", ("Saved model", "name")),
+    "sine_stock_loader": ("sine_edit_wide", "Save the tuned model", ("Saved model", "lora_name")),
+    "hifi_reference_guided": ("hifi_train_subject", "Save the subject", ("Saved subject", "name")),
+    "hifi_replace_subject": ("hifi_train_subject", "Save the subject", ("Saved subject", "name")),
+    "siso_reuse": ("siso_generate", "Save the LoRA", ("Saved LoRA", "lora_name")),
+}
 UNWANTED = ("Traceback", "ERROR", "WARNING", "Warning", "deprecated", "lora key not loaded")
 # A stock loader says of a file that was tuned on patches what it does not know.
 SAID = "lora key not loaded: likeness.needs_position_map"
@@ -59,34 +75,35 @@ def run_graph(server, name: str, settings: dict[tuple[str, str], Any] | None = N
     return Result(server, graph, run, server.log()[before:])
 
 
-def run_all(server) -> dict[str, Result]:
-    """All shipped graphs, those that save something before those that load it."""
-    server.post("/free", {"free_memory": True})
-    time.sleep(1.0)  # what other tests have run must not be served from the cache: its events are looked at
-    done = {
-        name: run_graph(server, name)
-        for name in ("hiper_train_and_edit", "hiper_load_and_reuse", "hiper_pick_the_step")
-    }
-    done["sine_edit"] = run_graph(server, "sine_edit")
-    saved = done["sine_edit"].text("Save the tuned model").splitlines()[0]
-    edit = small_world.texts()["Prompt of the edit"]
-    loaded = {("Saved model", "name"): saved, ("Edit 1", "text"): edit}
-    done["sine_load_and_edit"] = run_graph(server, "sine_load_and_edit", loaded)
-    done["sine_edit_wide"] = run_graph(server, "sine_edit_wide")
-    saved = done["sine_edit_wide"].text("Save the tuned model").splitlines()[0]
-    done["sine_stock_loader"] = run_graph(server, "sine_stock_loader", {("Saved model", "lora_name"): saved})
-    done["sine_sweep"] = run_graph(server, "sine_sweep", SWEPT)
-    for name in ("style_transfer", "style_generation", "remove_content", "faces"):
-        done[f"sine_{name}"] = run_graph(server, f"sine_{name}")
-    for name in ("invert_and_reconstruct", "invert_and_edit", "hifi_train_subject", "hifi_ablation"):
-        done[name] = run_graph(server, name)
-    saved = done["hifi_train_subject"].text("Save the subject").splitlines()[0]
-    for name in ("hifi_reference_guided", "hifi_replace_subject"):
-        done[name] = run_graph(server, name, {("Saved subject", "name"): saved})
-    for name in ("siso_generate", "siso_sdxl_turbo", "siso_references", "siso_edit_sdxl_turbo", "siso_edit_sd_turbo"):
-        done[name] = run_graph(server, name)
-    done["siso_flux"] = run_graph(server, "siso_flux", TINY_FLUX)
-    saved = done["siso_generate"].text("Save the LoRA").splitlines()[0]
-    done["siso_reuse"] = run_graph(server, "siso_reuse", {("Saved LoRA", "lora_name"): saved})
-    done["siso_sana"] = run_graph(server, "siso_sana", tiny_sana.in_server(server))
-    return done
+class Results(Mapping[str, Result]):
+    """Runs of the shipped graphs, each made when it is first asked for, and whatever saves something for it before."""
+
+    def __init__(self, server) -> None:
+        self._server = server
+        self._done: dict[str, Result] = {}
+
+    def __getitem__(self, name: str) -> Result:
+        if name not in self._done:
+            settings = self._settings(name)
+            # What other tests have run must not be served from the cache: the run's events are looked at.
+            self._server.post("/free", {"free_memory": True})
+            time.sleep(1.0)
+            self._done[name] = run_graph(self._server, name, settings)
+        return self._done[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(live.NAMES)
+
+    def __len__(self) -> int:
+        return len(live.NAMES)
+
+    def _settings(self, name: str) -> dict[tuple[str, str], Any]:
+        found = dict(SETTINGS.get(name, {}))
+        if name in AFTER:
+            maker, title, widget = AFTER[name]
+            made = self[maker]
+            if title:
+                found[widget] = made.text(title).splitlines()[0]
+        if name == "siso_sana":
+            found |= tiny_sana.in_server(self._server)
+        return found

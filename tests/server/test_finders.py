@@ -57,7 +57,7 @@ def test_several_are_found_and_the_best_is_cut_out(server):
     assert {value for _, value in mask.convert("L").getcolors()} <= {0, 255}
 
 
-REFUSED = {
+REFUSED = {  # newer ComfyUI refuses a name that is not on the list by itself
     "nothing above the threshold": ({"box_threshold": 1.0}, "No 'red dog' above the box_threshold of 1 was found"),
     "no word": ({"subject": "  "}, "The subject is empty: write what to look for"),
     "a detector outside of its folder": (
@@ -71,7 +71,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(server, case):
     changes, expected = REFUSED[case]
-    assert expected in refused(server, looking(**changes))
+    said = refused(server, looking(**changes))
+    assert expected in said or ("outside" in case and "Value not in list" in said)
 
 
 def test_broken_weights(server):
