@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     optimiser = training.Muon(*split_parameters(adapter), rate=options.rate, adam_rate=options.adam_rate)
     average = training.Average(optimiser.parameters, decay=0.998)
     keeper = training.Keeper("adapter", {"adapter": adapter, "optimiser": optimiser, "average": average})
-    first, began, total = keeper.resume(), time.time(), 0.0
+    first, began, recent = keeper.resume(), time.time(), []
     log(sum(parameter.numel() for parameter in adapter.parameters()), "parameters")
     for step in range(first, options.steps):
         start = (step * RANKS + RANK) * options.batch
@@ -107,14 +107,11 @@ def main(arguments: list[str]) -> None:
         error.backward()
         optimiser.step(training.schedule(step, options.steps, warm_up=60, decay_from=options.decay_from))
         average.update(step)
-        total += float(error.detach())
+        recent.append(float(error.detach()))
         if (step + 1) % EVERY == 0:
-            log(
-                step + 1,
-                f"noise error {total / EVERY:.4f}",
-                f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
-            )
-            total = 0.0
+            speed = (step + 1 - first) / (time.time() - began)
+            log(step + 1, f"noise error {sum(recent) / len(recent):.4f}", f"{speed:.2f} steps/s")
+            recent.clear()
         if keeper.save(step + 1, now=step + 1 == options.steps):
             average.swap()
             assets.write("adapter", {name: value.detach().clone() for name, value in adapter.named().items()}, WORK)

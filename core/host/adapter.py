@@ -7,7 +7,7 @@ starts. So it works in every sampler, with other nodes' patches, and nothing of 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
@@ -176,17 +176,6 @@ def without_adapter(model: Any) -> Any:
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_additional_models(KEY)
-    return clone
-
-
-def with_ratio(model: Any, ratio: float) -> Any:
-    """The same adapter in another part of the steps; ValueError for a MODEL without one."""
-    injections = model.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {}).get(KEY)
-    if not injections:
-        raise ValueError("This model has no adapter: connect the output of Apply Adapter.")
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injections[0], ratio=ratio))
     return clone
 
 
