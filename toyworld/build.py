@@ -9,9 +9,10 @@ from pathlib import Path
 
 from . import assets, comfyui
 from .vision_models import build_vision_folders
-from .widen import checkpoint
+from .widen import checkpoint, widen_adapter
 
 CHECKPOINT = "likeness_small_world.safetensors"
+ADAPTER = "likeness_small_world.safetensors"
 
 
 def build_checkpoint(path: Path) -> Path:
@@ -27,6 +28,19 @@ def build_checkpoint(path: Path) -> Path:
     return path
 
 
+def build_adapter(folder: Path) -> dict[str, Path]:
+    """Widen the committed subject adapter, if there is one, into a file in `folder`; returns its path by name."""
+    from safetensors.torch import save_file
+
+    if not (assets.ASSETS / "adapter.safetensors").exists():
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ADAPTER
+    save_file(widen_adapter(assets.read("adapter")), str(path.with_suffix(".part")))
+    os.replace(path.with_suffix(".part"), path)
+    return {"adapter": path}
+
+
 def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dict[str, Path]:
     """Write every model of the small world under `models_dir`; returns their paths by name.
 
@@ -38,7 +52,7 @@ def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dic
     assets.check()
     models = Path(models_dir)
     paths = {"checkpoint": build_checkpoint(models / "checkpoints" / CHECKPOINT)}
-    return paths | build_vision_folders(models / "likeness_vision")
+    return paths | build_vision_folders(models / "likeness_vision") | build_adapter(models / "likeness_adapters")
 
 
 def main(arguments: list[str]) -> None:

@@ -25,12 +25,18 @@ def generator_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def tensors_of(name: str) -> dict[str, torch.Tensor]:
+    """What training left of one asset."""
+    if name == "generator":
+        return generator_tensors()
+    return assets.read(name, WORK) if name == "adapter" else torch.load(WORK / f"{name}.pt", weights_only=True)
+
+
 def main(arguments: list[str]) -> None:
     """Export what is trained; --only names the assets to renew."""
     parser = argparse.ArgumentParser(prog="run.py export")
-    names = ("generator", "judge", "dino", "measure", "clip")
+    names = ("generator", "judge", "dino", "measure", "clip", "adapter")
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     for name in parser.parse_args(arguments).only:
-        tensors = generator_tensors() if name == "generator" else torch.load(WORK / f"{name}.pt", weights_only=True)
-        path = assets.write(name, tensors)
+        path = assets.write(name, tensors_of(name))
         log(path.name, f"{path.stat().st_size / 1e6:.2f} MB")

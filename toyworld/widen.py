@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from ..core.ezigen import WEIGHTS
 from .networks import CHANNELS, CONTEXT, END_OF_TEXT, HEAD_WIDTH, TEXT_LAYERS, WIDE_CHANNELS
 
 UNET_REPEATS = WIDE_CHANNELS // CHANNELS
@@ -71,6 +72,12 @@ def widen_unet(narrow: Tensors) -> Tensors:
             value = value.repeat_interleave(_repeats_input(key), 1)
         wide[key] = value if key.startswith("out.2.") else value.repeat_interleave(UNET_REPEATS, 0)
     return wide
+
+
+def widen_adapter(narrow: Tensors) -> Tensors:
+    """Tensors of a subject adapter for the narrow UNet, by published names -> for the wide one, fp16."""
+    weights = {key: value for key, value in narrow.items() if key == WEIGHTS}
+    return {**weights, **widen_unet({key: value for key, value in narrow.items() if key != WEIGHTS})}
 
 
 def widen_text(narrow: Tensors, vocabulary: list[int]) -> Tensors:
