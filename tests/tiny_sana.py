@@ -13,7 +13,7 @@ from likeness.toolbox.server import Server
 
 from .tiny_models import randomise
 
-WIDTHS = (4, 8, 8, 8, 16, 16)  # six levels, as published: samples are 32 times smaller than pictures
+WIDTHS = (4, 8, 8, 8, 16, 32)  # six levels, as published: samples are 32 times smaller than pictures
 CHANNELS, CAPTION = 8, 16
 SCALE = 0.41407
 NAME, ITERATIONS, GRAD_STEPS = "tiny_sana", 4, 3  # in a server, and of an optimisation there
@@ -43,11 +43,11 @@ def autoencoder(seed: int = 0) -> nn.Module:
     """With both kinds of blocks that the published one has."""
     from diffusers import AutoencoderDC
 
-    kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    scales = ((),) * 3 + ((5,),) * 3
+    kinds = (*("ResBlock",) * 5, "EfficientViTBlock")
+    scales = (*((),) * 5, (5,))
     network = AutoencoderDC(
         latent_channels=CHANNELS,
-        attention_head_dim=4,
+        attention_head_dim=16,  # with fewer numbers all may be below zero, where its linear attention jumps
         encoder_block_types=kinds,
         decoder_block_types=kinds,
         encoder_block_out_channels=WIDTHS,

@@ -71,6 +71,22 @@ def needed(prompt: dict, node: str) -> set[str]:
     return {node}.union(*(needed(prompt, source) for source in sources))
 
 
+def test_gradients_in_the_server(server, settings, ran):
+    """After stock samplers have run the model; with and without checkpointing."""
+    object_info = server.object_info()
+    graph = live.lowered("siso_sana", object_info, settings=settings)
+    prompt = convert(graph, object_info)
+    sana = small_world.node_id(graph, "Sana")
+    learner = prompt[small_world.node_id(graph, "Optimize")]["inputs"]
+    asked = {"model": [sana, 0], "vae": [sana, 2], "positive": learner["positive"], "latent": learner["latent"]}
+    prompt["900"] = {"class_type": "ToyworldCheckGradients", "inputs": asked}
+    prompt["901"] = {"class_type": "PreviewAny", "inputs": {"source": ["900", 0]}}
+    run = server.run({key: node for key, node in prompt.items() if key in needed(prompt, "901")})
+    lines = [line.split() for line in "\n".join(run.outputs["901"]["text"]).splitlines()]
+    assert len(lines) == 6
+    assert all(abs(float(slope)) > 1e-3 and float(error) < 0.01 for *_, slope, error in lines), lines
+
+
 def refused(server, settings) -> str:
     object_info = server.object_info()
     graph = live.lowered("siso_sana", object_info, settings=settings)

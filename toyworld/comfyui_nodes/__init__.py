@@ -1,14 +1,16 @@
-"""A second custom node folder, used by the demo and the tests of the small world only: the judge's subject mask, and
-loaders in the place of those of large models.
+"""A second custom node folder, used by the demo and the tests of the small world only: the judge's subject mask,
+loaders in the place of those of large models, and the pack's gradient checks.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
 import folder_paths
+import torch
 from comfy_api.latest import ComfyExtension, io
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,12 +124,51 @@ class ToyworldLoadVAE(io.ComfyNode):
         return io.NodeOutput(_checkpoint()[2] if kind == KINDS[0] else _tiny_models().taesd(channels=16))
 
 
+class ToyworldCheckGradients(io.ComfyNode):
+    """The pack's own gradient checks, in the process that a server's other nodes run in."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """A model's parts, as a loader gives them."""
+        return io.Schema(
+            node_id="ToyworldCheckGradients",
+            display_name="Check Gradients (small world)",
+            category="likeness/small world",
+            description="Gradients through a model and its autoencoder against finite differences.",
+            inputs=[
+                io.Model.Input("model", tooltip="With or without checkpointing, through a LoRA and to the latent."),
+                io.Vae.Input("vae", tooltip="Its decoder."),
+                io.Conditioning.Input("positive", tooltip="One prompt."),
+                io.Latent.Input("latent", tooltip="The size."),
+            ],
+            outputs=[io.String.Output(display_name="errors", tooltip="Relative errors, one a line.")],
+        )
+
+    @classmethod
+    def execute(cls, model: object, vae: object, positive: list, latent: dict) -> io.NodeOutput:
+        """Run the checks of the pack that this server has loaded."""
+        import comfy.sample
+
+        import nodes
+
+        pack = nodes.NODE_CLASS_MAPPINGS["LikenessLoadVision"].__module__.rpartition(".nodes.")[0]
+        checks = importlib.import_module(f"{pack}.core.host.selftest")
+        shape = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).shape
+        samples = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        found = []
+        for again in (False, True):
+            found.append(checks.check_lora(model, positive, samples, checkpointing=again))
+            found.append(checks.check_latent(model, positive, samples, checkpointing=again))
+            found.append(checks.check_vae_decode(vae, samples, checkpointing=again))
+        return io.NodeOutput("\n".join(f"{each.name} {each.numeric:.6g} {each.relative_error:.6g}" for each in found))
+
+
 class SmallWorldExtension(ComfyExtension):
     """The nodes of this folder."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes."""
-        return [ToyworldSubjectMask, ToyworldLoadModel, ToyworldLoadCLIP, ToyworldLoadVAE]
+        return [ToyworldSubjectMask, ToyworldLoadModel, ToyworldLoadCLIP, ToyworldLoadVAE, ToyworldCheckGradients]
 
 
 async def comfy_entrypoint() -> SmallWorldExtension:
