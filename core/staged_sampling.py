@@ -66,6 +66,12 @@ def renoised(z: Tensor, noise: Tensor, sigma: Tensor, published_sigma: Tensor | 
     return rescaled(z + published_sigma * noise, published_sigma, sigma)
 
 
+def published_factors(sigma: float, published_sigma: float) -> tuple[float, float]:
+    """For samplers that add sigma x noise to a latent: what to multiply latent and noise with, to have renoised()'s."""
+    signal = math.sqrt((1 + sigma**2) / (1 + published_sigma**2))
+    return signal, signal * published_sigma / sigma
+
+
 @dataclass(frozen=True)
 class Loops:
     """How often the appearance steps are done again. Equal numbers give that many, whatever the likeness."""

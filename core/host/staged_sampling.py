@@ -1,0 +1,187 @@
+"""EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two pictures in a row are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapter_file import StoredAdapter
+from ..conditioning import Conditioning
+from ..fitting import step_generator
+from ..staged_sampling import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factors, split
+from .adapter import Subject, with_adapter
+from .vision import embed
+
+SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"  # together the published steps
+
+
+@dataclass(frozen=True)
+class StagedSettings:
+    """What decides the pictures, next to model, subject and prompts. keep_best: of all loops the picture that is most
+    like the subject, instead of the last one. published_level: see core/staged_sampling.py.
+    """
+
+    seed: int = 0
+    steps: int = STEPS
+    cfg: float = CFG
+    split_ratio: float = SPLIT_RATIO
+    loops: Loops = Loops()
+    sampler: str = SAMPLER
+    scheduler: str = SCHEDULER
+    strength: float = 1.0
+    published_level: bool = False
+    keep_best: bool = False
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """positive; negative of the first sampling; negative of the loops, which is empty as published."""
+
+    positive: Conditioning
+    negative: Conditioning
+    loop_negative: Conditioning
+
+
+@dataclass(frozen=True)
+class Staged:
+    """latent [B, C, h, w] as in a LATENT, and its picture; pictures: of the first sampling and of every loop."""
+
+    latent: Tensor
+    picture: Tensor
+    pictures: list[Tensor]
+    report: str
+
+
+def levels(model: Any, settings: StagedSettings) -> Tensor:
+    """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler does not give."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
+    if len(sigmas) - 1 != settings.steps:
+        raise ValueError(
+            f"The scheduler {settings.scheduler} makes {len(sigmas) - 1} steps when asked for {settings.steps}: ask "
+            "for a divisor of 1000 (20, 25, 40, 50), or take another scheduler."
+        )
+    return sigmas
+
+
+def staged(
+    model: Any,
+    vae: Any,
+    adapter: StoredAdapter,
+    subject: Subject,
+    prompts: Prompts,
+    latent: Tensor,
+    settings: StagedSettings,
+    vision: Any | None = None,
+    start: Tensor | None = None,
+    node_id: str | None = None,
+) -> Staged:
+    """latent [B, C, h, w]: its size alone counts. start [B, H, W, 3]: a picture to begin the loops with, of any model,
+    instead of a first sampling. vision: a CLIP_VISION that says when two pictures are alike, or which is best.
+    """
+    loops, seed = settings.loops, settings.seed
+    if vision is None and (loops.least != loops.most or settings.keep_best):
+        raise ValueError(
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
+            "picture is best: connect a CLIP_VISION, or set both numbers the same and keep the last picture."
+        )
+    sigmas = levels(model, settings)
+    layout, appearance = split(sigmas, settings.split_ratio)
+    first, later = (
+        with_adapter(model, adapter, subject, ratio, settings.strength) for ratio in (settings.split_ratio, 1.0)
+    )
+    show = _Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
+    if start is None:
+        noise = _noise(latent, seed, 0)
+        found = show.sample(first, noise, sigmas, prompts.negative, prompts, 0 * latent, settings, seed)
+        pictures = [vae.decode(found)]
+    else:
+        pictures, found = [start[..., :3]], vae.encode(start[..., :3])
+    told, similarity, done = [], 0.0, 0
+    latents = [found]
+    while loops.go_on(done, similarity):
+        done += 1
+        z, noise, of_loop = vae.encode(pictures[-1]), _noise(latents[-1], seed, done), (seed + done) % 2**64
+        if settings.published_level:
+            signal, more = _published(model, settings.split_ratio, appearance[0])
+            z, noise = signal * z, more * noise
+        found = show.sample(later, noise, appearance, prompts.loop_negative, prompts, z, settings, of_loop)
+        latents.append(found)
+        pictures.append(vae.decode(found))
+        if vision is not None:
+            similarity = _alike(vision, pictures[-2], pictures[-1])
+        told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
+    chosen = _best(vision, pictures, subject, told) if settings.keep_best else len(pictures) - 1
+    told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
+    return Staged(latents[chosen], pictures[chosen], pictures, "\n".join(told))
+
+
+def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, float]:
+    table = model.get_model_object("model_sampling").sigmas
+    timestep = min(round(split_ratio * TIMESTEPS), len(table) - 1)
+    return published_factors(float(first), float(table[timestep]))
+
+
+def _noise(like: Tensor, seed: int, loop: int) -> Tensor:
+    return torch.randn(like.shape, generator=step_generator(seed, loop, "staged"))
+
+
+def _alike(vision: Any, one: Tensor, other: Tensor) -> float:
+    """Of a batch, those that are least alike count."""
+    return float(F.cosine_similarity(embed(vision, one), embed(vision, other)).min())
+
+
+def _best(vision: Any, pictures: list[Tensor], subject: Subject, told: list[str]) -> int:
+    """The number of the picture that is most like the subject's, and a line about it."""
+    wanted = F.normalize(embed(vision, subject.pictures), dim=1)
+    scores = [float((F.normalize(embed(vision, each), dim=1) @ wanted.T).mean()) for each in pictures]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    told.append(f"best: picture {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
+    return best
+
+
+class _Steps:
+    """Samplings in a row, with one progress bar for all."""
+
+    def __init__(self, model: Any, total: int, node_id: str | None) -> None:
+        self.bar, self.total, self.done = comfy.utils.ProgressBar(total, node_id=node_id), total, 0
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def _told(self) -> Callable[..., None]:
+        def callback(_step: int, denoised: Tensor, _x: Tensor, _total: int) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            self.done += 1
+            picture = None
+            if self.previewer is not None:
+                picture = self.previewer.decode_latent_to_preview_image("JPEG", denoised[:1])
+            self.bar.update_absolute(self.done, self.total, picture)
+
+        return callback
+
+    def sample(
+        self,
+        model: Any,
+        noise: Tensor,
+        sigmas: Tensor,
+        negative: Conditioning,
+        prompts: Prompts,
+        latent: Tensor,
+        settings: StagedSettings,
+        seed: int,
+    ) -> Tensor:
+        """A stock sampling; latents as in a LATENT."""
+        sampler = comfy.samplers.sampler_object(settings.sampler)
+        return comfy.sample.sample_custom(
+            model, noise, settings.cfg, sampler, sigmas, prompts.positive, negative, latent, callback=self._told(),
+            disable_pbar=True, seed=seed,
+        )  # fmt: skip

@@ -1,0 +1,133 @@
+"""EZIGen's stages on a tiny model: the same as stock nodes make them, when the loops end, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from likeness.core.staged_sampling import Loops, renoised, split
+
+from ..unit.vision.models import clip_folder
+from .methods import Setting, autoencoder
+from .test_adapter import stored, subject
+
+STEPS = 5
+LATENT = torch.zeros(1, 4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A tiny CLIP."""
+    from likeness.core.host.vision import load_vision
+
+    folder = tmp_path_factory.mktemp("vision") / "clip"
+    clip_folder(folder)
+    with torch.inference_mode():
+        return load_vision(folder)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    setting = Setting()
+    return setting, stored(setting.model), subject(setting)
+
+
+def staged(parts, vision=None, start=None, latent=LATENT, **changes):
+    from likeness.core.host import staged_sampling as host
+
+    setting, adapter, about = parts
+    settings = replace(host.StagedSettings(7, STEPS, 3.0, loops=Loops(2, 2)), **changes)
+    prompts = host.Prompts(setting.target, setting.empty, setting.source)
+    with torch.inference_mode():
+        return host.staged(setting.model, autoencoder(), adapter, about, prompts, latent, settings, vision, start)
+
+
+def by_stock_nodes(parts, published=False):
+    """The first sampling and a loop, as a graph of stock nodes and Apply Subject Adapter makes them."""
+    import comfy.sample
+    import comfy.samplers
+
+    from likeness.core.fitting import step_generator
+    from likeness.core.host.adapter import with_adapter
+
+    setting, adapter, about = parts
+    sampling, vae = setting.model.get_model_object("model_sampling"), autoencoder()
+    sampler = comfy.samplers.sampler_object("ddpm")
+    with torch.inference_mode():
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", STEPS)
+        noises = [torch.randn(LATENT.shape, generator=step_generator(7, loop, "staged")) for loop in range(2)]
+        first = comfy.sample.sample_custom(
+            with_adapter(setting.model, adapter, about, 0.4), noises[0], 3.0, sampler, sigmas, setting.target,
+            setting.empty, LATENT, disable_pbar=True, seed=7,
+        )  # fmt: skip
+        _, levels = split(sigmas, 0.4)
+        z, noise = vae.encode(vae.decode(first)), noises[1]
+        if published:  # no further noise is added then: the latent has it already
+            scale = setting.model.model.latent_format.scale_factor
+            x = renoised(z * scale, noise, levels[0], sampling.sigmas[400])
+            z, noise = x / scale, 0 * noise
+        second = comfy.sample.sample_custom(
+            with_adapter(setting.model, adapter, about), noise, 3.0, sampler, levels, setting.target, setting.source, z,
+            disable_pbar=True, seed=8,
+        )  # fmt: skip
+        return vae.decode(first), vae.decode(second)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_as_stock_nodes_make_it(parts, published):
+    found = staged(parts, loops=Loops(1, 1), published_level=published)
+    wanted = by_stock_nodes(parts, published)
+    for one, other in zip(found.pictures, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    assert torch.equal(found.picture, found.pictures[-1])
+    assert "5 steps and 1 times 2" in found.report
+    assert float((found.pictures[0] - found.pictures[1]).abs().max()) > 1e-3
+
+
+def test_the_same_seed_gives_the_same_and_the_model_stays_as_it_is(parts):
+    setting = parts[0]
+    one, again, other = staged(parts), staged(parts), staged(parts, seed=8)
+    assert torch.equal(one.latent, again.latent) and not torch.equal(one.latent, other.latent)
+    assert not setting.model.wrappers.get("sampler_sample") and not setting.model.additional_models
+    assert len(one.pictures) == 3
+    assert staged(parts, seed=2**64 - 1).latent.shape == LATENT.shape
+
+
+def test_it_ends_when_two_pictures_are_alike(parts, vision):
+    soon = staged(parts, vision, loops=Loops(1, 4, threshold=-1.0))
+    never = staged(parts, vision, loops=Loops(1, 4, threshold=1.1))
+    assert len(soon.pictures) == 2 and len(never.pictures) == 5
+    assert "like the one before" in soon.report
+    torch.testing.assert_close(soon.picture, never.pictures[1], atol=1e-5, rtol=0)
+
+
+def test_the_best_picture_is_the_one_most_like_the_subject(parts, vision):
+    from likeness.core.host.vision import embed
+
+    found = staged(parts, vision, loops=Loops(3, 3), keep_best=True)
+    with torch.inference_mode():
+        wanted = embed(vision, parts[2].pictures)
+        scores = [float(torch.cosine_similarity(embed(vision, each), wanted)) for each in found.pictures]
+    assert torch.equal(found.picture, found.pictures[scores.index(max(scores))])
+    assert "best: picture" in found.report
+
+
+def test_from_a_picture_of_another_model_and_rectangular(parts):
+    start = torch.rand(2, 64, 96, 3, generator=torch.Generator().manual_seed(4))
+    found = staged(parts, start=start, latent=torch.zeros(2, 4, 8, 12), loops=Loops(1, 1))
+    assert torch.equal(found.pictures[0], start) and found.picture.shape == start.shape
+    nothing = staged(parts, start=start, loops=Loops(0, 0))
+    assert len(nothing.pictures) == 1 and "0 steps and 0 times" in nothing.report
+
+
+def test_what_is_refused(parts):
+    with pytest.raises(ValueError, match="connect a CLIP_VISION"):
+        staged(parts, loops=Loops(1, 3))
+    with pytest.raises(ValueError, match="connect a CLIP_VISION"):
+        staged(parts, keep_best=True)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        staged(parts, split_ratio=1.0)
+    with pytest.raises(ValueError, match="divisor of 1000"):
+        staged(parts, steps=30)
