@@ -169,7 +169,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("Steps of the training", "steps"): min(sampling_steps, LIKENESS_STEPS),
         ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
         ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
-        ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 10,
+        ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 1000,
         ("LikenessFineTune", "method"): TUNING_METHOD,
         ("LikenessFineTune", "steps"): tuning_steps,
         ("LikenessFineTune", "learning_rate"): TUNING_RATE,

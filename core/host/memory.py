@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management as mm
 from torch import Tensor, nn
 
 log = logging.getLogger("likeness")
 GB = 2**30
 
-# Backward keeps every activation, ComfyUI's estimates are for one forward pass.
-ACTIVATION_FACTOR = 4.0
-ACTIVATION_FACTOR_CHECKPOINTED = 1.5
+# Backward keeps every activation, estimates of ComfyUI's kind are for one forward pass: so many times as much for a
+# decoder, or a model that makes its own estimate.
+ACTIVATION_FACTOR, ACTIVATION_FACTOR_CHECKPOINTED = 4.0, 1.5
+# For ComfyUI's UNets and transformers, of what it takes a pass to need where attention is computed in one kernel.
+# Counted on the published widths (benchmarks.memory_similarity): 9 and 2 for SD1.x, 20 and 3 for SDXL, 25 and 3 for
+# FLUX.1.
+HELD, HELD_CHECKPOINTED = 25.0, 3.0
+PASS = 0.01 * 2**20  # bytes for each byte of a latent's pixel
 BYTES_PER_WEIGHT = 16  # of a trained one, in float32: itself, its gradient, Adam's two moments
-BYTES_PER_FEATURE = 72.0  # of a transformer layer, for each token and channel: its inner activations in float32
+BYTES_PER_FEATURE = (
+    72.0  # of a transformer layer, for each token and channel in float32 (41 where all is in one kernel)
+)
 ADVICE = (
     "switch checkpointing on, make the picture smaller, let fewer steps have a gradient, disconnect the text encoder, "
     "or load the model as fp8"
@@ -35,7 +44,12 @@ def factor(checkpointing: bool) -> float:
 
 def activations(model: Any, latent: Tensor, checkpointing: bool) -> float:
     """Bytes that one prediction of a MODEL for a latent [1, C, h, w] holds for its backward."""
-    return factor(checkpointing) * model.model.memory_required([1, *latent.shape[1:]])
+    base = model.model
+    if type(base).memory_required is not comfy.model_base.BaseModel.memory_required:
+        return factor(checkpointing) * base.memory_required([1, *latent.shape[1:]])
+    size = mm.dtype_size(base.manual_cast_dtype or base.get_dtype())
+    held = HELD_CHECKPOINTED if checkpointing else HELD
+    return held * PASS * base.memory_usage_factor * size * math.prod(latent.shape[2:])
 
 
 def decoding_memory(vae: Any, latent: Tensor, checkpointing: bool) -> float:

@@ -1,0 +1,192 @@
+"""How much memory a likeness optimisation needs on the published models at 512 pixels: counted, without computing.
+
+The networks are ComfyUI's own classes (and the pack's retrieval model) at their published widths, with tensors that
+have shapes and no numbers. Counted is all that is alive at once, in one forward and backward pass for a gradient to the
+input: weights, what autograd keeps, and temporary tensors. Attention is what the CPU computes; a GPU with one kernel
+for it needs less for DINOv2, for which ComfyUI's CPU path keeps whole attention maps.
+
+    python toolbox/_load.py benchmarks.memory_similarity --out benchmarks/results/memory_similarity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import hosting
+
+GB = 2**30
+SHARED = {
+    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True},
+    **{"legacy": False, "use_temporal_attention": False},
+}
+SD1 = {
+    **SHARED,
+    **{"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "context_dim": 768, "num_heads": 8},
+    **{"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_middle": 1, "adm_in_channels": None},
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+}
+SDXL = {
+    **SHARED,
+    **{"num_res_blocks": [2] * 3, "channel_mult": [1, 2, 4], "context_dim": 2048, "num_heads": -1},
+    **{"num_head_channels": 64, "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10},
+    **{"transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3, "use_linear_in_transformer": True},
+    **{"adm_in_channels": 2816, "num_classes": "sequential"},
+}
+FLUX = {
+    **{"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072},
+    **{"mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56]},
+    **{"theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False},
+}
+DECODER = {
+    **{"double_z": True, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4]},
+    **{"num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0},
+}
+DINO = {
+    **{"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "layer_norm_eps": 1e-6},
+    "use_swiglu_ffn": False,
+}
+
+
+def unet(config: dict[str, Any]) -> tuple[Any, Callable[[], Any]]:
+    """In float32, as the authors run it."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    net = UNetModel(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    x, context = torch.randn(1, 4, 64, 64, requires_grad=True), torch.randn(1, 77, config["context_dim"])
+    y = torch.randn(1, 2816) if config["adm_in_channels"] else None
+    return net, lambda: net(x, torch.tensor([999.0]), context=context, y=y, transformer_options=options())
+
+
+def flux() -> tuple[Any, Callable[[], Any]]:
+    """In bfloat16, as the authors run it."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.flux.model import Flux, FluxParams
+
+    known = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
+    kind = {"dtype": torch.bfloat16}
+    net = Flux(image_model="flux", device="cpu", operations=comfy.ops.disable_weight_init, **kind, **FLUX, **known)
+    x = torch.randn(1, 16, 64, 64, requires_grad=True, **kind)
+    rows, vector = torch.randn(1, 256, 4096, **kind), torch.randn(1, 768, **kind)
+    return net, lambda: net(x, torch.ones(1, **kind), rows, vector, transformer_options=options())
+
+
+def decoder() -> tuple[Any, Callable[[], Any]]:
+    """The KL autoencoder's decoder, in float32."""
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    net = AutoencoderKL(ddconfig={**DECODER, "z_channels": 4}, embed_dim=4)
+    z = torch.randn(1, 4, 64, 64, requires_grad=True)
+    return net, lambda: net.decode(z)
+
+
+def dino() -> tuple[Any, Callable[[], Any]]:
+    """DINOv2 large, in float32."""
+    import comfy.ops
+    import torch
+    from comfy.image_encoders.dino2 import Dinov2Model
+
+    net = Dinov2Model(DINO, torch.float32, torch.device("cpu"), comfy.ops.disable_weight_init)
+    x = torch.randn(1, 3, 518, 518, requires_grad=True)
+    return net, lambda: net(x)[2]
+
+
+def retrieval() -> tuple[Any, Callable[[], Any]]:
+    """The retrieval model, in float32."""
+    import torch
+
+    from ..core.instance_retrieval import Backbone, InstanceRetrieval
+
+    net = InstanceRetrieval(Backbone(1280, 32, 16, 1024, 577), 64)
+    x = torch.randn(1, 3, 290, 290, requires_grad=True)
+    return net, lambda: net(x)
+
+
+def options() -> dict[str, Any]:
+    """The attention that the pack's sessions use."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return {"optimized_attention_override": lambda _chosen, *a, **k: attention_pytorch(*a, **k)}
+
+
+def most_alive(run: Callable[[], Any]) -> int:
+    """The most bytes of tensors, made by run() and a backward from its sum, that were alive at once."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Alive(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total = self.most = 0
+            self.known: dict[int, int] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, torch.Tensor)]
+            for value in given:
+                self.meet(value, 0)
+            out = func(*args, **(kwargs or {}))
+            for value in tree_leaves(out):
+                if isinstance(value, torch.Tensor):
+                    self.meet(value, value.untyped_storage().nbytes())
+            return out
+
+        def meet(self, value: torch.Tensor, size: int) -> None:
+            storage = value.untyped_storage()
+            if id(storage) not in self.known:
+                self.known[id(storage)] = size
+                self.total += size
+                self.most = max(self.most, self.total)
+                weakref.finalize(storage, self.forget, id(storage))
+
+        def forget(self, key: int) -> None:
+            self.total -= self.known.pop(key, 0)
+
+    with Alive() as alive:
+        run().sum().backward()
+    return alive.most
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks.memory_similarity")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    chosen = parser.parse_args(arguments)
+    hosting.start(1)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ..core.host import weights
+
+    parts = {
+        "SD1.x": (lambda: unet(SD1), weights.checkpointed),
+        "SDXL": (lambda: unet(SDXL), weights.checkpointed),
+        "FLUX.1": (flux, weights.checkpointed),
+        "decoder": (decoder, lambda net: weights.checkpointed(net, weights.DECODER)),
+        "DINOv2 large": (dino, weights.layers_checkpointed),
+        "retrieval": (retrieval, weights.layers_checkpointed),
+    }
+    found: dict[str, dict[str, float]] = {}
+    for name, (make, recomputed) in parts.items():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            net, run = make()
+            net.requires_grad_(False)
+            size = sum(value.numel() * value.element_size() for value in net.parameters())
+            found[name] = {"weights": size / GB}
+            for kind, context in (("plain", contextlib.nullcontext), ("checkpointed", recomputed)):
+                with weights.out_of_place(net), context(net) if kind == "checkpointed" else context():
+                    found[name][kind] = most_alive(run) / GB
+        sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.2f} GB" for key, value in found[name].items()) + "\n")
+        sys.stdout.flush()
+    if chosen.out:
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
