@@ -35,6 +35,7 @@ from .effect_sine import write
 SAMPLES, SAMPLING_STEPS, CFG, SIDE = 4, 10, 4.5, 96
 WON_GATE, TEXT_GATE = 0.80, 0.10
 STUDIO = "studio"
+WORDS = ("arm", "subject")
 SCORES = ("identity", "dino", "clip", "text", "obeyed")
 
 
@@ -218,17 +219,22 @@ def prompt_of(case: effect_hiper.Case, placed: bool) -> str:
 
 def stored(pairs: list[tuple[Arm, effect_hiper.Case]], path: Path | None, row_of: Any) -> list[dict[str, Any]]:
     """One row for each arm and subject; each is stored as soon as it is there, and taken from there later."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
-    for arm, case in pairs[len(rows) :]:
-        made, words = row_of(case, arm), [word for word in vars(case.identity).values() if word]
-        rows.append({"arm": arm.name, "subject": " ".join(words), **made})
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+    found = {(row["arm"], row["subject"]): row for row in known}
+    rows = []
+    for arm, case in pairs:
+        subject = " ".join(word for word in vars(case.identity).values() if word)
+        row = found.get((arm.name, subject)) or {"arm": arm.name, "subject": subject, **row_of(case, arm)}
+        rows.append(row)
+        if (arm.name, subject) in found:
+            continue
         if path:
             with path.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-        shown = {name: " ".join(f"{v:.2f}" for v in part.values()) for name, part in made.items()}
-        sys.stdout.write(f"{len(rows):3d} {arm.name}, {rows[-1]['subject']}: {shown}\n")
+                file.write(json.dumps(row) + "\n")
+        shown = {name: " ".join(f"{v:.2f}" for v in row[name].values()) for name in row if name not in WORDS}
+        sys.stdout.write(f"{len(rows):3d} {arm.name}, {subject}: {shown}\n")
         sys.stdout.flush()
-    return rows[: len(pairs)]
+    return rows
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def gain(kind: str, base: str, score: str) -> dict[str, Any]:
         return vars(paired_interval([row[kind][score] - row[base][score] for row in rows]))
 
-    kinds = [name for name in rows[0] if name not in ("arm", "subject")]
+    kinds = [name for name in rows[0] if name not in WORDS]
     pairs = {"optimised": "base", "reused": "base, other prompt"}
     pairs["reused, other noise"] = "base, other prompt, other noise"
     return {
@@ -249,8 +255,11 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of every arm that has rows, and what the gates ask of the full method."""
+    """The figures of every arm that has rows, those of the full method also over the others' subjects alone, and what
+    the gates ask of it."""
     by_arm = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in ARMS}
+    others = {row["subject"] for row in rows if row["arm"] != FULL.name}
+    by_arm[f"{FULL.name}, the ablations' subjects"] = [row for row in by_arm[FULL.name] if row["subject"] in others]
     found = {name: figures(some) for name, some in by_arm.items() if len(some) > 1}
     full = found[FULL.name]
     mean, gain = full["mean"], full["minus base"]
@@ -270,7 +279,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.effect_siso")
     parser.add_argument("--subjects", type=int, default=16)
     parser.add_argument("--first", type=int, default=0, help="skip so many subjects; others than the table's: 32")
-    parser.add_argument("--arms", type=int, default=len(ARMS), help="only the first so many ways of training")
+    parser.add_argument("--ablations", type=int, default=16, help="subjects of the other ways of training")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=Path, help="store each subject's figures here, and go on from them")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -283,7 +292,8 @@ def main(arguments: list[str]) -> int:
     hosting.keep_runs(options.runs)
     bench = Bench(base)
     cases = effect_hiper.cases(options.first + options.subjects)[options.first :]
-    pairs = [(arm, case) for arm in ARMS[: options.arms] for case in cases]
+    pairs = [(FULL, case) for case in cases]
+    pairs += [(arm, case) for case in cases[: options.ablations] for arm in ARMS if arm is not FULL]
     rows = stored(pairs, options.rows, lambda case, arm: bench.row(case, arm, settings))
     result = summary(rows)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
