@@ -99,6 +99,15 @@ def background_of(trajectory: Sequence[Tensor] | Tensor, step: int, published: b
     return trajectory[last - step] if published else trajectory[last - 1 - step]
 
 
+def published_levels(table: Tensor, steps: int) -> Tensor:
+    """The levels of theirs that a picture is walked up: of timesteps 0, 20, 40, ... 500, 519, ... for 50 steps.
+
+    table [T]: the level of every timestep. The last one is left out, as they never come to it.
+    """
+    timesteps = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64).round().long()[:-1]
+    return table[timesteps.to(table.device)]
+
+
 def pasted(x: Tensor, background: Tensor, mask: Tensor) -> Tensor:
     """x where the mask [B or 1, 1, h, w] is 1, the background where it is 0, both by halves in between."""
     return mask * x + (1 - mask) * background

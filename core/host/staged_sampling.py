@@ -119,7 +119,7 @@ def staged(
         latents.append(found)
         pictures.append(vae.decode(found))
         if vision is not None:
-            similarity = _alike(vision, pictures[-2], pictures[-1])
+            similarity = alike(vision, pictures[-2], pictures[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     chosen = _best(vision, pictures, subject, told) if settings.keep_best else len(pictures) - 1
     told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
@@ -136,7 +136,7 @@ def _noise(like: Tensor, seed: int, loop: int) -> Tensor:
     return torch.randn(like.shape, generator=step_generator(seed, loop, "staged"))
 
 
-def _alike(vision: Any, one: Tensor, other: Tensor) -> float:
+def alike(vision: Any, one: Tensor, other: Tensor) -> float:
     """Of a batch, those that are least alike count."""
     return float(F.cosine_similarity(embed(vision, one), embed(vision, other)).min())
 

@@ -11,7 +11,14 @@ from safetensors import safe_open
 from likeness.core.ezigen import Adapter, SubjectTokens, batched, joined
 from likeness.core.host.adapter import Subject, trained, with_adapter
 from likeness.core.host.adapter_layers import UNet, places
-from likeness.core.staged_sampling import background_of, inverted_by_solver, pasted, renoised, split
+from likeness.core.staged_sampling import (
+    background_of,
+    inverted_by_solver,
+    pasted,
+    published_levels,
+    renoised,
+    split,
+)
 
 from ..tiny_models import CPU
 from .unets import DATA
@@ -224,6 +231,7 @@ def test_inversion_and_masked_edit(official, model, sampling):
     """Four steps up by DPM-Solver++ with an empty prompt, four DDPM steps down with the background pasted."""
     null, mask = official["i.null"], official["i.mask"]
     levels_up = official["i.inverse_sigmas"][:5]
+    torch.testing.assert_close(published_levels(sampling.table, 10)[:5], levels_up, atol=0, rtol=1e-4)
     with torch.inference_mode():
         unet = model.model.diffusion_model
 

@@ -1,0 +1,94 @@
+"""EZIGen's editing on a tiny model: the background stays, the place of the mask changes, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from likeness.core.staged_sampling import Loops
+
+from .methods import Setting, autoencoder
+from .test_adapter import stored, subject
+
+STEPS = 5
+SOURCE = torch.nn.functional.interpolate(
+    torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(6)), size=(64, 96), mode="bilinear"
+).movedim(1, -1)
+MASK = torch.zeros(1, 64, 96)
+MASK[:, 16:48, 24:72] = 1.0
+
+
+@pytest.fixture(scope="module")
+def parts():
+    setting = Setting()
+    return setting, stored(setting.model), subject(setting)
+
+
+def edited(parts, source=SOURCE, mask=MASK, about=None, **changes):
+    from likeness.core.host import staged_editing as host
+
+    setting, adapter, own = parts
+    settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
+    prompts = host.EditPrompts(setting.target, setting.empty, setting.empty)
+    with torch.inference_mode():
+        return host.edited(setting.model, autoencoder(), adapter, about or own, prompts, source, mask, settings)
+
+
+def outside(latent: torch.Tensor) -> torch.Tensor:
+    """The latent's cells that the mask does not touch."""
+    away = torch.ones(8, 12, dtype=torch.bool)
+    away[1:7, 2:10] = False
+    return latent[..., away]
+
+
+def test_the_background_is_the_source_and_the_place_is_not(parts):
+    with torch.inference_mode():
+        source = autoencoder().encode(SOURCE)
+    found = edited(parts)
+    torch.testing.assert_close(outside(found.latent), outside(source), atol=1e-4, rtol=1e-4)
+    inside = (found.latent - source)[..., 2:6, 3:9]
+    assert float(inside.abs().max()) > 0.1
+    assert found.picture.shape == SOURCE.shape and len(found.pictures) == 2
+    other = edited(parts, about=subject(parts[0], 1))
+    assert float((other.latent - found.latent)[..., 2:6, 3:9].abs().max()) > 1e-4
+    assert torch.equal(outside(other.latent), outside(found.latent))
+
+
+def test_the_published_background_is_a_noisy_one(parts):
+    with torch.inference_mode():
+        source = autoencoder().encode(SOURCE)
+    published = edited(parts, published=True)
+    assert float((outside(published.latent) - outside(source)).abs().max()) > 1e-2
+
+
+def test_every_loop_keeps_the_first_background(parts):
+    found = edited(parts, loops=Loops(3, 3))
+    with torch.inference_mode():
+        source = autoencoder().encode(SOURCE)
+    assert len(found.pictures) == 4 and "loop 3" in found.report
+    torch.testing.assert_close(outside(found.latent), outside(source), atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.latent, edited(parts, loops=Loops(3, 3)).latent)
+    assert not parts[0].model.wrappers.get("sampler_sample")
+
+
+def test_soft_masks_and_pasted_pixels(parts):
+    soft = MASK.clone()
+    soft[:, 8:16] = 0.5
+    assert not torch.equal(edited(parts, mask=soft).latent, edited(parts).latent)
+    assert torch.equal(edited(parts, mask=soft, published=True).latent, edited(parts, published=True).latent)
+    pixels = edited(parts, paste=True).picture
+    assert torch.equal(pixels[:, :16], SOURCE[:, :16])
+    assert torch.equal(pixels[:, 16:48, 24:72], edited(parts).picture[:, 16:48, 24:72])
+
+
+def test_what_is_refused(parts):
+    with pytest.raises(ValueError, match="one picture at a time"):
+        edited(parts, source=SOURCE.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="mask is empty"):
+        edited(parts, mask=0 * MASK)
+    with pytest.raises(ValueError, match="another proportion"):
+        edited(parts, mask=MASK[:, :, :64])
+    with pytest.raises(ValueError, match="connect a CLIP_VISION"):
+        edited(parts, loops=Loops(1, 3))
