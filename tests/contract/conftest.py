@@ -24,3 +24,42 @@ def clip():
     from .. import tiny_models
 
     return tiny_models.clip_l()
+
+
+@pytest.fixture(scope="module")
+def sana_folder(tmp_path_factory):
+    """A tiny diffusers folder of Sana."""
+    from .. import tiny_sana
+
+    return tiny_sana.write(tmp_path_factory.mktemp("diffusers") / "sana")
+
+
+@pytest.fixture(scope="module")
+def sana(sana_folder):
+    """Loaded by the pack."""
+    import torch
+
+    from likeness.core.host.sana import load_sana
+
+    with torch.inference_mode():  # as a node does
+        return load_sana(sana_folder)
+
+
+@pytest.fixture
+def sana_pipeline(sana_folder):
+    """Loaded by diffusers."""
+    import torch
+    from diffusers import SanaPipeline
+
+    with torch.inference_mode(False):
+        found = SanaPipeline.from_pretrained(str(sana_folder), local_files_only=True)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sana_prompts(sana):
+    """Positive and negative."""
+    from .sana import NEGATIVE, PROMPT, encoded
+
+    return encoded(sana.clip, PROMPT), encoded(sana.clip, NEGATIVE)
