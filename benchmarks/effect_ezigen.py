@@ -8,6 +8,7 @@ of the small world is used: the same function as the checkpoint, at a fraction o
 
     python toolbox/_load.py benchmarks.effect_ezigen --adapter <file> --out benchmarks/results/effect_ezigen.json
     python toolbox/_load.py benchmarks.effect_ezigen --adapter <file> --ratios 0.2 0.4 0.6 0.8 1.0 --loops 0
+    python toolbox/_load.py benchmarks.effect_ezigen --adapter <file> --contrast
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from . import effect_hiper, hosting
 
 SAMPLES, STEPS, CFG, SIDE = 4, 20, 4.0, 96
 SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"
-RATIO, LOOPS, MARGIN = 0.4, 3, 0.06
-WON_GATE, TEXT_GATE = 0.75, 0.05
+RATIO, LOOPS, MARGIN, CONTRAST_LOOPS = 0.4, 3, 0.06, 9
+WON_GATE, TEXT_GATE, CONTRAST_GATE, CONTRAST_FACTOR = 0.75, 0.05, 0.03, 3.0
 
 
 def cases(count: int) -> list[effect_hiper.Case]:
@@ -72,58 +73,82 @@ class Bench(effect_hiper.Bench):
         with torch.inference_mode():
             return with_adapter(self.world.model, self.adapter, subject, ratio, **more)
 
-    def latents(self, model: Any, case: effect_hiper.Case, sigmas: Any, seed: int, start: Any = None) -> Any:
-        """Latents [SAMPLES, 4, 12, 12] of the target prompt, from noise or, at the first level, from clean latents."""
+    def pictures(self, case: effect_hiper.Case, subject: Any, ratio: float, loops: int, published: bool = False) -> Any:
+        """Pictures [N, 3, 96, 96] of the first sampling and of each loop, by the pack's own stages."""
+        import torch
+
+        from ..core.host.staged_sampling import Prompts, StagedSettings, staged
+        from ..core.staged_sampling import Loops
+
+        negative = self.conditioning("")
+        prompts = Prompts(self.conditioning(case.prompt(case.target_place)), negative, negative)
+        settings = StagedSettings(
+            case.seed, STEPS, CFG, ratio, Loops(loops, loops), SAMPLER, SCHEDULER, published_level=published
+        )
+        latent = torch.zeros(SAMPLES, 4, SIDE // 8, SIDE // 8)
+        with torch.inference_mode():
+            found = staged(self.world.model, self.world.vae, self.adapter, subject, prompts, latent, settings)
+        return [each.movedim(-1, 1) for each in found.pictures]
+
+    def sampled(self, model: Any, case: effect_hiper.Case) -> Any:
+        """Pictures [N, 3, 96, 96] of the target prompt from the same noise, in a stock sampling."""
         import comfy.sample
         import comfy.samplers
         import torch
 
+        from ..core.fitting import step_generator
+
         shape = (SAMPLES, 4, SIDE // 8, SIDE // 8)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(shape, generator=step_generator(case.seed, 0, "staged"))
         target = self.conditioning(case.prompt(case.target_place))
         with torch.inference_mode():
-            sampler = comfy.samplers.sampler_object(SAMPLER)
-            latent = torch.zeros(shape) if start is None else start
-            return comfy.sample.sample_custom(
-                model, noise, CFG, sampler, sigmas, target, self.conditioning(""), latent, disable_pbar=True, seed=seed
+            levels = comfy.samplers.calculate_sigmas(
+                self.world.model.get_model_object("model_sampling"), SCHEDULER, STEPS
             )
+            latents = comfy.sample.sample_custom(
+                model, noise, CFG, comfy.samplers.sampler_object(SAMPLER), levels, target, self.conditioning(""),
+                torch.zeros(shape), disable_pbar=True, seed=case.seed,
+            )  # fmt: skip
+            return self.world.vae.decode(latents).movedim(-1, 1)
 
-    def sigmas(self) -> Any:
-        """The levels of a sampling."""
-        import comfy.samplers
-
-        sampling = self.world.model.get_model_object("model_sampling")
-        return comfy.samplers.calculate_sigmas(sampling, SCHEDULER, STEPS)
-
-    def decoded(self, latents: Any) -> Any:
-        """Pictures [N, 3, 96, 96]."""
+    def round_trips(self, pictures: Any, count: int) -> Any:
+        """Pictures after so many ways through the autoencoder."""
         import torch
 
         with torch.inference_mode():
-            return self.world.vae.decode(latents).movedim(-1, 1)
+            for _ in range(count):
+                pictures = self.world.vae.decode(self.world.vae.encode(pictures.movedim(1, -1))).movedim(-1, 1)
+        return pictures
 
 
 def row_of(bench: Bench, case: effect_hiper.Case, ratios: list[float], loops: int) -> dict[str, Any]:
     """One subject: the prompt alone, the adapter in each part of the steps and, for RATIO, after each loop."""
-    from ..core.staged_sampling import split
-
-    subject, sigmas = bench.subject(case), bench.sigmas()
+    subject = bench.subject(case)
     row: dict[str, Any] = {
         "subject": " ".join(word for word in vars(case.identity).values() if word),
-        "without": bench.judged(case, bench.decoded(bench.latents(bench.world.model, case, sigmas, case.seed))),
+        "without": bench.judged(case, bench.sampled(bench.world.model, case)),
         "real render": bench.control(case),
     }
     for ratio in ratios:
-        found = bench.latents(bench.adapted(subject, ratio), case, sigmas, case.seed)
-        row[f"ratio {ratio:g}"] = bench.judged(case, bench.decoded(found))
         if ratio == RATIO:
-            for loop in range(loops):
-                again = bench.latents(
-                    bench.adapted(subject), case, split(sigmas, ratio)[1], case.seed + loop + 1, found
-                )
-                found = again
-                row[f"loop {loop + 1}"] = bench.judged(case, bench.decoded(found))
+            first, *others = bench.pictures(case, subject, ratio, loops)
+            row[f"ratio {ratio:g}"] = bench.judged(case, first)
+            row |= {f"loop {number + 1}": bench.judged(case, each) for number, each in enumerate(others)}
+        else:
+            row[f"ratio {ratio:g}"] = bench.judged(case, bench.sampled(bench.adapted(subject, ratio), case))
     return row
+
+
+def contrast_of(bench: Bench, case: effect_hiper.Case) -> dict[str, float]:
+    """The share of RGB std lost over nine loops beyond nine ways through the autoencoder, at both noise levels."""
+    subject, found = bench.subject(case), {}
+    for name, published in (("exact", False), ("published", True)):
+        first, *_, last = bench.pictures(case, subject, RATIO, CONTRAST_LOOPS, published)
+        bare = bench.round_trips(first, CONTRAST_LOOPS)
+        start, alone, looped = (float(each.flatten(1).std(1).mean()) for each in (first, bare, last))
+        found[name] = (alone - looped) / start
+        found[f"{name}, bare"] = 1 - alone / start
+    return found
 
 
 def summary(rows: list[dict]) -> dict[str, Any]:
@@ -148,6 +173,31 @@ def held(found: dict[str, Any]) -> bool:
     return bool(gain["low"] > 0 and gain["share_won"] >= WON_GATE and last["text lost"] <= TEXT_GATE)
 
 
+def contrast(bench: Bench, options: argparse.Namespace) -> int:
+    """What nine loops take of the contrast, means over the subjects."""
+    rows = []
+    for case in cases(options.subjects):
+        rows.append(contrast_of(bench, case))
+        say(f"{len(rows):3d} {json.dumps({key: round(value, 4) for key, value in rows[-1].items()})}")
+    found = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    say(json.dumps(found, indent=1))
+    write(options.out, {"loops": CONTRAST_LOOPS, "rows": rows, "mean": found})
+    return int(found["exact"] > CONTRAST_GATE or found["published"] < CONTRAST_FACTOR * found["exact"])
+
+
+def say(line: str) -> None:
+    """To the console, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    """As JSON, where a path is given."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
     parser = argparse.ArgumentParser(prog="benchmarks.effect_ezigen")
@@ -155,21 +205,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--subjects", type=int, default=24)
     parser.add_argument("--ratios", type=float, nargs="+", default=[RATIO])
     parser.add_argument("--loops", type=int, default=LOOPS)
+    parser.add_argument("--contrast", action="store_true", help="measure what nine loops take of the contrast instead")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
     hosting.start(options.threads)
     bench = Bench(options.adapter)
+    if options.contrast:
+        return contrast(bench, options)
     rows = []
     for case in cases(options.subjects):
         rows.append(row_of(bench, case, options.ratios, options.loops))
         shown = {key: round(value["identity"], 3) for key, value in rows[-1].items() if key != "subject"}
-        sys.stdout.write(f"{len(rows):3d} {json.dumps(shown)}  {rows[-1]['subject']}\n")
-        sys.stdout.flush()
+        say(f"{len(rows):3d} {json.dumps(shown)}  {rows[-1]['subject']}")
     found = summary(rows)
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    say(json.dumps(found, indent=1))
     settings = {"ratios": options.ratios, "loops": options.loops, "cfg": CFG, "samples": SAMPLES, "steps": STEPS}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"settings": settings, "rows": rows, "summary": found}, indent=1) + "\n")
+    write(options.out, {"settings": settings, "rows": rows, "summary": found})
     return int(len(rows) > 1 and not held(found))

@@ -63,7 +63,7 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
     """
     if mask is None and image.shape[-1] == 4:
         mask = image[..., 3]
-    image = image[..., :3].float()
+    image, mask = image[..., :3].float().cpu(), None if mask is None else mask.float().cpu()
     if mask is None:
         if _dark_corners(image):
             log.warning(
@@ -75,7 +75,7 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
         raise ValueError(f"{len(mask)} masks came with {len(image)} pictures: give one for each, or one for all.")
     if not bool((mask > 0.5).flatten(1).any(1).all()):
         raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
-    mask = torch.nn.functional.interpolate(mask[:, None].float(), image.shape[1:3], mode="bilinear")[:, 0]
+    mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
 
 

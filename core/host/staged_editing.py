@@ -92,7 +92,7 @@ def edited(
     down = split(levels(model, timing), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas
     lowest = table[:1].to(down)
-    up = published_levels(table, settings.steps)[: len(down)] if settings.published else _reversed(down, lowest)
+    up = published_levels(table, settings.steps)[: len(down)].to(down) if settings.published else _reversed(down, lowest)
     source = source[..., :3].float()
     plain, adapted = without_adapter(model), with_adapter(model, adapter, subject, 1.0, settings.strength)
     bar = comfy.utils.ProgressBar(2 * (len(down) - 1) * loops.most, node_id=node_id)
