@@ -22,7 +22,7 @@ class LikenessRenoise(io.ComfyNode):
             category="likeness/inversion",
             description="Finds the noise that a picture would have come from in a few steps of a turbo model "
             "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with this sampler "
-            "and these SIGMAS and no other noise, or edit with Optimize Lora.",
+            "and these SIGMAS and no other noise, or edit with Optimize LoRA.",
             search_aliases=["renoise", "turbo inversion", "siso", "invert", "unsampler", "ddim inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
@@ -56,12 +56,12 @@ class LikenessRenoise(io.ComfyNode):
                 io.Latent.Output(
                     display_name="latent",
                     tooltip="Where the sampling starts. Sample it without adding noise (DisableNoise), or connect it "
-                    "to Optimize Lora.",
+                    "to Optimize LoRA.",
                 ),
                 io.Sampler.Output(
                     display_name="sampler", tooltip="The sampler, adding the very noises that were found."
                 ),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for sampler or Optimize Lora."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for sampler or Optimize LoRA."),
                 io.String.Output(display_name="report", tooltip="The steps, and how near they come to the picture."),
             ],
             hidden=[io.Hidden.unique_id],

@@ -87,7 +87,7 @@ class LikenessSimilarity(io.ComfyNode):
                     "the border. Not in the paper, which shows the whole picture.",
                 ),
             ],
-            outputs=[Similarity.Output(display_name="similarity", tooltip="For Optimize Lora, or to add another to.")],
+            outputs=[Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to add another to.")],
         )
 
     @classmethod

@@ -167,6 +167,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
         ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
         ("Steps of the training", "steps"): min(sampling_steps, LIKENESS_STEPS),
+        **({("LikenessOptimizeLora", "cfg"): CFG} if any(map(guided, graph["nodes"])) else {}),
         ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
         ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
         ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 1000,
@@ -183,6 +184,12 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         **{(title, text_input(graph, title)): text for title, text in texts().items()},
     }
     return {key: value for key, value in wanted.items() if has(graph, key[0])}
+
+
+def guided(node: Mapping[str, Any]) -> bool:
+    """Whether this is a likeness optimisation with a negative prompt; no model of the small world does without one."""
+    wanted = node["type"] == "LikenessOptimizeLora"
+    return wanted and any(entry["name"] == "negative" and entry["link"] is not None for entry in node["inputs"])
 
 
 def swaps(title: str, word: str, replacement: str) -> Settings:
@@ -266,6 +273,8 @@ def without_sana(graph: Graph) -> Graph:
             node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [CHECKPOINT]}
         elif node["type"] == "EmptyHunyuanImageLatent":
             node["type"] = "EmptyLatentImage"
+        elif node["type"] == "BasicScheduler":
+            node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
     return graph
 
 

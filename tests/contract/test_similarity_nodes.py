@@ -1,4 +1,4 @@
-"""Likeness To Pictures, Load Instance Retrieval and Optimize Lora as nodes: what goes in, and what is said of it."""
+"""Likeness To Pictures, Load Instance Retrieval and Optimize LoRA as nodes: what goes in, and what is said of it."""
 
 from __future__ import annotations
 

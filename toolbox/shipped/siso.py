@@ -166,8 +166,6 @@ class Likeness(Pieces):
         canvas = self.draw.node(recipe.canvas, "Size of the pictures", width=SIZE, height=SIZE)["LATENT"]
         levels = self.levels("Steps of the training", base.model, recipe, recipe.training_steps)
         more: dict[str, Any] = {"clip": base.clip, "prompt": text} if text_encoder else {}
-        if recipe.optimise["cfg"] != 1.0:
-            more["negative"] = negative
         self.draw.column()
         node = self.draw.node(
             "LikenessOptimizeLora",
@@ -179,6 +177,7 @@ class Likeness(Pieces):
             similarity=similarity,
             latent=canvas,
             sigmas=levels,
+            negative=negative,
             seed=SEED,
             **recipe.optimise,
             **more,
