@@ -11,7 +11,6 @@ for it needs less for DINOv2, for which ComfyUI's CPU path keeps whole attention
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import weakref
@@ -73,11 +72,12 @@ def flux() -> tuple[Any, Callable[[], Any]]:
     from comfy.ldm.flux.model import Flux, FluxParams
 
     known = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
-    kind = {"dtype": torch.bfloat16}
-    net = Flux(image_model="flux", device="cpu", operations=comfy.ops.disable_weight_init, **kind, **FLUX, **known)
-    x = torch.randn(1, 16, 64, 64, requires_grad=True, **kind)
-    rows, vector = torch.randn(1, 256, 4096, **kind), torch.randn(1, 768, **kind)
-    return net, lambda: net(x, torch.ones(1, **kind), rows, vector, transformer_options=options())
+    half = torch.bfloat16
+    layers = {"device": "cpu", "operations": comfy.ops.disable_weight_init, "dtype": half}
+    net = Flux(image_model="flux", **layers, **FLUX, **known)
+    x = torch.randn(1, 16, 64, 64, requires_grad=True, dtype=half)
+    rows, vector = torch.randn(1, 256, 4096, dtype=half), torch.randn(1, 768, dtype=half)
+    return net, lambda: net(x, torch.ones(1, dtype=half), rows, vector, transformer_options=options())
 
 
 def decoder() -> tuple[Any, Callable[[], Any]]:
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
 
     from ..core.host import weights
 
-    parts = {
+    parts: dict[str, tuple[Callable[[], tuple[Any, Callable[[], Any]]], Callable[[Any], Any]]] = {
         "SD1.x": (lambda: unet(SD1), weights.checkpointed),
         "SDXL": (lambda: unet(SDXL), weights.checkpointed),
         "FLUX.1": (flux, weights.checkpointed),
@@ -182,9 +182,10 @@ def main(arguments: list[str]) -> int:
             net.requires_grad_(False)
             size = sum(value.numel() * value.element_size() for value in net.parameters())
             found[name] = {"weights": size / GB}
-            for kind, context in (("plain", contextlib.nullcontext), ("checkpointed", recomputed)):
-                with weights.out_of_place(net), context(net) if kind == "checkpointed" else context():
-                    found[name][kind] = most_alive(run) / GB
+            with weights.out_of_place(net):
+                found[name]["plain"] = most_alive(run) / GB
+                with recomputed(net):
+                    found[name]["checkpointed"] = most_alive(run) / GB
         sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.2f} GB" for key, value in found[name].items()) + "\n")
         sys.stdout.flush()
     if chosen.out:
