@@ -185,7 +185,7 @@ def bare(parts: tuple[Any, Any, list[Any]], fit: Any) -> Callable[[], None]:
     import torch.nn.functional as F
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from ..core.host.similarity import preprocess_of
+    from ..core.host.vision import published_preprocess
 
     model, vae, visions = parts
     unet, decoder = model.model.diffusion_model, vae.first_stage_model
@@ -197,7 +197,7 @@ def bare(parts: tuple[Any, Any, list[Any]], fit: Any) -> Callable[[], None]:
     x = noise * (sigma**2 + 1) ** 0.5
     adam = torch.optim.AdamW(fit.parameters.values())
     pictures = torch.rand(1, 256, 256, 3, generator=generator)
-    prepare = [preprocess_of(vision) for vision in visions]
+    prepare = [published_preprocess(vision) for vision in visions]
 
     def seen(vision: Any, pixels: Any) -> Any:
         return vision.model.model(pixels) if hasattr(vision.model, "preprocess") else vision.model(pixels)[2]
@@ -281,6 +281,6 @@ def main(arguments: list[str]) -> int:
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
     gates = {"memory ratio": MEMORY_GATE, "time ratio": TIME_GATE, "gradient difference": GRADIENT_GATE}
-    missed = [name for name, gate in gates.items() if float(figures[name]) > gate]  # ty: ignore[invalid-argument-type]
+    missed = [name for name, gate in gates.items() if float(figures[name]) > gate]
     sys.stdout.write(f"missed gates: {', '.join(missed) or 'none'}\n")
     return int(bool(missed))

@@ -62,7 +62,8 @@ def vision_memory(vision: Any, checkpointing: bool) -> float:
     patches = next((part for part in vision.model.modules() if isinstance(part, nn.Conv2d)), None)
     if patches is None:
         return 0.0
-    width, tokens = patches.out_channels, (vision.image_size / patches.stride[0]) ** 2
+    side = getattr(vision.model, "trained_side", None) or vision.image_size
+    width, tokens = patches.out_channels, (side / patches.stride[0]) ** 2
     layers = max((len(part) for part in vision.model.modules() if isinstance(part, nn.ModuleList)), default=1)
     whole = BYTES_PER_FEATURE * tokens * width
     return whole + 4 * tokens * width * layers if checkpointing else whole * layers

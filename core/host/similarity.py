@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..conditioning import detached
 from ..measures import resize_mask, subject_crop
 from ..siso import Term, unlikeness
 from .describe import describe
-from .vision import features, preprocess_of
+from .vision import features, published_preprocess
 
 log = logging.getLogger("likeness")
 LOST = 0.1  # share of a picture's length that a centre crop may lose unsaid
@@ -29,7 +29,7 @@ class Part:
 
     def term(self) -> Term:
         """Its loss; inside a session that has loaded the model."""
-        prepared = replace(preprocess_of(self.vision), published=True)
+        prepared = published_preprocess(self.vision)
         with torch.no_grad():
             wanted = features(self.vision, detached(self.references), preprocess=prepared).float()
 
@@ -42,7 +42,7 @@ class Part:
 
     def described(self) -> Any:
         """All that decides the loss, for the key of a run."""
-        return [describe(self.vision.patcher), self.weight, self.references]
+        return [describe(self.vision.patcher), asdict(published_preprocess(self.vision)), self.weight, self.references]
 
 
 def part_of(vision: Any, weight: float, pictures: Tensor, mask: Tensor | None = None) -> Part:
@@ -64,7 +64,7 @@ def part_of(vision: Any, weight: float, pictures: Tensor, mask: Tensor | None = 
         sized = resize_mask(mask.float().cpu().reshape(-1, *mask.shape[-2:]), height, width)
         if len(sized) not in (1, count):
             raise ValueError(f"{len(sized)} masks came with {count} pictures: give one mask, or one for each picture.")
-        size = preprocess_of(vision).size
+        size = published_preprocess(vision).size
         return Part(vision, weight, subject_crop(pictures, sized.expand(count, -1, -1), size).clamp(0, 1))
     if 1 - min(height, width) / max(height, width) > LOST:
         log.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,16 @@ def preprocess_of(vision: Any) -> Preprocess:
     if isinstance(vision, VisionModel):
         return vision.preprocess
     return Preprocess(vision.image_size, vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
+
+
+def published_preprocess(vision: Any) -> Preprocess:
+    """As SISO's scripts prepare pictures: DINOv2's whole, at the side that it was trained on (518 px).
+
+    The folders of DINOv2 say 224 of 256 px, which shows less and more coarsely.
+    """
+    wanted = replace(preprocess_of(vision), published=True)
+    side = getattr(vision.model, "trained_side", None)
+    return wanted if side is None else replace(wanted, size=side, shorter_side=side)
 
 
 def text_missing(vision: Any) -> str | None:

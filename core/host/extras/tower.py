@@ -22,12 +22,14 @@ class Tower(nn.Module):
     """A vision model, with or without a text encoder. forward(pixel_values [B, 3, s, s]) -> Seen, differentiable.
 
     description: which model, and which of its outputs is the embedding. text_missing: why there is no text encoder, as
-    the end of a sentence; None when there is one.
+    the end of a sentence; None when there is one. trained_side: of the pictures that a DINOv2 was trained on last, and
+    its position table is for; preprocess has what its folder says, which is smaller.
     """
 
     preprocess: Preprocess
     description: str
     text_missing: str | None = "it is a vision model only"
+    trained_side: int | None = None
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """Text embeddings [B, D] in the space of the picture embeddings."""

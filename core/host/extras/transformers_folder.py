@@ -69,6 +69,8 @@ def load_transformers(folder: Path) -> Tower:
         tower = TransformersTower(model, tokenizer, pooled, folder.name)
     tower.preprocess = _preprocess(folder, model.config)
     tower.text_missing = text_missing
+    if str(model.config.model_type).startswith("dinov2"):
+        tower.trained_side = _side(model.config.image_size)
     return tower
 
 
