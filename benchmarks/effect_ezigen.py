@@ -88,7 +88,7 @@ class Bench(effect_hiper.Bench):
         latent = torch.zeros(SAMPLES, 4, SIDE // 8, SIDE // 8)
         with torch.inference_mode():
             found = staged(self.world.model, self.world.vae, self.adapter, subject, prompts, latent, settings)
-        return [each.movedim(-1, 1) for each in found.pictures]
+        return found.pictures.movedim(-1, 1).split(SAMPLES)
 
     def sampled(self, model: Any, case: effect_hiper.Case) -> Any:
         """Pictures [N, 3, 96, 96] of the target prompt from the same noise, in a stock sampling."""

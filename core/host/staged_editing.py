@@ -31,7 +31,7 @@ from ..staged_sampling import (
 )
 from .adapter import Subject, with_adapter, without_adapter
 from .session import predicting
-from .staged_sampling import SCHEDULER, StagedSettings, alike, levels
+from .staged_sampling import SCHEDULER, StagedSettings, alike, levels, whole_cells
 
 SAMPLER = "ddpm"  # the one that pasting between its steps is published for
 
@@ -59,7 +59,7 @@ class Edited:
 
     latent: Tensor
     picture: Tensor
-    pictures: list[Tensor]
+    pictures: Tensor
     report: str
 
 
@@ -90,10 +90,10 @@ def edited(
     single_prompt(prompts.inverse, "prompt of the inversion")
     timing = StagedSettings(steps=settings.steps, scheduler=settings.scheduler, split_ratio=settings.split_ratio)
     down = split(levels(model, timing), settings.split_ratio)[1]
-    table = model.get_model_object("model_sampling").sigmas
-    lowest = table[:1].to(down)
-    up = published_levels(table, settings.steps)[: len(down)].to(down) if settings.published else _reversed(down, lowest)
-    source = source[..., :3].float()
+    table = model.get_model_object("model_sampling").sigmas.to(down)
+    up = published_levels(table, settings.steps)[: len(down)] if settings.published else _reversed(down, table[:1])
+    mask = whole_cells(resize_mask(mask, *source.shape[1:3])[..., None], vae)[..., 0]
+    source = whole_cells(source[..., :3].float(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, adapter, subject, 1.0, settings.strength)
     bar = comfy.utils.ProgressBar(2 * (len(down) - 1) * loops.most, node_id=node_id)
     pictures, kept, similarity, done, found = [source], None, 0.0, 0, None
@@ -112,7 +112,7 @@ def edited(
     picture = pictures[-1]
     if settings.paste:
         picture = _pasted_pixels(picture, source, mask)
-    return Edited(vae.encode(source) if found is None else found, picture, pictures, "\n".join(told))
+    return Edited(vae.encode(source) if found is None else found, picture, torch.cat(pictures), "\n".join(told))
 
 
 def _check(source: Tensor, mask: Tensor, vision: Any | None, loops: Loops) -> None:
@@ -144,9 +144,8 @@ def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:
 
 
 def _pasted_pixels(picture: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    height, width = picture.shape[1:3]
-    part = resize_mask(mask.float(), height, width)[..., None]
-    return part * picture + (1 - part) * source[:, :height, :width]
+    part = mask[..., None].to(picture)
+    return part * picture + (1 - part) * source.to(picture)
 
 
 def _inverted(

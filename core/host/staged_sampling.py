@@ -23,6 +23,7 @@ from .adapter import Subject, with_adapter
 from .vision import embed
 
 SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"  # together the published steps
+SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Staged:
 
     latent: Tensor
     picture: Tensor
-    pictures: list[Tensor]
+    pictures: Tensor
     report: str
 
 
@@ -106,7 +107,8 @@ def staged(
         found = show.sample(first, noise, sigmas, prompts.negative, prompts, 0 * latent, settings, seed)
         pictures = [vae.decode(found)]
     else:
-        pictures, found = [start[..., :3]], vae.encode(start[..., :3])
+        pictures = [whole_cells(start[..., :3].float(), vae)]
+        found = vae.encode(pictures[0])
     told, similarity, done = [], 0.0, 0
     latents = [found]
     while loops.go_on(done, similarity):
@@ -123,7 +125,14 @@ def staged(
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     chosen = _best(vision, pictures, subject, told) if settings.keep_best else len(pictures) - 1
     told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
-    return Staged(latents[chosen], pictures[chosen], pictures, "\n".join(told))
+    return Staged(latents[chosen], pictures[chosen], torch.cat(pictures), "\n".join(told))
+
+
+def whole_cells(picture: Tensor, vae: Any) -> Tensor:
+    """[B, H, W, C] without the last pixels that make no whole cell of a latent."""
+    side = vae.spacial_compression_encode()
+    height, width = (length // side * side for length in picture.shape[1:3])
+    return picture[:, :height, :width]
 
 
 def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, float]:

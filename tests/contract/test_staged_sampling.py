@@ -79,9 +79,9 @@ def by_stock_nodes(parts, published=False):
 def test_as_stock_nodes_make_it(parts, published):
     found = staged(parts, loops=Loops(1, 1), published_level=published)
     wanted = by_stock_nodes(parts, published)
-    for one, other in zip(found.pictures, wanted, strict=True):
+    for one, other in zip(found.pictures.split(1), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
-    assert torch.equal(found.picture, found.pictures[-1])
+    assert torch.equal(found.picture, found.pictures[-1:])
     assert "5 steps and 1 times 2" in found.report
     assert float((found.pictures[0] - found.pictures[1]).abs().max()) > 1e-3
 
@@ -100,7 +100,7 @@ def test_it_ends_when_two_pictures_are_alike(parts, vision):
     never = staged(parts, vision, loops=Loops(1, 4, threshold=1.1))
     assert len(soon.pictures) == 2 and len(never.pictures) == 5
     assert "like the one before" in soon.report
-    torch.testing.assert_close(soon.picture, never.pictures[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(soon.picture, never.pictures[1:2], atol=1e-5, rtol=0)
 
 
 def test_the_best_picture_is_the_one_most_like_the_subject(parts, vision):
@@ -109,17 +109,19 @@ def test_the_best_picture_is_the_one_most_like_the_subject(parts, vision):
     found = staged(parts, vision, loops=Loops(3, 3), keep_best=True)
     with torch.inference_mode():
         wanted = embed(vision, parts[2].pictures)
-        scores = [float(torch.cosine_similarity(embed(vision, each), wanted)) for each in found.pictures]
-    assert torch.equal(found.picture, found.pictures[scores.index(max(scores))])
+        scores = [float(torch.cosine_similarity(embed(vision, each), wanted)) for each in found.pictures.split(1)]
+    best = scores.index(max(scores))
+    assert torch.equal(found.picture, found.pictures[best : best + 1])
     assert "best: picture" in found.report
 
 
 def test_from_a_picture_of_another_model_and_rectangular(parts):
-    start = torch.rand(2, 64, 96, 3, generator=torch.Generator().manual_seed(4))
+    start = torch.rand(2, 67, 101, 3, generator=torch.Generator().manual_seed(4))
+    whole = start[:, :64, :96]
     found = staged(parts, start=start, latent=torch.zeros(2, 4, 8, 12), loops=Loops(1, 1))
-    assert torch.equal(found.pictures[0], start) and found.picture.shape == start.shape
+    assert torch.equal(found.pictures[:2], whole) and found.picture.shape == whole.shape
     nothing = staged(parts, start=start, loops=Loops(0, 0))
-    assert len(nothing.pictures) == 1 and "0 steps and 0 times" in nothing.report
+    assert len(nothing.pictures) == 2 and "0 steps and 0 times" in nothing.report
 
 
 def test_what_is_refused(parts):
@@ -131,3 +133,29 @@ def test_what_is_refused(parts):
         staged(parts, split_ratio=1.0)
     with pytest.raises(ValueError, match="divisor of 1000"):
         staged(parts, steps=30)
+
+
+def test_the_nodes(parts, vision, monkeypatch):
+    """What the nodes give is what the functions make."""
+    from types import SimpleNamespace
+
+    from likeness.nodes.staged import LikenessStagedEdit, LikenessStagedSampler
+
+    setting, adapter, about = parts
+    given = {"model": setting.model, "vae": autoencoder(), "adapter": adapter, "subject": about}
+    given |= {"positive": setting.target, "negative": setting.empty, "seed": 7, "steps": STEPS, "cfg": 3.0}
+    given |= {"split_ratio": 0.4, "min_loops": 2, "max_loops": 2, "threshold": 0.99}
+    for node in (LikenessStagedSampler, LikenessStagedEdit):
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
+    with torch.inference_mode():
+        image, loops, latent, report = LikenessStagedSampler.execute(
+            latent={"samples": LATENT}, loop_negative=setting.source, **given
+        ).result
+        wanted = staged(parts)
+        assert torch.equal(image, wanted.picture) and torch.equal(latent["samples"], wanted.latent)
+        assert loops.shape[0] == 3 and report == wanted.report
+        picture, mask = torch.rand(1, 67, 96, 3), torch.zeros(1, 67, 96)
+        mask[:, 20:40, 30:60] = 1.0
+        image, loops, _, report = LikenessStagedEdit.execute(image=picture, mask=mask, paste=True, **given).result
+    assert image.shape == (1, 64, 96, 3) and loops.shape[0] == 3 and "loop 2" in report
+    assert torch.equal(image[:, :20], picture[:, :20])
