@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..conditioning import detached
 from ..siso import Term, background_error
-
-log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Background:
 
     def check(self, vae: Any, latent: Tensor) -> None:
         """ValueError when the picture is not of the size that a latent [1, C, h, w] is decoded to, or the mask does not
-        fit the picture, or leaves nothing to keep.
+        fit the picture, or leaves nothing to keep or nothing to change.
         """
         height, width = self.picture.shape[1:3]
         cell = vae.spacial_compression_decode()
@@ -49,7 +45,11 @@ class Background:
                 "or disconnect picture and mask."
             )
         if bool(outside.all()):
-            log.warning("The mask is empty: the whole picture is kept as it is, so that little can become the subject.")
+            raise ValueError(
+                "The mask is empty, so that the whole picture would be kept as it is: paint what is to become the "
+                "subject (right-click the picture, Open in MaskEditor), give the detector another word, or disconnect "
+                "picture and mask."
+            )
 
     def outside(self) -> Tensor:
         """Ones and zeros [1, 1, H, W] in the picture's size, 1 on the background."""
@@ -59,13 +59,13 @@ class Background:
             mask = F.interpolate(mask, size, mode="bilinear", antialias=True)
         return (mask <= 0.5).float()
 
-    def term(self, device: torch.device) -> Term:
-        """The loss outside of the mask."""
-        source = detached(self.picture)[..., :3].movedim(-1, 1).to(device)
-        mask = 1 - self.outside().to(device)
+    def term(self) -> Term:
+        """The loss outside of the mask, on the device of the pictures: the VAE's may be another than the model's."""
+        source = detached(self.picture)[..., :3].movedim(-1, 1)
+        mask = 1 - self.outside()
 
         def loss(picture: Tensor) -> Tensor:
-            return self.weight * background_error(picture, source, mask)
+            return self.weight * background_error(picture, source.to(picture.device), mask.to(picture.device))
 
         return loss
 

@@ -37,6 +37,7 @@ from .similarity import Similarity
 from .weights import DECODER, checkpointed, layers_checkpointed
 
 METHOD = "siso"
+SAME_TEXT = 0.05  # of their size, by which the rows of one prompt may differ: bf16 rounds by 0.01
 log = logging.getLogger("likeness")
 
 
@@ -174,6 +175,11 @@ def _ended(run: Run) -> bool:
 def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
     single_prompt(generator.positive, "prompt")
     check_sigmas(sampling.sigmas)
+    if generator.clip is not None and not generator.prompt.strip():
+        raise ValueError(
+            "A text encoder is connected to 'clip', but 'prompt' is empty: write (or connect) there the prompt that "
+            "'positive' was made from, or disconnect 'clip'."
+        )
     if not any(part.weight > 0 for part in similarity.parts):
         raise ValueError("The similarity has no part with a weight above 0: nothing would be learned.")
     if sampling.latent.shape[0] != 1:
@@ -205,11 +211,24 @@ def _check_replay(replay: Replay, sampling: Sampling) -> None:
             f"The latent was inverted along the noise levels {_rounded(replay.sigmas)}, and the SIGMAS are "
             f"{_rounded(sampling.sigmas)}: connect the SIGMAS that came with the latent."
         )
-    if replay.noises.shape[1:] != sampling.latent.shape[1:]:
-        raise ValueError(
-            f"The latent is {tuple(sampling.latent.shape[1:])}, the noises that were found for it are "
-            f"{tuple(replay.noises.shape[1:])}: connect the latent of Invert For Few Steps as it is, not scaled or cut."
-        )
+
+
+def _check_prompt(text: TextEncoder, generator: Generator) -> None:
+    """ValueError when the text encoder, inside the session, makes something else of the prompt than `positive` is."""
+    with torch.no_grad():
+        made = text.encode(text.tokens(generator.prompt))
+    rows, options = detached(generator.positive[0])
+    pairs = [(rows, made.context), (options.get("pooled_output"), made.pooled)]
+    for given, own in pairs:
+        if given is None or own is None:
+            continue
+        given, own = given.float().cpu(), own.float().cpu()
+        if given.shape != own.shape or float((given - own).norm()) > SAME_TEXT * float(own.norm()):
+            raise ValueError(
+                f"'clip' makes another conditioning of the prompt {generator.prompt[:80]!r} than 'positive' is: give "
+                "'prompt' the very text that 'positive' was encoded from, and connect the same CLIP to both (with the "
+                "same LoRAs and last layer), without nodes that change the conditioning; or disconnect 'clip'."
+            )
 
 
 def _rounded(sigmas: Tensor) -> list[float]:
@@ -235,13 +254,15 @@ def _optimise(
     text = None if generator.clip is None else TextEncoder(generator.clip)
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        if text is not None:
+            _check_prompt(text, generator)
         trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
         adapters = new_adapters(trained.layers, plan.rank, sampling.seed, deviation=1 / plan.rank)
         with beside(trained.layers, adapters), _recomputing(generator, similarity, plan):
             picture = _picture(generator, sampling, denoiser, x0, text)
             terms = [part.term() for part in similarity.parts if part.weight]
             if background is not None:
-                terms.append(background.term(x0.device))
+                terms.append(background.term())
             fit = Siso(picture, terms, factors(adapters), settings, optimizer)
 
             def result() -> Result:
@@ -267,6 +288,7 @@ def _optimise(
         text=None if text is None else text.patcher,
         others=[generator.vae.patcher, *similarity.patchers],
         more_memory=_more_memory(generator, similarity, sampling, plan),
+        exact=sampling.replay is not None,  # the first picture is to be the inverted one
     )
     return finished[0]
 

@@ -16,11 +16,21 @@ from ..conditioning import Conditioning, single_prompt
 from ..inversion import predicted_noise
 from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
+from ..runs import digest
 from .embedding_training import subject
 from .inversion import check_way
 from .session import GuiderDenoiser, predicting
 
-REPLAY = "likeness_replay"  # the entry of a LATENT that holds a Replay
+REPLAY = "likeness_replay"  # the entry of a LATENT that holds a StoredReplay
+
+
+@dataclass(frozen=True)
+class StoredReplay(Replay):
+    """A Replay with the digest of the samples that it belongs to: stock nodes copy a LATENT's entries to whatever they
+    make of it.
+    """
+
+    samples: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,8 @@ def renoised(
             "correlation_weight, down to 0."
         )
     start = model.get_model_object("latent_format").process_out(start)
-    return ReNoised({"samples": start, REPLAY: replay}, replaying_sampler(replay), error, replay)
+    stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
+    return ReNoised({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay)
 
 
 def _sampled(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:
@@ -124,5 +135,14 @@ def replaying_sampler(replay: Replay) -> Any:
 
 
 def replay_of(latent: dict[str, Any]) -> Replay | None:
-    """How a LATENT is to be sampled when it comes from an inversion; None for any other."""
-    return latent.get(REPLAY)
+    """How a LATENT is to be sampled when it comes from an inversion; None for any other. ValueError when it has been
+    sampled, scaled or changed since.
+    """
+    stored = latent.get(REPLAY)
+    if stored is not None and stored.samples != digest(latent["samples"]):
+        raise ValueError(
+            "The latent is not the one that Invert For Few Steps gave, but was made from it: connect that node's "
+            "latent as it is, not sampled, scaled or cut. To begin at another picture, decode the latent and "
+            "invert its picture (VAE Decode, Invert For Few Steps)."
+        )
+    return stored

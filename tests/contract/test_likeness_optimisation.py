@@ -37,8 +37,9 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
     from likeness.core.siso import SisoSettings
 
     found = {"seed": 3, "grad_steps": 1, "cfg": 1.0, "iterations": ITERATIONS, "patience": 0, "keep": "best"}
-    found |= {"checkpointing": False, "optimizer": "AdamW", **changes}
-    generator = Generator(setting.model, autoencoder(setting.channels), setting.source, setting.empty, clip, "a cat")
+    found |= {"checkpointing": False, "optimizer": "AdamW", "prompt": "a cat", **changes}
+    encoder = (clip, found["prompt"])
+    generator = Generator(setting.model, autoencoder(setting.channels), setting.source, setting.empty, *encoder)
     similarity = Similarity((Part(vision, 1.0, setting.image),))
     latent = torch.zeros_like(setting.latent["samples"][:1])
     sampling = Sampling(latent, sigmas(setting, steps), found["seed"], found["cfg"], found["grad_steps"])
@@ -101,14 +102,34 @@ TEXTS = {
 }
 
 
+def encoded(clip, text: str = "a cat"):
+    """What Text Encode gives."""
+    with torch.inference_mode():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_another_prompt_than_positive_is_refused_before_an_update(family, vision, monkeypatch):
+    from likeness.core import siso
+    from likeness.core.host import likeness_optimisation
+
+    setting, clip = Setting(family), getattr(tiny_models, TEXTS[family][0])()
+    monkeypatch.setattr(siso.Siso, "update", None)
+    setting.source = encoded(clip, "a dog")
+    with pytest.raises(ValueError, match="another conditioning of the prompt 'a cat'"):
+        optimised(setting, vision, clip=clip)
+    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    with pytest.raises(ValueError, match="'prompt' is empty"):
+        optimised(setting, vision, clip=clip, prompt=" ")
+
+
 @pytest.mark.parametrize("family", TEXTS)
 def test_the_text_encoder_learns_too(family, vision, caplog):
     import comfy.sd
 
     encoder, prefix, rate = TEXTS[family]
     setting, clip = Setting(family), getattr(tiny_models, encoder)()
-    with torch.inference_mode():
-        setting.source = clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))
+    setting.source = encoded(clip)
     found = optimised(setting, vision, clip=clip, steps=1, rate=rate)
     text = [name for name in found.lora if name.startswith(prefix)]
     ups = [name for name in text if ".lora_up." in name or ".lora_B." in name]
@@ -123,9 +144,11 @@ def test_the_text_encoder_learns_too(family, vision, caplog):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_changes_nothing_but_the_cost(family, vision):
-    clip = tiny_models.clip_l() if family == "sd1" else None
+    clip, setting = tiny_models.clip_l() if family == "sd1" else None, Setting(family)
+    if clip is not None:
+        setting.source = encoded(clip)
     plain, cheap = (
-        optimised(Setting(family), vision, clip=clip, steps=2, grad_steps=2, checkpointing=checkpointing)
+        optimised(setting, vision, clip=clip, steps=2, grad_steps=2, checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
     assert plain.losses == pytest.approx(cheap.losses, abs=1e-6) and plain.best == cheap.best > 0

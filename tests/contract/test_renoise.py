@@ -231,8 +231,9 @@ BACKGROUNDS = {
     "two pictures": ({"picture": torch.zeros(2, 64, 64, 3)}, "2 of them"),
     "a mask of another proportion": ({"mask": torch.zeros(1, 64, 32)}, "same proportion"),
     "two masks": ({"mask": torch.zeros(2, 64, 64)}, "2 of them"),
+    "an empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty.*Open in MaskEditor"),
     "a mask over everything": ({"mask": torch.ones(1, 32, 32)}, "covers the whole picture"),
-    "a scaled latent": ({"scaled": True, "picture": torch.zeros(1, 128, 128, 3)}, "not scaled or cut"),
+    "a scaled latent": ({"scaled": True, "picture": torch.zeros(1, 128, 128, 3)}, "not sampled, scaled or cut"),
     "other levels": ({"levels": torch.tensor([4.0, 1.0, 0.0])}, "connect the SIGMAS that came with the latent"),
 }
 
@@ -246,7 +247,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, m
     monkeypatch.setattr(likeness_optimisation, "optimise", None)
     setting = calm(Setting())
     start, _, levels, _ = invert(setting)
-    inputs = {"picture": setting.image, "mask": torch.zeros(1, 64, 64), "levels": levels, **changes}
+    inputs = {"picture": setting.image, "mask": torch.eye(64)[None].cumsum(1), "levels": levels, **changes}
     if "scaled" in changes:
         start = {**start, "samples": start["samples"].repeat(1, 1, 2, 2)}
     keep = Background(inputs["picture"], inputs["mask"], 10.0)
@@ -254,10 +255,45 @@ def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, m
         edited(setting, vision, start, inputs["levels"], keep)
 
 
-def test_an_empty_mask_is_said(vision, caplog):  # noqa: F811
-    from likeness.core.host.background import Background
+def test_what_was_sampled_from_an_inverted_latent_is_not_taken_for_it(monkeypatch):
+    from likeness.core.host.renoise import replay_of
+
+    setting = calm(Setting())
+    start, sampler, levels, _ = invert(setting)
+    assert replay_of({**start, "samples": start["samples"].clone()}) is start["likeness_replay"]
+    assert replay_of({"samples": start["samples"]}) is None
+    sampled = {**start, "samples": play(setting, start, sampler, levels)}
+    with pytest.raises(ValueError, match="not sampled, scaled or cut"):
+        replay_of(sampled)
+
+
+def test_an_edit_is_computed_as_exactly_as_its_inversion(vision, monkeypatch):  # noqa: F811
+    """fp16 models invert in fp16 or fp32: an optimisation in bf16 would begin at another picture."""
+    from likeness.core.host import likeness_optimisation
+
+    def asked(*_inputs, exact, **_more):
+        raise Cancelled(exact)
 
     setting = calm(Setting())
     start, _, levels, _ = invert(setting)
-    edited(setting, vision, start, levels, Background(setting.image, torch.zeros(1, 64, 64), 10.0), iterations=1)
-    assert "The mask is empty" in caplog.text
+    monkeypatch.setattr(likeness_optimisation, "optimise", asked)
+    for given, exact in ((start, True), ({"samples": start["samples"]}, False)):
+        with pytest.raises(Cancelled) as found:
+            edited(setting, vision, given, levels)
+        assert found.value.args == (exact,)
+
+
+def test_the_background_is_compared_where_the_pictures_are(monkeypatch):
+    """The VAE may be on another device than the model (--cpu-vae)."""
+    from likeness.core.host import background
+
+    seen = []
+
+    def compared(*tensors):
+        seen.extend(tensor.device.type for tensor in tensors)
+        return tensors[0].sum()
+
+    monkeypatch.setattr(background, "background_error", compared)
+    mask = torch.eye(64)[None]
+    background.Background(torch.rand(1, 64, 64, 3), mask, 1.0).term()(torch.zeros(1, 3, 64, 64, device="meta"))
+    assert seen == ["meta"] * 3

@@ -12,7 +12,7 @@ from .. import tiny_models
 from ..unit.vision.models import clip_folder
 from .methods import Setting, autoencoder, run_node
 from .test_contract import own_user_folder  # noqa: F401  (a fixture)
-from .test_likeness_optimisation import optimised, sigmas
+from .test_likeness_optimisation import encoded, optimised, sigmas
 
 GB = 2**30
 
@@ -64,6 +64,7 @@ def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
     assert isinstance(encoder, ExecutionBlocker) and model is not setting.model and "best: iteration" in report
     assert best.shape == (1, 64, 64, 3) and images.shape == (3, 64, 64, 3) and len(loss["loss"]) == 3
     assert lora.header["method"] == "siso" and lora.header["base"]
+    inputs["positive"] = encoded(clip)
     _, encoder, lora, *_ = run_node(LikenessOptimizeLora, **inputs, clip=clip, prompt="a cat", optimizer="AdamW")
     assert not isinstance(encoder, ExecutionBlocker)
     assert any(name.startswith("lora_te_") for name in lora)
