@@ -64,12 +64,15 @@ class RunStore:
         return self.folder / f"{key}.safetensors"
 
     def load(self, key: str, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor] | None:
-        """The tensors of a run, all or the chosen ones; or None. A damaged file is removed and counts as absent."""
+        """The tensors of a run, all or the chosen ones; or None. A damaged file is removed and counts as absent.
+
+        A file above the limit is the store's own, too: save() leaves the newest run whatever its size.
+        """
         path = self.path(key)
         if not path.is_file():
             return None
         try:
-            tensors, _ = read_tensors(path, self.limit_bytes, choose)
+            tensors, _ = read_tensors(path, max(self.limit_bytes, path.stat().st_size), choose)
         except ValueError as error:
             log.warning("A stored run could not be read and starts anew: %s", error)
             path.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ class Plateau:
 
     def __init__(self, threshold: float = THRESHOLD, patience: int = PATIENCE, published: bool = False) -> None:
         self.threshold, self.patience, self.published = threshold, patience, published
-        self.best, self.count = math.inf, 0
+        self.best, self.count, self.longest = math.inf, 0, 0
 
     def see(self, loss: float) -> bool:
         """Whether this loss is such an improvement."""
@@ -80,17 +80,21 @@ class Plateau:
             limit = self.best - margin * abs(self.best)
         improved = loss < limit
         self.best, self.count = (loss, 0) if improved else (self.best, self.count + 1)
+        self.longest = max(self.longest, self.count)
         return improved
 
     @property
     def over(self) -> bool:
-        """Whether it is time to stop."""
-        return self.count >= self.patience
+        """Whether it is, or has been, time to stop."""
+        return self.longest >= self.patience
 
 
 @dataclass(frozen=True)
 class SisoSettings:
-    """What decides the result, next to the generator and the terms. patience 0 never stops early."""
+    """What decides the result, next to the generator and the terms. patience 0 never stops early.
+
+    threshold and patience say how far a run goes, and nothing of what each of its iterations is.
+    """
 
     learning_rate: float = 2e-4
     weight_decay: float = 1e-2
@@ -99,6 +103,17 @@ class SisoSettings:
     threshold: float = THRESHOLD
     patience: int = PATIENCE
     optimizer: OptimizerName = "AdamW"
+
+    def plateau(self, losses: Sequence[float] = ()) -> Plateau:
+        """The rule, after these losses."""
+        rule = Plateau(self.threshold, self.patience)
+        for loss in losses:
+            rule.see(loss)
+        return rule
+
+    def end(self, rule: Plateau) -> bool:
+        """Whether a run is at its end by itself."""
+        return bool(self.patience) and rule.over
 
 
 class Siso:
@@ -123,7 +138,7 @@ class Siso:
             {"params": text, "lr": settings.text_rate, "weight_decay": settings.text_decay},
         ]
         self.optimizer = optimizer([group for group in groups if group["params"]])
-        self.plateau = Plateau(settings.threshold, settings.patience)
+        self.plateau = settings.plateau()
         self.losses: list[float] = []
         self.parts: list[list[float]] = []  # of each iteration, a number for each term
         self.best: dict[str, Tensor] = {}  # parameters that made the best picture
@@ -142,7 +157,7 @@ class Siso:
     @property
     def done(self) -> bool:
         """Whether the losses stay where they are."""
-        return bool(self.settings.patience) and self.plateau.over
+        return self.settings.end(self.plateau)
 
     def update(self) -> Tensor:
         picture = self.generate()
@@ -179,7 +194,6 @@ class Siso:
             "pictures": torch.cat(self.pictures),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "parts": torch.tensor(self.parts, dtype=torch.float64),
-            "plateau": torch.tensor([self.plateau.best, float(self.plateau.count)], dtype=torch.float64),
             **adam_state(self.optimizer),
             **group_state(self.optimizer),
         }
@@ -193,6 +207,6 @@ class Siso:
         self.picture = state["picture"].to(device) if "picture" in state else None
         self.losses, self.parts = state["losses"].tolist(), state["parts"].tolist()
         self.pictures = list(state["pictures"].split(1))
-        self.plateau.best, self.plateau.count = float(state["plateau"][0]), int(state["plateau"][1])
+        self.plateau = self.settings.plateau(self.losses)  # the settings of now: another patience goes on with the run
         restore_adam(self.optimizer, state)
         restore_groups(self.optimizer, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +68,14 @@ def _kept_name(step: int, name: str) -> str:
     return f"kept.{step:06d}" + (f".{name}" if name else "")
 
 
-def stored_run(store: RunStore, key: str, *, whole: bool = True) -> Run | None:
-    """The run kept under this key, or None; its results alone when it is not to be continued (whole=False)."""
+def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collection[str] = ()) -> Run | None:
+    """The run kept under this key, or None; its results alone when it is not to be continued (whole=False), and what
+    else of the fit's state is asked for.
+    """
+    chosen = {LOSSES, *(f"fit.{name}" for name in more)}
 
     def choose(names: list[str]) -> list[str]:
-        return [name for name in names if whole or name == LOSSES or name.startswith("kept.")]
+        return [name for name in names if whole or name in chosen or name.startswith("kept.")]
 
     tensors = store.load(key, choose)
     if tensors is None:

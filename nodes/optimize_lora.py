@@ -83,7 +83,7 @@ class LikenessOptimizeLora(io.ComfyNode):
         lora = found.tuned()
         tuned, encoder = apply_tuned(lora, model, clip, 1.0)
         encoder = nothing() if encoder is None else encoder
-        loss = {"loss": found.losses}
+        loss = {"loss": found.curve()}
         return io.NodeOutput(tuned, encoder, lora, found.picture, found.pictures, loss, found.report())
 
 

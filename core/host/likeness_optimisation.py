@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import comfy.sample
@@ -17,19 +17,19 @@ from ..fine_tune import Prompt
 from ..fitting import curve
 from ..lora import beside, factors, new_adapters
 from ..renoise import Replay
-from ..runs import digest
+from ..runs import RunStore, digest
 from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from ..training import Result, Run, stored_run, train
 from ..trajectory import check_sigmas
-from ..tuned import Tuned
 from .background import Background
 from .describe import describe
 from .differentiable import TextEncoder, decode
-from .embedding_training import EVERY, run_store
+from .embedding_training import EVERY
 from .extras.prodigy import prodigy
 from .fingerprint import fingerprint, patches_digest, precision
 from .lora_layers import trained_layers
 from .memory import activations, decoding_memory, vision_memory
+from .optimised import SEEN, Optimised, answers, both_loras, likeness_store, lora_of
 from .progress import Progress
 from .sampling import noisy
 from .session import GuiderDenoiser, optimise
@@ -67,45 +67,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Optimised:
-    """lora: tensors for stock loaders, of the kept iteration. picture [1, H, W, 3]: the best; pictures [N, H, W, 3]:
-    of every iteration; losses and parts (a number for each term) likewise.
-    """
-
-    lora: dict[str, Tensor]
-    picture: Tensor
-    pictures: Tensor
-    losses: list[float]
-    parts: list[list[float]]
-
-    header: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def best(self) -> int:
-        """The iteration with the lowest loss, from 0."""
-        return min(range(len(self.losses)), key=self.losses.__getitem__)
-
-    def tuned(self) -> Tuned:
-        """The LoRA as the pack's and stock nodes take it."""
-        return Tuned(self.lora, self.header)
-
-    def report(self) -> str:
-        """The best iteration, and its loss beside the first one's, term by term."""
-        terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])
-        first = " ".join(f"{value:.4f}" for value in self.parts[0])
-        told = (
-            f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
-            f"first: loss {self.losses[0]:.4f} ({first})"
-        )
-        if self.best == 0 and len(self.losses) > 1:
-            told += (
-                "\nNo picture was more like the subject than the first, so the LoRA changes nothing: try another "
-                "learning rate (ten times lower, or higher), a prompt that names the subject's class, or another seed."
-            )
-        return told
-
-
-@dataclass(frozen=True)
 class Generator:
     """What makes the pictures: a MODEL, a VAE, and a prompt. clip: its text encoder is optimised too, from `prompt`;
     else positive is fixed. negative: only with a cfg above 1.
@@ -117,6 +78,10 @@ class Generator:
     negative: Conditioning | None = None
     clip: Any | None = None
     prompt: str = ""
+
+    def networks(self) -> tuple[Any, Any | None]:
+        """What a LoRA is learned for: the MODEL's, and the text encoder's."""
+        return self.model.model, None if self.clip is None else self.clip.cond_stage_model
 
     def described(self) -> Any:
         """All that decides its pictures, for the key of a run."""
@@ -140,36 +105,46 @@ def optimise_lora(
     optimizer = torch.optim.AdamW
     if settings.optimizer == "Prodigy":  # it knows one learning rate only
         optimizer, settings = prodigy(), replace(settings, text_rate=settings.learning_rate)
-    kept = [] if background is None else [asdict(background)]
-    what = [plan.rank, plan.keep, asdict(settings), asdict(sampling), [part.described() for part in similarity.parts]]
-    key = digest([METHOD, what, generator.described(), *kept])
+    if sampling.cfg == 1.0:
+        generator = replace(generator, negative=None)
+    trained = trained_layers(*generator.networks())
+    store = likeness_store(generator.vae, sampling.latent, plan.iterations, trained, plan.rank)
+    key = _key(generator, similarity, sampling, plan, settings, background)
     progress = Progress(generator.model, plan.iterations, node_id)
-    run = stored_run(run_store(), key, whole=False)
+    run = stored_run(store, key, whole=False, more=SEEN)
     progress.start(0 if run is None else run.step)
-    if run is None or not (run.answers(plan.iterations) or _ended(run)):
-        run = _optimise(generator, similarity, sampling, plan, settings, background, key, progress, optimizer)
-    result = dict(run.kept[run.end(plan.iterations)])
+    if run is None or not answers(run, plan.iterations, settings):
+        run = _optimise(generator, similarity, sampling, plan, settings, background, store, key, progress, optimizer)
     progress.curve(run.losses)
-    parts = result.pop("parts").tolist()
-    picture, pictures = (result.pop(name).movedim(1, -1) for name in ("picture", "pictures"))
-    result.pop("ended")
+    picture, pictures = (run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     header = {
         "method": METHOD,
         "base": fingerprint(generator.model),
         "prompt": generator.prompt,
         "weights": "LoRA",
-        "settings": {**asdict(settings), "rank": plan.rank, "iterations": len(run.losses), "keep": plan.keep},
+        "settings": {**asdict(settings), "rank": plan.rank, "iterations": run.step, "keep": plan.keep},
         "losses": curve(run.losses),
     }
-    found = Optimised(result, picture, pictures.float() / 255, run.losses, parts, header)
-    if found.best == 0 and len(run.losses) > 1:
-        log.warning("%s", found.report().splitlines()[-1])
+    parts = run.state["parts"].tolist()
+    found = Optimised(lora_of(run, plan.keep), picture, pictures.float() / 255, run.losses, parts, plan.keep, header)
+    if found.warning():
+        log.warning("%s", found.warning())
     return found
 
 
-def _ended(run: Run) -> bool:
-    """Whether it stopped by itself."""
-    return run.step in run.kept and bool(run.kept[run.step]["ended"])
+def _key(
+    generator: Generator,
+    similarity: Similarity,
+    sampling: Sampling,
+    plan: Plan,
+    settings: SisoSettings,
+    background: Background | None,
+) -> str:
+    """The name of the run: all that decides its iterations, but not how many are made and which one is kept."""
+    decides = {name: value for name, value in asdict(settings).items() if name not in ("threshold", "patience")}
+    kept = [] if background is None else [asdict(background)]
+    parts = [part.described() for part in similarity.parts]
+    return digest([METHOD, plan.rank, decides, asdict(sampling), parts, generator.described(), *kept])
 
 
 def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
@@ -191,7 +166,6 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if sampling.cfg != 1.0 and generator.negative is None:
         raise ValueError(f"cfg is {sampling.cfg:g} but no negative prompt is connected: connect it, or set cfg to 1.")
-    trained_layers(generator.model.model, None if generator.clip is None else generator.clip.cond_stage_model)
     expected = generator.model.get_model_object("latent_format").latent_channels
     given = getattr(generator.vae, "latent_channels", expected)
     if given != expected or sampling.latent.shape[1] != expected:
@@ -246,6 +220,7 @@ def _optimise(
     plan: Plan,
     settings: SisoSettings,
     background: Background | None,
+    store: RunStore,
     key: str,
     progress: Progress,
     optimizer: Optimizer,
@@ -266,17 +241,15 @@ def _optimise(
             fit = Siso(picture, terms, factors(adapters), settings, optimizer)
 
             def result() -> Result:
-                lora = trained.tensors(adapters, fit.best if plan.keep == "best" else fit.parameters)
-                best = fit.pictures[fit.best_step] if fit.picture is None else fit.picture
-                seen = {"picture": best.cpu(), "pictures": torch.cat(fit.pictures)}
-                return {**lora, **seen, "parts": torch.tensor(fit.parts), "ended": torch.tensor(fit.done)}
+                return both_loras(fit, trained, adapters)
 
             def on_update(pixels: Tensor) -> None:
                 progress.update(fit.losses, picture=pixels[0])
 
             header = {"method": METHOD, "settings": asdict(settings)}
-            run = train(fit, plan.iterations, EVERY, result, run_store(), key, header, on_update, done=lambda: fit.done)
-            finished.append(run)
+            run = train(fit, plan.iterations, EVERY, result, store, key, header, on_update, 2, lambda: fit.done)
+            seen = {name: value.cpu() for name, value in fit.state().items() if name in SEEN}
+            finished.append(replace(run, state=seen))
 
     optimise(
         generator.model,

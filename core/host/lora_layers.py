@@ -7,13 +7,14 @@ between them say which of its layers is which, and which rows of a layer that do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import comfy.model_base
 import comfy.utils
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..lora import TEXT_LAYERS, UNET_LAYERS, Layer, LowRank, Rows
 from ..siso import TEXT
@@ -43,6 +44,10 @@ class Trained:
     names: dict[str, str]
     peft: bool
 
+    def numbers(self, rank: int) -> int:
+        """How many a LoRA of this rank has."""
+        return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in map(_shape, self.layers.values()))
+
     def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors. values: the factors, by "<key>.up" and "<key>.down"."""
         found: dict[str, Tensor] = {}
@@ -51,6 +56,12 @@ class Trained:
             write = adapter.peft_tensors if self.peft else adapter.tensors
             found |= write(self.names[key], factors)
         return found
+
+
+def _shape(layer: Layer) -> Size:
+    if isinstance(layer, Rows):
+        return Size([layer.count, *_shape(layer.layer)[1:]])
+    return layer.state_dict()["weight"].shape  # quantised layers, too, tell the whole weight's here
 
 
 def trained_layers(base: Any, text: nn.Module | None = None) -> Trained:

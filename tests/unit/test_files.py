@@ -162,6 +162,15 @@ def test_the_oldest_runs_are_removed_above_the_limit(tmp_path):
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["0", "3"]
 
 
+def test_a_run_above_the_limit_is_served_and_not_deleted(tmp_path):
+    store = RunStore(tmp_path, limit_bytes=9000)
+    store.save("small", {"x": torch.zeros(10)}, {})
+    store.save("large", {"x": torch.ones(5000)}, {})
+    found = store.load("large")
+    assert found is not None and torch.equal(found["x"], torch.ones(5000))
+    assert [path.stem for path in tmp_path.iterdir()] == ["large"]
+
+
 def test_a_damaged_run_counts_as_absent(tmp_path):
     store = RunStore(tmp_path)
     store.save("k", {"x": torch.zeros(10)}, {})

@@ -49,6 +49,18 @@ def test_resumed_it_goes_on_bit_for_bit():
     assert (second.plateau.best, second.plateau.count) == (whole.plateau.best, whole.plateau.count)
 
 
+def test_how_far_it_goes_is_decided_by_the_settings_of_now():
+    losses = [-1.0, -1.0, -1.0, -1.0, -2.0, -2.0]
+    whole = fit(losses, patience=0)
+    for _ in losses:
+        whole.update()
+    state = whole.state()
+    for patience, done in ((0, False), (3, True), (4, False)):
+        again = fit(losses, patience=patience)
+        again.restore({name: value.clone() for name, value in state.items()})
+        assert again.done == done, "it would have ended at the fourth, though the fifth is better"
+
+
 @pytest.mark.parametrize(
     ("losses", "ends"), [([-1.0] * 9, 4), ([5.0, 4.0, 3.9, 3.95, 4.1], 5), ([1.0, 1.01, 1.02, 1.03], 4)]
 )

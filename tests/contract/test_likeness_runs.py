@@ -1,0 +1,113 @@
+"""Stored runs of the likeness optimisation: which settings go on with one, which are served from it, what it holds."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from .methods import Setting, run_node
+from .test_contract import forget_runs, own_user_folder, stored  # noqa: F401  (a fixture)
+from .test_likeness_optimisation import equal, optimised, same, vision  # noqa: F401  (a fixture)
+
+STILL = {"rate": 1e-9}  # no picture is better than the first by 3 %
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """From the call on, nothing may be optimised."""
+    from likeness.core.host import likeness_optimisation
+
+    return lambda: monkeypatch.setattr(likeness_optimisation, "optimise", None)
+
+
+def test_another_patience_goes_on_with_what_is_there(vision, monkeypatch, tmp_path):  # noqa: F811
+    from likeness.core.siso import Siso
+
+    short = optimised(Setting(), vision, **STILL, patience=2, iterations=6)
+    assert len(short.losses) == 3
+    update, made = Siso.update, []
+    with monkeypatch.context() as patched:
+        patched.setattr(Siso, "update", lambda self: made.append(self.step) or update(self))
+        longer = optimised(Setting(), vision, **STILL, patience=0, iterations=6)
+    assert made == [3, 4, 5] and torch.equal(longer.pictures[:3], short.pictures)
+    forget_runs(tmp_path)
+    assert equal(longer, optimised(Setting(), vision, **STILL, patience=0, iterations=6)), "as if it never had stopped"
+
+
+def test_what_would_have_ended_by_now_is_served(vision, served):  # noqa: F811
+    found = optimised(Setting(), vision, **STILL, iterations=4)
+    served()
+    assert equal(found, optimised(Setting(), vision, **STILL, patience=2, iterations=20))
+    with pytest.raises(TypeError):  # it would go on
+        optimised(Setting(), vision, **STILL, patience=9, iterations=20)
+
+
+def test_both_loras_are_there(vision, served, tmp_path):  # noqa: F811
+    last = optimised(Setting(), vision, keep="last", rate=0.2)
+    assert last.best < len(last.losses) - 1
+    forget_runs(tmp_path)
+    best = optimised(Setting(), vision, rate=0.2)
+    served()
+    again = optimised(Setting(), vision, keep="last", rate=0.2)
+    assert same(again.lora, last.lora) and not same(again.lora, best.lora)
+    assert again.tuned().header["settings"]["keep"] == "last"
+
+
+def test_a_negative_prompt_that_is_not_used_changes_no_run(vision, served):  # noqa: F811
+    found = optimised(Setting(), vision, iterations=3)
+    served()
+    without = Setting()
+    without.empty = None
+    assert equal(found, optimised(without, vision, iterations=3))
+    other = Setting()
+    other.empty = other.source
+    with pytest.raises(TypeError):
+        optimised(other, vision, iterations=3, cfg=2.0)
+
+
+def test_pictures_are_stored_once_and_the_store_has_room_for_them(vision, tmp_path, monkeypatch, served):  # noqa: F811
+    from likeness.core.host import optimised as module
+
+    stores, make = [], module.RunStore
+    monkeypatch.setattr(module, "LIMIT_BYTES", 0)
+    monkeypatch.setattr(module, "RunStore", lambda *given: stores.append(make(*given)) or stores[-1])
+    optimised(Setting(), vision, iterations=2)
+    found = optimised(Setting(), vision, iterations=4)
+    (path,) = stored(tmp_path)
+    with safe_open(path, "pt") as file:
+        assert [name for name in file.keys() if "pictures" in name] == ["fit.pictures"]  # noqa: SIM118
+    assert stores[-1].limit_bytes >= path.stat().st_size > stores[-1].limit_bytes / 4
+    served()
+    again = optimised(Setting(), vision, iterations=2)
+    assert equal(found, again) and torch.equal(found.pictures, again.pictures) and found.parts == again.parts
+
+
+def test_of_the_last_lora_it_is_not_said_that_it_changes_nothing(vision, caplog, monkeypatch):  # noqa: F811
+    from likeness.core.host import similarity
+    from likeness.core.siso import unlikeness
+
+    rising = itertools.count()
+    monkeypatch.setattr(similarity, "unlikeness", lambda *features: unlikeness(*features) + next(rising))
+    with caplog.at_level(logging.WARNING, "likeness"):
+        found = optimised(Setting(), vision, iterations=3, keep="last")
+    assert found.best == 0 and "more like the subject than the first: try another learning rate" in found.report()
+    assert "changes nothing" not in found.report() + caplog.text
+
+
+def test_one_iteration_can_be_plotted(vision):  # noqa: F811
+    from comfy_extras.nodes_train import LossGraphNode
+
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    from .test_similarity_nodes import inputs_of
+
+    setting = Setting()
+    alike = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=1.0)[0]
+    *_, loss, _ = run_node(LikenessOptimizeLora, **{**inputs_of(setting, alike), "iterations": 1})
+    assert LossGraphNode.execute(loss, "loss") is not None
+    assert loss["loss"][0] < loss["loss"][1] == pytest.approx(loss["loss"][0], abs=1e-4)
