@@ -21,7 +21,8 @@ from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 SIDE, PATCH, STRIDE, HEAD_WIDTH = 290, 14, 12, 80
 PREPROCESS = Preprocess(SIDE, SIDE, CLIP_MEAN, CLIP_STD, published=True)
-PREFIX, UNUSED = "module.", "fc2."
+PREFIX, UNUSED, BLOCKS = "module.", "fc2.", "backbone.transformer.resblocks."
+TABLE = "state_dict"  # under which some programs save the tensors, beside others
 
 
 class Block(nn.Module):
@@ -72,6 +73,16 @@ class InstanceRetrieval(nn.Module):
         return self.fc1(self.backbone(pictures))
 
 
+def table(saved: object) -> dict[str, Tensor] | None:
+    """The named tensors of what a .pth holds, perhaps in an entry of their own; None when there are none."""
+    if isinstance(saved, Mapping) and isinstance(saved.get(TABLE), Mapping):
+        saved = saved[TABLE]
+    if not isinstance(saved, Mapping):
+        return None
+    named = {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return named if len(named) == len(saved) else None
+
+
 def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:
     """The network that a published file holds, frozen; ValueError when these are not its weights.
 
@@ -84,11 +95,13 @@ def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> I
         tokens, out = named["backbone.positional_embedding"].shape[0], named["backbone.proj"].shape[1]
         features = named["fc1.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"These are not the weights of the instance-retrieval model ({error} is missing or has another shape): "
-            "choose the published file of the universal image embedding challenge."
-        ) from error
-    layers = 1 + max(int(name.split(".")[3]) for name in named if name.startswith("backbone.transformer.resblocks."))
+        raise _other_weights(f"{error} is missing or has another shape") from error
+    blocks = {name.removeprefix(BLOCKS).split(".")[0] for name in named if name.startswith(BLOCKS)}
+    layers = len(blocks)  # as many as there are names of, so that no name decides how much is built
+    if not blocks or blocks != {str(index) for index in range(layers)}:
+        raise _other_weights(
+            f"{BLOCKS}* are numbered {', '.join(sorted(blocks)[:5]) or 'nothing'}, expected 0, 1, 2 ..."
+        )
     expected = ((SIDE - PATCH) // STRIDE + 1) ** 2 + 1
     if tokens != expected or patch != [PATCH, PATCH]:
         raise ValueError(
@@ -96,5 +109,15 @@ def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> I
             "another vision model; load it with Load Vision Model."
         )
     model = InstanceRetrieval(Backbone(width, layers, heads or max(1, width // HEAD_WIDTH), out, tokens), features)
-    model.load_state_dict({name: value.float() for name, value in named.items()})
+    try:
+        model.load_state_dict({name: value.float() for name, value in named.items()})
+    except RuntimeError as error:  # names each missing, unknown and misshapen tensor
+        raise _other_weights(" ".join(str(error).split())[:300]) from error
     return model.eval().requires_grad_(False)
+
+
+def _other_weights(why: str) -> ValueError:
+    return ValueError(
+        f"These are not the weights of the instance-retrieval model ({why}): choose the published file of the "
+        "universal image embedding challenge."
+    )

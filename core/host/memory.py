@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import comfy.model_base
@@ -69,12 +69,17 @@ def vision_memory(vision: Any, checkpointing: bool) -> float:
     return whole + 4 * tokens * width * layers if checkpointing else whole * layers
 
 
+def size_on(models: Iterable[Any], device: Any) -> float:
+    """Bytes of weights of the ModelPatchers that are computed on a device: others (--lowvram, --cpu-vae) need none."""
+    return sum(model.model_size() for model in models if model.load_device == device)
+
+
 def check_room(models: list[Any], needed: float, device: Any) -> None:
     """Say what to change, before any work, when models (ModelPatchers) and what they need exceed the device's memory.
 
     RuntimeError when the weights alone do; a warning when the estimate does, since it may be too high.
     """
-    total, weights = mm.get_total_memory(device), sum(model.model_size() for model in models)
+    total, weights = mm.get_total_memory(device), size_on(models, device)
     if weights > total:
         raise RuntimeError(
             f"The models have {weights / GB:.1f} GB of weights, and the device has {total / GB:.1f} GB of memory: they "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning, detached
-from .memory import BYTES_PER_WEIGHT, activations, check_room, told_when_out_of_memory
+from .memory import BYTES_PER_WEIGHT, activations, check_room, size_on, told_when_out_of_memory
 from .position_map import BOXES
 from .weights import (
     check_fully_loaded,
@@ -200,7 +200,8 @@ def optimise(
         guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
         latent = detached(latent).float()
         together = [clone] if text is None else [clone, text]
-        copies = sum(each.model_size() for each in others)  # thawed, every weight is there twice
+        # Thawed, every weight is there twice; a text encoder's whose weights are all trained is counted in _memory().
+        copies = size_on(others if all_weights else beside, clone.load_device)
         needed = _memory(together, latent, checkpointing, all_weights) + copies + more_memory
         check_room([clone, *beside], needed, clone.load_device)
         load_fully([clone, *beside], needed)

@@ -143,6 +143,45 @@ def test_an_estimate_above_the_memory_is_told_with_what_to_change(vision, monkey
     assert "may need about 2.0 GB" in caplog.text and "switch checkpointing on" in caplog.text
 
 
+class Weights:
+    """A ModelPatcher as far as memory is concerned."""
+
+    def __init__(self, device: str) -> None:
+        self.load_device = torch.device(device)
+
+    def model_size(self) -> float:
+        return GB
+
+
+def test_models_on_other_devices_need_no_memory_of_this_one(monkeypatch):
+    from likeness.core.host import memory
+
+    monkeypatch.setattr(memory.mm, "get_total_memory", lambda _device: 1.5 * GB)
+    memory.check_room([Weights("cuda"), Weights("cpu")], 0.0, torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="2.0 GB of weights"):
+        memory.check_room([Weights("cuda"), Weights("cuda")], 0.0, torch.device("cuda"))
+
+
+def test_a_text_encoder_that_learns_is_counted_twice(vision, monkeypatch):
+    """Its weights, and the copies of them that a gradient goes through."""
+    from likeness.core.host import session
+
+    counted = []
+
+    def seen(models, needed, _device):
+        counted.append((len(models), needed))
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(session, "check_room", seen)
+    clip, setting = tiny_models.clip_l(), Setting()
+    setting.source = encoded(clip)
+    for encoder in (None, clip):
+        with pytest.raises(RuntimeError, match="stopped"):
+            optimised(setting, vision, clip=encoder)
+    (without, needed), (with_text, more) = counted
+    assert with_text == without + 1 and more - needed == pytest.approx(clip.patcher.model_size())
+
+
 def test_running_out_of_memory_says_what_to_change():
     from likeness.core.host.memory import mm, told_when_out_of_memory
 

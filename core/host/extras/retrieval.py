@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published
+from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published, table
 from .tower import Seen, Tower
 
 SOURCE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
@@ -48,6 +48,7 @@ def load_retrieval(path: Path) -> RetrievalTower:
             raise ValueError(
                 f"{path.name} is not a plain tensor file ({type(error).__name__}): download the weights again."
             ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    tensors = table(tensors)
+    if tensors is None:
         raise ValueError(f"{path.name} does not hold a table of tensors: choose the file of published weights.")
     return RetrievalTower(from_published(tensors), path.stem)

@@ -54,3 +54,37 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not the weights"):
         load_instance_retrieval(tmp_path / "other.pth")
+
+
+def renamed(old: str, new: str) -> dict[str, torch.Tensor]:
+    return {name.replace(old, new): value for name, value in published().items()}
+
+
+WRONG = {
+    "no blocks": lambda: {name: value for name, value in published().items() if "resblocks" not in name},
+    "a huge block number": lambda: renamed("resblocks.1.", "resblocks.999999999."),
+    "a block that has no number": lambda: renamed("resblocks.1.", "resblocks.one."),
+    "a missing block": lambda: renamed("resblocks.0.", "resblocks.2."),
+    "a missing tensor": lambda: {name: value for name, value in published().items() if "ln_post" not in name},
+    "a tensor of another shape": lambda: {**published(), "fc1.bias": torch.zeros(3)},
+    "an unknown tensor": lambda: {**published(), "backbone.more": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_tables_are_refused_without_building_what_they_name(case):
+    from likeness.core.instance_retrieval import from_published
+
+    with pytest.raises(ValueError, match=r"not the weights of the instance-retrieval model \(.+\): choose"):
+        from_published(WRONG[case]())
+
+
+def test_a_table_inside_a_checkpoint_is_found(tmp_path):
+    from likeness.core.host.vision import load_instance_retrieval
+
+    torch.save({"state_dict": published(), "epoch": 3}, tmp_path / "ir.pth")
+    with torch.inference_mode():
+        assert load_instance_retrieval(tmp_path / "ir.pth").image_size == 290
+    torch.save({"state_dict": {3: torch.zeros(1)}}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="table of tensors"):
+        load_instance_retrieval(tmp_path / "numbers.pth")
