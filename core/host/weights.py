@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
@@ -27,6 +28,7 @@ GUIDANCE = (
     "sampler_post_cfg_function",
     "sampler_calc_cond_batch_function",
 )
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 log = logging.getLogger("likeness")
 IN_PLACE = ("CLIPLayer", "DoubleStreamBlock", "SingleStreamBlock")  # ComfyUI's blocks that add to their input in place
 NORMS = ("layer_norm1", "layer_norm2", "img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")  # inside them
@@ -61,23 +63,36 @@ def thawed(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Equal, ordinary stand-ins for all inference parameters and buffers; the originals come back on exit.
 
-    Bringing back the very same objects keeps ModelPatcher's backups and the other nodes that share the module valid.
+    Those that ComfyUI casts anyway stay: autograd sees only what they are cast to. Bringing back the very same objects
+    keeps ModelPatcher's backups and the other nodes that share the module valid.
     trained: modules, by prefix, whose weights become float32 leaves to be trained; yields them by their full names.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         leaves = _leaves(trained or {}, replaced)
         for module in modules:
+            computed = getattr(module, "manual_cast_dtype", None)
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
                     for name, value in store.items():
-                        if value is not None and value.is_inference():
+                        if value is not None and value.is_inference() and not _cast(part, name, value, computed):
                             replaced.append((store, name, value))
                             store[name] = _ordinary(value, store is part._parameters)  # ty: ignore[invalid-assignment]
         yield leaves
     finally:
         for store, name, value in replaced:
             store[name] = value
+
+
+def _cast(part: nn.Module, name: str, value: Tensor, computed: torch.dtype | None) -> bool:
+    """Whether a layer casts this weight into a new tensor in every forward: nothing is computed in fp8, and a model
+    that computes in another precision than it is stored in (computed) casts all of its half precision weights.
+    """
+    casts = isinstance(part, comfy.ops.CastWeightBiasOp) and part.comfy_cast_weights and name in ("weight", "bias")
+    if not casts or type(value) is not nn.Parameter:
+        return False
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    return value.dtype in FP8 or (half and computed is not None and computed != value.dtype)
 
 
 def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> dict[str, nn.Parameter]:
@@ -173,13 +188,16 @@ def layers_checkpointed(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointed(parts: list[nn.Module]) -> Iterator[None]:
+    own = [(part, "forward" in part.__dict__, part.forward) for part in parts]  # other packs may have set theirs
     try:
         for part in parts:
             part.forward = _recomputed(part.forward, type(part).__name__ in IN_PLACE)  # type: ignore[method-assign]
         yield
     finally:
-        for part in parts:
+        for part, was_set, forward in own:
             part.__dict__.pop("forward", None)
+            if was_set:
+                part.forward = forward  # type: ignore[method-assign]
 
 
 def _recomputed(forward: Callable[..., Tensor], in_place: bool) -> Callable[..., Tensor]:

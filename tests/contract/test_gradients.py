@@ -26,6 +26,44 @@ def test_through_the_model(family, what, checkpointing):
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16, torch.bfloat16], ids=str)
+def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch):
+    """Stored in fp8 or half precision and computed in float32: the same gradient, without a second copy of them."""
+    from likeness.core.host import selftest, weights
+
+    def check(layers: int):
+        copied = []
+        ordinary = weights._ordinary
+        with torch.inference_mode(), monkeypatch.context() as patch:
+            patch.setattr(weights, "_ordinary", lambda *value: copied.append(value[0]) or ordinary(*value))
+            model = MODELS[family][0]()
+            model.model.diffusion_model.to(stored)
+            model.set_model_compute_dtype(torch.float32)
+            latent = torch.randn(1, model.model.latent_format.latent_channels, 8, 8)
+            latent.copy_(torch.linspace(-1, 1, latent.numel()).view_as(latent))
+            found = selftest.check_lora(model, tiny_models.prompt(family, 1), latent)
+        assert len([value for value in copied if value.ndim > 1 and value.dtype == stored]) == layers
+        return found
+
+    found = check(0)
+    assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
+    monkeypatch.setattr(weights, "_cast", lambda *_weight: False)
+    count = sum(value.ndim > 1 for value in MODELS[family][0]().model.diffusion_model.parameters())
+    assert check(count) == found
+
+
+def test_a_forward_that_another_pack_has_set_comes_back():
+    from likeness.core.host.weights import checkpointed
+
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    forward = layer.forward = lambda x: 3 * x
+    x = torch.ones(1, 2, requires_grad=True)
+    with checkpointed(torch.nn.Sequential(layer, other), ["Linear"]):
+        assert layer.forward is not forward and torch.equal(layer(x), 3 * x)
+    assert layer.forward is forward and "forward" not in other.__dict__
+
+
 def test_through_the_models_blocks_a_control_net_writes_to():
     from likeness.core.host import selftest
     from nodes import ControlNetApplyAdvanced
