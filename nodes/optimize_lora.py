@@ -168,7 +168,8 @@ def _advanced_inputs() -> list[io.Input]:
                 default=siso.PATIENCE,
                 min=0,
                 max=10_000,
-                tooltip="Stop after so many iterations without an improvement; 0 never stops early.",
+                tooltip="Stop after so many iterations without an improvement; 0 never stops early. With a "
+                "higher one a stopped run goes on.",
             )
         ),
         advanced(
@@ -176,7 +177,8 @@ def _advanced_inputs() -> list[io.Input]:
                 "keep",
                 options=list(get_args(siso.Keep)),
                 default="best",
-                tooltip="The LoRA of the best picture, or of the last iteration as the authors' script writes it.",
+                tooltip="The LoRA of the best picture, or of the last iteration as the authors' script writes it; "
+                "both are stored.",
             )
         ),
         advanced(
@@ -204,7 +206,8 @@ def _optional_inputs() -> list[io.Input]:
             "prompt",
             default="",
             optional=True,
-            tooltip="With 'clip': the words that 'positive' was encoded from.",
+            tooltip="The words that 'positive' was encoded from. The LoRA's file tells them; without 'clip' they do "
+            "nothing else.",
         ),
         io.Image.Input("image", optional=True, tooltip="For editing: the picture whose background stays."),
         io.Mask.Input("mask", optional=True, tooltip="White where the picture may change."),

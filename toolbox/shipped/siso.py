@@ -59,7 +59,7 @@ HOW = (
     "the picture shows your subject, as DINOv2 sees it. It stops when nothing improves any more, and shows every "
     "picture on the way. The LoRA then works in other prompts: 'With the LoRA' beside 'Without the LoRA', from the "
     "same noise.\n\nToo little of the subject: another 'seed' in 'Optimize', or patience 0 and more iterations (what "
-    "was done is kept, it goes on). Too much of the picture itself: fewer iterations.\n\n"
+    "was done is kept, it goes on). Too much of the picture itself: a lower learning_rate.\n\n"
 )
 
 
@@ -165,7 +165,7 @@ class Likeness(Pieces):
         negative = self.prompt("Negative prompt", base.clip, "")
         canvas = self.draw.node(recipe.canvas, "Size of the pictures", width=SIZE, height=SIZE)["LATENT"]
         levels = self.levels("Steps of the training", base.model, recipe, recipe.training_steps)
-        more: dict[str, Any] = {"clip": base.clip, "prompt": text} if text_encoder else {}
+        more: dict[str, Any] = {"clip": base.clip} if text_encoder else {}
         self.draw.column()
         node = self.draw.node(
             "LikenessOptimizeLora",
@@ -174,6 +174,7 @@ class Likeness(Pieces):
             model=base.model,
             vae=base.vae,
             positive=positive,
+            prompt=text,
             similarity=similarity,
             latent=canvas,
             sigmas=levels,
