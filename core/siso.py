@@ -13,6 +13,9 @@ Source: the authors' scripts. Deviations, each with its reason:
   losses and lets positive ones rise for ever;
 - the vision models are asked one after the other, each down to the pixels, and the sum goes back through the generator
   once: the same gradient, with no two of their graphs alive together;
+- their SDXL and Sana compute in float32, FLUX in bf16; the host computes in what ComfyUI chose, which saves half of the
+  memory: an fp16 model in bf16 on a GPU, since gradients vanish in fp16, but in float32 for editing, which is to begin
+  at the very picture that was inverted; the autoencoder mostly in bf16. The LoRA is float32 always;
 - where several references are given, the cosine is the mean over them, as in their code.
 """
 

@@ -47,7 +47,7 @@ def activations(model: Any, latent: Tensor, checkpointing: bool) -> float:
     base = model.model
     if type(base).memory_required is not comfy.model_base.BaseModel.memory_required:
         return factor(checkpointing) * base.memory_required([1, *latent.shape[1:]])
-    size = mm.dtype_size(base.manual_cast_dtype or base.get_dtype())
+    size = mm.dtype_size(model.get_model_object("manual_cast_dtype") or base.get_dtype())  # as a session has set it
     held = HELD_CHECKPOINTED if checkpointing else HELD
     return held * PASS * base.memory_usage_factor * size * math.prod(latent.shape[2:])
 

@@ -201,6 +201,15 @@ def test_checkpointing_is_estimated_lower(vision):
         assert 0 < estimate(True) < estimate(False)
 
 
+def test_a_model_that_computes_in_float32_for_an_edit_is_estimated_higher():
+    from likeness.core.host.memory import activations
+
+    latent, stored, exact = torch.zeros(1, 4, 8, 8), tiny_models.sd1(), tiny_models.sd1()
+    stored.set_model_compute_dtype(torch.bfloat16)
+    exact.set_model_compute_dtype(torch.float32)
+    assert activations(exact, latent, False) == 2 * activations(stored, latent, False)
+
+
 def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
     from likeness.core.host import similarity
     from likeness.core.siso import unlikeness
