@@ -199,8 +199,8 @@ def _optional_inputs() -> list[io.Input]:
         io.Clip.Input(
             "clip",
             optional=True,
-            tooltip="Connect it to optimise the CLIP text encoders too, as published for SDXL-turbo and FLUX; it "
-            "encodes 'prompt'.",
+            tooltip="Connect it to optimise the CLIP text encoders too, as published for SDXL-turbo and FLUX. It "
+            "encodes 'prompt', which must give what 'positive' is.",
         ),
         io.String.Input(
             "prompt",
@@ -210,7 +210,7 @@ def _optional_inputs() -> list[io.Input]:
             "nothing else.",
         ),
         io.Image.Input("image", optional=True, tooltip="For editing: the picture whose background stays."),
-        io.Mask.Input("mask", optional=True, tooltip="White where the picture may change."),
+        io.Mask.Input("mask", optional=True, tooltip="White where the picture may change. Not empty."),
         advanced(
             io.Combo.Input(
                 "optimizer",
