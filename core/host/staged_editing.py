@@ -31,7 +31,7 @@ from ..staged_sampling import (
 )
 from .adapter import Subject, with_adapter, without_adapter
 from .session import predicting
-from .staged_sampling import SCHEDULER, StagedSettings, alike, levels, whole_cells
+from .staged_sampling import SCHEDULER, SEEDS, StagedSettings, alike, levels, whole_cells
 
 SAMPLER = "ddpm"  # the one that pasting between its steps is published for
 
@@ -212,5 +212,5 @@ def _sampled(model: Any, prompts: EditPrompts, run: _Pasting, start: Tensor, dow
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(prompts.positive, prompts.negative)
     guider.set_cfg(cfg)
-    seed = run.settings.seed
+    seed = run.settings.seed % SEEDS
     return guider.sample(start, torch.zeros_like(start), run, down, disable_pbar=True, seed=seed).cpu()

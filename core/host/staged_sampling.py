@@ -23,6 +23,7 @@ from .adapter import Subject, with_adapter
 from .vision import embed
 
 SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"  # together the published steps
+SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, and the largest one overflows
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
 
 
@@ -104,7 +105,7 @@ def staged(
     show = _Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
     if start is None:
         noise = _noise(latent, seed, 0)
-        found = show.sample(first, noise, sigmas, prompts.negative, prompts, 0 * latent, settings, seed)
+        found = show.sample(first, noise, sigmas, prompts.negative, prompts, 0 * latent, settings, seed % SEEDS)
         pictures = [vae.decode(found)]
     else:
         pictures = [whole_cells(start[..., :3].float(), vae)]
@@ -113,7 +114,7 @@ def staged(
     latents = [found]
     while loops.go_on(done, similarity):
         done += 1
-        z, noise, of_loop = vae.encode(pictures[-1]), _noise(latents[-1], seed, done), (seed + done) % 2**64
+        z, noise, of_loop = vae.encode(pictures[-1]), _noise(latents[-1], seed, done), (seed + done) % SEEDS
         if settings.published_level:
             signal, more = _published(model, settings.split_ratio, appearance[0])
             z, noise = signal * z, more * noise
