@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -53,7 +55,8 @@ KEYS = {
 def test_the_saved_file_holds_the_parts_that_were_learned(server, ran, name):
     file = server.base / "models" / "loras" / ran[name].text("Save the LoRA").splitlines()[0]
     with safe_open(file, "pt") as opened:
-        keys = list(opened.keys())
+        keys, header = list(opened.keys()), json.loads(opened.metadata()["likeness"])
+    assert header["prompt"], "what it was learned from is in the file"
     assert all(key.startswith(KEYS[name]) for key in keys)
     assert all(any(key.startswith(prefix) for key in keys) for prefix in KEYS[name])
 
