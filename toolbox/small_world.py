@@ -46,7 +46,8 @@ SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "s
 SWAPPED_CLASS = "cat"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
-ITERATIONS, LIKENESS_RATE, LIKENESS_STEPS = 50, 4e-3, 5
+ITERATIONS, LIKENESS_RATE, LIKENESS_STEPS, GRAD_STEPS = 50, 4e-3, 5, 3
+TRAINING_LEVELS = "Steps of the training"  # the node's title
 TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
 WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
 SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
@@ -166,8 +167,10 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainEmbedding", "steps"): embedding_steps,
         ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
         ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
-        ("Steps of the training", "steps"): min(sampling_steps, LIKENESS_STEPS),
+        (TRAINING_LEVELS, "steps"): min(sampling_steps, LIKENESS_STEPS),
+        (TRAINING_LEVELS, "scheduler"): "normal",
         **({("LikenessOptimizeLora", "cfg"): CFG} if any(map(guided, graph["nodes"])) else {}),
+        **({("Optimize", "grad_steps"): min(sampling_steps, GRAD_STEPS)} if has(graph, TRAINING_LEVELS) else {}),
         ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
         ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
         ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 1000,
