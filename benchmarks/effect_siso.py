@@ -224,7 +224,8 @@ def stored(pairs: list[tuple[Arm, effect_hiper.Case]], path: Path | None, row_of
     rows = []
     for arm, case in pairs:
         subject = " ".join(word for word in vars(case.identity).values() if word)
-        row = found.get((arm.name, subject)) or {"arm": arm.name, "subject": subject, **row_of(case, arm)}
+        row: dict[str, Any] = found.get((arm.name, subject)) or {}
+        row = row or {"arm": arm.name, "subject": subject, **row_of(case, arm)}
         rows.append(row)
         if (arm.name, subject) in found:
             continue

@@ -8,7 +8,7 @@ from ..core import hiper
 from ..core.conditioning import apply_embedding
 from ..core.host.embedding_training import Hold, Schedule, preview_pictures, subject, train_embedding
 from ..core.host.fingerprint import check_base
-from ..core.host.outputs import nothing
+from ..core.host.outputs import loss_map, nothing
 from .types import Embedding, LossMap, advanced, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
@@ -249,7 +249,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
             hold=held(negative, anchor_weight, anchor),
             node_id=cls.hidden.unique_id,
         )
-        loss = {"loss": losses}
+        loss = loss_map(losses)
         if vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
         previews = preview_pictures(

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core import fine_tune as sine
 from ..core.host.crops import Cutting
 from ..core.host.fine_tuning import FULL, LORA, PROMPT, Plan, PriorPictures, Subject, fine_tune
-from ..core.host.outputs import nothing
+from ..core.host.outputs import loss_map, nothing
 from ..core.position_map import INTERPOLATIONS, MAX_CELLS
 from .types import LoraModel, LossMap, advanced, schema
 
@@ -177,7 +177,7 @@ class LikenessFineTune(io.ComfyNode):
             None if prior_image is None else PriorPictures(prior_image, prior_prompt, prior_positive),
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, {"loss": losses})
+        return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))
 
 
 def _advanced() -> list[io.Input]:

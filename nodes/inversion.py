@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core import null_text as published
 from ..core.host.inversion import inverted, start_latent, way_back
-from ..core.host.outputs import nothing
+from ..core.host.outputs import loss_map, nothing
 from ..core.inversion import ITERATIONS, LABELS
 from .types import LossMap, Trajectory, advanced, schema
 
@@ -184,7 +184,7 @@ class LikenessNullText(io.ComfyNode):
         settings = published.NullTextSettings(cfg, inner_steps, learning_rate, epsilon, patience)
         node = cls.hidden.unique_id
         found = way_back(model, positive, negative, trajectory, method, settings, start, node)
-        loss = nothing() if found.losses is None else {"loss": found.losses}
+        loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput(found.negative, loss, found.report, found.model)
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..core import siso
 from ..core.host import likeness_optimisation as host
 from ..core.host.background import background
-from ..core.host.outputs import nothing
+from ..core.host.outputs import loss_map, nothing
 from ..core.host.renoise import replay_of
 from ..core.host.tuned_models import apply_tuned
 from .types import LoraModel, LossMap, Similarity, advanced, schema
@@ -83,7 +83,7 @@ class LikenessOptimizeLora(io.ComfyNode):
         lora = found.tuned()
         tuned, encoder = apply_tuned(lora, model, clip, 1.0)
         encoder = nothing() if encoder is None else encoder
-        loss = {"loss": found.curve()}
+        loss = loss_map(found.losses)
         return io.NodeOutput(tuned, encoder, lora, found.picture, found.pictures, loss, found.report())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core import reference_guidance as published
-from ..core.host.outputs import nothing
+from ..core.host.outputs import loss_map, nothing
 from ..core.host.reference_guidance import guided_by_reference
 from .types import LossMap, Trajectory, advanced, schema
 
@@ -121,7 +121,7 @@ class LikenessReferenceGuide(io.ComfyNode):
         found = guided_by_reference(
             model, positive, negative, noise, trajectory, mask, settings, start_percent, end_percent, node
         )
-        loss = {"loss": found.losses} if found.losses else nothing()
+        loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
 
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..core import hifi_tuner
 from ..core.host.embedding_training import subject
+from ..core.host.outputs import loss_map
 from ..core.host.refining import refine_embedding
 from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
 from .types import Embedding, LossMap, schema
@@ -109,7 +110,7 @@ class LikenessRefineEmbedding(io.ComfyNode):
             held(negative, anchor_weight, anchor),
             cls.hidden.unique_id,
         )
-        return io.NodeOutput(refined, {"loss": losses})
+        return io.NodeOutput(refined, loss_map(losses))
 
 
 NODES = [LikenessRefineEmbedding]

@@ -44,12 +44,6 @@ class Optimised:
         """The LoRA as the pack's and stock nodes take it."""
         return Tuned(self.lora, self.header)
 
-    def curve(self) -> list[float]:
-        """The losses for the stock Plot Loss Graph, which divides by their span: two different ones at least."""
-        if max(self.losses) > min(self.losses):
-            return self.losses
-        return [*self.losses, self.losses[-1] + 1e-6 * max(1.0, abs(self.losses[-1]))]
-
     def report(self) -> str:
         """The best iteration, and its loss beside the first one's, term by term."""
         terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])

@@ -1,8 +1,9 @@
-"""Outputs that are not there, and files that go out."""
+"""Outputs that are not there, losses for the stock graph, and files that go out."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
@@ -14,6 +15,14 @@ MAX_PREFIX = 200  # characters; file systems stop at 255 for one name
 def nothing() -> ExecutionBlocker:
     """The value of an output that was not made: what stands behind it is silently not run."""
     return ExecutionBlocker(None)
+
+
+def loss_map(losses: Sequence[float]) -> dict[str, list[float]]:
+    """A LOSS_MAP of one loss at least. The stock Plot Loss Graph divides by the span: it gets two different ones."""
+    found = [float(loss) for loss in losses]
+    if max(found) == min(found):
+        found.append(found[-1] + 1e-6 * max(1.0, abs(found[-1])))
+    return {"loss": found}
 
 
 def numbered_path(folder: str, prefix: str, suffix: str) -> Path:

@@ -210,3 +210,13 @@ def test_hostile_names_write_and_read_nothing(name, tmp_path):
     assert sorted(tmp_path.rglob("*.safetensors")) == before
     with pytest.raises((ValueError, FileNotFoundError)):
         run_node(LikenessLoadEmbedding, name=f"{name}.safetensors")
+
+
+def test_a_single_loss_is_drawn_too():
+    """The stock graph divides by the span of the losses."""
+    from likeness.core.host.outputs import loss_map
+
+    for losses in ([0.5], [-1.0, -1.0], [0.0]):
+        drawn = loss_map(losses)["loss"]
+        assert drawn[: len(losses)] == losses and max(drawn) > min(drawn)
+    assert loss_map([2.0, 1.0]) == {"loss": [2.0, 1.0]}
