@@ -47,6 +47,7 @@ SWAPPED_CLASS = "cat"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
 ITERATIONS, LIKENESS_RATE, LIKENESS_STEPS, GRAD_STEPS = 50, 4e-3, 5, 3
+LIKENESS_CFG = 4.5
 TRAINING_LEVELS = "Steps of the training"  # the node's title
 TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
 WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
@@ -169,7 +170,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
         (TRAINING_LEVELS, "steps"): min(sampling_steps, LIKENESS_STEPS),
         (TRAINING_LEVELS, "scheduler"): "normal",
-        **({("LikenessOptimizeLora", "cfg"): CFG} if any(map(guided, graph["nodes"])) else {}),
+        **({("LikenessOptimizeLora", "cfg"): LIKENESS_CFG} if any(map(guided, graph["nodes"])) else {}),
         **({("Optimize", "grad_steps"): min(sampling_steps, GRAD_STEPS)} if has(graph, TRAINING_LEVELS) else {}),
         ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
         ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
