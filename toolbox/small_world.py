@@ -44,6 +44,7 @@ STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
 SWAPPED_CLASS = "cat"
+EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
 ITERATIONS, LIKENESS_RATE, LIKENESS_STEPS, GRAD_STEPS = 50, 4e-3, 5, 3
@@ -81,6 +82,7 @@ def draw_subject(folder: Path) -> Path:
         (STYLE_PICTURE, style(), STYLE_BACKGROUND, STYLE_SEED),
         (PICTURE, subject(), SOURCE_BACKGROUND, SUBJECT_SEED),
         (SECOND_PICTURE, subject(), SECOND_BACKGROUND, SECOND_SEED),
+        (EDITED_PICTURE, edited(), STYLE_BACKGROUND, EDITED_SEED),
     ):
         picture, _ = world.render(identity, background, seed)
         Image.fromarray(picture).save(folder / name)
@@ -97,6 +99,13 @@ def style() -> world.Identity:
     from ..toyworld import world
 
     return world.identity(STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE)
+
+
+def edited() -> world.Identity:
+    """Another one of the subject's class, in whose place it comes."""
+    from ..toyworld import world
+
+    return world.identity(EDITED_SEED, SUBJECT_CLASS, EDITED_COLOR, "plain")
 
 
 def texts() -> dict[str, str]:
@@ -153,7 +162,7 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
         ("LoadImage", "image"): PICTURE,
         ("Picture of the style", "image"): STYLE_PICTURE,
-        ("Picture to change", "image"): STYLE_PICTURE,
+        ("Picture to change", "image"): EDITED_PICTURE if has(graph, "LikenessRenoise") else STYLE_PICTURE,
         ("Picture 2 of the subject", "image"): SECOND_PICTURE,
         **{(title, "cfg"): CFG for title in ("LikenessNullText", "LikenessReferenceGuide")},
         ("LikenessRefineEmbedding", "learning_rate"): REFINING_RATE,
@@ -187,6 +196,8 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         **{key: value for node in graph["nodes"] for key, value in sizes(node)},
         **{(title, text_input(graph, title)): text for title, text in texts().items()},
     }
+    if has(graph, "LikenessRenoise"):
+        wanted["Prompt of the picture to change", "text"] = f"a photo of a {SUBJECT_CLASS} at night"
     return {key: value for key, value in wanted.items() if has(graph, key[0])}
 
 

@@ -22,7 +22,7 @@ def result(server, request):
 
 @pytest.fixture
 def source(server) -> np.ndarray:
-    return pixels(Image.open(server.base / "input" / small_world.STYLE_PICTURE))
+    return pixels(Image.open(server.base / "input" / small_world.EDITED_PICTURE))
 
 
 def test_the_picture_comes_back_by_stock_nodes(result, source):
@@ -44,7 +44,7 @@ def test_the_edit_becomes_more_alike(result):
 def test_the_background_changes_less_than_the_subject(result, server):
     first, last = (result.pictures("All iterations")[index] for index in (0, -1))
     picture, coverage = drawn()
-    assert np.array_equal(picture, np.asarray(Image.open(server.base / "input" / small_world.STYLE_PICTURE)))
+    assert np.array_equal(picture, np.asarray(Image.open(server.base / "input" / small_world.EDITED_PICTURE)))
     inside = coverage > 127
     assert distance(first[~inside], last[~inside]) < 0.7 * distance(first[inside], last[inside])
 
@@ -53,7 +53,7 @@ def drawn() -> tuple[np.ndarray, np.ndarray]:
     """The picture to change, and where its subject is."""
     from likeness.toyworld import world
 
-    return world.render(small_world.style(), small_world.STYLE_BACKGROUND, small_world.STYLE_SEED)
+    return world.render(small_world.edited(), small_world.STYLE_BACKGROUND, small_world.EDITED_SEED)
 
 
 @pytest.mark.parametrize("name", NAMES)
