@@ -13,7 +13,7 @@ LARGE = "dinov2-large"
 RETRIEVAL = "ir_features.pth"
 RETRIEVAL_PAGE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
 SIMPLE, TARGET = "a photo of a dog", "a photo of a dog on the beach"
-SAVED = "likeness/siso_00001_.safetensors"
+SAVED = "likeness/siso_sd15_00001_.safetensors"
 TURBO = {
     "name": "sd_xl_turbo_1.0_fp16.safetensors",
     "url": f"{HUB}/stabilityai/sdxl-turbo/resolve/main/sd_xl_turbo_1.0_fp16.safetensors",
@@ -55,11 +55,15 @@ FIRST = (
     "it is into 'Prompt of the training', in the plainest words: 'a photo of a cat', 'a photo of a vase'. "
 )
 HOW = (
-    "'Optimize' makes a picture of the plain prompt again and again, from the same noise, and moves a small LoRA until "
-    "the picture shows your subject, as DINOv2 sees it. It stops when nothing improves any more, and shows every "
-    "picture on the way. The LoRA then works in other prompts: 'With the LoRA' beside 'Without the LoRA', from the "
-    "same noise.\n\nToo little of the subject: another 'seed' in 'Optimize', or patience 0 and more iterations (what "
-    "was done is kept, it goes on). Too much of the picture itself: a lower learning_rate.\n\n"
+    "'Optimize' makes a picture of the plain prompt again and again, from the same noise, and moves a small LoRA until"
+    " the picture shows your subject, as DINOv2 sees it. It stops when nothing improves any more, usually after 15 to "
+    "30 of the 50 pictures, and shows every one on the way. Judge by 'Most alike' first: there the likeness is "
+    "largest. In other prompts it is weaker: 'With the LoRA' beside 'Without the LoRA'. Keep 'Noise' equal to 'seed' "
+    "in 'Optimize', as the authors do: from other noise less of the subject is left.\n\n'Report': the loss is minus "
+    "the likeness, -1 is the same, 0 nothing alike. When the best is iteration 1, or shows too little of the subject: "
+    "another seed (in both places), or a higher patience (15; what was done is kept, it goes on; 0 never stops early)."
+    " Too much of the picture itself: a lower learning_rate. The background comes along: paint the subject in the "
+    "picture's MaskEditor and lead its MASK to 'Like the subject'.\n\n"
 )
 
 
@@ -89,7 +93,7 @@ MANY_STEPS = Recipe(
 ONE_STEP = Recipe(
     {
         **{"iterations": 50, "learning_rate": 2e-4, "weight_decay": 1e-2, "patience": 7, "cfg": 1.0},
-        **{"text_rate": 2e-4, "text_decay": 1e-2},
+        **{"text_rate": 2e-4, "text_decay": 1e-2, "checkpointing": True},
     },
     scheduler="sgm_uniform",
     training_steps=1,
@@ -127,7 +131,9 @@ class Likeness(Pieces):
         return Base(node["MODEL"], node["CLIP"], node["VAE"])
 
     def flux(self) -> Base:
-        model = self.draw.node("UNETLoader", "Model", models=(SCHNELL,), unet_name=SCHNELL["name"])
+        model = self.draw.node(
+            "UNETLoader", "Model", models=(SCHNELL,), unet_name=SCHNELL["name"], weight_dtype="fp8_e4m3fn"
+        )
         clip = self.draw.node(
             "DualCLIPLoader",
             "Text encoders",
@@ -158,8 +164,10 @@ class Likeness(Pieces):
         self.draw.group("Instance retrieval", [retrieval, both], bypassed=True)
         return both["similarity"]
 
-    def learn(self, base: Base, similarity: Output, recipe: Recipe, text_encoder: bool) -> tuple[Node, Output]:
-        """The optimisation with what it shows; also the empty negative prompt."""
+    def learn(
+        self, base: Base, similarity: Output, recipe: Recipe, text_encoder: bool, name: str
+    ) -> tuple[Node, Output]:
+        """The optimisation with what it shows; also the empty negative prompt. name: of the LoRA's file."""
         text = self.text("Prompt of the training", SIMPLE)
         positive = self.prompt("Prompt of the training, encoded", base.clip, text)
         negative = self.prompt("Negative prompt", base.clip, "")
@@ -188,7 +196,7 @@ class Likeness(Pieces):
         self.draw.node("PreviewImage", "All iterations", images=node["images"])
         self.draw.node("LossGraphNode", "Loss", extra=260, loss=node["loss"], filename_prefix="likeness/loss")
         self.draw.node("PreviewAny", "Report", extra=160, source=node["report"])
-        self.draw.node("LikenessSaveTuned", "Save the LoRA", lora=node["lora"], filename_prefix="likeness/siso")
+        self.draw.node("LikenessSaveTuned", "Save the LoRA", lora=node["lora"], filename_prefix=f"likeness/{name}")
         return node, negative
 
     def levels(self, title: str, model: Output, recipe: Recipe, steps: int) -> Output:
@@ -202,7 +210,7 @@ class Likeness(Pieces):
         plain = self.prompt("New prompt", base.clip, text)
         tuned = self.prompt("New prompt, tuned encoder", learned["clip"], text) if text_encoder else plain
         canvas = draw.node(recipe.canvas, "Size of the new pictures", width=SIZE, height=SIZE)["LATENT"]
-        noise = draw.node("RandomNoise", "Noise", noise_seed=SEED + 1)["NOISE"]
+        noise = draw.node("RandomNoise", "Noise", noise_seed=SEED)["NOISE"]
         sampler = draw.node("KSamplerSelect", "Sampler", sampler_name=recipe.sampler)["SAMPLER"]
         levels = self.levels("Steps", base.model, recipe, recipe.steps)
         draw.column()
@@ -254,18 +262,18 @@ def generate(draw: Drawing) -> None:
         + FIRST
         + HOW
         + "SD1.x has no one-step form, so this follows the authors' recipe for Sana: 20 steps, the last 3 of them with "
-        "a gradient, cfg 4.5. One iteration takes about as long as two pictures; 15 to 50 are usual. 'Save the LoRA' "
-        "writes it into models/loras, for 'siso_reuse' and every stock loader.\n\n"
+        "a gradient, cfg 4.5. One iteration takes about as long as two pictures. 'Save the LoRA' writes it into "
+        "models/loras, for 'siso_reuse' and every stock loader.\n\n"
         + MODEL_NOTE
         + LIKENESS_ROWS.replace("\n\n", f"\n{SCORE_ROWS}\n", 1),
-        1060,
+        1180,
     )
     base = make.checkpoint(CHECKPOINT_MODEL)
     draw.column()
     picture = make.picture("Picture of the subject")
     similarity = make.likeness(picture)
     draw.column()
-    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False)
+    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False, name="siso_sd15")
     draw.column()
     images = make.compare(base, learned, negative, MANY_STEPS, text_encoder=False)
     draw.column()
@@ -280,17 +288,21 @@ def sdxl_turbo(draw: Drawing) -> None:
         + FIRST
         + HOW
         + "The pictures of the training are made in one step, the new one in four. The LoRA is learned for both text "
-        "encoders too, as published; without 'clip' at 'Optimize' it needs less memory and changes prompts less. "
-        "Pictures are 512 x 512, which is what SDXL-turbo was made for. In 16 GB switch checkpointing on in "
-        "'Optimize'.\n\n" + HEAD + row(TURBO, "Stability AI non-commercial research") + LIKENESS_ROWS,
-        1020,
+        "encoders too, as published. Pictures are 512 x 512, which is what SDXL-turbo was made for. 'checkpointing' in "
+        "'Optimize' (among its advanced inputs) is on: with 24 GB it can be off, which is faster. When 12 GB are not "
+        "enough, disconnect 'clip' from 'Optimize' and lead the CLIP of 'Model' to 'New prompt, tuned encoder' (needs "
+        "are estimated; no GPU was measured).\n\n"
+        + HEAD
+        + row(TURBO, "Stability AI non-commercial research")
+        + LIKENESS_ROWS,
+        1220,
     )
     base = make.checkpoint(TURBO)
     draw.column()
     picture = make.picture("Picture of the subject")
     similarity = make.likeness(picture)
     draw.column()
-    learned, negative = make.learn(base, similarity, ONE_STEP, text_encoder=True)
+    learned, negative = make.learn(base, similarity, ONE_STEP, text_encoder=True, name="siso_sdxl_turbo")
     draw.column()
     make.compare(base, learned, negative, ONE_STEP, text_encoder=True)
 
@@ -303,21 +315,23 @@ def flux(draw: Drawing) -> None:
         + FIRST
         + HOW
         + "The pictures of the training are made in one step and look blurred: that is expected, the new one is made "
-        "in four and is sharp. FLUX.1 is large: load it as fp8 ('weight_dtype' in 'Model'), keep checkpointing on, and "
-        "disconnect 'clip' at 'Optimize' when memory is short (its T5 is then not needed while optimising).\n\n"
+        "in four and is sharp. FLUX.1 is large: it is loaded as fp8 ('weight_dtype' in 'Model') and, with DINOv2 and"
+        " the gradient, wants a card of 24 GB, of 16 GB at the very least; on 12 GB take SDXL-turbo. When memory is "
+        "short, disconnect 'clip' from 'Optimize' and lead the CLIP of 'Text encoders' to 'New prompt, tuned "
+        "encoder': T5 is then not needed while optimising.\n\n"
         + HEAD
         + row(SCHNELL, "Apache-2.0")
         + "".join(row(model, "Apache-2.0" if "t5" in model["name"] else "MIT") for model in ENCODERS)
         + row(AUTOENCODER, "Apache-2.0")
         + LIKENESS_ROWS,
-        1080,
+        1260,
     )
     base = make.flux()
     draw.column()
     picture = make.picture("Picture of the subject")
     similarity = make.likeness(picture)
     draw.column()
-    learned, negative = make.learn(base, similarity, FLUX, text_encoder=True)
+    learned, negative = make.learn(base, similarity, FLUX, text_encoder=True, name="siso_flux")
     draw.column()
     make.compare(base, learned, negative, FLUX, text_encoder=True)
 
@@ -334,7 +348,7 @@ def references(draw: Drawing) -> None:
         + HOW
         + MODEL_NOTE
         + LIKENESS_ROWS,
-        960,
+        1080,
     )
     base = make.checkpoint(CHECKPOINT_MODEL)
     draw.column()
@@ -344,7 +358,7 @@ def references(draw: Drawing) -> None:
     draw.column()
     similarity = make.likeness(both)
     draw.column()
-    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False)
+    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False, name="siso_references")
     draw.column()
     make.compare(base, learned, negative, MANY_STEPS, text_encoder=False)
 
@@ -356,9 +370,12 @@ def reuse(draw: Drawing) -> None:
         "# Use a learned subject again (SISO)\nThe saved LoRA in other prompts, with the stock LoRA loader: no node of "
         "this pack is needed.\n\n**First** run 'siso_generate' once, choose its file in 'Saved LoRA' (press R if the "
         "list does not show it), and name the subject by its class in the prompts, as in the training. Lower the "
-        "strength to 0.7 when the background of the training comes back; other LoRAs can be loaded beside it. Files of "
-        "'siso_sdxl_turbo' and 'siso_flux' work the same way, with their model and four steps.\n\n" + MODEL_NOTE,
-        560,
+        "strength to 0.7 when the background of the training comes back; other LoRAs can be loaded beside it. Keep the "
+        "seed of the training in the samplers: from other noise less of the subject is left.\n\nFiles of the other "
+        "graphs need their own model and settings. SDXL-turbo: its checkpoint, steps 4, cfg 1, euler_ancestral, "
+        "sgm_uniform. FLUX.1-schnell: the three loaders of 'siso_flux' in the "
+        "place of 'Model', steps 4, cfg 1, euler, simple.\n\n" + MODEL_NOTE,
+        640,
     )
     base = make.checkpoint(CHECKPOINT_MODEL)
     draw.column()

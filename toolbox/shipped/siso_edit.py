@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..drawing import Drawing, Node, Output
-from .hifi import BLIP, DETECTOR, MASK_NOTE, MASK_ROWS, SAM
+from .hifi import BLIP, DETECTOR, MASK_ROWS, SAM
 from .pieces import HUB, SEED, SIZE
 from .siso import HEAD, LIKENESS_ROWS, TURBO, Base, Likeness, row
 
@@ -24,19 +24,23 @@ GROUPS_NOTE = """
 The groups "Find the subject" and "Caption" are switched off, so that their models need not be there. To switch one \
 on, right-click its title and choose "Set Group Nodes to Always". "Find the subject" finds the mask by the word in \
 'What goes', beside what you painted; "Caption" describes both pictures, to be copied into the prompts in two or three \
-words.
+words. Only "Find the subject" needs the detector, the SAM file and `pip install segment-anything` with ComfyUI's \
+Python; painting needs none of them.
 """
 
 
 HOW = (
-    "Inverts a picture in three of four steps, and moves a small LoRA until what stands in it looks like your subject, "
-    "while the background outside of the mask stays.\n\n**First** load both pictures (the picture to change is cut to "
-    "a 512 x 512 square). 1. Right-click 'Picture to change', choose 'Open in MaskEditor' and paint what is to become "
-    "your subject, with a little room around it. 2. Write into the two prompts what each picture shows, in two or "
-    "three plain words.\n\nLook at 'Picture again' first: when it is already far from the picture, describe that "
-    "better, or take another picture. The background changes: raise background_weight in 'Optimize' (30, 100). Too "
-    "little of the subject: lower it (3), paint more room, or set 'Without the first' to 0, which changes more. 6 to "
-    "30 iterations are usual; each takes about as long as a picture."
+    "Inverts a picture in three of four steps, and moves a small LoRA until what stands in it looks like your subject,"
+    " while the background outside of the mask stays.\n\n**First** load both pictures (the picture to change is cut to"
+    " a 512 x 512 square). 1. Right-click 'Picture to change', choose 'Open in MaskEditor' and paint what is to become"
+    " your subject, with a little room around it. 2. In 'Prompt of the picture to change' write what stands there now,"
+    " in two or three plain words ('a photo of a cat'); in 'Prompt of the result' what your subject is ('a photo of a "
+    "dog'), nothing of its background.\n\nLook at 'Picture again' first: when it is already far from the picture, "
+    "describe that better, or take another picture ('How near it comes': above about 30 % it is). The background "
+    "changes: raise background_weight in 'Optimize' (30, 100). Too little of the subject: lower it (3), paint more "
+    "room, or set 'step' in 'Without the first' to 0, which changes more. Colours and details are taken over more "
+    "easily than another shape. It stops by itself, usually after 10 to 40 iterations; each takes about as long as a "
+    "picture."
 )
 
 
@@ -137,6 +141,7 @@ class Editing(Likeness):
             grad_steps=1,
             patience=7,
             background_weight=10.0,
+            checkpointing=True,
             image=image,
             mask=mask,
         )
@@ -150,7 +155,7 @@ class Editing(Likeness):
 def edited(draw: Drawing, model: dict[str, str], licence: str, inversion: Inversion, title: str, more: str) -> None:
     """The graph of one model."""
     make = Editing(draw)
-    models = LIKENESS_ROWS.replace("\n\n", f"\n{MASK_ROWS}{BLIP_ROW}\n", 1) + MASK_NOTE + GROUPS_NOTE
+    models = LIKENESS_ROWS.replace("\n\n", f"\n{MASK_ROWS}{BLIP_ROW}\n", 1) + GROUPS_NOTE
     head = f"# Your subject in another picture, with {title} (SISO)\n{HOW} {more}\n\n{HEAD}{row(model, licence)}"
     draw.note(head + models, 1180)
     base = make.checkpoint(model)
@@ -202,7 +207,7 @@ def edit_sdxl_turbo(draw: Drawing) -> None:
         "Stability AI non-commercial research",
         ANCESTRAL,
         "SDXL-turbo",
-        "In 16 GB switch checkpointing on in 'Optimize'.",
+        "'checkpointing' in 'Optimize' (among its advanced inputs) is on; with 24 GB it can be off, which is faster.",
     )
 
 

@@ -13,8 +13,8 @@ FOLDER = "Sana_1600M_512px_diffusers"
 # The recipe is the authors' own for Sana. Its samples are 32 times smaller than pictures, as HunyuanImage's are.
 RECIPE = replace(MANY_STEPS, scheduler="simple", canvas="EmptyHunyuanImageLatent")
 SANA_ROW = (
-    f"| [{FOLDER}]({HUB}/Efficient-Large-Model/{FOLDER}) (the whole folder) | models/diffusers/{FOLDER} | NVIDIA NSCL "
-    "v2-custom; its text encoder: Gemma Terms of Use |\n"
+    f"| [{FOLDER}]({HUB}/Efficient-Large-Model/{FOLDER}) (with its sub-folders; of weights in several precisions one "
+    f"each) | models/diffusers/{FOLDER} | NVIDIA NSCL v2-custom; its text encoder: Gemma Terms of Use |\n"
 )
 
 
@@ -26,13 +26,11 @@ def sana(draw: Drawing) -> None:
         + FIRST
         + HOW
         + "Sana is a model that ComfyUI does not know: 'Load Sana' makes its folder a MODEL, CLIP and VAE like any "
-        "other. It needs a package: `pip install diffusers` with ComfyUI's Python. The recipe is the authors': 20 "
-        "steps, the last 3 of them with a gradient, cfg 4.5; checkpointing is on, which needs less memory and gives "
-        "the same result. Stock Load LoRA and diffusers both read the saved LoRA.\n\n"
-        + HEAD
-        + SANA_ROW
-        + LIKENESS_ROWS,
-        1080,
+        "other. It needs a package: `pip install -U diffusers` with ComfyUI's Python (0.35 or newer; when pip "
+        "complains, see the node's help page). The recipe is the authors': 20 steps, the last 3 of them with a "
+        "gradient, cfg 4.5; checkpointing is on, which needs less memory and gives the same result. Stock Load LoRA "
+        "(Model) and diffusers both read the saved LoRA.\n\n" + HEAD + SANA_ROW + LIKENESS_ROWS,
+        1200,
     )
     node = draw.node("LikenessLoadSana", "Sana", name=FOLDER)
     base = Base(node["model"], node["clip"], node["vae"])
@@ -40,7 +38,7 @@ def sana(draw: Drawing) -> None:
     picture = make.picture("Picture of the subject")
     similarity = make.likeness(picture)
     draw.column()
-    learned, negative = make.learn(base, similarity, RECIPE, text_encoder=False)
+    learned, negative = make.learn(base, similarity, RECIPE, text_encoder=False, name="siso_sana")
     draw.column()
     make.compare(base, learned, negative, RECIPE, text_encoder=False)
 
