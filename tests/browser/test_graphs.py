@@ -114,4 +114,7 @@ def test_templates_are_listed_with_thumbnails(page):
             arg=name,
         )
     page.tab.locator(f'[data-testid="template-workflow-{live.NAMES[-1]}"]').click()
-    page.tab.wait_for_function("type => app.graph._nodes.some(node => node.type === type)", arg="LikenessGuidance")
+    own = {node["type"] for node in small_world.shipped(live.NAMES[-1])["nodes"] if node["type"].startswith("Likeness")}
+    page.tab.wait_for_function(
+        "types => types.every(type => app.graph._nodes.some(node => node.type === type))", arg=sorted(own)
+    )
