@@ -9,6 +9,7 @@ const NODES = new Set([
   "LikenessFineTune",
   "LikenessNullText",
   "LikenessReferenceGuide",
+  "LikenessOptimizeLora",
 ]);
 const WIDTH = 300;
 const HEIGHT = 90;
