@@ -26,6 +26,7 @@ AFTER: dict[str, tuple[str, str, tuple[str, str]]] = {
     "hiper_pick_the_step": ("hiper_train_and_edit", "", ("", "")),
     "sine_load_and_edit": ("sine_edit", "Save the tuned model", ("Saved model", "name")),
     "sine_stock_loader": ("sine_edit_wide", "Save the tuned model", ("Saved model", "lora_name")),
+    "hifi_ablation": ("hifi_train_subject", "", ("", "")),
     "hifi_reference_guided": ("hifi_train_subject", "Save the subject", ("Saved subject", "name")),
     "hifi_replace_subject": ("hifi_train_subject", "Save the subject", ("Saved subject", "name")),
     "siso_reuse": ("siso_generate", "Save the LoRA", ("Saved LoRA", "lora_name")),
