@@ -146,7 +146,12 @@ def kl_autoencoder(seed: int = 0):
         return comfy.sd.VAE(sd=net.state_dict(), config=config)
 
 
-def clip_l(seed: int = 0, layers: int = 2):
+def clip_l_exact():
+    """SD1.x's in float32: the stock loader rounds patched weights to an encoder's own precision."""
+    return clip_l(**EXACT)
+
+
+def clip_l(seed: int = 0, layers: int = 2, **more):
     """SD1.x's text encoder with few layers."""
     import comfy.sd
     import comfy.sd1_clip
@@ -157,7 +162,7 @@ def clip_l(seed: int = 0, layers: int = 2):
         tokenizer = comfy.sd1_clip.SD1Tokenizer
 
     with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": {"num_hidden_layers": layers}})
+        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": {"num_hidden_layers": layers}, **more})
         randomise(clip.cond_stage_model, seed)
     return clip
 

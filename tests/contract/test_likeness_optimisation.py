@@ -96,7 +96,7 @@ def test_the_lora_in_stock_nodes_makes_the_kept_picture(family, cfg, steps, grad
 
 
 TEXTS = {
-    "sd1": ("clip_l", "lora_te_", 0.02),
+    "sd1": ("clip_l_exact", "lora_te_", 0.02),
     "sdxl": ("clip_xl", "lora_te2_", 0.005),
     "flux": ("clip_flux", "text_encoder.", 0.02),
 }
