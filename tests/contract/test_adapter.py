@@ -258,45 +258,6 @@ def test_prepared_pictures(caplog):
         prepared(image, mask.expand(3, -1, -1), 64, 0.1)
 
 
-def test_the_nodes_one_after_the_other():
-    """Load what training left, extract it, load that, encode with alpha, apply: as calling the functions."""
-    from pathlib import Path
-
-    from likeness.core.adapter_file import save_adapter
-    from likeness.core.host import folders
-    from likeness.nodes.adapter import (
-        LikenessApplyAdapter,
-        LikenessEncodeSubject,
-        LikenessExtractAdapter,
-        LikenessLoadAdapter,
-    )
-
-    setting = Setting()
-    folder = Path(folders.first_folder(folders.ADAPTERS)) / "checkpoint-7"
-    adapter = stored(setting.model)
-    save_adapter(folder / "model.safetensors", adapter)
-    assert "checkpoint-7" in folders.names(folders.ADAPTERS)
-    pictures = torch.rand(1, 40, 64, 3, generator=torch.Generator().manual_seed(0))
-    mask = torch.zeros(1, 40, 64)
-    mask[:, 8:32, 10:50] = 1.0
-    with torch.inference_mode():
-        whole, info = LikenessLoadAdapter.execute("checkpoint-7").result
-        _, name = LikenessExtractAdapter.execute(whole, "float32", "likeness/test").result
-        extracted, again = LikenessLoadAdapter.execute(name).result
-        alpha = torch.cat([pictures, mask[..., None]], -1)
-        about, seen = LikenessEncodeSubject.execute(
-            setting.model, autoencoder(), setting.source, alpha, 64, 0, margin=0.1
-        ).result
-        (model,) = LikenessApplyAdapter.execute(setting.model, extracted, about, 0.4, 1.0).result
-        two, _ = LikenessEncodeSubject.execute(
-            setting.model, autoencoder(), setting.source, alpha, 64, 1, subject=about
-        ).result
-    assert info == again and seen.shape == (1, 64, 64, 3)
-    wanted = sampled(setting, applied(setting, adapter, subject(setting), ratio=0.4))
-    assert torch.equal(sampled(setting, model), wanted)
-    assert two.tokens.layers[0].shape[1] == 2 * about.tokens.layers[0].shape[1]
-
-
 PUBLISHED = {
     **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2] * 4},
     **{"channel_mult": [1, 2, 4, 4], "use_spatial_transformer": True, "transformer_depth": [1] * 6 + [0] * 2},

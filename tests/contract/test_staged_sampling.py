@@ -133,29 +133,3 @@ def test_what_is_refused(parts):
         staged(parts, split_ratio=1.0)
     with pytest.raises(ValueError, match="divisor of 1000"):
         staged(parts, steps=30)
-
-
-def test_the_nodes(parts, vision, monkeypatch):
-    """What the nodes give is what the functions make."""
-    from types import SimpleNamespace
-
-    from likeness.nodes.staged import LikenessStagedEdit, LikenessStagedSampler
-
-    setting, adapter, about = parts
-    given = {"model": setting.model, "vae": autoencoder(), "adapter": adapter, "subject": about}
-    given |= {"positive": setting.target, "negative": setting.empty, "seed": 7, "steps": STEPS, "cfg": 3.0}
-    given |= {"split_ratio": 0.4, "min_loops": 2, "max_loops": 2, "threshold": 0.99}
-    for node in (LikenessStagedSampler, LikenessStagedEdit):
-        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
-    with torch.inference_mode():
-        image, loops, latent, report = LikenessStagedSampler.execute(
-            latent={"samples": LATENT}, loop_negative=setting.source, **given
-        ).result
-        wanted = staged(parts)
-        assert torch.equal(image, wanted.picture) and torch.equal(latent["samples"], wanted.latent)
-        assert loops.shape[0] == 3 and report == wanted.report
-        picture, mask = torch.rand(1, 67, 96, 3), torch.zeros(1, 67, 96)
-        mask[:, 20:40, 30:60] = 1.0
-        image, loops, _, report = LikenessStagedEdit.execute(image=picture, mask=mask, paste=True, **given).result
-    assert image.shape == (1, 64, 96, 3) and loops.shape[0] == 3 and "loop 2" in report
-    assert torch.equal(image[:, :20], picture[:, :20])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing
-from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses, siso, siso_edit, siso_sana
+from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses, siso, siso_edit, siso_reuse, siso_sana
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **hiper.GRAPHS,
@@ -15,6 +15,7 @@ GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **hifi.GRAPHS,
     **hifi_ablation.GRAPHS,
     **siso.GRAPHS,
+    **siso_reuse.GRAPHS,
     **siso_edit.GRAPHS,
     **siso_sana.GRAPHS,
 }

@@ -13,7 +13,6 @@ LARGE = "dinov2-large"
 RETRIEVAL = "ir_features.pth"
 RETRIEVAL_PAGE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
 SIMPLE, TARGET = "a photo of a dog", "a photo of a dog on the beach"
-SAVED = "likeness/siso_sd15_00001_.safetensors"
 TURBO = {
     "name": "sd_xl_turbo_1.0_fp16.safetensors",
     "url": f"{HUB}/stabilityai/sdxl-turbo/resolve/main/sd_xl_turbo_1.0_fp16.safetensors",
@@ -164,6 +163,16 @@ class Likeness(Pieces):
         self.draw.group("Instance retrieval", [retrieval, both], bypassed=True)
         return both["similarity"]
 
+    def lora(
+        self, base: Base, pictures: Output, recipe: Recipe, text_encoder: bool, name: str
+    ) -> tuple[Output, Output]:
+        """Learned from the pictures, saved by that name; the new picture without it and with it."""
+        similarity = self.likeness(pictures)
+        self.draw.column()
+        learned, negative = self.learn(base, similarity, recipe, text_encoder, name)
+        self.draw.column()
+        return self.compare(base, learned, negative, recipe, text_encoder)
+
     def learn(
         self, base: Base, similarity: Output, recipe: Recipe, text_encoder: bool, name: str
     ) -> tuple[Node, Output]:
@@ -203,7 +212,9 @@ class Likeness(Pieces):
         node = self.draw.node("BasicScheduler", title, model=model, scheduler=recipe.scheduler, steps=steps)
         return node["SIGMAS"]
 
-    def compare(self, base: Base, learned: Node, negative: Output, recipe: Recipe, text_encoder: bool) -> list[Output]:
+    def compare(
+        self, base: Base, learned: Node, negative: Output, recipe: Recipe, text_encoder: bool
+    ) -> tuple[Output, Output]:
         """The new prompt without and with the LoRA, from the same noise."""
         draw = self.draw
         text = self.text("Prompt of the new picture", TARGET)
@@ -234,12 +245,12 @@ class Likeness(Pieces):
         draw.column()
         for name, image in zip(("Without", "With"), images, strict=True):
             self.save(f"{name} the LoRA", image, f"siso_{name.lower()}")
-        return images
+        return images[0], images[1]
 
     def save(self, title: str, image: Output, name: str) -> Node:
         return self.draw.node("SaveImage", title, images=image, filename_prefix=f"likeness/{name}")
 
-    def scores(self, images: list[Output], reference: Output) -> None:
+    def scores(self, images: tuple[Output, Output], reference: Output) -> None:
         """Identity by a model that is not in the loss, and the prompt; switched off."""
         text = self.text("Prompt to score", TARGET)
         dino, clip = self.vision()
@@ -271,11 +282,7 @@ def generate(draw: Drawing) -> None:
     base = make.checkpoint(CHECKPOINT_MODEL)
     draw.column()
     picture = make.picture("Picture of the subject")
-    similarity = make.likeness(picture)
-    draw.column()
-    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False, name="siso_sd15")
-    draw.column()
-    images = make.compare(base, learned, negative, MANY_STEPS, text_encoder=False)
+    images = make.lora(base, picture, MANY_STEPS, text_encoder=False, name="siso_sd15")
     draw.column()
     make.scores(images, picture)
 
@@ -300,11 +307,7 @@ def sdxl_turbo(draw: Drawing) -> None:
     base = make.checkpoint(TURBO)
     draw.column()
     picture = make.picture("Picture of the subject")
-    similarity = make.likeness(picture)
-    draw.column()
-    learned, negative = make.learn(base, similarity, ONE_STEP, text_encoder=True, name="siso_sdxl_turbo")
-    draw.column()
-    make.compare(base, learned, negative, ONE_STEP, text_encoder=True)
+    make.lora(base, picture, ONE_STEP, text_encoder=True, name="siso_sdxl_turbo")
 
 
 def flux(draw: Drawing) -> None:
@@ -329,11 +332,7 @@ def flux(draw: Drawing) -> None:
     base = make.flux()
     draw.column()
     picture = make.picture("Picture of the subject")
-    similarity = make.likeness(picture)
-    draw.column()
-    learned, negative = make.learn(base, similarity, FLUX, text_encoder=True, name="siso_flux")
-    draw.column()
-    make.compare(base, learned, negative, FLUX, text_encoder=True)
+    make.lora(base, picture, FLUX, text_encoder=True, name="siso_flux")
 
 
 def references(draw: Drawing) -> None:
@@ -356,53 +355,7 @@ def references(draw: Drawing) -> None:
     second = make.picture("Picture 2 of the subject")
     both = draw.node("ImageBatch", "Both pictures", image1=first, image2=second)["IMAGE"]
     draw.column()
-    similarity = make.likeness(both)
-    draw.column()
-    learned, negative = make.learn(base, similarity, MANY_STEPS, text_encoder=False, name="siso_references")
-    draw.column()
-    make.compare(base, learned, negative, MANY_STEPS, text_encoder=False)
-
-
-def reuse(draw: Drawing) -> None:
-    """The saved LoRA through ComfyUI's own loader, in three prompts."""
-    make = Likeness(draw)
-    draw.note(
-        "# Use a learned subject again (SISO)\nThe saved LoRA in other prompts, with the stock LoRA loader: no node of "
-        "this pack is needed.\n\n**First** run 'siso_generate' once, choose its file in 'Saved LoRA' (press R if the "
-        "list does not show it), and name the subject by its class in the prompts, as in the training. Lower the "
-        "strength to 0.7 when the background of the training comes back; other LoRAs can be loaded beside it. Keep the "
-        "seed of the training in the samplers: from other noise less of the subject is left.\n\nFiles of the other "
-        "graphs need their own model and settings. SDXL-turbo: its checkpoint, steps 4, cfg 1, euler_ancestral, "
-        "sgm_uniform. FLUX.1-schnell: the three loaders of 'siso_flux' in the "
-        "place of 'Model', steps 4, cfg 1, euler, simple.\n\n" + MODEL_NOTE,
-        640,
-    )
-    base = make.checkpoint(CHECKPOINT_MODEL)
-    draw.column()
-    loaded = draw.node(
-        "LoraLoader",
-        "Saved LoRA",
-        model=base.model,
-        clip=base.clip,
-        lora_name=SAVED,
-        strength_model=1.0,
-        strength_clip=1.0,
-    )
-    negative = make.prompt("Negative prompt", loaded["CLIP"], "")
-    canvas = make.canvas()
-    draw.column()
-    places = ("a photo of a dog on a sandy beach", "a photo of a dog at night", "a photo of a dog in front of a wall")
-    prompts = [make.prompt(f"Prompt {index}", loaded["CLIP"], text) for index, text in enumerate(places, 1)]
-    draw.column()
-    latents = [
-        make.sample(f"Sample {index}", loaded["MODEL"], prompt, negative, canvas)
-        for index, prompt in enumerate(prompts, 1)
-    ]
-    draw.column()
-    images = [draw.node("VAEDecode", samples=latent, vae=base.vae)["IMAGE"] for latent in latents]
-    draw.column()
-    for index, image in enumerate(images, 1):
-        make.save(f"Result {index}", image, f"siso_reuse_{index}")
+    make.lora(base, both, MANY_STEPS, text_encoder=False, name="siso_references")
 
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {
@@ -410,5 +363,4 @@ GRAPHS: dict[str, Callable[[Drawing], None]] = {
     "siso_sdxl_turbo": sdxl_turbo,
     "siso_flux": flux,
     "siso_references": references,
-    "siso_reuse": reuse,
 }

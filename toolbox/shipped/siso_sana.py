@@ -36,11 +36,7 @@ def sana(draw: Drawing) -> None:
     base = Base(node["model"], node["clip"], node["vae"])
     draw.column()
     picture = make.picture("Picture of the subject")
-    similarity = make.likeness(picture)
-    draw.column()
-    learned, negative = make.learn(base, similarity, RECIPE, text_encoder=False, name="siso_sana")
-    draw.column()
-    make.compare(base, learned, negative, RECIPE, text_encoder=False)
+    make.lora(base, picture, RECIPE, text_encoder=False, name="siso_sana")
 
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {"siso_sana": sana}
