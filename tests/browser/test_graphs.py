@@ -10,14 +10,20 @@ from likeness.toolbox.graph import PAGE_WIDGETS, convert, named_values
 from .. import live
 
 FAMILIES = tuple(sorted({name.split("_")[0] for name in live.NAMES}))
-# What trains in a graph, and what must show a picture afterwards.
+# What trains in a graph, in how many steps, and what must show a picture afterwards.
 RUNS = {
     "hiper_train_and_edit": (
         "Learn the subject",
+        live.STEPS,
         ("Reconstruction", "Edit without the subject", "Edit with the subject", "Score"),
     ),
-    "hifi_train_subject": ("Learn the subject", ("Prompt alone", "One embedding", "Step-wise embedding", "Maps")),
-    "sine_edit": ("Learn the picture", ("Base model alone", "Tuned model alone", "Guided edit", "Score")),
+    "hifi_train_subject": (
+        "Learn the subject",
+        live.STEPS,
+        ("Prompt alone", "One embedding", "Step-wise embedding", "Maps"),
+    ),
+    "sine_edit": ("Learn the picture", live.STEPS, ("Base model alone", "Tuned model alone", "Guided edit", "Score")),
+    "siso_generate": ("Optimize", live.ITERATIONS, ("Most alike", "With the LoRA")),
 }
 
 
@@ -65,12 +71,13 @@ def test_missing_model_is_offered(page):
 @pytest.mark.parametrize("name", RUNS)
 def test_graph_runs_with_live_loss(page, object_info, server, name):
     graph = live.lowered(name, object_info)
-    title, shown = RUNS[name]
+    title, steps, shown = RUNS[name]
     trainer = small_world.node_id(graph, title)
     seed = 7000 + len(
         list((server.base / "output").rglob("*.png"))
     )  # another one each time: nothing comes from a cache
-    graph = small_world.adapt(graph, {(title, "seed"): seed}, object_info)
+    patience = {(title, "patience"): 0} if name.startswith("siso") else {}  # all its pictures, whatever they are like
+    graph = small_world.adapt(graph, {(title, "seed"): seed, **patience}, object_info)
     page.load(graph, "run")
     curve = page.tab.locator(".likeness-loss").first
     assert curve.get_attribute("data-points") == "0"
@@ -87,10 +94,10 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
     assert not page.complaints()
 
     seen = page.tab.evaluate("() => window.likenessSeen")
-    assert len(seen) > 1 and seen == sorted(seen) and seen[-1] == live.STEPS
-    assert curve.get_attribute("data-points") == str(live.STEPS)
-    assert len(curve.locator("polyline").get_attribute("points").split()) == live.STEPS
-    assert f"step {live.STEPS} / {live.STEPS}" in curve.inner_text()
+    assert len(seen) > 1 and seen == sorted(seen) and seen[-1] == steps
+    assert curve.get_attribute("data-points") == str(steps)
+    assert len(curve.locator("polyline").get_attribute("points").split()) == steps
+    assert f"step {steps} / {steps}" in curve.inner_text()
     box = curve.bounding_box()
     assert box and box["width"] > 100 and box["height"] > 50
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
