@@ -96,10 +96,10 @@ class Bench(effect_hiper.Bench):
         import comfy.samplers
         import torch
 
-        from ..core.fitting import step_generator
+        from ..core.host.staged_sampling import stock_noise
 
         shape = (SAMPLES, 4, SIDE // 8, SIDE // 8)
-        noise = torch.randn(shape, generator=step_generator(case.seed, 0, "staged"))
+        noise = stock_noise(torch.zeros(shape), case.seed)
         target = self.conditioning(case.prompt(case.target_place))
         with torch.inference_mode():
             levels = comfy.samplers.calculate_sigmas(

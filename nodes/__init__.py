@@ -15,6 +15,7 @@ class LikenessExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from . import (
+            adapter,
             align,
             embedding,
             embedding_files,
@@ -32,10 +33,12 @@ class LikenessExtension(ComfyExtension):
             sana,
             score,
             similarity,
+            staged,
             sweep,
             tuned_files,
         )
 
         modules = (embedding, refine, embedding_files, inspect, fine_tune, tuned_files, guidance, position_map, sweep)
         modules += (inversion, renoise, masks, align, reference, replace, similarity, optimize_lora, sana, score)
+        modules += (adapter, staged)
         return [node for module in modules for node in module.NODES]

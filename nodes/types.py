@@ -7,10 +7,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
+Adapter = io.Custom("LIKENESS_ADAPTER")
 Embedding = io.Custom("LIKENESS_EMBEDDING")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 Similarity = io.Custom("LIKENESS_SIMILARITY")
+Subject = io.Custom("LIKENESS_SUBJECT")
 Subjects = io.Custom("LIKENESS_SUBJECTS")
 Trajectory = io.Custom("LIKENESS_TRAJECTORY")
 

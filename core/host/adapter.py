@@ -58,18 +58,17 @@ class Subject:
 def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Tensor:
     """A subject's pictures as the adapter was trained on them: alone on white, square -> [R, size, size, 3].
 
-    image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is. Without
-    either the whole picture is taken, with white beside it where it is not square.
+    image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is; an
+    empty one, as Load Image gives when nothing was painted, counts as none. Without alpha and mask the whole picture is
+    taken, with white beside it where it is not square.
     """
-    if mask is None and image.shape[-1] == 4:
-        mask = image[..., 3]
+    paintable = mask is not None
+    if mask is None or not bool((mask > 0.5).any()):
+        mask = image[..., 3] if image.shape[-1] == 4 else None
     image, mask = image[..., :3].float().cpu(), None if mask is None else mask.float().cpu()
     if mask is None:
         if _dark_corners(image):
-            log.warning(
-                "The subject's picture has no white background: its surroundings will be taken for a part of the "
-                "subject. Connect a mask."
-            )
+            _say_not_white(paintable)
         mask, margin = torch.ones(image.shape[:3]), 0.0
     if len(mask) not in (1, len(image)):
         raise ValueError(f"{len(mask)} masks came with {len(image)} pictures: give one for each, or one for all.")
@@ -77,6 +76,18 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
         raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
     mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
+
+
+def _say_not_white(paintable: bool) -> None:
+    if paintable:
+        raise ValueError(
+            "The mask is empty, and the subject's picture has no white background: paint the subject (right-click the "
+            "picture, 'Open in MaskEditor'), or disconnect the mask to take the picture as it is."
+        )
+    log.warning(
+        "The subject's picture has no white background: its surroundings will be taken for a part of the subject. "
+        "Connect a mask."
+    )
 
 
 def _dark_corners(image: Tensor) -> bool:

@@ -33,9 +33,14 @@ VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_c
 LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
 SAMS = Kind("sams", (".safetensors", ".pth"))  # the folder that other packs use for segment-anything too
 RETRIEVAL = Kind("ir_features", (".safetensors", ".pth"))
+ADAPTERS = Kind(
+    "likeness_adapters",
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt"),
+    ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
+)
 LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only to say what they are
 DIFFUSERS = Kind("diffusers", (), ("model_index.json",))  # ComfyUI's own
-KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS, RETRIEVAL)
+KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS, RETRIEVAL, ADAPTERS)
 
 
 def register_folders() -> None:

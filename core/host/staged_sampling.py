@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..adapter_file import StoredAdapter
 from ..conditioning import Conditioning
-from ..fitting import step_generator
 from ..staged_sampling import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factors, split
 from .adapter import Subject, with_adapter
 from .vision import embed
@@ -104,7 +103,7 @@ def staged(
     )
     show = _Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
     if start is None:
-        noise = _noise(latent, seed, 0)
+        noise = stock_noise(latent, seed)
         found = show.sample(first, noise, sigmas, prompts.negative, prompts, 0 * latent, settings, seed % SEEDS)
         pictures = [vae.decode(found)]
     else:
@@ -114,7 +113,7 @@ def staged(
     latents = [found]
     while loops.go_on(done, similarity):
         done += 1
-        z, noise, of_loop = vae.encode(pictures[-1]), _noise(latents[-1], seed, done), (seed + done) % SEEDS
+        z, noise, of_loop = vae.encode(pictures[-1]), stock_noise(latents[-1], seed, done), (seed + done) % SEEDS
         if settings.published_level:
             signal, more = _published(model, settings.split_ratio, appearance[0])
             z, noise = signal * z, more * noise
@@ -142,8 +141,9 @@ def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, fl
     return published_factors(float(first), float(table[timestep]))
 
 
-def _noise(like: Tensor, seed: int, loop: int) -> Tensor:
-    return torch.randn(like.shape, generator=step_generator(seed, loop, "staged"))
+def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
+    """What ComfyUI's samplers draw for the seed; a loop's is the seed and its number, so that stock nodes can do it."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed((seed + loop) % SEEDS))
 
 
 def alike(vision: Any, one: Tensor, other: Tensor) -> float:

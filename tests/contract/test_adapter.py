@@ -252,10 +252,55 @@ def test_prepared_pictures(caplog):
     whole = prepared(image, None, 64, 0.1)
     assert float(whole[0, 2].min()) > 0.95 and float(whole[0, 32].max()) < 0.3
     assert "no white background" in caplog.text
-    with pytest.raises(ValueError, match="mask is empty"):
-        prepared(image, 0 * mask, 64, 0.1)
+    nothing = torch.zeros(1, 64, 64)  # as Load Image gives where nothing was painted
+    with pytest.raises(ValueError, match="mask is empty.*no white background: paint"):
+        prepared(image, nothing, 64, 0.1)
+    white = torch.where(mask[..., None] > 0, image, 1.0)
+    torch.testing.assert_close(prepared(white, nothing, 64, 0.1), prepared(white, None, 64, 0.1))
+    torch.testing.assert_close(prepared(alpha, nothing, 64, 0.0), ready)
+    with pytest.raises(ValueError, match="The mask is empty: paint"):
+        prepared(image.expand(2, -1, -1, -1), torch.cat([mask, 0 * mask]), 64, 0.1)
     with pytest.raises(ValueError, match="one for each"):
         prepared(image, mask.expand(3, -1, -1), 64, 0.1)
+
+
+def test_the_nodes_one_after_the_other():
+    """Load what training left, extract it, load that, encode with alpha, apply: as calling the functions."""
+    from pathlib import Path
+
+    from likeness.core.adapter_file import save_adapter
+    from likeness.core.host import folders
+    from likeness.nodes.adapter import (
+        LikenessApplyAdapter,
+        LikenessEncodeSubject,
+        LikenessExtractAdapter,
+        LikenessLoadAdapter,
+    )
+
+    setting = Setting()
+    folder = Path(folders.first_folder(folders.ADAPTERS)) / "checkpoint-7"
+    adapter = stored(setting.model)
+    save_adapter(folder / "model.safetensors", adapter)
+    assert "checkpoint-7" in folders.names(folders.ADAPTERS)
+    pictures = torch.rand(1, 40, 64, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 40, 64)
+    mask[:, 8:32, 10:50] = 1.0
+    with torch.inference_mode():
+        whole, info = LikenessLoadAdapter.execute("checkpoint-7").result
+        _, name = LikenessExtractAdapter.execute(whole, "float32", "likeness/test").result
+        extracted, again = LikenessLoadAdapter.execute(name).result
+        alpha = torch.cat([pictures, mask[..., None]], -1)
+        about, seen = LikenessEncodeSubject.execute(
+            setting.model, autoencoder(), setting.source, alpha, 64, 0, margin=0.1
+        ).result
+        (model,) = LikenessApplyAdapter.execute(setting.model, extracted, about, 0.4, 1.0).result
+        two, _ = LikenessEncodeSubject.execute(
+            setting.model, autoencoder(), setting.source, alpha, 64, 1, subject=about
+        ).result
+    assert info == again and seen.shape == (1, 64, 64, 3)
+    wanted = sampled(setting, applied(setting, adapter, subject(setting), ratio=0.4))
+    assert torch.equal(sampled(setting, model), wanted)
+    assert two.tokens.layers[0].shape[1] == 2 * about.tokens.layers[0].shape[1]
 
 
 PUBLISHED = {

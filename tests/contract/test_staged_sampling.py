@@ -49,7 +49,6 @@ def by_stock_nodes(parts, published=False):
     import comfy.sample
     import comfy.samplers
 
-    from likeness.core.fitting import step_generator
     from likeness.core.host.adapter import with_adapter
 
     setting, adapter, about = parts
@@ -57,7 +56,7 @@ def by_stock_nodes(parts, published=False):
     sampler = comfy.samplers.sampler_object("ddpm")
     with torch.inference_mode():
         sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", STEPS)
-        noises = [torch.randn(LATENT.shape, generator=step_generator(7, loop, "staged")) for loop in range(2)]
+        noises = [comfy.sample.prepare_noise(LATENT, 7 + loop) for loop in range(2)]
         first = comfy.sample.sample_custom(
             with_adapter(setting.model, adapter, about, 0.4), noises[0], 3.0, sampler, sigmas, setting.target,
             setting.empty, LATENT, disable_pbar=True, seed=7,
@@ -133,3 +132,29 @@ def test_what_is_refused(parts):
         staged(parts, split_ratio=1.0)
     with pytest.raises(ValueError, match="divisor of 1000"):
         staged(parts, steps=30)
+
+
+def test_the_nodes(parts, vision, monkeypatch):
+    """What the nodes give is what the functions make."""
+    from types import SimpleNamespace
+
+    from likeness.nodes.staged import LikenessStagedEdit, LikenessStagedSampler
+
+    setting, adapter, about = parts
+    given = {"model": setting.model, "vae": autoencoder(), "adapter": adapter, "subject": about}
+    given |= {"positive": setting.target, "negative": setting.empty, "seed": 7, "steps": STEPS, "cfg": 3.0}
+    given |= {"split_ratio": 0.4, "min_loops": 2, "max_loops": 2, "threshold": 0.99}
+    for node in (LikenessStagedSampler, LikenessStagedEdit):
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
+    with torch.inference_mode():
+        image, loops, latent, report = LikenessStagedSampler.execute(
+            latent={"samples": LATENT}, loop_negative=setting.source, **given
+        ).result
+        wanted = staged(parts)
+        assert torch.equal(image, wanted.picture) and torch.equal(latent["samples"], wanted.latent)
+        assert loops.shape[0] == 3 and report == wanted.report
+        picture, mask = torch.rand(1, 67, 96, 3), torch.zeros(1, 67, 96)
+        mask[:, 20:40, 30:60] = 1.0
+        image, loops, _, report = LikenessStagedEdit.execute(image=picture, mask=mask, paste=True, **given).result
+    assert image.shape == (1, 64, 96, 3) and loops.shape[0] == 3 and "loop 2" in report
+    assert torch.equal(image[:, :20], picture[:, :20])

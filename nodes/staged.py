@@ -1,0 +1,267 @@
+"""Subject-driven generation and editing in stages (EZIGen): layout by text, appearance by the subject, in loops."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core import staged_sampling as published
+from ..core.host import staged_editing as editing
+from ..core.host import staged_sampling as host
+from .types import Adapter, Subject, advanced, schema
+
+LOOPS = "A loop does the last part of the steps once more, from the result before. "
+
+
+def _shared(cfg: float) -> list[io.Input]:
+    """The inputs that both nodes have."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Of all noise, in every loop another.",
+        ),
+        io.Int.Input(
+            "steps", default=published.STEPS, min=2, max=1000, tooltip="Of a whole sampling. 50 is published."
+        ),
+        io.Float.Input(
+            "cfg", default=cfg, min=1.0, max=100.0, step=0.1, round=0.01, tooltip=f"Guidance; {cfg:g} is published."
+        ),
+        io.Float.Input(
+            "split_ratio",
+            default=published.SPLIT_RATIO,
+            min=0.01,
+            max=0.99,
+            step=0.05,
+            round=0.001,
+            tooltip="The last part of the steps, in which the subject is looked at. More is more alike and less free.",
+        ),
+        io.Int.Input(
+            "min_loops",
+            default=published.MIN_LOOPS,
+            min=0,
+            max=100,
+            tooltip=LOOPS + "Equal numbers here and in max_loops give a fixed count.",
+        ),
+        io.Int.Input("max_loops", default=published.MAX_LOOPS, min=0, max=100, tooltip=LOOPS + "9 is published."),
+        io.Float.Input(
+            "threshold",
+            default=published.THRESHOLD,
+            min=0.0,
+            max=1.0,
+            step=0.005,
+            round=0.0001,
+            tooltip="The loops end when two pictures in a row are this alike to the vision model. 0.99 is published "
+            "for CLIP ViT-B/32, and seldom reached.",
+        ),
+    ]
+
+
+class LikenessStagedSampler(io.ComfyNode):
+    """MODEL + adapter + subject + prompts -> pictures of the subject, and a report."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessStagedSampler",
+            display_name="Staged Sampler",
+            category="likeness/adapter",
+            description="Samples a subject in stages (EZIGen): the text lays the picture out, the subject appears in "
+            "it, and both last steps are done again until two pictures in a row are alike.",
+            search_aliases=["ezigen", "decoupled guidance", "subject driven"],
+            inputs=[
+                io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
+                io.Vae.Input("vae", tooltip="Every loop goes through pictures."),
+                Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
+                Subject.Input("subject", tooltip="From Encode Subject."),
+                io.Conditioning.Input("positive", tooltip="The scene, with the subject's class in it."),
+                io.Conditioning.Input("negative", tooltip=f'Of the first sampling; published: "{published.NEGATIVE}"'),
+                io.Latent.Input("latent", tooltip="An empty latent: its size and number of pictures count."),
+                *_shared(published.CFG),
+                io.ClipVision.Input(
+                    "vision",
+                    optional=True,
+                    tooltip="Says when two pictures are alike. Not needed for a fixed number of loops.",
+                ),
+                io.Conditioning.Input(
+                    "loop_negative", optional=True, tooltip="Of the loops: connect the empty prompt, as published."
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="A picture to begin the loops with, of any model, in place of the first sampling.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "sampler",
+                        options=list(host.SAMPLERS),
+                        default=host.SAMPLER,
+                        tooltip="ddpm is published; its fresh noise lets the appearance move between loops.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "scheduler",
+                        options=list(host.SCHEDULERS),
+                        default=host.SCHEDULER,
+                        tooltip="ddim_uniform is published; the number of steps must divide 1000 then.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "exact_noise_level",
+                        default=True,
+                        tooltip="Loops begin at the very level of their first step. Off: as the authors' code does it, "
+                        "a little too noisy, which takes contrast in every loop.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "keep_best",
+                        default=False,
+                        tooltip="Of all loops the picture that is most like the subject, in place of the last one.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The result."),
+                io.Image.Output(display_name="loops", tooltip="The first sampling, and every loop after it."),
+                io.Latent.Output(display_name="latent", tooltip="The result, before decoding."),
+                io.String.Output(display_name="report", tooltip="How alike the loops were, and the number of steps."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        adapter,
+        subject,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        split_ratio,
+        min_loops,
+        max_loops,
+        threshold,
+        vision=None,
+        loop_negative=None,
+        image=None,
+        sampler=host.SAMPLER,
+        scheduler=host.SCHEDULER,
+        exact_noise_level=True,
+        keep_best=False,
+    ) -> io.NodeOutput:
+        settings = host.StagedSettings(
+            seed,
+            steps,
+            cfg,
+            split_ratio,
+            published.Loops(min_loops, max_loops, threshold),
+            sampler,
+            scheduler,
+            published_level=not exact_noise_level,
+            keep_best=keep_best,
+        )
+        prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
+        node = cls.hidden.unique_id
+        found = host.staged(
+            model, vae, adapter, subject, prompts, latent["samples"], settings, vision, image, node_id=node
+        )
+        return io.NodeOutput(found.picture, found.pictures, {"samples": found.latent}, found.report)
+
+
+class LikenessStagedEdit(io.ComfyNode):
+    """A picture + mask + subject -> the picture with the subject in the masked place."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessStagedEdit",
+            display_name="Staged Edit",
+            category="likeness/adapter",
+            description="Puts a subject into a masked place of a picture (EZIGen). The picture is inverted, and "
+            "outside of the mask its own latents are put back behind every step.",
+            search_aliases=["ezigen", "subject swap", "inpaint subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
+                io.Vae.Input("vae", tooltip="Every loop goes through pictures."),
+                Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
+                Subject.Input("subject", tooltip="From Encode Subject."),
+                io.Conditioning.Input("positive", tooltip='What stands in the place afterwards: "a dog".'),
+                io.Conditioning.Input("negative", tooltip="The empty prompt, as published; the inversion uses it too."),
+                io.Image.Input("image", tooltip="The picture to edit, of any proportion."),
+                io.Mask.Input("mask", tooltip="White where the subject goes. Grey mixes both."),
+                *_shared(published.EDIT_CFG),
+                io.ClipVision.Input(
+                    "vision",
+                    optional=True,
+                    tooltip="Says when two pictures are alike. Not needed for a fixed number of loops.",
+                ),
+                io.Boolean.Input(
+                    "paste",
+                    default=False,
+                    tooltip="Put the picture's own pixels back outside of the mask in the end.",
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "exact_background",
+                        default=True,
+                        tooltip="Behind every step the background of its very level, and the picture itself in the "
+                        "end. Off: as the authors' code does it, which leaves noise in the background.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The edited picture."),
+                io.Image.Output(display_name="loops", tooltip="The picture, and the result of every loop."),
+                io.Latent.Output(display_name="latent", tooltip="The result, before decoding and pasting."),
+                io.String.Output(display_name="report", tooltip="How alike the loops were."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        adapter,
+        subject,
+        positive,
+        negative,
+        image,
+        mask,
+        seed,
+        steps,
+        cfg,
+        split_ratio,
+        min_loops,
+        max_loops,
+        threshold,
+        vision=None,
+        paste=False,
+        exact_background=True,
+    ) -> io.NodeOutput:
+        settings = editing.EditSettings(
+            seed,
+            steps,
+            cfg,
+            split_ratio,
+            published.Loops(min_loops, max_loops, threshold),
+            published=not exact_background,
+            paste=paste,
+        )
+        prompts, node = editing.EditPrompts(positive, negative, negative), cls.hidden.unique_id
+        found = editing.edited(model, vae, adapter, subject, prompts, image, mask, settings, vision, node)
+        return io.NodeOutput(found.picture, found.pictures, {"samples": found.latent}, found.report)
+
+
+NODES = [LikenessStagedSampler, LikenessStagedEdit]
