@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ezigen import WEIGHTS, Layer
+from .ezigen import WEIGHTS, Adapter, Layer
 from .files import read_tensors, write_tensors
 
 log = logging.getLogger("likeness")
@@ -50,7 +50,7 @@ class StoredAdapter:
     def order(self) -> list[str]:
         """Its layers, as the UNet runs them."""
         layers = {name.partition(".adapter")[0] for name in self.tensors if name != WEIGHTS}
-        return sorted(layers, key=_place)
+        return by_place(layers)
 
     def widths(self) -> list[int]:
         """The width of every layer."""
@@ -68,6 +68,11 @@ class StoredAdapter:
         line = f"{len(self.tensors)} tensors, {count:,} numbers, {len(self.order())} blocks of widths {kinds}"
         steps = self.header.get("steps")
         return line + (f", {steps} steps" if steps else "")
+
+
+def by_place(layers: Iterable[str]) -> list[str]:
+    """Layers in the order in which the UNet runs them."""
+    return sorted(layers, key=_place)
 
 
 def _place(name: str) -> tuple[int, ...]:
@@ -104,6 +109,18 @@ def read_adapter(path: Path) -> StoredAdapter:
         few = sorted(base)[:: max(1, len(base) // 4)]
         header = {"kind": KIND, "format": FORMAT, "base": {name: base[name] for name in few}, "from": path.name}
     return StoredAdapter(tensors, header)
+
+
+def trained(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
+    """What was trained, as a file holds it."""
+    tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.named().items()}
+    return StoredAdapter(tensors, header)
+
+
+def base_sample(layers: Sequence[str], weight: Callable[[str], Tensor]) -> dict[str, list[float]]:
+    """The header's note of the UNet that an adapter was trained in; weight(layer): its attn1.to_q.weight there."""
+    chosen = layers[:: max(1, len(layers) // 4)]
+    return {f"{name}.attn1.to_q.weight": weight(name).flatten()[:SAMPLED].float().tolist() for name in chosen}
 
 
 def save_adapter(path: Path, adapter: StoredAdapter, dtype: torch.dtype | None = None) -> None:

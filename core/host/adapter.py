@@ -17,7 +17,9 @@ from comfy.model_base import ModelType
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..adapter_file import SAMPLED, StoredAdapter
+from .. import adapter_file
+from ..adapter_file import StoredAdapter
+from ..adapter_file import trained as trained
 from ..conditioning import Conditioning, single_prompt
 from ..ezigen import SUBJECT_TIMESTEP, Adapter, SubjectTokens, joined
 from ..fitting import step_generator
@@ -264,20 +266,8 @@ class _Run:
         return torch.cat(parts)
 
 
-def trained(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
-    """What was trained, as a file holds it."""
-    tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.named().items()}
-    return StoredAdapter(tensors, header)
-
-
 def base_sample(model: Any) -> dict[str, list[float]]:
     """The header's note of the model that an adapter was trained in."""
-    state, found = model.model.diffusion_model.state_dict(), places(model.model)
-    chosen = found[:: max(1, len(found) // 4)]
-    return {
-        f"{place.layer.name}.attn1.to_q.weight": state[f"{place.module}.attn1.to_q.weight"]
-        .flatten()[:SAMPLED]
-        .float()
-        .tolist()
-        for place in chosen
-    }
+    state = model.model.diffusion_model.state_dict()
+    modules = {place.layer.name: place.module for place in places(model.model)}
+    return adapter_file.base_sample(list(modules), lambda name: state[f"{modules[name]}.attn1.to_q.weight"])

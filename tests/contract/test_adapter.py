@@ -17,7 +17,7 @@ FAMILIES = ["sd1", "sdxl"]
 
 def stored(model, seed: int = 0, header: dict | None = None):
     """An adapter as training starts it, moved a little."""
-    from likeness.core.host.adapter import trained
+    from likeness.core.adapter_file import trained
     from likeness.core.host.adapter_layers import new_adapter
 
     generator = torch.Generator().manual_seed(seed)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from likeness.core.adapter_file import trained
 from likeness.core.ezigen import Adapter, SubjectTokens, batched, joined
-from likeness.core.host.adapter import Subject, trained, with_adapter
+from likeness.core.host.adapter import Subject, with_adapter
 from likeness.core.host.adapter_layers import UNet, places
 from likeness.core.staged_sampling import (
     background_of,
