@@ -23,6 +23,7 @@ QUICK = {
     ("LikenessOptimizeLora", "grad_steps"): 1,
 }
 EXACT, EXACT_STEPS = ("LikenessInvert", "LikenessRefineEmbedding"), 5  # a number that ddim_uniform keeps to
+STAGED = ("LikenessLoadAdapter",)  # of so many steps, two look at the subject
 
 
 def start(base: Path, frontend: Path | None = None) -> Server:
@@ -42,7 +43,8 @@ def lowered(name: str, object_info: dict[str, Any], **more: Any) -> dict[str, An
     if any(small_world.has(graph, name) for name in EXACT):
         quick["BasicScheduler", "steps"] = EXACT_STEPS
     settings = {**quick, **(more.get("settings") or {})}
-    return small_world.in_small_world(graph, object_info, STEPS, SAMPLING_STEPS, settings)
+    sampling = EXACT_STEPS if any(small_world.has(graph, name) for name in STAGED) else SAMPLING_STEPS
+    return small_world.in_small_world(graph, object_info, STEPS, sampling, settings)
 
 
 class Training:

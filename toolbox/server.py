@@ -83,9 +83,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def name_models(models: Path, base: Path) -> Path:
-    """Write the file that tells ComfyUI of a second models folder with these sub-folders."""
-    path = base / "extra_model_paths.json"  # JSON is YAML too
-    folders = {folder.name: folder.name for folder in models.iterdir() if folder.is_dir()}
+    """Write the file that tells ComfyUI of a second models folder with these sub-folders, behind those of base/models:
+    what is saved goes to the first.
+    """
+    path, own = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
+    folders = {each.name: f"{own / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
     path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))
     return path
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
 NODE_FOLDERS = {"ComfyUI-Likeness": ROOT, "likeness_small_world": ROOT / "toyworld" / "comfyui_nodes"}
 CHECKPOINT = "likeness_small_world.safetensors"
+ADAPTER = CHECKPOINT  # of that name in its own folder
 VISION = {
     "DINO (identity)": "small_world_measure",
     "CLIP (prompt)": "small_world_clip",
@@ -44,6 +45,8 @@ STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
 SWAPPED_CLASS = "cat"
+SWAPS_KIND = ("LikenessRenoise", "LikenessStagedEdit")  # they put a subject in the place of another of its class
+TRAINING_SET, TRAINING_SUBJECTS = "small_world_subjects", 24
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
@@ -87,6 +90,27 @@ def draw_subject(folder: Path) -> Path:
         picture, _ = world.render(identity, background, seed)
         Image.fromarray(picture).save(folder / name)
     return folder / PICTURE
+
+
+def draw_training_set(folder: Path, subjects: Iterable[int] = range(TRAINING_SUBJECTS), pictures: int = 4) -> Path:
+    """Write pictures of many subjects, each in several places, with captions, masks and class nouns; returns folder."""
+    import numpy
+    from PIL import Image
+
+    from ..toyworld import world
+
+    for number in subjects:
+        identity = world.identity(1000 + number)
+        own = folder / f"{identity.cls}_{number:03d}"
+        own.mkdir(parents=True, exist_ok=True)
+        places = numpy.random.default_rng([21, number]).permutation(list(world.BACKGROUNDS))
+        for index, place in enumerate(map(str, places[:pictures])):
+            picture, mask = world.render(identity, place, 100 * number + index)
+            Image.fromarray(picture).save(own / f"{index}.png")
+            Image.fromarray(mask).save(own / f"{index}.mask.png")
+            caption = world.caption(identity, place, ("background",))
+            (own / f"{index}.txt").write_text(caption, encoding="utf-8")
+    return folder
 
 
 def subject() -> world.Identity:
@@ -147,6 +171,10 @@ def texts() -> dict[str, str]:
         "Prompt of the picture to change": other,
         "Prompt of the result": kind,
         "Prompt of the reference": source,
+        "What the subject is": kind,
+        "Scene": target,
+        "Negative of the first sampling": "",
+        "What comes there": kind,
         **places,
         **edits,
     }
@@ -162,7 +190,9 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
         ("LoadImage", "image"): PICTURE,
         ("Picture of the style", "image"): STYLE_PICTURE,
-        ("Picture to change", "image"): EDITED_PICTURE if has(graph, "LikenessRenoise") else STYLE_PICTURE,
+        ("Picture to change", "image"): EDITED_PICTURE
+        if any(has(graph, name) for name in SWAPS_KIND)
+        else STYLE_PICTURE,
         ("Picture 2 of the subject", "image"): SECOND_PICTURE,
         **{(title, "cfg"): CFG for title in ("LikenessNullText", "LikenessReferenceGuide")},
         ("LikenessRefineEmbedding", "learning_rate"): REFINING_RATE,
@@ -191,6 +221,12 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessFineTune", "crops"): min(tuning_steps, SHIPPED_STEPS),
         ("Learn patches of the picture", "whole_image"): WHOLE_IMAGE,
         ("LikenessPositionMap", "cells"): CELLS,
+        ("LikenessLoadAdapter", "name"): ADAPTER,
+        ("LikenessEncodeSubject", "size"): SIZE,
+        ("LikenessStagedSampler", "steps"): sampling_steps,
+        ("LikenessStagedSampler", "cfg"): CFG,
+        ("LikenessStagedEdit", "steps"): sampling_steps,
+        ("Last 40 %", "step"): sampling_steps * 3 // 5,
         **{(f"After {saved} steps", "step"): max(1, embedding_steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
         **{(title, "name"): name for title, name in VISION.items()},
         **{key: value for node in graph["nodes"] for key, value in sizes(node)},

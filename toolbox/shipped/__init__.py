@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drawing import Drawing
-from . import hifi, hifi_ablation, hiper, inversion, sine, sine_uses, siso, siso_edit, siso_reuse, siso_sana
+from . import (
+    ezigen,
+    ezigen_uses,
+    hifi,
+    hifi_ablation,
+    hiper,
+    inversion,
+    sine,
+    sine_uses,
+    siso,
+    siso_edit,
+    siso_reuse,
+    siso_sana,
+)
 
 GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **hiper.GRAPHS,
@@ -18,4 +31,6 @@ GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **siso_reuse.GRAPHS,
     **siso_edit.GRAPHS,
     **siso_sana.GRAPHS,
+    **ezigen.GRAPHS,
+    **ezigen_uses.GRAPHS,
 }
