@@ -83,6 +83,11 @@ def index_of(seed: int, number: int, count: int) -> int:
     return _order(seed, number // count, count)[number % count]
 
 
+def pair_generator(seed: int, number: int) -> torch.Generator:
+    """Decides which pictures of the subject are shown in the sample with this number."""
+    return step_generator(seed, number, "pair")
+
+
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, turn: int, count: int) -> list[int]:
     return torch.randperm(count, generator=step_generator(seed, turn, "pass over the pairs")).tolist()
@@ -128,7 +133,7 @@ class PairFolder:
 
     def sample(self, seed: int, number: int) -> Pair:
         """The pair of the sample with this number in the whole run."""
-        return self.pair(index_of(seed, number, len(self)), step_generator(seed, number, "pair"))
+        return self.pair(index_of(seed, number, len(self)), pair_generator(seed, number))
 
     def drawn(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .fitting import Fit
-from .runs import RunStore
+from .runs import RunStore, digest
 
 log = logging.getLogger("likeness")
 SAVE_SECONDS = 30.0  # at most this much work is lost to a power cut; an interrupt loses none
@@ -87,6 +87,20 @@ def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collectio
             step, _, part = name[5:].partition(".")
             kept.setdefault(int(step), {})[part] = value
     return Run(state, tensors[LOSSES].tolist(), kept)
+
+
+def stored_last(store: RunStore, key: str, steps: int) -> tuple[str, Run | None]:
+    """A stored run that keeps its last result only, and its name: a request for fewer steps than were done is a run of
+    its own, named by its number of steps too.
+    """
+    run = stored_run(store, key, whole=False)
+    if run is not None and (run.step <= steps or steps in run.kept):
+        return key, run
+    own = digest([key, steps])
+    shorter = stored_run(store, own, whole=False)
+    if run is None and shorter is None:
+        return key, None
+    return own, shorter
 
 
 def train(

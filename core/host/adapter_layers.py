@@ -60,7 +60,9 @@ def new_adapter(base: Any) -> Adapter:
         begin = f"{place.module}."
         weights |= {f"{place.layer.name}.{k[len(begin) :]}": v for k, v in state.items() if k.startswith(begin)}
     with torch.inference_mode(False):
-        adapter = Adapter([place.layer for place in found])
+        with torch.device("meta"):  # torch's own start would draw from the global random numbers
+            adapter = Adapter([place.layer for place in found])
+        adapter.to_empty(device="cpu")
         adapter.start_from({name: value.detach().float() for name, value in weights.items()})
     return adapter
 
@@ -107,6 +109,7 @@ class UNet:
     def __init__(self, base: Any, adapter: Adapter) -> None:
         """base: a MODEL's .model, loaded; its weights take part in a backward only where they require gradients."""
         self.unet, self.adapter, self.places = base.diffusion_model, adapter, places(base)
+        self.dtype = base.manual_cast_dtype or base.get_dtype()
         sigmas = base.model_sampling.sigmas.detach().double().cpu()
         self.alphas_cumprod = (1 / (1 + sigmas**2)).float()
 
@@ -118,9 +121,14 @@ class UNet:
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
         return self._run(z, timestep, context, {"middle_patch": [middle_patch(self.adapter, self.places, tokens)]})
 
+    def bare_noise(self, z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """[B, C, h, w] of the UNet alone: the adapter is skipped."""
+        return self._run(z, timestep, context, {})
+
     def _run(self, z: Tensor, timestep: Tensor, context: Tensor, patches: dict[str, Any]) -> Tensor:
         options = {"patches": patches, "optimized_attention_override": _differentiable}
-        return self.unet(z, timestep.float(), context=context, transformer_options=options)
+        z, context = z.to(self.dtype), context.to(self.dtype)
+        return self.unet(z, timestep.float(), context=context, transformer_options=options).float()
 
 
 def _differentiable(_chosen: Any, *args: Any, **more: Any) -> Tensor:

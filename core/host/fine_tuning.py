@@ -17,7 +17,7 @@ from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, P
 from ..fitting import curve
 from ..lora import TEXT_LAYERS, attention_layers, beside, factors, new_adapters
 from ..runs import LIMIT_BYTES, RunStore, digest
-from ..training import Result, Run, stored_run, train
+from ..training import Result, Run, stored_last, stored_run, train
 from ..tuned import Tuned, marker, weight_differences
 from .crops import Cutting, check_pictures, make_samples
 from .describe import describe
@@ -131,17 +131,8 @@ def fine_tune(
 
 
 def _stored(store: RunStore, key: str, plan: Plan) -> tuple[str, Run | None]:
-    """The stored run and its name. Of all weights only the last result is kept, so that a request for fewer steps than
-    were done is a run of its own, named by its number of steps too.
-    """
-    run = stored_run(store, key, whole=False)
-    if plan.method != FULL or run is not None and (run.step <= plan.steps or plan.steps in run.kept):
-        return key, run
-    own = digest([key, plan.steps])
-    shorter = stored_run(store, own, whole=False)
-    if run is None and shorter is None:
-        return key, None
-    return own, shorter
+    """The stored run and its name. Of all weights only the last result is kept."""
+    return stored_last(store, key, plan.steps) if plan.method == FULL else (key, stored_run(store, key, whole=False))
 
 
 def _check(
@@ -218,9 +209,13 @@ def _key(job: _Job, base: dict[str, str]) -> str:
 
 
 def _store(model: Any, subject: Subject, plan: Plan) -> RunStore:
-    """Where the run is kept: below likeness in ComfyUI's user directory, large ones apart."""
+    """Where the run is kept."""
+    return store_for(RUN_BYTES_PER_WEIGHT * _count(_modules(model, subject), plan))
+
+
+def store_for(size: int) -> RunStore:
+    """Where a run of so many bytes is kept: below likeness in ComfyUI's user directory, large ones apart."""
     folder = Path(folder_paths.get_user_directory()) / "likeness"
-    size = RUN_BYTES_PER_WEIGHT * _count(_modules(model, subject), plan)
     if size <= LARGE_RUN:
         return RunStore(folder / "runs")
     return RunStore(folder / "large_runs", size * 3 // 2)
