@@ -14,6 +14,7 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import torch
 from comfy.model_base import ModelType
+from comfy.model_sampling import V_PREDICTION
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -103,10 +104,12 @@ def _resized(pictures: Tensor, size: int) -> Tensor:
 
 def check_model(model: Any) -> list[Place]:
     """Where the adapter stands in a MODEL. ValueError when it cannot stand there."""
-    found = places(model.model)
-    if model.model.model_type != ModelType.EPS:
+    found, kind = places(model.model), model.model.model_type
+    if isinstance(model.get_model_object("model_sampling"), V_PREDICTION):  # another node's, maybe
+        kind = ModelType.V_PREDICTION
+    if kind != ModelType.EPS:
         raise ValueError(
-            f"This model is of the type {model.model.model_type.name} (SD2.1 at 768 predicts v); the adapter is "
+            f"This model is of the type {kind.name} (SD2.1 at 768 predicts v); the adapter is "
             "trained for models that predict noise: use SD2.1-base (512), or an SD1.x model with an adapter of its own."
         )
     return found
