@@ -35,10 +35,11 @@ class LikenessExtension(ComfyExtension):
             similarity,
             staged,
             sweep,
+            train_adapter,
             tuned_files,
         )
 
         modules = (embedding, refine, embedding_files, inspect, fine_tune, tuned_files, guidance, position_map, sweep)
         modules += (inversion, renoise, masks, align, reference, replace, similarity, optimize_lora, sana, score)
-        modules += (adapter, staged)
+        modules += (adapter, staged, train_adapter)
         return [node for module in modules for node in module.NODES]

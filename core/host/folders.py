@@ -2,6 +2,7 @@
 
 A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that
 anyone may have written, so they are checked as hostile: resolved through links, inside the folder, of an expected kind.
+Folders of pictures lie in ComfyUI's input folder, under the same rules.
 """
 
 from __future__ import annotations
@@ -95,10 +96,8 @@ def resolve(kind: Kind, name: str) -> Path:
     relative path, leaves the kind's folders (through a link too), or is of another kind; FileNotFoundError when nothing
     of that name is there.
     """
-    shown = repr(name if len(name) <= 80 else name[:77] + "...")
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    hostile = "\0" in name or ".." in parts or name.startswith(("/", "\\", "~")) or PureWindowsPath(name).drive
-    if hostile or not parts:
+    shown, parts = _shown(name), _plain_parts(name)
+    if not parts:
         raise ValueError(
             f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list."
         )
@@ -125,6 +124,58 @@ def state(kind: Kind, name: str) -> str:
     path = resolve(kind, name)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
+
+
+def picture_folders() -> list[str]:
+    """Folders in ComfyUI's input folder that hold folders, sorted: sets of pictures by subject look so."""
+    root, found = folder_paths.get_input_directory(), []
+    for first in _subfolders(root, root):
+        found += [first] if _subfolders(root, os.path.join(root, first)) else []
+        for second in _subfolders(root, os.path.join(root, first)):
+            name = f"{first}/{second}"
+            found += [name] if _subfolders(root, os.path.join(root, first, second)) else []
+    return sorted(found)
+
+
+def resolve_picture_folder(name: str) -> Path:
+    """The path of a folder in ComfyUI's input folder, links resolved. ValueError for anything else."""
+    root, parts = folder_paths.get_input_directory(), _plain_parts(name)
+    path = os.path.join(root, *parts)
+    if not parts or not _inside(root, path):
+        raise ValueError(f"{_shown(name)} is not a plain name in ComfyUI's input folder: choose one from the list.")
+    if not os.path.isdir(path):
+        raise ValueError(
+            f"There is no folder {_shown(name)} in ComfyUI's input folder: put it there and press R to refresh the "
+            "list."
+        )
+    return Path(os.path.realpath(path))
+
+
+def picture_folder_state(name: str) -> str:
+    """Changes when a file of such a folder does, for a node's fingerprint."""
+    path = resolve_picture_folder(name)
+    files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
+    return " ".join(f"{f.relative_to(path)}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
+
+
+def _subfolders(root: str, folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return [name for name in names if _inside(root, os.path.join(folder, name))]
+
+
+def _plain_parts(name: str) -> tuple[str, ...]:
+    """The parts of a relative path; none when it is anything else."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    hostile = "\0" in name or ".." in parts or name.startswith(("/", "\\", "~")) or PureWindowsPath(name).drive
+    return () if hostile else parts
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 def _resolves(kind: Kind, name: str) -> bool:

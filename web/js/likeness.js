@@ -10,6 +10,7 @@ const NODES = new Set([
   "LikenessNullText",
   "LikenessReferenceGuide",
   "LikenessOptimizeLora",
+  "LikenessTrainAdapter",
 ]);
 const WIDTH = 300;
 const HEIGHT = 90;
