@@ -1,0 +1,117 @@
+"""Masks as data sets store them, cut-outs of pictures, and how to read both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+Mask = NDArray[numpy.bool_]
+Pixels = NDArray[numpy.uint8]
+Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two lie outside
+
+SHIFT = 48  # a compressed count is written in characters from "0" on, five bits in each
+MORE, SIGN = 0x20, 0x10
+FINER = 4  # parts of a pixel that polygons are drawn in
+
+
+def pixels(path: Path) -> Pixels:
+    """An RGB picture [H, W, 3]."""
+    with Image.open(path) as image:
+        return numpy.asarray(image.convert("RGB"))
+
+
+def polygons(rows: Sequence[Any], height: int, width: int) -> Mask:
+    """[H, W] of an outline of one or several parts, each x, y, x, y, ... in pixels.
+
+    A pixel belongs to it when more than half of it lies inside; COCO's own tools may decide otherwise at the outline.
+    """
+    canvas = Image.new("L", (width * FINER, height * FINER))
+    draw = ImageDraw.Draw(canvas)
+    for row in rows:
+        points = numpy.asarray(row, dtype=float).reshape(-1, 2)
+        if len(points) < 3:
+            raise ValueError("a polygon of fewer than three points")
+        draw.polygon([(float(x), float(y)) for x, y in points * FINER - 0.5], fill=255)
+    return numpy.array(canvas).reshape(height, FINER, width, FINER).mean((1, 3)) > 127
+
+
+def compressed_counts(text: str) -> list[int]:
+    """COCO's compressed run lengths: little-endian groups of five bits; from the third on, differences to the one
+    before the last.
+    """
+    counts: list[int] = []
+    value, bits = 0, 0
+    for character in text:
+        code = ord(character) - SHIFT
+        value |= (code & 0x1F) << bits
+        bits += 5
+        if not code & MORE:
+            if code & SIGN:
+                value -= 1 << bits
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, bits = 0, 0
+    return counts
+
+
+def run_lengths(counts: Sequence[int] | NDArray[Any], height: int, width: int) -> Mask:
+    """[H, W] of run lengths along the columns, which begin outside."""
+    runs = numpy.asarray(counts, dtype=numpy.int64)
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        raise ValueError(f"run lengths of {int(runs.sum())} pixels for {width} x {height}")
+    inside = numpy.arange(len(runs)) % 2 == 1
+    return numpy.repeat(inside, runs).reshape(width, height).T
+
+
+def packed(segmentation: Any) -> Any:
+    """A segmentation as a file of annotations has it, in less memory: run lengths as one row, polygons as a list."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        return numpy.asarray(compressed_counts(counts) if isinstance(counts, str) else counts, dtype=numpy.int32)
+    return [numpy.asarray(row, dtype=numpy.float32) for row in segmentation]
+
+
+def unpacked(segmentation: Any, height: int, width: int) -> Mask:
+    """[H, W] of what packed() gave. ValueError when it is no mask of this size, or an empty one."""
+    if isinstance(segmentation, list):
+        mask = polygons(segmentation, height, width)
+    else:
+        mask = run_lengths(segmentation, height, width)
+    if not mask.any():
+        raise ValueError("an empty mask")
+    return mask
+
+
+def bounds(mask: Mask) -> Box:
+    """The smallest box around a mask."""
+    rows, columns = numpy.flatnonzero(mask.any(1)), numpy.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def largest_part(mask: Mask) -> float:
+    """The share of a mask's pixels that its largest connected part has."""
+    from scipy import ndimage
+
+    parts, _ = ndimage.label(mask, structure=numpy.ones((3, 3)))
+    sizes = numpy.bincount(parts.ravel())[1:]
+    return float(sizes.max() / sizes.sum())
+
+
+def on_white(image: Pixels, mask: Mask) -> Pixels:
+    """What lies inside the mask, on white."""
+    return numpy.where(mask[..., None], image, numpy.uint8(255))
+
+
+def placed(image: Pixels, inner: tuple[float, float], size: int, colour: int = 255) -> Tensor:
+    """[3, size, size] in 0..1: a picture stretched to inner (width, height) in the middle of a square of one colour."""
+    width, height = (min(size, max(1, round(length))) for length in inner)
+    square = Image.new("RGB", (size, size), (colour,) * 3)
+    part = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    square.paste(part, ((size - width) // 2, (size - height) // 2))
+    return torch.from_numpy(numpy.array(square)).movedim(-1, 0).float() / 255

@@ -1,0 +1,230 @@
+"""The command: settings, what is checked before work begins, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core import adapter_file
+from ...core.ezigen_training import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS
+from .base import Base, Encoder, read_base
+from .data import Samples, Share, Source, batches, source
+from .data_youtube_vis import DRAWS
+from .loop import Problems, Progress, Training, run
+from .network import DiffusersUNet, new_adapter
+from .state import ADAPTER, States, shared
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
+NEEDED = ("accelerate", "diffusers", "transformers", "scipy", "PIL")
+log = logging.getLogger("likeness")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="accelerate launch toolbox/train_adapter.py",
+        description="Train EZIGen's adapter on a large set. The same command goes on with a run that was cut off, and "
+        "gives what an uninterrupted one gives. docs/train_adapter.md tells more.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = made.add_argument
+    add("--model", type=Path, required=True, help="diffusers folder of SD2.1-base")
+    add("--data", type=Path, nargs="+", required=True, help="folders: COCO, YouTube-VIS, or subjects with captions")
+    add("--out", type=Path, required=True, help=f"folder for {ADAPTER} and the states of the run")
+    add("--steps", type=_positive, default=200_000, help="updates in all")
+    add("--batch", type=_positive, default=1, help="samples at once in each process")
+    add("--accumulate", type=_positive, default=1, help="batches of each process for one update")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="AdamW's, constant")
+    add("--drop", type=float, default=DROP, help=f"share of samples without subject (published code: {DROP_PUBLISHED})")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--size", type=_positive, default=512, help="side of pictures, in pixels")
+    add("--max-subjects", type=_positive, default=MAX_SUBJECTS, help="pictures of the subject in one sample, at most")
+    add("--coco-pictures", type=int, default=0, help="of each part of COCO, from the first on; 0: all")
+    add("--youtube-vis-draws", type=_positive, default=DRAWS, help="samples of YouTube-VIS in a pass over the data")
+    add("--precision", choices=sorted(PRECISIONS), help="of the frozen networks; else what accelerate was told")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--workers", type=int, default=4, help="processes that read pictures, for each that trains")
+    add("--save-every", type=_positive, default=1000, help="updates from one saved state to the next")
+    add("--keep", type=_positive, default=2, help="states that are kept")
+    add("--log-every", type=_positive, default=50, help="updates from one line of the log to the next")
+    add("--tensorboard", action="store_true", help="the loss as TensorBoard events in --out")
+    add("--cpu", action="store_true", help="train on the processor, whatever else there is")
+    add("--allow-changed", action="store_true", help="go on with a run that was begun with other settings")
+    return made
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 was expected")
+    return number
+
+
+def main(arguments: list[str]) -> int:
+    """Train; 0 when it is done or was stopped, 2 with a sentence for what cannot work."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options = parser().parse_args(arguments)
+    try:
+        _check_packages(options)
+        _Command(options).run()
+    except ValueError as error:
+        log.error("%s", error)
+        return 2
+    return 0
+
+
+def _check_packages(options: argparse.Namespace) -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} not found: `pip install accelerate diffusers transformers scipy pillow`."
+        )
+    if options.tensorboard and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+        raise ValueError("--tensorboard needs `pip install tensorboard`.")
+
+
+class _Command:
+    """One run of the command, in one of its processes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from accelerate import Accelerator
+        from diffusers.utils import logging as of_diffusers
+        from transformers.utils import logging as of_transformers
+
+        for library in (of_diffusers, of_transformers):
+            library.disable_progress_bar()
+        self.options = options
+        self.saved = 0
+        if not 0 <= options.drop < 1:
+            raise ValueError(
+                f"--drop is {options.drop}: give a share from 0 to below 1 (published as intended: {DROP})."
+            )
+        self.accelerator = Accelerator(
+            cpu=options.cpu,
+            mixed_precision=options.precision,
+            log_with="tensorboard" if options.tensorboard else None,
+            project_dir=str(options.out),
+        )
+        log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.WARNING)
+        if self.accelerator.mixed_precision not in PRECISIONS:
+            raise ValueError(
+                f"Precision {self.accelerator.mixed_precision}: give bf16, or no for float32 (as published)."
+            )
+        kind = self.accelerator.distributed_type.value
+        if kind != "NO" and not kind.startswith("MULTI_"):
+            raise ValueError(
+                f"Accelerate was told to use {kind}: the adapter is small, choose plain training on several GPUs "
+                "(`accelerate config`)."
+            )
+        self.share = Share(
+            options.batch, options.accumulate, self.accelerator.num_processes, self.accelerator.process_index
+        )
+
+    def run(self) -> None:
+        options = self.options
+        sources = [
+            source(path, options.size, options.max_subjects, options.coco_pictures, options.youtube_vis_draws)
+            for path in options.data
+        ]
+        base = self._base()
+        adapter = new_adapter(base.unet)
+        names = [layer.name for layer in adapter.described]
+        sample = adapter_file.base_sample(names, lambda name: base.unet.get_submodule(name).attn1.to_q.weight)
+        base.to(self.accelerator.device, PRECISIONS[self.accelerator.mixed_precision])
+        if options.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        network = DiffusersUNet(base.unet, adapter.to(self.accelerator.device), base.alphas_cumprod)
+        training = Training(
+            *(self.accelerator, network, Encoder(base, options.seed)),
+            *(options.seed, options.learning_rate, options.drop),
+        )
+        states = States(options.out, options.keep, self._settings(sources, sample))
+        self._resume(training, states)
+        self._train(training, states, Samples(sources, options.seed), sample)
+
+    def _base(self) -> Base:
+        base = read_base(self.options.model)
+        if self.options.size % base.cell():
+            raise ValueError(f"--size is {self.options.size}: give a multiple of {base.cell()}, 512 as published.")
+        return base
+
+    def _settings(self, sources: list[Source], base: dict[str, list[float]]) -> dict[str, Any]:
+        """What decides the result; how many processes share an update does not."""
+        names = ("seed", "learning_rate", "drop", "size", "max_subjects")
+        for each in sources:
+            log.info("%s", each.describe())
+        return {
+            **{name: getattr(self.options, name) for name in names},
+            "batch": self.share.whole,
+            "precision": self.accelerator.mixed_precision,
+            "data": [each.describe() for each in sources],
+            "base": base,
+        }
+
+    def _resume(self, training: Training, states: States) -> None:
+        state, problem = None, ""
+        if self.accelerator.is_main_process:
+            try:
+                states.folder.mkdir(parents=True, exist_ok=True)
+                state = states.newest(self.options.allow_changed)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        state = shared(self.accelerator, state, problem)
+        if state is not None:
+            training.restore(state)
+            log.info("Going on behind update %d.", training.step)
+
+    def _train(self, training: Training, states: States, samples: Samples, base: dict[str, list[float]]) -> None:
+        options, problems = self.options, Problems()
+        first, progress = training.step, Progress(training.step, options.steps, options.log_every)
+        log.info(
+            "%d processes, %d samples an update, %d numbers learn; updates %d to %d.",
+            *(self.share.processes, self.share.whole, sum(map(torch.Tensor.numel, training.parameters.values()))),
+            *(first + 1, options.steps),
+        )
+        if options.tensorboard:
+            own = {"tensorboard": {"purge_step": first + 1}}
+            self.accelerator.init_trackers("log", init_kwargs=own)
+
+        def told(step: int, loss: float) -> None:
+            progress(step, loss)
+            if options.tensorboard:
+                self.accelerator.log({"loss": loss}, step=step)
+
+        found = batches(samples, self.share, first, options.steps, options.workers)
+        done = run(
+            training, found, options.steps, options.save_every, self._saver(training, states, base), told, problems
+        )
+        skipped = problems.everywhere()
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process and self.saved < training.step > first:
+            raise ValueError(
+                f"The last state could not be stored; the last that could is of update {self.saved}. Make room in "
+                f"{states.folder} and give the same command again."
+            )
+        log.info(
+            "%s behind update %d%s.",
+            *("Done" if done else "Stopped; the same command goes on", training.step),
+            f"; {skipped} data files could not be used, each is named above" if skipped else "",
+        )
+
+    def _saver(self, training: Training, states: States, base: dict[str, list[float]]) -> Callable[[], None]:
+        header = {**states.settings, "base": base}
+
+        def save() -> None:
+            if not self.accelerator.is_main_process:
+                return
+            stored = adapter_file.trained(training.network.adapter, {**header, "steps": training.step})
+            try:
+                states.save(training.step, training.state())
+                adapter_file.save_adapter(states.folder / ADAPTER, stored)
+                self.saved = training.step
+            except OSError as problem:  # a full disk must not stop a healthy run
+                log.warning("The work so far could not be stored (%s).", problem)
+
+        return save
