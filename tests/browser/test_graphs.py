@@ -24,6 +24,11 @@ RUNS = {
     ),
     "sine_edit": ("Learn the picture", live.STEPS, ("Base model alone", "Tuned model alone", "Guided edit", "Score")),
     "siso_generate": ("Optimize", live.ITERATIONS, ("Most alike", "With the LoRA")),
+    "ezigen_with_hiper_and_sine": (
+        "Learn the subject",
+        live.STEPS,
+        ("Prompt alone", "With the rows", "Guided too", "All three", "Score"),
+    ),
 }
 
 
@@ -82,8 +87,10 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
     curve = page.tab.locator(".likeness-loss").first
     assert curve.get_attribute("data-points") == "0"
     page.tab.evaluate(
-        """() => { window.likenessSeen = []; app.api.addEventListener('likeness.progress', () => requestAnimationFrame(
-          () => window.likenessSeen.push(Number(document.querySelector('.likeness-loss').dataset.step)))); }"""
+        """id => { window.likenessSeen = []; app.api.addEventListener('likeness.progress', ({ detail }) =>
+          String(detail.node) === id && requestAnimationFrame(() => window.likenessSeen.push(
+            Number(document.querySelector('.likeness-loss').dataset.step)))); }""",
+        trainer,
     )
     page.tab.evaluate(
         """id => { window.likenessPreviews = 0; for (const kind of ['b_preview', 'b_preview_with_metadata'])
@@ -106,6 +113,31 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
         assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
     saved = next(node for node in page.saved()["nodes"] if str(node["id"]) == trainer)
     assert named_values(saved, object_info)["seed"] == seed, "the curve must not be saved with the values"
+
+
+def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
+    graph = live.lowered("ezigen_generate", object_info)
+    title = "Sample in stages"
+    seed = 9000 + len(list((server.base / "output").rglob("*.png")))
+    graph = small_world.adapt(graph, {(title, "seed"): seed}, object_info)
+    sampler = small_world.node_id(graph, title)
+    page.load(graph, "run")
+    page.tab.evaluate(
+        """id => { window.likenessSeen = []; window.likenessPreviews = 0;
+          for (const kind of ['b_preview', 'b_preview_with_metadata'])
+            app.api.addEventListener(kind, () => { window.likenessPreviews += 1; });
+          app.api.addEventListener('progress_state', ({ detail }) => { const state = detail.nodes[id];
+            if (state) window.likenessSeen.push([state.value, state.max]); }); }""",
+        sampler,
+    )
+    assert page.run() == "execution_success"
+    assert not page.complaints()
+    seen = page.tab.evaluate("() => window.likenessSeen")
+    whole = live.EXACT_STEPS + 3 * 2  # all steps once, and two of them in each of three loops
+    assert [whole, whole] in seen and len({value for value, _ in seen}) > 3
+    assert page.tab.evaluate("() => window.likenessPreviews") > 0
+    for title in ("What is looked at", "Prompt alone", "Result", "First sampling and loops", "Score"):
+        assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
 
 
 def test_templates_are_listed_with_thumbnails(page):

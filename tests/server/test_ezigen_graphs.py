@@ -1,0 +1,168 @@
+"""The shipped graphs of EZIGen in the small world: what they show, by numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from likeness.toolbox import small_world
+from likeness.toolbox.graph import convert, with_ancestors
+
+from .. import live
+from .results import UNWANTED, Result, check_pictures, distance, pixels, run_graph
+
+CELL = 8  # pixels of a latent's cell
+
+
+def drawn(identity, background: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of the small world in 0..1, and where its subject is."""
+    from likeness.toyworld import world
+
+    picture, coverage = world.render(identity, background, seed)
+    return picture.astype(np.float32) / 255, coverage > 127
+
+
+def subject_drawn() -> tuple[np.ndarray, np.ndarray]:
+    return drawn(small_world.subject(), small_world.SOURCE_BACKGROUND, small_world.SUBJECT_SEED)
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    return float(-10 * np.log10(((first - second) ** 2).mean()))
+
+
+def test_the_steps_by_stock_nodes_give_the_very_same_pictures(results):
+    together = results["ezigen_generate"].pictures("First sampling and loops")
+    steps = results["ezigen_steps"]
+    titles = ("After the first sampling", "After loop 1", "After loop 2", "After loop 3")
+    alone = [steps.pictures(title)[0] for title in titles]
+    assert len(together) == len(alone)
+    for one, other in zip(together, alone, strict=True):
+        assert np.array_equal(one, other)
+    check_pictures(alone)
+    assert np.array_equal(results["ezigen_generate"].pictures("Result")[0], alone[-1])
+
+
+def test_the_prompt_alone_has_the_same_layout(results):
+    """The first sampling differs from it in its last steps only."""
+    result = results["ezigen_generate"]
+    alone, first = result.pictures("Prompt alone")[0], result.pictures("First sampling and loops")[0]
+    assert 1e-3 < distance(alone, first) < 0.15
+    assert f"{live.EXACT_STEPS} steps and 3 times 2" in result.text("Report")
+    assert "loop 3: 0." in result.text("Report"), "with the vision model switched on it says how alike they are"
+
+
+def test_what_is_looked_at_is_the_subject_alone_on_white(results):
+    seen = results["ezigen_generate"].pictures("What is looked at")[0]
+    picture, mask = subject_drawn()
+    rows, columns = np.nonzero(mask)
+    assert all(corner.min() > 0.97 for corner in (seen[0, 0], seen[0, -1], seen[-1, 0], seen[-1, -1]))
+    ratio = (seen.min(-1) < 0.9).mean() / (picture[rows, columns].min(-1) < 0.9).mean()
+    side = max(np.ptp(rows), np.ptp(columns)) + 1
+    assert 0.5 < ratio / (mask.sum() / side**2) < 1.5, "the subject fills the square"
+
+
+def test_a_painted_subject_is_cut_out(server):
+    """As the graph is shipped, with what the MaskEditor saves: the picture with the painted part transparent."""
+    picture, mask = subject_drawn()
+    painted = np.dstack([picture * 255, np.where(mask, 0, 255)]).astype(np.uint8)
+    Image.fromarray(painted, "RGBA").save(server.base / "input" / "painted.png")
+    object_info = server.object_info()
+    settings = {("LoadImage", "image"): "painted.png", ("LikenessEncodeSubject", "size"): small_world.SIZE}
+    settings["CheckpointLoaderSimple", "ckpt_name"] = small_world.CHECKPOINT
+    graph = small_world.adapt(small_world.shipped("ezigen_generate"), settings, object_info)
+    shown = small_world.node_id(graph, "What is looked at")
+    prompt = with_ancestors(convert(graph, object_info), [shown])
+    assert not {node["class_type"] for node in prompt.values()} & {"LikenessSubjectMask", "JoinImageWithAlpha"}
+    seen = Result(server, graph, server.run(prompt), "").pictures("What is looked at")[0]
+    assert all(corner.min() > 0.97 for corner in (seen[0, 0], seen[0, -1], seen[-1, 0], seen[-1, -1]))
+    inside, surface = seen[seen.min(-1) < 0.9], picture[mask]
+    assert distance(inside.mean(0), surface[surface.min(-1) < 0.9].mean(0)) < 0.08
+    assert distance(inside.mean(0), picture[~mask].mean(0)) > 0.15
+
+
+def test_two_pictures_of_a_person_are_not_one(server, results):
+    two = results["ezigen_person"]
+    assert len(two.pictures("First sampling and loops")) == 7
+    object_info = server.object_info()
+    graph = live.lowered("ezigen_person", object_info)
+    for node in graph["nodes"]:
+        node["mode"] = 4 if node.get("title") == "Look at both" else node["mode"]
+    run = server.run(convert(graph, object_info))
+    one = Result(server, graph, run, "")
+    assert distance(one.pictures("Result")[0], two.pictures("Result")[0]) > 1e-3
+
+
+def test_the_loops_begin_with_the_other_models_picture(results):
+    result = results["ezigen_any_picture"]
+    scene, loops = result.pictures("Scene of the other model")[0], result.pictures("First sampling and loops")
+    assert np.array_equal(scene, loops[0]) and len(loops) == 4
+    check_pictures(loops)
+    assert "0 steps and 3 times 2" in result.text("Report")
+
+
+def test_an_edit_changes_the_place_and_leaves_the_rest(results):
+    result = results["ezigen_edit"]
+    loops, edited = result.pictures("Picture and loops"), result.pictures("Edited picture")[0]
+    source, mask = drawn(small_world.edited(), small_world.STYLE_BACKGROUND, small_world.EDITED_SEED)
+    assert distance(loops[0], source) < 1 / 254 and np.array_equal(loops[-1], edited)
+    outside = ~grown(mask, 2 * CELL)
+    assert outside.mean() > 0.05
+    assert psnr(edited[outside], source[outside]) > 27
+    assert distance(edited[mask], source[mask]) > 0.03
+    assert distance(edited[mask], source[mask]) > 2 * distance(edited[outside], source[outside])
+
+
+def grown(mask: np.ndarray, pixels_wide: int) -> np.ndarray:
+    """The mask with all that is as near to it, in squares."""
+    rows, columns = np.nonzero(mask)
+    result = np.zeros_like(mask)
+    for row, column in zip(rows, columns, strict=True):
+        top, left = max(0, row - pixels_wide), max(0, column - pixels_wide)
+        result[top : row + pixels_wide + 1, left : column + pixels_wide + 1] = True
+    return result
+
+
+def test_three_methods_work_together(results):
+    result = results["ezigen_with_hiper_and_sine"]
+    pictures = [result.pictures(title)[0] for title in ("Prompt alone", "With the rows", "Guided too", "All three")]
+    check_pictures(pictures, apart=5e-4)
+    table = result.text("Score").splitlines()
+    assert len([line for line in table if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
+    trained = {entry["node"]: entry["step"] for entry in result.run.of_type("likeness.progress")}
+    titles = ("Learn the subject", "Learn the picture")
+    assert trained == {small_world.node_id(result.graph, title): live.STEPS for title in titles}
+
+
+def test_the_adapter_is_kept_alone(server, results):
+    name = results["ezigen_generate"].text("Save the adapter").splitlines()[0]
+    file = server.base / "models" / "likeness_adapters" / name
+    with safe_open(file, "pt") as opened:
+        keys = list(opened.keys())
+    assert "learnable_weights" in keys
+    assert all(".adapter" in key for key in keys if key != "learnable_weights")
+    settings = {("LikenessLoadAdapter", "name"): name}
+    again = run_graph(server, "ezigen_generate", settings)
+    assert not [word for word in UNWANTED if word in again.log]
+    assert distance(again.pictures("Result")[0], results["ezigen_generate"].pictures("Result")[0]) < 0.01
+
+
+@pytest.fixture(scope="module")
+def rounded(server, results) -> np.ndarray:
+    """The picture to change after one way through the autoencoder."""
+    prompt = {
+        "load": {"class_type": "LoadImage", "inputs": {"image": small_world.EDITED_PICTURE}},
+        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": small_world.CHECKPOINT}},
+        "in": {"class_type": "VAEEncode", "inputs": {"pixels": ["load", 0], "vae": ["model", 2]}},
+        "out": {"class_type": "VAEDecode", "inputs": {"samples": ["in", 0], "vae": ["model", 2]}},
+        "show": {"class_type": "PreviewImage", "inputs": {"images": ["out", 0]}},
+    }
+    return pixels(server.images(server.run(prompt), "show")[0])
+
+
+def test_the_background_of_an_edit_is_as_good_as_the_autoencoder(results, rounded):
+    source, mask = drawn(small_world.edited(), small_world.STYLE_BACKGROUND, small_world.EDITED_SEED)
+    outside = ~grown(mask, 2 * CELL)
+    edited = results["ezigen_edit"].pictures("Edited picture")[0]
+    assert psnr(edited[outside], source[outside]) > psnr(rounded[outside], source[outside]) - 0.5
