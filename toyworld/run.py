@@ -1,10 +1,9 @@
 """Start one stage of the small world's training or measuring: `python toyworld/run.py <stage> [--steps N] ...`.
 
-Stages: data, ae, latents, crops, judge, unet, encoders, scorer, pairs, adapter, export, build, measure, peek. Training
-stages run in `--ranks` processes with one thread each (faster than one process with as many threads) and continue from
-their saved state.
-The environment variable COMFYUI_PATH names a ComfyUI tree; work files lie in .sandbox/toyworld, or where TOYWORLD_WORK
-says.
+Stages: data, ae, latents, crops, judge, unet, encoders, scorer, pairs, adapter, check, export, build, measure, peek.
+Training stages run in `--ranks` processes with one thread each (faster than one process with as many threads) and
+continue from their saved state. The environment variable COMFYUI_PATH names a ComfyUI tree; work files lie in
+.sandbox/toyworld, or where TOYWORLD_WORK says.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
     "data": "dataset", "ae": "train_ae", "latents": "latents", "crops": "subjects", "judge": "train_judge",
     "unet": "train_unet", "encoders": "train_encoders", "scorer": "train_scorer", "export": "export",
-    "pairs": "pairs", "adapter": "train_adapter", "build": "build", "measure": "measure", "peek": "peek",
+    "pairs": "pairs", "adapter": "train_adapter", "check": "check_adapter",
+    "build": "build", "measure": "measure", "peek": "peek",
 }  # fmt: skip
 PARALLEL = ("ae", "judge", "unet", "encoders", "scorer", "adapter")
 
