@@ -54,7 +54,7 @@ class Bench(effect_ezigen.Bench):
         from ..core.host.staged_sampling import stock_noise
         from ..core.staged_sampling import TIMESTEPS, renoised, split
 
-        sampling = self.world.model.get_model_object("model_sampling")
+        sampling: Any = self.world.model.get_model_object("model_sampling")
         sigma = split(calculate_sigmas(sampling, effect_ezigen.SCHEDULER, STEPS), RATIO)[1][0]
         told = sampling.sigmas[round(RATIO * TIMESTEPS)] if published else None
         found: list[Any] = []

@@ -33,7 +33,7 @@ from .effect_sine import write
 LOOPS, CELLS = 3, 2
 BACKGROUND_GATE = 0.3  # dB
 EXACT = "exact background"
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     EXACT: {},
     "exact background, pixels pasted": {"paste": True},
     "published background": {"published": True},
@@ -68,7 +68,7 @@ def edits(count: int) -> list[Edit]:
 class Bench(effect_ezigen.Bench):
     """The small world's models and measures, and the pack's own editing on them."""
 
-    def edited(self, edit: Edit, subject: Any, mask: Any, **kind: bool) -> Any:
+    def edited(self, edit: Edit, subject: Any, mask: Any, **kind: Any) -> Any:
         """The edited picture [1, 96, 96, 3]."""
         import torch
 
