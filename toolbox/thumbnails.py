@@ -40,6 +40,12 @@ TITLES = {
     "siso_reuse": ("Result 1", "Result 2", "Result 3"),
     "siso_edit_sdxl_turbo": ("Picture again", "Edited picture"),
     "siso_edit_sd_turbo": ("Picture again", "Edited picture"),
+    "ezigen_generate": ("Prompt alone", "Result"),
+    "ezigen_steps": ("After the first sampling", "After loop 1", "After loop 3"),
+    "ezigen_person": ("Result",),
+    "ezigen_any_picture": ("Scene of the other model", "Result"),
+    "ezigen_edit": ("Edited picture",),
+    "ezigen_with_hiper_and_sine": ("Prompt alone", "With the rows", "Guided too", "All three"),
     "hifi_ablation": ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference"),
 }
 

@@ -27,7 +27,9 @@ and put the folder there as it is) | models/likeness_adapters | not stated for t
 """
 MODELS = HEAD + row(SD21, "CreativeML Open RAIL++-M") + ADAPTER_ROWS
 FIND_ROWS = MASK_ROWS + "\n"
-FIND_NOTE = """The group "Find the subject" is switched off, so that its two models need not be there. To have the \
+FIND_NOTE = """SD2.1-base is taken off its page at times: any copy of the same file will do.
+
+The group "Find the subject" is switched off, so that its two models need not be there. To have the \
 subject found by its name instead of painting it, write the name in 'Find the subject, by its name', right-click the \
 group's title and choose "Set Group Nodes to Always". It also needs `pip install segment-anything` with ComfyUI's \
 Python.
