@@ -105,6 +105,7 @@ class Zero(Likeness):
         return encoded
 
     def staged(self, base: Base, subject: Node, adapter: Output, **inputs: Any) -> Node:
+        settings: dict[str, Any] = {"min_loops": LOOPS, "max_loops": LOOPS, **inputs}
         return self.draw.node(
             "LikenessStagedSampler",
             "Sample in stages",
@@ -114,7 +115,7 @@ class Zero(Likeness):
             adapter=adapter,
             subject=subject["subject"],
             seed=SEED,
-            **{"min_loops": LOOPS, "max_loops": LOOPS, **inputs},
+            **settings,
         )
 
     def look(self, title: str, base: Base, adapter: Output, subject: Node, split_ratio: float) -> Output:
