@@ -100,9 +100,9 @@ def edit(draw: Drawing) -> None:
         .replace("the picture you want in 'Scene'", "the same in 'What comes there'")
         .replace(", with the same word. ", ". ")
         + "The picture to change is cut to a 512 x 512 square; for another shape set the same sides in 'To the model's "
-        "size' and 'Mask to the model's size' (768 x 512).\n\nToo little of the subject: raise split_ratio in 'Put it there' "
-        "(0.5, 0.6) or both loop numbers. 'paste' puts the picture's own pixels back outside of the place, to the "
-        "last bit.\n\n"
+        "size' and 'Mask to the model's size' (768 x 512).\n\nToo little of the subject: raise split_ratio in 'Put it "
+        "there' (0.5, 0.6) or both loop numbers. 'paste' puts the picture's own pixels back outside of the place, to "
+        "the last bit.\n\n"
         + MODELS
         + FIND_ROWS
         + FIND_NOTE
