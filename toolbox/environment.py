@@ -35,11 +35,11 @@ TOOLS = ("pytest", "playwright", "websocket-client", "ruff", "ty", "scikit-image
 # Without their dependencies, which would replace ComfyUI's torch; what else they need comes with ComfyUI.
 EXTRAS = (
     *("open_clip_torch", "timm", "ftfy", "wcwidth", "segment-anything"),
-    *("diffusers", "peft", "accelerate", "importlib-metadata", "zipp", "prodigyopt"),
+    *("diffusers", "peft", "accelerate", "importlib-metadata", "zipp", "prodigyopt", "tensorboardX", "protobuf"),
 )
 NEEDED = (
     *("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage"),
-    *("open_clip", "segment_anything", "diffusers", "peft", "accelerate", "prodigyopt"),
+    *("open_clip", "segment_anything", "diffusers", "peft", "accelerate", "prodigyopt", "tensorboardX"),
 )
 PINS = ROOT / "toolbox" / "pins.txt"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

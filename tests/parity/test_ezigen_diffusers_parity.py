@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from likeness.core.ezigen import SubjectTokens, joined
-from likeness.toolbox.adapter_trainer.network import DiffusersUNet, new_adapter
+from likeness.core.ezigen import Adapter, SubjectTokens, joined
+from likeness.toolbox.adapter_trainer.network import DiffusersUNet, layers, new_adapter
 
 from .unets import DATA
 
@@ -53,6 +53,19 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def features(official) -> SubjectTokens:
     return joined([official[f"o.ref.feat.{index:02d}"] for index in range(16)])
+
+
+def test_the_published_size():
+    """In SD2.1-base the adapter has the published number of tensors and of numbers."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        heads = [5, 10, 20, 20]
+        unet = UNet2DConditionModel(attention_head_dim=heads, cross_attention_dim=1024, use_linear_projection=True)
+        adapter = Adapter(layers(unet))
+    assert [layer.heads for layer in adapter.described] == [5, 5, 10, 10, *[20] * 6, 10, 10, 10, 5, 5, 5]
+    assert len(adapter.named()) == 113
+    assert sum(parameter.numel() for parameter in adapter.parameters()) == 49_599_056
 
 
 def test_captured_features(official, network):

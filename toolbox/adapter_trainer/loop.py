@@ -45,6 +45,8 @@ class Training:
         self.optimizer = optimizer(self.parameters, learning_rate)
         self.module = accelerator.prepare_model(Errors(network, network.adapter))
         self.losses: list[float] = []
+        self.whole = True
+        """False within an update's last part, where the state is neither the one before nor the one behind it."""
 
     @property
     def step(self) -> int:
@@ -53,7 +55,7 @@ class Training:
     def update(self, found: list[list[Item]], stop: bool) -> bool:
         """One update with this process's batches; whether any process was asked to stop.
 
-        RuntimeError, with everything as it was before, when the loss is not finite.
+        RuntimeError, with everything as it was before, when the loss or its gradient is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.accelerator.device)
@@ -70,8 +72,10 @@ class Training:
         value = finite_or_raise(told[0], self.step)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM)
         finite_or_raise(norm, self.step, "gradient")
+        self.whole = False
         self.optimizer.step()
         self.losses.append(value)
+        self.whole = True
         return bool(told[1] > 0)
 
     def state(self) -> dict[str, Tensor]:
@@ -151,7 +155,7 @@ def run(
             try:
                 stop = training.update(batches, asked.stop)
             except RuntimeError:
-                if training.step:
+                if training.step and training.whole:
                     save()  # nothing was updated in the one that failed
                 raise
             told(training.step, training.losses[-1])

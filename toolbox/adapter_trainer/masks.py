@@ -39,7 +39,7 @@ def polygons(rows: Sequence[Any], height: int, width: int) -> Mask:
         if len(points) < 3:
             raise ValueError("a polygon of fewer than three points")
         draw.polygon([(float(x), float(y)) for x, y in points * FINER - 0.5], fill=255)
-    return numpy.array(canvas).reshape(height, FINER, width, FINER).mean((1, 3)) > 127
+    return numpy.asarray(canvas.reduce(FINER)) > 127
 
 
 def compressed_counts(text: str) -> list[int]:

@@ -66,7 +66,7 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Train; 0 when it is done or was stopped, 2 with a sentence for what cannot work."""
+    """Train; 0 when it is done or was stopped, 1 when it failed on the way, 2 with a sentence for what cannot work."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = parser().parse_args(arguments)
     try:
@@ -75,6 +75,9 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         log.error("%s", error)
         return 2
+    except RuntimeError as error:  # of a device, of the processes' connection, or a loss that is not finite
+        log.exception("The training ended: %s", error)
+        return 1
     return 0
 
 
