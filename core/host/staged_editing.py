@@ -31,7 +31,7 @@ from ..staged_sampling import (
 )
 from .adapter import Subject, with_adapter, without_adapter
 from .session import predicting
-from .staged_sampling import SCHEDULER, SEEDS, StagedSettings, alike, levels, whole_cells
+from .staged_sampling import SCHEDULER, SEEDS, Looks, StagedSettings, levels, whole_cells
 
 SAMPLER = "ddpm"  # the one that pasting between its steps is published for
 
@@ -97,7 +97,7 @@ def edited(
     plain, adapted = without_adapter(model), with_adapter(model, adapter, subject, 1.0, settings.strength)
     bar = comfy.utils.ProgressBar(2 * (len(down) - 1) * loops.most, node_id=node_id)
     pictures, kept, similarity, done, found = [source], None, 0.0, 0, None
-    told = []
+    told, looks = [], Looks(vision, source)
     while loops.go_on(done, similarity):
         done += 1
         latent = vae.encode(pictures[-1])
@@ -106,8 +106,7 @@ def edited(
         run = _Pasting(kept, _latent_mask(mask, settings.published, start), settings, done, bar)
         found = _sampled(adapted, prompts, run, start, down, settings.cfg)
         pictures.append(vae.decode(found))
-        if vision is not None:
-            similarity = alike(vision, pictures[-2], pictures[-1])
+        similarity = looks.at(pictures[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     picture = pictures[-1]
     if settings.paste:

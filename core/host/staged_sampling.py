@@ -110,20 +110,20 @@ def staged(
         pictures = [whole_cells(start[..., :3].float(), vae)]
         found = vae.encode(pictures[0])
     told, similarity, done = [], 0.0, 0
-    latents = [found]
+    latents, looks = [found], Looks(vision, pictures[0])
     while loops.go_on(done, similarity):
         done += 1
-        z, noise, of_loop = vae.encode(pictures[-1]), stock_noise(latents[-1], seed, done), (seed + done) % SEEDS
+        z = found if done == 1 and start is not None else vae.encode(pictures[-1])
+        noise, of_loop = stock_noise(latents[-1], seed, done), (seed + done) % SEEDS
         if settings.published_level:
             signal, more = _published(model, settings.split_ratio, appearance[0])
             z, noise = signal * z, more * noise
         found = show.sample(later, noise, appearance, prompts.loop_negative, prompts, z, settings, of_loop)
         latents.append(found)
         pictures.append(vae.decode(found))
-        if vision is not None:
-            similarity = alike(vision, pictures[-2], pictures[-1])
+        similarity = looks.at(pictures[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
-    chosen = _best(vision, pictures, subject, told) if settings.keep_best else len(pictures) - 1
+    chosen = _best(looks, subject, told) if settings.keep_best else len(pictures) - 1
     told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
     return Staged(latents[chosen], pictures[chosen], torch.cat(pictures), "\n".join(told))
 
@@ -146,15 +146,25 @@ def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed((seed + loop) % SEEDS))
 
 
-def alike(vision: Any, one: Tensor, other: Tensor) -> float:
-    """Of a batch, those that are least alike count."""
-    return float(F.cosine_similarity(embed(vision, one), embed(vision, other)).min())
+class Looks:
+    """What a vision model, if there is one, sees in pictures [B, H, W, 3] that come in a row; it sees each once."""
+
+    def __init__(self, vision: Any | None, first: Tensor) -> None:
+        self.vision = vision
+        self.seen = [] if vision is None else [embed(vision, first)]
+
+    def at(self, picture: Tensor) -> float:
+        """How alike it is to the one before; of a batch, those that are least alike count."""
+        if self.vision is None:
+            return 0.0
+        self.seen.append(embed(self.vision, picture))
+        return float(F.cosine_similarity(self.seen[-2], self.seen[-1]).min())
 
 
-def _best(vision: Any, pictures: list[Tensor], subject: Subject, told: list[str]) -> int:
+def _best(looks: Looks, subject: Subject, told: list[str]) -> int:
     """The number of the picture that is most like the subject's, and a line about it."""
-    wanted = F.normalize(embed(vision, subject.pictures), dim=1)
-    scores = [float((F.normalize(embed(vision, each), dim=1) @ wanted.T).mean()) for each in pictures]
+    wanted = F.normalize(embed(looks.vision, subject.pictures), dim=1)
+    scores = [float((F.normalize(seen, dim=1) @ wanted.T).mean()) for seen in looks.seen]
     best = max(range(len(scores)), key=scores.__getitem__)
     told.append(f"best: picture {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
     return best
