@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.adapter_file import read_adapter
-from ..core.ezigen import SubjectTokens, batched
+from ..core.ezigen import batched
 from ..core.ezigen_training import at_timestep, encoded
 from . import assets, comfyui, subjects, training, world
 from .pairs import encoded as latents_of
@@ -35,23 +35,16 @@ def checked_pairs(count: int) -> list[tuple[world.Identity, str, int]]:
 
 
 @torch.no_grad()
-def main(arguments: list[str]) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="run.py check")
-    parser.add_argument("--adapter", type=Path, default=assets.ASSETS / "adapter.safetensors")
-    parser.add_argument("--subjects", type=int, default=128)
-    options = parser.parse_args(arguments)
-    training.start()
-    comfyui.prepare()
+def worth(path: Path, count: int) -> dict[int, tuple[float, float, float]]:
+    """The errors at each timestep: of the UNet alone, with the subject's picture, with another subject's."""
     from ..core.host.adapter_layers import UNet, new_adapter
     from .narrow import load_narrow
     from .networks import token_ids
 
     narrow = load_narrow()
     adapter = new_adapter(narrow.model.model)
-    adapter.load(read_adapter(options.adapter).tensors)
-    network = UNet(narrow.model.model, adapter)
-    chosen = checked_pairs(options.subjects)
+    adapter.load(read_adapter(path).tensors)
+    network, chosen = UNet(narrow.model.model, adapter), checked_pairs(count)
     scenes = np.stack([world.render(idn, place, number)[0] for idn, place, number in chosen])
     alone = [world.render(idn, "studio", number + SEED) for idn, _, number in chosen]
     pictures, masks = (np.stack(part) for part in zip(*alone, strict=True))
@@ -63,17 +56,28 @@ def main(arguments: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     features = encoded(network, cut_out, about, torch.randn(z[:1].shape, generator=generator).expand_as(z))
     own, other = (batched([part.roll(shift, 0) for part in features], [1] * len(z)) for shift in (0, 1))
-    noise, totals = torch.randn(z.shape, generator=generator), torch.zeros(3)
+    noise = torch.randn(z.shape, generator=generator)
 
-    def error(timestep: int, tokens: SubjectTokens | None, on: bool = True) -> float:
+    def errors(timestep: int) -> tuple[float, float, float]:
         times = torch.full((len(z),), timestep)
         x = at_timestep(z, noise, network.alphas_cumprod[times])
-        found = network.predicted_noise(x, times, context, tokens) if on else network.bare_noise(x, times, context)
-        return float((found - noise).square().mean())
+        asked = [network.bare_noise(x, times, context)]
+        asked += [network.predicted_noise(x, times, context, tokens) for tokens in (own, other)]
+        bare, with_own, with_other = (float((found - noise).square().mean()) for found in asked)
+        return bare, with_own, with_other
 
-    for timestep in TIMESTEPS:
-        row = [error(timestep, None, False), error(timestep, own), error(timestep, other)]
-        totals += torch.tensor(row) / len(TIMESTEPS)
-        log(f"t {timestep}: alone {row[0]:.4f}, with the subject {row[1]:.4f}, with another {row[2]:.4f}")
-    log("mean: alone {:.4f}, with the subject {:.4f}, with another {:.4f}".format(*totals.tolist()))
-    log("w", [round(float(each), 3) for each in adapter.learnable_weights])
+    return {timestep: errors(timestep) for timestep in TIMESTEPS}
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="run.py check")
+    parser.add_argument("--adapter", type=Path, default=assets.ASSETS / "adapter.safetensors")
+    parser.add_argument("--subjects", type=int, default=128)
+    options = parser.parse_args(arguments)
+    training.start()
+    comfyui.prepare()
+    found = worth(options.adapter, options.subjects)
+    mean = tuple(sum(row) / len(found) for row in zip(*found.values(), strict=True))
+    for name, row in [*found.items(), ("mean", mean)]:
+        log(f"{name}: alone {row[0]:.4f}, with the subject {row[1]:.4f}, with another {row[2]:.4f}")
