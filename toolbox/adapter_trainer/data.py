@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...core.fitting import step_generator
-from ...core.subject_pairs import MAX_SUBJECTS, Pair, PairFolder, index_of
+from ...core.subject_pairs import EXPECTED, MAX_SUBJECTS, Pair, PairFolder, index_of
 from .data_coco import Coco
 from .data_youtube_vis import ANNOTATIONS, DRAWS, YoutubeVis
 
@@ -47,6 +47,11 @@ class Item:
 
 def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, pictures: int = 0, draws: int = DRAWS) -> Source:
     """The set in a folder, told by what lies in it. ValueError, with what was expected, when there is none."""
+    if not path.is_dir():
+        raise ValueError(
+            f"There is no folder {path.name}: give one of COCO (with annotations/), of YouTube-VIS (with "
+            f"{ANNOTATIONS[0]}), or of subjects ({EXPECTED})."
+        )
     if any((path / name).is_file() for name in ANNOTATIONS):
         return YoutubeVis(path, size, draws)
     if (path / "annotations").is_dir():

@@ -19,6 +19,7 @@ from .base import Encoder
 from .data import Item
 from .network import DiffusersUNet
 
+PATIENCE = 10.0
 log = logging.getLogger("likeness")
 
 
@@ -94,10 +95,14 @@ class Training:
 
 
 class Asked:
-    """Whether Ctrl+C, or a scheduler, asked the run to stop. The second time it stops at once, without saving."""
+    """Whether Ctrl+C, or a scheduler, asked the run to stop.
+
+    Asked again after PATIENCE seconds it stops at once, without saving; before, Accelerate's launcher only passes on
+    what the terminal has told every process already.
+    """
 
     def __init__(self) -> None:
-        self.stop = False
+        self.stop, self._when = False, 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Asked]:
@@ -110,7 +115,10 @@ class Asked:
 
     def _told(self, number: int, _frame: object) -> None:
         if self.stop:
-            raise KeyboardInterrupt
+            if time.monotonic() - self._when > PATIENCE:
+                raise KeyboardInterrupt
+            return
+        self._when = time.monotonic()
         log.warning("Asked to stop (%s): the update is finished and saved first.", signal.Signals(number).name)
         self.stop = True
 

@@ -262,3 +262,16 @@ def test_changed_settings_when_they_are_allowed(model, data, whole, tmp_path, ca
     assert main(settings(model, data, tmp_path, steps=13, learning_rate=1e-3, allow_changed=True)) == 0
     assert "learning_rate was 0.003, is 0.001" in caplog.text
     assert len(trained(tmp_path, 13)["losses"]) == 13
+
+
+def test_asked_twice(monkeypatch):
+    """What the launcher passes on at once is no second wish; one much later is."""
+    asked, now = loop.Asked(), [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    with asked.listening():
+        signal.raise_signal(signal.SIGINT)
+        assert asked.stop
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += loop.PATIENCE + 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
