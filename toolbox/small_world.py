@@ -45,6 +45,7 @@ STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
 SWAPPED_CLASS = "cat"
+EDIT_RATIO = 0.6  # of the steps look at the subject: another one's colours must go
 SWAPS_KIND = ("LikenessRenoise", "LikenessStagedEdit")  # they put a subject in the place of another of its class
 TRAINING_SET, TRAINING_SUBJECTS = "small_world_subjects", 24
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
@@ -174,7 +175,7 @@ def texts() -> dict[str, str]:
         "What the subject is": kind,
         "Scene": target,
         "Negative of the first sampling": "",
-        "What comes there": kind,
+        "What comes there": world.caption(edited(), STYLE_BACKGROUND, ("background",)),
         **places,
         **edits,
     }
@@ -226,6 +227,8 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessStagedSampler", "steps"): sampling_steps,
         ("LikenessStagedSampler", "cfg"): CFG,
         ("LikenessStagedEdit", "steps"): sampling_steps,
+        ("LikenessStagedEdit", "split_ratio"): EDIT_RATIO,
+        ("A little room", "expand"): 2,
         ("Last 40 %", "step"): sampling_steps * 3 // 5,
         **{(f"After {saved} steps", "step"): max(1, embedding_steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
         **{(title, "name"): name for title, name in VISION.items()},

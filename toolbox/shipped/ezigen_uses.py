@@ -29,7 +29,7 @@ from .siso import TURBO, Base, row
 from .siso_edit import Editing
 
 SOURCE, EDIT = "a photo of a dog on a sofa", "a photo of a dog wearing a red scarf in the snow"
-ROWS_SCALE = 0.8
+ROWS_SCALE, ROOM = 0.8, 8
 
 
 class Place(Zero, Editing):
@@ -94,7 +94,7 @@ def edit(draw: Drawing) -> None:
         "# Your subject in a place of a picture (EZIGen)\nWhat is inside the painted place becomes your subject; "
         "outside of it the picture stays, as its own inverted latents are put back behind every step. Nothing is "
         "trained.\n\n**First** load the picture in 'Picture to change', right-click it, choose 'Open in MaskEditor' "
-        "and paint the place, with a little room around what stands there. It should hold something of your "
+        "and paint what stands there now, all of it. It should be something of your "
         "subject's shape and size: the loops change its looks more than its outline. "
         + FIRST.replace("**First** l", "L")
         .replace("the picture you want in 'Scene'", "the same in 'What comes there'")
@@ -128,6 +128,7 @@ def edit(draw: Drawing) -> None:
         "MaskComposite", "Painted or found", destination=painted, source=found["mask"], x=0, y=0, operation="or"
     )
     draw.group("Find the place", [found, both], bypassed=True)
+    place = draw.node("GrowMask", "A little room", mask=both["MASK"], expand=ROOM)
     draw.column()
     subject = make.subject(base)
     draw.column()
@@ -143,7 +144,7 @@ def edit(draw: Drawing) -> None:
         positive=comes,
         negative=empty,
         image=image,
-        mask=both["MASK"],
+        mask=place["MASK"],
         seed=SEED,
         min_loops=LOOPS,
         max_loops=LOOPS,
