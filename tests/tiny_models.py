@@ -55,12 +55,28 @@ def _patcher(base_class, config_class, unet_config: dict, prediction: str, seed:
     return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
 
 
-def sd1(seed: int = 0):
+def sd1(seed: int = 0, **more):
     """SD1.x: eps-prediction, text rows of width 768."""
     import comfy.model_base
     import comfy.supported_models
 
-    return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD15, unet_config(32, 768), "EPS", seed)
+    config = unet_config(32, 768, **more)
+    return _patcher(comfy.model_base.BaseModel, comfy.supported_models.SD15, config, "EPS", seed)
+
+
+def sd2_base(seed: int = 0, context: int = 16):
+    """SD2.1-base in its own layout of 16 transformer blocks, with heads of 8: eps-prediction."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    class Narrow(comfy.supported_models.SD20):
+        unet_extra_config = {**comfy.supported_models.SD20.unet_extra_config, "num_head_channels": 8}
+
+    layout = {
+        **{"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 1, 1], "use_linear_in_transformer": True},
+        **{"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3},
+    }
+    return _patcher(comfy.model_base.BaseModel, Narrow, unet_config(32, context, **layout), "EPS", seed)
 
 
 def sd2_v(seed: int = 0):

@@ -74,7 +74,7 @@ def train_adapter(
     trainee: Trainee, folder: PairFolder, plan: Plan, settings: TrainingSettings, node_id: str | None = None
 ) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or serve from disk); returns the adapter, every step's loss, and a report for people."""
-    found = _check(trainee, plan)
+    found = check(trainee, plan.size)
     model, count = trainee.model, sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in found)
     store = store_for(RUN_BYTES_PER_WEIGHT * count)
     key, run = stored_last(store, _key(trainee, folder, plan, settings), plan.steps)
@@ -109,7 +109,7 @@ def report(folder: str, steps: int, batch: int, losses: list[float], worth: list
     return "\n".join(lines)
 
 
-def _check(trainee: Trainee, plan: Plan) -> list[Place]:
+def check(trainee: Trainee, size: int) -> list[Place]:
     """Refuse what cannot work before anything is loaded; where the adapter will stand."""
     found, unet = check_model(trainee.model), trainee.model.model.diffusion_model
     if unet.num_classes is not None:
@@ -127,8 +127,8 @@ def _check(trainee: Trainee, plan: Plan) -> list[Place]:
     if given != channels:
         raise ValueError(f"The VAE's latents have {given} channels, the model's {channels}: use the model's own VAE.")
     cell = trainee.vae.spacial_compression_encode()
-    if plan.size % cell:
-        raise ValueError(f"The pictures' size is {plan.size}: give a multiple of {cell}.")
+    if size % cell:
+        raise ValueError(f"The pictures' size is {size}: give a multiple of {cell}.")
     if trainee.start is not None:
         with torch.device("meta"):
             Adapter([place.layer for place in found]).check(trainee.start.tensors)
@@ -290,19 +290,19 @@ class _Alone:
 
 
 @torch.no_grad()
-def errors_of(network: UNet, sample: Callable[[int], Sample], seed: int, count: int = CHECKED) -> list[float]:
+def errors_of(network: UNet, sample: Callable[[int], Sample], seed: int) -> list[float]:
     """The mean error by the model alone, with the adapter but no subject, and with the subject.
 
     Of the first samples of the run, at timesteps spread evenly, all three with the same noise.
     """
     totals = [0.0, 0.0, 0.0]
     ways: list[tuple[Network, bool]] = [(_Alone(network), True), (network, True), (network, False)]
-    for number in range(count):
+    for number in range(CHECKED):
         chosen = sample(number)
         for way, (asked, dropped) in enumerate(ways):
-            timestep = (2 * number + 1) * TIMESTEPS // (2 * count)
+            timestep = (2 * number + 1) * TIMESTEPS // (2 * CHECKED)
             draw = Draw(timestep, dropped, step_generator(seed, number, "adapter check"))
-            totals[way] += float(errors(asked, [chosen], [draw])) / count
+            totals[way] += float(errors(asked, [chosen], [draw])) / CHECKED
     return totals
 
 

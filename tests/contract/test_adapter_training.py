@@ -1,0 +1,443 @@
+"""Training EZIGen's adapter in a MODEL: what it learns, what it leaves alone, how it is stopped and gone on with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from .. import narrow_world, tiny_models
+from .methods import Setting, autoencoder, run_node
+from .test_contract import Cancelled
+
+SIZE, STEPS = 64, 4
+STEP = 1e-4  # of finite differences
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two subjects of three pictures each."""
+    return narrow_world.draw(tmp_path_factory.mktemp("pictures") / "set", range(2), 3)
+
+
+@pytest.fixture
+def job(folder, clip, own_folders, monkeypatch):
+    """A small random model of ComfyUI's own classes, and how it is trained."""
+    from likeness.core.host import adapter_training
+
+    monkeypatch.setattr(adapter_training, "CHECKED", 2)
+    return Job(folder, clip)
+
+
+class Job:
+    def __init__(self, folder: Path, clip) -> None:
+        self.folder, self.clip, self.model, self.start = folder, clip, tiny_models.sd1(), None
+        self.max_subjects = 2
+
+    def trainee(self):
+        from likeness.core.host.adapter_training import Trainee
+
+        return Trainee(self.model, self.clip, autoencoder(), self.start)
+
+    def pairs(self):
+        from likeness.core.subject_pairs import PairFolder
+
+        return PairFolder(self.folder, SIZE, self.max_subjects)
+
+    def train(self, steps: int = STEPS, checkpointing: bool = False, **settings):
+        from likeness.core.ezigen_training import TrainingSettings
+        from likeness.core.host.adapter_training import Plan, train_adapter
+
+        plan = Plan(SIZE, steps, self.max_subjects, checkpointing)
+        chosen = TrainingSettings(**{"batch": 2, "learning_rate": 1e-3, **settings})
+        with torch.inference_mode():
+            return train_adapter(self.trainee(), self.pairs(), plan, chosen)
+
+    def network(self):
+        """The model as a Network with a new adapter, and the samples of its folder."""
+        from likeness.core.host.adapter_layers import UNet, new_adapter
+        from likeness.core.host.adapter_training import Encoded, check
+
+        trainee = self.trainee()
+        with torch.inference_mode():
+            encoded = Encoded(trainee, check(trainee, SIZE), self.pairs(), 0)
+        return UNet(self.model.model, new_adapter(self.model.model)), encoded.sample
+
+
+def equal(one, other) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(value, other.tensors[name]) for name, value in one.tensors.items()
+    )
+
+
+def forget_runs() -> None:
+    import folder_paths
+
+    for path in Path(folder_paths.get_user_directory()).glob("likeness/*/*.safetensors"):
+        path.unlink()
+
+
+# What it learns
+# ------------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folders):
+    """As it starts, the subject's pictures disturb; after 60 steps they help with most held-out subjects."""
+    from likeness.core.ezigen_training import TIMESTEPS, Draw, TrainingSettings, errors
+    from likeness.core.fitting import step_generator
+    from likeness.core.host.adapter_layers import UNet, new_adapter
+    from likeness.core.host.adapter_training import Encoded, Plan, check, train_adapter
+    from likeness.core.subject_pairs import PairFolder
+
+    narrow_world.draw(tmp_path / "train", range(24))
+    narrow_world.draw(tmp_path / "held out", range(1000, 1016))
+    trainee, held_out = narrow_world.trainee(), PairFolder(tmp_path / "held out", 96, 1)
+    settings = TrainingSettings(batch=4, learning_rate=3e-3)
+    with torch.inference_mode():
+        learned, _, report = train_adapter(trainee, PairFolder(tmp_path / "train", 96, 1), Plan(96, 60), settings)
+        sample = Encoded(trainee, check(trainee, 96), held_out, 0).sample
+    assert "The adapter uses the subject's pictures" in report
+
+    @torch.no_grad()
+    def measured(adapter) -> torch.Tensor:
+        """The errors [64, 2] of pairs of held-out subjects: without and with the subject, from the same noise."""
+        network, count, found = UNet(trainee.model.model, adapter), 64, []
+        for number in range(count):
+            timestep = (2 * number + 1) * TIMESTEPS // (2 * count)
+            draws = [Draw(timestep, dropped, step_generator(5, number)) for dropped in (True, False)]
+            found.append(errors(network, [sample(number)] * 2, draws))
+        return torch.stack(found)
+
+    adapter = new_adapter(trainee.model.model)
+    before = measured(adapter)
+    adapter.load(learned.tensors)
+    after = measured(adapter)
+    assert float((after[:, 1] < before[:, 1]).float().mean()) > 0.9
+    assert float((before[:, 1] < before[:, 0]).float().mean()) < 0.35
+    assert float((after[:, 1] < after[:, 0]).float().mean()) > 0.65
+
+
+def test_gradients_of_every_tensor(monkeypatch):
+    """All 113 tensors of an adapter for SD2.1's layout, against finite differences through ComfyUI's UNet.
+
+    Along the gradient, for all tensors of one kind and for all of one block: an error in one of them shows in both.
+    """
+    from likeness.core.ezigen_training import Draw, Sample, errors
+    from likeness.core.fitting import step_generator
+    from likeness.core.host.adapter_layers import UNet, new_adapter
+
+    model = tiny_models.sd2_base()
+    unet = model.model.diffusion_model
+    with torch.inference_mode(False):
+        state = {name: value.clone().double() for name, value in unet.state_dict().items()}
+        unet.double().load_state_dict(state, assign=True)
+        unet.requires_grad_(False)
+    network = UNet(model.model, new_adapter(model.model).double())
+    network.dtype = torch.float64
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the loss too, which is float32 otherwise
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(pictures: int) -> Sample:
+        shapes = ((4, 8, 8), (77, 16), (pictures, 4, 8, 8), (pictures, 77, 16))
+        return Sample(*(torch.randn(shape, generator=generator).double() for shape in shapes))
+
+    samples = [drawn(1), drawn(2)]
+
+    def loss() -> torch.Tensor:
+        draws = [Draw(timestep, False, step_generator(1, timestep)) for timestep in (300, 700)]
+        return errors(network, samples, draws).mean()
+
+    named = network.adapter.named()
+    assert len(named) == 113
+    with torch.no_grad():
+        for value in named.values():
+            value += 0.02 * torch.randn(value.shape, generator=generator).double()
+    loss().backward()
+    groups: dict[str, list[str]] = {}
+    for name in named:
+        block, _, kind = name.partition(".transformer_blocks.0.")
+        for group in (block, kind) if kind else (name,):
+            groups.setdefault(group, []).append(name)
+    assert len(groups) == 16 + 7 + 1
+    for group, names in groups.items():
+        found = {name: named[name].grad for name in names}
+        assert all(grad is not None and bool(grad.any()) for grad in found.values())
+        norm = float(sum(grad.square().sum() for grad in found.values()).sqrt())
+        values = []
+        with torch.no_grad():
+            for move in (STEP, -2 * STEP, STEP):  # there, to the other side, and back
+                for name, grad in found.items():
+                    named[name] += move * grad / norm
+                values.append(float(loss()) if len(values) < 2 else 0.0)
+        assert (values[0] - values[1]) / (2 * STEP) == pytest.approx(norm, rel=1e-3), group
+
+
+def test_a_batch_of_differing_numbers_of_pictures_is_its_samples_alone(job):
+    from likeness.core.ezigen_training import draw, errors
+
+    job.max_subjects = 4
+    network, sample = job.network()
+    numbers = range(8)
+    counts = [len(sample(number).subjects) for number in numbers]
+    assert set(counts) == {1, 2}
+    with torch.no_grad():
+        together = errors(network, [sample(n) for n in numbers], [draw(1, n, 0.3) for n in numbers])
+        alone = torch.cat([errors(network, [sample(n)], [draw(1, n, 0.3)]) for n in numbers])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_dropped_subjects_teach_nothing_of_the_subject(job):
+    """w, which scales the subject alone, stays where it began when all are dropped, and moves when none is."""
+    always, *_ = job.train(drop=1.0)
+    never, *_ = job.train(drop=0.0)
+    assert torch.equal(always.tensors["learnable_weights"], torch.ones(7))
+    assert float((never.tensors["learnable_weights"] - 1).abs().min()) > 1e-4
+    assert not equal(always, never)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision(job, dtype):
+    """The adapter is float32 whatever the UNet is, and learns nearly the same."""
+    exact, losses, _ = job.train(steps=2, batch=1)
+    job.model = tiny_models.sd1(dtype=dtype)
+    found, rounded, _ = job.train(steps=2, batch=1)
+    assert {value.dtype for value in found.tensors.values()} == {torch.float32}
+    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(losses), atol=0, rtol=0.02)
+    moved = [float((value - exact.tensors[name]).abs().mean()) for name, value in found.tensors.items()]
+    assert max(moved) < 4e-3  # AdamW moves by the learning rate whatever a gradient's size
+
+
+def test_checkpointing_gives_the_same(job):
+    plain, losses, _ = job.train()
+    forget_runs()
+    saving, again, _ = job.train(checkpointing=True)
+    assert losses == again and equal(plain, saving)
+
+
+def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_path):
+    from likeness.core.host.adapter_training import Encoded, check
+
+    def rows(caption: str) -> torch.Tensor:
+        draw = narrow_world.draw(tmp_path / str(len(list(tmp_path.iterdir()))), range(1), 1)
+        next(draw.glob("*/0.txt")).write_text(caption)
+        job.folder, trainee = draw, job.trainee()
+        with torch.inference_mode():
+            found = Encoded(trainee, check(trainee, SIZE), job.pairs(), 0)
+        return found.rows[caption]
+
+    assert rows("word " * 74 + "end and more").shape == (77, 768)
+    with torch.inference_mode():
+        stock = job.clip.encode_from_tokens(job.clip.tokenize("a (dog:1.5)"))[0]
+        escaped = job.clip.encode_from_tokens(job.clip.tokenize("a \\(dog:1.5\\)"))[0]
+    found = rows("a (dog:1.5)")
+    assert torch.equal(found, escaped) and not torch.equal(found, stock)
+
+
+# Stopping, going on, running again
+# ------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes_and_the_global_numbers_stay(job):
+    state = torch.get_rng_state()
+    first, losses, report = job.train()
+    forget_runs()
+    second, again, same = job.train()
+    other, *_ = job.train(seed=1)
+    assert equal(first, second) and losses == again and report == same and not equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["between updates", "inside the UNet"])
+def test_cancel_keeps_the_work_and_resuming_is_exact(job, monkeypatch, inside):
+    from likeness.core.host.adapter_layers import UNet
+    from likeness.core.host.progress import Progress
+
+    whole, losses, report = job.train(steps=7)
+    forget_runs()
+    owner, name = (UNet, "predicted_noise") if inside else (Progress, "update")
+    original, calls = getattr(owner, name), []
+
+    def cut(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Cancelled
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, cut)
+    with pytest.raises(Cancelled):
+        job.train(steps=7)
+    monkeypatch.setattr(owner, name, original)
+    seen, update = [], Progress.update
+    monkeypatch.setattr(Progress, "update", lambda self, losses, *more: seen.append(len(losses)))
+    resumed, again, same = job.train(steps=7)
+    monkeypatch.setattr(Progress, "update", update)
+    assert seen[0] == (4 if inside else 5), "finished updates were made again"
+    assert equal(whole, resumed) and losses == again and report == same
+
+
+def test_a_finished_run_is_not_trained_again_and_other_lengths_are_exact(job, monkeypatch):
+    from likeness.core.host import adapter_training
+
+    direct, few, _ = job.train(steps=3)
+    forget_runs()
+    longer, losses, report = job.train(steps=5)
+    shorter, fewer, _ = job.train(steps=3)
+    assert equal(direct, shorter) and few == fewer == losses[:3]
+    forget_runs()
+    job.train(steps=3)
+    gone_on, again, _ = job.train(steps=5)
+    assert equal(longer, gone_on) and losses == again
+    monkeypatch.setattr(adapter_training, "optimise", None)
+    served, same, told = job.train(steps=5)
+    assert equal(longer, served) and same == losses and told == report
+    with pytest.raises(TypeError):
+        job.train(steps=8)
+
+
+def test_what_decides_the_result_makes_another_run(job, tmp_path):
+    """Another picture, caption, LoRA or start must never be served by a stored run."""
+    import shutil
+
+    first, *_ = job.train(steps=2)
+    shutil.copytree(job.folder, tmp_path / "copy")
+    job.folder = tmp_path / "copy"
+    assert equal(first, job.train(steps=2)[0])
+    for change in ("0.txt", "0.png", "0.mask.png"):
+        for path in job.folder.glob(f"*/{change}"):
+            path.write_bytes(path.with_name(change.replace("0", "1")).read_bytes())
+        other, *_ = job.train(steps=2)
+        assert not equal(first, other), change
+        first = other
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    job.model = job.model.clone()
+    job.model.add_patches({key: ("diff", (torch.ones(job.model.model.state_dict()[key].shape),))}, 0.2)
+    patched, *_ = job.train(steps=2)
+    assert not equal(first, patched)
+    job.start = patched
+    assert not equal(patched, job.train(steps=2)[0])
+
+
+def test_it_goes_on_from_an_adapter(job, tmp_path):
+    from likeness.core.adapter_file import read_adapter, save_adapter
+
+    first, losses, _ = job.train(steps=5)
+    save_adapter(tmp_path / "adapter.safetensors", first)
+    job.start = read_adapter(tmp_path / "adapter.safetensors")
+    assert equal(first, job.start) and job.start.header["steps"] == 5 and "5 steps" in job.start.describe()
+    more, again, _ = job.train(steps=3)
+    assert more.header["steps"] == 8 and not equal(first, more)
+    assert again[0] < losses[0]
+
+
+# What it leaves alone, and what works with it
+# ------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_left_as_it_was(job):
+    from .test_adapter import sampled
+
+    setting = Setting()
+    job.model = setting.model
+    before, options = sampled(setting, setting.model), repr(setting.model.model_options)
+    weights = dict(setting.model.model.named_parameters())
+    job.train(checkpointing=True)
+    assert torch.equal(sampled(setting, setting.model), before) and repr(setting.model.model_options) == options
+    assert all(value is weights[name] for name, value in setting.model.model.named_parameters())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in setting.model.model.modules())
+
+
+def test_what_was_trained_is_applied(job, caplog):
+    from .test_adapter import applied, sampled, subject
+
+    caplog.set_level(logging.WARNING, logger="likeness")
+    setting = Setting()
+    job.model = setting.model
+    learned, *_ = job.train()
+    about = subject(setting)
+    found = sampled(setting, applied(setting, learned, about))
+    assert float((found - sampled(setting, setting.model)).abs().max()) > 1e-3
+    assert not caplog.text
+    other = Setting(model_seed=1)
+    applied(other, learned, subject(other))
+    assert "trained with another model" in caplog.text
+
+
+def test_dead_files_are_left_out_and_counted(job, tmp_path):
+    import shutil
+
+    shutil.copytree(job.folder, tmp_path / "damaged")
+    job.folder = tmp_path / "damaged"
+    dead = sorted(job.folder.glob("*/1.png"))[0]
+    dead.write_bytes(dead.read_bytes()[:200])
+    _, losses, report = job.train(steps=6)
+    assert len(losses) == 6
+    assert "left out 1:" in report and f"{dead.parent.name}/1.png" in report
+    assert job.train(steps=6)[2] == report
+
+
+# What is refused
+# ------------------------------------------------------------------------------------------
+
+
+def test_wrong_inputs_are_refused(job, monkeypatch):
+    import comfy.model_management as mm
+
+    def refused(message: str, **changes) -> None:
+        before = {name: getattr(job, name) for name in changes}
+        vars(job).update(changes)
+        with pytest.raises(ValueError, match=message):
+            job.train()
+        vars(job).update(before)
+
+    refused("as SDXL does", model=tiny_models.sdxl())
+    refused("predicts v", model=tiny_models.sd2_v())
+    refused("for inpainting", model=tiny_models.sd1(in_channels=9))
+    refused("UNet of SD1.x", model=tiny_models.flux())
+    refused("connect the CLIP of the model's own checkpoint", model=tiny_models.sd2_base(context=1024))
+    wide = replace(job.trainee(), model=tiny_models.sd2_base())
+    from likeness.core.adapter_file import trained
+    from likeness.core.host.adapter_layers import new_adapter
+
+    refused("this model's UNet takes", start=trained(new_adapter(wide.model.model), {}))
+    monkeypatch.setattr(mm, "get_free_memory", lambda *_: 1000)
+    refused("toolbox/train_adapter.py")
+
+
+@pytest.fixture
+def input_folder(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    (tmp_path / "input").mkdir()
+    return tmp_path / "input"
+
+
+def test_the_node(job, input_folder):
+    """Folders are listed and looked up below ComfyUI's input folder, and nowhere else."""
+    from likeness.core.host.folders import picture_folders
+    from likeness.nodes.train_adapter import LikenessTrainAdapter
+
+    narrow_world.draw(input_folder / "sets" / "mine", range(2), 2)
+    outside = narrow_world.draw(input_folder.parent / "outside", range(2), 2)
+    (input_folder / "linked").symlink_to(outside)
+    (input_folder / "plain").mkdir()
+    assert picture_folders() == ["sets", "sets/mine"]
+    inputs = {"model": job.model, "clip": job.clip, "vae": autoencoder(), "size": SIZE, "steps": 2, "batch": 1}
+    inputs |= {"learning_rate": 1e-3, "seed": 0}
+    adapter, loss, report = run_node(LikenessTrainAdapter, folder="sets/mine", **inputs)
+    assert len(loss["loss"]) == 2 and len(adapter.tensors) == 50 and "2 subjects" in report
+    state = LikenessTrainAdapter.fingerprint_inputs(folder="sets/mine", size=SIZE)
+    next((input_folder / "sets" / "mine").glob("*/0.txt")).write_text("something else")
+    assert LikenessTrainAdapter.fingerprint_inputs(folder="sets/mine", size=SIZE) != state
+    for name in ("../outside", "linked", "/etc", "sets/../../outside", "~", "", "C:\\x", "sets/\0"):
+        with pytest.raises(ValueError, match="not a plain name in ComfyUI's input folder"):
+            run_node(LikenessTrainAdapter, folder=name, **inputs)
+    with pytest.raises(ValueError, match="There is no folder 'absent'"):
+        run_node(LikenessTrainAdapter, folder="absent", **inputs)
+    with pytest.raises(ValueError, match="holds no pictures of subjects"):
+        run_node(LikenessTrainAdapter, folder="plain", **inputs)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        run_node(LikenessTrainAdapter, folder="sets/mine", **{**inputs, "size": 60})
