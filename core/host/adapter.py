@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .. import adapter_file
 from ..adapter_file import StoredAdapter
-from ..adapter_file import trained as trained
 from ..conditioning import Conditioning, single_prompt
 from ..ezigen import SUBJECT_TIMESTEP, Adapter, SubjectTokens, joined
 from ..fitting import step_generator

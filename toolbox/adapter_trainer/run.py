@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--model", type=Path, required=True, help="diffusers folder of SD2.1-base")
     add("--data", type=Path, nargs="+", required=True, help="folders: COCO, YouTube-VIS, or subjects with captions")
+    add(
+        "--start",
+        type=Path,
+        help="adapter to begin with: a file, or the authors' checkpoint; else a copy of the UNet's own",
+    )
     add("--out", type=Path, required=True, help=f"folder for {ADAPTER} and the states of the run")
     add("--steps", type=_positive, default=200_000, help="updates in all")
     add("--batch", type=_positive, default=1, help="samples at once in each process")
@@ -137,6 +142,8 @@ class _Command:
         base = self._base()
         adapter = new_adapter(base.unet)
         names = [layer.name for layer in adapter.described]
+        if options.start is not None:
+            adapter.load(adapter_file.read_adapter(options.start).tensors)
         sample = adapter_file.base_sample(names, lambda name: base.unet.get_submodule(name).attn1.to_q.weight)
         base.to(self.accelerator.device, PRECISIONS[self.accelerator.mixed_precision])
         if options.gradient_checkpointing:
@@ -165,6 +172,7 @@ class _Command:
             **{name: getattr(self.options, name) for name in names},
             "batch": self.share.whole,
             "precision": self.accelerator.mixed_precision,
+            "start": self.options.start and self.options.start.name,
             "data": [each.describe() for each in sources],
             "base": base,
         }
@@ -217,7 +225,7 @@ class _Command:
         )
 
     def _saver(self, training: Training, states: States, base: dict[str, list[float]]) -> Callable[[], None]:
-        header = {**states.settings, "base": base}
+        header = {"base": base, "settings": {name: each for name, each in states.settings.items() if name != "base"}}
 
         def save() -> None:
             if not self.accelerator.is_main_process:

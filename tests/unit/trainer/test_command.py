@@ -86,7 +86,9 @@ def test_the_file(whole, data):
     places = ("down_blocks.0", "mid_block", "up_blocks.1", "up_blocks.1")
     assert [name.partition(".attentions")[0] for name in stored.order()] == list(places)
     assert stored.widths() == [16, 32, 16, 16]
-    assert stored.header["steps"] == 12 and stored.header["batch"] == 4 and stored.header["data"][0].startswith("balls")
+    made_with = stored.header["settings"]
+    assert (stored.header["steps"], made_with["batch"], made_with["seed"], made_with["precision"]) == (12, 4, 5, "no")
+    assert made_with["data"] == ["balls: 3 subjects, 6 captioned pictures, 6 with a mask"]
     assert len(stored.base) == 4 and all(name.endswith("attn1.to_q.weight") for name in stored.base)
     assert {value.dtype for value in stored.tensors.values()} == {torch.float32}
     assert not torch.equal(stored.tensors["learnable_weights"], torch.ones(4))
@@ -254,6 +256,19 @@ def test_a_state_of_other_widths(model, data, whole, tmp_path, caplog):
     name = next(name for name in tensors if name.endswith("adapter_norm.bias"))
     save_file({**tensors, name: torch.zeros(7)}, path, metadata)
     assert f"{name.removeprefix('adapter.')} is 7" in sentence(caplog, settings(model, data, tmp_path, steps=14))
+
+
+def test_from_another_adapter(model, data, whole, tmp_path, caplog):
+    """The first loss is that of the adapter it begins with."""
+    start = whole / "adapter.safetensors"
+    assert main(settings(model, data, tmp_path / "own", steps=1, learning_rate=1e-9, start=start)) == 0
+    found = load_file(tmp_path / "own" / "adapter.safetensors")
+    torch.testing.assert_close(found, load_file(start), atol=1e-6, rtol=1e-6)
+    other = load_file(start)
+    other.pop(next(name for name in other if name.startswith("mid_block")))
+    save_file(other, tmp_path / "other.safetensors")
+    text = sentence(caplog, settings(model, data, tmp_path / "other", start=tmp_path / "other.safetensors"))
+    assert "lacks 'mid_block" in text
 
 
 def test_changed_settings_when_they_are_allowed(model, data, whole, tmp_path, caplog):
