@@ -181,6 +181,7 @@ def test_bf16_with_checkpointing(model, data, whole, tmp_path):
     assert {value.dtype for name, value in found.items() if name.startswith("adapter.")} == {torch.float32}
     torch.testing.assert_close(found["losses"], expected, rtol=0.05, atol=0)
     assert not torch.equal(found["losses"], expected)
+    assert not torch.equal(found["adapter.learnable_weights"], torch.ones(4))
 
 
 def test_a_dead_file_is_skipped_and_counted(model, tmp_path, caplog):
