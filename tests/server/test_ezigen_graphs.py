@@ -53,6 +53,18 @@ def test_the_prompt_alone_has_the_same_layout(results):
     assert "loop 3: 0." in result.text("Report"), "with the vision model switched on it says how alike they are"
 
 
+def test_the_subject_is_more_alike_than_by_the_prompt_alone(server):
+    """Four pictures of more steps; identity by the measuring encoder and by CLIP, on the subject alone."""
+    wanted = {title: 10 for title in ("Sample in stages", "Without the subject")}
+    settings = {(title, "steps"): steps for title, steps in wanted.items()}
+    result = run_graph(server, "ezigen_generate", {**settings, ("Size of the results", "batch_size"): 4})
+    rows = [line.split() for line in result.text("Score").splitlines() if line.split()[0].isdigit()]
+    dino, clip = (np.array([float(row[column]) for row in rows]) for column in (1, 2))
+    assert len(rows) == 8
+    assert dino[4:].mean() > dino[:4].mean() + 0.05
+    assert clip[4:].mean() > clip[:4].mean() + 0.1
+
+
 def test_what_is_looked_at_is_the_subject_alone_on_white(results):
     seen = results["ezigen_generate"].pictures("What is looked at")[0]
     picture, mask = subject_drawn()
@@ -110,8 +122,10 @@ def test_an_edit_changes_the_place_and_leaves_the_rest(results):
     outside = ~grown(mask, 2 * CELL)
     assert outside.mean() > 0.05
     assert psnr(edited[outside], source[outside]) > 27
-    assert distance(edited[mask], source[mask]) > 0.03
-    assert distance(edited[mask], source[mask]) > 2 * distance(edited[outside], source[outside])
+    assert distance(edited[mask], source[mask]) > 0.05
+    assert distance(edited[mask], source[mask]) > 3 * distance(edited[outside], source[outside])
+    inside = edited[mask].mean(0)  # the other one was green, the new one is red, white and yellow
+    assert inside[0] > inside[1] and source[mask].mean(0)[0] < source[mask].mean(0)[1]
 
 
 def grown(mask: np.ndarray, pixels_wide: int) -> np.ndarray:
