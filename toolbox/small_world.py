@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .environment import ROOT, SANDBOX, Environment, Steps
 from .graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching
+from .mask_nodes import PLAYER, with_subject_masks
 
 if TYPE_CHECKING:
     from ..toyworld import world
@@ -29,7 +30,6 @@ VISION = {
     "DINO (reference)": "small_world_measure",
     "DINO (similarity)": "small_world_dino",
 }
-PLAYER = "ToyworldSubjectMask"
 PLAYED = {
     "LikenessSubjectMask": PLAYER,
     "UNETLoader": "ToyworldLoadModel",
@@ -47,7 +47,8 @@ SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "s
 SWAPPED_CLASS = "cat"
 EDIT_RATIO = 0.6  # of the steps look at the subject: another one's colours must go
 SWAPS_KIND = ("LikenessRenoise", "LikenessStagedEdit")  # they put a subject in the place of another of its class
-TRAINING_SET, TRAINING_SUBJECTS = "small_world_subjects", 24
+TRAINING_SET, TRAINING_SUBJECTS = "small_world_subjects", 8
+ADAPTER_STEPS, ADAPTER_RATE = 40, 2e-4
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
@@ -77,7 +78,7 @@ def build_models(environment: Environment) -> Path:
 
 
 def draw_subject(folder: Path) -> Path:
-    """Write the pictures of the subject and of the style; returns the subject's first. Needs numpy and Pillow."""
+    """Write all pictures that graphs load, and a training set; returns the subject's first. Needs numpy and Pillow."""
     from PIL import Image
 
     from ..toyworld import world
@@ -90,10 +91,11 @@ def draw_subject(folder: Path) -> Path:
     ):
         picture, _ = world.render(identity, background, seed)
         Image.fromarray(picture).save(folder / name)
+    draw_training_set(folder / TRAINING_SET)
     return folder / PICTURE
 
 
-def draw_training_set(folder: Path, subjects: Iterable[int] = range(TRAINING_SUBJECTS), pictures: int = 4) -> Path:
+def draw_training_set(folder: Path, subjects: Iterable[int] = range(TRAINING_SUBJECTS), pictures: int = 3) -> Path:
     """Write pictures of many subjects, each in several places, with captions, masks and class nouns; returns folder."""
     import numpy
     from PIL import Image
@@ -224,6 +226,10 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessPositionMap", "cells"): CELLS,
         ("LikenessLoadAdapter", "name"): ADAPTER,
         ("LikenessEncodeSubject", "size"): SIZE,
+        ("LikenessTrainAdapter", "folder"): TRAINING_SET,
+        ("LikenessTrainAdapter", "size"): SIZE,
+        ("LikenessTrainAdapter", "steps"): steps or ADAPTER_STEPS,
+        ("LikenessTrainAdapter", "learning_rate"): ADAPTER_RATE,
         ("LikenessStagedSampler", "steps"): sampling_steps,
         ("LikenessStagedSampler", "cfg"): CFG,
         ("LikenessStagedEdit", "steps"): sampling_steps,
@@ -330,57 +336,6 @@ def without_sana(graph: Graph) -> Graph:
         elif node["type"] == "BasicScheduler":
             node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
     return graph
-
-
-def with_subject_masks(graph: Graph) -> Graph:
-    """Look at the subject only: the small world's own mask node in front of every LikenessScore, and of every picture
-    to be like, since its DINO knows nothing else.
-    """
-    graph = copy.deepcopy(graph)
-    for node in [node for node in graph["nodes"] if node["type"] == "LikenessSimilarity" and not node["mode"]]:
-        insert_mask(graph, node, "image", "mask")
-    for node in [node for node in graph["nodes"] if node["type"] == "LikenessScore" and measures_identity(node)]:
-        insert_mask(graph, node, "images", "mask")
-        insert_mask(graph, node, "reference", "reference_mask")
-    return graph
-
-
-def measures_identity(node: Mapping[str, Any]) -> bool:
-    """Whether a model for it is connected."""
-    return any(entry["name"] in ("dino", "clip") and entry["link"] is not None for entry in node["inputs"])
-
-
-def insert_mask(graph: Graph, node: dict[str, Any], image_input: str, mask_input: str) -> None:
-    """Connect mask_input to a new mask node of what arrives at image_input."""
-    slots = {entry["name"]: (index, entry) for index, entry in enumerate(node["inputs"])}
-    origin = next((link for link in graph["links"] if link[0] == slots[image_input][1]["link"]), None)
-    if origin is None:
-        raise GraphError(f"Nothing is connected to {image_input} of the score node.")
-    identity, first = graph["last_node_id"] + 1, graph["last_link_id"] + 1
-    graph["last_node_id"], graph["last_link_id"] = identity, first + 1
-    index, entry = slots[mask_input]
-    entry["link"] = first + 1
-    source = next(other for other in graph["nodes"] if other["id"] == origin[1])
-    source["outputs"][origin[2]]["links"].append(first)
-    graph["links"] += [
-        [first, origin[1], origin[2], identity, 0, "IMAGE"],
-        [first + 1, identity, 0, node["id"], index, "MASK"],
-    ]
-    graph["nodes"].append(
-        {
-            "id": identity,
-            "type": PLAYER,
-            "pos": [node["pos"][0], node["pos"][1] - 200 - 100 * (mask_input == "mask")],
-            "size": [340, 60],
-            "flags": {},
-            "order": len(graph["nodes"]),
-            "mode": 0,
-            "inputs": [{"name": "image", "type": "IMAGE", "link": first}],
-            "outputs": [{"name": "mask", "type": "MASK", "links": [first + 1]}],
-            "properties": {"Node name for S&R": PLAYER},
-            "widgets_values": [],
-        }
-    )
 
 
 def store_graph(graph: Graph, base: Path, name: str) -> Path:

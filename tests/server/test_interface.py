@@ -49,6 +49,7 @@ NODES = (
     "LikenessSubjectModel",
     "LikenessSweep",
     "LikenessSweepPlot",
+    "LikenessTrainAdapter",
     "LikenessTrainEmbedding",
 )
 FOLDERS_ALONE = ("siso_sana",)  # its models are folders, which the page cannot look for
