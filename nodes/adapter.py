@@ -39,6 +39,10 @@ class LikenessLoadAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name) -> bool | str:
+        return True if name in folders.names(folders.ADAPTERS) else host.adapter_missing(name)
+
+    @classmethod
     def fingerprint_inputs(cls, name) -> str:
         return folders.state(folders.ADAPTERS, name)
 

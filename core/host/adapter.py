@@ -101,6 +101,15 @@ def _resized(pictures: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(pictures.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
 
 
+def adapter_missing(name: str) -> str:
+    """What is said where an entry of models/likeness_adapters is not there."""
+    return (
+        f"There is no '{name}' in models/likeness_adapters. Download the zip that "
+        "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or choose an adapter of your own; Train "
+        "Subject Adapter makes one."
+    )
+
+
 def check_model(model: Any) -> list[Place]:
     """Where the adapter stands in a MODEL. ValueError when it cannot stand there."""
     found, kind = places(model.model), model.model.model_type
