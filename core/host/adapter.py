@@ -105,8 +105,8 @@ def adapter_missing(name: str) -> str:
     """What is said where an entry of models/likeness_adapters is not there."""
     return (
         f"There is no '{name}' in models/likeness_adapters. Download the zip that "
-        "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or choose an adapter of your own; Train "
-        "Subject Adapter makes one."
+        "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or "
+        "choose an adapter of your own; Train Subject Adapter makes one."
     )
 
 
