@@ -109,9 +109,9 @@ def test_two_pictures_of_a_person_are_not_one(server, results):
 def test_the_loops_begin_with_the_other_models_picture(results):
     result = results["ezigen_any_picture"]
     scene, loops = result.pictures("Scene of the other model")[0], result.pictures("First sampling and loops")
-    assert np.array_equal(scene, loops[0]) and len(loops) == 4
+    assert np.array_equal(scene, loops[0]) and len(loops) == 7
     check_pictures(loops)
-    assert "0 steps and 3 times 2" in result.text("Report")
+    assert "0 steps and 6 times 3" in result.text("Report")
 
 
 def test_an_edit_changes_the_place_and_leaves_the_rest(results):

@@ -42,8 +42,8 @@ def any_picture(draw: Drawing) -> None:
     draw.note(
         "# Your subject in a picture of another model (EZIGen)\nAnother model draws the scene (here SDXL-turbo; any "
         "model, any sampler, or a picture from your disk), and EZIGen's loops bring the subject into it: SD2.1-base "
-        "draws the last 40 % of the steps again, looking at your picture. So the layout is as good as the other "
-        "model's, and the details are SD2.1's.\n\n"
+        "draws the last half of the steps again, looking at your picture, six times. So the layout is as good as the "
+        "other model's, and the details are SD2.1's.\n\n"
         + FIRST
         + "The scene should show something of the subject's kind, about as large and turned as it is in your picture: "
         "the loops change what a thing looks like, less what shape it has. "
@@ -82,7 +82,8 @@ def any_picture(draw: Drawing) -> None:
     draw.column()
     positive = make.prompt("Scene, encoded", base.clip, text)
     empty = make.prompt("Negative of the loops", base.clip, "")
-    staged = make.staged(base, subject, adapter, latent=canvas, positive=positive, negative=empty, image=sized)
+    more = {"split_ratio": 0.5, "min_loops": 2 * LOOPS, "max_loops": 2 * LOOPS}
+    staged = make.staged(base, subject, adapter, latent=canvas, positive=positive, negative=empty, image=sized, **more)
     draw.column()
     make.shown(staged, "ezigen_any")
 
