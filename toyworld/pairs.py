@@ -19,7 +19,7 @@ from .judge import subject_crop
 from .subjects import for_checking
 from .training import WORK, log
 
-PAIRS = 16_384
+PAIRS = 8_192
 FILE = "pairs.pt"
 WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (0.3, ("background",)),
