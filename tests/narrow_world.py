@@ -36,7 +36,7 @@ def trainee(start: Any = None) -> Any:
     return Trainee(narrow.model, NarrowCLIP(narrow), narrow.vae, start)
 
 
-def draw(folder: Path, subjects: range, pictures: int = 4) -> Path:
+def draw(folder: Path, subjects: range, pictures: int) -> Path:
     """Pictures of subjects in several places, with captions and masks."""
     from likeness.toolbox.small_world import draw_training_set
 

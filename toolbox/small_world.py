@@ -47,7 +47,7 @@ SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "s
 SWAPPED_CLASS = "cat"
 EDIT_RATIO = 0.6  # of the steps look at the subject: another one's colours must go
 SWAPS_KIND = ("LikenessRenoise", "LikenessStagedEdit")  # they put a subject in the place of another of its class
-TRAINING_SET, TRAINING_SUBJECTS = "small_world_subjects", 8
+TRAINING_SET, TRAINING_SUBJECTS, TRAINING_PICTURES = "small_world_subjects", 6, 2
 ADAPTER_STEPS, ADAPTER_RATE = 40, 2e-4
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
@@ -95,7 +95,9 @@ def draw_subject(folder: Path) -> Path:
     return folder / PICTURE
 
 
-def draw_training_set(folder: Path, subjects: Iterable[int] = range(TRAINING_SUBJECTS), pictures: int = 3) -> Path:
+def draw_training_set(
+    folder: Path, subjects: Iterable[int] = range(TRAINING_SUBJECTS), pictures: int = TRAINING_PICTURES
+) -> Path:
     """Write pictures of many subjects, each in several places, with captions, masks and class nouns; returns folder."""
     import numpy
     from PIL import Image

@@ -92,8 +92,8 @@ def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folder
     from likeness.core.host.adapter_training import Encoded, Plan, check, train_adapter
     from likeness.core.subject_pairs import PairFolder
 
-    narrow_world.draw(tmp_path / "train", range(24))
-    narrow_world.draw(tmp_path / "held out", range(1000, 1016))
+    narrow_world.draw(tmp_path / "train", range(24), 4)
+    narrow_world.draw(tmp_path / "held out", range(1000, 1016), 4)
     trainee, held_out = narrow_world.trainee(), PairFolder(tmp_path / "held out", 96, 1)
     settings = TrainingSettings(batch=4, learning_rate=3e-3)
     with torch.inference_mode():

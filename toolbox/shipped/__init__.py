@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..drawing import Drawing
 from . import (
     ezigen,
+    ezigen_train,
     ezigen_uses,
     hifi,
     hifi_ablation,
@@ -33,4 +34,5 @@ GRAPHS: dict[str, Callable[[Drawing], None]] = {
     **siso_sana.GRAPHS,
     **ezigen.GRAPHS,
     **ezigen_uses.GRAPHS,
+    **ezigen_train.GRAPHS,
 }
