@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -74,15 +75,20 @@ def main(arguments: list[str]) -> int:
     """Train; 0 when it is done or was stopped, 1 when it failed on the way, 2 with a sentence for what cannot work."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = parser().parse_args(arguments)
+    command = None
     try:
         _check_packages(options)
-        _Command(options).run()
+        command = _Command(options)
+        command.run()
     except ValueError as error:
         log.error("%s", error)
         return 2
     except RuntimeError as error:  # of a device, of the processes' connection, or a loss that is not finite
         log.exception("The training ended: %s", error)
         return 1
+    finally:
+        if command is not None:
+            command.close()
     return 0
 
 
@@ -112,6 +118,8 @@ class _Command:
             raise ValueError(
                 f"--drop is {options.drop}: give a share from 0 to below 1 (published as intended: {DROP})."
             )
+        if not 0 < options.learning_rate <= 1:
+            raise ValueError(f"--learning-rate is {options.learning_rate}: give {LEARNING_RATE} (published) or near it.")
         self.accelerator = Accelerator(
             cpu=options.cpu,
             mixed_precision=options.precision,
@@ -156,6 +164,14 @@ class _Command:
         states = States(options.out, options.keep, self._settings(sources, sample))
         self._resume(training, states)
         self._train(training, states, Samples(sources, options.seed), sample)
+
+    def close(self) -> None:
+        """Called when nothing of run() is left. What uses the processes' connection must go before the connection:
+        the other way round torch's gloo may wait for ever in the process's last moment (seen in 2.13).
+        """
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
 
     def _base(self) -> Base:
         base = read_base(self.options.model)
@@ -212,7 +228,6 @@ class _Command:
             training, found, options.steps, options.save_every, self._saver(training, states, base), told, problems
         )
         skipped = problems.everywhere()
-        self.accelerator.end_training()
         if self.accelerator.is_main_process and self.saved < training.step > first:
             raise ValueError(
                 f"The last state could not be stored; the last that could is of update {self.saved}. Make room in "

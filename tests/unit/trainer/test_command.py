@@ -227,6 +227,7 @@ def test_what_cannot_work_gets_a_sentence_before_work_begins(model, data, whole,
     assert "no folder nowhere" in sentence(caplog, settings(model, tmp_path / "nowhere", out))
     assert "give a multiple of 8" in sentence(caplog, settings(model, data, out, size=33))
     assert "--drop is 1.0" in sentence(caplog, settings(model, data, out, drop=1))
+    assert "--learning-rate is 2.0" in sentence(caplog, settings(model, data, out, learning_rate=2))
     bare = tiny.write_subjects(tmp_path / "bare")
     for path in bare.rglob("*.txt"):
         path.unlink()
