@@ -54,15 +54,14 @@ def test_the_prompt_alone_has_the_same_layout(results):
 
 
 def test_the_subject_is_more_alike_than_by_the_prompt_alone(server):
-    """Four pictures of more steps; identity by the measuring encoder and by CLIP, on the subject alone."""
+    """Four pictures of more steps; identity by the measuring encoder, on the subject alone."""
     wanted = {title: 10 for title in ("Sample in stages", "Without the subject")}
     settings = {(title, "steps"): steps for title, steps in wanted.items()}
     result = run_graph(server, "ezigen_generate", {**settings, ("Size of the results", "batch_size"): 4})
     rows = [line.split() for line in result.text("Score").splitlines() if line.split()[0].isdigit()]
-    dino, clip = (np.array([float(row[column]) for row in rows]) for column in (1, 2))
-    assert len(rows) == 8
-    assert dino[4:].mean() > dino[:4].mean() + 0.05
-    assert clip[4:].mean() > clip[:4].mean() + 0.1
+    identity = np.array([float(row[1]) for row in rows])
+    assert len(identity) == 8
+    assert identity[4:].mean() > identity[:4].mean() + 0.1, identity
 
 
 def test_what_is_looked_at_is_the_subject_alone_on_white(results):
