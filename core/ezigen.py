@@ -101,15 +101,16 @@ class SubjectAttention(nn.Module):
         """What is added to h [B, T, C]; subject [B or 1, M, C], keys [B or 1, M]: which of the M tokens are there."""
         norm = self.adapter_norm
         n = F.layer_norm(h, (h.shape[-1],), norm.weight.to(h), norm.bias.to(h), norm.eps)
-        m, mask = n, None
+        q, k, v = (_linear(self.adapter[name], n) for name in LINEARS)
+        mask = None
         if subject is not None:
-            batch = h.shape[0]
-            m = torch.cat([n, subject.to(n).expand(batch, -1, -1)], 1)
+            # Of m = [n ; w F] the subject's part is the same for the whole batch, and is projected once.
+            batch, of_subject = h.shape[0], (_linear(self.adapter[name], subject.to(n)) for name in LINEARS[1:])
+            k, v = (torch.cat([own, its.expand(batch, -1, -1)], 1) for own, its in zip((k, v), of_subject, strict=True))
             if keys is not None:
                 own = keys.new_ones(batch, n.shape[1])
                 mask = torch.cat([own, keys.expand(batch, -1)], 1)[:, None, None, :]
-        q, k, v = (self._heads(_linear(self.adapter[name], x)) for name, x in zip(LINEARS, (n, m, m), strict=True))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(*map(self._heads, (q, k, v)), attn_mask=mask)
         (out,) = self.adapter["to_out"].children()
         return n + _linear(out, mixed.transpose(1, 2).flatten(2))
 

@@ -32,6 +32,11 @@ NEGATIVE = "dark, blur, defoucus, lack of content, dizzy."  # as published, of t
 TIMESTEPS = 1000
 
 
+def layout_steps(steps: int, split_ratio: float) -> int:
+    """How many of the first steps the adapter leaves alone: the whole steps of (1 - split_ratio) * steps."""
+    return math.floor((1.0 - split_ratio) * steps + 1e-6)
+
+
 def appearance_steps(steps: int, split_ratio: float) -> int:
     """How many of the last steps the adapter works in: all but the whole steps of (1 - split_ratio) * steps.
 
@@ -42,7 +47,7 @@ def appearance_steps(steps: int, split_ratio: float) -> int:
             f"The split ratio is {split_ratio:g}: give a part of the steps between 0 and 1, 0.4 as published; at 0 the "
             "subject would never be looked at, at 1 there would be no layout to start from."
         )
-    layout = math.floor((1.0 - split_ratio) * steps + 1e-6)
+    layout = layout_steps(steps, split_ratio)
     if layout == 0:
         raise ValueError(
             f"A split ratio of {split_ratio:g} leaves none of {steps} steps for the layout: take more steps, or a "

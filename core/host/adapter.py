@@ -7,7 +7,7 @@ starts. So it works in every sampler, with other nodes' patches, and nothing of 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
@@ -21,17 +21,18 @@ from torch import Tensor
 from .. import adapter_file
 from ..adapter_file import StoredAdapter
 from ..conditioning import Conditioning, single_prompt
-from ..ezigen import SUBJECT_TIMESTEP, Adapter, SubjectTokens, joined
+from ..ezigen import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, joined
 from ..fitting import step_generator
 from ..measures import subject_crop
-from ..staged_sampling import appearance_steps
+from ..staged_sampling import layout_steps
 from .adapter_layers import Capture, Place, key_of, places
-from .fingerprint import check_base, fingerprint
+from .fingerprint import check_base, fingerprint, weights_of_file
 from .session import predicting
 
 KEY = "likeness.adapter"
 BOTH, PROMPT_ONLY = "both", "positive only"
 APPLY_TO = (BOTH, PROMPT_ONLY)
+NEGATIVE_PLACE = 1  # of the negative prompt among those of a CFGGuider
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of files
 MARGIN = 0.06
 CLOSE = 0.05  # relative: a base in fp16 or bf16 is still the same base
@@ -61,8 +62,9 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
     """A subject's pictures as the adapter was trained on them: alone on white, square -> [R, size, size, 3].
 
     image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is; an
-    empty one, as Load Image gives when nothing was painted, counts as none. Without alpha and mask the whole picture is
-    taken, with white beside it where it is not square.
+    empty one, as Load Image gives when nothing was painted, counts as none, and one that is white in all four corners
+    as the surroundings, which is what Load Image gives for a transparent picture. Without alpha and mask the whole
+    picture is taken, with white beside it where it is not square.
     """
     paintable = mask is not None
     if mask is None or not bool((mask > 0.5).any()):
@@ -76,8 +78,28 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
         raise ValueError(f"{len(mask)} masks came with {len(image)} pictures: give one for each, or one for all.")
     if not bool((mask > 0.5).flatten(1).any(1).all()):
         raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
+    _check_proportions(image, mask)
+    mask = _of_subject(mask)
     mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
+
+
+def _check_proportions(image: Tensor, mask: Tensor) -> None:
+    (height, width), (rows, columns) = image.shape[1:3], mask.shape[1:]
+    if abs(columns * height - rows * width) > max(height, width):
+        raise ValueError(
+            f"The mask has {columns} x {rows} pixels, the picture {width} x {height}, which is another proportion: "
+            "paint the mask on the very picture that is connected."
+        )
+
+
+def _of_subject(mask: Tensor) -> Tensor:
+    """mask [R, h, w] with those turned over that show the surroundings."""
+    corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.5
+    turned = corners.all(1) & (mask < 0.5).flatten(1).any(1)
+    if bool(turned.any()):
+        log.info("The subject's mask is white in all corners: it is taken for the surroundings of the subject.")
+    return torch.where(turned[:, None, None], 1 - mask, mask)
 
 
 def _say_not_white(paintable: bool) -> None:
@@ -140,7 +162,7 @@ def captured(model: Any, positive: Conditioning, latents: Tensor, seed: int, tim
     """
     kept, bare = Capture(), model.clone()
     bare.model_options = {"transformer_options": {"patches": {"attn1_patch": [kept]}}}
-    bare.wrappers = {}
+    bare.wrappers, bare.additional_models = {}, {}
 
     def body(denoiser: Any, x0: Tensor) -> None:
         sigma = denoiser.sigmas[timestep].to(x0).view(1)
@@ -151,8 +173,9 @@ def captured(model: Any, positive: Conditioning, latents: Tensor, seed: int, tim
     return [features.cpu() for features in kept.order(places(model.model))]
 
 
-def loaded(stored: StoredAdapter, found: list[Place]) -> Any:
-    """A ModelPatcher of the adapter for a model's places, on the tensors of the file themselves.
+def loaded(stored: StoredAdapter, found: list[Place], dtype: torch.dtype = torch.float32) -> Any:
+    """A ModelPatcher of the adapter for a model's places, on the tensors of the file themselves, or on narrower ones
+    where the model computes in less: they are taken in its precision anyway, in every step.
 
     ValueError when the adapter is of another UNet.
     """
@@ -160,7 +183,10 @@ def loaded(stored: StoredAdapter, found: list[Place]) -> Any:
         adapter = Adapter([place.layer for place in found])
     adapter.check(stored.tensors)
     for name, module, own in adapter.owners():
-        module._parameters[own] = torch.nn.Parameter(stored.tensors[name], requires_grad=False)
+        tensor = stored.tensors[name]
+        if name != WEIGHTS and tensor.element_size() > dtype.itemsize:
+            tensor = tensor.to(dtype)
+        module._parameters[own] = torch.nn.Parameter(tensor, requires_grad=False)
     device = mm.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(adapter, mm.get_torch_device(), device)
 
@@ -180,12 +206,9 @@ def with_adapter(
     """
     found = check_model(model)
     check_base(subject.base, model)
-    patcher = loaded(stored, found)
+    patcher = loaded(stored, found, model.get_model_object("manual_cast_dtype") or model.model_dtype())
     _warn_of_base(stored, model, found)
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(
-            f"The adapter would work in {ratio:g} of the steps: give a part above 0 (0.4 as published), or 1 for all."
-        )
+    _check_ratio(ratio)
     clone = without_adapter(model)
     if strength == 0.0:
         return clone
@@ -193,6 +216,24 @@ def with_adapter(
     injection = _Injection(patcher.model, tuple(found), subject.tokens, ratio, strength, apply_to)
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, injection)
     return clone
+
+
+def with_ratio(adapted: Any, ratio: float) -> Any:
+    """A clone of a MODEL that with_adapter() gave, with the same adapter in another part of the steps."""
+    _check_ratio(ratio)
+    clone = adapted.clone()
+    found = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
+    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    for injection in found:
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injection, ratio=ratio))
+    return clone
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(
+            f"The adapter would work in {ratio:g} of the steps: give a part above 0 (0.4 as published), or 1 for all."
+        )
 
 
 def without_adapter(model: Any) -> Any:
@@ -205,7 +246,7 @@ def without_adapter(model: Any) -> Any:
 
 def _warn_of_base(stored: StoredAdapter, model: Any, found: list[Place]) -> None:
     """Say when the adapter was trained in other weights than the model's."""
-    state, modules = model.model.diffusion_model.state_dict(), {place.layer.name: place.module for place in found}
+    state, modules = _query_weights(model), {place.layer.name: place.module for place in found}
     for name, row in stored.base.items():
         layer = name.removesuffix(".attn1.to_q.weight")
         own = state[f"{modules[layer]}.attn1.to_q.weight"].flatten()[: len(row)].float().cpu()
@@ -231,54 +272,95 @@ class _Injection:
     ) -> Any:
         options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
         before = options.get("patches", {})
-        left_out: frozenset[Any] = frozenset()
-        if self.apply_to == PROMPT_ONLY:
-            left_out = frozenset(entry["uuid"] for entry in guider.conds.get("negative", []))
+        left_out = _LeftOut.of(guider.conds) if self.apply_to == PROMPT_ONLY else _LeftOut()
         tokens = self.tokens.map(lambda features: features.to(noise.device))
-        run = _Run(self, tokens, self._first_level(sigmas), left_out)
+        scheme = guider.model_patcher.get_model_object("model_sampling")
+        run = _Run(self, tokens, self._first_level(sigmas, scheme), left_out)
         options["patches"] = {**before, "middle_patch": [run, *before.get("middle_patch", [])]}
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         finally:
             options["patches"] = before
 
-    def _first_level(self, sigmas: Tensor) -> float:
-        """The noise level from which on, downwards, the adapter works."""
+    def _first_level(self, sigmas: Tensor, scheme: Any) -> float:
+        """The noise level from which on, downwards, the adapter works: that of a step, or where there are too few of
+        them to split (a single one; a training or an inversion, which has none) that of the same part of the timesteps.
+        """
         steps = len(sigmas) - 1
         if self.ratio == 1.0:
             return float("inf")
-        return float(sigmas[steps - appearance_steps(steps, self.ratio)]) * (1 + 1e-5)
+        if layout_steps(steps, self.ratio) == 0:
+            return float(scheme.percent_to_sigma(1.0 - self.ratio))
+        falling = sigmas.sort(descending=True).values  # SIGMAS may be turned round, to walk a picture up
+        return float(falling[layout_steps(steps, self.ratio)]) * (1 + 1e-5)
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Which chunks of a batch belong to the negative prompt, when the adapter leaves that alone.
+
+    own: uuids that only the negative prompt has. shared: those that ComfyUI gave to both, when it made an entry of the
+    negative prompt for each area of the positive one; there the place among the guider's prompts decides.
+    """
+
+    own: frozenset[Any] = frozenset()
+    shared: frozenset[Any] = frozenset()
+
+    @classmethod
+    def of(cls, conds: dict[str, Any]) -> _LeftOut:
+        negative = {entry["uuid"] for entry in conds.get("negative") or []}
+        others = {entry["uuid"] for name, found in conds.items() if name != "negative" for entry in found or []}
+        return cls(frozenset(negative - others), frozenset(negative & others))
+
+    def chunks(self, options: dict[str, Any]) -> list[bool]:
+        """For every chunk whether it is left out."""
+        uuids = options.get("uuids") or [None]
+        places = options.get("cond_or_uncond") or [0] * len(uuids)
+        return [
+            uuid in self.own or (uuid in self.shared and place == NEGATIVE_PLACE)
+            for uuid, place in zip(uuids, places, strict=True)
+        ]
 
 
 class _Run:
     """The middle_patch of one sampling."""
 
-    def __init__(
-        self, injection: _Injection, tokens: SubjectTokens, first_level: float, left_out: frozenset[Any]
-    ) -> None:
+    def __init__(self, injection: _Injection, tokens: SubjectTokens, first_level: float, left_out: _LeftOut) -> None:
         self.injection, self.tokens, self.first_level, self.left_out = injection, tokens, first_level, left_out
         self.index = {place.key: number for number, place in enumerate(injection.places)}
+        self._asked: tuple[Any, bool] = (None, False)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Run:
         return self
 
     def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
         """h [B, T, C] behind a self-attention; the chunks of a batch are the prompts that are evaluated together."""
-        if float(options["sigmas"].max()) > self.first_level:
+        if not self._works_at(options["sigmas"]):
             return h
         injection, index = self.injection, self.index[key_of(options)]
-        chunks = options.get("uuids") or [None]
-        if not self.left_out.intersection(chunks):
+        left_out = self.left_out.chunks(options)
+        if not any(left_out):
             return injection.adapter(index, h, self.tokens, injection.strength)
-        parts = list(h.chunk(len(chunks)))
-        for number, chunk in enumerate(chunks):
-            if chunk not in self.left_out:
+        parts = list(h.chunk(len(left_out)))
+        for number, skipped in enumerate(left_out):
+            if not skipped:
                 parts[number] = injection.adapter(index, parts[number], self.tokens, injection.strength)
         return torch.cat(parts)
+
+    def _works_at(self, sigmas: Tensor) -> bool:
+        """All blocks of a call get the same tensor, and reading a number from a GPU waits for all it has to do."""
+        if sigmas is not self._asked[0]:
+            self._asked = (sigmas, float(sigmas.max()) <= self.first_level)
+        return self._asked[1]
 
 
 def base_sample(model: Any) -> dict[str, list[float]]:
     """The header's note of the model that an adapter was trained in."""
-    state = model.model.diffusion_model.state_dict()
+    state = _query_weights(model)
     modules = {place.layer.name: place.module for place in places(model.model)}
     return adapter_file.base_sample(list(modules), lambda name: state[f"{modules[name]}.attn1.to_q.weight"])
+
+
+def _query_weights(model: Any) -> dict[str, Tensor]:
+    """The UNet's weights as they are in the file, whatever LoRA is written into them now."""
+    return weights_of_file(model, model.model.diffusion_model.state_dict())

@@ -25,11 +25,11 @@ def fingerprint(model: Any) -> dict[str, str]:
         "prediction": base.model_type.name,
         "latent_format": type(base.latent_format).__name__,
         "shapes": digest(shapes),
-        "content": digest(sampled(_weights_of_file(model, state))),
+        "content": digest(sampled(weights_of_file(model, state))),
     }
 
 
-def _weights_of_file(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_of_file(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weight matrices as they are in the file: without what a LoRA has written into them."""
     names = (name for name, value in state.items() if value.ndim >= 2 and name.endswith(".weight"))
     backups = {name: model.backup.get(f"diffusion_model.{name}") for name in names}

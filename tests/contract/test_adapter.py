@@ -129,6 +129,43 @@ def test_the_positive_prompt_alone():
     torch.testing.assert_close(predictions["positive only"][1], predictions["both"][1], atol=1e-5, rtol=1e-5)
 
 
+def test_the_positive_prompt_alone_in_areas():
+    """For an area of the positive prompt ComfyUI makes an entry of the negative one that bears the same name."""
+    setting = Setting()
+    (rows, about), (others, more) = setting.target[0], setting.source[0]
+    areas = [[rows, {**about, "area": (4, 8, 0, 0)}], [others, {**more, "area": (4, 8, 4, 0)}]]
+    setting.target = areas
+    base, one, both = (
+        sampled(setting, model)
+        for model in (setting.model, applied(setting, apply_to="positive only"), applied(setting))
+    )
+    assert float((one - base).abs().max()) > 1e-3 and float((one - both).abs().max()) > 1e-3
+
+
+def test_other_nodes_ask_a_model_with_an_adapter():
+    """They have no steps: the part of the timesteps counts there, and in a sampling of a single step."""
+    from likeness.core.host.session import optimise, predicting
+
+    setting = Setting()
+    adapted = applied(setting, ratio=0.4)
+    table = setting.model.get_model_object("model_sampling").sigmas
+    for ask in (predicting, optimise):
+        found: dict[str, list[torch.Tensor]] = {}
+        for name, model in (("base", setting.model), ("adapted", adapted)):
+            found[name] = []
+
+            def body(denoiser, x0, kept=found[name]):
+                for timestep in (300, 500):
+                    x = x0 + float(table[timestep])
+                    kept.append(denoiser.denoised(x, table[timestep].view(1)).detach().clone())
+
+            with torch.inference_mode():
+                ask(model, setting.source, setting.latent["samples"], body)
+        late, early = (float((a - b).abs().max()) for a, b in zip(found["base"], found["adapted"], strict=True))
+        assert late > 1e-4 and early == 0.0
+    assert torch.equal(sampled(setting, adapted, steps=1), sampled(setting, setting.model, steps=1))
+
+
 def test_batches_and_several_pictures():
     """Rows of a batch do not see each other; two pictures are not one; the order of pictures does not matter."""
     setting = Setting()
@@ -215,8 +252,6 @@ def test_what_does_not_belong_together_is_refused():
         applied(Setting("sd2_v"), adapter, about)
     with pytest.raises(ValueError, match="above 0"):
         applied(setting, adapter, about, ratio=0.0)
-    with pytest.raises(ValueError, match="leaves none of 4 steps"):
-        sampled(setting, applied(setting, adapter, about, ratio=0.95), steps=4)
     transformer = types.SimpleNamespace(
         diffusion_model=torch.nn.Identity(), model_config=types.SimpleNamespace(unet_config={})
     )
@@ -343,3 +378,61 @@ def test_the_published_size(more, heads):
     assert StoredAdapter(named).order() == [place.layer.name for place in found]
     blocks = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", n) for n in range(3, 12)]
     assert [place.key for place in found] == [(*block, 0) for block in blocks]
+
+
+def test_a_mask_of_the_surroundings_and_one_of_another_proportion():
+    """Load Image gives the transparent part of a picture as its mask, which is all but the subject."""
+    from likeness.core.host.adapter import prepared
+
+    picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 40, 60)
+    mask[:, 10:30, 20:50] = 1.0
+    assert torch.equal(prepared(picture, 1 - mask, 64, 0.1), prepared(picture, mask, 64, 0.1))
+    with pytest.raises(ValueError, match="64 x 40 pixels, the picture 60 x 40"):
+        prepared(picture, torch.ones(1, 40, 64), 64, 0.1)
+
+
+def test_a_lora_on_the_model_is_no_other_base(caplog):
+    """Neither for what is noted of a model nor for what is compared with it, before and after it was loaded."""
+    from likeness.core.host.adapter import base_sample
+
+    setting = Setting()
+    before = base_sample(setting.model)
+    adapter = stored(setting.model, header={"base": before})
+    about, tuned = subject(setting), setting.model.clone()
+    names = [name for name in setting.model.model.state_dict() if name.endswith("attn1.to_q.weight")]
+    shapes = {name: setting.model.model.state_dict()[name].shape for name in names}
+    tuned.add_patches({name: ("diff", (torch.ones(shape),)) for name, shape in shapes.items()})
+    with torch.inference_mode():
+        sampled(setting, tuned, steps=2)
+    caplog.clear()
+    setting.model = tuned
+    applied(setting, adapter, about)
+    assert "another model of this shape" not in caplog.text and base_sample(tuned) == before
+
+
+def test_the_same_adapter_in_another_part_of_the_steps():
+    from likeness.core.host.adapter import KEY, with_ratio
+
+    setting = Setting()
+    adapter, about = stored(setting.model), subject(setting)
+    late, always = (applied(setting, adapter, about, ratio=ratio) for ratio in (0.4, 1.0))
+    derived = with_ratio(late, 1.0)
+    assert torch.equal(sampled(setting, derived), sampled(setting, always))
+    assert derived.additional_models[KEY][0].model is late.additional_models[KEY][0].model
+    assert not torch.equal(sampled(setting, late), sampled(setting, always))
+
+
+def test_levels_that_rise_are_split_by_their_noise():
+    """A picture walked up (FlipSigmas) is looked at where a sampling would look."""
+    import comfy.samplers
+
+    from likeness.core.host.adapter import with_adapter
+
+    setting = Setting()
+    with torch.inference_mode():
+        model = with_adapter(setting.model, stored(setting.model), subject(setting), 0.4)
+        (injection,) = model.wrappers["sampler_sample"]["likeness.adapter"]
+        scheme = setting.model.get_model_object("model_sampling")
+        levels = comfy.samplers.calculate_sigmas(scheme, "simple", STEPS)
+    assert injection._first_level(levels.flip(0), scheme) == injection._first_level(levels, scheme)
