@@ -119,7 +119,7 @@ class _Command:
                 f"--drop is {options.drop}: give a share from 0 to below 1 (published as intended: {DROP})."
             )
         if not 0 < options.learning_rate <= 1:
-            raise ValueError(f"--learning-rate is {options.learning_rate}: give {LEARNING_RATE} (published) or near it.")
+            raise ValueError(f"--learning-rate is {options.learning_rate}: published: {LEARNING_RATE}.")
         self.accelerator = Accelerator(
             cpu=options.cpu,
             mixed_precision=options.precision,
