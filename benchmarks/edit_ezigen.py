@@ -68,6 +68,10 @@ def edits(count: int) -> list[Edit]:
 class Bench(effect_ezigen.Bench):
     """The small world's models and measures, and the pack's own editing on them."""
 
+    def __init__(self, adapter: Path, ratio: float) -> None:
+        super().__init__(adapter)
+        self.ratio = ratio
+
     def edited(self, edit: Edit, subject: Any, mask: Any, **kind: Any) -> Any:
         """The edited picture [1, 96, 96, 3]."""
         import torch
@@ -77,7 +81,7 @@ class Bench(effect_ezigen.Bench):
 
         empty = self.conditioning("")
         prompts = EditPrompts(self.conditioning(edit.prompt), empty, empty)
-        settings = EditSettings(edit.source.seed, loops=Loops(LOOPS, LOOPS), **kind)
+        settings = EditSettings(edit.source.seed, split_ratio=self.ratio, loops=Loops(LOOPS, LOOPS), **kind)
         with torch.inference_mode():
             source = self.picture(edit.source)
             return edited(
@@ -147,11 +151,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.edit_ezigen")
     parser.add_argument("--adapter", type=Path, default=ASSETS / "adapter.safetensors", help="in the narrow form")
     parser.add_argument("--cases", type=int, default=16)
+    parser.add_argument("--ratio", type=float, default=effect_ezigen.RATIO, help="the split ratio")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
     hosting.start(options.threads)
-    bench, rows = Bench(options.adapter), []
+    bench, rows = Bench(options.adapter, options.ratio), []
     for edit in edits(options.cases):
         words = [" ".join(word for word in vars(case.identity).values() if word) for case in (edit.source, edit.wanted)]
         rows.append({"subject": " -> ".join(words), **bench.row(edit)})
@@ -160,5 +165,8 @@ def main(arguments: list[str]) -> int:
         say(f"{len(rows):3d} {rows[-1]['subject']}: {shown}")
     result = summary(rows)
     say(json.dumps(result, indent=1))
-    write(options.out, {"settings": {"loops": LOOPS, "cells": CELLS}, "summary": result, "rows": rows})
+    write(
+        options.out,
+        {"settings": {"loops": LOOPS, "cells": CELLS, "ratio": options.ratio}, "summary": result, "rows": rows},
+    )
     return int(not result["gates held"])
