@@ -26,12 +26,19 @@ NEEDED = ("accelerate", "diffusers", "transformers", "scipy", "PIL")
 log = logging.getLogger("likeness")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="accelerate launch toolbox/train_adapter.py",
         description="Train EZIGen's adapter on a large set. The same command goes on with a run that was cut off, and "
         "gives what an uninterrupted one gives. docs/train_adapter.md tells more.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = made.add_argument
     add("--model", type=Path, required=True, help="diffusers folder of SD2.1-base")
@@ -53,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--coco-pictures", type=int, default=0, help="of each part of COCO, from the first on; 0: all")
     add("--youtube-vis-draws", type=_positive, default=DRAWS, help="samples of YouTube-VIS in a pass over the data")
     add("--precision", choices=sorted(PRECISIONS), help="of the frozen networks; else what accelerate was told")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--workers", type=int, default=4, help="processes that read pictures, for each that trains")
     add("--save-every", type=_positive, default=1000, help="updates from one saved state to the next")
     add("--keep", type=_positive, default=2, help="states that are kept")
