@@ -30,7 +30,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names the defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parser() -> argparse.ArgumentParser:
