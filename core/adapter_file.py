@@ -8,6 +8,7 @@ they keep their published names in our files.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ezigen import WEIGHTS, Adapter, Layer
+from .ezigen import WEIGHTS, Adapter
 from .files import read_tensors, write_tensors
 
 log = logging.getLogger("likeness")
@@ -30,6 +31,7 @@ PARTS = ("adapter.to_q.weight", "adapter.to_k.weight", "adapter.to_v.weight", "a
          "adapter.to_out.0.bias", "adapter_norm.weight", "adapter_norm.bias")  # fmt: skip
 NAME = re.compile(rf"(?:^|\.)({BLOCK}\.(?:{'|'.join(map(re.escape, PARTS))}))$")
 BASE = re.compile(rf"(?:^|\.)({BLOCK}\.attn1\.to_q\.weight)$")
+BASE_PART = ".attn1.to_q.weight"
 SAMPLED = 32  # values of each of the base's sampled weights
 
 
@@ -55,11 +57,6 @@ class StoredAdapter:
     def widths(self) -> list[int]:
         """The width of every layer."""
         return [self.tensors[f"{name}.{PARTS[0]}"].shape[0] for name in self.order()]
-
-    def layers(self, heads: Iterable[int]) -> list[Layer]:
-        """Its layers with these numbers of heads."""
-        found = zip(self.order(), self.widths(), heads, strict=True)
-        return [Layer(name, width, number) for name, width, number in found]
 
     def describe(self) -> str:
         """For people: how large it is and what it is from."""
@@ -98,9 +95,9 @@ def read_adapter(path: Path) -> StoredAdapter:
                 base[of_base[1]] = value.flatten()[:SAMPLED].float().tolist()
             elif name.rpartition(".")[2] == WEIGHTS:
                 tensors[WEIGHTS] = value
-    _check_header(path, header)
     _check_whole(path, tensors)
     layers = StoredAdapter(tensors).order()
+    _check_header(path, header, layers)
     if WEIGHTS not in tensors:
         log.warning("%s has no %s: they are taken as 1, where training began.", path.name, WEIGHTS)
         tensors[WEIGHTS] = torch.ones(len(layers))
@@ -120,7 +117,7 @@ def trained(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
 def base_sample(layers: Sequence[str], weight: Callable[[str], Tensor]) -> dict[str, list[float]]:
     """The header's note of the UNet that an adapter was trained in; weight(layer): its attn1.to_q.weight there."""
     chosen = layers[:: max(1, len(layers) // 4)]
-    return {f"{name}.attn1.to_q.weight": weight(name).flatten()[:SAMPLED].float().tolist() for name in chosen}
+    return {name + BASE_PART: weight(name).flatten()[:SAMPLED].float().tolist() for name in chosen}
 
 
 def save_adapter(path: Path, adapter: StoredAdapter, dtype: torch.dtype | None = None) -> None:
@@ -168,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return found, {}
 
 
-def _check_header(path: Path, header: dict[str, Any]) -> None:
+def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None:
     if not header:
         return
     if header.get("kind") != KIND:
@@ -179,9 +176,10 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
         )
     base = header.get("base", {})
     right = isinstance(base, dict) and all(
-        BASE.search(name) and isinstance(row, list) and len(row) <= SAMPLED and all(isinstance(x, float) for x in row)
+        name.removesuffix(BASE_PART) in layers and isinstance(row, list) and 0 < len(row) <= SAMPLED
+        and all(isinstance(x, float) and math.isfinite(x) for x in row)
         for name, row in base.items()
-    )
+    )  # fmt: skip
     if not right or not isinstance(header.get("steps", 0), int):
         raise ValueError(f"{path.name} has a damaged header: copy or extract it again.")
 

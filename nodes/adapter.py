@@ -137,7 +137,8 @@ class LikenessEncodeSubject(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White on the subject: it is cut out square and put on white, as the adapter was trained. "
-                    "An empty one counts as none.",
+                    "An empty one counts as none; one that is white in all four corners, as Load Image gives for a "
+                    "transparent picture, is turned over.",
                 ),
                 Subject.Input("subject", optional=True, tooltip="Another subject to add these pictures to."),
                 advanced(
@@ -189,8 +190,9 @@ class LikenessApplyAdapter(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="In which last part of the steps the subject is looked at. 0.4 is published; more is more "
-                    "alike and less free, 1 is from the first step.",
+                    tooltip="In which last part of this sampling's steps the subject is looked at. 0.4 is published; "
+                    "more is more alike and less free, 1 is from the first step. With a denoise below 1 or a part of "
+                    "the steps it is a part of what is left.",
                 ),
                 io.Float.Input(
                     "strength",

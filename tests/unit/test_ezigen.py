@@ -146,7 +146,7 @@ def test_loops_and_backgrounds():
     assert [done for done in range(12) if loops.go_on(done, 0.5)][-1] == 8
     fixed = Loops(4, 4)
     assert fixed.go_on(3, 1.0) and not fixed.go_on(4, 0.0)
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises(ValueError, match="min_loops is 5 and max_loops 4"):
         Loops(5, 4)
     trajectory = list(range(21))
     assert background_of(trajectory, 0) == 19 and background_of(trajectory, 19) == 0
@@ -226,10 +226,13 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has none of"):
         read_adapter(tmp_path / "empty")
-    header = {"likeness": json.dumps({"kind": "adapter", "format": 1, "base": {"../x": [1.0]}})}
-    save_file(own, tmp_path / "header.safetensors", metadata=header)
-    with pytest.raises(ValueError, match="damaged header"):
-        read_adapter(tmp_path / "header.safetensors")
+    other = "down_blocks.9.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    known = next(name.partition(".adapter")[0] for name in own if ".adapter." in name) + ".attn1.to_q.weight"
+    for noted in ({"../x": [1.0]}, {other: [1.0]}, {known: []}, {known: ["1"]}, {known: [float("nan")]}, [known]):
+        header = {"likeness": json.dumps({"kind": "adapter", "format": 1, "base": noted})}
+        save_file(own, tmp_path / "header.safetensors", metadata=header)
+        with pytest.raises(ValueError, match="damaged header"):
+            read_adapter(tmp_path / "header.safetensors")
 
 
 def test_an_adapter_of_other_widths_is_refused():
