@@ -48,7 +48,7 @@ SWAPPED_CLASS = "cat"
 EDIT_RATIO = 0.6  # of the steps look at the subject: another one's colours must go
 SWAPS_KIND = ("LikenessRenoise", "LikenessStagedEdit")  # they put a subject in the place of another of its class
 TRAINING_SET, TRAINING_SUBJECTS, TRAINING_PICTURES = "small_world_subjects", 6, 2
-ADAPTER_STEPS, ADAPTER_RATE = 40, 2e-4
+ADAPTER_STEPS, ADAPTER_RATE, LOOK_RATIO = 40, 1e-4, 0.8
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
 TURBO_STEPS = 4  # whose first is not taken in an edit
@@ -232,6 +232,8 @@ def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPL
         ("LikenessTrainAdapter", "size"): SIZE,
         ("LikenessTrainAdapter", "steps"): steps or ADAPTER_STEPS,
         ("LikenessTrainAdapter", "learning_rate"): ADAPTER_RATE,
+        **{(title, "split_ratio"): LOOK_RATIO for title in ("Look as it was", "Look as trained")},
+        ("SamplerCustom", "cfg"): CFG,
         ("LikenessStagedSampler", "steps"): sampling_steps,
         ("LikenessStagedSampler", "cfg"): CFG,
         ("LikenessStagedEdit", "steps"): sampling_steps,

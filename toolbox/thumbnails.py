@@ -45,6 +45,7 @@ TITLES = {
     "ezigen_person": ("Result",),
     "ezigen_any_picture": ("Scene of the other model", "Result"),
     "ezigen_edit": ("Edited picture",),
+    "ezigen_train_adapter": ("Prompt alone", "Adapter as it was", "Trained adapter"),
     "ezigen_with_hiper_and_sine": ("Prompt alone", "With the rows", "Guided too", "All three"),
     "hifi_ablation": ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference"),
 }

@@ -24,6 +24,7 @@ RUNS = {
     ),
     "sine_edit": ("Learn the picture", live.STEPS, ("Base model alone", "Tuned model alone", "Guided edit", "Score")),
     "siso_generate": ("Optimize", live.ITERATIONS, ("Most alike", "With the LoRA")),
+    "ezigen_train_adapter": ("Train", live.STEPS, ("Prompt alone", "Adapter as it was", "Trained adapter")),
     "ezigen_with_hiper_and_sine": (
         "Learn the subject",
         live.STEPS,
