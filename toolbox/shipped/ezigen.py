@@ -18,6 +18,7 @@ SD21 = {
 }
 ADAPTER = "checkpoint-200000"
 STEPS, SAMPLER, SCHEDULER, SPLIT_RATIO, LOOPS = 50, "ddpm", "ddim_uniform", 0.4, 3
+STEP_SEEDS = 1000  # as Staged Sampler's steps have them
 NEGATIVE = "dark, blur, defoucus, lack of content, dizzy."  # the authors' own, as it is spelt there
 FIND = "Find the subject"
 WORD, CLASS, SCENE = "dog", "a photo of a dog", "a photo of a dog on the beach"
@@ -130,18 +131,18 @@ class Zero(Likeness):
         )
         return node["model"]
 
-    def run(self, title: str, loop: int, guider: Output, sampler: Output, levels: Output, latent: Output) -> Output:
-        """A sampling from noise of the seed and the loop's number, as Staged Sampler draws it."""
-        noise = self.draw.node("RandomNoise", f"Noise of {title.lower()}", noise_seed=SEED + loop)["NOISE"]
+    def run(self, title: str, model: Output, prompts: tuple[Output, Output], latent: Output, **more: Any) -> Output:
+        """A stock sampling of all steps or the last ones, for a positive and a negative prompt."""
         node = self.draw.node(
-            "SamplerCustomAdvanced",
+            "SamplerCustom",
             title,
             extra=260,
-            noise=noise,
-            guider=guider,
-            sampler=sampler,
-            sigmas=levels,
+            model=model,
+            positive=prompts[0],
+            negative=prompts[1],
+            cfg=CFG,
             latent_image=latent,
+            **more,
         )
         return node["output"]
 
@@ -229,7 +230,8 @@ def steps(draw: Drawing) -> None:
         + "\n\nWhat you can change: another sampler or scheduler (steps that ddpm and ddim_uniform give must divide "
         "1000); another step in 'Last 40 %', together with split_ratio in 'Look in the last part'; other strengths; "
         "ControlNets and LoRAs, before 'Look at the subject' too; an upscaler between two loops. Each loop has a noise "
-        "of its own: with the same one everywhere the appearance stops moving.\n\n" + MODELS + FIND_ROWS + FIND_NOTE,
+        "of its own, and its steps have another seed than what is put on: with one seed everywhere the steps would add "
+        "the very noise that is there already.\n\n" + MODELS + FIND_ROWS + FIND_NOTE,
         1040,
     )
     base = make.checkpoint(SD21)
@@ -249,15 +251,20 @@ def steps(draw: Drawing) -> None:
     last = draw.node("SplitSigmas", "Last 40 %", sigmas=whole, step=layout)["low_sigmas"]
     sampler = draw.node("KSamplerSelect", "Sampler", sampler_name=SAMPLER)["SAMPLER"]
     draw.column()
-    guider = draw.node("CFGGuider", "Guide", model=looking, positive=positive, negative=negative, cfg=CFG)["GUIDER"]
-    first = make.run("First sampling", 0, guider, sampler, whole, canvas)
+    first = make.run(
+        "First sampling", looking, (positive, negative), canvas, noise_seed=SEED, sampler=sampler, sigmas=whole
+    )
     image = draw.node("VAEDecode", samples=first, vae=base.vae)["IMAGE"]
     make.save("After the first sampling", image, "ezigen_steps_0")
-    guider = draw.node("CFGGuider", "Guide the loops", model=always, positive=positive, negative=empty, cfg=CFG)
     for loop in range(1, LOOPS + 1):
         draw.column()
-        latent = draw.node("VAEEncode", f"Picture of loop {loop}", pixels=image, vae=base.vae)["LATENT"]
-        again = make.run(f"Loop {loop}", loop, guider["GUIDER"], sampler, last, latent)
+        clean = draw.node("VAEEncode", f"Picture of loop {loop}", pixels=image, vae=base.vae)["LATENT"]
+        noise = draw.node("RandomNoise", f"Noise of loop {loop}", noise_seed=SEED + loop)["NOISE"]
+        noisy = draw.node(
+            "AddNoise", f"Put it on, loop {loop}", model=base.model, noise=noise, sigmas=last, latent_image=clean
+        )["LATENT"]
+        steps_of = {"noise_seed": SEED + loop + STEP_SEEDS, "sampler": sampler, "sigmas": last}
+        again = make.run(f"Loop {loop}", always, (positive, empty), noisy, add_noise=False, **steps_of)
         image = draw.node("VAEDecode", samples=again, vae=base.vae)["IMAGE"]
         make.save(f"After loop {loop}", image, f"ezigen_steps_{loop}")
 
