@@ -33,7 +33,7 @@ SAMPLING = {
     "a split ratio of 1": ({"split_ratio": 1.0}, "bigger than max"),
     "no step left for the layout": ({"split_ratio": 0.95}, "leaves none of 5 steps for the layout: take more steps"),
     "steps that the scheduler does not give": ({"steps": 30}, "31 steps when asked for 30: ask for a divisor of 1000"),
-    "more loops at least than at most": ({"min_loops": 5}, "at least 5 and at most 3: give a least up to the most"),
+    "more loops at least than at most": ({"min_loops": 5}, "min_loops is 5 and max_loops 3: set min_loops no higher"),
     "nothing that says when to stop": ({"max_loops": 9, "vision": None}, "connect a CLIP_VISION, or set both"),
 }
 
