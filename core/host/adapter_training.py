@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import folder_paths
 import torch
 from torch import Tensor
 
@@ -28,13 +30,12 @@ from ..ezigen_training import (
     errors,
 )
 from ..fitting import curve, step_generator
-from ..runs import RunStore, digest
+from ..runs import LIMIT_BYTES, RunStore, digest
 from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
 from ..training import Result, Run, stored_last, train
 from .adapter import base_sample, check_model
 from .adapter_layers import Place, UNet, new_adapter
 from .describe import describe
-from .fine_tuning import store_for
 from .fingerprint import fingerprint, patches_digest, precision
 from .memory import BYTES_PER_WEIGHT, GB, activations
 from .progress import Progress
@@ -43,6 +44,7 @@ from .session import GuiderDenoiser, optimise
 METHOD = "ezigen"
 LAST_ONLY = 1 << 62  # of a run whose only result is its last
 RUN_BYTES_PER_WEIGHT = 16  # itself, two moments, and the result, in float32
+KEPT_RUNS = 3.5
 CHECKED = 10  # samples that the report's errors are of
 WORTH, LEFT_OUT = "worth", "left out"  # what a result holds beside the adapter
 ADAPTER_SHARE = 0.15  # of a block's activations, for each picture that its adapter looks at
@@ -69,13 +71,19 @@ class Trainee:
     start: StoredAdapter | None = None
 
 
+def _store(size: int) -> RunStore:
+    """Where runs of so many bytes are kept: apart from smaller ones, which they would push out, the newest three."""
+    folder = Path(folder_paths.get_user_directory()) / "likeness" / "adapter_runs"
+    return RunStore(folder, max(LIMIT_BYTES, KEPT_RUNS * size))
+
+
 def train_adapter(
     trainee: Trainee, folder: PairFolder, plan: Plan, settings: TrainingSettings, node_id: str | None = None
 ) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or serve from disk); returns the adapter, every step's loss, and a report for people."""
     found = check(trainee, plan.size)
     model, count = trainee.model, sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in found)
-    store = store_for(RUN_BYTES_PER_WEIGHT * count)
+    store = _store(RUN_BYTES_PER_WEIGHT * count)
     key, run = stored_last(store, _key(trainee, folder, plan, settings), plan.steps)
     progress = Progress(model, plan.steps, node_id)
     progress.start(0 if run is None else run.step)
@@ -207,7 +215,8 @@ class Encoded:
         if needed > free:
             raise ValueError(
                 f"{folder.path.name} would take {needed / GB:.1f} GB of memory once encoded, and {free / GB:.1f} GB "
-                "are free: take a smaller folder, or train on large sets with toolbox/train_adapter.py."
+                "are free: take a smaller folder, or train on large sets with the command-line trainer (see "
+                "docs/train_adapter.md in the pack's repository)."
             )
 
 

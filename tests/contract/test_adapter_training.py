@@ -403,7 +403,7 @@ def test_wrong_inputs_are_refused(job, monkeypatch):
 
     refused("this model's UNet takes", start=trained(new_adapter(wide.model.model), {}))
     monkeypatch.setattr(mm, "get_free_memory", lambda *_: 1000)
-    refused("toolbox/train_adapter.py")
+    refused("docs/train_adapter.md")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...core.subject_pairs import MAX_SUBJECTS, Pair
-from .masks import Pixels, bounds, on_white, packed, pixels, placed, unpacked
+from .masks import Pixels, bounds, on_white, packed_if_whole, pixels, placed, unpacked
 
 MIN_AREA = 1000
 PREFIX = "instances_"
@@ -60,7 +60,7 @@ class Coco:
         self.skipped: list[str] = []
         """What could not be used, and why; grows while pictures are read."""
         self.records: list[Record] = []
-        self.left_out = 0
+        self.left_out = self.damaged = 0
         for file in sorted((path / "annotations").glob(f"{PREFIX}*.json")):
             self._add_part(file, limit)
         if not self.records:
@@ -72,7 +72,8 @@ class Coco:
     def describe(self) -> str:
         """For people."""
         return (
-            f"COCO in {self.path.name}: {len(self)} pictures, {self.left_out} left out (no caption, no usable instance)"
+            f"COCO in {self.path.name}: {len(self)} pictures, {self.left_out} left out (no caption, no usable "
+            f"instance), {self.damaged} damaged masks"
         )
 
     def pair(self, index: int, generator: torch.Generator) -> Pair:
@@ -134,10 +135,12 @@ class Coco:
         for each in annotations:
             found.setdefault(each["image_id"], []).append(each)
         for each in pictures[: limit or len(pictures)]:
-            chosen = [
-                Instance(nouns[one["category_id"]], packed(one["segmentation"]))
+            shown = [
+                (nouns[one["category_id"]], packed_if_whole(one["segmentation"]))
                 for one in usable(found.get(each["id"], []))
             ]
+            chosen = [Instance(noun, mask) for noun, mask in shown if mask is not None]
+            self.damaged += len(shown) - len(chosen)
             caption = captions.get(each["id"])
             if chosen and caption:
                 self.records.append(Record(folder / Path(each["file_name"]).name, caption, chosen))

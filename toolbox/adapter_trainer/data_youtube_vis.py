@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...core.subject_pairs import Pair
 from .data_coco import tables
-from .masks import Box, Mask, Pixels, bounds, largest_part, on_white, packed, pixels, placed, unpacked
+from .masks import Box, Mask, Pixels, bounds, largest_part, on_white, packed_if_whole, pixels, placed, unpacked
 
 DRAWS = 100_000  # published
 ANNOTATIONS = ("train.json", "instances.json", "train/instances.json", "train/train.json", "annotations/instances.json")
@@ -210,7 +210,8 @@ def _videos(file: Path, frames: Path) -> list[Video]:
     nouns = {each["id"]: each["name"].replace("_", " ") for each in categories}
     objects: dict[int, list[Object]] = {}
     for each in annotations:
-        masks = {number: packed(one) for number, one in enumerate(each["segmentations"]) if one}
+        stored = {number: packed_if_whole(one) for number, one in enumerate(each["segmentations"]) if one}
+        masks = {number: mask for number, mask in stored.items() if mask is not None}
         if len(masks) > 1:
             objects.setdefault(each["video_id"], []).append(Object(nouns[each["category_id"]], masks))
     return [

@@ -157,20 +157,22 @@ def run(
 
     told(step, loss) after every update.
     """
+    saved = training.step
     with Asked().listening() as asked:
-        for batches in found:
-            problems.add(batches)
-            try:
+        try:
+            for batches in found:
+                problems.add(batches)
                 stop = training.update(batches, asked.stop)
-            except RuntimeError:
-                if training.step and training.whole:
-                    save()  # nothing was updated in the one that failed
-                raise
-            told(training.step, training.losses[-1])
-            if stop or training.step == steps or training.step % save_every == 0:
-                save()
-            if stop:
-                break
+                if stop or training.step == steps or training.step % save_every == 0:
+                    save()
+                    saved = training.step
+                told(training.step, training.losses[-1])
+                if stop:
+                    break
+        except Exception:  # of the data too: a worker that died, a folder that was unmounted
+            if training.whole and training.step > saved:
+                save()  # nothing was updated in the one that failed
+            raise
     return training.step >= steps
 
 

@@ -77,6 +77,14 @@ def packed(segmentation: Any) -> Any:
     return [numpy.asarray(row, dtype=numpy.float32) for row in segmentation]
 
 
+def packed_if_whole(segmentation: Any) -> Any | None:
+    """packed(), or None for a damaged one: of half a million, one is no reason to stop."""
+    try:
+        return packed(segmentation)
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
+        return None
+
+
 def unpacked(segmentation: Any, height: int, width: int) -> Mask:
     """[H, W] of what packed() gave. ValueError when it is no mask of this size, or an empty one."""
     if isinstance(segmentation, list):

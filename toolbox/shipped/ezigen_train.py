@@ -42,8 +42,8 @@ def train(draw: Drawing) -> None:
         "pictures. Cancel whenever you like: queued again, it goes on. 'Save the adapter' writes it into "
         "models/likeness_adapters, for all other graphs. With less than 16 GB switch 'checkpointing' on.\n\n"
         "Without anything connected to 'adapter' training begins as the authors' did, and needs 100,000 steps and a "
-        "large set: that is for toolbox/train_adapter.py of this pack, on the command line and on several GPUs (see "
-        "docs/train_adapter.md).\n\n" + MODELS + FIND_ROWS + FIND_NOTE,
+        "large set: that is for the command-line trainer, on several GPUs (docs/train_adapter.md in the pack's git "
+        "repository).\n\n" + MODELS + FIND_ROWS + FIND_NOTE,
         1320,
     )
     base = make.checkpoint(SD21)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from likeness.core.adapter_file import read_adapter
-from likeness.toolbox.adapter_trainer import loop
+from likeness.toolbox.adapter_trainer import loop, run
 from likeness.toolbox.adapter_trainer.run import main
 
 from . import tiny
@@ -212,6 +212,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_work_kept(model, data, 
     monkeypatch.setattr(loop.Encoder, "samples", broken)
     assert main(settings(model, data, tmp_path)) == 1
     assert "The loss became nan at step 4" in caplog.text
+    assert len(trained(tmp_path, 3)["losses"]) == 3
+
+
+def test_what_the_data_raises_ends_the_run_with_its_work_kept(model, data, tmp_path, monkeypatch, caplog):
+    """A worker that died, a disk that is gone."""
+    batches = run.batches
+
+    def broken(*given):
+        for number, found in enumerate(batches(*given)):
+            if number == 3:
+                raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+            yield found
+
+    monkeypatch.setattr(run, "batches", broken)
+    assert main(settings(model, data, tmp_path)) == 1
+    assert "exited unexpectedly" in caplog.text
     assert len(trained(tmp_path, 3)["losses"]) == 3
 
 

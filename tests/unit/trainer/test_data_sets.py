@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy
@@ -134,6 +135,22 @@ def test_coco_skips_and_counts_what_is_dead(coco):
     assert (pair.caption, pair.classes) == ("x", ["sports ball"])
     assert len(found.skipped) == 2
     assert found.skipped[0].startswith("5.png") and found.skipped[1].startswith("a dog in 6.png")
+
+
+def test_damaged_masks_are_left_out_and_counted(coco, tmp_path):
+    """One among half a million ends nothing."""
+    folder = tmp_path / "coco"
+    shutil.copytree(coco, folder)
+    file = folder / "annotations" / "instances_train2014.json"
+    written = json.loads(file.read_text())
+    damaged = [[["x", 1, 2, 3, 4, 5]], [[1, 2], [3, [4]]]]
+    written["annotations"] += [
+        {"image_id": 4, "category_id": 18, "area": 5000, "segmentation": each} for each in damaged
+    ]
+    file.write_text(json.dumps(written))
+    found = Coco(folder, SIZE)
+    assert found.damaged == 2 and "2 damaged masks" in found.describe()
+    assert [record.path.name for record in found.records] == [each.path.name for each in Coco(coco, SIZE).records]
 
 
 def test_coco_without_captions(coco, tmp_path):
