@@ -87,8 +87,9 @@ class Loops:
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most:
-            raise ValueError(f"The loops are at least {self.least} and at most {self.most}: give a least up to the "
-                             "most.")  # fmt: skip
+            raise ValueError(
+                f"min_loops is {self.least} and max_loops {self.most}: set min_loops no higher than max_loops."
+            )
 
     def go_on(self, done: int, similarity: float) -> bool:
         """Whether another loop follows, after `done` of them of which the last two results are this alike."""

@@ -10,10 +10,21 @@ from ..core.host import staged_sampling as host
 from .types import Adapter, Subject, advanced, schema
 
 LOOPS = "A loop does the last part of the steps once more, from the result before. "
+LARGE = " It is sampled at its own size: scale it to 512 on the short side first."
 
 
-def _shared(cfg: float) -> list[io.Input]:
-    """The inputs that both nodes have."""
+def _subject() -> list[io.Input]:
+    """The inputs that both nodes have: what is sampled with."""
+    return [
+        io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
+        io.Vae.Input("vae", tooltip="Every loop goes through pictures."),
+        Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
+        Subject.Input("subject", tooltip="From Encode Subject."),
+    ]
+
+
+def _numbers(cfg: float) -> list[io.Input]:
+    """The inputs that both nodes have: how it is sampled."""
     return [
         io.Int.Input(
             "seed",
@@ -43,9 +54,15 @@ def _shared(cfg: float) -> list[io.Input]:
             default=published.MIN_LOOPS,
             min=0,
             max=100,
-            tooltip=LOOPS + "Equal numbers here and in max_loops give a fixed count.",
+            tooltip=LOOPS + "Equal numbers here and in max_loops give a fixed count, which needs no vision model.",
         ),
-        io.Int.Input("max_loops", default=published.MAX_LOOPS, min=0, max=100, tooltip=LOOPS + "9 is published."),
+        io.Int.Input(
+            "max_loops",
+            default=published.MIN_LOOPS,
+            min=0,
+            max=100,
+            tooltip=LOOPS + "3 to 9 is published, for which a vision model must be connected.",
+        ),
         io.Float.Input(
             "threshold",
             default=published.THRESHOLD,
@@ -55,6 +72,11 @@ def _shared(cfg: float) -> list[io.Input]:
             round=0.0001,
             tooltip="The loops end when two pictures in a row are this alike to the vision model. 0.99 is published "
             "for CLIP ViT-B/32, and seldom reached.",
+        ),
+        io.ClipVision.Input(
+            "vision",
+            optional=True,
+            tooltip="Says when two pictures are alike. Not needed for a fixed number of loops.",
         ),
     ]
 
@@ -72,26 +94,18 @@ class LikenessStagedSampler(io.ComfyNode):
             "it, and both last steps are done again until two pictures in a row are alike.",
             search_aliases=["ezigen", "decoupled guidance", "subject driven"],
             inputs=[
-                io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
-                io.Vae.Input("vae", tooltip="Every loop goes through pictures."),
-                Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
-                Subject.Input("subject", tooltip="From Encode Subject."),
+                *_subject(),
                 io.Conditioning.Input("positive", tooltip="The scene, with the subject's class in it."),
                 io.Conditioning.Input("negative", tooltip=f'Of the first sampling; published: "{published.NEGATIVE}"'),
                 io.Latent.Input("latent", tooltip="An empty latent: its size and number of pictures count."),
-                *_shared(published.CFG),
-                io.ClipVision.Input(
-                    "vision",
-                    optional=True,
-                    tooltip="Says when two pictures are alike. Not needed for a fixed number of loops.",
-                ),
+                *_numbers(published.CFG),
                 io.Conditioning.Input(
                     "loop_negative", optional=True, tooltip="Of the loops: connect the empty prompt, as published."
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="A picture to begin the loops with, of any model, in place of the first sampling.",
+                    tooltip="A picture to begin the loops with, of any model, in place of the first sampling." + LARGE,
                 ),
                 advanced(
                     io.Combo.Input(
@@ -191,20 +205,12 @@ class LikenessStagedEdit(io.ComfyNode):
             "outside of the mask its own latents are put back behind every step.",
             search_aliases=["ezigen", "subject swap", "inpaint subject"],
             inputs=[
-                io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
-                io.Vae.Input("vae", tooltip="Every loop goes through pictures."),
-                Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
-                Subject.Input("subject", tooltip="From Encode Subject."),
+                *_subject(),
                 io.Conditioning.Input("positive", tooltip='What stands in the place afterwards: "a dog".'),
                 io.Conditioning.Input("negative", tooltip="The empty prompt, as published; the inversion uses it too."),
-                io.Image.Input("image", tooltip="The picture to edit, of any proportion."),
+                io.Image.Input("image", tooltip="The picture to edit, of any proportion." + LARGE),
                 io.Mask.Input("mask", tooltip="White where the subject goes. Grey mixes both."),
-                *_shared(published.EDIT_CFG),
-                io.ClipVision.Input(
-                    "vision",
-                    optional=True,
-                    tooltip="Says when two pictures are alike. Not needed for a fixed number of loops.",
-                ),
+                *_numbers(published.EDIT_CFG),
                 io.Boolean.Input(
                     "paste",
                     default=False,

@@ -31,9 +31,7 @@ from ..staged_sampling import (
 )
 from .adapter import Subject, with_adapter, without_adapter
 from .session import predicting
-from .staged_sampling import SCHEDULER, SEEDS, Looks, StagedSettings, levels, whole_cells
-
-SAMPLER = "ddpm"  # the one that pasting between its steps is published for
+from .staged_sampling import SEEDS, Looks, StagedSettings, check_vae, levels, warn_of_size, whole_cells
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,6 @@ class EditSettings:
     cfg: float = EDIT_CFG
     split_ratio: float = SPLIT_RATIO
     loops: Loops = Loops()
-    scheduler: str = SCHEDULER
-    strength: float = 1.0
     published: bool = False
     paste: bool = False
 
@@ -87,14 +83,15 @@ def edited(
     """source [1, H, W, 3]; mask [1, H, W], white where the subject goes; vision: says when two loops are alike."""
     loops = settings.loops
     _check(source, mask, vision, loops)
+    check_vae(model, vae)
+    warn_of_size(source)
     single_prompt(prompts.inverse, "prompt of the inversion")
-    timing = StagedSettings(steps=settings.steps, scheduler=settings.scheduler, split_ratio=settings.split_ratio)
-    down = split(levels(model, timing), settings.split_ratio)[1]
+    down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
     up = published_levels(table, settings.steps)[: len(down)] if settings.published else _reversed(down, table[:1])
     mask = whole_cells(resize_mask(mask, *source.shape[1:3])[..., None], vae)[..., 0]
     source = whole_cells(source[..., :3].float(), vae)
-    plain, adapted = without_adapter(model), with_adapter(model, adapter, subject, 1.0, settings.strength)
+    plain, adapted = without_adapter(model), with_adapter(model, adapter, subject)
     bar = comfy.utils.ProgressBar(2 * (len(down) - 1) * loops.most, node_id=node_id)
     pictures, kept, similarity, done, found = [source], None, 0.0, 0, None
     told, looks = [], Looks(vision, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,17 @@ from torch import Tensor
 from ..adapter_file import StoredAdapter
 from ..conditioning import Conditioning
 from ..staged_sampling import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factors, split
-from .adapter import Subject, with_adapter
+from .adapter import Subject, with_adapter, with_ratio
 from .vision import embed
 
 SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"  # together the published steps
 SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, and the largest one overflows
+# On the CPU a sampler's own noise is drawn like what a latent is noised with: with one seed for both, the first step
+# would add the very noise that is there already, and the latent would have a quarter more of it than its level.
+STEP_SEEDS = 1000
+LARGE = 1024  # pixels of a picture's short side, above which the models of these adapters have not enough to see
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
+log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,6 @@ class StagedSettings:
     loops: Loops = Loops()
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
-    strength: float = 1.0
     published_level: bool = False
     keep_best: bool = False
 
@@ -87,24 +92,20 @@ def staged(
     start: Tensor | None = None,
     node_id: str | None = None,
 ) -> Staged:
-    """latent [B, C, h, w]: its size alone counts. start [B, H, W, 3]: a picture to begin the loops with, of any model,
-    instead of a first sampling. vision: a CLIP_VISION that says when two pictures are alike, or which is best.
+    """latent [B, any, h, w]: its size alone counts. start [B, H, W, 3]: a picture to begin the loops with, of any
+    model, instead of a first sampling. vision: a CLIP_VISION that says when two pictures are alike, or which is best.
     """
     loops, seed = settings.loops, settings.seed
-    if vision is None and (loops.least != loops.most or settings.keep_best):
-        raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
-            "picture is best: connect a CLIP_VISION, or set both numbers the same and keep the last picture."
-        )
+    _check(model, vae, vision, settings, start)
     sigmas = levels(model, settings)
-    layout, appearance = split(sigmas, settings.split_ratio)
-    first, later = (
-        with_adapter(model, adapter, subject, ratio, settings.strength) for ratio in (settings.split_ratio, 1.0)
-    )
+    _, appearance = split(sigmas, settings.split_ratio)
+    later = with_adapter(model, adapter, subject)
+    first = with_ratio(later, settings.split_ratio)
     show = _Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
     if start is None:
-        noise = stock_noise(latent, seed)
-        found = show.sample(first, noise, sigmas, prompts.negative, prompts, 0 * latent, settings, seed % SEEDS)
+        latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
+        noise = stock_noise(latent, seed)  # and its steps' noise as a stock sampler draws it, for the same layout
+        found = show.sample(first, noise, sigmas, prompts.negative, prompts, latent, settings, seed % SEEDS)
         pictures = [vae.decode(found)]
     else:
         pictures = [whole_cells(start[..., :3].float(), vae)]
@@ -114,11 +115,13 @@ def staged(
     while loops.go_on(done, similarity):
         done += 1
         z = found if done == 1 and start is not None else vae.encode(pictures[-1])
-        noise, of_loop = stock_noise(latents[-1], seed, done), (seed + done) % SEEDS
+        noise = stock_noise(latents[-1], seed, done)
         if settings.published_level:
             signal, more = _published(model, settings.split_ratio, appearance[0])
             z, noise = signal * z, more * noise
-        found = show.sample(later, noise, appearance, prompts.loop_negative, prompts, z, settings, of_loop)
+        x, of_steps = noised(model, z, noise, appearance[0]), (seed + done + STEP_SEEDS) % SEEDS
+        nothing = torch.zeros_like(x)
+        found = show.sample(later, nothing, appearance, prompts.loop_negative, prompts, x, settings, of_steps)
         latents.append(found)
         pictures.append(vae.decode(found))
         similarity = looks.at(pictures[-1])
@@ -126,6 +129,46 @@ def staged(
     chosen = _best(looks, subject, told) if settings.keep_best else len(pictures) - 1
     told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
     return Staged(latents[chosen], pictures[chosen], torch.cat(pictures), "\n".join(told))
+
+
+def _check(model: Any, vae: Any, vision: Any | None, settings: StagedSettings, start: Tensor | None) -> None:
+    """Refuse what cannot work before anything runs."""
+    loops = settings.loops
+    if vision is None and (loops.least != loops.most or settings.keep_best):
+        raise ValueError(
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
+            "picture is best: connect a CLIP_VISION, or set both numbers the same and keep the last picture."
+        )
+    check_vae(model, vae)
+    if start is not None:
+        warn_of_size(start)
+
+
+def check_vae(model: Any, vae: Any) -> None:
+    """ValueError when the VAE is another model's."""
+    channels = model.get_model_object("latent_format").latent_channels
+    given = getattr(vae, "latent_channels", channels)
+    if given != channels:
+        raise ValueError(f"The VAE's latents have {given} channels, the model's {channels}: use the model's own VAE.")
+
+
+def warn_of_size(picture: Tensor) -> None:
+    """Say when a picture [B, H, W, C] is far larger than what the models draw."""
+    height, width = picture.shape[1:3]
+    if min(height, width) > LARGE:
+        log.warning(
+            "The picture has %d x %d pixels and is sampled at that size: more than SD2.1-base and SD1.x can draw, and "
+            "it takes very much memory. Scale it down first, to 512 on its short side.",
+            width,
+            height,
+        )
+
+
+def noised(model: Any, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """A latent at the noise level sigma, both as in a LATENT; to the last bit what the stock node Add Noise gives."""
+    inside = model.get_model_object("process_latent_in")(latent)
+    x = model.get_model_object("model_sampling").noise_scaling(sigma, noise, inside)
+    return model.get_model_object("process_latent_out")(x)
 
 
 def whole_cells(picture: Tensor, vae: Any) -> Tensor:
@@ -142,7 +185,7 @@ def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, fl
 
 
 def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
-    """What ComfyUI's samplers draw for the seed; a loop's is the seed and its number, so that stock nodes can do it."""
+    """What ComfyUI's nodes draw for the seed; a loop's is the seed and its number, so that stock nodes can do it."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed((seed + loop) % SEEDS))
 
 

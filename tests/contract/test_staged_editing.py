@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,14 +27,14 @@ def parts():
     return setting, stored(setting.model), subject(setting)
 
 
-def edited(parts, source=SOURCE, mask=MASK, about=None, **changes):
+def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
     from likeness.core.host import staged_editing as host
 
     setting, adapter, own = parts
     settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
     prompts = host.EditPrompts(setting.target, setting.empty, setting.empty)
     with torch.inference_mode():
-        return host.edited(setting.model, autoencoder(), adapter, about or own, prompts, source, mask, settings)
+        return host.edited(setting.model, vae or autoencoder(), adapter, about or own, prompts, source, mask, settings)
 
 
 def outside(latent: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,34 @@ def test_soft_masks_and_pasted_pixels(parts):
     assert torch.equal(pixels[:, 16:48, 24:72], edited(parts).picture[:, 16:48, 24:72])
 
 
+def test_a_step_leaves_the_noise_of_its_level(parts):
+    """With a perfect denoiser, on the CPU."""
+    from likeness.core.host.staged_editing import EditSettings, _Pasting
+
+    sigmas, z, found = torch.tensor([1.1, 0.9, 0.7, 0.5, 0.3, 0.0]), torch.rand(1, 4, 64, 64), []
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
+
+    def perfect(x, sigma, **_more):
+        found.append(float((x - z).std() / sigma[0]))
+        return z
+
+    run = _Pasting([z] * 6, torch.ones(1, 1, 64, 64), EditSettings(7), 1, SimpleNamespace(update=lambda _steps: None))
+    result = run.sample(perfect, sigmas, {}, None, z + sigmas[0] * noise)
+    assert len(found) == 5 and all(abs(part - 1.0) < 0.02 for part in found), found
+    torch.testing.assert_close(result, z)
+
+
+def test_a_large_picture_is_warned_of(parts, caplog, monkeypatch):
+    from likeness.core.host import staged_sampling
+
+    monkeypatch.setattr(staged_sampling, "LARGE", 56)
+    edited(parts, loops=Loops(0, 0))
+    assert "96 x 64 pixels" in caplog.text and "512 on its short side" in caplog.text
+
+
 def test_what_is_refused(parts):
+    with pytest.raises(ValueError, match="have 16 channels, the model's 4"):
+        edited(parts, vae=autoencoder(16))
     with pytest.raises(ValueError, match="one picture at a time"):
         edited(parts, source=SOURCE.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="mask is empty"):
