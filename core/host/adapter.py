@@ -205,7 +205,7 @@ def with_adapter(
     not belong together.
     """
     found = check_model(model)
-    check_base(subject.base, model)
+    check_base(subject.base, model, "subject", "encoded with")
     patcher = loaded(stored, found, model.get_model_object("manual_cast_dtype") or model.model_dtype())
     _warn_of_base(stored, model, found)
     _check_ratio(ratio)

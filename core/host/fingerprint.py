@@ -36,22 +36,24 @@ def weights_of_file(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] if backup is None else backup.weight for name, backup in backups.items()}
 
 
-def check_base(recorded: dict[str, str], model: Any) -> None:
+def check_base(recorded: dict[str, str], model: Any, what: str = "artifact", made: str = "trained on") -> None:
     """ValueError when an artifact cannot belong to this model; a warning when only the weights differ."""
     if not recorded:
-        log.warning("The artifact does not record its base model, so it was not checked.")
+        log.warning("The %s does not record its base model, so it was not checked.", what)
         return
     found = fingerprint(model)
     for name in FIXED:
         if recorded.get(name) != found[name]:
             raise ValueError(
-                f"The artifact was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected "
+                f"The {what} was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected "
                 f"model is {found['family']} ({found['prediction']}), and their {name.replace('_', ' ')} differ: "
-                "connect the model it was trained on."
+                f"connect the model it was {made}."
             )
     if recorded.get("content") != found["content"]:
         log.warning(
-            "The artifact was trained on other weights of the same family (%s): the likeness may suffer.",
+            "The %s was %s other weights of the same family (%s): the likeness may suffer.",
+            what,
+            made,
             found["family"],
         )
 

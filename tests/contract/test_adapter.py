@@ -75,11 +75,15 @@ def test_the_subject_changes_the_picture_and_the_base_stays_as_it_is(family):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
 def test_only_the_last_part_of_the_steps(sampler):
-    """Where it does not work yet the latents are the base's, bit for bit; behind that they are not."""
+    """Where it does not work yet predictions and latents are the base's, bit for bit; behind that they are not.
+
+    heun asks a second time within a step, at the level of the next one: there the last step of the layout already sees
+    the subject, so the latent that it leaves is not the base's.
+    """
     import comfy.samplers
 
     setting = Setting()
-    seen: dict[str, list[torch.Tensor]] = {}
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     model = applied(setting, ratio=0.4)
     for name, each in (("base", setting.model), ("adapter", model)):
         steps = seen.setdefault(name, [])
@@ -89,16 +93,19 @@ def test_only_the_last_part_of_the_steps(sampler):
         levels = comfy.samplers.calculate_sigmas(each.get_model_object("model_sampling"), "simple", STEPS)
         noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(SEED))
 
-        def keep(_step, denoised, _x, _total, steps=steps):
-            steps.append(denoised.clone())
+        def keep(_step, denoised, x, _total, steps=steps):
+            steps.append((denoised.clone(), x.clone()))
 
         with torch.inference_mode():
             guider.sample(
                 noise, torch.zeros_like(noise), comfy.samplers.sampler_object(sampler), levels, callback=keep,
                 disable_pbar=True, seed=SEED,
             )  # fmt: skip
-    same = [torch.equal(*pair) for pair in zip(seen["base"], seen["adapter"], strict=True)]
-    assert same == [True, True, True, False, False]
+    pairs = list(zip(seen["base"], seen["adapter"], strict=True))
+    latents = [torch.equal(one, other) for (_, one), (_, other) in pairs]  # what a step begins with
+    assert latents == [True, True, True, sampler != "heun", False]
+    if sampler != "heun":
+        assert [torch.equal(one, other) for (one, _), (other, _) in pairs] == [True, True, True, False, False]
 
 
 def test_off_is_skipped_and_strength_goes_between():
@@ -244,7 +251,7 @@ def test_what_does_not_belong_together_is_refused():
 
     setting, other = Setting("sd1"), Setting("sdxl")
     adapter, about = stored(setting.model), subject(setting)
-    with pytest.raises(ValueError, match="connect the model it was trained on"):
+    with pytest.raises(ValueError, match="subject was made for .* connect the model it was encoded with"):
         applied(other, stored(other.model), about)
     with pytest.raises(ValueError, match="this model's UNet takes 64"):
         applied(other, adapter, subject(other))
