@@ -131,10 +131,6 @@ class PairFolder:
         picture, target, subjects = self.drawn(index, generator, self.target, self.cut_out)
         return Pair(target, picture.caption, torch.stack(subjects), [picture.class_noun] * len(subjects))
 
-    def sample(self, seed: int, number: int) -> Pair:
-        """The pair of the sample with this number in the whole run."""
-        return self.pair(index_of(seed, number, len(self)), pair_generator(seed, number))
-
     def drawn(
         self,
         index: int,

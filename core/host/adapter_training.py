@@ -74,7 +74,7 @@ class Trainee:
 def _store(size: int) -> RunStore:
     """Where runs of so many bytes are kept: apart from smaller ones, which they would push out, the newest three."""
     folder = Path(folder_paths.get_user_directory()) / "likeness" / "adapter_runs"
-    return RunStore(folder, max(LIMIT_BYTES, KEPT_RUNS * size))
+    return RunStore(folder, max(LIMIT_BYTES, int(KEPT_RUNS * size)))
 
 
 def train_adapter(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from likeness.core.subject_pairs import Pair, PairFolder
+from likeness.core.subject_pairs import Pair, PairFolder, index_of, pair_generator
 from likeness.toolbox.adapter_trainer.data import Samples, Share, source
 from likeness.toolbox.adapter_trainer.data_coco import Coco
 from likeness.toolbox.adapter_trainer.data_youtube_vis import SENTENCES, YoutubeVis, squared, widened
@@ -272,7 +272,7 @@ def test_a_folder_of_subjects_is_the_third_kind(tmp_path):
     found = source(tiny.write_subjects(tmp_path / "subjects"), SIZE)
     assert isinstance(found, PairFolder)
     item = Samples([found], seed=3)[5]
-    expected = found.sample(3, 5)
+    expected = found.pair(index_of(3, 5, len(found)), pair_generator(3, 5))
     assert (item.number, item.caption, item.classes) == (5, expected.caption, ["ball"])
     torch.testing.assert_close(item.target / 255, expected.target, atol=0.5 / 255 + 1e-6, rtol=0)
     with pytest.raises(ValueError, match="no folder nowhere"):
