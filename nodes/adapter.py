@@ -9,7 +9,7 @@ from ..core.host import adapter as host
 from ..core.host import folders
 from ..core.host.outputs import numbered_path
 from ..core.staged_sampling import SPLIT_RATIO
-from .types import Adapter, Subject, advanced, schema
+from .types import Adapter, Subject, advanced, schema, seed_input
 
 
 class LikenessLoadAdapter(io.ComfyNode):
@@ -125,14 +125,7 @@ class LikenessEncodeSubject(io.ComfyNode):
                     step=8,
                     tooltip="Side of the square that the subject is brought to: 512 for SD1.x and SD2.1-base.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the little noise that is put on the pictures.",
-                ),
+                seed_input("Of the little noise that is put on the pictures."),
                 io.Mask.Input(
                     "mask",
                     optional=True,

@@ -9,7 +9,7 @@ from ..core.conditioning import apply_embedding
 from ..core.host.embedding_training import Hold, Schedule, preview_pictures, subject, train_embedding
 from ..core.host.fingerprint import check_base
 from ..core.host.outputs import loss_map, nothing
-from .types import Embedding, LossMap, advanced, schema
+from .types import Embedding, LossMap, advanced, schema, seed_input
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
 ANCHORS = ("in the loss", "decoupled")
@@ -134,14 +134,9 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     "empty prompt "
                     "connected to 'negative' (HiFi Tuner).",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Decides timesteps, noise and the previews' noise. The same seed gives the same bytes on a "
-                    "CPU; on a GPU up to rounding.",
+                seed_input(
+                    "Decides timesteps, noise and the previews' noise. The same seed gives the same bytes on a "
+                    "CPU; on a GPU up to rounding."
                 ),
                 advanced(
                     io.Float.Input(

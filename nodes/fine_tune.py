@@ -9,7 +9,7 @@ from ..core.host.crops import Cutting
 from ..core.host.fine_tuning import FULL, LORA, PROMPT, Plan, PriorPictures, Subject, fine_tune
 from ..core.host.outputs import loss_map, nothing
 from ..core.position_map import INTERPOLATIONS, MAX_CELLS
-from .types import LoraModel, LossMap, advanced, schema
+from .types import LoraModel, LossMap, advanced, schema, seed_input
 
 
 class LikenessFineTune(io.ComfyNode):
@@ -88,14 +88,9 @@ class LikenessFineTune(io.ComfyNode):
                     step=8,
                     tooltip="Side of one training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Decides patches, timesteps, noise and the LoRA's start. The same seed gives the same "
-                    "bytes on a CPU; on a GPU up to rounding.",
+                seed_input(
+                    "Decides patches, timesteps, noise and the LoRA's start. The same seed gives the same "
+                    "bytes on a CPU; on a GPU up to rounding."
                 ),
                 *_advanced(),
                 io.Clip.Input(

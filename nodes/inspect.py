@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core.host.attention_maps import inspected
 from ..core.host.map_sheet import map_sheet
-from .types import schema
+from .types import schema, seed_input
 
 
 class LikenessInspect(io.ComfyNode):
@@ -41,14 +41,7 @@ class LikenessInspect(io.ComfyNode):
                 io.Int.Input(
                     "columns", default=8, min=1, max=50, tooltip="At how many noise levels to look, evenly spread."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Decides the noise, the same at every level.",
-                ),
+                seed_input("Decides the noise, the same at every level."),
             ],
             outputs=[
                 io.Image.Output(

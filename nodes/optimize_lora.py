@@ -12,7 +12,7 @@ from ..core.host.background import background
 from ..core.host.outputs import loss_map, nothing
 from ..core.host.renoise import replay_of
 from ..core.host.tuned_models import apply_tuned
-from .types import LoraModel, LossMap, Similarity, advanced, schema
+from .types import LoraModel, LossMap, Similarity, advanced, schema, seed_input
 
 
 class LikenessOptimizeLora(io.ComfyNode):
@@ -134,14 +134,7 @@ def _inputs() -> list[io.Input]:
             max=1000,
             tooltip="How many of the last steps have a gradient. More cost memory; 1 to 3 are usual.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**63 - 1,
-            control_after_generate=True,
-            tooltip="Decides the noise, the same in every iteration, and the LoRA's first numbers.",
-        ),
+        seed_input("Decides the noise, the same in every iteration, and the LoRA's first numbers."),
     ]
 
 

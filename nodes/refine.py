@@ -9,7 +9,7 @@ from ..core.host.embedding_training import subject
 from ..core.host.outputs import loss_map
 from ..core.host.refining import refine_embedding
 from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
-from .types import Embedding, LossMap, schema
+from .types import Embedding, LossMap, schema, seed_input
 
 
 class LikenessRefineEmbedding(io.ComfyNode):
@@ -56,14 +56,7 @@ class LikenessRefineEmbedding(io.ComfyNode):
                     max=100_000,
                     tooltip="Which saved step of the embedding to begin with; 0 takes the recommended one.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Decides pictures and noise of the updates.",
-                ),
+                seed_input("Decides pictures and noise of the updates."),
                 *picture_inputs("Encodes the image."),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="The empty prompt that the anchor holds the rows to."

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core import renoise as published
 from ..core.host.renoise import renoised
-from .types import advanced, schema
+from .types import advanced, schema, seed_input
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
@@ -39,13 +39,9 @@ class LikenessRenoise(io.ComfyNode):
                     tooltip="euler_ancestral: as published for SDXL-turbo. euler: as published for SD-turbo, with "
                     "correlation_weight 0.",
                 ),
-                io.Int.Input(
-                    "seed",
+                seed_input(
+                    "Decides the noises that are added on the way back, and chance in the correction.",
                     default=published.SEED,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Decides the noises that are added on the way back, and chance in the correction.",
                 ),
                 *_advanced_inputs(),
                 io.Latent.Input("latent", optional=True, tooltip="The picture, encoded. Instead of image and VAE."),

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core import staged_sampling as published
 from ..core.host import staged_editing as editing
 from ..core.host import staged_sampling as host
-from .types import Adapter, Subject, advanced, schema
+from .types import Adapter, Subject, advanced, schema, seed_input
 
 LOOPS = "A loop does the last part of the steps once more, from the result before. "
 LARGE = " It is sampled at its own size: scale it to 512 on the short side first."
@@ -26,14 +26,7 @@ def _subject() -> list[io.Input]:
 def _numbers(cfg: float) -> list[io.Input]:
     """The inputs that both nodes have: how it is sampled."""
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Of all noise, in every loop another.",
-        ),
+        seed_input("Of all noise, in every loop another."),
         io.Int.Input(
             "steps", default=published.STEPS, min=2, max=1000, tooltip="Of a whole sampling. 50 is published."
         ),

@@ -9,7 +9,7 @@ from ..core.host import adapter_training as host
 from ..core.host import folders
 from ..core.host.outputs import loss_map
 from ..core.subject_pairs import PairFolder
-from .types import Adapter, LossMap, advanced, schema
+from .types import Adapter, LossMap, advanced, schema, seed_input
 
 
 class LikenessTrainAdapter(io.ComfyNode):
@@ -117,14 +117,7 @@ def _inputs() -> list[io.Input]:
             round=1e-8,
             tooltip="AdamW's learning rate: 0.0001 is published; 0.00001 to 0.00005 when going on from an adapter.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Decides which pictures come when, timesteps and noise.",
-        ),
+        seed_input("Decides which pictures come when, timesteps and noise."),
     ]
 
 

@@ -28,3 +28,8 @@ def advanced(widget: io.Input) -> io.Input:
     """Mark an input as advanced: newer pages fold it away, older ones ignore the mark."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def seed_input(tooltip: str, default: int = 0) -> io.Input:
+    """A seed. Its range leaves room above: newer samplers of ComfyUI add to it."""
+    return io.Int.Input("seed", default=default, min=0, max=2**63 - 1, control_after_generate=True, tooltip=tooltip)
