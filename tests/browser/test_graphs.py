@@ -144,6 +144,14 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
 def test_templates_are_listed_with_thumbnails(page):
     page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.tab.locator("[role=dialog]").get_by_text(live.PACK, exact=True).first.click()
+    cards = page.tab.locator('[data-testid^="template-workflow-"]')
+    cards.first.wait_for()
+    for _ in range(30):  # the list grows while one scrolls down
+        if cards.count() >= len(live.NAMES):
+            break
+        cards.last.hover()
+        page.tab.mouse.wheel(0, 2000)
+        page.tab.wait_for_timeout(300)
     for name in live.NAMES:
         card = page.tab.locator(f'[data-testid="template-workflow-{name}"]')
         card.wait_for()
