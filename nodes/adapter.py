@@ -111,7 +111,7 @@ class LikenessEncodeSubject(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled. LoRAs on it count, patches do not."),
                 io.Vae.Input("vae", tooltip="Encodes the pictures."),
-                io.Conditioning.Input("positive", tooltip='The subject\'s class, encoded: "a dog".'),
+                io.Conditioning.Input("positive", tooltip='The subject\'s class, encoded: "a photo of a dog".'),
                 io.Image.Input(
                     "image",
                     tooltip="The subject, one picture or a batch of several. Transparency counts as a mask. Without a "

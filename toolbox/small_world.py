@@ -331,6 +331,8 @@ def played(graph: Graph) -> Graph:
 
 def without_sana(graph: Graph) -> Graph:
     """The graph with the small world's checkpoint in the place of Sana, which has no small form that was trained."""
+    if not has(graph, "LikenessLoadSana"):
+        return graph
     graph = copy.deepcopy(graph)
     for node in graph["nodes"]:
         if node["type"] == "LikenessLoadSana":

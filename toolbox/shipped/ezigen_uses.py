@@ -42,13 +42,15 @@ def any_picture(draw: Drawing) -> None:
     draw.note(
         "# Your subject in a picture of another model (EZIGen)\nAnother model draws the scene (here SDXL-turbo; any "
         "model, any sampler, or a picture from your disk), and EZIGen's loops bring the subject into it: SD2.1-base "
-        "draws the last half of the steps again, looking at your picture, six times. So the layout is as good as the "
-        "other model's, and the details are SD2.1's.\n\n"
+        "draws the last half of the steps again, looking at your picture, six times (150 steps). So the layout is as "
+        "good as the other model's, and the details are SD2.1's.\n\n"
         + FIRST
         + "The scene should show something of the subject's kind, about as large and turned as it is in your picture: "
         "the loops change what a thing looks like, less what shape it has. "
         + HOW
-        + "For a picture from your disk, lead a 'Load Image' to 'To the size of the loops'.\n\n"
+        + "For another model set its own steps and cfg in 'Draw the scene', and its size (1024 for SDXL) in 'Size of "
+        "the results'; 'To the size of the loops' brings the picture to 512. For a picture from your disk, lead a "
+        "'Load Image' to 'To the size of the loops'.\n\n"
         + MODELS
         + row(TURBO, "Stability AI non-commercial research")
         + FIND_ROWS
@@ -102,7 +104,8 @@ def edit(draw: Drawing) -> None:
         .replace(", with the same word. ", ". ")
         + "The picture to change is cut to a 512 x 512 square; for another shape set the same sides in 'To the model's "
         "size' and 'Mask to the model's size' (768 x 512).\n\nToo little of the subject: raise split_ratio in 'Put it "
-        "there' (0.5, 0.6) or both loop numbers. 'paste' puts the picture's own pixels back outside of the place, to "
+        "there' (the graph's picture was made with 0.6) or both loop numbers. 'paste' puts the picture's own pixels "
+        "back outside of the place, to "
         "the last bit.\n\n"
         + MODELS
         + FIND_ROWS
@@ -124,7 +127,7 @@ def edit(draw: Drawing) -> None:
         crop="center",
     )["IMAGE"]
     painted = make.painted(change)
-    found = draw.node("LikenessSubjectMask", "What goes", image=image, subject="cat", detector=DETECTOR, sam=SAM)
+    found = draw.node("LikenessSubjectMask", "What goes", image=image, subject="dog", detector=DETECTOR, sam=SAM)
     both = draw.node(
         "MaskComposite", "Painted or found", destination=painted, source=found["mask"], x=0, y=0, operation="or"
     )
@@ -211,7 +214,8 @@ def with_hiper_and_sine(draw: Drawing) -> None:
         "the same noise show what each adds: the prompt alone, with the rows, with the guidance too, with the adapter "
         "too.\n\n**First** load your picture, describe it plainly in 'Source prompt', and write the edit in 'Edit "
         "prompt'; keep 'sks' and the subject's word in 'Training prompt'. Paint the subject in the MaskEditor, for the "
-        "adapter.\n\nToo close to the picture: raise base_weight in 'Guide by the tuned model' (0.8), or lower its "
+        "adapter, and write what it is in 'What the subject is'.\n\nToo close to the picture: raise base_weight in "
+        "'Guide by the tuned model' (0.8), or lower its "
         "end_percent; the scale in 'Subject in the edit prompt'; split_ratio in 'Look in the last part'. To leave a "
         "method out, bypass its node of that name: its place in the row then shows the one before. Both trainings run "
         "once, and are kept. All three work on the one checkpoint; the adapter decides which: the published one is for "
