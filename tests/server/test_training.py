@@ -29,7 +29,7 @@ def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
 def forget_results(server) -> None:
     """Make the server execute every node of the next prompt, whatever it has run before."""
     server.post("/free", {"free_memory": True})
-    time.sleep(1.0)  # the worker obeys between two prompts
+    time.sleep(5.0)  # the worker obeys between two prompts, once it has cleaned up behind the last one
 
 
 def trained_steps(run, node: str) -> list[int]:
