@@ -78,13 +78,14 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
         raise ValueError(f"{len(mask)} masks came with {len(image)} pictures: give one for each, or one for all.")
     if not bool((mask > 0.5).flatten(1).any(1).all()):
         raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
-    _check_proportions(image, mask)
+    check_proportions(image, mask)
     mask = _of_subject(mask)
     mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
 
 
-def _check_proportions(image: Tensor, mask: Tensor) -> None:
+def check_proportions(image: Tensor, mask: Tensor) -> None:
+    """ValueError when a mask [R, h, w] is of another proportion than a picture [R, H, W, C]."""
     (height, width), (rows, columns) = image.shape[1:3], mask.shape[1:]
     if abs(columns * height - rows * width) > max(height, width):
         raise ValueError(

@@ -40,6 +40,7 @@ from .fingerprint import fingerprint, patches_digest, precision
 from .memory import BYTES_PER_WEIGHT, GB, activations
 from .progress import Progress
 from .session import GuiderDenoiser, optimise
+from .staged_sampling import check_vae
 
 METHOD = "ezigen"
 LAST_ONLY = 1 << 62  # of a run whose only result is its last
@@ -130,9 +131,7 @@ def check(trainee: Trainee, size: int) -> list[Place]:
             f"The UNet takes {unet.in_channels} channels and its latents have {channels}: this is a model for "
             "inpainting. Connect the plain one."
         )
-    given = getattr(trainee.vae, "latent_channels", channels)
-    if given != channels:
-        raise ValueError(f"The VAE's latents have {given} channels, the model's {channels}: use the model's own VAE.")
+    check_vae(trainee.model, trainee.vae)
     cell = trainee.vae.spacial_compression_encode()
     if size % cell:
         raise ValueError(f"The pictures' size is {size}: give a multiple of {cell}.")

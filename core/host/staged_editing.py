@@ -29,7 +29,7 @@ from ..staged_sampling import (
     published_levels,
     split,
 )
-from .adapter import Subject, with_adapter, without_adapter
+from .adapter import Subject, check_proportions, with_adapter, without_adapter
 from .session import predicting
 from .staged_sampling import SEEDS, Looks, StagedSettings, check_vae, levels, warn_of_size, whole_cells
 
@@ -116,12 +116,7 @@ def _check(source: Tensor, mask: Tensor, vision: Any | None, loops: Loops) -> No
         raise ValueError(f"{len(source)} pictures and {len(mask)} masks were given: edit one picture at a time.")
     if not bool((mask > 0.5).any()):
         raise ValueError("The mask is empty: paint the place of the subject (white).")
-    height, width = source.shape[1:3]
-    if abs(mask.shape[-1] * height - mask.shape[-2] * width) > max(height, width):
-        raise ValueError(
-            f"The mask has {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {width} x {height}, which is "
-            "another proportion: paint the mask on the very picture that is connected."
-        )
+    check_proportions(source, mask)
     if vision is None and loops.least != loops.most:
         raise ValueError(
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops: connect a "
