@@ -74,7 +74,9 @@ class Bench(effect_hiper.Bench):
         with torch.inference_mode():
             return with_adapter(self.world.model, self.adapter, subject, ratio, **more)
 
-    def pictures(self, case: effect_hiper.Case, subject: Any, settings: Any, start: Any = None) -> Any:
+    def pictures(
+        self, case: effect_hiper.Case, subject: Any, settings: Any, start: Any = None, model: Any = None
+    ) -> Any:
         """Pictures [N, 3, 96, 96] of the first sampling, or of `start`, and of each loop, by the pack's own stages."""
         import torch
 
@@ -86,7 +88,7 @@ class Bench(effect_hiper.Bench):
         start = None if start is None else start.movedim(1, -1)
         with torch.inference_mode():
             found = staged(
-                self.world.model, self.world.vae, self.adapter, subject, prompts, size, settings, start=start
+                model or self.world.model, self.world.vae, self.adapter, subject, prompts, size, settings, start=start
             )
         return found.pictures.movedim(-1, 1).split(SAMPLES)
 

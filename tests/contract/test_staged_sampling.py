@@ -103,6 +103,51 @@ def test_a_loop_has_the_noise_of_its_levels(parts):
     assert len(found) == 4 and all(abs(part - 1.0) < 0.02 for part in found), found
 
 
+class Lossless:
+    """An autoencoder whose pictures [B, 8 h, 8 w, 3] hold the latents [B, 4, h, w] and nothing else."""
+
+    def __init__(self):
+        values = torch.randn(8 * 8 * 3, 4, generator=torch.Generator().manual_seed(5))
+        self.columns = torch.linalg.qr(values)[0]
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def decode(self, latents):
+        cells = (latents.movedim(1, -1) @ self.columns.T).unflatten(-1, (8, 8, 3))
+        return cells.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2) + 0.5
+
+    def encode(self, pictures):
+        cells = (pictures - 0.5).unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).permute(0, 1, 3, 2, 4, 5)
+        return (cells.flatten(3) @ self.columns).movedim(-1, 1)
+
+
+def test_nine_loops_keep_the_contrast_and_at_the_published_level_a_quarter_is_lost(parts):
+    """With a perfect denoiser of pictures that may have any contrast: what it sees best of the noisy latent x is
+    c z, of the clean one z and c = <x, z> / <z, z>.
+    """
+    setting, vae = parts[0], Lossless()
+    model, z = setting.model.clone(), torch.randn(16, 4, 32, 32, generator=torch.Generator().manual_seed(4))
+    start = model.model.process_latent_out(z)
+    pictures = vae.decode(start)
+    torch.testing.assert_close(vae.encode(pictures), start)
+
+    def perfect(_network, given):  # x0 by the noisy latents, instead of the network
+        x, pictures_of = given["input"], z.repeat(len(given["input"]) // len(z), 1, 1, 1)
+        contrast = (x * pictures_of).flatten(1).sum(1) / pictures_of.square().flatten(1).sum(1)
+        return contrast.view(-1, 1, 1, 1) * pictures_of
+
+    model.set_model_unet_function_wrapper(perfect)
+    left = {}
+    for published in (False, True):
+        settings = {"steps": 50, "published_level": published}
+        found = staged(parts, start=pictures, model=model, vae=vae, loops=Loops(9, 9), **settings)
+        contrast = found.pictures.flatten(1).std(1).view(10, -1).mean(1)
+        left[published] = float(contrast[-1] / contrast[0])
+    assert abs(1 - left[False]) <= 0.03, left
+    assert left[True] == pytest.approx(0.966**9, abs=0.03), left  # of the signal each loop starts with
+
+
 def test_the_same_seed_gives_the_same_and_the_model_stays_as_it_is(parts):
     setting = parts[0]
     one, again, other = staged(parts), staged(parts), staged(parts, seed=8)
