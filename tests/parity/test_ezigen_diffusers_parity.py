@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 
-from likeness.core.ezigen import Adapter, SubjectTokens, joined
+from likeness.core.ezigen import Adapter
 from likeness.toolbox.adapter_trainer.network import DiffusersUNet, layers, new_adapter
 
-from .unets import DATA
-
-TIMESTEP = torch.full((2,), 381)
+from .ezigen_numbers import (
+    CASES,
+    TIMESTEP,
+    Official,
+    captures_as_published,
+    learns_as_published,
+    predicts_as_published,
+    relative,
+)
 
 
 @pytest.fixture(scope="module")
-def official() -> dict[str, torch.Tensor]:
-    with safe_open(str(DATA / "ezigen.safetensors"), framework="pt") as file:
-        return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+def official() -> Official:
+    return Official()
 
 
 @pytest.fixture(scope="module", params=["plain", "checkpointing"])
 def network(request, official) -> DiffusersUNet:
     from diffusers import UNet2DConditionModel
 
-    with safe_open(str(DATA / "ezigen.safetensors"), framework="pt") as file:
-        settings = json.loads(file.metadata()["cfg"])
+    settings = official.settings
     with torch.random.fork_rng(devices=[]):
         unet = UNet2DConditionModel(
             block_out_channels=settings["CH"],
@@ -35,7 +36,7 @@ def network(request, official) -> DiffusersUNet:
             cross_attention_dim=settings["CTX"],
             use_linear_projection=True,
         )
-    weights = {name[2:]: value for name, value in official.items() if name.startswith("w.")}
+    weights = official.part("w.")
     own = unet.state_dict().keys()
     unet.load_state_dict({name: weights[name] for name in own})
     unet.requires_grad_(False)
@@ -45,14 +46,6 @@ def network(request, official) -> DiffusersUNet:
     adapter.load({name: value for name, value in weights.items() if name not in own})
     assert [layer.name.removesuffix(".transformer_blocks.0") for layer in adapter.described] == settings["layers"]
     return DiffusersUNet(unet, adapter, torch.linspace(0.9, 0.1, 1000))
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.detach() - expected).abs().max() / expected.abs().max())
-
-
-def features(official) -> SubjectTokens:
-    return joined([official[f"o.ref.feat.{index:02d}"] for index in range(16)])
 
 
 def test_the_published_size():
@@ -69,43 +62,19 @@ def test_the_published_size():
 
 
 def test_captured_features(official, network):
-    with torch.no_grad():
-        found = network.capture(official["i.ref.x"][:1], torch.tensor([1]), official["i.ref.ctx"][:1])
-    for index, each in enumerate(found):
-        assert relative(each, official[f"o.ref.feat.{index:02d}"]) < 2e-5
-
-
-CASES = {
-    "subject": features,
-    "adapter_no_subject": lambda official: None,
-    "zero_subject": lambda official: features(official).map(torch.zeros_like),
-    "rect": features,
-}
+    captures_as_published(network, official)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward(official, network, case):
-    x = official["i.x_rect" if case == "rect" else "i.x"]
-    with torch.no_grad():
-        found = network.predicted_noise(x, TIMESTEP, official["i.ctx"], CASES[case](official))
-    assert relative(found, official[f"o.main.{case}"]) < 2e-5
+    predicts_as_published(network, official, case)
 
 
 def test_the_frozen_network_alone(official, network):
     with torch.no_grad():
-        found = network.unet(official["i.x"], TIMESTEP, official["i.ctx"]).sample
+        found = network.unet(official["i.x"], torch.full((2,), TIMESTEP), official["i.ctx"]).sample
     assert relative(found, official["o.main.adapter_off"]) < 2e-5
 
 
 def test_loss_and_gradients(official, network):
-    found = network.predicted_noise(official["i.x"], TIMESTEP, official["i.ctx"], features(official))
-    loss = (found - official["i.target"]).square().mean()
-    assert relative(loss[None], official["o.train.loss"]) < 1e-5
-    parameters = network.adapter.named()
-    names = [name[2:] for name in official if name.startswith("g.")]
-    assert len(names) == 22
-    for parameter in parameters.values():
-        parameter.grad = None
-    loss.backward()
-    for name in names:
-        assert relative(parameters[name].grad, official[f"g.{name}"]) < 1e-4, name
+    learns_as_published(network, official)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 
 from likeness.core.adapter_file import trained
-from likeness.core.ezigen import Adapter, SubjectTokens, batched, joined
+from likeness.core.ezigen import Adapter, batched, joined
 from likeness.core.host.adapter import Subject, with_adapter
 from likeness.core.host.adapter_layers import UNet, places
 from likeness.core.staged_sampling import (
@@ -22,25 +19,18 @@ from likeness.core.staged_sampling import (
 )
 
 from ..tiny_models import CPU
-from .unets import DATA
+from .ezigen_numbers import (
+    CASES,
+    TIMESTEP,
+    Official,
+    captures_as_published,
+    features,
+    learns_as_published,
+    predicts_as_published,
+    relative,
+)
 
-TIMESTEP = 381  # of the file's forwards
 LEVELS = {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3}
-
-
-class Official:
-    """The file: inputs i, outputs o, gradients g, and the settings it was made with."""
-
-    def __init__(self) -> None:
-        with safe_open(str(DATA / "ezigen.safetensors"), framework="pt") as file:
-            self.tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            self.settings = json.loads(file.metadata()["cfg"])
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +74,6 @@ def network(model, adapter) -> UNet:
     return UNet(model.model, adapter)
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 def prompt(rows: torch.Tensor) -> list:
     return [[rows, {}]]
 
@@ -99,32 +85,13 @@ def test_names_and_order(official, model, adapter):
     assert len(adapter.named()) == 113
 
 
-def features(official) -> SubjectTokens:
-    return joined([official[f"o.ref.feat.{index:02d}"] for index in range(16)])
-
-
 def test_captured_features(official, network):
-    """What the reference UNet is asked for: the inputs of its self-attentions, in the order of w."""
-    with torch.inference_mode():
-        found = network.capture(official["i.ref.x"][:1], torch.tensor([1]), official["i.ref.ctx"][:1])
-    for index, each in enumerate(found):
-        assert relative(each, official[f"o.ref.feat.{index:02d}"]) < 2e-5
-
-
-CASES = {
-    "subject": features,
-    "adapter_no_subject": lambda official: None,
-    "zero_subject": lambda official: features(official).map(torch.zeros_like),
-    "rect": features,
-}
+    captures_as_published(network, official)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward(official, network, case):
-    x = official["i.x_rect" if case == "rect" else "i.x"]
-    with torch.inference_mode():
-        found = network.predicted_noise(x, torch.full((2,), TIMESTEP), official["i.ctx"], CASES[case](official))
-    assert relative(found, official[f"o.main.{case}"]) < 2e-5
+    predicts_as_published(network, official, case)
 
 
 def test_forward_of_four_subjects(official, network):
@@ -149,20 +116,11 @@ def test_without_adapter(official, model):
     assert relative(found, official["o.main.adapter_off"]) < 2e-5
 
 
-def test_loss_and_gradients(official, network, adapter):
+def test_loss_and_gradients(official, network):
     from likeness.core.host.weights import thawed
 
-    inputs = [official[name].clone() for name in ("i.x", "i.ctx")]
     with torch.inference_mode(False), torch.enable_grad(), thawed([network.unet]):
-        found = network.predicted_noise(inputs[0], torch.full((2,), TIMESTEP), inputs[1], features(official))
-        loss = (found - official["i.target"]).square().mean()
-        assert relative(loss.detach()[None], official["o.train.loss"]) < 1e-5
-        parameters = adapter.named()
-        names = list(official.part("g."))
-        gradients = torch.autograd.grad(loss, [parameters[name] for name in names])
-    assert len(names) == 22
-    for name, gradient in zip(names, gradients, strict=True):
-        assert relative(gradient, official[f"g.{name}"]) < 1e-4, name
+        learns_as_published(network, official)
 
 
 class Sampling:
