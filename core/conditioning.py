@@ -16,6 +16,7 @@ from .hiper import with_tail
 from .windows import Window, step_wise
 
 Conditioning = list[list[Any]]
+TAIL = "likeness.tail"  # option of a prompt: the rows that an embedding has put into it
 CHUNK = 77  # rows of one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
 
 
@@ -59,7 +60,7 @@ def apply_embedding(
 
     Step-wise rows (T > 1, HiFi Tuner Algorithm 1) come with a window each, and every entry becomes T of them. Scale 0
     switches the embedding off and returns the prompt's own rows. Raises ValueError when the widths differ, when the
-    rows would overwrite words, or when there is not a window for each step.
+    rows would overwrite words or those of another embedding, or when there is not a window for each step.
     """
     if len(rows) > 1 and len(rows) != len(windows):
         raise ValueError(
@@ -77,10 +78,22 @@ def apply_embedding(
     check_room(conditioning, rows.shape[1])
     applied: Conditioning = []
     for text, options in conditioning:
+        _check_tail(text, options.get(TAIL))
         tables = [with_tail(text, scale * of_step) for of_step in rows]
         one = [[tables[0], options.copy()]]
         applied += one if len(tables) == 1 else step_wise(one, tables, windows)
+    for text, options in applied:
+        options[TAIL] = text[:, -rows.shape[1] :]
     return applied
+
+
+def _check_tail(text: Tensor, tail: Tensor | None) -> None:
+    if tail is not None and torch.equal(text[:, -tail.shape[1] :], tail):
+        raise ValueError(
+            f"The prompt holds an embedding already, in its last {tail.shape[1]} rows, which this one would take. For "
+            "two subjects encode a prompt for each, apply one embedding to each, and put them together with "
+            "Conditioning Combine (or areas)."
+        )
 
 
 def single_prompt(conditioning: Conditioning, role: str) -> Tensor:

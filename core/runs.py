@@ -78,7 +78,8 @@ class RunStore:
             path.unlink(missing_ok=True)
             return None
         path.touch()  # the most recently used runs are the last to be removed
-        return tensors
+        # They are views of the file, and Windows neither replaces nor removes a file while one of them lives.
+        return {name: value.clone() for name, value in tensors.items()}
 
     def save(self, key: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         write_tensors(self.path(key), tensors, header)

@@ -40,7 +40,8 @@ class LikenessLoadAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name) -> bool | str:
-        return True if name in folders.names(folders.ADAPTERS) else host.adapter_missing(name)
+        known = name is None or name in folders.names(folders.ADAPTERS)  # None: it comes by a link
+        return True if known else host.adapter_missing(name)
 
     @classmethod
     def fingerprint_inputs(cls, name) -> str:

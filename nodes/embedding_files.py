@@ -75,8 +75,7 @@ class LikenessLoadEmbedding(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name) -> str:
-        status = folders.resolve(folders.EMBEDDINGS, name).stat()
-        return f"{status.st_mtime_ns}-{status.st_size}"
+        return folders.state(folders.EMBEDDINGS, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

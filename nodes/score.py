@@ -70,8 +70,7 @@ class LikenessScore(io.ComfyNode):
     def fingerprint_inputs(cls, lpips=NO_LPIPS, **_inputs) -> str:
         if lpips in (None, NO_LPIPS):
             return ""
-        status = folders.resolve(folders.LPIPS, lpips).stat()
-        return f"{status.st_mtime_ns}-{status.st_size}"
+        return folders.state(folders.LPIPS, lpips)
 
     @classmethod
     def execute(

@@ -37,7 +37,8 @@ class LikenessLoadRetrieval(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name) -> bool | str:
-        return True if name in folders.names(folders.RETRIEVAL) else retrieval_missing(name)
+        known = name is None or name in folders.names(folders.RETRIEVAL)  # None: it comes by a link
+        return True if known else retrieval_missing(name)
 
     @classmethod
     def fingerprint_inputs(cls, name) -> str:

@@ -104,8 +104,7 @@ class LikenessLoadTuned(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name, **_inputs) -> str:
-        status = folders.resolve(folders.LORAS, name).stat()
-        return f"{status.st_mtime_ns}-{status.st_size}"
+        return folders.state(folders.LORAS, name)
 
     @classmethod
     def execute(cls, name, model, strength, clip=None) -> io.NodeOutput:

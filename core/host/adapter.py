@@ -27,12 +27,12 @@ from ..measures import subject_crop
 from ..staged_sampling import layout_steps
 from .adapter_layers import Capture, Place, key_of, places
 from .fingerprint import check_base, fingerprint, weights_of_file
+from .prompt_entries import own_entries
 from .session import predicting
 
 KEY = "likeness.adapter"
 BOTH, PROMPT_ONLY = "both", "positive only"
 APPLY_TO = (BOTH, PROMPT_ONLY)
-NEGATIVE_PLACE = 1  # of the negative prompt among those of a CFGGuider
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of files
 MARGIN = 0.06
 CLOSE = 0.05  # relative: a base in fp16 or bf16 is still the same base
@@ -250,8 +250,10 @@ def _warn_of_base(stored: StoredAdapter, model: Any, found: list[Place]) -> None
     state, modules = _query_weights(model), {place.layer.name: place.module for place in found}
     for name, row in stored.base.items():
         layer = name.removesuffix(".attn1.to_q.weight")
-        own = state[f"{modules[layer]}.attn1.to_q.weight"].flatten()[: len(row)].float().cpu()
-        wanted = torch.tensor(row)
+        weight, wanted = state[f"{modules[layer]}.attn1.to_q.weight"], torch.tensor(row)
+        if weight.is_meta:  # layers of other packs (GGUF) do not show their weights
+            return
+        own = weight.flatten()[: len(row)].float().cpu()
         if float((own - wanted).abs().max()) > CLOSE * float(wanted.abs().max()):
             log.warning("The adapter was trained with another model of this shape: the likeness may suffer.")
             return
@@ -273,7 +275,9 @@ class _Injection:
     ) -> Any:
         options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
         before = options.get("patches", {})
-        left_out = _LeftOut.of(guider.conds) if self.apply_to == PROMPT_ONLY else _LeftOut()
+        own_entries(guider)  # for ids that tell the prompts apart
+        negative = (guider.conds.get("negative") or []) if self.apply_to == PROMPT_ONLY else []
+        left_out = frozenset(entry["uuid"] for entry in negative)
         tokens = self.tokens.map(lambda features: features.to(noise.device))
         scheme = guider.model_patcher.get_model_object("model_sampling")
         run = _Run(self, tokens, self._first_level(sigmas, scheme), left_out)
@@ -296,37 +300,12 @@ class _Injection:
         return float(falling[layout_steps(steps, self.ratio)]) * (1 + 1e-5)
 
 
-@dataclass(frozen=True)
-class _LeftOut:
-    """Which chunks of a batch belong to the negative prompt, when the adapter leaves that alone.
-
-    own: uuids that only the negative prompt has. shared: those that ComfyUI gave to both, when it made an entry of the
-    negative prompt for each area of the positive one; there the place among the guider's prompts decides.
-    """
-
-    own: frozenset[Any] = frozenset()
-    shared: frozenset[Any] = frozenset()
-
-    @classmethod
-    def of(cls, conds: dict[str, Any]) -> _LeftOut:
-        negative = {entry["uuid"] for entry in conds.get("negative") or []}
-        others = {entry["uuid"] for name, found in conds.items() if name != "negative" for entry in found or []}
-        return cls(frozenset(negative - others), frozenset(negative & others))
-
-    def chunks(self, options: dict[str, Any]) -> list[bool]:
-        """For every chunk whether it is left out."""
-        uuids = options.get("uuids") or [None]
-        places = options.get("cond_or_uncond") or [0] * len(uuids)
-        return [
-            uuid in self.own or (uuid in self.shared and place == NEGATIVE_PLACE)
-            for uuid, place in zip(uuids, places, strict=True)
-        ]
-
-
 class _Run:
     """The middle_patch of one sampling."""
 
-    def __init__(self, injection: _Injection, tokens: SubjectTokens, first_level: float, left_out: _LeftOut) -> None:
+    def __init__(
+        self, injection: _Injection, tokens: SubjectTokens, first_level: float, left_out: frozenset[Any]
+    ) -> None:
         self.injection, self.tokens, self.first_level, self.left_out = injection, tokens, first_level, left_out
         self.index = {place.key: number for number, place in enumerate(injection.places)}
         self._asked: tuple[Any, bool] = (None, False)
@@ -339,7 +318,7 @@ class _Run:
         if not self._works_at(options["sigmas"]):
             return h
         injection, index = self.injection, self.index[key_of(options)]
-        left_out = self.left_out.chunks(options)
+        left_out = [chunk in self.left_out for chunk in options.get("uuids") or [None]]
         if not any(left_out):
             return injection.adapter(index, h, self.tokens, injection.strength)
         parts = list(h.chunk(len(left_out)))

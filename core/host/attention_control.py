@@ -34,6 +34,7 @@ from ..sine_guidance import Window
 from .attention_layers import Attention, attention_layers, replaced
 from .fingerprint import check_base
 from .landing import POST_CFG
+from .prompt_entries import own_entries
 from .swapped_prompt import KEY, ROOM, Learned, edited_prompt, encoded, paired, shortened, tokens_of
 
 
@@ -144,7 +145,7 @@ class _Sampling:
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
-        ours = self._ours(guider.conds, noise)
+        ours = self._ours(own_entries(guider), noise)
         lengths = [_rows(entry) for entries in guider.conds.values() for entry in entries or []]
         run = _Run(self.control, ours, lengths, guider.inner_model.model_sampling, sigmas.tolist(), noise)
         own = extra_args["model_options"]  # a copy of this run's own
@@ -170,7 +171,7 @@ class _Sampling:
                 "picture and its edit: connect the latent of Replace Subject, and for anything else the model in "
                 "front of it."
             )
-        marked = [entry for entries in conds.values() for entry in entries or [] if KEY in entry]
+        marked = [entry for entries in conds.values() for entry in entries if KEY in entry]
         ours = [entry for entry in marked if entry[KEY] == self.control.prompts]
         if not ours:
             found = "another Replace Subject's" if marked else "not from Replace Subject"

@@ -28,7 +28,7 @@ PLAIN = (str, int, float, bool, bytes, type(None))
 
 def sampled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The beginnings of 16 of these tensors, as float32 whatever they are stored in."""
-    names = sorted(name for name, value in tensors.items() if value.is_floating_point())
+    names = sorted(name for name, value in tensors.items() if value.is_floating_point() and not value.is_meta)
     chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
     return {name: tensors[name].detach().flatten()[:SAMPLED_ELEMENTS].float().cpu() for name in chosen}
 
@@ -53,7 +53,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if isinstance(value, functools.partial):
         return ["partial", describe([value.func, value.args, value.keywords], inside)]
     if isinstance(value, nn.Module):
-        return [_name(type(value)), sampled(dict(value.state_dict()))]
+        return [_kind(value), sampled(dict(value.state_dict()))]
     if isinstance(value, dict):
         return {str(key): describe(item, inside) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -78,6 +78,19 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return _unlike_any()
     parts = {name: part for name, part in vars(value).items() if name not in PASSING}
     return [_name(type(value)), describe(parts, inside)]
+
+
+def _kind(module: nn.Module) -> Any:
+    """A module's class and, of one without modules inside, its settings; ComfyUI notes in networks what it has loaded.
+
+    The bases are part of it: ComfyUI makes the classes of its samplings as it goes, all of one name, and the prediction
+    type is nothing but a base of them.
+    """
+    bases = [_name(base) for base in type(module).__mro__]
+    if next(module.children(), None) is not None:
+        return [bases]
+    settings = {name: value for name, value in vars(module).items() if name[0] != "_" and "comfy" not in name}
+    return [bases, {name: value for name, value in settings.items() if name != "training" and isinstance(value, PLAIN)}]
 
 
 def _unlike_any() -> str:

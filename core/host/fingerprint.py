@@ -13,13 +13,23 @@ from .guidance import KEY as OWN_GUIDANCE
 
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
+QUANTISED = (
+    "scaled_fp8",
+    "scale_weight",
+    "scale_input",
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+    "comfy_quant",
+)
 
 
 def fingerprint(model: Any) -> dict[str, str]:
     """Family, prediction type, latent format and UNet shapes must match; a hash of 16 weights should."""
     base = model.model
     state = base.diffusion_model.state_dict()
-    shapes = {name: list(value.shape) for name, value in state.items()}
+    own = (name for name in state if name.rpartition(".")[2] not in QUANTISED)  # a quantised file is the same model
+    shapes = {name: list(state[name].shape) for name in own}
     return {
         "family": type(base.model_config).__name__,
         "prediction": base.model_type.name,

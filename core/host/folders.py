@@ -69,15 +69,19 @@ def names(kind: Kind) -> list[str]:
     found: set[str] = set()
     for root in roots(kind):
         for directory, subfolders, files in os.walk(root):
-            inside = (name for name in subfolders if _inside(root, os.path.join(directory, name)))
-            subfolders[:] = sorted(name for name in inside if not name.startswith("."))
-            if directory != root and any(marker in files for marker in kind.markers):
-                found.add(Path(directory).relative_to(root).as_posix())
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            below = Path(directory).relative_to(root)
+            if not _inside(root, directory):
                 subfolders.clear()
-                continue
-            shown = (name for name in files if _is_listed(kind, name) and _inside(root, os.path.join(directory, name)))
-            found.update(Path(directory, name).relative_to(root).as_posix() for name in shown)
-    return sorted(name for name in found if _resolves(kind, name))
+            elif directory != root and any(os.path.isfile(os.path.join(directory, marker)) for marker in kind.markers):
+                found.add(below.as_posix())
+                subfolders.clear()
+            else:  # nothing but a link can lead out of a folder, and looking where a path leads takes long
+                begin = "" if directory == root else f"{below.as_posix()}/"
+                paths = {name: os.path.join(directory, name) for name in files if _is_listed(kind, name)}
+                inside = (name for name, path in paths.items() if not os.path.islink(path) or _inside(root, path))
+                found.update(begin + name for name in inside)
+    return sorted(name for name in found if "\\" not in name and _plain_parts(name))
 
 
 def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
@@ -119,8 +123,12 @@ def resolve(kind: Kind, name: str) -> Path:
     )
 
 
-def state(kind: Kind, name: str) -> str:
-    """Changes when the files of an entry do, for a node's fingerprint."""
+def state(kind: Kind, name: str | None) -> str:
+    """Changes when the files of an entry do, for a node's fingerprint. None: the name comes by a link, and ComfyUI does
+    not tell it yet.
+    """
+    if name is None:
+        return ""
     path = resolve(kind, name)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
@@ -151,8 +159,10 @@ def resolve_picture_folder(name: str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def picture_folder_state(name: str) -> str:
-    """Changes when a file of such a folder does, for a node's fingerprint."""
+def picture_folder_state(name: str | None) -> str:
+    """As state(), of such a folder."""
+    if name is None:
+        return ""
     path = resolve_picture_folder(name)
     files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
     return " ".join(f"{f.relative_to(path)}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
@@ -176,14 +186,6 @@ def _plain_parts(name: str) -> tuple[str, ...]:
 
 def _shown(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:77] + "...")
-
-
-def _resolves(kind: Kind, name: str) -> bool:
-    try:
-        resolve(kind, name)
-    except (ValueError, OSError):
-        return False
-    return True
 
 
 def _check_entry(kind: Kind, root: str, path: str, shown: str) -> None:

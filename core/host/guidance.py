@@ -22,7 +22,9 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..sine_guidance import LAST_TIMESTEP, Window, base_share, check_weights, mixed, percent_of
 from .overlay import Overlay, check_separable
+from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
+from .prompt_entries import own_entries
 
 KEY = "likeness.guidance"
 COMPILED = "torch.compile"  # the key of ComfyUI's own wrapper
@@ -102,6 +104,7 @@ def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = Fals
     be mixed (another latent space or noise schedule) or separated, and for weights over 1.
     """
     check_weights([subject.weight for subject in subjects], allow_over_one)
+    _warn_of_wrappers(subjects)
     own: list[Any] = []  # one tuned model for each module that is not the base model's: these are loaded beside it
     for subject in subjects:
         _check_pair(subject.model, model)
@@ -117,6 +120,18 @@ def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = Fals
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _predict)
     return clone
+
+
+def _warn_of_wrappers(subjects: list[SubjectModel]) -> None:
+    """A tuned model is asked inside the base model's sampling: it has none of its own that could be wrapped."""
+    for subject in subjects:
+        kinds = getattr(subject.model, "wrappers", {}).get(WrappersMP.SAMPLER_SAMPLE, {})
+        unused = sorted(str(key) for key, found in kinds.items() if found and key not in (KEY, POSITION_MAP))
+        if unused:
+            log.warning(
+                "What lies on the tuned model for a whole sampling takes no part (%s): put it on the base model.",
+                ", ".join(unused),
+            )
 
 
 def drop_guidance(clone: Any) -> None:
@@ -260,7 +275,7 @@ class _Sampling:
                 branch.prepare(sigmas, extra_args.get("seed"), noise, latent_image, denoise_mask)
                 branches.append(branch)
                 _warn(branch, base, [float(sigma) for sigma in sigmas[:-1]])
-            positive = frozenset(entry["uuid"] for entry in guider.conds.get("positive", []))
+            positive = frozenset(entry["uuid"] for entry in own_entries(guider).get("positive", []))
             options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
             options[KEY] = _Run(positive, tuple(branches))
             try:

@@ -90,11 +90,11 @@ def _adds_noise(sampling: Any) -> bool:
 
 
 def _origin(model: Any, positive: Conditioning) -> dict[str, Any]:
-    """What a trajectory belongs to: the model with the LoRAs on its weights, and the prompt's rows."""
+    """What a trajectory belongs to: the model with the LoRAs on its weights and its sampling, and the prompt's rows."""
     rows, options = positive[0]
     return {
         "base": fingerprint(model),
-        "patches": digest(describe(model.patches)),
+        "patches": digest([describe(model.patches), describe(model.get_model_object("model_sampling"))]),
         "prompt": digest([rows, options.get("pooled_output")]),
     }
 
@@ -124,7 +124,7 @@ def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory)
     origin = _origin(model, positive)
     if any(trajectory.header.get(part) != origin[part] for part in ("base", "patches")):
         raise ValueError(
-            "The trajectory was made with other weights (another checkpoint, or another LoRA on it): connect the very "
+            "The trajectory was made with another model (another checkpoint, LoRA or model sampling): connect the very "
             "model that the picture was inverted with."
         )
     if trajectory.header.get("prompt") != origin["prompt"]:

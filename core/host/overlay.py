@@ -91,11 +91,11 @@ class Overlay:
             if attribute == "weight" and _takes_a_lora(module) and all(map(_plain, more)):
                 self._hooks.append((module, _beside(more)))
             elif shared == len(ours):
-                self._functions.append((module, attribute, _patched(key, theirs[shared:], None)))
+                self._functions.append((module, attribute, _patched(key, theirs[shared:], None, module)))
             else:
                 backup = running.backup.get(key)
                 start = functools.partial(getattr, module, attribute) if backup is None else lambda b=backup: b.weight
-                self._functions.append((module, attribute, _patched(key, theirs, start)))
+                self._functions.append((module, attribute, _patched(key, theirs, start, module)))
 
     @property
     def empty(self) -> bool:
@@ -173,12 +173,22 @@ def _beside(signed: list[tuple[float, Patch]]) -> Callable[..., Tensor]:
     return hook
 
 
-def _patched(key: str, patches: list[Patch], start: Callable[[], Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """A weight function: ComfyUI's own arithmetic on the weight it is given, or on start() in its place."""
+def _patched(
+    key: str, patches: list[Patch], start: Callable[[], Tensor] | None, module: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """A weight function: ComfyUI's own arithmetic on the weight it is given, or on start() in its place.
+
+    The weights of quantised layers are patched unpacked; scaled fp8 is multiplied by its scale behind the function.
+    """
+    unpacked, scale = getattr(module, "convert_weight", None), getattr(module, "scale_weight", None)
+    if not key.endswith(".weight"):
+        unpacked = scale = None
 
     def function(weight: Tensor) -> Tensor:
         begin = weight if start is None else start()
+        begin = begin if unpacked is None else unpacked(begin.to(weight.device), inplace=False)
         private = begin.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
-        return comfy.lora.calculate_weight(patches, private, key).to(weight.dtype)
+        found = comfy.lora.calculate_weight(patches, private, key)
+        return (found if scale is None else found / scale.to(found)).to(weight.dtype)
 
     return function

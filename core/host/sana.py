@@ -126,8 +126,10 @@ def sana_names() -> list[str]:
     return [name for name in names if sana.pipeline_of(folders.resolve(folders.DIFFUSERS, name)) == sana.PIPELINE]
 
 
-def sana_state(name: str) -> str:
-    """Changes when a file of the folder does."""
+def sana_state(name: str | None) -> str:
+    """As folders.state(), with the folders inside."""
+    if name is None:
+        return ""
     files = sorted(path for path in folders.resolve(folders.DIFFUSERS, name).glob("*/*") if path.is_file())
     return " ".join(f"{f.parent.name}/{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
 

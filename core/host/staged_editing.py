@@ -89,8 +89,8 @@ def edited(
     down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
     up = published_levels(table, settings.steps)[: len(down)] if settings.published else _reversed(down, table[:1])
-    mask = whole_cells(resize_mask(mask, *source.shape[1:3])[..., None], vae)[..., 0]
-    source = whole_cells(source[..., :3].float(), vae)
+    mask = whole_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
+    source = whole_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, adapter, subject)
     bar = comfy.utils.ProgressBar(2 * (len(down) - 1) * loops.most, node_id=node_id)
     pictures, kept, similarity, done, found = [source], None, 0.0, 0, None
@@ -102,13 +102,13 @@ def edited(
         kept = backgrounds if kept is None else kept  # those of every loop are the source's own
         run = _Pasting(kept, _latent_mask(mask, settings.published, start), settings, done, bar)
         found = _sampled(adapted, prompts, run, start, down, settings.cfg)
-        pictures.append(vae.decode(found))
+        pictures.append(vae.decode(found).cpu())
         similarity = looks.at(pictures[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     picture = pictures[-1]
     if settings.paste:
         picture = _pasted_pixels(picture, source, mask)
-    return Edited(vae.encode(source) if found is None else found, picture, torch.cat(pictures), "\n".join(told))
+    return Edited(vae.encode(source).cpu() if found is None else found, picture, torch.cat(pictures), "\n".join(told))
 
 
 def _check(source: Tensor, mask: Tensor, vision: Any | None, loops: Loops) -> None:

@@ -106,15 +106,15 @@ def staged(
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # and its steps' noise as a stock sampler draws it, for the same layout
         found = show.sample(first, noise, sigmas, prompts.negative, prompts, latent, settings, seed % SEEDS)
-        pictures = [vae.decode(found)]
+        pictures = [vae.decode(found).cpu()]
     else:
-        pictures = [whole_cells(start[..., :3].float(), vae)]
-        found = vae.encode(pictures[0])
+        pictures = [whole_cells(start[..., :3].float().cpu(), vae)]
+        found = vae.encode(pictures[0]).cpu()
     told, similarity, done = [], 0.0, 0
     latents, looks = [found], Looks(vision, pictures[0])
     while loops.go_on(done, similarity):
         done += 1
-        z = found if done == 1 and start is not None else vae.encode(pictures[-1])
+        z = found if done == 1 and start is not None else vae.encode(pictures[-1]).cpu()
         noise = stock_noise(latents[-1], seed, done)
         if settings.published_level:
             signal, more = _published(model, settings.split_ratio, appearance[0])
@@ -123,7 +123,7 @@ def staged(
         nothing = torch.zeros_like(x)
         found = show.sample(later, nothing, appearance, prompts.loop_negative, prompts, x, settings, of_steps)
         latents.append(found)
-        pictures.append(vae.decode(found))
+        pictures.append(vae.decode(found).cpu())
         similarity = looks.at(pictures[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     chosen = _best(looks, subject, told) if settings.keep_best else len(pictures) - 1

@@ -149,6 +149,35 @@ def test_the_positive_prompt_alone_in_areas():
     assert float((one - base).abs().max()) > 1e-3 and float((one - both).abs().max()) > 1e-3
 
 
+def test_the_positive_prompt_alone_in_any_guider(monkeypatch):
+    """Of three prompts, too, and where an area of one has made entries of the others."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    from likeness.core.host import adapter as host
+
+    setting, seen = Setting(), set()
+    model = applied(setting, ratio=1.0, apply_to="positive only")
+    called = host._Run.__call__
+
+    def spy(run, h, options):
+        places = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        seen.update((place, name in run.left_out) for place, name in places)
+        return called(run, h, options)
+
+    monkeypatch.setattr(host._Run, "__call__", spy)
+    area = [[rows, {**options, "area": (8, 8, 0, 0)}] for rows, options in setting.target]
+    for positive in (setting.target, area):
+        guider = Guider_DualCFG(model)
+        guider.set_conds(positive, setting.source, setting.empty)
+        guider.set_cfg(3.0, 2.0)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 1.0, 0.0])
+            guider.sample(noise, torch.zeros_like(noise), euler, sigmas, seed=0, disable_pbar=True)
+        assert seen == {(0, True), (1, False), (2, False)}, positive  # negative, middle, positive
+
+
 def test_other_nodes_ask_a_model_with_an_adapter():
     """They have no steps: the part of the timesteps counts there, and in a sampling of a single step."""
     from likeness.core.host.session import optimise, predicting
@@ -304,6 +333,19 @@ def test_prepared_pictures(caplog):
         prepared(image.expand(2, -1, -1, -1), torch.cat([mask, 0 * mask]), 64, 0.1)
     with pytest.raises(ValueError, match="one for each"):
         prepared(image, mask.expand(3, -1, -1), 64, 0.1)
+
+
+def test_a_name_that_comes_by_a_link_is_not_refused_before_it_is_known():
+    """ComfyUI asks with None then."""
+    from likeness.nodes import adapter, embedding_files, sana, score, similarity, train_adapter, tuned_files
+
+    for node in (adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrieval):
+        assert node.validate_inputs(None) is True and "Traceback" not in str(node.validate_inputs("absent"))
+        assert node.validate_inputs("absent") is not True
+    loaders = [adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrieval, tuned_files.LikenessLoadTuned]
+    loaders += [embedding_files.LikenessLoadEmbedding, sana.LikenessLoadSana, score.LikenessLoadVision]
+    assert [node.fingerprint_inputs(name=None) for node in loaders] == [""] * len(loaders)
+    assert train_adapter.LikenessTrainAdapter.fingerprint_inputs(folder=None) == ""
 
 
 def test_the_nodes_one_after_the_other():

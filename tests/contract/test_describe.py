@@ -12,7 +12,7 @@ from likeness.core.host.describe import describe
 from likeness.core.host.fingerprint import patches_digest, precision
 from likeness.core.runs import digest
 
-from .methods import Setting, run_node
+from .methods import Setting, run_node, sample
 
 
 def closing_over(value):
@@ -47,6 +47,45 @@ def test_equal_things_have_equal_keys():
         assert key(first) == key(first), name
     assert key(closing_over(3.0)) == key(closing_over(3.0))
     assert key(functools.partial(scaled, s=3)) == key(functools.partial(scaled, s=3))
+
+
+def test_a_prediction_type_is_told_apart_by_the_bases_of_its_sampling():
+    """ComfyUI's node makes a class of one name for all of them, with the same levels."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    model = Setting().model
+    found = {}
+    for sampling in ("eps", "v_prediction", "x0"):
+        keys = {patches_digest(ModelSamplingDiscrete().patch(model, sampling, False)[0]) for _ in range(2)}
+        (found[sampling],) = keys
+    assert len(set(found.values())) == 3
+
+
+def test_a_model_is_the_same_before_and_after_it_was_loaded():
+    setting = Setting()
+    before = key(setting.model)
+    sample(setting.model, setting.target, setting.empty, setting.latent, steps=2)
+    assert key(setting.model) == before
+
+
+def test_layers_that_do_not_show_their_weights_are_a_model_too(caplog):
+    """As those of quantised files in other packs; and the names of scales make no other model."""
+    from likeness.core.host.fingerprint import check_base, fingerprint
+
+    model = Setting().model
+    recorded = fingerprint(model)
+
+    def hidden(layer, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = torch.zeros_like(layer.weight, device="meta")
+        destination[f"{prefix}scale_weight"] = torch.ones(())
+        if layer.bias is not None:
+            destination[f"{prefix}bias"] = layer.bias
+
+    for layer in model.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer._save_to_state_dict = functools.partial(hidden, layer)
+    check_base(recorded, model)
+    assert "other weights of the same family" in caplog.text
 
 
 def test_what_cannot_be_told_apart_is_never_equal():

@@ -174,6 +174,52 @@ def test_guider_equals_model_patch_bit_for_bit(cfg):
     assert torch.equal(picture(setting, patch(setting, tuned), cfg=cfg), through_guider(setting, tuned, cfg))
 
 
+def test_the_positive_prompt_is_found_among_three_and_by_its_area():
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    setting, tuned = Setting(), other_loader(1)
+    area = [[rows, {**options, "area": (8, 8, 0, 0)}] for rows, options in setting.target]
+
+    def dual(model, positive):
+        guider = Guider_DualCFG(model)
+        guider.set_conds(positive, setting.source, setting.empty)
+        guider.set_cfg(3.0, 2.0)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 2.0, 1.0, 0.0])
+            return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, seed=0, disable_pbar=True)
+
+    ours = dual(patch(setting, tuned), setting.target)
+    assert float((ours - dual(setting.model, setting.target)).abs().max()) > 0.1
+    torch.testing.assert_close(dual(patch(setting, tuned), area), ours, atol=1e-2, rtol=1e-4)
+
+
+def test_weights_of_quantised_layers_are_patched_unpacked():
+    """Scaled fp8: a layer multiplies by its scale behind the functions of its weight."""
+    from likeness.core.host.overlay import _patched
+
+    layer = torch.nn.Linear(4, 4)
+    layer.scale_weight = torch.tensor(0.25)
+    layer.convert_weight = lambda weight, inplace: weight * layer.scale_weight
+    weight, change = (torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    patches = [(1.0, ("diff", (change,)), 1.0, None, None)]
+    for start in (None, lambda: weight):
+        found = _patched("layer.weight", patches, start, layer)(weight)
+        torch.testing.assert_close(found * 0.25, weight * 0.25 + change)
+
+
+def test_what_wraps_a_whole_sampling_of_the_tuned_model_is_said(caplog):
+    from comfy.patcher_extension import WrappersMP
+
+    setting, tuned = Setting(), other_loader(1)
+    patch(setting, tuned)
+    assert "takes no part" not in caplog.text
+    tuned.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "other pack", lambda executor, *args: executor(*args))
+    patch(setting, tuned)
+    assert "takes no part (other pack)" in caplog.text
+
+
 @pytest.mark.parametrize(
     "neighbour", [freeu, pag, rescale_cfg, area, control_net, hook_lora], ids=lambda node: node.__name__
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.conditioning import apply_embedding, check_room, padding_rows, single_prompt, start_rows
+from likeness.core.conditioning import TAIL, apply_embedding, check_room, padding_rows, single_prompt, start_rows
 
 D = 8
 
@@ -36,10 +36,20 @@ def test_batched_rows_get_the_subject_in_every_row():
     assert torch.equal(text[:, -5:], tail().expand(3, -1, -1))
 
 
+def test_two_embeddings_do_not_go_into_the_same_rows():
+    once = apply_embedding(prompt(end=None), tail(), 0.8)
+    with pytest.raises(ValueError, match="holds an embedding already, in its last 5 rows.*Conditioning Combine"):
+        apply_embedding(once, tail(3), 0.8)
+    off = apply_embedding(prompt(end=None), tail(), 0.0)
+    apply_embedding(off, tail(3), 0.8)
+    more = [[torch.cat([once[0][0], torch.randn(1, 77, D)], 1), once[0][1]]]  # Conditioning Concat: its own last rows
+    apply_embedding(more, tail(3), 0.8)
+
+
 def test_every_entry_is_treated_and_keeps_its_options():
     first, second = prompt(start_percent=0.0, end_percent=0.5)[0], prompt(mask=torch.ones(1, 4, 4), strength=0.3)[0]
     result = apply_embedding([first, second], tail(), 1.0)
-    assert [set(options) for _, options in result] == [set(first[1]), set(second[1])]
+    assert [set(options) for _, options in result] == [{*first[1], TAIL}, {*second[1], TAIL}]
     assert result[0][1]["end_percent"] == 0.5 and result[1][1]["strength"] == 0.3
     assert all(torch.equal(text[:, -5:], tail()) for text, _ in result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import time
 
 import pytest
@@ -169,6 +170,23 @@ def test_a_run_above_the_limit_is_served_and_not_deleted(tmp_path):
     found = store.load("large")
     assert found is not None and torch.equal(found["x"], torch.ones(5000))
     assert [path.stem for path in tmp_path.iterdir()] == ["large"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's mapped files")
+def test_a_run_that_was_read_can_be_written_again_anywhere(tmp_path):
+    """Tensors of an open file are views of it, and Windows does not replace a file of which there are views."""
+    store = RunStore(tmp_path)
+    store.save("k", {"x": torch.arange(5000.0)}, {})
+    with open("/proc/self/maps") as mapped:
+        assert "k.safetensors" not in mapped.read()
+    read = read_tensors(store.path("k"), 100_000)
+    with open("/proc/self/maps") as mapped:
+        assert "k.safetensors" in mapped.read()
+    del read
+    found = store.load("k")
+    with open("/proc/self/maps") as mapped:
+        assert "k.safetensors" not in mapped.read()
+    assert found is not None and torch.equal(found["x"], torch.arange(5000.0))
 
 
 def test_a_damaged_run_counts_as_absent(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from .install import missing
 from .offline import offline, reason
 from .tower import Seen, Tower
 
@@ -53,10 +54,8 @@ def load_open_clip(path: Path) -> Tower:
     try:
         import open_clip
     except ImportError as error:
-        raise RuntimeError(
-            f"{path.name} needs the open_clip package ({error}): run `pip install open_clip_torch` with ComfyUI's "
-            "Python, or use a transformers folder."
-        ) from error
+        otherwise = " (or use a transformers folder)"
+        raise missing(path.name, "open_clip", error, "open_clip_torch", otherwise) from error
     weights = path if path.is_file() else _weights_in(path)
     name, model_config, picture_config = _configuration(weights, open_clip)
     with offline():

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .install import missing
+
 # As the LoRA scripts of the field have it, SISO's among them.
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}
 
@@ -15,8 +17,5 @@ def prodigy() -> Callable[..., Any]:
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise RuntimeError(
-            f"Prodigy needs the prodigyopt package ({error}): run `pip install prodigyopt` with ComfyUI's Python, or "
-            "choose AdamW."
-        ) from error
+        raise missing("Prodigy", "prodigyopt", error, "prodigyopt", " (or choose AdamW)") from error
     return functools.partial(Prodigy, **SAFEGUARDS)

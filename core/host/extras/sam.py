@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .install import missing
 from .offline import offline, reason
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -58,10 +59,8 @@ def read_sam(path: Path) -> Weights:
     try:
         import segment_anything
     except ImportError as error:
-        raise RuntimeError(
-            f"{path.name} needs the segment-anything package ({error}): run `pip install segment-anything` with "
-            "ComfyUI's Python, or connect a MASK from another node."
-        ) from error
+        otherwise = " (or connect a MASK from another node)"
+        raise missing(path.name, "segment-anything", error, "segment-anything", otherwise) from error
     tensors = _read(path)
     marker = tensors.get(TOLD_BY)
     variant = WIDTHS.get(marker.shape[-1]) if isinstance(marker, Tensor) and marker.ndim == 4 else None

@@ -18,6 +18,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from .install import missing
 from .offline import offline, reason
 from .transformers_folder import check_complete, read_model
 
@@ -69,10 +70,8 @@ def library(folder: Path) -> Any:
         for name in (NETWORK, AUTOENCODER, PIPELINE):
             getattr(diffusers, name)  # it is imported now
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise RuntimeError(
-            f"{folder.name} needs the diffusers package, 0.35 or newer ({reason(error)}): run `pip install -U "
-            "diffusers` with ComfyUI's Python."
-        ) from error
+        why = f"0.35 or newer; {reason(error)}"
+        raise missing(folder.name, "diffusers", why, "-U diffusers") from error
     return diffusers
 
 

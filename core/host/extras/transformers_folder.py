@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from .install import missing
 from .offline import offline, reason
 from .tower import Seen, Tower
 
@@ -125,10 +126,7 @@ def library(folder: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise RuntimeError(
-            f"{folder.name} needs the transformers package ({error}): run `pip install transformers` with ComfyUI's "
-            "Python."
-        ) from error
+        raise missing(folder.name, "transformers", error, "transformers") from error
     return transformers
 
 
