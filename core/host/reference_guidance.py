@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning, detached, single_prompt
+from ..conditioning import TAIL, Conditioning, detached, single_prompt
 from ..denoiser import latent_mask
 from ..reference_guidance import ReferenceGuide, ReferenceSettings
 from ..runs import digest
@@ -167,7 +167,7 @@ def plain_prompt(
                 "connect a Text Encode node, or the output of Apply Subject Embedding, directly."
             )
     entries = [entry for (entry,) in found]
-    plain = [{name: value for name, value in options.items() if name not in TIMES} for _, options in entries]
+    plain = [{name: value for name, value in options.items() if name not in (*TIMES, TAIL)} for _, options in entries]
     limited = sorted({name for options in plain for name in LIMITS if name in options})
     if limited:
         raise ValueError(f"The prompt is limited by {', '.join(limited)}: connect a prompt for the whole picture.")
