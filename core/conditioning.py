@@ -88,7 +88,7 @@ def apply_embedding(
 
 
 def _check_tail(text: Tensor, tail: Tensor | None) -> None:
-    if tail is not None and torch.equal(text[:, -tail.shape[1] :], tail):
+    if tail is not None and torch.equal(text[:, -tail.shape[1] :], tail.to(text)):
         raise ValueError(
             f"The prompt holds an embedding already, in its last {tail.shape[1]} rows, which this one would take. For "
             "two subjects encode a prompt for each, apply one embedding to each, and put them together with "
