@@ -142,6 +142,8 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
 
 
 def test_templates_are_listed_with_thumbnails(page):
+    from playwright.sync_api import TimeoutError as Waited
+
     page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.tab.locator("[role=dialog]").get_by_text(live.PACK, exact=True).first.click()
     cards = page.tab.locator('[data-testid^="template-workflow-"]')
@@ -155,12 +157,20 @@ def test_templates_are_listed_with_thumbnails(page):
     for name in live.NAMES:
         card = page.tab.locator(f'[data-testid="template-workflow-{name}"]')
         card.wait_for()
-        card.scroll_into_view_if_needed()  # pictures further down are loaded when they are looked at
-        page.tab.wait_for_function(
-            """name => { const image = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
-              return image && image.naturalWidth > 0 && !image.src.includes('default-template'); }""",
-            arg=name,
-        )
+        for tries_left in reversed(range(4)):  # pictures are loaded when they come into view; the page may miss it once
+            card.scroll_into_view_if_needed()
+            try:
+                page.tab.wait_for_function(
+                    """name => { const image = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
+                      return image && image.naturalWidth > 0 && !image.src.includes('default-template'); }""",
+                    arg=name,
+                    timeout=30_000,
+                )
+                break
+            except Waited:
+                if not tries_left:
+                    raise
+                cards.first.scroll_into_view_if_needed()
     page.tab.locator(f'[data-testid="template-workflow-{live.NAMES[-1]}"]').click()
     own = {node["type"] for node in small_world.shipped(live.NAMES[-1])["nodes"] if node["type"].startswith("Likeness")}
     page.tab.wait_for_function(
