@@ -96,6 +96,11 @@ def _check_tail(text: Tensor, tail: Tensor | None) -> None:
         )
 
 
+def unmarked(conditioning: Conditioning) -> Conditioning:
+    """The same prompts for an embedding that is to take the place of the one they hold."""
+    return [[text, {name: value for name, value in options.items() if name != TAIL}] for text, options in conditioning]
+
+
 def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
     """The rows [1, N, d] of a conditioning that is one plain prompt; ValueError when it is restricted or combined."""
     if len(conditioning) != 1:

@@ -71,14 +71,18 @@ class RunStore:
         path = self.path(key)
         if not path.is_file():
             return None
+        tensors: dict[str, Tensor] | None
         try:
             tensors, _ = read_tensors(path, max(self.limit_bytes, path.stat().st_size), choose)
         except ValueError as error:
-            log.warning("A stored run could not be read and starts anew: %s", error)
+            log.warning("A stored run could not be read and starts anew: %s", str(error))
+            tensors = None
+        # What is read is a view of the file, and Windows neither replaces nor removes a file while one of them lives,
+        # as it does in the error above.
+        if tensors is None:
             path.unlink(missing_ok=True)
             return None
         path.touch()  # the most recently used runs are the last to be removed
-        # They are views of the file, and Windows neither replaces nor removes a file while one of them lives.
         return {name: value.clone() for name, value in tensors.items()}
 
     def save(self, key: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

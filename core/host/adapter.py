@@ -26,7 +26,7 @@ from ..fitting import step_generator
 from ..measures import subject_crop
 from ..staged_sampling import layout_steps
 from .adapter_layers import Capture, Place, key_of, places
-from .fingerprint import check_base, fingerprint, weights_of_file
+from .fingerprint import check_base, fingerprint, hidden, weights_of_file
 from .prompt_entries import own_entries
 from .session import predicting
 
@@ -251,7 +251,7 @@ def _warn_of_base(stored: StoredAdapter, model: Any, found: list[Place]) -> None
     for name, row in stored.base.items():
         layer = name.removesuffix(".attn1.to_q.weight")
         weight, wanted = state[f"{modules[layer]}.attn1.to_q.weight"], torch.tensor(row)
-        if weight.is_meta:  # layers of other packs (GGUF) do not show their weights
+        if hidden(weight):
             return
         own = weight.flatten()[: len(row)].float().cpu()
         if float((own - wanted).abs().max()) > CLOSE * float(wanted.abs().max()):

@@ -183,7 +183,7 @@ class _Sampling:
             _check_rows(self.control.rows, _rows(entry))
             if "area" in entry and self.control.blend > 0:
                 raise ValueError(
-                    "The positive prompt holds in an area, whose maps do not show the whole picture: take the area "
+                    "A prompt holds in an area, whose maps do not show the whole picture: take the area "
                     "off, or give Replace Subject a mask in place of blend."
                 )
         return frozenset(entry["uuid"] for entry in ours)

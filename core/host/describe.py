@@ -23,6 +23,7 @@ SAMPLED_ELEMENTS = 1 << 16
 DEPTH = 24
 PATCHER = ("patches", "injections", "weight_wrapper_patches")
 PASSING = ("original_forward",)  # a bypass LoRA's note while it is injected: says nothing of what it does
+LOADED = ("model_loaded_weight_memory", "comfy_cast_weights")  # marks of ComfyUI's networks and of their layers
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -53,7 +54,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if isinstance(value, functools.partial):
         return ["partial", describe([value.func, value.args, value.keywords], inside)]
     if isinstance(value, nn.Module):
-        return [_kind(value), sampled(dict(value.state_dict()))]
+        return [_kind(value, inside), sampled(dict(value.state_dict()))]
     if isinstance(value, dict):
         return {str(key): describe(item, inside) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -80,17 +81,19 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     return [_name(type(value)), describe(parts, inside)]
 
 
-def _kind(module: nn.Module) -> Any:
-    """A module's class and, of one without modules inside, its settings; ComfyUI notes in networks what it has loaded.
+def _kind(module: nn.Module, inside: tuple[int, ...]) -> Any:
+    """The classes of a module and of those in it, with their settings; not those of what ComfyUI loads, which is known
+    by its weights, and where it notes how it has loaded them.
 
     The bases are part of it: ComfyUI makes the classes of its samplings as it goes, all of one name, and the prediction
     type is nothing but a base of them.
     """
     bases = [_name(base) for base in type(module).__mro__]
-    if next(module.children(), None) is not None:
+    if any(hasattr(module, mark) for mark in LOADED):
         return [bases]
     settings = {name: value for name, value in vars(module).items() if name[0] != "_" and "comfy" not in name}
-    return [bases, {name: value for name, value in settings.items() if name != "training" and isinstance(value, PLAIN)}]
+    settings.pop("training", None)
+    return [bases, describe(settings, inside), [_kind(part, (*inside, id(part))) for part in module.children()]]
 
 
 def _unlike_any() -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import hiper
-from ..conditioning import Conditioning, apply_embedding, check_room, detached, single_prompt, start_rows
+from ..conditioning import Conditioning, apply_embedding, check_room, detached, single_prompt, start_rows, unmarked
 from ..denoiser import latent_mask, timestep_range
 from ..embedding import Embedding
 from ..fitting import curve
@@ -226,6 +226,7 @@ def preview_pictures(
     """
     size = (1, *shape[1:])
     prompts = [] if target is None else [target]
+    source = unmarked(source)  # the rows learned take the place of those that they started from
     for _, rows in sorted(embedding.rows.items()):
         prompts.append(apply_embedding(source, rows, 1.0))
         if target is not None:

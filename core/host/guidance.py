@@ -104,7 +104,7 @@ def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = Fals
     be mixed (another latent space or noise schedule) or separated, and for weights over 1.
     """
     check_weights([subject.weight for subject in subjects], allow_over_one)
-    _warn_of_wrappers(subjects)
+    _warn_of_wrappers(subjects, model)
     own: list[Any] = []  # one tuned model for each module that is not the base model's: these are loaded beside it
     for subject in subjects:
         _check_pair(subject.model, model)
@@ -122,16 +122,21 @@ def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = Fals
     return clone
 
 
-def _warn_of_wrappers(subjects: list[SubjectModel]) -> None:
+def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
     """A tuned model is asked inside the base model's sampling: it has none of its own that could be wrapped."""
+    known = _whole_samplings(model)
     for subject in subjects:
-        kinds = getattr(subject.model, "wrappers", {}).get(WrappersMP.SAMPLER_SAMPLE, {})
+        kinds = {key: found for key, found in _whole_samplings(subject.model).items() if found != known.get(key)}
         unused = sorted(str(key) for key, found in kinds.items() if found and key not in (KEY, POSITION_MAP))
         if unused:
             log.warning(
                 "What lies on the tuned model for a whole sampling takes no part (%s): put it on the base model.",
                 ", ".join(unused),
             )
+
+
+def _whole_samplings(model: Any) -> dict[Any, list[Any]]:
+    return getattr(model, "wrappers", {}).get(WrappersMP.SAMPLER_SAMPLE, {})
 
 
 def drop_guidance(clone: Any) -> None:

@@ -189,6 +189,12 @@ def _patched(
         begin = begin if unpacked is None else unpacked(begin.to(weight.device), inplace=False)
         private = begin.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
         found = comfy.lora.calculate_weight(patches, private, key)
-        return (found if scale is None else found / scale.to(found)).to(weight.dtype)
+        found = found if scale is None else found / scale.to(found)
+        if (
+            weight.dtype.is_floating_point and weight.dtype.itemsize == 1
+        ):  # fp8: beyond its range not every torch saturates
+            limit = torch.finfo(weight.dtype)
+            found = found.clamp(limit.min, limit.max)
+        return found.to(weight.dtype)
 
     return function

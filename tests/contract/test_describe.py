@@ -68,24 +68,45 @@ def test_a_model_is_the_same_before_and_after_it_was_loaded():
     assert key(setting.model) == before
 
 
-def test_layers_that_do_not_show_their_weights_are_a_model_too(caplog):
-    """As those of quantised files in other packs; and the names of scales make no other model."""
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_layers_that_do_not_show_their_weights_are_a_model_too(caplog, device):
+    """As those of quantised files: four bits packed into bytes, with scales and, in another pack, a tensor too many."""
     from likeness.core.host.fingerprint import check_base, fingerprint
 
     model = Setting().model
     recorded = fingerprint(model)
 
-    def hidden(layer, destination, prefix, keep_vars):
-        destination[f"{prefix}weight"] = torch.zeros_like(layer.weight, device="meta")
+    def packed(layer, destination, prefix, keep_vars):
+        rows, columns = layer.weight.shape
+        destination[f"{prefix}weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8, device=device)
         destination[f"{prefix}scale_weight"] = torch.ones(())
+        destination["temp.weight"] = torch.zeros(columns, rows, device=device)
         if layer.bias is not None:
             destination[f"{prefix}bias"] = layer.bias
 
     for layer in model.model.diffusion_model.modules():
         if isinstance(layer, torch.nn.Linear):
-            layer._save_to_state_dict = functools.partial(hidden, layer)
+            layer._save_to_state_dict = functools.partial(packed, layer)
     check_base(recorded, model)
-    assert "other weights of the same family" in caplog.text
+    check_base(fingerprint(model), Setting().model)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="prediction differ"):
+        check_base({**recorded, "prediction": "V_PREDICTION"}, model)
+
+
+@pytest.mark.parametrize("setting", ["number", "list", "tensor", "dtype"])
+def test_modules_of_patches_are_told_apart_by_their_settings(setting):
+    class Leaf(torch.nn.Module):
+        def __init__(self, value) -> None:
+            super().__init__()
+            self.value = value
+
+    first, second = {
+        "number": (1.0, 2.0), "list": ([1], [1, 2]), "tensor": (torch.zeros(2), torch.ones(2)),
+        "dtype": (torch.float16, torch.float32),
+    }[setting]  # fmt: skip
+    for made in (Leaf, lambda value: torch.nn.Sequential(Leaf(value))):
+        assert key(made(first)) == key(made(first)) != key(made(second))
 
 
 def test_what_cannot_be_told_apart_is_never_equal():
@@ -129,6 +150,18 @@ def test_an_injection_in_use_has_the_same_key():
     model, hook = injected(Setting().model, 1.0)
     before = patches_digest(model)
     hook.original_forward = torch.nn.Linear(2, 2).forward
+    assert patches_digest(model) == before
+
+
+def test_an_injection_that_holds_layers_has_the_same_key_however_they_are_loaded():
+    """As a bypass LoRA's does; ComfyUI's newest loader leaves its notes on the layers."""
+    model, hook = injected(Setting().model, 1.0)
+    hook.module = next(
+        layer for layer in model.model.diffusion_model.modules()
+        if isinstance(layer, torch.nn.Linear) and hasattr(layer, "comfy_cast_weights")
+    )  # fmt: skip
+    before = patches_digest(model)
+    hook.module.seed_key, hook.module.weight_lowvram_function = "input_blocks.1", None
     assert patches_digest(model) == before
 
 

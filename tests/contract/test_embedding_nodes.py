@@ -53,6 +53,17 @@ def test_previews_are_target_alone_then_source_and_target_for_each_saved_step():
     assert alone.shape == (2, 64, 64, 3)
 
 
+def test_learned_rows_can_be_learned_on_and_seen():
+    """A source prompt that holds an embedding: its rows are where the training starts, and the previews show others."""
+    from likeness.core.conditioning import apply_embedding
+
+    setting, vae = Setting(), tiny_models.taesd()
+    first = train(setting, vae=vae)[0].at(0)
+    setting.source = apply_embedding(setting.source, first, 1.0)
+    embedding, _, previews = train(setting, vae=vae)
+    assert previews.shape == (2, 64, 64, 3) and not torch.equal(embedding.at(0), first)
+
+
 def test_without_a_vae_or_with_no_preview_steps_nothing_runs_behind_previews():
     from comfy_execution.graph_utils import ExecutionBlocker
 

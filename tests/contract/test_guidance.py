@@ -215,8 +215,16 @@ def test_what_wraps_a_whole_sampling_of_the_tuned_model_is_said(caplog):
     setting, tuned = Setting(), other_loader(1)
     patch(setting, tuned)
     assert "takes no part" not in caplog.text
-    tuned.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "other pack", lambda executor, *args: executor(*args))
-    patch(setting, tuned)
+
+    def wrapped(model):
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "other pack", lambda executor, *args: executor(*args))
+        return clone
+
+    setting.model = wrapped(setting.model)
+    patch(setting, with_lora(setting.model, lora()))  # it lies on both
+    assert "takes no part" not in caplog.text
+    patch(setting, wrapped(tuned))
     assert "takes no part (other pack)" in caplog.text
 
 

@@ -208,6 +208,17 @@ def test_the_negative_prompt_is_not_controlled_where_the_positive_one_has_an_are
     assert counted.count == 2 * layers(setting) * STEPS
 
 
+def test_the_positive_prompt_is_controlled_where_the_negative_one_has_an_area(clip, monkeypatch):
+    """ComfyUI gives the positive prompt an entry for it, with the negative one's name and options."""
+    setting = Setting()
+    counted = Corrections(monkeypatch)
+    model, positive, negative, latent = swapped(setting, clip)
+    plain = play(model, positive, negative, latent)
+    whole = [[rows, {**options, "area": (8, 8, 0, 0)}] for rows, options in negative]
+    close(play(model, positive, whole, latent), plain)
+    assert counted.count == 3 * layers(setting) * STEPS  # the positive one is asked twice, with and without the area
+
+
 def adapter(model, strength: float = 0.5):
     """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to a picture's tokens."""
     from comfy.ldm.modules.attention import optimized_attention

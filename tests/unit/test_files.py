@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,21 @@ def test_a_damaged_run_counts_as_absent(tmp_path):
     store.save("k", {"x": torch.zeros(10)}, {})
     store.path("k").write_bytes(b"damaged")
     assert store.load("k") is None and not store.path("k").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's mapped files")
+def test_no_view_of_a_damaged_run_is_left_when_it_is_removed(tmp_path, monkeypatch):
+    """Windows refuses to remove a file while there is one."""
+    store, seen = RunStore(tmp_path), []
+    store.save("k", {"x": torch.full((5000,), float("nan"))}, {})
+    remove = Path.unlink
+
+    def watched(path, **more):
+        seen.append(path.name in Path("/proc/self/maps").read_text())
+        remove(path, **more)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    assert store.load("k") is None and seen == [False]
 
 
 def test_headers_survive(tmp_path):
