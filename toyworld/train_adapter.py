@@ -77,8 +77,8 @@ def split_parameters(adapter: Adapter) -> tuple[list[torch.nn.Parameter], list[t
 def main(arguments: list[str]) -> None:
     """Train; adapter.safetensors (averaged weights, published names) is rewritten once a minute."""
     parser = argparse.ArgumentParser(prog="run.py adapter")
-    parser.add_argument("--steps", type=int, default=1_800)
-    parser.add_argument("--batch", type=int, default=16, help="samples per process")
+    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--batch", type=int, default=8, help="samples per process")
     parser.add_argument("--rate", type=float, default=0.01, help="Muon's")
     parser.add_argument("--adam-rate", type=float, default=2e-3)
     parser.add_argument("--decay-from", type=float, default=0.4, help="share of the steps at full rate")
