@@ -183,15 +183,19 @@ class _Sampling:
             _check_rows(self.control.rows, _rows(entry))
             if "area" in entry and self.control.blend > 0:
                 raise ValueError(
-                    "A prompt holds in an area, whose maps do not show the whole picture: take the area "
-                    "off, or give Replace Subject a mask in place of blend."
+                    "A prompt, the negative one included, holds in an area, whose maps do not show the whole picture: "
+                    "take the area off, or give Replace Subject a mask in place of blend."
                 )
         return frozenset(entry["uuid"] for entry in ours)
 
 
 def _rows(entry: dict[str, Any]) -> int:
-    """How many rows the table of an entry of a guider has; 1 for one without a table."""
-    return entry["cross_attn"].shape[1] if isinstance(entry.get("cross_attn"), Tensor) else 1
+    """How many rows the table of an entry of a guider has; 1 for one without a table.
+
+    Not those of "cross_attn": in the copy that ComfyUI makes for an area these are another prompt's.
+    """
+    table = entry.get("model_conds", {}).get("c_crossattn")
+    return 1 if table is None else table.cond.shape[1]
 
 
 def _check_rows(expected: int, rows: int, longest: int | None = None) -> None:

@@ -27,11 +27,37 @@ LOADED = ("model_loaded_weight_memory", "comfy_cast_weights")  # marks of ComfyU
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
-def sampled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The beginnings of 16 of these tensors, as float32 whatever they are stored in."""
-    names = sorted(name for name, value in tensors.items() if value.is_floating_point() and not value.is_meta)
-    chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
-    return {name: tensors[name].detach().flatten()[:SAMPLED_ELEMENTS].float().cpu() for name in chosen}
+def sampled(tensors: dict[str, Tensor]) -> dict[str, Tensor | str]:
+    """The beginnings of 16 of these tensors, as float32 whatever they are stored in, and of 16 packed weights as bytes.
+
+    Empty tensors say nothing: they are equal to none.
+    """
+    names = sorted(name for name, value in tensors.items() if not value.is_meta)
+    numbers = [name for name in names if tensors[name].is_floating_point()]
+    packed = [name for name in names if name.endswith("weight") and not tensors[name].is_floating_point()]
+    found: dict[str, Tensor | str] = {name: unlike_any() for name, value in tensors.items() if value.is_meta}
+    for kind in (numbers, packed):
+        for name in kind[:: max(1, len(kind) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]:
+            start = tensors[name].detach().flatten()[:SAMPLED_ELEMENTS].cpu()
+            found[name] = start.float() if start.is_floating_point() else start
+    return found
+
+
+def contents(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state, with the weights themselves where it shows empty tensors, as other packs' GGUF layers do.
+
+    What such layers make up beside them belongs to no layer, and is left out.
+    """
+    layers, held = dict(module.named_modules()), dict(module.named_parameters())
+    found = {}
+    for name, value in module.state_dict().items():
+        if not value.is_meta:
+            found[name] = value
+        elif name in held:
+            found[name] = held[name].data.as_subclass(Tensor)
+        elif name.rpartition(".")[0] in layers:
+            found[name] = value
+    return found
 
 
 def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
@@ -43,9 +69,9 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if id(value) in above:
         return "..."
     if len(above) > DEPTH:
-        return _unlike_any()
+        return unlike_any()
     inside = (*above, id(value))
-    if isinstance(value, (torch.dtype, torch.device, enum.Enum)):
+    if isinstance(value, (torch.dtype, torch.device, enum.Enum, slice, range)):
         return str(value)
     if isinstance(value, np.generic):
         return describe(value.item(), above)
@@ -54,7 +80,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if isinstance(value, functools.partial):
         return ["partial", describe([value.func, value.args, value.keywords], inside)]
     if isinstance(value, nn.Module):
-        return [_kind(value, inside), sampled(dict(value.state_dict()))]
+        return [_kind(value, inside), sampled(contents(value))]
     if isinstance(value, dict):
         return {str(key): describe(item, inside) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -76,7 +102,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         parts = {part: getattr(value, part, None) or {} for part in PATCHER}
         return ["model", describe(value.model, inside), describe(parts, inside)]
     if not hasattr(value, "__dict__"):
-        return _unlike_any()
+        return unlike_any()
     parts = {name: part for name, part in vars(value).items() if name not in PASSING}
     return [_name(type(value)), describe(parts, inside)]
 
@@ -96,7 +122,7 @@ def _kind(module: nn.Module, inside: tuple[int, ...]) -> Any:
     return [bases, describe(settings, inside), [_kind(part, (*inside, id(part))) for part in module.children()]]
 
 
-def _unlike_any() -> str:
+def unlike_any() -> str:
     """For what cannot be told apart: equal to nothing, so that the run is trained again."""
     return uuid.uuid4().hex
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..runs import digest
-from .describe import PATCHER, describe, sampled
+from .describe import PATCHER, contents, describe, sampled, unlike_any
 from .guidance import KEY as OWN_GUIDANCE
 
 log = logging.getLogger("likeness")
@@ -28,25 +28,26 @@ QUANTISED = (
 def fingerprint(model: Any) -> dict[str, str]:
     """Family, prediction type, latent format and UNet shapes must match; a hash of 16 weights should.
 
-    Shapes and hash are empty where layers hide their weights, and are not compared then.
+    The shapes are empty where layers pack or hide their weights: a file's quantised form is told apart from it by the
+    hash, for the key of a run, but is not compared with it.
     """
     base = model.model
-    state = base.diffusion_model.state_dict()
+    state = contents(base.diffusion_model)
     own = (name for name in state if name.rpartition(".")[2] not in QUANTISED)  # a quantised file is the same model
     shapes = {name: list(state[name].shape) for name in own}
     weights = weights_of_file(model, state)
-    shown = not any(map(hidden, weights.values()))
+    shown = bool(weights) and not any(map(hidden, weights.values()))
     return {
         "family": type(base.model_config).__name__,
         "prediction": base.model_type.name,
         "latent_format": type(base.latent_format).__name__,
         "shapes": digest(shapes) if shown else "",
-        "content": digest(sampled(weights)) if shown else "",
+        "content": digest(sampled(weights) or unlike_any()),
     }
 
 
 def hidden(weight: Tensor) -> bool:
-    """Whether a layer's entry in the state is not its weight: packed, or empty as of other packs' GGUF layers."""
+    """Whether a layer's entry in the state does not have its weight's numbers and shape: it is packed, or empty."""
     return weight.is_meta or not weight.is_floating_point()
 
 
@@ -71,7 +72,7 @@ def check_base(recorded: dict[str, str], model: Any, what: str = "artifact", mad
                 f"model is {found['family']} ({found['prediction']}), and their {name.replace('_', ' ')} differ: "
                 f"connect the model it was {made}."
             )
-    if len(known) < len(FIXED):
+    if recorded.get("shapes") != found["shapes"]:
         log.info("A quantised model hides its weights, so that the %s could not be compared with them.", what)
     elif recorded.get("content") != found["content"]:
         log.warning(

@@ -124,10 +124,11 @@ def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = Fals
 
 def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
     """A tuned model is asked inside the base model's sampling: it has none of its own that could be wrapped."""
-    known = _whole_samplings(model)
+    known = {id(wrapper) for wrappers in _whole_samplings(model).values() for wrapper in wrappers}
     for subject in subjects:
-        kinds = {key: found for key, found in _whole_samplings(subject.model).items() if found != known.get(key)}
-        unused = sorted(str(key) for key, found in kinds.items() if found and key not in (KEY, POSITION_MAP))
+        found = _whole_samplings(subject.model).items()
+        own = [key for key, wrappers in found if any(id(wrapper) not in known for wrapper in wrappers)]
+        unused = sorted(str(key) for key in own if key not in (KEY, POSITION_MAP))
         if unused:
             log.warning(
                 "What lies on the tuned model for a whole sampling takes no part (%s): put it on the base model.",

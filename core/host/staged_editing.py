@@ -33,6 +33,8 @@ from .adapter import Subject, check_proportions, with_adapter, without_adapter
 from .session import predicting
 from .staged_sampling import SEEDS, Looks, StagedSettings, check_vae, levels, warn_of_size, whole_cells
 
+WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 255
+
 
 @dataclass(frozen=True)
 class EditSettings:
@@ -82,7 +84,7 @@ def edited(
 ) -> Edited:
     """source [1, H, W, 3]; mask [1, H, W], white where the subject goes; vision: says when two loops are alike."""
     loops = settings.loops
-    _check(source, mask, vision, loops)
+    _check(source, mask, vision, settings)
     check_vae(model, vae)
     warn_of_size(source)
     single_prompt(prompts.inverse, "prompt of the inversion")
@@ -111,11 +113,13 @@ def edited(
     return Edited(vae.encode(source).cpu() if found is None else found, picture, torch.cat(pictures), "\n".join(told))
 
 
-def _check(source: Tensor, mask: Tensor, vision: Any | None, loops: Loops) -> None:
+def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSettings) -> None:
+    loops = settings.loops
     if len(source) != 1 or len(mask) != 1:
         raise ValueError(f"{len(source)} pictures and {len(mask)} masks were given: edit one picture at a time.")
-    if not bool((mask > 0.5).any()):
-        raise ValueError("The mask is empty: paint the place of the subject (white).")
+    if not bool((mask > (WHITE if settings.published else 0.5)).any()):
+        grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
+        raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
     check_proportions(source, mask)
     if vision is None and loops.least != loops.most:
         raise ValueError(
@@ -130,7 +134,7 @@ def _reversed(down: Tensor, lowest: Tensor) -> Tensor:
 
 
 def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:
-    chosen = (mask >= 1.0).float() if published else mask.float()
+    chosen = (mask > WHITE).float() if published else mask.float()
     return resize_mask(chosen, like.shape[-2], like.shape[-1])[:, None].to(like)
 
 

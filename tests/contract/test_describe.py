@@ -68,30 +68,71 @@ def test_a_model_is_the_same_before_and_after_it_was_loaded():
     assert key(setting.model) == before
 
 
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_layers_that_do_not_show_their_weights_are_a_model_too(caplog, device):
-    """As those of quantised files: four bits packed into bytes, with scales and, in another pack, a tensor too many."""
-    from likeness.core.host.fingerprint import check_base, fingerprint
+class Packed(torch.Tensor):
+    """Bytes that stand for a weight of another shape, as those of GGUF layers do."""
 
-    model = Setting().model
-    recorded = fingerprint(model)
+    def detach(self):
+        return self
 
-    def packed(layer, destination, prefix, keep_vars):
-        rows, columns = layer.weight.shape
-        destination[f"{prefix}weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8, device=device)
+    @property
+    def shape(self):
+        return torch.Size((1, 1))
+
+
+def quantised(model_seed: int, hides: bool):
+    """A model whose layers are packed into bytes, which their state shows, or empty tensors of it and one too many."""
+    model = Setting(model_seed=model_seed).model
+
+    def saved(layer, destination, prefix, keep_vars):
+        weight = layer.weight.data.as_subclass(torch.Tensor)
+        destination[f"{prefix}weight"] = weight.to("meta") if hides else weight
         destination[f"{prefix}scale_weight"] = torch.ones(())
-        destination["temp.weight"] = torch.zeros(columns, rows, device=device)
+        if hides:
+            destination[f"{prefix}temp.weight"] = torch.zeros(4, 4, device="meta")
         if layer.bias is not None:
             destination[f"{prefix}bias"] = layer.bias
 
     for layer in model.model.diffusion_model.modules():
         if isinstance(layer, torch.nn.Linear):
-            layer._save_to_state_dict = functools.partial(packed, layer)
+            packed = layer.weight.data[:, ::2].mul(100).to(torch.uint8).as_subclass(Packed)
+            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+            layer._save_to_state_dict = functools.partial(saved, layer)
+    return model
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_quantised_models_are_models_too(caplog, hides):
+    from likeness.core.host.fingerprint import check_base, fingerprint
+
+    whole, model = Setting().model, quantised(0, hides)
+    recorded = fingerprint(whole)
     check_base(recorded, model)
-    check_base(fingerprint(model), Setting().model)
+    check_base(fingerprint(model), whole)
+    check_base(fingerprint(model), quantised(0, hides))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     with pytest.raises(ValueError, match="prediction differ"):
         check_base({**recorded, "prediction": "V_PREDICTION"}, model)
+    check_base(fingerprint(model), quantised(1, hides))
+    assert "other weights" in caplog.text
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_quantised_models_are_told_apart(hides):
+    """By the name of a run above all: else one would be served what the other has learned."""
+    from likeness.core.host.fingerprint import fingerprint
+
+    for of in (fingerprint, key):
+        one, again, other = (of(quantised(seed, hides)) for seed in (0, 0, 1))
+        assert one == again != other
+
+
+def test_a_model_that_shows_nothing_of_itself_is_like_no_other():
+    from likeness.core.host.fingerprint import fingerprint
+
+    model = Setting().model
+    for layer in model.model.diffusion_model.modules():
+        layer._save_to_state_dict = lambda *_args: None
+    assert fingerprint(model) != fingerprint(model)
 
 
 @pytest.mark.parametrize("setting", ["number", "list", "tensor", "dtype"])

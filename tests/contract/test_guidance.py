@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -226,6 +228,24 @@ def test_what_wraps_a_whole_sampling_of_the_tuned_model_is_said(caplog):
     assert "takes no part" not in caplog.text
     patch(setting, wrapped(tuned))
     assert "takes no part (other pack)" in caplog.text
+
+
+def test_wrappers_that_cannot_be_compared_are_said(caplog):
+    """As two of Replace Subject, whose masks are tensors."""
+    from comfy.patcher_extension import WrappersMP
+
+    @dataclass
+    class Wrapper:
+        mask: torch.Tensor
+
+        def __call__(self, executor, *args):
+            return executor(*args)
+
+    setting, tuned = Setting(), other_loader(1)
+    for model in (setting.model, tuned):
+        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "masked", Wrapper(torch.ones(2)))
+    patch(setting, tuned)
+    assert "takes no part (masked)" in caplog.text
 
 
 @pytest.mark.parametrize(

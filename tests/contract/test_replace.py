@@ -219,6 +219,16 @@ def test_the_positive_prompt_is_controlled_where_the_negative_one_has_an_area(cl
     assert counted.count == 3 * layers(setting) * STEPS  # the positive one is asked twice, with and without the area
 
 
+def test_a_longer_negative_prompt_may_have_an_area(clip):
+    """What counts are the rows of the prompt that is evaluated, not those of the prompt that the area is from."""
+    setting = Setting()
+    model, positive, negative, latent = swapped(setting, clip)
+    longer = [[torch.cat([rows, rows], 1), options] for rows, options in negative]
+    plain = play(model, positive, longer, latent)
+    whole = [[rows, {**options, "area": (8, 8, 0, 0)}] for rows, options in longer]
+    close(play(model, positive, whole, latent), plain)
+
+
 def adapter(model, strength: float = 0.5):
     """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to a picture's tokens."""
     from comfy.ldm.modules.attention import optimized_attention

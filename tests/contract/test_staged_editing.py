@@ -84,6 +84,16 @@ def test_soft_masks_and_pasted_pixels(parts):
     assert torch.equal(pixels[:, 16:48, 24:72], edited(parts).picture[:, 16:48, 24:72])
 
 
+def test_a_white_mask_of_another_size_is_white_as_published_too(parts):
+    """Scaling leaves a little less than 1 of it."""
+    small, large = (edited(parts, mask=torch.ones(1, *size), published=True).latent for size in ((64, 96), (100, 150)))
+    assert torch.equal(small, large)
+    grey = torch.full((1, 64, 96), 0.9)
+    assert not torch.equal(edited(parts, mask=grey).latent, edited(parts).latent)
+    with pytest.raises(ValueError, match="only white counts"):
+        edited(parts, mask=grey, published=True)
+
+
 def test_a_step_leaves_the_noise_of_its_level(parts):
     """With a perfect denoiser, on the CPU."""
     from likeness.core.host.staged_editing import EditSettings, _Pasting
