@@ -25,8 +25,8 @@ from ..ezigen import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, joined
 from ..fitting import step_generator
 from ..measures import subject_crop
 from ..staged_sampling import layout_steps
-from .adapter_layers import Capture, Place, key_of, places
-from .fingerprint import check_base, fingerprint, hidden, weights_of_file
+from .adapter_layers import Capture, Place, key_of, packed_places, places
+from .fingerprint import check_base, fingerprint, network_of_file
 from .prompt_entries import own_entries
 from .session import predicting
 
@@ -247,12 +247,12 @@ def without_adapter(model: Any) -> Any:
 
 def _warn_of_base(stored: StoredAdapter, model: Any, found: list[Place]) -> None:
     """Say when the adapter was trained in other weights than the model's."""
-    state, modules = _query_weights(model), {place.layer.name: place.module for place in found}
+    if packed_places(model, found):
+        return
+    state, modules = network_of_file(model), {place.layer.name: place.module for place in found}
     for name, row in stored.base.items():
         layer = name.removesuffix(".attn1.to_q.weight")
         weight, wanted = state[f"{modules[layer]}.attn1.to_q.weight"], torch.tensor(row)
-        if hidden(weight):
-            return
         own = weight.flatten()[: len(row)].float().cpu()
         if float((own - wanted).abs().max()) > CLOSE * float(wanted.abs().max()):
             log.warning("The adapter was trained with another model of this shape: the likeness may suffer.")
@@ -336,11 +336,6 @@ class _Run:
 
 def base_sample(model: Any) -> dict[str, list[float]]:
     """The header's note of the model that an adapter was trained in."""
-    state = _query_weights(model)
+    state = network_of_file(model)
     modules = {place.layer.name: place.module for place in places(model.model)}
     return adapter_file.base_sample(list(modules), lambda name: state[f"{modules[name]}.attn1.to_q.weight"])
-
-
-def _query_weights(model: Any) -> dict[str, Tensor]:
-    """The UNet's weights as they are in the file, whatever LoRA is written into them now."""
-    return weights_of_file(model, model.model.diffusion_model.state_dict())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ezigen import Adapter, Layer, SubjectTokens
 from .attention_layers import Key
+from .weights import packed
 
 PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 
@@ -65,6 +66,12 @@ def new_adapter(base: Any) -> Adapter:
         adapter.to_empty(device="cpu")
         adapter.start_from({name: value.detach().float() for name, value in weights.items()})
     return adapter
+
+
+def packed_places(model: Any, found: list[Place]) -> bool:
+    """Whether self-attentions of a MODEL are quantised: their weights then cannot be read as numbers."""
+    blocks = [model.model.diffusion_model.get_submodule(place.module) for place in found]
+    return any(packed(layer) for block in blocks for layer in block.attn1.modules())
 
 
 def key_of(options: dict[str, Any]) -> Key:

@@ -34,7 +34,7 @@ from ..runs import LIMIT_BYTES, RunStore, digest
 from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
 from ..training import Result, Run, stored_last, train
 from .adapter import base_sample, check_model
-from .adapter_layers import Place, UNet, new_adapter
+from .adapter_layers import Place, UNet, new_adapter, packed_places
 from .describe import describe
 from .fingerprint import fingerprint, patches_digest, precision
 from .memory import BYTES_PER_WEIGHT, GB, activations
@@ -124,6 +124,11 @@ def check(trainee: Trainee, size: int) -> list[Place]:
         raise ValueError(
             "This model wants a pooled vector beside the prompt's rows, as SDXL does; the adapter is trained for "
             "SD2.1-base and SD1.x: connect one of these."
+        )
+    if packed_places(trainee.model, found):
+        raise ValueError(
+            "The model's attention is quantised (GGUF, int8, 4 bit or scaled fp8), and an adapter starts as a copy of "
+            "it: load the model in fp16, bf16 or fp32."
         )
     channels = trainee.model.get_model_object("latent_format").latent_channels
     if unet.in_channels != channels:

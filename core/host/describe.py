@@ -48,7 +48,7 @@ def contents(module: nn.Module) -> dict[str, Tensor]:
 
     What such layers make up beside them belongs to no layer, and is left out.
     """
-    layers, held = dict(module.named_modules()), dict(module.named_parameters())
+    layers, held = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
     found = {}
     for name, value in module.state_dict().items():
         if not value.is_meta:
@@ -57,6 +57,16 @@ def contents(module: nn.Module) -> dict[str, Tensor]:
             found[name] = held[name].data.as_subclass(Tensor)
         elif name.rpartition(".")[0] in layers:
             found[name] = value
+    return found
+
+
+def contents_of_file(patcher: Any) -> dict[str, Tensor]:
+    """The contents of a ModelPatcher's model as they are in its file: without what a LoRA has written into them."""
+    found, backups = contents(patcher.model), getattr(patcher, "backup", {})
+    for name in found.keys() & backups.keys():
+        before = backups[name].weight
+        packed = getattr(before, "state_dict", None)  # ComfyUI's quantised tensors; a state shows their bytes
+        found[name] = before if packed is None else packed(name).get(name, before)
     return found
 
 
@@ -100,7 +110,9 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return [type(value).__name__, value.__name__]
     if hasattr(value, "model") and hasattr(value, "patches"):  # a ModelPatcher: its weights, and what it puts on them
         parts = {part: getattr(value, part, None) or {} for part in PATCHER}
-        return ["model", describe(value.model, inside), describe(parts, inside)]
+        known = isinstance(value.model, nn.Module)
+        own = [_kind(value.model, inside), sampled(contents_of_file(value))] if known else describe(value.model, inside)
+        return ["model", own, describe(parts, inside)]
     if not hasattr(value, "__dict__"):
         return unlike_any()
     parts = {name: part for name, part in vars(value).items() if name not in PASSING}

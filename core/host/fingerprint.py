@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..runs import digest
-from .describe import PATCHER, contents, describe, sampled, unlike_any
+from .describe import PATCHER, contents_of_file, describe, sampled, unlike_any
 from .guidance import KEY as OWN_GUIDANCE
 
 log = logging.getLogger("likeness")
@@ -32,11 +32,11 @@ def fingerprint(model: Any) -> dict[str, str]:
     hash, for the key of a run, but is not compared with it.
     """
     base = model.model
-    state = contents(base.diffusion_model)
+    state = network_of_file(model)
     own = (name for name in state if name.rpartition(".")[2] not in QUANTISED)  # a quantised file is the same model
     shapes = {name: list(state[name].shape) for name in own}
-    weights = weights_of_file(model, state)
-    shown = bool(weights) and not any(map(hidden, weights.values()))
+    weights = {name: value for name, value in state.items() if value.ndim >= 2 and name.endswith(".weight")}
+    shown = bool(weights) and all(value.is_floating_point() and not value.is_meta for value in weights.values())
     return {
         "family": type(base.model_config).__name__,
         "prediction": base.model_type.name,
@@ -46,16 +46,10 @@ def fingerprint(model: Any) -> dict[str, str]:
     }
 
 
-def hidden(weight: Tensor) -> bool:
-    """Whether a layer's entry in the state does not have its weight's numbers and shape: it is packed, or empty."""
-    return weight.is_meta or not weight.is_floating_point()
-
-
-def weights_of_file(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weight matrices as they are in the file: without what a LoRA has written into them."""
-    names = (name for name, value in state.items() if value.ndim >= 2 and name.endswith(".weight"))
-    backups = {name: model.backup.get(f"diffusion_model.{name}") for name in names}
-    return {name: state[name] if backup is None else backup.weight for name, backup in backups.items()}
+def network_of_file(model: Any) -> dict[str, Tensor]:
+    """What the file holds of a MODEL's network, whatever LoRA is written into it now."""
+    start, found = "diffusion_model.", contents_of_file(model)
+    return {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
 
 
 def check_base(recorded: dict[str, str], model: Any, what: str = "artifact", made: str = "trained on") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management as mm
@@ -29,6 +29,7 @@ GUIDANCE = (
     "sampler_calc_cond_batch_function",
 )
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)
 log = logging.getLogger("likeness")
 IN_PLACE = ("CLIPLayer", "DoubleStreamBlock", "SingleStreamBlock")  # ComfyUI's blocks that add to their input in place
 NORMS = ("layer_norm1", "layer_norm2", "img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")  # inside them
@@ -282,13 +283,25 @@ def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
 
 def check_trainable_weights(modules: Iterable[nn.Module]) -> None:
     """ValueError when weights are stored in a quantised format: such numbers cannot be moved in small steps."""
-    kinds = {value.dtype for module in modules for value in module.parameters()}
-    found = kinds - {torch.float32, torch.float16, torch.bfloat16}
+    trainable = (torch.float32, torch.float16, torch.bfloat16)
+    values = [value for module in modules for value in module.parameters() if not _plain(value, trainable)]
+    found = {str(value.dtype) if _plain(value) else type(value).__name__ for value in values}
     if found:
         raise ValueError(
-            f"All weights cannot be trained from {', '.join(sorted(map(str, found)))}: load the model in fp16, bf16 or "
-            "fp32, or train a LoRA."
+            f"All weights cannot be trained from {', '.join(sorted(found))}: load the model in fp16, bf16 or fp32, or "
+            "train a LoRA."
         )
+
+
+def packed(layer: nn.Module) -> bool:
+    """Whether a layer's weight is not the numbers that it computes with: quantised, or scaled when it is used."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and (not _plain(weight, FLOATS) or getattr(layer, "scale_weight", None) is not None)
+
+
+def _plain(value: Tensor, kinds: Sequence[torch.dtype] | None = None) -> bool:
+    """A tensor of torch's own, of one of these kinds: quantised ones of other classes may say any kind."""
+    return type(value) in (nn.Parameter, Tensor) and (kinds is None or value.dtype in kinds)
 
 
 def load_fully(models: list[Any], memory_required: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from .. import narrow_world, tiny_models
 from .methods import Setting, autoencoder, run_node
 from .test_contract import Cancelled
+from .test_describe import quantised
 
 SIZE, STEPS = 64, 4
 STEP = 1e-4  # of finite differences
@@ -397,6 +398,11 @@ def test_wrong_inputs_are_refused(job, monkeypatch):
     refused("for inpainting", model=tiny_models.sd1(in_channels=9))
     refused("UNet of SD1.x", model=tiny_models.flux())
     refused("connect the CLIP of the model's own checkpoint", model=tiny_models.sd2_base(context=1024))
+    for hides in (True, False):
+        refused("attention is quantised", model=quantised(0, hides))
+    scaled = tiny_models.sd1()
+    next(each for each in scaled.model.modules() if hasattr(each, "to_q")).to_q.scale_weight = torch.ones(())
+    refused("attention is quantised", model=scaled)
     wide = replace(job.trainee(), model=tiny_models.sd2_base())
     from likeness.core.adapter_file import trained
     from likeness.core.host.adapter_layers import new_adapter

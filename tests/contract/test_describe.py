@@ -126,6 +126,38 @@ def test_quantised_models_are_told_apart(hides):
         assert one == again != other
 
 
+def test_a_lora_that_is_written_into_the_weights_is_described_once(clip):
+    """Before the model is loaded and after, and a text encoder's too."""
+    import comfy.model_management as mm
+
+    for patcher in (Setting().model, clip.patcher.clone()):
+        names = [name for name in patcher.model.state_dict() if name.endswith(("to_q.weight", "q_proj.weight"))]
+        bare = key(patcher)
+        shapes = {name: patcher.model.get_parameter(name).shape for name in names}
+        patcher.add_patches({name: ("diff", (torch.ones(shape),)) for name, shape in shapes.items()})
+        before = key(patcher)
+        mm.load_models_gpu([patcher], force_full_load=True)
+        assert names and len(patcher.backup) >= len(names)
+        assert bare != before == key(patcher)
+        mm.unload_all_models()
+
+
+def test_what_a_lora_was_written_over_counts_as_its_state_shows_it():
+    """The newest core keeps a quantised weight whole beside a state of its bytes."""
+    from types import SimpleNamespace
+
+    from likeness.core.host.describe import contents_of_file
+
+    class Whole:
+        def state_dict(self, name):
+            return {name: torch.ones(2, dtype=torch.int8), f"{name}_scale": torch.ones(())}
+
+    model = torch.nn.Linear(2, 2)
+    backup = {"weight": SimpleNamespace(weight=Whole()), "bias": SimpleNamespace(weight=torch.zeros(2))}
+    found = contents_of_file(SimpleNamespace(model=model, patches={}, backup=backup))
+    assert found["weight"].dtype == torch.int8 and not found["bias"].any() and found.keys() == {"weight", "bias"}
+
+
 def test_a_model_that_shows_nothing_of_itself_is_like_no_other():
     from likeness.core.host.fingerprint import fingerprint
 

@@ -254,6 +254,19 @@ def test_all_weights_of_a_quantised_model_are_refused():
         train(quantised(), method="full weights")
 
 
+def test_quantised_weights_that_say_that_they_are_floats_are_refused():
+    """As those of the newest core do."""
+
+    class Quantised(torch.Tensor):
+        pass
+
+    setting = Setting()
+    layer = next(each for each in setting.model.model.modules() if isinstance(each, torch.nn.Linear))
+    layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Quantised), requires_grad=False)
+    with pytest.raises(ValueError, match="from Quantised: .*train a LoRA"):
+        train(setting, method="full weights")
+
+
 def test_a_vae_of_other_latents_is_refused():
     vae = autoencoder()
 
