@@ -34,7 +34,7 @@ from ..sine_guidance import Window
 from .attention_layers import Attention, attention_layers, replaced
 from .fingerprint import check_base
 from .landing import POST_CFG
-from .prompt_entries import own_entries
+from .prompt_entries import own_entries, table_of
 from .swapped_prompt import KEY, ROOM, Learned, edited_prompt, encoded, paired, shortened, tokens_of
 
 
@@ -190,11 +190,8 @@ class _Sampling:
 
 
 def _rows(entry: dict[str, Any]) -> int:
-    """How many rows the table of an entry of a guider has; 1 for one without a table.
-
-    Not those of "cross_attn": in the copy that ComfyUI makes for an area these are another prompt's.
-    """
-    table = entry.get("model_conds", {}).get("c_crossattn")
+    """How many rows the table of an entry of a guider has; 1 for one without a table."""
+    table = table_of(entry)
     return 1 if table is None else table.cond.shape[1]
 
 

@@ -108,10 +108,9 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return [value.co_code.hex(), list(value.co_names), describe(value.co_consts, inside)]
     if inspect.isbuiltin(value) or inspect.ismodule(value):
         return [type(value).__name__, value.__name__]
-    if hasattr(value, "model") and hasattr(value, "patches"):  # a ModelPatcher: its weights, and what it puts on them
+    if isinstance(getattr(value, "model", None), nn.Module) and hasattr(value, "patches"):  # a ModelPatcher
         parts = {part: getattr(value, part, None) or {} for part in PATCHER}
-        known = isinstance(value.model, nn.Module)
-        own = [_kind(value.model, inside), sampled(contents_of_file(value))] if known else describe(value.model, inside)
+        own = [_kind(value.model, inside), sampled(contents_of_file(value))]
         return ["model", own, describe(parts, inside)]
     if not hasattr(value, "__dict__"):
         return unlike_any()

@@ -24,11 +24,13 @@ def own_entries(guider: Any) -> dict[str, list[dict[str, Any]]]:
         for entry in entries:
             if entry["uuid"] in connected.difference(ids.get(name, ())):
                 entry["uuid"] = uuid.uuid4()
-                _take_options(entry, next((each for each in own if _rows(each) is _rows(entry)), {}))
+                _take_options(entry, next((each for each in own if table_of(each) is table_of(entry)), {}))
     return found
 
 
-def _rows(entry: dict[str, Any]) -> Any:
+def table_of(entry: dict[str, Any]) -> Any:
+    """The rows that an entry is evaluated with, wrapped by ComfyUI, or None. The "cross_attn" of a copy is that of the
+    prompt whose area it has."""
     return entry.get("model_conds", {}).get("c_crossattn")
 
 

@@ -158,6 +158,11 @@ def test_what_a_lora_was_written_over_counts_as_its_state_shows_it():
     assert found["weight"].dtype == torch.int8 and not found["bias"].any() and found.keys() == {"weight", "bias"}
 
 
+def test_weights_that_are_nowhere_to_be_seen_are_like_no_others():
+    layer = torch.nn.Linear(2, 2, device="meta")
+    assert key(layer) != key(layer)
+
+
 def test_a_model_that_shows_nothing_of_itself_is_like_no_other():
     from likeness.core.host.fingerprint import fingerprint
 
