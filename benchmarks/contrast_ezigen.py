@@ -43,8 +43,8 @@ class Bench(effect_ezigen.Bench):
         self, case: effect_hiper.Case, subject: Any, start: Any, loops: int, published: bool = False, model: Any = None
     ) -> Any:
         """`start`, or what a first sampling makes where it is None, and the pictures of each loop, [N, 3, 96, 96]."""
-        from ..core.host.staged_sampling import StagedSettings
-        from ..core.staged_sampling import Loops
+        from ..core.ezigen.host.staged import StagedSettings
+        from ..core.ezigen.staged import Loops
 
         settings = StagedSettings(case.seed, STEPS, CFG, RATIO, Loops(loops, loops), published_level=published)
         return self.pictures(case, subject, settings, start, model)
@@ -96,7 +96,7 @@ def row_of(bench: Bench, case: effect_hiper.Case) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
     from ..toyworld.assets import ASSETS
 
     parser = argparse.ArgumentParser(prog="benchmarks.contrast_ezigen")

@@ -62,9 +62,9 @@ def training(model, prompt) -> dict[str, dict[str, float]]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from ..core.hiper import HiPer, HiPerSettings, with_tail
-    from ..core.host.session import optimise
-    from ..core.host.weights import checkpointed
+    from ..core.embedding.hiper import HiPer, HiPerSettings, with_tail
+    from ..core.session.session import optimise
+    from ..core.session.weights import checkpointed
 
     found: dict[str, dict[str, float]] = {}
     context = prompt[0][0].clone()
@@ -111,7 +111,7 @@ def sampling(model, prompt, negative) -> dict[str, float]:
     import comfy.sample
     import torch
 
-    from ..core.conditioning import apply_embedding
+    from ..core.prompt.conditioning import apply_embedding
 
     noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(0))
     embedded = apply_embedding(prompt, torch.randn(1, 5, prompt[0][0].shape[-1]), 0.8)

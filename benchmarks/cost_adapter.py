@@ -35,9 +35,9 @@ class Bench:
     def __init__(self, base: Path, adapter: Path | None) -> None:
         import torch
 
-        from ..core.adapter_file import StoredAdapter, read_adapter
-        from ..core.host.adapter import prepared
-        from ..core.host.vision import load_vision
+        from ..core.ezigen.artifact import StoredAdapter, read_adapter
+        from ..core.ezigen.host.adapter import prepared
+        from ..core.vision.host.vision import load_vision
         from ..toyworld import assets, widen, world
         from ..toyworld.vision_models import build_vision_folders
 
@@ -59,7 +59,7 @@ class Bench:
         """The subject, encoded."""
         import torch
 
-        from ..core.host.adapter import encode_subject
+        from ..core.ezigen.host.adapter import encode_subject
 
         with torch.inference_mode():
             return encode_subject(self.model, self.vae, self.about, self.cut_out, 0)
@@ -68,8 +68,8 @@ class Bench:
         """The pack's own staged sampling, or its loops alone where a picture is there to start from."""
         import torch
 
-        from ..core.host.staged_sampling import Prompts, StagedSettings, staged
-        from ..core.staged_sampling import Loops
+        from ..core.ezigen.host.staged import Prompts, StagedSettings, staged
+        from ..core.ezigen.staged import Loops
 
         prompts = Prompts(self.positive, self.empty, self.empty)
         settings = StagedSettings(0, STEPS, CFG, RATIO, Loops(loops, loops))
@@ -84,10 +84,10 @@ class Bench:
         import torch.nn.functional as F
         from comfy.k_diffusion.sampling import DDPMSampler_step
 
-        from ..core.host.adapter import loaded
-        from ..core.host.adapter_layers import middle_patch, places
-        from ..core.host.vision import preprocess_of
-        from ..core.staged_sampling import split
+        from ..core.ezigen.host.adapter import loaded
+        from ..core.ezigen.host.layers import middle_patch, places
+        from ..core.ezigen.staged import split
+        from ..core.vision.host.vision import preprocess_of
 
         base, found = self.model.model, places(self.model.model)
         unet, sampling = base.diffusion_model, self.model.get_model_object("model_sampling")
@@ -150,9 +150,9 @@ def in_session(bench: Bench, measure: Callable[[Any], None]) -> None:
     import torch
     from PIL import Image
 
-    from ..core.ezigen_training import TrainingSettings
-    from ..core.host import adapter_training as host
-    from ..core.subject_pairs import PairFolder
+    from ..core.ezigen.host import train as host
+    from ..core.ezigen.subject_pairs import PairFolder
+    from ..core.ezigen.train import TrainingSettings
 
     class Measured(Exception):
         pass
@@ -187,9 +187,9 @@ def bare_step(fit: Any) -> Callable[[], None]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from ..core.ezigen import joined
-    from ..core.ezigen_training import MAX_NORM, optimizer
-    from ..core.host.adapter_layers import Capture, middle_patch
+    from ..core.ezigen.adapter import joined
+    from ..core.ezigen.host.layers import Capture, middle_patch
+    from ..core.ezigen.train import MAX_NORM, optimizer
 
     network, sample = fit.network, fit.sample(0)
     unet, found, parameters = network.unet, network.places, fit.adapter.named()

@@ -28,11 +28,11 @@ def measured(model, prompt, full: bool) -> dict[str, dict[str, float]]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from ..core.fine_tune import FineTune, FineTuneSettings, Prompt, Samples
-    from ..core.host.position_map import with_position_map
-    from ..core.host.session import optimise
-    from ..core.lora import attention_layers, beside, factors, new_adapters
-    from ..core.position_map import position_map
+    from ..core.lora.low_rank import attention_layers, beside, factors, new_adapters
+    from ..core.session.session import optimise
+    from ..core.sine.fine_tune import FineTune, FineTuneSettings, Prompt, Samples
+    from ..core.sine.host.position_map import with_position_map
+    from ..core.sine.position_map import position_map
 
     found: dict[str, dict[str, float]] = {}
     latent = torch.randn(LATENT, generator=torch.Generator().manual_seed(0))

@@ -93,7 +93,7 @@ class Bench:
 
     def guided(self, tuned):
         """The MODEL that Subject Guidance makes."""
-        from ..core.host.guidance import SubjectModel, guided
+        from ..core.sine.host.guidance import SubjectModel, guided
 
         return guided(self.model, [SubjectModel(tuned, self.source, 0.3, 0.0, END)])
 

@@ -73,9 +73,9 @@ def updates(model: Any, prompt: list, negative: list, sigmas: Any) -> dict[str, 
     """One update of null-text optimisation and one of reference guidance, each in the gradient session."""
     import torch
 
-    from ..core.host.session import optimise
-    from ..core.null_text import NullText, NullTextSettings
-    from ..core.reference_guidance import ReferenceGuide, ReferenceSettings
+    from ..core.inversion.null_text import NullText, NullTextSettings
+    from ..core.reference.guidance import ReferenceGuide, ReferenceSettings
+    from ..core.session.session import optimise
 
     found: dict[str, dict[str, float]] = {}
     context, null = prompt[0][0].clone(), negative[0][0].clone()
@@ -110,10 +110,10 @@ def replays(model: Any, prompt: list, negative: list, sigmas: Any) -> dict[str, 
     import comfy.samplers
     import torch
 
-    from ..core.host.landing import Landing, landed
-    from ..core.host.reference_guidance import guided_steps, masked_negative
-    from ..core.reference_guidance import END_PERCENT, START_PERCENT
-    from ..core.windows import step_wise, windows
+    from ..core.inversion.host.landing import Landing, landed
+    from ..core.prompt.windows import step_wise, windows
+    from ..core.reference.guidance import END_PERCENT, START_PERCENT
+    from ..core.reference.host.guidance import guided_steps, masked_negative
 
     sampling = model.get_model_object("model_sampling")
     levels, trajectory, mask = sigmas.tolist(), latents(count=STEPS + 1), corner()

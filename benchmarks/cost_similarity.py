@@ -106,9 +106,9 @@ def dino() -> Any:
 
 def retrieval() -> Any:
     """The retrieval model."""
-    from ..core.host.extras.retrieval import RetrievalTower
-    from ..core.host.vision import VisionModel
-    from ..core.instance_retrieval import Backbone, InstanceRetrieval
+    from ..core.vision.host.extras.retrieval import RetrievalTower
+    from ..core.vision.host.vision import VisionModel
+    from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
 
     tower = InstanceRetrieval(Backbone(RETRIEVAL_WIDTH, RETRIEVAL_LAYERS, 4, 1024, 577), 64)
     return VisionModel(RetrievalTower(randomise(tower).eval().requires_grad_(False), "retrieval"))
@@ -136,7 +136,7 @@ def gradient(fit: Any) -> Any:
     """All gradients of the last backward, clipped as the optimisation does, in one vector."""
     import torch
 
-    from ..core.siso import MAX_NORM
+    from ..core.siso.siso import MAX_NORM
 
     torch.nn.utils.clip_grad_norm_(fit.parameters.values(), MAX_NORM)
     return torch.cat([parameter.grad.flatten() for parameter in fit.parameters.values()]).clone()
@@ -146,9 +146,9 @@ def in_session(parts: tuple[Any, Any, list[Any]], checkpointing: bool, measure: 
     """Give measure() the optimisation in progress, inside the pack's own session."""
     import torch
 
-    from ..core.host import likeness_optimisation as host
-    from ..core.host.similarity import Similarity, part_of
-    from ..core.siso import SisoSettings
+    from ..core.siso.host import optimize_lora as host
+    from ..core.siso.host.similarity import Similarity, part_of
+    from ..core.siso.siso import SisoSettings
 
     class Measured(Exception):
         pass
@@ -185,7 +185,7 @@ def bare(parts: tuple[Any, Any, list[Any]], fit: Any) -> Callable[[], None]:
     import torch.nn.functional as F
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from ..core.host.vision import published_preprocess
+    from ..core.vision.host.vision import published_preprocess
 
     model, vae, visions = parts
     unet, decoder = model.model.diffusion_model, vae.first_stage_model

@@ -76,8 +76,8 @@ class Bench(effect_ezigen.Bench):
         """The edited picture [1, 96, 96, 3]."""
         import torch
 
-        from ..core.host.staged_editing import EditPrompts, EditSettings, edited
-        from ..core.staged_sampling import Loops
+        from ..core.ezigen.host.staged_edit import EditPrompts, EditSettings, edited
+        from ..core.ezigen.staged import Loops
 
         empty = self.conditioning("")
         prompts = EditPrompts(self.conditioning(edit.prompt), empty, empty)
@@ -103,7 +103,7 @@ class Bench(effect_ezigen.Bench):
         import torch
         import torch.nn.functional as F
 
-        from ..core.measures import psnr
+        from ..core.vision.measures import psnr
 
         with torch.inference_mode():
             source = self.picture(edit.source)
@@ -127,7 +127,7 @@ class Bench(effect_ezigen.Bench):
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means, how far each edit stays below the round trip, paired gains of identity over the source, and the gate."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     found: dict[str, Any] = {"cases": len(rows), "share of the picture": sum(row["share"] for row in rows) / len(rows)}
     for kind in ("source", "round trip", *KINDS):

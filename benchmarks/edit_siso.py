@@ -79,8 +79,8 @@ class Bench(effect_siso.Bench):
         """The noise of the source."""
         import torch
 
-        from ..core.host.renoise import renoised
-        from ..core.renoise import ReNoiseSettings
+        from ..core.inversion.host.renoise import renoised
+        from ..core.inversion.renoise import ReNoiseSettings
 
         with torch.inference_mode():
             latent = {"samples": self.world.vae.encode(self.picture(edit.source))}
@@ -98,9 +98,9 @@ class Bench(effect_siso.Bench):
         """The optimisation, with this share of the term's weight."""
         import torch
 
-        from ..core.host.background import Background
-        from ..core.host.likeness_optimisation import Generator, Plan, Sampling, optimise_lora
-        from ..core.siso import SisoSettings
+        from ..core.siso.host.background import Background
+        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+        from ..core.siso.siso import SisoSettings
 
         keep = Background(self.picture(edit.source), self.mask(edit), share * settings.weight) if share else None
         samples, levels = start.latent["samples"], start.replay.sigmas
@@ -118,8 +118,8 @@ class Bench(effect_siso.Bench):
         """All scores of a picture [1, 96, 96, 3]."""
         import torch
 
-        from ..core.host.vision import embed
-        from ..core.measures import cosine
+        from ..core.vision.host.vision import embed
+        from ..core.vision.measures import cosine
 
         with torch.inference_mode():
             outside = 1 - self.mask(edit)
@@ -162,7 +162,7 @@ def stored(chosen: list[Edit], path: Path | None, row_of: Any) -> list[dict[str,
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means, the ratio of the background's errors with its interval, paired gains of identity over the inverted
     picture, and the gate."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     kept, free = KINDS
     kinds = [name for name in rows[0] if name != "subject"]

@@ -47,7 +47,7 @@ class Bench(effect_hiper.Bench):
     """The small world's models and measures, and the pack's own encoding, adapter and sampling on them."""
 
     def __init__(self, adapter: Path) -> None:
-        from ..core.adapter_file import read_adapter
+        from ..core.ezigen.artifact import read_adapter
 
         super().__init__()
         self.adapter = read_adapter(adapter)
@@ -56,7 +56,7 @@ class Bench(effect_hiper.Bench):
         """The subject's one picture, cut out and encoded."""
         import torch
 
-        from ..core.host.adapter import encode_subject, prepared
+        from ..core.ezigen.host.adapter import encode_subject, prepared
         from ..toyworld.pairs import subject_prompt
 
         with torch.inference_mode():
@@ -69,7 +69,7 @@ class Bench(effect_hiper.Bench):
         """The MODEL with the adapter in this part of the steps."""
         import torch
 
-        from ..core.host.adapter import with_adapter
+        from ..core.ezigen.host.adapter import with_adapter
 
         with torch.inference_mode():
             return with_adapter(self.world.model, self.adapter, subject, ratio, **more)
@@ -80,7 +80,7 @@ class Bench(effect_hiper.Bench):
         """Pictures [N, 3, 96, 96] of the first sampling, or of `start`, and of each loop, by the pack's own stages."""
         import torch
 
-        from ..core.host.staged_sampling import Prompts, staged
+        from ..core.ezigen.host.staged import Prompts, staged
 
         negative = self.conditioning("")
         prompts = Prompts(self.conditioning(case.prompt(case.target_place)), negative, negative)
@@ -98,7 +98,7 @@ class Bench(effect_hiper.Bench):
         import comfy.samplers
         import torch
 
-        from ..core.host.staged_sampling import stock_noise
+        from ..core.ezigen.host.staged import stock_noise
 
         shape = (SAMPLES, 4, SIDE // 8, SIDE // 8)
         noise = stock_noise(torch.zeros(shape), case.seed)
@@ -125,8 +125,8 @@ class Bench(effect_hiper.Bench):
 
 def row_of(bench: Bench, case: effect_hiper.Case, ratios: list[float], loops: int) -> dict[str, Any]:
     """One subject: the prompt alone, the adapter in each part of the steps and, for RATIO, after each loop."""
-    from ..core.host.staged_sampling import StagedSettings
-    from ..core.staged_sampling import Loops
+    from ..core.ezigen.host.staged import StagedSettings
+    from ..core.ezigen.staged import Loops
 
     subject = bench.subject(case)
     row: dict[str, Any] = {
@@ -147,7 +147,7 @@ def row_of(bench: Bench, case: effect_hiper.Case, ratios: list[float], loops: in
 
 def summary(rows: list[dict]) -> dict[str, Any]:
     """Means of all, and of every way with the adapter the paired gain over the prompt alone."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     found: dict[str, Any] = {"subjects": len(rows)}
     for kind in (key for key in rows[0] if key != "subject"):

@@ -91,8 +91,8 @@ class Bench:
         """The embedding of a case."""
         import torch
 
-        from ..core.hiper import HiPerSettings
-        from ..core.host.embedding_training import Schedule, Subject, train_embedding
+        from ..core.embedding.hiper import HiPerSettings
+        from ..core.embedding.host.train import Schedule, Subject, train_embedding
 
         with torch.inference_mode():
             latent = self.world.vae.encode(self.picture(case))
@@ -156,7 +156,7 @@ def effect(bench: Bench, count: int, tokens: int, steps: int, scale: float, lear
     """For each subject: the target prompt alone, with the embedding, and the source prompt alone (how low text
     can fall).
     """
-    from ..core.conditioning import apply_embedding
+    from ..core.prompt.conditioning import apply_embedding
 
     rows = []
     for case in cases(count):
@@ -180,7 +180,7 @@ def effect(bench: Bench, count: int, tokens: int, steps: int, scale: float, lear
 
 def summary(rows: list[dict]) -> dict[str, Any]:
     """Paired interval of the gain, share of subjects won, and the part of the text gap that was lost."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     without, with_ = ([row[key]["identity"] for row in rows] for key in ("without", "with"))
     interval = paired_interval([b - a for a, b in zip(without, with_, strict=True)])
@@ -201,7 +201,7 @@ def summary(rows: list[dict]) -> dict[str, Any]:
 
 def sweep(bench: Bench, count: int, steps: int, learning_rate: float) -> list[dict]:
     """Identity and text over the number of tokens, the step and the scale, each mean over the subjects."""
-    from ..core.conditioning import apply_embedding
+    from ..core.prompt.conditioning import apply_embedding
 
     every = max(1, steps // 5)
     found: dict[tuple[int, int, float], list[dict]] = {}

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from . import effect_sine, hosting
 
 if TYPE_CHECKING:
-    from ..core.inversion import Label
-    from ..core.null_text import Method, Start
+    from ..core.inversion.ddim import Label
+    from ..core.inversion.null_text import Method, Start
 
 STEPS, CFG, SCHEDULER = 50, 7.5, "ddim_uniform"
 ROUND_TRIP, PUBLISHED, CHEAP = "autoencoder", "null-text, published", "null-text from the prompt"
@@ -107,9 +107,9 @@ class Bench:
         """All ways back to one scene."""
         import torch
 
-        from ..core.host.inversion import inverted, start_latent, way_back
-        from ..core.inversion import ITERATIONS
-        from ..core.null_text import NullTextSettings
+        from ..core.inversion.ddim import ITERATIONS
+        from ..core.inversion.host.ddim import inverted, start_latent, way_back
+        from ..core.inversion.null_text import NullTextSettings
         from ..toyworld import world
 
         scene, model = world.scene(seed, from_held_out=True), self.world.model
@@ -148,7 +148,7 @@ class Bench:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the pictures, the distance to the round trip with its interval, and the gates."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     ways = [name for name, value in rows[0].items() if isinstance(value, dict)]
     mean: dict[str, Any] = {}

@@ -88,9 +88,9 @@ class Bench(effect_hiper.Bench):
         """The tuned MODEL."""
         import torch
 
-        from ..core.fine_tune import FineTuneSettings
-        from ..core.host.crops import Cutting
-        from ..core.host.fine_tuning import Plan, PriorPictures, Subject, fine_tune
+        from ..core.sine.fine_tune import FineTuneSettings
+        from ..core.sine.host.crops import Cutting
+        from ..core.sine.host.fine_tune import Plan, PriorPictures, Subject, fine_tune
 
         cutting = Cutting(SIDE)
         if training.patches:
@@ -113,7 +113,7 @@ class Bench(effect_hiper.Bench):
 
     def guided(self, edit: Edit, tuned: Any, v: float, k: int, prompt: str | None = None) -> Any:
         """The base MODEL under a tuned one's guidance."""
-        from ..core.host.guidance import guided, subject_model
+        from ..core.sine.host.guidance import guided, subject_model
 
         positive = self.conditioning(prompt or edit.training_prompt)
         return guided(self.world.model, [subject_model(tuned, positive, 1 - v, 0.0, 1.0, k)])
@@ -159,7 +159,7 @@ class Bench(effect_hiper.Bench):
 
     def distance(self, source: Any, pictures: Any) -> float:
         """Mean distance of whole pictures to the source, over all feature maps alike."""
-        from ..core.measures import lpips
+        from ..core.vision.measures import lpips
         from ..toyworld.vision_models import normalise
 
         one, others = (
@@ -215,7 +215,7 @@ def means(rows: list[dict], kind: str) -> dict[str, float]:
 
 def effect(rows: list[dict]) -> dict[str, Any]:
     """Means, paired intervals of guided over base, and what the gates ask."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     guided = setting(V, K)
     kinds = {

@@ -106,7 +106,7 @@ class Bench(effect_hiper.Bench):
     def __init__(self, base: Path) -> None:
         import torch
 
-        from ..core.host.vision import load_vision
+        from ..core.vision.host.vision import load_vision
         from ..toyworld.vision_models import FOLDERS, build_vision_folders
 
         super().__init__()
@@ -126,7 +126,7 @@ class Bench(effect_hiper.Bench):
         """What the loss compares with."""
         import torch
 
-        from ..core.host.similarity import Similarity, part_of
+        from ..core.siso.host.similarity import Similarity, part_of
 
         weights, picture = {"dino": arm.dino, "clip": arm.clip}, self.picture(case)
         with torch.inference_mode():
@@ -138,8 +138,8 @@ class Bench(effect_hiper.Bench):
         """The LoRA and the pictures on the way."""
         import torch
 
-        from ..core.host.likeness_optimisation import Generator, Plan, Sampling, optimise_lora
-        from ..core.siso import SisoSettings
+        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+        from ..core.siso.siso import SisoSettings
 
         prompt = prompt_of(case, not arm.simple)
         generator = Generator(self.world.model, self.vae, self.conditioning(prompt), self.conditioning(""))
@@ -177,8 +177,8 @@ class Bench(effect_hiper.Bench):
         """All scores of pictures [N, 3, 96, 96], each a mean. placed: whether the prompt named the other place."""
         import torch
 
-        from ..core.host.vision import embed
-        from ..core.measures import cosine
+        from ..core.vision.host.vision import embed
+        from ..core.vision.measures import cosine
         from ..toyworld import world
 
         with torch.inference_mode():
@@ -240,7 +240,7 @@ def stored(pairs: list[tuple[Arm, effect_hiper.Case]], path: Path | None, row_of
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of one arm, and its paired gains over the base."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     def gain(kind: str, base: str, score: str) -> dict[str, Any]:
         return vars(paired_interval([row[kind][score] - row[base][score] for row in rows]))

@@ -105,7 +105,7 @@ def retrieval() -> tuple[Any, Callable[[], Any]]:
     """The retrieval model, in float32."""
     import torch
 
-    from ..core.instance_retrieval import Backbone, InstanceRetrieval
+    from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
 
     net = InstanceRetrieval(Backbone(1280, 32, 16, 1024, 577), 64)
     x = torch.randn(1, 3, 290, 290, requires_grad=True)
@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> int:
     hosting.start(1)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..core.host import weights
+    from ..core.session import weights
 
     parts: dict[str, tuple[Callable[[], tuple[Any, Callable[[], Any]]], Callable[[Any], Any]]] = {
         "SD1.x": (lambda: unet(SD1), weights.checkpointed),

@@ -34,7 +34,7 @@ def transforms(count: int) -> Iterator[tuple[Any, Any, float]]:
     """(mask, the same transformed, scale): held-out subjects by turns of class."""
     import torch
 
-    from ..core.alignment import matrices, warp
+    from ..core.reference.alignment import matrices, warp
     from ..toyworld import world
 
     for index in range(count):
@@ -62,8 +62,8 @@ def _small(rng: np.random.Generator) -> Any:
 
 def aligned(count: int) -> dict[str, Any]:
     """IoU and scale of both forms over the transforms."""
-    from ..core.alignment import align
-    from ..core.host.reference_picture import MAX_DEGREES
+    from ..core.reference.alignment import align
+    from ..core.reference.host.alignment import MAX_DEGREES
 
     rows, seconds = [], []
     for mask, target, scale in transforms(count):
@@ -146,8 +146,8 @@ def chosen(count: int, folder: Path) -> dict[str, Any]:
     """Share of right choices by encoder and by what had to be told apart."""
     import torch
 
-    from ..core.host.reference_picture import choose_reference
-    from ..core.host.vision import load_vision
+    from ..core.reference.host.alignment import choose_reference
+    from ..core.vision.host.vision import load_vision
     from ..toyworld.vision_models import FOLDERS, build_vision_folders
 
     paths = build_vision_folders(folder)

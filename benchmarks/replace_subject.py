@@ -125,8 +125,8 @@ class Bench(effect_hiper.Bench):
         import comfy.samplers
         import torch
 
-        from ..core.host.inversion import inverted, start_latent, way_back
-        from ..core.null_text import NullTextSettings
+        from ..core.inversion.host.ddim import inverted, start_latent, way_back
+        from ..core.inversion.null_text import NullTextSettings
 
         model, prompt = self.world.model, self.conditioning(wanted.prompt)
         with torch.inference_mode():
@@ -144,7 +144,7 @@ class Bench(effect_hiper.Bench):
         import comfy.samplers
         import torch
 
-        from ..core.host.attention_control import twice
+        from ..core.attention.host.prompt_to_prompt import twice
 
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, start.negative)
@@ -160,7 +160,7 @@ class Bench(effect_hiper.Bench):
         import comfy.sample
         import torch
 
-        from ..core.host.attention_control import edited_prompt
+        from ..core.attention.host.prompt_to_prompt import edited_prompt
 
         seed = wanted.case.seed
         shape = (BASE_SAMPLES, 4, SIDE // 8, SIDE // 8)
@@ -184,7 +184,7 @@ class Bench(effect_hiper.Bench):
         """All figures of one case."""
         import torch
 
-        from ..core.host.attention_control import replaced_subject
+        from ..core.attention.host.prompt_to_prompt import replaced_subject
 
         start = self.inverted(wanted, method)
         with torch.inference_mode():
@@ -245,7 +245,7 @@ def psnr(one: Any, other: Any) -> float:
 
 def summary(rows: list[dict]) -> dict[str, Any]:
     """Means of every setting, its paired gain over the plain swap, and which gates it holds."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     count = len(rows)
     base = sum(row["base"]["seen"] for row in rows) / count

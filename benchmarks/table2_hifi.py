@@ -75,7 +75,7 @@ class Bench(effect_hiper.Bench):
     def subject(self, case: effect_hiper.Case, masked: bool) -> Any:
         """The sources as latents, with or without the judge's masks."""
         from ..core.denoiser import latent_mask
-        from ..core.host.embedding_training import Subject
+        from ..core.embedding.host.train import Subject
 
         pictures = self.sources(case)
         mask = latent_mask(self.masks(pictures.movedim(-1, 1)), SIDE // 8, SIDE // 8) if masked else None
@@ -94,8 +94,8 @@ class Bench(effect_hiper.Bench):
 
     def embedding(self, case: effect_hiper.Case, settings: Settings, masked: bool, weight: float) -> Any:
         """Eq. 6, or a part of it."""
-        from ..core.hiper import HiPerSettings
-        from ..core.host.embedding_training import Hold, Schedule, train_embedding
+        from ..core.embedding.hiper import HiPerSettings
+        from ..core.embedding.host.train import Hold, Schedule, train_embedding
 
         empty = self.conditioning("")
         return train_embedding(
@@ -110,9 +110,9 @@ class Bench(effect_hiper.Bench):
 
     def refined(self, case: effect_hiper.Case, embedding: Any, settings: Settings) -> Any:
         """Algorithm 1."""
-        from ..core.hifi_tuner import StepWiseSettings
-        from ..core.host.embedding_training import Hold
-        from ..core.host.refining import refine_embedding
+        from ..core.embedding.hifi_tuner import StepWiseSettings
+        from ..core.embedding.host.refine import refine_embedding
+        from ..core.embedding.host.train import Hold
 
         return refine_embedding(
             self.world.model,
@@ -134,9 +134,9 @@ class Bench(effect_hiper.Bench):
 
     def tuned(self, case: effect_hiper.Case, settings: Settings) -> Any:
         """A copy of the model with all weights tuned on the sources."""
-        from ..core.fine_tune import FineTuneSettings
-        from ..core.host.crops import Cutting
-        from ..core.host.fine_tuning import FULL, Plan, Subject, fine_tune
+        from ..core.sine.fine_tune import FineTuneSettings
+        from ..core.sine.host.crops import Cutting
+        from ..core.sine.host.fine_tune import FULL, Plan, Subject, fine_tune
 
         prompt = f"a photo of a sks {case.identity.cls}"
         return fine_tune(
@@ -178,12 +178,12 @@ class Bench(effect_hiper.Bench):
 
     def guided(self, case: effect_hiper.Case, model: Any, positive: list, pictures: Any) -> Any:
         """Algorithm 2 for each of the pictures, from its own noise; one without a subject to align with stays."""
-        from ..core.alignment import align, warp
-        from ..core.host.inversion import inverted
-        from ..core.host.reference_guidance import guided_by_reference
-        from ..core.host.reference_picture import MAX_DEGREES
-        from ..core.host.session import gradients
-        from ..core.reference_guidance import END_PERCENT, START_PERCENT, ReferenceSettings
+        from ..core.inversion.host.ddim import inverted
+        from ..core.reference.alignment import align, warp
+        from ..core.reference.guidance import END_PERCENT, START_PERCENT, ReferenceSettings
+        from ..core.reference.host.alignment import MAX_DEGREES
+        from ..core.reference.host.guidance import guided_by_reference
+        from ..core.session.session import gradients
         from ..toyworld import world
 
         caption = self.conditioning(f"a photo of a {case.identity.cls} {world.BACKGROUNDS[case.source_place]}")
@@ -259,7 +259,7 @@ def row_of(bench: Bench, case: effect_hiper.Case, settings: Settings) -> dict[st
     """All scores of one subject."""
     import torch
 
-    from ..core.conditioning import apply_embedding
+    from ..core.prompt.conditioning import apply_embedding
 
     with torch.inference_mode():
         _, target = bench.prompts(case)
@@ -287,7 +287,7 @@ def row_of(bench: Bench, case: effect_hiper.Case, settings: Settings) -> dict[st
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of every row of the table, what each adds to the one before (paired, 95 %), and what is asked of it."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     def gain(name: str, other: str, score: str) -> dict[str, Any]:
         return vars(paired_interval([row[name][score] - row[other][score] for row in rows]))

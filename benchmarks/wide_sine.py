@@ -50,7 +50,7 @@ def row_of(bench: Bench, edit: Edit, training: Training) -> dict[str, Any]:
     """One subject, with and without the map; the base alone and two constructed pictures as references."""
     import torch
 
-    from ..core.host.position_map import without_position_map
+    from ..core.sine.host.position_map import without_position_map
 
     def drawn(model: Any, prompt: str) -> dict[str, float]:
         return counted(bench, bench.pictures(model, edit, prompt, width=WIDTH, count=SAMPLES))
@@ -74,7 +74,7 @@ def row_of(bench: Bench, edit: Edit, training: Training) -> dict[str, Any]:
 
 def summary(rows: list[dict]) -> dict[str, Any]:
     """Means, and paired intervals of the map's difference."""
-    from ..core.measures import paired_interval
+    from ..core.vision.measures import paired_interval
 
     kinds = [name for name in rows[0] if name != "subject"]
     mean = {kind: {s: sum(row[kind][s] for row in rows) / len(rows) for s in rows[0][kind]} for kind in kinds}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..core.host.folders import register_folders
+from ..core.session.folders import register_folders
 
 
 class LikenessExtension(ComfyExtension):

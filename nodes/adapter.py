@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.adapter_file import read_adapter, save_adapter
-from ..core.host import adapter as host
-from ..core.host import folders
-from ..core.host.outputs import numbered_path
-from ..core.staged_sampling import SPLIT_RATIO
+from ..core.ezigen.artifact import read_adapter, save_adapter
+from ..core.ezigen.host import adapter as host
+from ..core.ezigen.staged import SPLIT_RATIO
+from ..core.session import folders
+from ..core.session.outputs import numbered_path
 from .types import Adapter, Subject, advanced, schema, seed_input
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host.outputs import nothing
-from ..core.host.reference_picture import FORMS, MAX_DEGREES, SYMMETRIC, choose_reference, lay_on
+from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, choose_reference, lay_on
+from ..core.session.outputs import nothing
 from .types import advanced, schema
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import hiper
-from ..core.conditioning import apply_embedding
-from ..core.host.embedding_training import Hold, Schedule, preview_pictures, subject, train_embedding
-from ..core.host.fingerprint import check_base
-from ..core.host.outputs import loss_map, nothing
+from ..core.embedding import hiper
+from ..core.embedding.host.train import Hold, Schedule, preview_pictures, subject, train_embedding
+from ..core.prompt.conditioning import apply_embedding
+from ..core.session.fingerprint import check_base
+from ..core.session.outputs import loss_map, nothing
 from .types import Embedding, LossMap, advanced, schema, seed_input
 
 SOURCE, EMPTY = "source prompt", "empty prompt"

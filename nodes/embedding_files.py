@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.embedding import load_embedding, save_embedding
-from ..core.host import folders
-from ..core.host.outputs import numbered_path
+from ..core.embedding.artifact import load_embedding, save_embedding
+from ..core.session import folders
+from ..core.session.outputs import numbered_path
 from .types import Embedding, schema
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import fine_tune as sine
-from ..core.host.crops import Cutting
-from ..core.host.fine_tuning import FULL, LORA, PROMPT, Plan, PriorPictures, Subject, fine_tune
-from ..core.host.outputs import loss_map, nothing
-from ..core.position_map import INTERPOLATIONS, MAX_CELLS
+from ..core.session.outputs import loss_map, nothing
+from ..core.sine import fine_tune as sine
+from ..core.sine.host.crops import Cutting
+from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, Plan, PriorPictures, Subject, fine_tune
+from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from .types import LoraModel, LossMap, advanced, schema, seed_input
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host.guidance import guided, guider, subject_model
-from ..core.sine_guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
+from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
+from ..core.sine.host.guidance import guided, guider, subject_model
 from .types import Subjects, advanced, schema
 
 

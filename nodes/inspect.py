@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host.attention_maps import inspected
-from ..core.host.map_sheet import map_sheet
+from ..core.attention.host.map_sheet import map_sheet
+from ..core.attention.host.maps import inspected
 from .types import schema, seed_input
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import null_text as published
-from ..core.host.inversion import inverted, start_latent, way_back
-from ..core.host.outputs import loss_map, nothing
-from ..core.inversion import ITERATIONS, LABELS
+from ..core.inversion import null_text as published
+from ..core.inversion.ddim import ITERATIONS, LABELS
+from ..core.inversion.host.ddim import inverted, start_latent, way_back
+from ..core.session.outputs import loss_map, nothing
 from .types import LossMap, Trajectory, advanced, schema
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import boxes
-from ..core.host import folders
-from ..core.host.subject_masks import (
+from ..core.session import folders
+from ..core.vision import boxes
+from ..core.vision.host.subject_masks import (
     BOX_THRESHOLD,
     TEXT_THRESHOLD,
     Request,

@@ -6,12 +6,12 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..core import siso
-from ..core.host import likeness_optimisation as host
-from ..core.host.background import background
-from ..core.host.outputs import loss_map, nothing
-from ..core.host.renoise import replay_of
-from ..core.host.tuned_models import apply_tuned
+from ..core.inversion.host.renoise import replay_of
+from ..core.lora.host.apply import apply_tuned
+from ..core.session.outputs import loss_map, nothing
+from ..core.siso import siso
+from ..core.siso.host import optimize_lora as host
+from ..core.siso.host.background import background
 from .types import LoraModel, LossMap, Similarity, advanced, schema, seed_input
 
 

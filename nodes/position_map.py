@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host.position_map import check_same_grid, with_position_map
-from ..core.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
+from ..core.sine.host.position_map import check_same_grid, with_position_map
+from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from .types import advanced, schema
 
 

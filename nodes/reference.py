@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import reference_guidance as published
-from ..core.host.outputs import loss_map, nothing
-from ..core.host.reference_guidance import guided_by_reference
+from ..core.reference import guidance as published
+from ..core.reference.host.guidance import guided_by_reference
+from ..core.session.outputs import loss_map, nothing
 from .types import LossMap, Trajectory, advanced, schema
 
 

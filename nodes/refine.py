@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import hifi_tuner
-from ..core.host.embedding_training import subject
-from ..core.host.outputs import loss_map
-from ..core.host.refining import refine_embedding
+from ..core.embedding import hifi_tuner
+from ..core.embedding.host.refine import refine_embedding
+from ..core.embedding.host.train import subject
+from ..core.session.outputs import loss_map
 from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
 from .types import Embedding, LossMap, schema, seed_input
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import renoise as published
-from ..core.host.renoise import renoised
+from ..core.inversion import renoise as published
+from ..core.inversion.host.renoise import renoised
 from .types import advanced, schema, seed_input
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")

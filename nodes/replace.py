@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.attention_control import END_PERCENT
-from ..core.host.attention_control import Learned, replaced_subject, twice
+from ..core.attention.host.prompt_to_prompt import Learned, replaced_subject, twice
+from ..core.attention.prompt_to_prompt import END_PERCENT
 from .types import Embedding, advanced, schema
 
 

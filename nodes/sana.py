@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host import folders
-from ..core.host import sana as host
+from ..core.sana.host import sana as host
+from ..core.session import folders
 from .types import advanced, schema
 
 

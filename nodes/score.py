@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.host import folders, scoring
-from ..core.host.score_sheet import score_sheet
-from ..core.host.vision import load_vision, vision_names
+from ..core.session import folders
+from ..core.vision.host import scoring
+from ..core.vision.host.score_sheet import score_sheet
+from ..core.vision.host.vision import load_vision, vision_names
 from .types import schema
 
 NO_LPIPS = "none"

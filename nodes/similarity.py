@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.host import folders
-from ..core.host import similarity as host
-from ..core.host.extras.retrieval import retrieval_missing
-from ..core.host.vision import load_instance_retrieval
+from ..core.session import folders
+from ..core.siso.host import similarity as host
+from ..core.vision.host.extras.retrieval import retrieval_missing
+from ..core.vision.host.vision import load_instance_retrieval
 from .types import Similarity, schema
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import staged_sampling as published
-from ..core.host import staged_editing as editing
-from ..core.host import staged_sampling as host
+from ..core.ezigen import staged as published
+from ..core.ezigen.host import staged as host
+from ..core.ezigen.host import staged_edit as editing
 from .types import Adapter, Subject, advanced, schema, seed_input
 
 LOOPS = "A loop does the last part of the steps once more, from the result before. "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core import sweep
-from ..core.host.outputs import nothing
-from ..core.host.sweep_sheet import grid_sheet, measures, plot_sheet
+from ..core.session.outputs import nothing
+from ..core.sine import sweep
+from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
 from .types import schema
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.ezigen_training import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
-from ..core.host import adapter_training as host
-from ..core.host import folders
-from ..core.host.outputs import loss_map
-from ..core.subject_pairs import PairFolder
+from ..core.ezigen.host import train as host
+from ..core.ezigen.subject_pairs import PairFolder
+from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
+from ..core.session import folders
+from ..core.session.outputs import loss_map
 from .types import Adapter, LossMap, advanced, schema, seed_input
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.host import folders
-from ..core.host.fingerprint import check_base
-from ..core.host.outputs import nothing, numbered_path
-from ..core.host.tuned_models import apply_tuned, encode_prompt
-from ..core.tuned import Tuned, load_tuned, save_tuned
+from ..core.lora.artifact import Tuned, load_tuned, save_tuned
+from ..core.lora.host.apply import apply_tuned, encode_prompt
+from ..core.session import folders
+from ..core.session.fingerprint import check_base
+from ..core.session.outputs import nothing, numbered_path
 from .types import LoraModel, schema
 
 

@@ -29,7 +29,7 @@ class NarrowCLIP:
 
 def trainee(start: Any = None) -> Any:
     """The small world's models for a training."""
-    from likeness.core.host.adapter_training import Trainee
+    from likeness.core.ezigen.host.train import Trainee
     from likeness.toyworld.narrow import load_narrow
 
     narrow = load_narrow()

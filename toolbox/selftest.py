@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
     import comfy.sd
     import torch
 
-    from ..core.host import selftest, vision
+    from ..core.host import selftest as selftest
+    from ..core.vision.host import vision
 
     with torch.inference_mode():
         if options.checkpoint:

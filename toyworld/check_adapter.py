@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.adapter_file import read_adapter
-from ..core.ezigen import batched
-from ..core.ezigen_training import at_timestep, encoded
+from ..core.ezigen.adapter import batched
+from ..core.ezigen.artifact import read_adapter
+from ..core.ezigen.train import at_timestep, encoded
 from . import assets, comfyui, subjects, training, world
 from .pairs import encoded as latents_of
 from .pairs import subject_prompt
@@ -37,7 +37,7 @@ def checked_pairs(count: int) -> list[tuple[world.Identity, str, int]]:
 @torch.no_grad()
 def worth(path: Path, count: int) -> dict[int, tuple[float, float, float]]:
     """The errors at each timestep: of the UNet alone, with the subject's picture, with another subject's."""
-    from ..core.host.adapter_layers import UNet, new_adapter
+    from ..core.ezigen.host.layers import UNet, new_adapter
     from .narrow import load_narrow
     from .networks import token_ids
 

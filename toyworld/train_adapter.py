@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from ..core.ezigen import Adapter
-from ..core.ezigen_training import DROP, Sample, draw, errors
+from ..core.ezigen.adapter import Adapter
+from ..core.ezigen.train import DROP, Sample, draw, errors
 from . import assets, comfyui, training, world
 from .pairs import FILE, subject_prompt
 from .training import RANK, RANKS, WORK, log
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     training.start()
     comfyui.prepare()
-    from ..core.host.adapter_layers import UNet, new_adapter
+    from ..core.ezigen.host.layers import UNet, new_adapter
     from .narrow import load_narrow
 
     narrow = load_narrow()

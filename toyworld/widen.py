@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ..core.ezigen import WEIGHTS
+from ..core.ezigen.adapter import WEIGHTS
 from .networks import CHANNELS, CONTEXT, END_OF_TEXT, HEAD_WIDTH, TEXT_LAYERS, WIDE_CHANNELS
 
 UNET_REPEATS = WIDE_CHANNELS // CHANNELS

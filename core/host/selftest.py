@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import Conditioning
 from ..gradcheck import GradientCheck, gradient_check
-from ..lora import beside, new_adapters
-from .differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
-from .lora_layers import trained_layers
-from .session import GuiderDenoiser, optimise
-from .weights import DECODER, checkpointed
+from ..lora.host.layers import trained_layers
+from ..lora.low_rank import beside, new_adapters
+from ..prompt.conditioning import Conditioning
+from ..session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
+from ..session.session import GuiderDenoiser, optimise
+from ..session.weights import DECODER, checkpointed
 
 LORA_RANK = 4
 LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient

@@ -39,7 +39,7 @@ def sana(sana_folder):
     """Loaded by the pack."""
     import torch
 
-    from likeness.core.host.sana import load_sana
+    from likeness.core.sana.host.sana import load_sana
 
     with torch.inference_mode():  # as a node does
         return load_sana(sana_folder)

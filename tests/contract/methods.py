@@ -109,14 +109,14 @@ def _apply_hiper(setting: Setting, embedding, strength: float):
 
 
 def _save_embedding(embedding, folder: Path) -> Path:
-    from likeness.core.embedding import save_embedding
+    from likeness.core.embedding.artifact import save_embedding
 
     save_embedding(folder / "subject.safetensors", embedding)
     return folder / "subject.safetensors"
 
 
 def _load_embedding(path: Path):
-    from likeness.core.embedding import load_embedding
+    from likeness.core.embedding.artifact import load_embedding
 
     return load_embedding(path)
 
@@ -143,8 +143,8 @@ def levels(setting: Setting, count: int) -> torch.Tensor:
 
 def _fit_step_wise(setting: Setting, *, steps: int = STEPS, save_every: int = 0, **more):
     """One update for each of `steps` denoising steps, from the prompt's own rows on."""
-    from likeness.core.embedding import Embedding
-    from likeness.core.host.fingerprint import fingerprint
+    from likeness.core.embedding.artifact import Embedding
+    from likeness.core.session.fingerprint import fingerprint
     from likeness.nodes.refine import LikenessRefineEmbedding
 
     first = Embedding({6: setting.source[0][0][:, -5:].clone()}, {"base": fingerprint(setting.model)})
@@ -194,27 +194,27 @@ def _fit_full(setting: Setting, *, learning_rate: float = 0.02, **more):
 
 
 def _apply_tuned(setting: Setting, tuned, strength: float):
-    from likeness.core.host.tuned_models import apply_tuned
+    from likeness.core.lora.host.apply import apply_tuned
 
     with torch.inference_mode():
         return apply_tuned(tuned, setting.model, None, strength)[0], setting.target
 
 
 def _save_tuned(tuned, folder: Path) -> Path:
-    from likeness.core.tuned import save_tuned
+    from likeness.core.lora.artifact import save_tuned
 
     save_tuned(folder / "tuned.safetensors", tuned)
     return folder / "tuned.safetensors"
 
 
 def _load_tuned(path: Path):
-    from likeness.core.tuned import load_tuned
+    from likeness.core.lora.artifact import load_tuned
 
     return load_tuned(path)
 
 
 def _check_tuned(setting: Setting, tuned) -> None:
-    from likeness.core.host.fingerprint import check_base
+    from likeness.core.session.fingerprint import check_base
 
     check_base(tuned.header["base"], setting.model)
 

@@ -17,8 +17,8 @@ FAMILIES = ["sd1", "sdxl"]
 
 def stored(model, seed: int = 0, header: dict | None = None):
     """An adapter as training starts it, moved a little."""
-    from likeness.core.adapter_file import trained
-    from likeness.core.host.adapter_layers import new_adapter
+    from likeness.core.ezigen.artifact import trained
+    from likeness.core.ezigen.host.layers import new_adapter
 
     generator = torch.Generator().manual_seed(seed)
     found = trained(new_adapter(model.model), header or {})
@@ -28,7 +28,7 @@ def stored(model, seed: int = 0, header: dict | None = None):
 
 
 def subject(setting: Setting, seed: int = 0, images: int = 1):
-    from likeness.core.host.adapter import encode_subject, prepared
+    from likeness.core.ezigen.host.adapter import encode_subject, prepared
 
     pictures = torch.rand(images, 40, 64, 3, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(images, 40, 64)
@@ -54,7 +54,7 @@ def sampled(setting: Setting, model, sampler: str = "euler", steps: int = STEPS,
 
 
 def applied(setting: Setting, adapter=None, about=None, **more):
-    from likeness.core.host.adapter import with_adapter
+    from likeness.core.ezigen.host.adapter import with_adapter
 
     with torch.inference_mode():
         return with_adapter(setting.model, adapter or stored(setting.model), about or subject(setting), **more)
@@ -154,7 +154,7 @@ def test_the_positive_prompt_alone_in_any_guider(monkeypatch):
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
-    from likeness.core.host import adapter as host
+    from likeness.core.ezigen.host import adapter as host
 
     setting, seen = Setting(), set()
     model = applied(setting, ratio=1.0, apply_to="positive only")
@@ -180,7 +180,7 @@ def test_the_positive_prompt_alone_in_any_guider(monkeypatch):
 
 def test_other_nodes_ask_a_model_with_an_adapter():
     """They have no steps: the part of the timesteps counts there, and in a sampling of a single step."""
-    from likeness.core.host.session import optimise, predicting
+    from likeness.core.session.session import optimise, predicting
 
     setting = Setting()
     adapted = applied(setting, ratio=0.4)
@@ -259,7 +259,7 @@ def test_a_second_adapter_replaces_the_first():
 
 
 def test_gradients_reach_a_prompt_through_the_adapter():
-    from likeness.core.host.session import optimise
+    from likeness.core.session.session import optimise
 
     setting = Setting()
     found: list[torch.Tensor] = []
@@ -276,7 +276,7 @@ def test_gradients_reach_a_prompt_through_the_adapter():
 
 
 def test_what_does_not_belong_together_is_refused():
-    from likeness.core.host.adapter_layers import places
+    from likeness.core.ezigen.host.layers import places
 
     setting, other = Setting("sd1"), Setting("sdxl")
     adapter, about = stored(setting.model), subject(setting)
@@ -296,7 +296,7 @@ def test_what_does_not_belong_together_is_refused():
 
 
 def test_adapter_of_another_model_of_the_same_shape_is_said(caplog):
-    from likeness.core.host.adapter import base_sample
+    from likeness.core.ezigen.host.adapter import base_sample
 
     caplog.set_level(logging.WARNING, logger="likeness")
     one, other = Setting(), Setting(model_seed=1)
@@ -308,7 +308,7 @@ def test_adapter_of_another_model_of_the_same_shape_is_said(caplog):
 
 
 def test_prepared_pictures(caplog):
-    from likeness.core.host.adapter import prepared
+    from likeness.core.ezigen.host.adapter import prepared
 
     caplog.set_level(logging.WARNING, logger="likeness")
     image = torch.full((1, 40, 60, 3), 0.2)
@@ -352,8 +352,8 @@ def test_the_nodes_one_after_the_other():
     """Load what training left, extract it, load that, encode with alpha, apply: as calling the functions."""
     from pathlib import Path
 
-    from likeness.core.adapter_file import save_adapter
-    from likeness.core.host import folders
+    from likeness.core.ezigen.artifact import save_adapter
+    from likeness.core.session import folders
     from likeness.nodes.adapter import (
         LikenessApplyAdapter,
         LikenessEncodeSubject,
@@ -408,9 +408,9 @@ def test_the_published_size(more, heads):
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    from likeness.core.adapter_file import StoredAdapter
-    from likeness.core.ezigen import Adapter
-    from likeness.core.host.adapter_layers import places
+    from likeness.core.ezigen.adapter import Adapter
+    from likeness.core.ezigen.artifact import StoredAdapter
+    from likeness.core.ezigen.host.layers import places
 
     config = {**PUBLISHED, **more}
     unet = UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
@@ -431,7 +431,7 @@ def test_the_published_size(more, heads):
 
 def test_a_mask_of_the_surroundings_and_one_of_another_proportion():
     """Load Image gives the transparent part of a picture as its mask, which is all but the subject."""
-    from likeness.core.host.adapter import prepared
+    from likeness.core.ezigen.host.adapter import prepared
 
     picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 40, 60)
@@ -443,7 +443,7 @@ def test_a_mask_of_the_surroundings_and_one_of_another_proportion():
 
 def test_a_lora_on_the_model_is_no_other_base(caplog):
     """Neither for what is noted of a model nor for what is compared with it, before and after it was loaded."""
-    from likeness.core.host.adapter import base_sample
+    from likeness.core.ezigen.host.adapter import base_sample
 
     setting = Setting()
     before = base_sample(setting.model)
@@ -461,7 +461,7 @@ def test_a_lora_on_the_model_is_no_other_base(caplog):
 
 
 def test_the_same_adapter_in_another_part_of_the_steps():
-    from likeness.core.host.adapter import KEY, with_ratio
+    from likeness.core.ezigen.host.adapter import KEY, with_ratio
 
     setting = Setting()
     adapter, about = stored(setting.model), subject(setting)
@@ -476,7 +476,7 @@ def test_levels_that_rise_are_split_by_their_noise():
     """A picture walked up (FlipSigmas) is looked at where a sampling would look."""
     import comfy.samplers
 
-    from likeness.core.host.adapter import with_adapter
+    from likeness.core.ezigen.host.adapter import with_adapter
 
     setting = Setting()
     with torch.inference_mode():

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def job(folder, clip, own_folders, monkeypatch):
     """A small random model of ComfyUI's own classes, and how it is trained."""
-    from likeness.core.host import adapter_training
+    from likeness.core.ezigen.host import train as adapter_training
 
     monkeypatch.setattr(adapter_training, "CHECKED", 2)
     return Job(folder, clip)
@@ -39,18 +39,18 @@ class Job:
         self.max_subjects = 2
 
     def trainee(self):
-        from likeness.core.host.adapter_training import Trainee
+        from likeness.core.ezigen.host.train import Trainee
 
         return Trainee(self.model, self.clip, autoencoder(), self.start)
 
     def pairs(self):
-        from likeness.core.subject_pairs import PairFolder
+        from likeness.core.ezigen.subject_pairs import PairFolder
 
         return PairFolder(self.folder, SIZE, self.max_subjects)
 
     def train(self, steps: int = STEPS, checkpointing: bool = False, **settings):
-        from likeness.core.ezigen_training import TrainingSettings
-        from likeness.core.host.adapter_training import Plan, train_adapter
+        from likeness.core.ezigen.host.train import Plan, train_adapter
+        from likeness.core.ezigen.train import TrainingSettings
 
         plan = Plan(SIZE, steps, self.max_subjects, checkpointing)
         chosen = TrainingSettings(**{"batch": 2, "learning_rate": 1e-3, **settings})
@@ -59,8 +59,8 @@ class Job:
 
     def network(self):
         """The model as a Network with a new adapter, and the samples of its folder."""
-        from likeness.core.host.adapter_layers import UNet, new_adapter
-        from likeness.core.host.adapter_training import Encoded, check
+        from likeness.core.ezigen.host.layers import UNet, new_adapter
+        from likeness.core.ezigen.host.train import Encoded, check
 
         trainee = self.trainee()
         with torch.inference_mode():
@@ -87,11 +87,11 @@ def forget_runs() -> None:
 
 def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folders):
     """As it starts, the subject's pictures disturb; after 60 steps they help with most held-out subjects."""
-    from likeness.core.ezigen_training import TIMESTEPS, Draw, TrainingSettings, errors
-    from likeness.core.fitting import step_generator
-    from likeness.core.host.adapter_layers import UNet, new_adapter
-    from likeness.core.host.adapter_training import Encoded, Plan, check, train_adapter
-    from likeness.core.subject_pairs import PairFolder
+    from likeness.core.ezigen.host.layers import UNet, new_adapter
+    from likeness.core.ezigen.host.train import Encoded, Plan, check, train_adapter
+    from likeness.core.ezigen.subject_pairs import PairFolder
+    from likeness.core.ezigen.train import TIMESTEPS, Draw, TrainingSettings, errors
+    from likeness.core.fit.fit import step_generator
 
     narrow_world.draw(tmp_path / "train", range(24), 4)
     narrow_world.draw(tmp_path / "held out", range(1000, 1016), 4)
@@ -126,9 +126,9 @@ def test_gradients_of_every_tensor(monkeypatch):
 
     Along the gradient, for all tensors of one kind and for all of one block: an error in one of them shows in both.
     """
-    from likeness.core.ezigen_training import Draw, Sample, errors
-    from likeness.core.fitting import step_generator
-    from likeness.core.host.adapter_layers import UNet, new_adapter
+    from likeness.core.ezigen.host.layers import UNet, new_adapter
+    from likeness.core.ezigen.train import Draw, Sample, errors
+    from likeness.core.fit.fit import step_generator
 
     model = tiny_models.sd2_base()
     unet = model.model.diffusion_model
@@ -177,7 +177,7 @@ def test_gradients_of_every_tensor(monkeypatch):
 
 
 def test_a_batch_of_differing_numbers_of_pictures_is_its_samples_alone(job):
-    from likeness.core.ezigen_training import draw, errors
+    from likeness.core.ezigen.train import draw, errors
 
     job.max_subjects = 4
     network, sample = job.network()
@@ -219,7 +219,7 @@ def test_checkpointing_gives_the_same(job):
 
 
 def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_path):
-    from likeness.core.host.adapter_training import Encoded, check
+    from likeness.core.ezigen.host.train import Encoded, check
 
     def rows(caption: str) -> torch.Tensor:
         draw = narrow_world.draw(tmp_path / str(len(list(tmp_path.iterdir()))), range(1), 1)
@@ -253,8 +253,8 @@ def test_same_seed_same_bytes_and_the_global_numbers_stay(job):
 
 @pytest.mark.parametrize("inside", [False, True], ids=["between updates", "inside the UNet"])
 def test_cancel_keeps_the_work_and_resuming_is_exact(job, monkeypatch, inside):
-    from likeness.core.host.adapter_layers import UNet
-    from likeness.core.host.progress import Progress
+    from likeness.core.ezigen.host.layers import UNet
+    from likeness.core.session.progress import Progress
 
     whole, losses, report = job.train(steps=7)
     forget_runs()
@@ -280,7 +280,7 @@ def test_cancel_keeps_the_work_and_resuming_is_exact(job, monkeypatch, inside):
 
 
 def test_a_finished_run_is_not_trained_again_and_other_lengths_are_exact(job, monkeypatch):
-    from likeness.core.host import adapter_training
+    from likeness.core.ezigen.host import train as adapter_training
 
     direct, few, _ = job.train(steps=3)
     forget_runs()
@@ -322,7 +322,7 @@ def test_what_decides_the_result_makes_another_run(job, tmp_path):
 
 
 def test_it_goes_on_from_an_adapter(job, tmp_path):
-    from likeness.core.adapter_file import read_adapter, save_adapter
+    from likeness.core.ezigen.artifact import read_adapter, save_adapter
 
     first, losses, _ = job.train(steps=5)
     save_adapter(tmp_path / "adapter.safetensors", first)
@@ -404,8 +404,8 @@ def test_wrong_inputs_are_refused(job, monkeypatch):
     next(each for each in scaled.model.modules() if hasattr(each, "to_q")).to_q.scale_weight = torch.ones(())
     refused("attention is quantised", model=scaled)
     wide = replace(job.trainee(), model=tiny_models.sd2_base())
-    from likeness.core.adapter_file import trained
-    from likeness.core.host.adapter_layers import new_adapter
+    from likeness.core.ezigen.artifact import trained
+    from likeness.core.ezigen.host.layers import new_adapter
 
     refused("this model's UNet takes", start=trained(new_adapter(wide.model.model), {}))
     monkeypatch.setattr(mm, "get_free_memory", lambda *_: 1000)
@@ -423,7 +423,7 @@ def input_folder(tmp_path, monkeypatch):
 
 def test_the_node(job, input_folder):
     """Folders are listed and looked up below ComfyUI's input folder, and nowhere else."""
-    from likeness.core.host.folders import picture_folders
+    from likeness.core.session.folders import picture_folders
     from likeness.nodes.train_adapter import LikenessTrainAdapter
 
     narrow_world.draw(input_folder / "sets" / "mine", range(2), 2)

@@ -110,7 +110,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(entry, family, tmp_path):
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_cancel_keeps_the_work_and_resuming_is_exact(entry, family, tmp_path, monkeypatch):
-    from likeness.core.host.progress import Progress
+    from likeness.core.session.progress import Progress
 
     whole, losses = entry.fit(Setting(family), steps=9)
     forget_runs(tmp_path)
@@ -134,7 +134,7 @@ def test_cancel_keeps_the_work_and_resuming_is_exact(entry, family, tmp_path, mo
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_an_interrupt_inside_the_model_leaves_no_trace(entry, family, tmp_path, monkeypatch):
-    from likeness.core.host.session import GuiderDenoiser
+    from likeness.core.session.session import GuiderDenoiser
 
     whole, losses = entry.fit(Setting(family), steps=6)
     forget_runs(tmp_path)
@@ -220,7 +220,7 @@ def test_fewer_steps_than_were_done(entry, family, tmp_path, caplog):
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(entry, family, monkeypatch):
-    from likeness.core.host.progress import Progress
+    from likeness.core.session.progress import Progress
 
     setting = Setting(family)
     before = sample(setting.model, setting.target, setting.empty, setting.latent)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from likeness.core.host.describe import describe
-from likeness.core.host.fingerprint import patches_digest, precision
-from likeness.core.runs import digest
+from likeness.core.fit.runs import digest
+from likeness.core.session.describe import describe
+from likeness.core.session.fingerprint import patches_digest, precision
 
 from .methods import Setting, run_node, sample
 
@@ -102,7 +102,7 @@ def quantised(model_seed: int, hides: bool):
 
 @pytest.mark.parametrize("hides", [True, False])
 def test_quantised_models_are_models_too(caplog, hides):
-    from likeness.core.host.fingerprint import check_base, fingerprint
+    from likeness.core.session.fingerprint import check_base, fingerprint
 
     whole, model = Setting().model, quantised(0, hides)
     recorded = fingerprint(whole)
@@ -119,7 +119,7 @@ def test_quantised_models_are_models_too(caplog, hides):
 @pytest.mark.parametrize("hides", [True, False])
 def test_quantised_models_are_told_apart(hides):
     """By the name of a run above all: else one would be served what the other has learned."""
-    from likeness.core.host.fingerprint import fingerprint
+    from likeness.core.session.fingerprint import fingerprint
 
     for of in (fingerprint, key):
         one, again, other = (of(quantised(seed, hides)) for seed in (0, 0, 1))
@@ -146,7 +146,7 @@ def test_what_a_lora_was_written_over_counts_as_its_state_shows_it():
     """The newest core keeps a quantised weight whole beside a state of its bytes."""
     from types import SimpleNamespace
 
-    from likeness.core.host.describe import contents_of_file
+    from likeness.core.session.describe import contents_of_file
 
     class Whole:
         def state_dict(self, name):
@@ -164,7 +164,7 @@ def test_weights_that_are_nowhere_to_be_seen_are_like_no_others():
 
 
 def test_a_model_that_shows_nothing_of_itself_is_like_no_other():
-    from likeness.core.host.fingerprint import fingerprint
+    from likeness.core.session.fingerprint import fingerprint
 
     model = Setting().model
     for layer in model.model.diffusion_model.modules():

@@ -55,7 +55,7 @@ def test_previews_are_target_alone_then_source_and_target_for_each_saved_step():
 
 def test_learned_rows_can_be_learned_on_and_seen():
     """A source prompt that holds an embedding: its rows are where the training starts, and the previews show others."""
-    from likeness.core.conditioning import apply_embedding
+    from likeness.core.prompt.conditioning import apply_embedding
 
     setting, vae = Setting(), tiny_models.taesd()
     first = train(setting, vae=vae)[0].at(0)
@@ -86,7 +86,7 @@ def test_a_real_text_encoder_tells_where_the_prompt_ends():
     """Not only our own idea of a pooled vector: ComfyUI's tokenizer and text model, weights and a long prompt
     included.
     """
-    from likeness.core.conditioning import check_room, padding_rows
+    from likeness.core.prompt.conditioning import check_room, padding_rows
 
     clip = tiny_models.clip_l()
 
@@ -139,7 +139,7 @@ def test_bad_input_is_refused_before_work_starts(name, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused():
-    from likeness.core.host.weights import check_fully_loaded
+    from likeness.core.session.weights import check_fully_loaded
 
     model = tiny_models.sd1()
     check_fully_loaded(model)
@@ -150,7 +150,7 @@ def test_a_model_that_does_not_fit_is_refused():
 
 def test_streamed_weights_are_reloaded_or_refused():
     """What newer ComfyUI's dynamic VRAM needs; here only its interface is played, the real thing needs a GPU."""
-    from likeness.core.host.weights import trainable_clone
+    from likeness.core.session.weights import trainable_clone
 
     class Dynamic:
         model_options: dict = {}
@@ -225,7 +225,7 @@ def test_hostile_names_write_and_read_nothing(name, tmp_path):
 
 def test_a_single_loss_is_drawn_too():
     """The stock graph divides by the span of the losses."""
-    from likeness.core.host.outputs import loss_map
+    from likeness.core.session.outputs import loss_map
 
     for losses in ([0.5], [-1.0, -1.0], [0.0]):
         drawn = loss_map(losses)["loss"]

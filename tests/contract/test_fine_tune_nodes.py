@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("own_folders")
 
 @pytest.mark.parametrize("method", ["LoRA", "full weights"])
 def test_the_model_output_is_what_the_artifact_gives(method):
-    from likeness.core.host.position_map import position_map_of
-    from likeness.core.host.tuned_models import apply_tuned
+    from likeness.core.lora.host.apply import apply_tuned
+    from likeness.core.sine.host.position_map import position_map_of
 
     setting = Setting()
     model, clip, lora, loss = train(setting, method=method, learning_rate=0.003)
@@ -51,7 +51,7 @@ def test_without_patches_every_picture_is_seen_whole():
 
 
 def test_a_map_that_already_lies_on_the_model_is_kept_by_training_without_patches():
-    from likeness.core.host.position_map import with_position_map
+    from likeness.core.sine.host.position_map import with_position_map
 
     setting = Setting()
     with torch.inference_mode():
@@ -61,8 +61,8 @@ def test_a_map_that_already_lies_on_the_model_is_kept_by_training_without_patche
 
 @pytest.mark.parametrize("place", ["trained", "applied"])
 def test_a_map_of_another_grid_is_refused(place):
-    from likeness.core.host.position_map import with_position_map
-    from likeness.core.host.tuned_models import apply_tuned
+    from likeness.core.lora.host.apply import apply_tuned
+    from likeness.core.sine.host.position_map import with_position_map
 
     setting = Setting()
     lora = train(setting)[2]
@@ -73,8 +73,8 @@ def test_a_map_of_another_grid_is_refused(place):
 
 
 def test_the_window_of_a_map_stays():
-    from likeness.core.host.position_map import position_map_of, with_position_map
-    from likeness.core.host.tuned_models import apply_tuned
+    from likeness.core.lora.host.apply import apply_tuned
+    from likeness.core.sine.host.position_map import position_map_of, with_position_map
 
     setting, window = Setting(), (0.0, 0.5, 1.0, 0.5)
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
 
 
 def test_checkpointing_gives_the_same_weights():
-    from likeness.core.host import fine_tuning
+    from likeness.core.sine.host import fine_tune as fine_tuning
 
     first = train(Setting(), patches=True)[2]
     for path in fine_tuning.Path(fine_tuning.folder_paths.get_user_directory()).glob("likeness/*/*"):
@@ -124,7 +124,7 @@ def test_checkpointing_gives_the_same_weights():
 
 
 def test_fewer_steps_are_answered_from_what_is_there(monkeypatch, caplog):
-    from likeness.core.host import fine_tuning
+    from likeness.core.sine.host import fine_tune as fine_tuning
 
     monkeypatch.setattr(fine_tuning, "KEEP_EVERY", 2)
     setting = Setting()
@@ -145,7 +145,7 @@ def full(steps: int) -> tuple:
 
 
 def test_fewer_steps_of_all_weights_are_trained_anew_and_nothing_is_lost(tmp_path, monkeypatch):
-    from likeness.core.host import fine_tuning
+    from likeness.core.sine.host import fine_tune as fine_tuning
 
     two, losses = full(2)
     for path in (tmp_path / "user").glob("likeness/*/*"):
@@ -158,7 +158,7 @@ def test_fewer_steps_of_all_weights_are_trained_anew_and_nothing_is_lost(tmp_pat
 
 
 def test_a_shorter_run_of_all_weights_is_served_after_the_longer_one_is_gone(monkeypatch):
-    from likeness.core.host import fine_tuning
+    from likeness.core.sine.host import fine_tune as fine_tuning
 
     monkeypatch.setattr(fine_tuning, "LARGE_RUN", 1000)  # the newest alone is kept
     full(4)
@@ -186,7 +186,7 @@ def test_the_default_prompt_beside_an_encoded_one_is_told(caplog, clip):
 
 
 def test_large_runs_lie_apart_and_are_resumed(tmp_path, monkeypatch):
-    from likeness.core.host import fine_tuning
+    from likeness.core.sine.host import fine_tune as fine_tuning
 
     setting = Setting()
     whole, losses = fit_sine(setting, steps=4, method="full weights", learning_rate=1e-3)
@@ -231,7 +231,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_gets_a_sentence_before_work_starts(name, tmp_path, monkeypatch):
-    from likeness.core.host import fine_tuning
+    from likeness.core.sine.host import fine_tune as fine_tuning
 
     monkeypatch.setattr(fine_tuning, "optimise", None)
     change, message = BAD[name]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("own_folders")
 
 @pytest.mark.parametrize("layer", [None, -2])
 def test_the_text_encoder_in_the_session_says_what_text_encode_says(clip, layer):
-    from likeness.core.host.differentiable import TextEncoder, text_encoding
+    from likeness.core.session.differentiable import TextEncoder, text_encoding
 
     clip = clip.clone()
     if layer is not None:

@@ -199,7 +199,7 @@ def test_the_positive_prompt_is_found_among_three_and_by_its_area():
 
 def test_weights_of_quantised_layers_are_patched_unpacked():
     """Scaled fp8: a layer multiplies by its scale behind the functions of its weight."""
-    from likeness.core.host.overlay import _patched
+    from likeness.core.sine.host.overlay import _patched
 
     layer = torch.nn.Linear(4, 4)
     layer.scale_weight = torch.tensor(0.25)

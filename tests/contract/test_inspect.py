@@ -17,7 +17,7 @@ def looked_at(setting, conditioning=None, **changes) -> tuple:
 
 
 def maps(setting, conditioning=None, tokens: int = 5, levels: int = 4, seed: int = 0, **changes):
-    from likeness.core.host.attention_maps import inspected
+    from likeness.core.attention.host.maps import inspected
 
     inputs = {"model": setting.model, "latent": setting.latent, **changes}
     with torch.inference_mode():
@@ -43,8 +43,8 @@ def test_every_row_and_level_has_its_map(family):
 @pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32)])
 def test_many_maps_are_shown_smaller(size):
     """The whole prompt at every level fits on a sheet that can be shown; few maps keep their size."""
-    from likeness.core.host.attention_maps import Maps
-    from likeness.core.host.map_sheet import SHEET, TILE, map_sheet
+    from likeness.core.attention.host.map_sheet import SHEET, TILE, map_sheet
+    from likeness.core.attention.host.maps import Maps
 
     many = map_sheet(Maps(torch.rand(50, 77, *size), [index / 50 for index in range(50)]))
     assert SHEET / 3 < max(many.shape[1:3]) < SHEET + 200
@@ -118,7 +118,7 @@ def test_what_cannot_be_looked_at_is_refused():
 
 
 def test_another_kind_of_network_is_refused():
-    from likeness.core.host.attention_layers import attention_layers
+    from likeness.core.attention.host.layers import attention_layers
 
     with pytest.raises(ValueError, match="is a Linear.*SD1.x, SD2.x and SDXL only"):
         attention_layers(torch.nn.Linear(1, 1))

@@ -215,7 +215,7 @@ def test_direct_inversion_has_the_last_word_behind_nodes_that_were_connected_lat
 @pytest.mark.parametrize("scheduler", ["ddim_uniform", "normal", "karras", "simple", "sgm_uniform", "beta"])
 @pytest.mark.parametrize("steps", [1, 2, 20, 50])
 def test_every_level_meets_exactly_one_window(scheduler, steps):
-    from likeness.core.windows import windows
+    from likeness.core.prompt.windows import windows
 
     sampling = tiny_models.sd1().get_model_object("model_sampling")
     levels = sigmas(tiny_models.sd1(), steps, scheduler)
@@ -246,7 +246,7 @@ def test_more_steps_than_the_published_rate_lasts():
 @pytest.mark.parametrize("updates", [3, 13, 15])
 def test_null_text_is_served_resumed_and_the_same_again(updates, tmp_path, monkeypatch, caplog):
     """Cancelled in the first step, in the middle of a later one, and at the end of one."""
-    from likeness.core.host.progress import Progress
+    from likeness.core.session.progress import Progress
 
     setting = calm(Setting())
     trajectory, _, _ = invert(setting)

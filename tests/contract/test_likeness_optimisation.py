@@ -23,7 +23,7 @@ def sigmas(setting: Setting, steps: int = 2) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
     """A tiny CLIP."""
-    from likeness.core.host.vision import load_vision
+    from likeness.core.vision.host.vision import load_vision
 
     folder = tmp_path_factory.mktemp("vision") / "clip"
     clip_folder(folder)
@@ -32,9 +32,9 @@ def vision(tmp_path_factory):
 
 
 def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, rate=0.02, **changes):
-    from likeness.core.host.likeness_optimisation import Generator, Plan, Sampling, optimise_lora
-    from likeness.core.host.similarity import Part, Similarity
-    from likeness.core.siso import SisoSettings
+    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.siso import SisoSettings
 
     found = {"seed": 3, "grad_steps": 1, "cfg": 1.0, "iterations": ITERATIONS, "patience": 0, "keep": "best"}
     found |= {"checkpointing": False, "optimizer": "AdamW", "prompt": "a cat", **changes}
@@ -110,8 +110,8 @@ def encoded(clip, text: str = "a cat"):
 
 @pytest.mark.parametrize("family", TEXTS)
 def test_another_prompt_than_positive_is_refused_before_an_update(family, vision, monkeypatch):
-    from likeness.core import siso
-    from likeness.core.host import likeness_optimisation
+    from likeness.core.siso import siso
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     setting, clip = Setting(family), getattr(tiny_models, TEXTS[family][0])()
     monkeypatch.setattr(siso.Siso, "update", None)
@@ -183,8 +183,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path, monkeypatch):
-    from likeness.core.host import likeness_optimisation
-    from likeness.core.host.progress import Progress
+    from likeness.core.session.progress import Progress
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     whole = optimised(Setting(), vision)
     forget_runs(tmp_path)
@@ -209,7 +209,7 @@ def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path
 
 
 def test_prodigy_goes_on_exactly_where_it_was_stopped(vision, tmp_path, monkeypatch):
-    from likeness.core.host.progress import Progress
+    from likeness.core.session.progress import Progress
 
     inputs = {"optimizer": "Prodigy", "rate": 1.0, "iterations": 8, "keep": "last"}
     whole = optimised(Setting(), vision, **inputs)
@@ -230,7 +230,7 @@ def test_prodigy_goes_on_exactly_where_it_was_stopped(vision, tmp_path, monkeypa
 def test_prodigy_that_is_not_installed_is_said_before_work_starts(vision, monkeypatch):
     import sys
 
-    from likeness.core.host import likeness_optimisation
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     monkeypatch.setattr(likeness_optimisation, "optimise", None)
@@ -239,7 +239,7 @@ def test_prodigy_that_is_not_installed_is_said_before_work_starts(vision, monkey
 
 
 def test_it_ends_by_itself_and_is_not_begun_again(vision, monkeypatch):
-    from likeness.core.host import likeness_optimisation
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     found = optimised(Setting(), vision, rate=1e-9, patience=2, iterations=20)
     assert len(found.losses) == 3
@@ -257,7 +257,7 @@ def test_another_seed_or_reference_is_another_run(vision):
 
 
 def test_the_background_stays(vision):
-    from likeness.core.host.background import Background
+    from likeness.core.siso.host.background import Background
 
     setting = Setting()
     source = pictured(setting, setting.model, setting.source, 1, 3, 1.0)
@@ -275,7 +275,7 @@ def test_the_background_stays(vision):
 
 def test_the_gradient_is_that_of_finite_differences(vision, monkeypatch):
     """Of the whole way: LoRA, sampling, decoder, vision model; all numbers moved a little along the gradient."""
-    from likeness.core import siso
+    from likeness.core.siso import siso
 
     found = []
     update = siso.Siso.update
@@ -316,9 +316,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypatch):
-    from likeness.core.host import likeness_optimisation as host
-    from likeness.core.host.similarity import Part, Similarity
-    from likeness.core.siso import SisoSettings
+    from likeness.core.siso.host import optimize_lora as host
+    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.siso import SisoSettings
 
     changes, message = REFUSED[case]
     monkeypatch.setattr(host, "optimise", None)
@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
 
 
 def test_the_artifact_tells_where_it_comes_from(vision):
-    from likeness.core.host.background import background
+    from likeness.core.siso.host.background import background
 
     found = optimised(Setting(), vision, iterations=3)
     tuned = found.tuned()

@@ -19,13 +19,13 @@ STILL = {"rate": 1e-9}  # no picture is better than the first by 3 %
 @pytest.fixture
 def served(monkeypatch):
     """From the call on, nothing may be optimised."""
-    from likeness.core.host import likeness_optimisation
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     return lambda: monkeypatch.setattr(likeness_optimisation, "optimise", None)
 
 
 def test_another_patience_goes_on_with_what_is_there(vision, monkeypatch, tmp_path):  # noqa: F811
-    from likeness.core.siso import Siso
+    from likeness.core.siso.siso import Siso
 
     short = optimised(Setting(), vision, **STILL, patience=2, iterations=6)
     assert len(short.losses) == 3
@@ -70,7 +70,7 @@ def test_a_negative_prompt_that_is_not_used_changes_no_run(vision, served):  # n
 
 
 def test_pictures_are_stored_once_and_the_store_has_room_for_them(vision, tmp_path, monkeypatch, served):  # noqa: F811
-    from likeness.core.host import optimised as module
+    from likeness.core.siso.host import result as module
 
     stores, make = [], module.RunStore
     monkeypatch.setattr(module, "LIMIT_BYTES", 0)
@@ -87,8 +87,8 @@ def test_pictures_are_stored_once_and_the_store_has_room_for_them(vision, tmp_pa
 
 
 def test_of_the_last_lora_it_is_not_said_that_it_changes_nothing(vision, caplog, monkeypatch):  # noqa: F811
-    from likeness.core.host import similarity
-    from likeness.core.siso import unlikeness
+    from likeness.core.siso.host import similarity
+    from likeness.core.siso.siso import unlikeness
 
     rising = itertools.count()
     monkeypatch.setattr(similarity, "unlikeness", lambda *features: unlikeness(*features) + next(rising))

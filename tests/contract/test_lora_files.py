@@ -14,8 +14,8 @@ TEXTS = {"sd1": "clip_l", "sdxl": "clip_xl", "flux": "clip_flux"}
 
 def learned(model, clip) -> dict[str, torch.Tensor]:
     """A file's tensors, with random factors."""
-    from likeness.core.host.lora_layers import trained_layers
-    from likeness.core.lora import factors, new_adapters
+    from likeness.core.lora.host.layers import trained_layers
+    from likeness.core.lora.low_rank import factors, new_adapters
 
     trained = trained_layers(model.model, None if clip is None else clip.cond_stage_model)
     adapters = new_adapters(trained.layers, RANK, 0, deviation=0.1)

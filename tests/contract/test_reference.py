@@ -64,8 +64,8 @@ def test_the_stock_sampler_makes_the_same_picture_again(family):
 
 
 def test_with_a_step_wise_embedding_and_a_fine_tuned_model_it_is_played_again_too():
-    from likeness.core.conditioning import apply_embedding
-    from likeness.core.windows import windows
+    from likeness.core.prompt.conditioning import apply_embedding
+    from likeness.core.prompt.windows import windows
 
     setting = calm(Setting())
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
@@ -142,8 +142,8 @@ def test_every_step_has_one_negative_for_every_cell():
     (50, "ddim_uniform", range(10, 41)), (25, "ddim_uniform", range(5, 20)), (50, "normal", range(11, 41)),
 ])  # fmt: skip
 def test_the_published_window(steps, scheduler, window):
-    from likeness.core.host.reference_guidance import guided_steps
-    from likeness.core.reference_guidance import END_PERCENT, START_PERCENT
+    from likeness.core.reference.guidance import END_PERCENT, START_PERCENT
+    from likeness.core.reference.host.guidance import guided_steps
 
     model = tiny_models.sd1()
     found = guided_steps(
@@ -169,8 +169,8 @@ def test_the_model_stays_as_it_is_and_the_result_is_the_same_again(tmp_path):
 
 
 def test_cancelled_resumed_and_served(tmp_path, monkeypatch):
-    from likeness.core.host.progress import Progress
-    from likeness.core.host.session import GuiderDenoiser
+    from likeness.core.session.progress import Progress
+    from likeness.core.session.session import GuiderDenoiser
 
     setting = calm(Setting())
     trajectory, *_ = invert(setting)
@@ -213,7 +213,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
     trajectory, _, levels = invert(setting)
     several = Setting(images=2)
     two, xl = invert(several)[0], Setting("sdxl")
-    from likeness.core.host import reference_guidance
+    from likeness.core.reference.host import guidance as reference_guidance
 
     monkeypatch.setattr(reference_guidance, "optimise", None)
     mask, target = picture_mask(setting), setting.target
@@ -261,7 +261,7 @@ def test_the_guided_model_is_for_its_own_size_and_levels(caplog):
 
 
 def test_a_thin_subject_is_not_lost():
-    from likeness.core.host.reference_guidance import subject_cells
+    from likeness.core.reference.host.guidance import subject_cells
 
     thin = torch.zeros(1, 64, 64)
     thin[:, :, 20:22] = 1

@@ -129,7 +129,7 @@ def test_scale_zero_is_the_prompt_and_windows_meet_the_prompts_own():
 
 
 def test_saved_and_loaded_it_keeps_its_windows(tmp_path):
-    from likeness.core.embedding import load_embedding, save_embedding
+    from likeness.core.embedding.artifact import load_embedding, save_embedding
 
     setting = Setting()
     embedding, _ = refined(setting, trained(setting))
@@ -170,7 +170,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_work_starts(case, monkeypatch):
-    from likeness.core.host import refining
+    from likeness.core.embedding.host import refine as refining
 
     setting = Setting()
     embedding = trained(setting)

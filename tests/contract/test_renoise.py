@@ -73,7 +73,7 @@ def test_without_the_recorded_noises_it_goes_astray_and_with_them_any_seed_is_th
 
 def test_each_step_is_led_back_by_its_noise():
     """Without the correction a step that is not inverted exactly stays astray."""
-    from likeness.core import renoise
+    from likeness.core.inversion import renoise
 
     setting = Setting()  # a network that says much
     errors = {}
@@ -89,7 +89,7 @@ def test_predictions_are_made_to_look_like_noise():
     """Their patches come nearer to those of predictions for really noised latents, and neighbours less alike."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        from likeness.core import renoise
+        from likeness.core.inversion import renoise
 
         regularised = renoise.regularised
 
@@ -164,7 +164,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_inverted_is_refused_before_work_starts(case, monkeypatch):
-    from likeness.core.host import renoise
+    from likeness.core.inversion.host import renoise
 
     changes, message = REFUSED[case]
     monkeypatch.setattr(renoise, "predicting", None)
@@ -180,10 +180,10 @@ def test_other_levels_than_the_inversions_are_refused():
 
 
 def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background=None, **changes):
-    from likeness.core.host.likeness_optimisation import Generator, Plan, Sampling, optimise_lora
-    from likeness.core.host.renoise import replay_of
-    from likeness.core.host.similarity import Part, Similarity
-    from likeness.core.siso import SisoSettings
+    from likeness.core.inversion.host.renoise import replay_of
+    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.siso import SisoSettings
 
     found = {"iterations": 4, "rate": 0.01, "other": setting.image.flip(1), **changes}
     generator = Generator(setting.model, autoencoder(), setting.source)
@@ -210,7 +210,7 @@ def test_an_edit_begins_at_the_inverted_picture(kind, vision):  # noqa: F811
 
 
 def test_the_background_of_an_edit_stays(vision):  # noqa: F811
-    from likeness.core.host.background import Background
+    from likeness.core.siso.host.background import Background
 
     setting = calm(Setting())
     start, sampler, levels, _ = invert(setting)
@@ -240,8 +240,8 @@ BACKGROUNDS = {
 
 @pytest.mark.parametrize("case", BACKGROUNDS)
 def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, monkeypatch):  # noqa: F811
-    from likeness.core.host import likeness_optimisation
-    from likeness.core.host.background import Background
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.siso.host.background import Background
 
     changes, message = BACKGROUNDS[case]
     monkeypatch.setattr(likeness_optimisation, "optimise", None)
@@ -256,7 +256,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, m
 
 
 def test_what_was_sampled_from_an_inverted_latent_is_not_taken_for_it(monkeypatch):
-    from likeness.core.host.renoise import replay_of
+    from likeness.core.inversion.host.renoise import replay_of
 
     setting = calm(Setting())
     start, sampler, levels, _ = invert(setting)
@@ -269,7 +269,7 @@ def test_what_was_sampled_from_an_inverted_latent_is_not_taken_for_it(monkeypatc
 
 def test_an_edit_is_computed_as_exactly_as_its_inversion(vision, monkeypatch):  # noqa: F811
     """fp16 models invert in fp16 or fp32: an optimisation in bf16 would begin at another picture."""
-    from likeness.core.host import likeness_optimisation
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     def asked(*_inputs, exact, **_more):
         raise Cancelled(exact)
@@ -285,7 +285,7 @@ def test_an_edit_is_computed_as_exactly_as_its_inversion(vision, monkeypatch):  
 
 def test_the_background_is_compared_where_the_pictures_are(monkeypatch):
     """The VAE may be on another device than the model (--cpu-vae)."""
-    from likeness.core.host import background
+    from likeness.core.siso.host import background
 
     seen = []
 

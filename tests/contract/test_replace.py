@@ -43,7 +43,7 @@ def play(model, positive, negative, latent, sampler: str = "euler", guider=None)
 
 def controlled_by(setting, positive, swap, **more):
     """A model whose control is made by hand."""
-    from likeness.core.host.attention_control import KEY, Control, with_control
+    from likeness.core.attention.host.prompt_to_prompt import KEY, Control, with_control
 
     return with_control(setting.model, Control(positive[0][1][KEY], swap, 77, **more))
 
@@ -52,7 +52,7 @@ class Corrections:
     """Counts the calls of core's correction()."""
 
     def __init__(self, monkeypatch) -> None:
-        from likeness.core.host import attention_control
+        from likeness.core.attention.host import prompt_to_prompt as attention_control
 
         self.count, original = 0, attention_control.correction
 
@@ -64,7 +64,7 @@ class Corrections:
 
 
 def layers(setting) -> int:
-    from likeness.core.host.attention_layers import attention_layers
+    from likeness.core.attention.host.layers import attention_layers
 
     return len(attention_layers(setting.model.model.diffusion_model))
 
@@ -75,7 +75,7 @@ def close(a, b, atol: float = 2e-4) -> None:
 
 def by_hand(setting, columns: list[int], until: float = 0.0, self_until: float = float("inf")):
     """Prompt-to-prompt written out for equally long words: a MODEL with stock patches on every layer."""
-    from likeness.core.host.attention_layers import attention_layers
+    from likeness.core.attention.host.layers import attention_layers
 
     def softmax(q, k, heads):
         q, k = (each.view(*each.shape[:2], heads, -1).permute(0, 2, 1, 3) for each in (q, k))
@@ -123,7 +123,7 @@ def test_it_is_prompt_to_prompt_written_out(clip, end):
 
 
 def test_nothing_of_its_own_and_equal_prompts_give_the_same_picture_twice(clip):
-    from likeness.core.attention_control import Swap
+    from likeness.core.attention.prompt_to_prompt import Swap
 
     setting = Setting()
     _, positive, negative, latent = swapped(setting, clip, replacement=WORD)
@@ -132,7 +132,7 @@ def test_nothing_of_its_own_and_equal_prompts_give_the_same_picture_twice(clip):
 
 
 def test_all_columns_of_its_own_are_the_unpatched_pass(clip):
-    from likeness.core.attention_control import Swap
+    from likeness.core.attention.prompt_to_prompt import Swap
 
     setting = Setting()
     _, positive, negative, latent = swapped(setting, clip)
@@ -233,7 +233,7 @@ def adapter(model, strength: float = 0.5):
     """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to a picture's tokens."""
     from comfy.ldm.modules.attention import optimized_attention
 
-    from likeness.core.host.attention_layers import attention_layers
+    from likeness.core.attention.host.layers import attention_layers
 
     def patch(q, k, v, options):
         generator = torch.Generator().manual_seed(q.shape[-1])
@@ -248,7 +248,7 @@ def adapter(model, strength: float = 0.5):
 
 
 def test_it_works_around_a_patch_that_is_there_and_one_that_comes_later(clip):
-    from likeness.core.attention_control import Swap
+    from likeness.core.attention.prompt_to_prompt import Swap
 
     setting = Setting()
     model, positive, negative, latent = swapped(setting, clip)
@@ -303,7 +303,7 @@ def test_the_base_model_is_as_it_was(clip):
 
 
 def subject(steps: int = 1, width: int = 768, **header):
-    from likeness.core.embedding import Embedding
+    from likeness.core.embedding.artifact import Embedding
 
     rows = torch.randn(steps, 5, width, generator=torch.Generator().manual_seed(7))
     edges = [index / steps for index in range(steps + 1)]

@@ -52,7 +52,7 @@ def pipeline_instruction() -> list[str]:
 
 
 def test_without_the_instruction_a_prompt_has_other_rows(sana, sana_folder):
-    from likeness.core.host.sana import load_sana
+    from likeness.core.sana.host.sana import load_sana
 
     with torch.inference_mode():
         other = load_sana(sana_folder, instruction=False)
@@ -78,7 +78,7 @@ def test_a_picture_is_encoded_as_by_diffusers(sana, sana_pipeline):
 def test_the_noise_levels_are_shifted_as_the_folder_says(sana_folder, tmp_path, scheduler, shift):
     import json
 
-    from likeness.core.host.sana import load_model
+    from likeness.core.sana.host.sana import load_model
 
     copy = shutil.copytree(sana_folder, tmp_path / "copy")
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -88,7 +88,7 @@ def test_the_noise_levels_are_shifted_as_the_folder_says(sana_folder, tmp_path, 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
 def test_its_precision_can_be_chosen(sana_folder, name):
-    from likeness.core.host.sana import DTYPES, load_model
+    from likeness.core.sana.host.sana import DTYPES, load_model
 
     with torch.inference_mode():
         model = load_model(sana_folder, name)
@@ -187,7 +187,7 @@ def no_words(copy: Path) -> None:
     ],
 )
 def test_a_folder_that_is_no_use_is_refused_with_a_reason(sana_folder, tmp_path, damage, said):
-    from likeness.core.host.sana import load_sana
+    from likeness.core.sana.host.sana import load_sana
 
     copy = shutil.copytree(sana_folder, tmp_path / "copy")
     damage(copy)
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_use_is_refused_with_a_reason(sana_folder, tmp_path,
 
 
 def test_weights_of_another_precision_are_found(sana_folder, tmp_path):
-    from likeness.core.host.sana import load_sana
+    from likeness.core.sana.host.sana import load_sana
 
     copy = shutil.copytree(sana_folder, tmp_path / "copy")
     for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
@@ -206,7 +206,7 @@ def test_weights_of_another_precision_are_found(sana_folder, tmp_path):
 
 
 def test_without_diffusers_it_is_said_how_to_install_it(sana_folder, monkeypatch):
-    from likeness.core.host.sana import load_sana
+    from likeness.core.sana.host.sana import load_sana
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(RuntimeError, match="pip install -U diffusers"):
@@ -216,8 +216,8 @@ def test_without_diffusers_it_is_said_how_to_install_it(sana_folder, monkeypatch
 def test_only_folders_of_sana_below_the_models_folder_are_offered(sana_folder, tmp_path, monkeypatch):
     import folder_paths
 
-    from likeness.core.host import folders
-    from likeness.core.host.sana import sana_names, sana_state
+    from likeness.core.sana.host.sana import sana_names, sana_state
+    from likeness.core.session import folders
 
     root = tmp_path / "diffusers"
     shutil.copytree(sana_folder, root / "sana")
@@ -235,7 +235,7 @@ def test_only_folders_of_sana_below_the_models_folder_are_offered(sana_folder, t
 
 
 def test_loading_leaves_the_global_random_numbers_alone(sana_folder):
-    from likeness.core.host.sana import load_sana
+    from likeness.core.sana.host.sana import load_sana
 
     before = torch.random.get_rng_state()
     with torch.inference_mode():

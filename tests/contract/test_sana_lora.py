@@ -17,7 +17,7 @@ LIMIT = 0.01
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora"])
 def test_gradients_through_the_model(sana, sana_prompts, what, checkpointing):
-    from likeness.core.host import selftest
+    from likeness.core import selftest_host as selftest
 
     with torch.inference_mode():
         latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -28,7 +28,7 @@ def test_gradients_through_the_model(sana, sana_prompts, what, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_gradients_through_the_autoencoder(sana, checkpointing):
-    from likeness.core.host import selftest
+    from likeness.core import selftest_host as selftest
 
     with torch.inference_mode():
         latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -39,7 +39,7 @@ def test_gradients_through_the_autoencoder(sana, checkpointing):
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
     """A tiny CLIP."""
-    from likeness.core.host.vision import load_vision
+    from likeness.core.vision.host.vision import load_vision
 
     where = tmp_path_factory.mktemp("vision") / "clip"
     clip_folder(where)
@@ -48,9 +48,9 @@ def vision(tmp_path_factory):
 
 
 def optimised(sana, sana_prompts, vision, clip=None, **changes):
-    from likeness.core.host.likeness_optimisation import Generator, Plan, Sampling, optimise_lora
-    from likeness.core.host.similarity import Part, Similarity
-    from likeness.core.siso import SisoSettings
+    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.siso import SisoSettings
 
     found = {"iterations": 6, "checkpointing": False, "rate": 0.02, **changes}
     coarse = torch.rand(1, 3, 4, 8, generator=torch.Generator().manual_seed(6))

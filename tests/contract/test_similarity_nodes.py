@@ -19,7 +19,7 @@ GB = 2**30
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
-    from likeness.core.host.vision import load_vision
+    from likeness.core.vision.host.vision import load_vision
 
     folder = tmp_path_factory.mktemp("vision") / "clip"
     clip_folder(folder)
@@ -124,7 +124,7 @@ def test_retrieval_weights_that_are_not_there_are_told_before_anything_runs():
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(vision, monkeypatch):
-    from likeness.core.host import memory, session
+    from likeness.core.session import memory, session
 
     monkeypatch.setattr(memory.mm, "get_total_memory", lambda _device: 1000)
     monkeypatch.setattr(session, "load_fully", None)
@@ -133,7 +133,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(vision, m
 
 
 def test_an_estimate_above_the_memory_is_told_with_what_to_change(vision, monkeypatch, caplog):
-    from likeness.core.host import memory
+    from likeness.core.session import memory
 
     monkeypatch.setattr(memory.mm, "get_total_memory", lambda _device: GB)
     with caplog.at_level(logging.WARNING, "likeness"):
@@ -154,7 +154,7 @@ class Weights:
 
 
 def test_models_on_other_devices_need_no_memory_of_this_one(monkeypatch):
-    from likeness.core.host import memory
+    from likeness.core.session import memory
 
     monkeypatch.setattr(memory.mm, "get_total_memory", lambda _device: 1.5 * GB)
     memory.check_room([Weights("cuda"), Weights("cpu")], 0.0, torch.device("cuda"))
@@ -164,7 +164,7 @@ def test_models_on_other_devices_need_no_memory_of_this_one(monkeypatch):
 
 def test_a_text_encoder_that_learns_is_counted_twice(vision, monkeypatch):
     """Its weights, and the copies of them that a gradient goes through."""
-    from likeness.core.host import session
+    from likeness.core.session import session
 
     counted = []
 
@@ -183,14 +183,14 @@ def test_a_text_encoder_that_learns_is_counted_twice(vision, monkeypatch):
 
 
 def test_running_out_of_memory_says_what_to_change():
-    from likeness.core.host.memory import mm, told_when_out_of_memory
+    from likeness.core.session.memory import mm, told_when_out_of_memory
 
     with pytest.raises(mm.OOM_EXCEPTION, match="switch checkpointing on"), told_when_out_of_memory():
         raise mm.OOM_EXCEPTION("no room")
 
 
 def test_checkpointing_is_estimated_lower(vision):
-    from likeness.core.host.memory import activations, decoding_memory, vision_memory
+    from likeness.core.session.memory import activations, decoding_memory, vision_memory
 
     latent = torch.zeros(1, 4, 8, 8)
     for estimate in (
@@ -202,7 +202,7 @@ def test_checkpointing_is_estimated_lower(vision):
 
 
 def test_a_model_that_computes_in_float32_for_an_edit_is_estimated_higher():
-    from likeness.core.host.memory import activations
+    from likeness.core.session.memory import activations
 
     latent, stored, exact = torch.zeros(1, 4, 8, 8), tiny_models.sd1(), tiny_models.sd1()
     stored.set_model_compute_dtype(torch.bfloat16)
@@ -211,8 +211,8 @@ def test_a_model_that_computes_in_float32_for_an_edit_is_estimated_higher():
 
 
 def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
-    from likeness.core.host import similarity
-    from likeness.core.siso import unlikeness
+    from likeness.core.siso.host import similarity
+    from likeness.core.siso.siso import unlikeness
 
     rising = itertools.count()
     monkeypatch.setattr(similarity, "unlikeness", lambda *features: unlikeness(*features) + next(rising))
@@ -223,7 +223,7 @@ def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
 
 
 def test_a_latent_or_vae_of_another_model_is_refused(vision, monkeypatch):
-    from likeness.core.host import likeness_optimisation
+    from likeness.core.siso.host import optimize_lora as likeness_optimisation
     from likeness.nodes.optimize_lora import LikenessOptimizeLora
     from likeness.nodes.similarity import LikenessSimilarity
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from likeness.core.staged_sampling import Loops
+from likeness.core.ezigen.staged import Loops
 
 from .methods import Setting, autoencoder
 from .test_adapter import stored, subject
@@ -28,7 +28,7 @@ def parts():
 
 
 def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
-    from likeness.core.host import staged_editing as host
+    from likeness.core.ezigen.host import staged_edit as host
 
     setting, adapter, own = parts
     settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
@@ -96,7 +96,7 @@ def test_a_white_mask_of_another_size_is_white_as_published_too(parts):
 
 def test_a_step_leaves_the_noise_of_its_level(parts):
     """With a perfect denoiser, on the CPU."""
-    from likeness.core.host.staged_editing import EditSettings, _Pasting
+    from likeness.core.ezigen.host.staged_edit import EditSettings, _Pasting
 
     sigmas, z, found = torch.tensor([1.1, 0.9, 0.7, 0.5, 0.3, 0.0]), torch.rand(1, 4, 64, 64), []
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
@@ -112,7 +112,7 @@ def test_a_step_leaves_the_noise_of_its_level(parts):
 
 
 def test_a_large_picture_is_warned_of(parts, caplog, monkeypatch):
-    from likeness.core.host import staged_sampling
+    from likeness.core.ezigen.host import staged as staged_sampling
 
     monkeypatch.setattr(staged_sampling, "LARGE", 56)
     edited(parts, loops=Loops(0, 0))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from likeness.core.staged_sampling import Loops, renoised, split
+from likeness.core.ezigen.staged import Loops, renoised, split
 
 from ..unit.vision.models import clip_folder
 from .methods import Setting, autoencoder
@@ -20,7 +20,7 @@ LATENT = torch.zeros(1, 4, 8, 8)
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
     """A tiny CLIP."""
-    from likeness.core.host.vision import load_vision
+    from likeness.core.vision.host.vision import load_vision
 
     folder = tmp_path_factory.mktemp("vision") / "clip"
     clip_folder(folder)
@@ -35,7 +35,7 @@ def parts():
 
 
 def staged(parts, vision=None, start=None, latent=LATENT, model=None, vae=None, **changes):
-    from likeness.core.host import staged_sampling as host
+    from likeness.core.ezigen.host import staged as host
 
     setting, adapter, about = parts
     settings = replace(host.StagedSettings(7, STEPS, 3.0, loops=Loops(2, 2)), **changes)
@@ -51,8 +51,8 @@ def by_stock_nodes(parts, published=False):
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import AddNoise, Noise_RandomNoise, SamplerCustom
 
-    from likeness.core.host.adapter import with_adapter
-    from likeness.core.host.staged_sampling import STEP_SEEDS
+    from likeness.core.ezigen.host.adapter import with_adapter
+    from likeness.core.ezigen.host.staged import STEP_SEEDS
 
     setting, adapter, about = parts
     sampling, vae = setting.model.get_model_object("model_sampling"), autoencoder()
@@ -182,7 +182,7 @@ def test_nothing_is_asked_twice(parts, vision):
 
 
 def test_the_best_picture_is_the_one_most_like_the_subject(parts, vision):
-    from likeness.core.host.vision import embed
+    from likeness.core.vision.host.vision import embed
 
     found = staged(parts, vision, loops=Loops(3, 3), keep_best=True)
     with torch.inference_mode():
@@ -209,7 +209,7 @@ def test_of_the_latent_only_the_size_counts(parts):
 
 
 def test_one_adapter_for_both_parts(parts, monkeypatch):
-    from likeness.core.host import adapter as host
+    from likeness.core.ezigen.host import adapter as host
 
     loaded, made = host.loaded, []
     monkeypatch.setattr(host, "loaded", lambda *given: made.append(loaded(*given)) or made[-1])
@@ -218,7 +218,7 @@ def test_one_adapter_for_both_parts(parts, monkeypatch):
 
 
 def test_a_large_picture_is_warned_of(parts, caplog, monkeypatch):
-    from likeness.core.host import staged_sampling as host
+    from likeness.core.ezigen.host import staged as host
 
     assert host.LARGE == 1024
     monkeypatch.setattr(host, "LARGE", 64)

@@ -88,7 +88,7 @@ def test_save_and_load_give_model_clip_map_prompt_and_positive(clip):
 def test_a_file_of_the_stock_save_node_gets_its_map_back(tmp_path):
     from safetensors.torch import save_file
 
-    from likeness.core.host.position_map import position_map_of
+    from likeness.core.sine.host.position_map import position_map_of
     from likeness.nodes.tuned_files import LikenessLoadTuned
 
     setting = Setting()

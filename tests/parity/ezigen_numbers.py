@@ -7,7 +7,7 @@ import json
 import torch
 from safetensors import safe_open
 
-from likeness.core.ezigen import SubjectTokens, joined
+from likeness.core.ezigen.adapter import SubjectTokens, joined
 
 from .unets import DATA
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.ezigen import Adapter
+from likeness.core.ezigen.adapter import Adapter
 from likeness.toolbox.adapter_trainer.network import DiffusersUNet, layers, new_adapter
 
 from .ezigen_numbers import (

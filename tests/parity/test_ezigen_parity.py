@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.adapter_file import trained
-from likeness.core.ezigen import Adapter, batched, joined
-from likeness.core.host.adapter import Subject, with_adapter
-from likeness.core.host.adapter_layers import UNet, places
-from likeness.core.staged_sampling import (
-    background_of,
-    inverted_by_solver,
-    pasted,
-    published_levels,
-    renoised,
-    split,
-)
+from likeness.core.ezigen.adapter import Adapter, batched, joined
+from likeness.core.ezigen.artifact import trained
+from likeness.core.ezigen.host.adapter import Subject, with_adapter
+from likeness.core.ezigen.host.layers import UNet, places
+from likeness.core.ezigen.staged import background_of, inverted_by_solver, pasted, published_levels, renoised, split
 
 from ..tiny_models import CPU
 from .ezigen_numbers import (
@@ -117,7 +110,7 @@ def test_without_adapter(official, model):
 
 
 def test_loss_and_gradients(official, network):
-    from likeness.core.host.weights import thawed
+    from likeness.core.session.weights import thawed
 
     with torch.inference_mode(False), torch.enable_grad(), thawed([network.unet]):
         learns_as_published(network, official)
@@ -127,7 +120,7 @@ class Sampling:
     """Sampling of the file's MODEL from given latents, levels and noises, by ComfyUI's own DDPM steps."""
 
     def __init__(self, official, model, adapter) -> None:
-        from likeness.core.host.fingerprint import fingerprint
+        from likeness.core.session.fingerprint import fingerprint
 
         self.official, self.model = official, model
         self.stored = trained(adapter, {})

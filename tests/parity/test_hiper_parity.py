@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.conditioning import apply_embedding
-from likeness.core.hiper import HiPer, HiPerSettings, with_tail
-from likeness.core.host.session import optimise
+from likeness.core.embedding.hiper import HiPer, HiPerSettings, with_tail
+from likeness.core.prompt.conditioning import apply_embedding
+from likeness.core.session.session import optimise
 
 from .unets import SD_SCALE, arrays, tiny_sd15
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.host.session import optimise
-from likeness.core.inversion import invert
-from likeness.core.null_text import NullText, NullTextSettings
-from likeness.core.windows import step_wise, windows
+from likeness.core.inversion.ddim import invert
+from likeness.core.inversion.null_text import NullText, NullTextSettings
+from likeness.core.prompt.windows import step_wise, windows
+from likeness.core.session.session import optimise
 
 from .unets import SD_SCALE, arrays, tiny_sd15
 

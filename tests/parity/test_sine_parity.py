@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from likeness.core.host.guidance import SubjectModel, guided
-from likeness.core.host.position_map import with_position_map
-from likeness.core.position_map import position_map, sinusoids
-from likeness.core.sine_guidance import percent_of
+from likeness.core.sine.guidance import percent_of
+from likeness.core.sine.host.guidance import SubjectModel, guided
+from likeness.core.sine.host.position_map import with_position_map
+from likeness.core.sine.position_map import position_map, sinusoids
 
 from ..tiny_models import CPU, unet_config
 from .unets import SD_SCALE, arrays

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from likeness.core.fine_tune import FineTune, FineTuneSettings, Prompt, Samples
-from likeness.core.host.session import optimise
-from likeness.core.patches import cut, draw_box, squashed
+from likeness.core.session.session import optimise
+from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prompt, Samples
+from likeness.core.sine.patches import cut, draw_box, squashed
 
 from .test_sine_parity import toy
 from .unets import arrays

@@ -9,10 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from likeness.core.instance_retrieval import PREPROCESS, from_published
-from likeness.core.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from likeness.core.renoise import autocorrelation, corrected_noise, patch_kl, regularised, stepped, unstepped
-from likeness.core.siso import Plateau, Siso, SisoSettings, background_error, unlikeness
+from likeness.core.inversion.renoise import (
+    autocorrelation,
+    corrected_noise,
+    patch_kl,
+    regularised,
+    stepped,
+    unstepped,
+)
+from likeness.core.siso.siso import Plateau, Siso, SisoSettings, background_error, unlikeness
+from likeness.core.vision.instance_retrieval import PREPROCESS, from_published
+from likeness.core.vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 DINO = Preprocess(518, 518, IMAGENET_MEAN, IMAGENET_STD, published=True)
 

@@ -26,7 +26,7 @@ def narrow():
 
 def moved_adapter(base) -> dict[str, torch.Tensor]:
     """The published start with every number moved."""
-    from likeness.core.host.adapter_layers import new_adapter
+    from likeness.core.ezigen.host.layers import new_adapter
 
     generator = torch.Generator().manual_seed(3)
     named = new_adapter(base).named()
@@ -58,8 +58,8 @@ def test_a_subject_is_encoded_alone_on_white(narrow) -> None:
 
 
 def test_the_start_changes_little(narrow) -> None:
-    from likeness.core.ezigen import joined
-    from likeness.core.host.adapter_layers import UNet, new_adapter
+    from likeness.core.ezigen.adapter import joined
+    from likeness.core.ezigen.host.layers import UNet, new_adapter
     from likeness.toyworld.train_adapter import split_parameters, start_gently
 
     base = narrow.model.model
@@ -82,8 +82,8 @@ def test_the_start_changes_little(narrow) -> None:
 def test_the_wide_adapter_computes_the_same(narrow, tmp_path: Path) -> None:
     import comfy.sd
 
-    from likeness.core.adapter_file import StoredAdapter
-    from likeness.core.host.adapter import encode_subject, with_adapter
+    from likeness.core.ezigen.artifact import StoredAdapter
+    from likeness.core.ezigen.host.adapter import encode_subject, with_adapter
     from likeness.toyworld.build import build_checkpoint
     from likeness.toyworld.widen import widen_adapter
 

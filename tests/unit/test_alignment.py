@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from likeness.core.alignment import align, matrices, overlap, warp
+from likeness.core.reference.alignment import align, matrices, overlap, warp
 
 
 def shape(index: int, side: int = 64) -> torch.Tensor:

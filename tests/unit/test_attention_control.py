@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.attention_control import (
+from likeness.core.attention.maps import mean_over_layers, probabilities, row_maps, stretched
+from likeness.core.attention.prompt_to_prompt import (
     Swap,
     blend_mask,
     blended,
@@ -15,7 +16,6 @@ from likeness.core.attention_control import (
     own_columns,
     word_swap,
 )
-from likeness.core.attention_maps import mean_over_layers, probabilities, row_maps, stretched
 
 ROWS = 9
 

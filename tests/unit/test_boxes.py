@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.testing import assert_close
 
-from likeness.core.boxes import ALL, BEST, LARGEST, areas, chosen, corners, distinct, inside, overlaps
+from likeness.core.vision.boxes import ALL, BEST, LARGEST, areas, chosen, corners, distinct, inside, overlaps
 
 BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 50, 60], [5, 0, 15, 10]])
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.conditioning import TAIL, apply_embedding, check_room, padding_rows, single_prompt, start_rows
+from likeness.core.prompt.conditioning import (
+    TAIL,
+    apply_embedding,
+    check_room,
+    padding_rows,
+    single_prompt,
+    start_rows,
+)
 
 D = 8
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from likeness.core.adapter_file import PARTS, StoredAdapter, read_adapter, save_adapter
-from likeness.core.ezigen import WEIGHTS, Adapter, Layer, SubjectTokens, batched, dropped, joined
-from likeness.core.ezigen_training import AdapterTraining, Sample, TrainingSettings, draw, errors
-from likeness.core.staged_sampling import Loops, appearance_steps, background_of, inverted_by_solver, renoised, split
+from likeness.core.ezigen.adapter import WEIGHTS, Adapter, Layer, SubjectTokens, batched, dropped, joined
+from likeness.core.ezigen.artifact import PARTS, StoredAdapter, read_adapter, save_adapter
+from likeness.core.ezigen.staged import Loops, appearance_steps, background_of, inverted_by_solver, renoised, split
+from likeness.core.ezigen.train import AdapterTraining, Sample, TrainingSettings, draw, errors
 
 NAMES = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.2"]
 LAYERS = [Layer(f"{name}.transformer_blocks.0", width, 2) for name, width in zip(NAMES, (8, 12, 8), strict=True)]

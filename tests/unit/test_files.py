@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from likeness.core.embedding import MAX_BYTES, Embedding, load_embedding, save_embedding
+from likeness.core.embedding.artifact import MAX_BYTES, Embedding, load_embedding, save_embedding
 from likeness.core.files import read_tensors, write_tensors
-from likeness.core.runs import RunStore, digest
+from likeness.core.fit.runs import RunStore, digest
 
 
 def embedding() -> Embedding:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from likeness.core.denoiser import noise_error
-from likeness.core.fine_tune import FineTune, FineTuneSettings, Prior, Prompt, Samples, recon_term
-from likeness.core.patches import box_of, check_size, cut, squashed
-from likeness.core.training import train
+from likeness.core.fit.train import train
+from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prior, Prompt, Samples, recon_term
+from likeness.core.sine.patches import box_of, check_size, cut, squashed
 
 from ..toy import GaussianDenoiser
 
@@ -211,7 +211,7 @@ def run(store, steps: int, cancel_at: int | None = None, keep: int | None = None
 @pytest.mark.parametrize("keep", [None, 2, 1])
 @pytest.mark.parametrize("cancel_at", [1, 4])
 def test_cancelled_and_resumed_equals_uninterrupted(tmp_path, cancel_at, keep):
-    from likeness.core.runs import RunStore
+    from likeness.core.fit.runs import RunStore
 
     whole_fit, whole = run(RunStore(tmp_path / "whole"), 8, keep=keep)
     store = RunStore(tmp_path / "stopped")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from likeness.core.hifi_tuner import Anchor, AnchoredHiPer, StepWise, StepWiseSettings
-from likeness.core.hiper import HiPer, HiPerSettings, with_tail
+from likeness.core.embedding.hifi_tuner import Anchor, AnchoredHiPer, StepWise, StepWiseSettings
+from likeness.core.embedding.hiper import HiPer, HiPerSettings, with_tail
 
 from ..toy import GaussianDenoiser
 

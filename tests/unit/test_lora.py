@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from likeness.core.lora import Rows, attention_layers, beside, factors, new_adapters
+from likeness.core.lora.low_rank import Rows, attention_layers, beside, factors, new_adapters
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from likeness.core.measures import (
+from likeness.core.vision.measures import (
     PSNR_OF_EQUAL,
     cosine,
     lpips,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.inversion import invert
-from likeness.core.null_text import NullText, NullTextSettings
-from likeness.core.rectify import landing, step_at
-from likeness.core.reference_guidance import ReferenceGuide, ReferenceSettings
+from likeness.core.inversion.ddim import invert
+from likeness.core.inversion.null_text import NullText, NullTextSettings
+from likeness.core.inversion.rectify import landing, step_at
+from likeness.core.reference.guidance import ReferenceGuide, ReferenceSettings
 
 from ..toy import GaussianDenoiser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.renoise import ReNoiseSettings, Replay, ancestral, corrected_noise, regularised, renoise
+from likeness.core.inversion.renoise import ReNoiseSettings, Replay, ancestral, corrected_noise, regularised, renoise
 
 from ..toy import GaussianDenoiser
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.position_map import position_map, sinusoids, whole_box
-from likeness.core.sine_guidance import Window, base_share, check_weights, mixed, percent_of
+from likeness.core.sine.guidance import Window, base_share, check_weights, mixed, percent_of
+from likeness.core.sine.position_map import position_map, sinusoids, whole_box
 
 
 def prediction(kind: str, x, sigma, p):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.instance_retrieval import from_published
-from likeness.core.siso import Plateau, Siso, SisoSettings, background_error, unlikeness
+from likeness.core.siso.siso import Plateau, Siso, SisoSettings, background_error, unlikeness
+from likeness.core.vision.instance_retrieval import from_published
 
 
 def fit(losses=None, **settings) -> Siso:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from likeness.core.subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
+from likeness.core.ezigen.subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
 
 RED, GRAY = (250, 10, 10), (90, 90, 90)
 

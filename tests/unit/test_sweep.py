@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from likeness.core.sweep import MOST_NUMBERS, MOST_TEXT, grid, numbers, one_for_each, pairs, timestep
+from likeness.core.sine.sweep import MOST_NUMBERS, MOST_TEXT, grid, numbers, one_for_each, pairs, timestep
 
 
 @pytest.mark.parametrize(

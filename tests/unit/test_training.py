@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core import training
-from likeness.core.runs import RunStore
-from likeness.core.training import stored_run, train
+from likeness.core.fit import train as training
+from likeness.core.fit.runs import RunStore
+from likeness.core.fit.train import stored_run, train
 
 from .test_hiper import make
 

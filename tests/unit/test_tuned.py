@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from likeness.core.files import HEADER_KEY, write_tensors
-from likeness.core.tuned import (
+from likeness.core.lora.artifact import (
     KIND,
     MARKER,
     MODEL,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.ezigen_training import TIMESTEPS, Sample
-from ...core.fitting import step_generator
-from ...core.subject_pairs import subject_prompt
+from ...core.ezigen.subject_pairs import subject_prompt
+from ...core.ezigen.train import TIMESTEPS, Sample
+from ...core.fit.fit import step_generator
 from .data import Item
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ...core.fitting import step_generator
-from ...core.subject_pairs import EXPECTED, MAX_SUBJECTS, Pair, PairFolder, index_of
+from ...core.ezigen.subject_pairs import EXPECTED, MAX_SUBJECTS, Pair, PairFolder, index_of
+from ...core.fit.fit import step_generator
 from .data_coco import Coco
 from .data_youtube_vis import ANNOTATIONS, DRAWS, YoutubeVis
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.subject_pairs import MAX_SUBJECTS, Pair
+from ...core.ezigen.subject_pairs import MAX_SUBJECTS, Pair
 from .masks import Pixels, bounds, on_white, packed_if_whole, pixels, placed, unpacked
 
 MIN_AREA = 1000

@@ -26,7 +26,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ...core.subject_pairs import Pair
+from ...core.ezigen.subject_pairs import Pair
 from .data_coco import tables
 from .masks import Box, Mask, Pixels, bounds, largest_part, on_white, packed_if_whole, pixels, placed, unpacked
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.ezigen import Adapter
-from ...core.ezigen_training import MAX_NORM, Draw, Sample, draw, errors, optimizer
-from ...core.fitting import adam_state, finite_or_raise, restore_adam
+from ...core.ezigen.adapter import Adapter
+from ...core.ezigen.train import MAX_NORM, Draw, Sample, draw, errors, optimizer
+from ...core.fit.fit import adam_state, finite_or_raise, restore_adam
 from .base import Encoder
 from .data import Item
 from .network import DiffusersUNet

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.adapter_file import by_place
-from ...core.ezigen import Adapter, Layer, SubjectTokens
+from ...core.ezigen.adapter import Adapter, Layer, SubjectTokens
+from ...core.ezigen.artifact import by_place
 
 BLOCK = ".transformer_blocks."
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...core import adapter_file
-from ...core.ezigen_training import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS
+from ...core.ezigen import artifact as adapter_file
+from ...core.ezigen.train import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS
 from .base import Base, Encoder, read_base
 from .data import Samples, Share, Source, batches, source
 from .data_youtube_vis import DRAWS

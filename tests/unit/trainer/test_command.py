@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from likeness.core.adapter_file import read_adapter
+from likeness.core.ezigen.artifact import read_adapter
 from likeness.toolbox.adapter_trainer import loop, run
 from likeness.toolbox.adapter_trainer.run import main
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from likeness.core.subject_pairs import Pair, PairFolder, index_of, pair_generator
+from likeness.core.ezigen.subject_pairs import Pair, PairFolder, index_of, pair_generator
 from likeness.toolbox.adapter_trainer.data import Samples, Share, source
 from likeness.toolbox.adapter_trainer.data_coco import Coco
 from likeness.toolbox.adapter_trainer.data_youtube_vis import SENTENCES, YoutubeVis, squared, widened

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from likeness.core.host.vision import (
+from likeness.core.session.weights import layers_checkpointed
+from likeness.core.vision.host.vision import (
     check_vision,
     describe,
     embed,
@@ -17,8 +18,7 @@ from likeness.core.host.vision import (
     looking,
     text_missing,
 )
-from likeness.core.host.weights import layers_checkpointed
-from likeness.core.preprocess import Preprocess
+from likeness.core.vision.preprocess import Preprocess
 
 from .models import CLIP_SIDE, clip_folder, core_vision, dino_folder, open_clip_file, pictures
 from .test_retrieval import published

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from likeness.core import boxes as geometry
-from likeness.core.host import subject_masks as finding
-from likeness.core.host.extras import caption, grounding, sam
-from likeness.core.host.subject_masks import Request, captions, subject_masks
-from likeness.core.host.vision import load_vision
+from likeness.core.vision import boxes as geometry
+from likeness.core.vision.host import subject_masks as finding
+from likeness.core.vision.host.extras import caption, grounding, sam
+from likeness.core.vision.host.subject_masks import Request, captions, subject_masks
+from likeness.core.vision.host.vision import load_vision
 
 from . import finders
 from .models import dino_folder, pictures, seeded
@@ -259,7 +259,7 @@ def test_incomplete_folders(tmp_path):
 def test_each_list_has_its_own_folders(tmp_path, folder, monkeypatch):
     import folder_paths
 
-    from likeness.core.host.vision import vision_names
+    from likeness.core.vision.host.vision import vision_names
 
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "likeness_vision", ([str(tmp_path)], set()))

@@ -8,10 +8,10 @@ from pathlib import Path
 import folder_paths
 import pytest
 
-from likeness.core.host import folders
-from likeness.core.host.folders import EMBEDDINGS, LPIPS, VISION
-from likeness.core.host.subject_masks import captioners, detectors
-from likeness.core.host.vision import vision_names
+from likeness.core.session import folders
+from likeness.core.session.folders import EMBEDDINGS, LPIPS, VISION
+from likeness.core.vision.host.subject_masks import captioners, detectors
+from likeness.core.vision.host.vision import vision_names
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from likeness.core.host.vision import describe, embed, load_vision, text_missing
+from likeness.core.vision.host.vision import describe, embed, load_vision, text_missing
 
 from .models import (
     CLIP_SIDE,

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from torch.testing import assert_close
 
-from likeness.core.host.extras.lpips_files import ALEXNET, BACKBONES, load_lpips
+from likeness.core.vision.host.extras.lpips_files import ALEXNET, BACKBONES, load_lpips
 
 from .models import pictures
 

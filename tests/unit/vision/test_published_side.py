@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from likeness.core.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from likeness.core.vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 from .models import DINO_SIDE, clip_folder, dino_folder, pictures, seeded
 
@@ -41,9 +41,9 @@ def published_folder(folder: Path):
 
 
 def test_the_published_folder_is_asked_at_518(tmp_path):
-    from likeness.core.host.memory import BYTES_PER_FEATURE, vision_memory
-    from likeness.core.host.similarity import Part, part_of
-    from likeness.core.host.vision import load_vision, looking
+    from likeness.core.session.memory import BYTES_PER_FEATURE, vision_memory
+    from likeness.core.siso.host.similarity import Part, part_of
+    from likeness.core.vision.host.vision import load_vision, looking
 
     model = published_folder(tmp_path)
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def test_the_published_folder_is_asked_at_518(tmp_path):
 
 @pytest.mark.parametrize(("kind", "sides"), [("dino", (DINO_SIDE, DINO_SIDE)), ("clip", (32, 32))])
 def test_the_side_is_that_of_the_positions(tmp_path, kind, sides):
-    from likeness.core.host.vision import load_vision, published_preprocess
+    from likeness.core.vision.host.vision import load_vision, published_preprocess
 
     (dino_folder if kind == "dino" else clip_folder)(tmp_path)
     with torch.inference_mode():
@@ -77,9 +77,9 @@ def test_the_side_is_that_of_the_positions(tmp_path, kind, sides):
 def test_how_pictures_are_prepared_decides_the_run(tmp_path):
     from dataclasses import replace
 
-    from likeness.core.host.similarity import Part
-    from likeness.core.host.vision import load_vision
-    from likeness.core.runs import digest
+    from likeness.core.fit.runs import digest
+    from likeness.core.siso.host.similarity import Part
+    from likeness.core.vision.host.vision import load_vision
 
     clip_folder(tmp_path)
     with torch.inference_mode():

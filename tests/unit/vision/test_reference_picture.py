@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from likeness.core.alignment import matrices, warp
-from likeness.core.host.reference_picture import LITERAL, SYMMETRIC, choose_reference, lay_on
-from likeness.core.host.vision import load_vision
+from likeness.core.reference.alignment import matrices, warp
+from likeness.core.reference.host.alignment import LITERAL, SYMMETRIC, choose_reference, lay_on
+from likeness.core.vision.host.vision import load_vision
 
 from .models import dino_folder, pictures
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from likeness.core.instance_retrieval import Backbone, InstanceRetrieval
+from likeness.core.vision.instance_retrieval import Backbone, InstanceRetrieval
 
 from .models import pictures, seeded
 
@@ -25,7 +25,7 @@ def published() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_both_kinds_of_files_give_the_same_features(tmp_path, ending, prefix):
-    from likeness.core.host.vision import embed, load_instance_retrieval
+    from likeness.core.vision.host.vision import embed, load_instance_retrieval
 
     tensors = {prefix + name: value.clone() for name, value in published().items()}
     path = tmp_path / f"ir{ending}"
@@ -39,7 +39,7 @@ def test_both_kinds_of_files_give_the_same_features(tmp_path, ending, prefix):
 
 
 def test_other_files_are_refused(tmp_path):
-    from likeness.core.host.vision import load_instance_retrieval
+    from likeness.core.vision.host.vision import load_instance_retrieval
 
     class Code:
         def __reduce__(self):
@@ -73,14 +73,14 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_tables_are_refused_without_building_what_they_name(case):
-    from likeness.core.instance_retrieval import from_published
+    from likeness.core.vision.instance_retrieval import from_published
 
     with pytest.raises(ValueError, match=r"not the weights of the instance-retrieval model \(.+\): choose"):
         from_published(WRONG[case]())
 
 
 def test_a_table_inside_a_checkpoint_is_found(tmp_path):
-    from likeness.core.host.vision import load_instance_retrieval
+    from likeness.core.vision.host.vision import load_instance_retrieval
 
     torch.save({"state_dict": published(), "epoch": 3}, tmp_path / "ir.pth")
     with torch.inference_mode():

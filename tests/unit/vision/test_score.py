@@ -8,8 +8,9 @@ import folder_paths
 import pytest
 import torch
 
-from likeness.core.host import folders, scoring
-from likeness.core.host.vision import load_vision
+from likeness.core.session import folders
+from likeness.core.vision.host import scoring
+from likeness.core.vision.host.vision import load_vision
 from likeness.nodes.score import NODES, LikenessLoadVision, LikenessScore
 
 from .models import clip_folder, core_vision, dino_folder, pictures

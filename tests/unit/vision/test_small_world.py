@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from likeness.core.host.vision import check_vision, embed, load_vision
+from likeness.core.vision.host.vision import check_vision, embed, load_vision
 from likeness.toyworld import assets, comfyui, vision_models
 
 from .models import pictures, seeded

@@ -1,0 +1,1 @@
+"""Prompt-to-prompt: replacing a word through its cross-attention maps."""

@@ -1,0 +1,126 @@
+"""Reading a MODEL's cross-attention: the maps of a prompt's last rows at several noise levels of one picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...embedding.host.train import subject
+from ...fit.fit import step_generator
+from ...prompt.conditioning import Conditioning, single_prompt
+from ...session.session import GuiderDenoiser, predicting
+from ..maps import mean_over_layers, probabilities, row_maps, stretched
+from .layers import Attention, attention_layers, replaced
+
+KEY = "likeness.inspect"
+SCALE = 8  # pixels of a latent's side, in all models that have such layers
+
+
+@dataclass(frozen=True)
+class Maps:
+    """values [levels, rows, h, w]: the attention to each row, at latent resolution; percents: of the sampling, 0 is
+    pure noise."""
+
+    values: Tensor
+    percents: list[float]
+
+    def mask(self) -> Tensor:
+        """The mean over levels and rows, in 0..1, at the picture's size: [1, H, W]."""
+        mean = self.values.mean((0, 1))[None, None]
+        return stretched(torch.nn.functional.interpolate(mean, scale_factor=SCALE, mode="bilinear")[0])
+
+
+def inspected(
+    model: Any,
+    conditioning: Conditioning,
+    latent: dict[str, Tensor],
+    tokens: int,
+    levels: int,
+    seed: int,
+    node_id: str | None = None,
+) -> Maps:
+    """The maps of the last `tokens` rows at so many levels, evenly spread over the sampling."""
+    attention_layers(model.model.diffusion_model)
+    percents = [(index + 0.5) / levels for index in range(levels)]
+    prompts = [prompt_at(conditioning, percent) for percent in percents]
+    fewest = min(prompt[0].shape[1] for prompt in prompts)
+    if tokens > fewest:
+        raise ValueError(f"{tokens} rows were asked for, the prompt has {fewest}: ask for as many as were trained.")
+    samples = subject(model, latent, None, None, None).latent[:1]
+    sampling = model.get_model_object("model_sampling")
+    clone = model.clone()
+    reading = _Reading(tokens, (samples.shape[-2], samples.shape[-1]))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, reading)
+    bar = comfy.utils.ProgressBar(levels, node_id=node_id)
+    found: list[Tensor] = []
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        noise = torch.randn(x0.shape, generator=step_generator(seed, 0, "inspect")).to(x0)
+        for percent, (rows, _) in zip(percents, prompts, strict=True):
+            sigma = torch.tensor([float(sampling.percent_to_sigma(percent))]).to(x0)
+            denoiser.denoised(denoiser.noised(x0, noise, sigma), sigma, rows.to(x0))
+            found.append(reading.mean())
+            bar.update(1)
+
+    predicting(clone, [prompts[0]], samples, body)
+    return Maps(torch.cat(found), percents)
+
+
+def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
+    """The one prompt that holds at a percent of the sampling, without its window. ValueError for none, or several."""
+    held = [
+        [rows, {name: value for name, value in options.items() if name not in ("start_percent", "end_percent")}]
+        for rows, options in conditioning
+        if options.get("start_percent", 0.0) <= percent < options.get("end_percent", 1.0)
+    ]
+    if len(held) != 1:
+        raise ValueError(
+            f"{len(held)} prompts hold at {percent:g} of the sampling, expected one: connect Apply Subject Embedding "
+            "directly, without combining or time ranges."
+        )
+    single_prompt(held, "prompt")
+    return held[0]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The wrapper of a session in which every cross-attention layer leaves its maps."""
+
+    tokens: int
+    size: tuple[int, int]
+    maps: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
+        options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
+        layers = attention_layers(guider.inner_model.diffusion_model)
+        before = options.get("patches_replace", {})
+        options["patches_replace"] = replaced(before, "attn2", layers, lambda inner: _Layer(self, inner))
+        try:
+            return executor(guider, sigmas, extra_args, *more)
+        finally:
+            options["patches_replace"] = before
+
+    def mean(self) -> Tensor:
+        """The mean over the layers of the last prediction, [1, tokens, h, w]; they begin anew."""
+        found = mean_over_layers(self.maps, self.size)
+        self.maps.clear()
+        return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A cross-attention layer that is read."""
+
+    reading: _Reading
+    inner: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        attention = probabilities(q, k, options["n_heads"])[..., -self.reading.tokens :]
+        height, width = options["activations_shape"][-2:]
+        self.reading.maps.append(row_maps(attention, (height, width)).cpu())
+        return self.inner(q, k, v, options)

@@ -1,0 +1,161 @@
+"""The LIKENESS_EMBEDDING artifact: text rows learned from a subject, with what is needed to use them rightly.
+
+One table of rows [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the
+number of denoising steps for a step-wise one, whose header says in "windows" when each of them holds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors, write_tensors
+from ..prompt.windows import Window
+
+FORMAT = 1
+MAX_BYTES = 512 << 20  # 50 denoising steps of 77 rows of width 2048, saved 16 times over
+STEP_KEY = "step_{:06d}"
+RECOMMENDED_STEP = 1000  # HiPer trains 1500 steps and uses this one; later ones lose editability
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """rows: saved step -> [T, n, d] float32 on the CPU. header: method, base, settings, seed, losses (JSON values)."""
+
+    rows: dict[int, Tensor]
+    header: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("The embedding holds no saved step: train it again.")
+        shapes = {tuple(value.shape) for value in self.rows.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 3 or 0 in next(iter(shapes)):
+            raise ValueError(
+                f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width]: "
+                f"train it again."
+            )
+        if self.denoising_steps > 1 and not _tile(self.header.get("windows"), self.denoising_steps):
+            raise ValueError(
+                f"The embedding has rows for {self.denoising_steps} denoising steps, but not a time window for each: "
+                "train it again."
+            )
+
+    @property
+    def denoising_steps(self) -> int:
+        """T."""
+        return next(iter(self.rows.values())).shape[0]
+
+    @property
+    def windows(self) -> list[Window]:
+        """When each of the T tables holds, in percent of the sampling; none for T = 1."""
+        return [(start, end) for start, end in self.header["windows"]] if self.denoising_steps > 1 else []
+
+    @property
+    def tokens(self) -> int:
+        return next(iter(self.rows.values())).shape[1]
+
+    @property
+    def width(self) -> int:
+        return next(iter(self.rows.values())).shape[2]
+
+    @property
+    def recommended_step(self) -> int:
+        """The last saved step that is not beyond the published one."""
+        early = [step for step in self.rows if step <= RECOMMENDED_STEP]
+        return max(early) if early else min(self.rows)
+
+    def at(self, step: int) -> Tensor:
+        """The rows [T, n, d] of a saved step; 0 means the recommended one. ValueError for a step that was not saved."""
+        chosen = step or self.recommended_step
+        if chosen not in self.rows:
+            saved = ", ".join(map(str, sorted(self.rows)))
+            raise ValueError(f"Step {step} of the embedding was not saved: choose 0 (recommended) or one of {saved}.")
+        return self.rows[chosen]
+
+    def describe(self) -> str:
+        """A few lines for people: method, size, base model, steps, last loss."""
+        base = self.header.get("base", {})
+        losses = self.header.get("losses") or []
+        of_each = f", others at each of {self.denoising_steps} denoising steps" if self.denoising_steps > 1 else ""
+        lines = [
+            f"{self.header.get('method', 'unknown method')}: {self.tokens} tokens of width {self.width}{of_each}",
+            f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
+            f"saved steps: {', '.join(map(str, sorted(self.rows)))}; recommended {self.recommended_step}",
+        ]
+        if losses:
+            lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
+        return "\n".join(lines)
+
+
+def _tile(windows: Any, count: int) -> bool:
+    """Whether these are `count` pairs of numbers that go from 0 to 1 without a gap."""
+    if not isinstance(windows, (list, tuple)) or len(windows) != count:
+        return False
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in windows):
+        return False
+    flat = [edge for pair in windows for edge in pair]
+    if not all(isinstance(edge, (int, float)) and 0 <= edge <= 1 for edge in flat):
+        return False
+    return flat == sorted(flat) and flat[0] == 0 and flat[-1] == 1 and flat[1:-1:2] == flat[2:-1:2]
+
+
+def save_embedding(path: Path, embedding: Embedding) -> None:
+    """Write the embedding as one safetensors file."""
+    tensors = {STEP_KEY.format(step): rows for step, rows in embedding.rows.items()}
+    write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": "embedding"})
+
+
+def load_embedding(path: Path) -> Embedding:
+    """Read one of our files, or a tensor that the official HiPer script saved (.pt, read without running any code in
+    it).
+
+    Raises ValueError for anything else.
+    """
+    if path.suffix.lower() in {".pt", ".pth"}:
+        return _load_official(path)
+    tensors, header = read_tensors(path, MAX_BYTES)
+    if header.get("kind") != "embedding":
+        raise ValueError(
+            f"{path.name} is a safetensors file but not an embedding of this pack: choose one made by Save Embedding."
+        )
+    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
+        raise ValueError(
+            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
+        )
+    losses = header.get("losses", [])
+    numbers = isinstance(losses, list) and all(isinstance(loss, (int, float)) for loss in losses)
+    if not numbers or not all(isinstance(header.get(part, {}), dict) for part in ("base", "settings")):
+        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+    rows = {}
+    for name, value in tensors.items():
+        match = re.fullmatch(r"step_(\d{6})", name)
+        if match is None or value.ndim != 3 or not value.is_floating_point():
+            raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
+        rows[int(match[1])] = value.float()
+    return Embedding(rows, header)
+
+
+def _load_official(path: Path) -> Embedding:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(
+            f"{path.name} is larger than any embedding ({path.stat().st_size} bytes): choose another file."
+        )
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
+        raise ValueError(
+            f"{path.name} is not a plain tensor file ({type(error).__name__}): only HiPer's own .pt is read."
+        ) from error
+    table = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (2, 3)
+    if not table or value.ndim == 3 and value.shape[0] != 1:
+        raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")
+    value = value.detach().float().reshape(1, *value.shape[-2:])
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{path.name} holds NaN or infinite numbers: copy or train it again.")
+    match = re.search(r"step(\d+)", path.stem)
+    return Embedding({int(match[1]) if match and int(match[1]) else 1: value}, {"method": "hiper (official file)"})

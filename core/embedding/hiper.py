@@ -1,0 +1,108 @@
+"""HiPer (Han et al. 2023, arXiv 2303.08767), its objective: argmin_h E || eps_theta(z_t, t, [c, h]) - eps ||^2.
+
+The text encoder's output for the source prompt is a table of rows (77 x 768 for SD1.x). HiPer freezes the model and the
+head c of the table, and optimises only its last n rows h, on one picture. Any other prompt that carries the learned
+rows at its end then shows the subject.
+
+Source: train.py and inference.py of the authors. Deviations, each with its reason:
+- x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs one random draw kept for the whole run;
+- the noise is drawn in float32, theirs in float16; h and Adam stay in float32 as theirs;
+- a mask restricts the loss to the subject (HiFi Tuner eq. 6); without a mask the loss is theirs;
+- several pictures are allowed, one drawn per update;
+- the last state is kept too, theirs is lost unless it falls on a saving step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser, masked_mean, noise_error
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
+
+TOKENS = 5  # train.py --n_hiper: more rows hold more identity and leave less room for the edit
+LEARNING_RATE = 5e-3  # README and script.sh; the argument's own default is 1e-3
+STEPS = 1000  # the checkpoint that inference.py uses, of 1500 trained
+SAVE_EVERY = 100
+SCALE = 0.8  # inference.py multiplies h by it (towards zero, not towards the padding)
+
+
+@dataclass(frozen=True)
+class HiPerSettings:
+    """What decides the result of a run, next to the model, the picture and the prompt."""
+
+    tokens: int = TOKENS
+    learning_rate: float = LEARNING_RATE
+    seed: int = 0
+    t_low: int = 0
+    t_high: int = 999
+
+
+def with_tail(context: Tensor, h: Tensor) -> Tensor:
+    """[c, h]: context [B, rows, d] with its last n rows replaced by h [n, d]."""
+    return torch.cat([context[:, : -h.shape[0]], h.to(context).expand(context.shape[0], -1, -1)], dim=1)
+
+
+class HiPer:
+    """The optimisation of the tail rows; a Fit (see fitting.py)."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        context: Tensor,
+        start: Tensor,
+        settings: HiPerSettings,
+        mask: Tensor | None = None,
+    ) -> None:
+        """x0 [B, C, h, w] in the model's latent space; context [1, rows, d] of the source prompt; start [n, d], the
+        rows that h begins with; mask [B or 1, 1, h, w] of ones and zeros."""
+        self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
+        self.h = start.detach().to(device=x0.device, dtype=torch.float32).clone().requires_grad_(True)
+        self.optimizer = torch.optim.Adam([self.h], lr=settings.learning_rate)
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def draw(self) -> tuple[int, Tensor, Tensor]:
+        """Picture index, timestep [1] and noise [1, C, h, w] of the next update."""
+        generator = step_generator(self.settings.seed, self.step)
+        index = int(torch.randint(self.x0.shape[0], (1,), generator=generator))
+        t = torch.randint(self.settings.t_low, self.settings.t_high + 1, (1,), generator=generator)
+        noise = torch.randn(1, *self.x0.shape[1:], generator=generator)
+        return index, t, noise
+
+    def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """|| eps_theta - eps ||^2 (a mean) for one draw, and the denoised estimate."""
+        x0 = self.x0[index : index + 1]
+        sigma = self.denoiser.sigmas[t].to(x0)
+        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.h))
+        mask = None if self.mask is None else self.mask[index % self.mask.shape[0]][None]
+        return masked_mean(error.float().square(), mask), denoised
+
+    def update(self) -> Tensor:
+        loss, denoised = self.loss(*self.draw())
+        value = finite_or_raise(loss, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        finite_or_raise(torch.as_tensor(self.h.grad).square().sum(), self.step, "gradient")
+        self.optimizer.step()
+        self.losses.append(value)
+        return denoised.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "h": self.h.detach(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            **adam_state(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.h.copy_(state["h"])
+        self.losses = state["losses"].tolist()
+        restore_adam(self.optimizer, state)

@@ -1,0 +1,209 @@
+"""Files of EZIGen's adapter: what is trained, out of the published checkpoint in each of its layouts, and our own.
+
+A published checkpoint is the folder of a training run: the whole UNet of 3.7 GB with the adapter in it, sometimes a
+second file with w, sometimes names that begin with "module.". 113 tensors of these are the adapter, 5 % of the bytes;
+they keep their published names in our files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors, write_tensors
+from .adapter import WEIGHTS, Adapter
+
+log = logging.getLogger("likeness")
+KIND, FORMAT = "adapter", 1
+MAX_BYTES = 8 << 30
+MARKERS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+SECONDS = ("model_1.safetensors", "pytorch_model_1.bin")  # where older checkpoints keep w
+BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+"
+PARTS = ("adapter.to_q.weight", "adapter.to_k.weight", "adapter.to_v.weight", "adapter.to_out.0.weight",
+         "adapter.to_out.0.bias", "adapter_norm.weight", "adapter_norm.bias")  # fmt: skip
+NAME = re.compile(rf"(?:^|\.)({BLOCK}\.(?:{'|'.join(map(re.escape, PARTS))}))$")
+BASE = re.compile(rf"(?:^|\.)({BLOCK}\.attn1\.to_q\.weight)$")
+BASE_PART = ".attn1.to_q.weight"
+SAMPLED = 32  # values of each of the base's sampled weights
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAdapter:
+    """An adapter's tensors by published names, and what is known of it.
+
+    base: the first values of some of the UNet's own weights, by published name, to tell the model that it belongs to.
+    """
+
+    tensors: dict[str, Tensor]
+    header: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> dict[str, list[float]]:
+        return self.header.get("base", {})
+
+    def order(self) -> list[str]:
+        """Its layers, as the UNet runs them."""
+        layers = {name.partition(".adapter")[0] for name in self.tensors if name != WEIGHTS}
+        return by_place(layers)
+
+    def widths(self) -> list[int]:
+        """The width of every layer."""
+        return [self.tensors[f"{name}.{PARTS[0]}"].shape[0] for name in self.order()]
+
+    def describe(self) -> str:
+        """For people: how large it is and what it is from."""
+        count = sum(value.numel() for value in self.tensors.values())
+        kinds = "/".join(str(width) for width in dict.fromkeys(self.widths()))
+        line = f"{len(self.tensors)} tensors, {count:,} numbers, {len(self.order())} blocks of widths {kinds}"
+        steps = self.header.get("steps")
+        return line + (f", {steps} steps" if steps else "")
+
+
+def by_place(layers: Iterable[str]) -> list[str]:
+    """Layers in the order in which the UNet runs them."""
+    return sorted(layers, key=_place)
+
+
+def _place(name: str) -> tuple[int, ...]:
+    part = ("down", "mid", "up").index(name.partition("_")[0])
+    return (part, *map(int, re.findall(r"\.(\d+)", name)))
+
+
+def read_adapter(path: Path) -> StoredAdapter:
+    """From our file, or a published checkpoint: a file, or the folder that training left.
+
+    ValueError, with the remedy, when there is no whole adapter in it.
+    """
+    tensors: dict[str, Tensor] = {}
+    base: dict[str, list[float]] = {}
+    header: dict[str, Any] = {}
+    for file in _files(path):
+        found, about = _read(file)
+        header = header or about
+        for name, value in found.items():
+            if own := NAME.search(name):
+                tensors[own[1]] = value
+            elif of_base := BASE.search(name):
+                base[of_base[1]] = value.flatten()[:SAMPLED].float().tolist()
+            elif name.rpartition(".")[2] == WEIGHTS:
+                tensors[WEIGHTS] = value
+    _check_whole(path, tensors)
+    layers = StoredAdapter(tensors).order()
+    _check_header(path, header, layers)
+    if WEIGHTS not in tensors:
+        log.warning("%s has no %s: they are taken as 1, where training began.", path.name, WEIGHTS)
+        tensors[WEIGHTS] = torch.ones(len(layers))
+    _check_shapes(path, layers, tensors)
+    if not header:
+        few = sorted(base)[:: max(1, len(base) // 4)]
+        header = {"kind": KIND, "format": FORMAT, "base": {name: base[name] for name in few}, "from": path.name}
+    return StoredAdapter(tensors, header)
+
+
+def trained(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
+    """What was trained, as a file holds it."""
+    tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.named().items()}
+    return StoredAdapter(tensors, header)
+
+
+def base_sample(layers: Sequence[str], weight: Callable[[str], Tensor]) -> dict[str, list[float]]:
+    """The header's note of the UNet that an adapter was trained in; weight(layer): its attn1.to_q.weight there."""
+    chosen = layers[:: max(1, len(layers) // 4)]
+    return {name + BASE_PART: weight(name).flatten()[:SAMPLED].float().tolist() for name in chosen}
+
+
+def save_adapter(path: Path, adapter: StoredAdapter, dtype: torch.dtype | None = None) -> None:
+    """As one safetensors file, in another precision where one is named; w stays float32."""
+    tensors = {
+        name: value.to(torch.float32 if name == WEIGHTS else dtype or value.dtype)
+        for name, value in adapter.tensors.items()
+    }
+    write_tensors(path, tensors, {**adapter.header, "kind": KIND, "format": FORMAT})
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = [path / name for name in MARKERS if (path / name).is_file()][:1]
+    files += [path / name for name in SECONDS if (path / name).is_file()][:1]
+    if not files:
+        raise ValueError(
+            f"{path.name} has none of {', '.join(MARKERS)}: choose the checkpoint's folder, such as "
+            "checkpoint-200000, or one of its files."
+        )
+    return files
+
+
+def _wanted(name: str) -> bool:
+    return bool(NAME.search(name) or BASE.search(name)) or name.rpartition(".")[2] == WEIGHTS
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that matter of one file, and our header if it has one."""
+    if path.suffix.lower() == ".safetensors":
+        return read_tensors(path, MAX_BYTES, lambda names: [name for name in names if _wanted(name)])
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types here
+        raise ValueError(
+            f"{path.name} is not a file of weights that can be read safely ({type(error).__name__}): choose the "
+            "checkpoint's model.safetensors, or download it again."
+        ) from error
+    table = table.get("state_dict", table) if isinstance(table, dict) else {}
+    found = {name: value.clone() for name, value in table.items() if isinstance(value, Tensor) and _wanted(name)}
+    broken = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ValueError(f"{path.name} holds NaN or infinite numbers in '{broken[0]}': copy or download it again.")
+    return found, {}
+
+
+def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None:
+    if not header:
+        return
+    if header.get("kind") != KIND:
+        raise ValueError(f"{path.name} is no adapter: choose a file of Extract Adapter or Train Adapter.")
+    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
+        raise ValueError(
+            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
+        )
+    base = header.get("base", {})
+    right = isinstance(base, dict) and all(
+        name.removesuffix(BASE_PART) in layers and isinstance(row, list) and 0 < len(row) <= SAMPLED
+        and all(isinstance(x, float) and math.isfinite(x) for x in row)
+        for name, row in base.items()
+    )  # fmt: skip
+    if not right or not isinstance(header.get("steps", 0), int):
+        raise ValueError(f"{path.name} has a damaged header: copy or extract it again.")
+
+
+def _check_whole(path: Path, tensors: dict[str, Tensor]) -> None:
+    layers = StoredAdapter(tensors).order()
+    if not layers:
+        raise ValueError(
+            f"{path.name} holds no adapter (tensors named '....adapter.to_q.weight'): choose the authors' checkpoint, "
+            "or a file of Extract Adapter."
+        )
+    missing = [f"{layer}.{part}" for layer in layers for part in PARTS if f"{layer}.{part}" not in tensors]
+    if missing:
+        raise ValueError(f"{path.name} lacks '{missing[0]}' of its adapter: copy or download it again.")
+
+
+def _check_shapes(path: Path, layers: list[str], tensors: dict[str, Tensor]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {WEIGHTS: (len(layers),)}
+    for layer in layers:
+        width = tensors[f"{layer}.{PARTS[0]}"].shape[0]
+        shapes |= {f"{layer}.{part}": (width, width) if part in PARTS[:4] else (width,) for part in PARTS}
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape or not tensors[name].is_floating_point():
+            raise ValueError(
+                f"{path.name}: '{name}' is {tuple(tensors[name].shape)} of {tensors[name].dtype}, expected {shape} of "
+                "floating point: it is not an adapter, or a damaged one."
+            )

@@ -1,0 +1,250 @@
+"""EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two pictures in a row are alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...prompt.conditioning import Conditioning
+from ...vision.host.vision import embed
+from ..artifact import StoredAdapter
+from ..staged import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factors, split
+from .adapter import Subject, with_adapter, with_ratio
+
+SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"  # together the published steps
+SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, and the largest one overflows
+# On the CPU a sampler's own noise is drawn like what a latent is noised with: with one seed for both, the first step
+# would add the very noise that is there already, and the latent would have a quarter more of it than its level.
+STEP_SEEDS = 1000
+LARGE = 1024  # pixels of a picture's short side, above which the models of these adapters have not enough to see
+SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
+log = logging.getLogger("likeness")
+
+
+@dataclass(frozen=True)
+class StagedSettings:
+    """What decides the pictures, next to model, subject and prompts. keep_best: of all loops the picture that is most
+    like the subject, instead of the last one. published_level: see core/staged_sampling.py.
+    """
+
+    seed: int = 0
+    steps: int = STEPS
+    cfg: float = CFG
+    split_ratio: float = SPLIT_RATIO
+    loops: Loops = Loops()
+    sampler: str = SAMPLER
+    scheduler: str = SCHEDULER
+    published_level: bool = False
+    keep_best: bool = False
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """positive; negative of the first sampling; negative of the loops, which is empty as published."""
+
+    positive: Conditioning
+    negative: Conditioning
+    loop_negative: Conditioning
+
+
+@dataclass(frozen=True)
+class Staged:
+    """latent [B, C, h, w] as in a LATENT, and its picture; pictures: of the first sampling and of every loop."""
+
+    latent: Tensor
+    picture: Tensor
+    pictures: Tensor
+    report: str
+
+
+def levels(model: Any, settings: StagedSettings) -> Tensor:
+    """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler does not give."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
+    if len(sigmas) - 1 != settings.steps:
+        raise ValueError(
+            f"The scheduler {settings.scheduler} makes {len(sigmas) - 1} steps when asked for {settings.steps}: ask "
+            "for a divisor of 1000 (20, 25, 40, 50), or take another scheduler."
+        )
+    return sigmas
+
+
+def staged(
+    model: Any,
+    vae: Any,
+    adapter: StoredAdapter,
+    subject: Subject,
+    prompts: Prompts,
+    latent: Tensor,
+    settings: StagedSettings,
+    vision: Any | None = None,
+    start: Tensor | None = None,
+    node_id: str | None = None,
+) -> Staged:
+    """latent [B, any, h, w]: its size alone counts. start [B, H, W, 3]: a picture to begin the loops with, of any
+    model, instead of a first sampling. vision: a CLIP_VISION that says when two pictures are alike, or which is best.
+    """
+    loops, seed = settings.loops, settings.seed
+    _check(model, vae, vision, settings, start)
+    sigmas = levels(model, settings)
+    _, appearance = split(sigmas, settings.split_ratio)
+    later = with_adapter(model, adapter, subject)
+    first = with_ratio(later, settings.split_ratio)
+    show = _Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
+    if start is None:
+        latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
+        noise = stock_noise(latent, seed)  # and its steps' noise as a stock sampler draws it, for the same layout
+        found = show.sample(first, noise, sigmas, prompts.negative, prompts, latent, settings, seed % SEEDS)
+        pictures = [vae.decode(found).cpu()]
+    else:
+        pictures = [whole_cells(start[..., :3].float().cpu(), vae)]
+        found = vae.encode(pictures[0]).cpu()
+    told, similarity, done = [], 0.0, 0
+    latents, looks = [found], Looks(vision, pictures[0])
+    while loops.go_on(done, similarity):
+        done += 1
+        z = found if done == 1 and start is not None else vae.encode(pictures[-1]).cpu()
+        noise = stock_noise(latents[-1], seed, done)
+        if settings.published_level:
+            signal, more = _published(model, settings.split_ratio, appearance[0])
+            z, noise = signal * z, more * noise
+        x, of_steps = noised(model, z, noise, appearance[0]), (seed + done + STEP_SEEDS) % SEEDS
+        nothing = torch.zeros_like(x)
+        found = show.sample(later, nothing, appearance, prompts.loop_negative, prompts, x, settings, of_steps)
+        latents.append(found)
+        pictures.append(vae.decode(found).cpu())
+        similarity = looks.at(pictures[-1])
+        told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
+    chosen = _best(looks, subject, told) if settings.keep_best else len(pictures) - 1
+    told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
+    return Staged(latents[chosen], pictures[chosen], torch.cat(pictures), "\n".join(told))
+
+
+def _check(model: Any, vae: Any, vision: Any | None, settings: StagedSettings, start: Tensor | None) -> None:
+    """Refuse what cannot work before anything runs."""
+    loops = settings.loops
+    if vision is None and (loops.least != loops.most or settings.keep_best):
+        raise ValueError(
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
+            "picture is best: connect a CLIP_VISION, or set both numbers the same and keep the last picture."
+        )
+    check_vae(model, vae)
+    if start is not None:
+        warn_of_size(start)
+
+
+def check_vae(model: Any, vae: Any) -> None:
+    """ValueError when the VAE is another model's."""
+    channels = model.get_model_object("latent_format").latent_channels
+    given = getattr(vae, "latent_channels", channels)
+    if given != channels:
+        raise ValueError(f"The VAE's latents have {given} channels, the model's {channels}: use the model's own VAE.")
+
+
+def warn_of_size(picture: Tensor) -> None:
+    """Say when a picture [B, H, W, C] is far larger than what the models draw."""
+    height, width = picture.shape[1:3]
+    if min(height, width) > LARGE:
+        log.warning(
+            "The picture has %d x %d pixels and is sampled at that size: more than SD2.1-base and SD1.x can draw, and "
+            "it takes very much memory. Scale it down first, to 512 on its short side.",
+            width,
+            height,
+        )
+
+
+def noised(model: Any, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """A latent at the noise level sigma, both as in a LATENT; to the last bit what the stock node Add Noise gives."""
+    inside = model.get_model_object("process_latent_in")(latent)
+    x = model.get_model_object("model_sampling").noise_scaling(sigma, noise, inside)
+    return model.get_model_object("process_latent_out")(x)
+
+
+def whole_cells(picture: Tensor, vae: Any) -> Tensor:
+    """[B, H, W, C] without the last pixels that make no whole cell of a latent."""
+    side = vae.spacial_compression_encode()
+    height, width = (length // side * side for length in picture.shape[1:3])
+    return picture[:, :height, :width]
+
+
+def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, float]:
+    table = model.get_model_object("model_sampling").sigmas
+    timestep = min(round(split_ratio * TIMESTEPS), len(table) - 1)
+    return published_factors(float(first), float(table[timestep]))
+
+
+def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
+    """What ComfyUI's nodes draw for the seed; a loop's is the seed and its number, so that stock nodes can do it."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed((seed + loop) % SEEDS))
+
+
+class Looks:
+    """What a vision model, if there is one, sees in pictures [B, H, W, 3] that come in a row; it sees each once."""
+
+    def __init__(self, vision: Any | None, first: Tensor) -> None:
+        self.vision = vision
+        self.seen = [] if vision is None else [embed(vision, first)]
+
+    def at(self, picture: Tensor) -> float:
+        """How alike it is to the one before; of a batch, those that are least alike count."""
+        if self.vision is None:
+            return 0.0
+        self.seen.append(embed(self.vision, picture))
+        return float(F.cosine_similarity(self.seen[-2], self.seen[-1]).min())
+
+
+def _best(looks: Looks, subject: Subject, told: list[str]) -> int:
+    """The number of the picture that is most like the subject's, and a line about it."""
+    wanted = F.normalize(embed(looks.vision, subject.pictures), dim=1)
+    scores = [float((F.normalize(seen, dim=1) @ wanted.T).mean()) for seen in looks.seen]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    told.append(f"best: picture {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
+    return best
+
+
+class _Steps:
+    """Samplings in a row, with one progress bar for all."""
+
+    def __init__(self, model: Any, total: int, node_id: str | None) -> None:
+        self.bar, self.total, self.done = comfy.utils.ProgressBar(total, node_id=node_id), total, 0
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def _told(self) -> Callable[..., None]:
+        def callback(_step: int, denoised: Tensor, _x: Tensor, _total: int) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            self.done += 1
+            picture = None
+            if self.previewer is not None:
+                picture = self.previewer.decode_latent_to_preview_image("JPEG", denoised[:1])
+            self.bar.update_absolute(self.done, self.total, picture)
+
+        return callback
+
+    def sample(
+        self,
+        model: Any,
+        noise: Tensor,
+        sigmas: Tensor,
+        negative: Conditioning,
+        prompts: Prompts,
+        latent: Tensor,
+        settings: StagedSettings,
+        seed: int,
+    ) -> Tensor:
+        """A stock sampling; latents as in a LATENT."""
+        sampler = comfy.samplers.sampler_object(settings.sampler)
+        return comfy.sample.sample_custom(
+            model, noise, settings.cfg, sampler, sigmas, prompts.positive, negative, latent, callback=self._told(),
+            disable_pbar=True, seed=seed,
+        )  # fmt: skip

@@ -1,0 +1,332 @@
+"""Training EZIGen's adapter in a MODEL on a folder of pictures: from what the node got to a LIKENESS_ADAPTER.
+
+What never changes is computed once and kept on the CPU: the latent of every picture, the rows of every prompt. What is
+left of a step is the UNet, once for the subject's pictures and once, with a gradient, for the picture to be drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...fit.fit import curve, step_generator
+from ...fit.runs import LIMIT_BYTES, RunStore, digest
+from ...fit.train import Result, Run, stored_last, train
+from ...prompt.conditioning import CHUNK, Conditioning, detached
+from ...session.describe import describe
+from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.memory import BYTES_PER_WEIGHT, GB, activations
+from ...session.progress import Progress
+from ...session.session import GuiderDenoiser, optimise
+from ..adapter import Adapter, SubjectTokens
+from ..artifact import StoredAdapter, trained
+from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
+from ..train import MAX_SUBJECTS, TIMESTEPS, AdapterTraining, Draw, Sample, TrainingSettings, errors
+from .adapter import base_sample, check_model
+from .layers import Place, UNet, new_adapter, packed_places
+from .staged import check_vae
+
+METHOD = "ezigen"
+LAST_ONLY = 1 << 62  # of a run whose only result is its last
+RUN_BYTES_PER_WEIGHT = 16  # itself, two moments, and the result, in float32
+KEPT_RUNS = 3.5
+CHECKED = 10  # samples that the report's errors are of
+WORTH, LEFT_OUT = "worth", "left out"  # what a result holds beside the adapter
+ADAPTER_SHARE = 0.15  # of a block's activations, for each picture that its adapter looks at
+log = logging.getLogger("likeness")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how the training runs, next to TrainingSettings. size: of all pictures, in pixels."""
+
+    size: int = 512
+    steps: int = 1000
+    max_subjects: int = MAX_SUBJECTS
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The MODEL with its CLIP and its VAE, and the adapter to go on from, if any."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    start: StoredAdapter | None = None
+
+
+def _store(size: int) -> RunStore:
+    """Where runs of so many bytes are kept: apart from smaller ones, which they would push out, the newest three."""
+    folder = Path(folder_paths.get_user_directory()) / "likeness" / "adapter_runs"
+    return RunStore(folder, max(LIMIT_BYTES, int(KEPT_RUNS * size)))
+
+
+def train_adapter(
+    trainee: Trainee, folder: PairFolder, plan: Plan, settings: TrainingSettings, node_id: str | None = None
+) -> tuple[StoredAdapter, list[float], str]:
+    """Train (or resume, or serve from disk); returns the adapter, every step's loss, and a report for people."""
+    found = check(trainee, plan.size)
+    model, count = trainee.model, sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in found)
+    store = _store(RUN_BYTES_PER_WEIGHT * count)
+    key, run = stored_last(store, _key(trainee, folder, plan, settings), plan.steps)
+    progress = Progress(model, plan.steps, node_id)
+    progress.start(0 if run is None else run.step)
+    if run is None or not run.answers(plan.steps):
+        run = _train(trainee, found, folder, plan, settings, store, key, progress)
+    end = run.told_end(plan.steps)
+    losses, result = run.losses[:end], dict(run.kept[end])
+    worth, left_out = result.pop(WORTH).tolist(), _as_text(result.pop(LEFT_OUT))
+    progress.update(losses)
+    log.info("Adapter: %d steps, loss %.4f to %.4f", end, losses[0], losses[-1])
+    header = _header(trainee, plan, settings, folder, end, losses)
+    return StoredAdapter(result, header), losses, report(left_out, end, settings.batch, losses, worth)
+
+
+def report(folder: str, steps: int, batch: int, losses: list[float], worth: list[float]) -> str:
+    """What was learned from, how the loss went, and what the subject is worth to the trained adapter."""
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:]))
+    alone, without, within = worth
+    lines = [
+        folder,
+        f"{steps} steps of {batch}: mean loss of the first tenth {first:.5f}, of the last {last:.5f}",
+        f"error on {CHECKED} samples of the folder: {within:.5f} with the subject, {without:.5f} with the adapter but "
+        f"no subject, {alone:.5f} by the model alone",
+    ]
+    if within >= without:
+        lines.append("The subject's pictures do not help yet: train longer.")
+    elif within >= alone:
+        lines.append("The adapter uses the subject's pictures, and is not yet better than the model alone: train on.")
+    return "\n".join(lines)
+
+
+def check(trainee: Trainee, size: int) -> list[Place]:
+    """Refuse what cannot work before anything is loaded; where the adapter will stand."""
+    found, unet = check_model(trainee.model), trainee.model.model.diffusion_model
+    if unet.num_classes is not None:
+        raise ValueError(
+            "This model wants a pooled vector beside the prompt's rows, as SDXL does; the adapter is trained for "
+            "SD2.1-base and SD1.x: connect one of these."
+        )
+    if packed_places(trainee.model, found):
+        raise ValueError(
+            "The model's attention is quantised (GGUF, int8, 4 bit or scaled fp8), and an adapter starts as a copy of "
+            "it: load the model in fp16, bf16 or fp32."
+        )
+    channels = trainee.model.get_model_object("latent_format").latent_channels
+    if unet.in_channels != channels:
+        raise ValueError(
+            f"The UNet takes {unet.in_channels} channels and its latents have {channels}: this is a model for "
+            "inpainting. Connect the plain one."
+        )
+    check_vae(trainee.model, trainee.vae)
+    cell = trainee.vae.spacial_compression_encode()
+    if size % cell:
+        raise ValueError(f"The pictures' size is {size}: give a multiple of {cell}.")
+    if trainee.start is not None:
+        with torch.device("meta"):
+            Adapter([place.layer for place in found]).check(trainee.start.tensors)
+    return found
+
+
+def _key(trainee: Trainee, folder: PairFolder, plan: Plan, settings: TrainingSettings) -> str:
+    """The name of the run."""
+    model, clip, start = trainee.model, trainee.clip, trainee.start
+    base = [fingerprint(model), patches_digest(model), precision(model), precision(clip.patcher)]
+    beside = describe([trainee.vae.patcher, clip.patcher, clip.layer_idx, clip.tokenizer_options])
+    what = [asdict(settings), plan.size, plan.max_subjects, str(trainee.vae.vae_dtype)]
+    return digest([METHOD, what, base, beside, folder.state(), None if start is None else start.tensors])
+
+
+class Encoded:
+    """The latents of a folder's pictures and the rows of their prompts, on the CPU; samples by number in the run."""
+
+    def __init__(self, trainee: Trainee, places: list[Place], folder: PairFolder, seed: int) -> None:
+        """Encodes them. ValueError when nothing in the folder can be read, or it is too large for the memory."""
+        self.folder, self.seed = folder, seed
+        self._width = _context_width(trainee, places)
+        self._check_memory(trainee)
+        process = trainee.model.get_model_object("latent_format").process_in
+
+        def latent(picture: Tensor | None) -> Tensor | None:
+            mm.throw_exception_if_processing_interrupted()
+            if picture is None:
+                return None
+            return process(trainee.vae.encode(picture.movedim(0, -1)[None]))[0].float().cpu()
+
+        self.targets = {each.path: latent(folder.target(each)) for each in folder.targets}
+        self.cut_outs = {each.path: latent(folder.cut_out(each)) for each in folder.cut_outs}
+        self.rows: dict[str, Tensor] = {}
+        for picture in folder.targets:
+            for text in (picture.caption, subject_prompt(picture.class_noun)):
+                if text not in self.rows:
+                    mm.throw_exception_if_processing_interrupted()
+                    self.rows[text] = self._encode(trainee.clip, text)
+        self.sample(0)
+
+    def sample(self, number: int) -> Sample:
+        """The one with this number in the run. ValueError when no pair of the folder can be read."""
+        picture, latent, subjects = self.folder.drawn(
+            index_of(self.seed, number, len(self.folder)),
+            pair_generator(self.seed, number),
+            lambda each: self.targets[each.path],
+            lambda each: self.cut_outs[each.path],
+        )
+        about = self.rows[subject_prompt(picture.class_noun)].expand(len(subjects), -1, -1)
+        return Sample(*detached([latent, self.rows[picture.caption], torch.stack(subjects), about]))
+
+    def conditioning(self) -> Conditioning:
+        """One of the prompts, for a session to begin with."""
+        return [[next(iter(self.rows.values()))[None], {}]]
+
+    def _encode(self, clip: Any, text: str) -> Tensor:
+        """[77, d]: a longer text is cut off there, as in the published training; brackets are no weights."""
+        plain = text.replace("\\", " ").replace("(", "\\(").replace(")", "\\)")
+        tokens = clip.tokenize(plain)
+        rows = clip.encode_from_tokens({name: chunks[:1] for name, chunks in tokens.items()})[0].float().cpu()
+        if rows.shape != (CHUNK, self._width):
+            raise ValueError(
+                f"The text encoder gives {rows.shape[0]} rows of width {rows.shape[1]}, the model takes {CHUNK} of "
+                f"{self._width}: connect the CLIP of the model's own checkpoint."
+            )
+        return rows
+
+    def _check_memory(self, trainee: Trainee) -> None:
+        folder, cells = self.folder, (self.folder.size // trainee.vae.spacial_compression_encode()) ** 2
+        channels = trainee.model.get_model_object("latent_format").latent_channels
+        prompts = {each.caption for each in folder.targets} | {each.class_noun for each in folder.targets}
+        pictures = len(folder.targets) + len(folder.cut_outs)
+        needed = 4.0 * (pictures * channels * cells + len(prompts) * CHUNK * self._width)
+        free = mm.get_free_memory(torch.device("cpu"))
+        log.info("Adapter: encoding %d pictures and %d prompts (%.2f GB)", pictures, len(prompts), needed / GB)
+        if needed > free:
+            raise ValueError(
+                f"{folder.path.name} would take {needed / GB:.1f} GB of memory once encoded, and {free / GB:.1f} GB "
+                "are free: take a smaller folder, or train on large sets with the command-line trainer (see "
+                "docs/train_adapter.md in the pack's repository)."
+            )
+
+
+def _context_width(trainee: Trainee, places: list[Place]) -> int:
+    reader = trainee.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
+    return reader.weight.shape[1]
+
+
+def _train(
+    trainee: Trainee,
+    places: list[Place],
+    folder: PairFolder,
+    plan: Plan,
+    settings: TrainingSettings,
+    store: RunStore,
+    key: str,
+    progress: Progress,
+) -> Run:
+    finished: list[Run] = []
+    encoded = Encoded(trainee, places, folder, settings.seed)
+    left_out = folder.describe()
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        base: Any = denoiser.model
+        adapter = new_adapter(base)
+        if trainee.start is not None:
+            adapter.load(trainee.start.tensors)
+        network = UNet(base, adapter.to(x0.device))
+
+        def sample(number: int) -> Sample:
+            found = encoded.sample(number)
+            parts = (found.latent, found.context, found.subjects, found.subject_contexts)
+            return Sample(*(part.to(x0.device) for part in parts))
+
+        fit = AdapterTraining(network, adapter, sample, settings)
+
+        def result() -> Result:
+            worth = torch.tensor(errors_of(network, sample, settings.seed))
+            return {**trained(adapter, {}).tensors, WORTH: worth, LEFT_OUT: _as_tensor(left_out)}
+
+        def on_update(denoised: Tensor) -> None:
+            progress.update(fit.losses, denoised)
+
+        header = {"method": METHOD, "settings": asdict(settings)}
+        finished.append(train(fit, plan.steps, LAST_ONLY, result, store, key, header, on_update, keep=1))
+
+    cells = plan.size // trainee.vae.spacial_compression_encode()
+    channels = trainee.model.get_model_object("latent_format").latent_channels
+    latent = torch.zeros(1, channels, cells, cells)
+    optimise(
+        trainee.model,
+        encoded.conditioning(),
+        latent,
+        body,
+        checkpointing=plan.checkpointing,
+        more_memory=_memory(trainee.model, places, latent, plan, settings.batch),
+    )
+    return finished[0]
+
+
+def _memory(model: Any, places: list[Place], latent: Tensor, plan: Plan, batch: int) -> float:
+    """Bytes that training needs beside what the gradient of one picture through the bare UNet does."""
+    weights = sum(4 * place.layer.width**2 for place in places)
+    held = activations(model, latent, plan.checkpointing)
+    return BYTES_PER_WEIGHT * weights + held * (batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1)
+
+
+class _Alone:
+    """The UNet without the adapter, as a Network; no subject is looked at."""
+
+    def __init__(self, network: UNet) -> None:
+        self.network, self.alphas_cumprod = network, network.alphas_cumprod
+
+    def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
+        return [z.new_zeros(len(z), 1, 1)]
+
+    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
+        return self.network.bare_noise(z, timestep, context)
+
+
+@torch.no_grad()
+def errors_of(network: UNet, sample: Callable[[int], Sample], seed: int) -> list[float]:
+    """The mean error by the model alone, with the adapter but no subject, and with the subject.
+
+    Of the first samples of the run, at timesteps spread evenly, all three with the same noise.
+    """
+    total = torch.zeros(3)
+    for number in range(CHECKED):
+        chosen, timestep = sample(number), (2 * number + 1) * TIMESTEPS // (2 * CHECKED)
+        missing, shown, alone = (
+            Draw(timestep, dropped, step_generator(seed, number, "adapter check")) for dropped in (True, False, False)
+        )
+        with_adapter = errors(network, [chosen, chosen], [missing, shown])
+        total += torch.cat([errors(_Alone(network), [chosen], [alone]), with_adapter]).cpu()
+    return (total / CHECKED).tolist()
+
+
+def _as_tensor(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _as_text(stored: Tensor) -> str:
+    return bytes(stored.tolist()).decode()
+
+
+def _header(
+    trainee: Trainee, plan: Plan, settings: TrainingSettings, folder: PairFolder, steps: int, losses: list[float]
+) -> dict[str, Any]:
+    before = 0 if trainee.start is None else int(trainee.start.header.get("steps", 0))
+    pictures = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(folder)}
+    return {
+        "method": METHOD,
+        "base": base_sample(trainee.model),
+        "steps": before + steps,
+        "settings": {**asdict(settings), **pictures, "steps": steps},
+        "losses": curve(losses),
+    }

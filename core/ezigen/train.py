@@ -1,0 +1,180 @@
+"""Training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091): argmin || eps_theta(z_t, t, c, S) - eps ||^2.
+
+z_t is a picture that shows the subject somewhere, S the features of one to four other pictures of it (or cut-outs of
+the same one), each alone on white, encoded at t = 1 with the prompt "a photo of a <class>.". t is uniform, the error
+is not weighted, and only the adapter is trained.
+
+Source: the authors' train.py with its published settings. Deviations, each with its reason:
+- the subject is dropped in one sample of ten. Theirs compares the wrong way round and drops eight (DROP_PUBLISHED);
+- places without a picture are hidden; theirs shows gray pictures there, and samples with none;
+- a batch may mix samples with any number of pictures; each sample is dropped, and draws its t and its noise, by itself;
+- w has no weight decay, which would fade the subject out;
+- what is random of a sample comes from (seed, number of the sample in the run) alone, so that neither the number of
+  processes nor a resume changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
+from .adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, batched, dropped
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
+BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
+DROP, DROP_PUBLISHED = 0.1, 0.8
+MAX_SUBJECTS = 4
+TIMESTEPS = 1000
+
+
+class Network(Protocol):
+    """A frozen UNet that predicts noise for VP latents, and the adapter in it."""
+
+    alphas_cumprod: Tensor
+    """[T], on the CPU."""
+
+    def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
+        """The normed inputs [R, N_i, C_i] of all self-attentions for z [R, C, h, w]; the adapter is skipped."""
+        ...
+
+    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
+        """[B, C, h, w], with the adapter; with a gradient to it where that is recorded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and its subject: latents as the UNet takes them, [C, h, w] and [R, C, h', w'], and the rows of their
+    prompts, [n, d] and [R, n, d].
+    """
+
+    latent: Tensor
+    context: Tensor
+    subjects: Tensor
+    subject_contexts: Tensor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random of one sample."""
+
+    timestep: int
+    dropped: bool
+    generator: torch.Generator  # of the picture's noise, then of the subject's
+
+
+def draw(seed: int, index: int, drop: float) -> Draw:
+    """Of the sample with this number in the whole run."""
+    generator = step_generator(seed, index, "adapter sample")
+    timestep = int(torch.randint(TIMESTEPS, (1,), generator=generator))
+    return Draw(timestep, bool(torch.rand(1, generator=generator) < drop), generator)
+
+
+def at_timestep(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """z_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps; alpha_bar [B]."""
+    alpha_bar = alpha_bar.to(z).view(-1, *[1] * (z.ndim - 1))
+    return alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
+
+
+def encoded(network: Network, latents: Tensor, contexts: Tensor, noise: Tensor) -> list[Tensor]:
+    """The features of subjects' pictures [R, C, h, w], noised to t = 1."""
+    timestep = torch.full((len(latents),), SUBJECT_TIMESTEP, device=latents.device)
+    noisy = at_timestep(latents, noise, network.alphas_cumprod[SUBJECT_TIMESTEP].expand(len(latents)))
+    with torch.no_grad():
+        return network.capture(noisy, timestep, contexts)
+
+
+def errors(network: Network, samples: Sequence[Sample], draws: Sequence[Draw]) -> Tensor:
+    """The squared error of each sample, [B], a mean over its latent."""
+    z = torch.stack([sample.latent for sample in samples])
+    noise = torch.stack([_noise(sample.latent, each.generator) for sample, each in zip(samples, draws, strict=True)])
+    # The pictures of one sample share one noise, as published.
+    subject_noise = [
+        _noise(sample.subjects[0], each.generator).expand_as(sample.subjects)
+        for sample, each in zip(samples, draws, strict=True)
+    ]
+    captured = encoded(
+        network,
+        torch.cat([sample.subjects for sample in samples]),
+        torch.cat([sample.subject_contexts for sample in samples]),
+        torch.cat(subject_noise),
+    )
+    tokens = batched(captured, [len(sample.subjects) for sample in samples])
+    tokens = dropped(tokens, torch.tensor([each.dropped for each in draws], device=z.device))
+    timesteps = torch.tensor([each.timestep for each in draws])
+    noisy = at_timestep(z, noise, network.alphas_cumprod[timesteps])
+    context = torch.stack([sample.context for sample in samples])
+    predicted = network.predicted_noise(noisy, timesteps.to(z.device), context, tokens)
+    return (predicted.float() - noise.float()).square().mean((1, 2, 3))
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What decides the result, next to the network and the samples."""
+
+    seed: int = 0
+    batch: int = 1
+    learning_rate: float = LEARNING_RATE
+    drop: float = DROP
+
+
+class AdapterTraining:
+    """The training of an adapter; a Fit (see fitting.py)."""
+
+    def __init__(
+        self, network: Network, adapter: Adapter, sample: Callable[[int], Sample], settings: TrainingSettings
+    ) -> None:
+        """sample(number in the run) gives what is learned from; the adapter is float32 and is changed."""
+        self.network, self.adapter, self.sample, self.settings = network, adapter, sample, settings
+        self.parameters = adapter.named()
+        self.optimizer = optimizer(self.parameters, settings.learning_rate)
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def update(self) -> Tensor:
+        first, settings = self.step * self.settings.batch, self.settings
+        numbers = range(first, first + settings.batch)
+        samples = [self.sample(number) for number in numbers]
+        draws = [draw(settings.seed, number, settings.drop) for number in numbers]
+        loss = errors(self.network, samples, draws).mean()
+        value = finite_or_raise(loss, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM)
+        finite_or_raise(norm, self.step, "gradient")
+        self.optimizer.step()
+        self.losses.append(value)
+        return samples[0].latent[None].detach()
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            **{f"adapter.{name}": parameter.detach() for name, parameter in self.parameters.items()},
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            **adam_state(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[f"adapter.{name}"])
+        self.losses = state["losses"].tolist()
+        restore_adam(self.optimizer, state)
+
+
+def optimizer(parameters: dict[str, nn.Parameter], learning_rate: float = LEARNING_RATE) -> torch.optim.AdamW:
+    """AdamW with the published numbers; w without decay."""
+    rest = [parameter for name, parameter in parameters.items() if name != WEIGHTS]
+    groups = [{"params": rest}, {"params": [parameters[WEIGHTS]], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)

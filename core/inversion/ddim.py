@@ -1,0 +1,67 @@
+"""DDIM inversion (Song et al. 2021, arXiv 2010.02502, eq. 13 run backwards): the noise that a picture came from.
+
+With eta 0 a DDIM step is an Euler step in ComfyUI's coordinates, x' = x + (sigma' - sigma) eps(x, sigma), and inversion
+walks the same levels upwards. What differs between implementations is where eps is asked for, because the exact
+answer, at the noisier end of the step, is not known yet:
+
+- published: at the noisier level sigma', for the cleaner latent brought to that level's scale, as null-text inversion
+  (Mokady et al. 2023, arXiv 2211.09794) and prompt-to-prompt do it;
+- current: at the latent's own level, as flipping the sigmas of an Euler sampler does it;
+- fixed point: published first, then for the found x' itself, several times: its solution is the exact inverse of the
+  sampler's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+
+Label = Literal["published", "current", "fixed point"]
+LABELS: tuple[Label, ...] = get_args(Label)
+ITERATIONS = 3  # of the fixed point
+
+
+def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+    """eps(x, sigma, c) = (x - D) / sigma for x [B, C, h, w] and one level sigma > 0."""
+    return (x - denoiser.denoised(x, sigma.expand(x.shape[0]), context)) / sigma
+
+
+def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
+    """x of level `sigma` in the scale of level `to`: what a VP latent does when its timestep is relabelled."""
+    return x * ((1 + to**2) / (1 + sigma**2)).sqrt()
+
+
+def invert(
+    denoiser: Denoiser,
+    x0: Tensor,
+    context: Tensor,
+    sigmas: Tensor,
+    label: Label = "published",
+    iterations: int = ITERATIONS,
+    on_step: Callable[[int, Tensor], None] = lambda _step, _x: None,
+) -> Tensor:
+    """The trajectory [T + 1, B, C, h, w] of x0 [B, C, h, w]: entry i is the latent before step i of sampling `sigmas`.
+
+    sigmas [T + 1] descending, as a sampler takes them; the last may be 0. context [B or 1, rows, width] of the prompt
+    that describes the picture; no guidance. on_step(number of steps done, latent) may raise to stop.
+    """
+    sigmas = sigmas.to(x0)
+    lowest = denoiser.sigmas[0].to(x0)
+    x = x0
+    found = [x]
+    for i in range(len(sigmas) - 2, -1, -1):
+        low, high = sigmas[i + 1], sigmas[i]
+        at = torch.maximum(low, lowest) if label == "current" else high
+        eps = predicted_noise(denoiser, rescaled(x, low, at), at, context)
+        following = x + (high - low) * eps
+        for _ in range(iterations if label == "fixed point" else 0):
+            following = x + (high - low) * predicted_noise(denoiser, following, high, context)
+        x = following
+        found.append(x)
+        on_step(len(found) - 1, x)
+    return torch.stack(found[::-1])

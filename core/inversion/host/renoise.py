@@ -1,0 +1,148 @@
+"""ReNoise inversion (see renoise.py) with a MODEL, and what plays it again in stock and in our own sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...embedding.host.train import subject
+from ...fit.runs import digest
+from ...prompt.conditioning import Conditioning, single_prompt
+from ...session.session import GuiderDenoiser, predicting
+from ..ddim import predicted_noise
+from ..rectify import CLOSE
+from ..renoise import ReNoiseSettings, Replay, renoise
+from .ddim import check_way
+
+REPLAY = "likeness_replay"  # the entry of a LATENT that holds a StoredReplay
+
+
+@dataclass(frozen=True)
+class StoredReplay(Replay):
+    """A Replay with the digest of the samples that it belongs to: stock nodes copy a LATENT's entries to whatever they
+    make of it.
+    """
+
+    samples: str
+
+
+@dataclass(frozen=True)
+class ReNoised:
+    """latent: where the sampling starts, as a LATENT with a Replay. sampler: a SAMPLER that comes back from it, without
+    other noise. error: by how much of its own size (root mean square) the latent is missed then.
+    """
+
+    latent: dict[str, Any]
+    sampler: Any
+    error: float
+    replay: Replay
+
+    def report(self) -> str:
+        """Steps, levels and the error."""
+        levels = ", ".join(f"{float(sigma):.3g}" for sigma in self.replay.sigmas)
+        kind = "ancestral steps with their noises" if len(self.replay.noises) else "steps without noise"
+        return (
+            f"{len(self.replay.sigmas) - 1} {kind}, noise levels {levels}\n"
+            f"sampled again, the picture's latent is missed by {100 * self.error:.1f} % of its size"
+        )
+
+
+class RecordedNoises:
+    """The noises of a Replay as the noise_sampler of a k-diffusion sampler."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay, self._levels = replay, tuple(replay.sigmas.tolist())
+
+    def __call__(self, sigma: Tensor, _following: Tensor) -> Tensor:
+        near = [step for step, level in enumerate(self._levels) if abs(level - float(sigma)) <= CLOSE * level]
+        if not near:
+            raise ValueError(
+                f"The sampling has the noise level {float(sigma):.4g}, the inversion had "
+                f"{[round(level, 4) for level in self._levels]}: connect the SIGMAS of Invert For Few Steps."
+            )
+        return self.replay.noises[near[0]][None].to(sigma)
+
+
+def renoised(
+    model: Any,
+    positive: Conditioning,
+    latent: dict[str, Tensor] | None,
+    image: Tensor | None,
+    vae: Any | None,
+    sigmas: Tensor,
+    settings: ReNoiseSettings,
+    node_id: str | None = None,
+) -> ReNoised:
+    """The noise that a picture would have come from by these few steps, with the prompt that describes it and no
+    guidance; ValueError, before any work, for what cannot be inverted.
+    """
+    single_prompt(positive, "prompt")
+    check_way(model, sigmas)
+    samples = subject(model, latent, image, vae, None).latent
+    if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
+        raise ValueError(
+            f"The picture's latent is {tuple(samples.shape)}, expected one picture of 4 x 4 cells or more: pick one "
+            "picture of the batch (ImageFromBatch), or scale it up."
+        )
+    levels = sigmas.detach().float().cpu().clone()
+    levels[-1] = 0.0  # where inversion begins: at the clean picture
+    bar = comfy.utils.ProgressBar(len(levels) - 1, node_id=node_id)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    found: list[tuple[Tensor, Replay, float]] = []
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        def on_step(step: int, x: Tensor) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            picture = None if previewer is None else previewer.decode_latent_to_preview_image("JPEG", x.float())
+            bar.update_absolute(step, len(levels) - 1, picture)
+
+        x0 = x0.float()
+        start, replay = renoise(denoiser, x0, denoiser.context, levels, settings, on_step)
+        error = float((_sampled(denoiser, start, replay) - x0).norm() / x0.norm().clamp_min(1e-6))
+        found.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
+
+    predicting(model, positive, samples, body)
+    start, replay, error = found[0]
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError(
+            "The inversion ran away: what this model predicts for the picture is too unlike noise to be corrected. "
+            "Check that the prompt describes the picture and that the VAE is the model's own, or lower kl_weight and "
+            "correlation_weight, down to 0."
+        )
+    start = model.get_model_object("latent_format").process_out(start)
+    stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
+    return ReNoised({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay)
+
+
+def _sampled(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:
+    for step, sigma in enumerate(replay.sigmas[:-1].to(x)):
+        x = replay.stepped(x, predicted_noise(denoiser, x, sigma, denoiser.context), step)
+    return x
+
+
+def replaying_sampler(replay: Replay) -> Any:
+    """ComfyUI's euler_ancestral with the recorded noises, or its euler where there are none."""
+    if not len(replay.noises):
+        return comfy.samplers.sampler_object("euler")
+    return comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": RecordedNoises(replay)})
+
+
+def replay_of(latent: dict[str, Any]) -> Replay | None:
+    """How a LATENT is to be sampled when it comes from an inversion; None for any other. ValueError when it has been
+    sampled, scaled or changed since.
+    """
+    stored = latent.get(REPLAY)
+    if stored is not None and stored.samples != digest(latent["samples"]):
+        raise ValueError(
+            "The latent is not the one that Invert For Few Steps gave, but was made from it: connect that node's "
+            "latent as it is, not sampled, scaled or cut. To begin at another picture, decode the latent and "
+            "invert its picture (VAE Decode, Invert For Few Steps)."
+        )
+    return stored

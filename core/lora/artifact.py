@@ -1,0 +1,231 @@
+"""The artifact of a fine-tuning: weights as a LoRA file of ComfyUI names them, with what is needed to use them rightly.
+
+It is a plain table of tensors, so every stock node for LoRAs takes it: low-rank factors ("<path>.lora_up.weight",
+"<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight") or differences of
+whole weights ("<path>.diff", "<path>.diff_b"). Paths are ComfyUI's, those of the field's training scripts
+("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....", "text_encoder...."). One more
+tensor tells that a position map belongs to it; stock nodes log its name as not loaded, which is the warning that is
+due: such weights without their map misbehave.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors, write_tensors
+from ..sine.position_map import INTERPOLATIONS, MAX_CELLS
+
+FORMAT = 1
+KIND = "fine_tune"
+MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
+MAX_PROMPT = 10_000  # characters
+MAX_SETTINGS, MAX_WORD, MAX_LOSSES = 64, 200, 10_000  # settings of a header, characters of each, losses
+MAX_NUMBER = 1e300
+MARKER = "likeness.needs_position_map"  # [cells, index of the interpolation]
+OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
+MODEL = ("diffusion_model.", "lora_unet_", "transformer.")  # how the names of a part's tensors begin
+TEXT = ("text_encoders.", "lora_te", "text_encoder.")
+KEY = re.compile(
+    r"(diffusion_model\.|text_encoders\.|lora_unet_|lora_te[12]?_|transformer\.|text_encoder\.)[\w.]{1,300}"
+    r"\.(lora_up\.weight|lora_down\.weight|lora_A\.weight|lora_B\.weight|alpha|diff|diff_b)"
+)
+OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # every other program's LoRAs begin so too
+PAIRS = (("lora_up", "lora_down"), ("lora_B", "lora_A"))
+
+
+class Tuned(dict[str, Tensor]):
+    """Named tensors on the CPU, and a header: method, base, prompt, settings, losses (JSON values)."""
+
+    def __init__(self, tensors: dict[str, Tensor], header: dict[str, Any] | None = None) -> None:
+        super().__init__(tensors)
+        self.header: dict[str, Any] = dict(header or {})
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that it was trained with; empty when that is not recorded."""
+        return self.header.get("prompt", "")
+
+    @property
+    def position_map(self) -> tuple[int, str] | None:
+        """Cells and interpolation of the position map that it was trained with."""
+        if MARKER not in self:
+            return None
+        cells, index = self[MARKER].tolist()
+        return int(cells), INTERPOLATIONS[int(index)]
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds differences of whole weights."""
+        return any(name.endswith((".diff", ".diff_b")) for name in self)
+
+    def part(self, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tensors for the diffusion model (MODEL) or for the text encoder (TEXT)."""
+        return {name: value for name, value in self.items() if name.startswith(prefixes)}
+
+    def describe(self) -> str:
+        """A few lines for people: method, base model, prompt, map, steps, last loss."""
+        base, settings = self.header.get("base", {}), self.header.get("settings", {})
+        what = "all weights (differences)" if self.full else f"LoRA of rank {self._rank()}"
+        parts = "UNet and text encoder" if self.part(TEXT) else "UNet"
+        mapped = self.position_map
+        lines = [
+            f"{self.header.get('method', 'unknown method')}: {what} of the {parts}",
+            f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
+            f"training prompt: {self.prompt or 'not recorded'}",
+            f"position map: {f'{mapped[0]} cells, {mapped[1]}' if mapped else 'none'}",
+        ]
+        if settings:
+            lines.append(", ".join(f"{name} {value}" for name, value in sorted(settings.items())))
+        losses = self.header.get("losses") or []
+        if losses:
+            lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
+        return "\n".join(lines)
+
+    def _rank(self) -> int:
+        downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
+        return next((value.shape[0] for value in downs), 0)
+
+
+def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
+    """The tensor that says which position map is needed."""
+    return {MARKER: torch.tensor([float(cells), float(INTERPOLATIONS.index(interpolation))])}
+
+
+def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """after - before of all weights that changed, in float16: what a model in half precision could not tell apart.
+
+    Names: "<path>.weight" becomes "<path>.diff", "<path>.bias" becomes "<path>.diff_b", as LoRA files have them.
+    """
+    found = {}
+    for name, value in after.items():
+        difference = (value.detach().float().cpu() - before[name].float()).to(torch.float16)
+        if not bool(difference.any()):
+            continue
+        if name.endswith(".weight"):
+            name = name[: -len("weight")] + "diff"
+        elif name.endswith(".bias"):
+            name = name[: -len("bias")] + "diff_b"
+        else:
+            name += ".diff"
+        found[name] = difference
+    return found
+
+
+def save_tuned(path: Path, tuned: Tuned) -> None:
+    """Write the artifact as one safetensors file."""
+    write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND})
+
+
+def load_tuned(path: Path) -> Tuned:
+    """Read one of our files, or one that the stock Save LoRA node made of our LORA_MODEL (it has no header).
+
+    Raises ValueError for anything else; for the authors' own checkpoints it says how to use them.
+    """
+    if path.suffix.lower() != ".safetensors":
+        _refuse_pickle(path)
+    tensors, header = read_tensors(path, MAX_BYTES, lambda names: _check_names(path, names))
+    _check_header(path, header)
+    if not header:
+        _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
+    for name, value in tensors.items():
+        sizes = {"alpha": (0,), **{f"{side}.weight": (2, 4) for pair in PAIRS for side in pair}}
+        allowed = next((dims for end, dims in sizes.items() if name.endswith(end)), None)
+        if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:
+            raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
+    _check_pairs(path, tensors)
+    if MARKER in tensors:
+        _check_marker(path, tensors[MARKER])
+    return Tuned(tensors, header)
+
+
+def _check_names(path: Path, names: list[str]) -> list[str]:
+    _refuse_official(path, names)
+    if not names:
+        raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
+    _refuse_foreign(path, [name for name in names if name != MARKER and not KEY.fullmatch(name)])
+    return names
+
+
+def _refuse_foreign(path: Path, foreign: list[str]) -> None:
+    if foreign:
+        raise ValueError(
+            f"{path.name} is a safetensors file but not a fine-tune of this pack (such as '{foreign[0][:80]}'): choose "
+            "one made by Save Fine-Tune; other LoRAs belong into the stock Load LoRA node."
+        )
+
+
+def _refuse_official(path: Path, names: list[str]) -> None:
+    if any(name.endswith(OFFICIAL_MARKER) for name in names):
+        raise ValueError(
+            f"{path.name} is a whole checkpoint that the SINE authors' script trained on patches: put it into "
+            "models/checkpoints, load it with Load Checkpoint, and send its model through Position Map (128 cells, "
+            "bilinear for photos, nearest for paintings)."
+        )
+
+
+def _refuse_pickle(path: Path) -> None:
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        names = list(map(str, table.get("state_dict", table))) if isinstance(table, dict) else []
+    except Exception:  # torch raises many types here; whatever it is, the answer below is the same
+        names = []
+    _refuse_official(path, names)
+    raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")
+
+
+def _check_header(path: Path, header: dict[str, Any]) -> None:
+    if not header:
+        return  # written by a stock node
+    if header.get("kind") != KIND:
+        raise ValueError(f"{path.name} is not a fine-tune of this pack: choose one made by Save Fine-Tune.")
+    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
+        raise ValueError(
+            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
+        )
+    prompt, losses = header.get("prompt", ""), header.get("losses", [])
+    right = (
+        isinstance(prompt, str) and len(prompt) <= MAX_PROMPT,
+        _plain(header.get("settings", {}), (str, bool, int, float)),
+        _plain(header.get("base", {}), (str,)),
+        isinstance(losses, list) and len(losses) <= MAX_LOSSES and all(map(_finite, losses)),
+        isinstance(header.get("method", ""), str) and len(header.get("method", "")) <= MAX_WORD,
+    )
+    if not all(right):
+        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+
+
+def _plain(table: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether this is a short table of short values of these kinds: people are shown it as it is."""
+    return (
+        isinstance(table, dict)
+        and len(table) <= MAX_SETTINGS
+        and all(isinstance(value, kinds) for value in table.values())
+        and all(_finite(value) for value in table.values() if not isinstance(value, str))
+        and all(len(str(part)) <= MAX_WORD for item in table.items() for part in item)
+    )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
+
+
+def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        layer, _, part = name.rpartition(".lora_")
+        if not layer:
+            continue
+        names = next(pair for pair in PAIRS if f"lora_{part.partition('.')[0]}" in pair)
+        up, down = (tensors.get(f"{layer}.{side}.weight") for side in names)
+        if up is None or down is None or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{path.name} holds no matching pair of factors for '{layer}': train it again.")
+
+
+def _check_marker(path: Path, value: Tensor) -> None:
+    numbers = value.tolist() if value.shape == (2,) else [0, 0]
+    if not 1 <= numbers[0] <= MAX_CELLS or numbers[1] not in range(len(INTERPOLATIONS)):
+        raise ValueError(f"{path.name} names an impossible position map: train it again.")

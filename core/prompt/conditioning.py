@@ -1,0 +1,141 @@
+"""Putting learned rows into a CONDITIONING: a list of [rows of text [B, 77 * k, d], dict of options].
+
+Deep inside, a learned embedding is only a replacement of the last n rows. What can go wrong is around it: the rows
+must fit the text encoder, and there must be n rows of padding to replace, or words of the prompt are lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..embedding.hiper import with_tail
+from .windows import Window, step_wise
+
+Conditioning = list[list[Any]]
+TAIL = "likeness.tail"  # option of a prompt: the rows that an embedding has put into it
+CHUNK = 77  # rows of one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
+
+
+def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
+    """How many rows behind the end-of-text row are padding; None when the conditioning does not tell.
+
+    CONDITIONING carries no token count. But a CLIP text encoder's pooled output is its final row at the end of the
+    text, so where the rows are that final layer (SD1.x without clip skip), the end is the row that equals it.
+    rows [B, 77, d], pooled [B, d].
+    """
+    if pooled is None or rows.shape[1] != CHUNK or pooled.shape[-1] != rows.shape[-1]:
+        return None
+    difference = (rows[:1].float() - pooled[:1].float().unsqueeze(1)).abs().amax(-1)[0]
+    end = int(difference.argmin())
+    if float(difference[end]) > 1e-2 * float(pooled[:1].abs().amax()):
+        return None
+    return CHUNK - 1 - end
+
+
+def check_room(conditioning: Conditioning, tokens: int) -> bool:
+    """Refuse an embedding that would overwrite words of the prompt. False when the conditioning does not tell."""
+    known = True
+    for rows, options in conditioning:
+        if tokens >= min(CHUNK - 1, rows.shape[1]):
+            raise ValueError(f"{tokens} tokens do not fit: a prompt has {CHUNK} rows and the first one is always used.")
+        room = padding_rows(rows, options.get("pooled_output"))
+        if room is None:
+            known = False
+        elif tokens > room:
+            raise ValueError(
+                f"The embedding takes the last {tokens} rows of the prompt, but the prompt leaves only {room} unused: "
+                f"shorten the prompt by {tokens - room} tokens or train with fewer tokens."
+            )
+    return known
+
+
+def apply_embedding(
+    conditioning: Conditioning, rows: Tensor, scale: float, windows: Sequence[Window] = ()
+) -> Conditioning:
+    """A new conditioning whose last n rows are scale * rows [T, n, d]; areas, masks and time windows stay as they are.
+
+    Step-wise rows (T > 1, HiFi Tuner Algorithm 1) come with a window each, and every entry becomes T of them. Scale 0
+    switches the embedding off and returns the prompt's own rows. Raises ValueError when the widths differ, when the
+    rows would overwrite words or those of another embedding, or when there is not a window for each step.
+    """
+    if len(rows) > 1 and len(rows) != len(windows):
+        raise ValueError(
+            f"The embedding has rows for {len(rows)} denoising steps and windows for {len(windows)}: train it again."
+        )
+    for text, _ in conditioning:
+        if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
+            found = "nothing" if text is None else f"rows of width {text.shape[-1]}"
+            raise ValueError(
+                f"The embedding has width {rows.shape[-1]}, the prompt {found}: it belongs to another model family. "
+                "Widths are 768 (SD1.x), 1024 (SD2.x) and 2048 (SDXL)."
+            )
+    if scale == 0.0:
+        return [[text, options.copy()] for text, options in conditioning]
+    check_room(conditioning, rows.shape[1])
+    applied: Conditioning = []
+    for text, options in conditioning:
+        _check_tail(text, options.get(TAIL))
+        tables = [with_tail(text, scale * of_step) for of_step in rows]
+        one = [[tables[0], options.copy()]]
+        applied += one if len(tables) == 1 else step_wise(one, tables, windows)
+    for text, options in applied:
+        options[TAIL] = text[:, -rows.shape[1] :]
+    return applied
+
+
+def _check_tail(text: Tensor, tail: Tensor | None) -> None:
+    if tail is not None and torch.equal(text[:, -tail.shape[1] :], tail.to(text)):
+        raise ValueError(
+            f"The prompt holds an embedding already, in its last {tail.shape[1]} rows, which this one would take. For "
+            "two subjects encode a prompt for each, apply one embedding to each, and put them together with "
+            "Conditioning Combine (or areas)."
+        )
+
+
+def unmarked(conditioning: Conditioning) -> Conditioning:
+    """The same prompts for an embedding that is to take the place of the one they hold."""
+    return [[text, {name: value for name, value in options.items() if name != TAIL}] for text, options in conditioning]
+
+
+def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
+    """The rows [1, N, d] of a conditioning that is one plain prompt; ValueError when it is restricted or combined."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The {role} has {len(conditioning)} prompts, expected one: connect a Text Encode node directly."
+        )
+    rows, options = conditioning[0]
+    if rows is None or rows.ndim != 3 or rows.shape[0] != 1:
+        raise ValueError(f"The {role} has no single table of text rows: connect a Text Encode node directly.")
+    found = sorted({"area", "mask", "start_percent", "end_percent"} & options.keys())
+    if found:
+        raise ValueError(
+            f"The {role} is limited by {', '.join(found)}: outside of it the model would predict nothing. "
+            "Train with a plain prompt; apply areas, masks and time ranges to the prompt that uses the embedding."
+        )
+    return rows
+
+
+def detached(value: Any) -> Any:
+    """A nest of dicts, lists and tensors with every inference tensor replaced by an ordinary copy."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: detached(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(detached(item) for item in value)
+    return value
+
+
+def start_rows(context: Tensor, empty: Tensor | None, tokens: int) -> Tensor:
+    """The rows [n, d] to start from: the source prompt's own padding, or the empty prompt's (HiFi Tuner phi_s)."""
+    source = context if empty is None else empty
+    if source.shape[-1] != context.shape[-1]:
+        raise ValueError(
+            f"The empty prompt has width {source.shape[-1]}, the source prompt {context.shape[-1]}: use one "
+            "text encoder."
+        )
+    return torch.as_tensor(source[0, -tokens:]).clone()

@@ -1,0 +1,240 @@
+"""Reference-guided sampling (HiFi Tuner, Algorithm 2) with a MODEL, and what plays it again in any sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...denoiser import latent_mask
+from ...embedding.host.train import EVERY, run_store
+from ...fit.runs import digest
+from ...fit.train import Result, Run, stored_run, train
+from ...inversion.host.landing import Landing, landed
+from ...inversion.trajectory import Trajectory
+from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
+from ...prompt.windows import active, windows
+from ...session.describe import describe
+from ...session.fingerprint import check_base, fingerprint, patches_digest, precision
+from ...session.progress import Progress
+from ...session.sampling import noisy
+from ...session.session import GuiderDenoiser, optimise
+from ...session.weights import warn_of_guidance
+from ..guidance import ReferenceGuide, ReferenceSettings
+
+METHOD = "reference guide"
+LIMITS = ("area", "mask")
+TIMES = ("start_percent", "end_percent")
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A finished picture, as in a LATENT, and the model and negatives that make it again from the same noise."""
+
+    samples: Tensor
+    model: Any
+    negative: Conditioning
+    losses: list[float]
+    window: range
+    steps: int
+
+    def report(self) -> str:
+        """The window, and first and last loss of each of its steps."""
+        first, last, count = self.window[0], self.window[-1], len(self.losses) // len(self.window)
+        lines = [f"guided in steps {first + 1} to {last + 1} of {self.steps}, {count} updates in each"]
+        for index, step in enumerate(self.window if count else ()):
+            of_step = self.losses[index * count : (index + 1) * count]
+            lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is sampled: all that decides it next to the model and the settings. Tensors on the CPU."""
+
+    prompt: Conditioning  # the positive prompt as one plain entry; its rows are those of the first step
+    contexts: list[Tensor]
+    negative: Conditioning
+    noise: Tensor
+    trajectory: Trajectory
+    mask: Tensor
+    window: range
+
+
+def guided_by_reference(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    noise: Any,
+    trajectory: Trajectory,
+    mask: Tensor,
+    settings: ReferenceSettings,
+    start_percent: float,
+    end_percent: float,
+    node_id: str | None = None,
+) -> Guided:
+    """Sample (or resume, or serve from disk) a picture along the trajectory's noise levels, guided by its reference.
+
+    positive may have an entry for each step; negative is the empty prompt; noise a NOISE; mask [1, H, W] of the
+    subject in the reference. ValueError, before any work, for what does not fit together.
+    """
+    check_base(trajectory.header.get("base", {}), model)
+    if trajectory.latents.shape[1] != 1:
+        raise ValueError(
+            f"The trajectory holds {trajectory.latents.shape[1]} pictures, a generation is guided by one reference: "
+            "invert one picture."
+        )
+    single_prompt(negative, "negative prompt")
+    if settings.cfg == 1.0 and settings.inner_steps:
+        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+    warn_of_guidance(model)
+    sampling = model.get_model_object("model_sampling")
+    chosen = guided_steps(trajectory.sigmas.tolist(), start_percent, end_percent, sampling.percent_to_sigma)
+    cells = subject_cells(mask, trajectory.latents)
+    prompt, contexts = plain_prompt(positive, trajectory.sigmas.tolist(), sampling.percent_to_sigma)
+    drawn = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
+    task = _Task(prompt, contexts, negative, drawn, trajectory, cells, chosen)
+
+    put_on = [patches_digest(model), precision(model), describe(positive), describe(negative)]
+    parts = [fingerprint(model), put_on, drawn, trajectory.latents, trajectory.sigmas, cells, list(chosen)]
+    key = digest([METHOD, asdict(settings), *parts])
+    total = len(chosen) * settings.inner_steps
+    progress = Progress(model, total, node_id)
+    run = stored_run(run_store(), key)
+    progress.start(0 if run is None else run.step)
+    if run is None or run.step < total or total not in run.kept:
+        run = _sample(model, task, settings, key, total, progress)
+    progress.curve(run.losses)
+    result = run.kept[total]
+    target = trajectory.latents[chosen[0]]
+    again = landed(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
+    conditioning = masked_negative(negative, result.get("nulls"), cells, chosen, trajectory.sigmas.tolist(), sampling)
+    return Guided(result["samples"], again, conditioning, run.losses, chosen, trajectory.steps)
+
+
+def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
+    """The steps of sigmas [T + 1] that lie in a part of the sampling; ValueError for none, and for the very first."""
+    if not 0.0 <= start < end <= 1.0:
+        raise ValueError(f"The guidance would last from {start:g} to {end:g}: give a start below the end, within 0..1.")
+    held = [step for step, sigma in enumerate(sigmas[:-1]) if sigma_of(end) <= sigma <= sigma_of(start)]
+    if not held:
+        raise ValueError(
+            f"None of the {len(sigmas) - 1} sampling steps lies between {start:g} and {end:g}: widen the window, or "
+            "invert with more steps."
+        )
+    if held[0] == 0:
+        raise ValueError(
+            f"The guidance would begin at the very first step, with {start:g}: it needs a step before it, that the "
+            "transplant is made in. Raise start_percent (0.21 is the paper's) or invert with more steps."
+        )
+    return range(held[0], held[-1] + 1)
+
+
+def subject_cells(mask: Tensor, latents: Tensor) -> Tensor:
+    """The mask of the reference's subject [1, 1, h, w] at the size of a trajectory's latents, ones and zeros."""
+    mask = mask if mask.ndim == 3 else mask.reshape(-1, *mask.shape[-2:])
+    if mask.shape[0] != 1:
+        raise ValueError(f"{mask.shape[0]} masks came with one reference: connect the mask of the aligned reference.")
+    (height, width), (rows, columns) = mask.shape[-2:], latents.shape[-2:]
+    if abs(height * columns - width * rows) > max(height * columns, width * rows) / min(rows, columns):
+        raise ValueError(
+            f"The mask is {width} x {height}, the inverted picture {columns} x {rows} in latent cells, another "
+            "proportion: connect the mask that belongs to the inverted picture (of Align)."
+        )
+    if not bool((mask > 0.5).any()):
+        raise ValueError("The mask is empty: it must be white where the reference's subject is.")
+    cells = latent_mask(mask.float().cpu(), rows, columns)
+    if bool((cells > 0.5).all()):
+        raise ValueError(
+            "The mask covers the whole picture, so that nothing would be left of the prompt: it must be white only "
+            "where the reference's subject is."
+        )
+    return cells
+
+
+def plain_prompt(
+    positive: Conditioning, sigmas: list[float], sigma_of: Callable[[float], float]
+) -> tuple[Conditioning, list[Tensor]]:
+    """A prompt that may change from step to step, as one entry without a window, and its rows at each step."""
+    found = [active(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
+    for step, entries in enumerate(found):
+        if len(entries) != 1:
+            raise ValueError(
+                f"The prompt has {len(entries)} entries in step {step + 1} of {len(found)}, expected one in each: "
+                "connect a Text Encode node, or the output of Apply Subject Embedding, directly."
+            )
+    entries = [entry for (entry,) in found]
+    plain = [{name: value for name, value in options.items() if name not in (*TIMES, TAIL)} for _, options in entries]
+    limited = sorted({name for options in plain for name in LIMITS if name in options})
+    if limited:
+        raise ValueError(f"The prompt is limited by {', '.join(limited)}: connect a prompt for the whole picture.")
+    first = digest(describe(plain[0]))
+    if any(options is not plain[0] and digest(describe(options)) != first for options in plain):
+        raise ValueError(
+            "The prompt's entries differ in more than their rows (a pooled vector, a ControlNet): connect the output "
+            "of Apply Subject Embedding directly."
+        )
+    rows = [single_prompt([[text, {}]], "prompt").detach().float().cpu() for text, _ in entries]
+    return [[entries[0][0], plain[0]]], rows
+
+
+def masked_negative(
+    negative: Conditioning, nulls: Tensor | None, mask: Tensor, chosen: range, sigmas: list[float], sampling: Any
+) -> Conditioning:
+    """The empty prompt, and in the chosen steps: outside of the mask the empty prompt, inside each step's own rows.
+
+    nulls [W, n, d]; None where nothing was optimised.
+    """
+    (phi, options), times = negative[0], windows(sigmas, sampling.percent_to_sigma)
+    begin, end = times[chosen[0]][0], times[chosen[-1]][1]
+    if nulls is None:
+        return [[phi, options.copy()]]
+
+    def entry(rows: Tensor, start: float, stop: float, where: Tensor | None = None) -> list[Any]:
+        masked = {} if where is None else {"mask": where[0], "mask_strength": 1.0, "set_area_to_bounds": False}
+        return [rows, {**options, "start_percent": start, "end_percent": stop, **masked}]
+
+    found = [entry(phi, 0.0, begin), entry(phi, begin, end, 1 - mask)]
+    found += [entry(rows, *times[step], mask) for step, rows in zip(chosen, nulls.split(1), strict=True)]
+    return [*found, entry(phi, end, 1.0)] if end < 1.0 else found
+
+
+def _sample(model: Any, task: _Task, settings: ReferenceSettings, key: str, total: int, progress: Progress) -> Run:
+    finished: list[Run] = []
+    sampling = model.get_model_object("model_sampling")
+    latent_format = model.get_model_object("latent_format")
+    levels = task.trajectory.sigmas
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        parts = [
+            noisy(sampling, task.noise, torch.zeros_like(task.noise), levels),
+            task.trajectory.latents,
+            levels,
+            task.negative[0][0],
+            task.mask,
+        ]
+        start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
+        contexts = [rows.to(x0.device) for rows in detached(task.contexts)]
+        unguided = denoiser.of("negative")
+        fit = ReferenceGuide(
+            denoiser, start, latents, sigmas, contexts, null, mask, task.window, settings, unguided
+        )  # fmt: skip
+        if not total:
+            fit.advance()
+
+        def result() -> Result:
+            samples = latent_format.process_out(sampling.inverse_noise_scaling(sigmas[-1], fit.x)).cpu()
+            return {"samples": samples, **({"nulls": torch.cat(fit.nulls).cpu()} if fit.nulls else {})}
+
+        def on_update(denoised: Tensor) -> None:
+            progress.update(fit.losses, denoised)
+
+        header = {"method": METHOD, "settings": asdict(settings)}
+        finished.append(train(fit, total, EVERY, result, run_store(), key, header, on_update))
+
+    latent = latent_format.process_out(task.trajectory.latents[-1])
+    optimise(model, task.prompt, latent, body, negative=task.negative, exact=True)
+    return finished[0]

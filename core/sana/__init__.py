@@ -1,0 +1,1 @@
+"""Sana through diffusers, as MODEL, CLIP and VAE."""

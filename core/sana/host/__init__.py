@@ -1,0 +1,1 @@
+"""The ComfyUI side of this room."""

@@ -1,0 +1,69 @@
+"""ComfyUI's encoders and decoders with a gradient: the same arithmetic, without rounding, clamping or tiling on
+the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..prompt.conditioning import detached
+from ..sine.fine_tune import Prompt
+from .weights import fixed_clone, gradients, load_fully, out_of_place, thawed
+
+
+@contextlib.contextmanager
+def decoding(vae: Any, latent_shape: tuple[int, ...]) -> Iterator[None]:
+    """Load the VAE whole and make its decoder differentiable; decode() may be called inside."""
+    memory = 4.0 * vae.memory_used_decode(latent_shape, vae.vae_dtype)
+    with gradients():
+        load_fully([vae.patcher], memory)
+        with thawed([vae.first_stage_model]):
+            yield
+
+
+def decode(vae: Any, samples: Tensor) -> Tensor:
+    """Pictures [B, H, W, 3], not clamped, of samples [B, C, h, w] in a LATENT's scale. Only inside decoding().
+
+    Not vae.decode(): that clamps (no gradient where a pixel is saturated) and falls back to tiles without saying so.
+    """
+    pixels = vae.first_stage_model.decode(samples.to(vae.device, vae.vae_dtype)).float()
+    return ((pixels + 1.0) / 2.0).movedim(1, -1)
+
+
+@contextlib.contextmanager
+def text_encoding(clip: Any) -> Iterator[None]:
+    """Load the text encoder whole and make it differentiable; encode_tokens() may be called inside."""
+    with gradients():
+        load_fully([clip.patcher], 0.0)
+        with thawed([clip.cond_stage_model]), out_of_place(clip.cond_stage_model):
+            yield
+
+
+def encode_tokens(clip: Any, tokens: dict[str, list[list[tuple[Any, float]]]]) -> Tensor:
+    """Text rows [1, 77 * k, d] of tokens as clip.tokenize() gives them, where a tensor [d] may stand for a token id."""
+    return clip.cond_stage_model.encode_token_weights(tokens)[0]
+
+
+class TextEncoder:
+    """A CLIP for use inside a gradient session that loads its patcher: prompts as the stock Text Encode gives them."""
+
+    def __init__(self, clip: Any) -> None:
+        self._clip, self.patcher = clip, fixed_clone(clip.patcher)
+
+    def tokens(self, text: str) -> Any:
+        """A prompt ready for encode()."""
+        return detached(self._clip.tokenize(text))
+
+    def encode(self, tokens: Any) -> Prompt:
+        """Rows and pooled vector, with a gradient to the encoder's weights."""
+        model = self.patcher.model
+        model.reset_clip_options()
+        if self._clip.layer_idx is not None:
+            model.set_clip_options({"layer": self._clip.layer_idx})
+        model.set_clip_options({"execution_device": self.patcher.load_device})  # newer ComfyUI asks for it
+        rows, pooled = model.encode_token_weights(tokens)[:2]
+        return Prompt(rows, pooled)

@@ -1,0 +1,67 @@
+"""Telling the user how an optimisation goes: progress bar, latent preview, and the loss curve of the page's widget."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import latent_preview
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..fit.fit import curve
+
+EVENT = "likeness.progress"
+PREVIEW_SIDE = 512
+INTERVAL = 1.0  # seconds between two pictures or curves
+
+
+class Progress:
+    """Progress of one node's run. Raises ComfyUI's interrupt from update() when the user cancels."""
+
+    def __init__(self, model: Any, total: int, node_id: str | None) -> None:
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._total, self._node, self._resumed, self._last = total, node_id, 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Say how many steps were already there: of a stored run that is continued, or served as it is."""
+        self._resumed = step
+
+    def update(self, losses: list[float], denoised: Tensor | None = None, picture: Tensor | None = None) -> None:
+        """Show the state after an update; pictures and curves at most once a second, and at the end.
+
+        picture: one [3, H, W] in 0..1 that is there already, instead of a latent.
+        """
+        mm.throw_exception_if_processing_interrupted()
+        step, now = len(losses), time.monotonic()
+        if now - self._last < INTERVAL and step < self._total:
+            self._bar.update_absolute(step)
+            return
+        self._last = now
+        preview = None
+        if self._previewer is not None and denoised is not None:
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", denoised[:1].float())
+        if picture is not None:
+            pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
+            preview = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)
+        self._bar.update_absolute(step, self._total, preview)
+        self.curve(losses)
+
+    def curve(self, losses: list[float]) -> None:
+        """Send the loss curve to the page."""
+        server = getattr(PromptServer, "instance", None)  # absent outside of a running ComfyUI
+        if not losses or server is None:
+            return
+        message = {
+            "node": str(self._node),
+            "step": len(losses),
+            "steps": self._total,
+            "loss": losses[-1],
+            "losses": curve(losses),
+            "resumed": self._resumed,
+        }
+        server.send_sync(EVENT, message, server.client_id)

@@ -1,0 +1,45 @@
+"""Sampling a picture for a preview, with ComfyUI's own sampler."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..prompt.conditioning import Conditioning
+
+SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together DDIM with eta 0, which the papers use
+
+
+def noisy(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:
+    """What ComfyUI's samplers start from: a latent in the model's own space, under noise of the first of the levels."""
+    first, highest = float(sigmas[0]), float(sampling.sigma_max)
+    whole = first > highest or math.isclose(first, highest, rel_tol=1e-5)
+    return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, whole)
+
+
+def sample_picture(
+    model: Any,
+    vae: Any,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    shape: tuple[int, ...],
+    *,
+    steps: int,
+    cfg: float,
+    seed: int,
+) -> Tensor:
+    """One picture [1, H, W, 3] in 0..1 from fresh noise of a LATENT's shape [1, C, h, w]. Without a negative
+    prompt cfg is 1.
+    """
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    latent = torch.zeros(shape)
+    if negative is None:
+        negative, cfg = positive, 1.0
+    samples = comfy.sample.sample(
+        model, noise, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
+    )
+    return vae.decode(samples)

@@ -1,0 +1,245 @@
+"""The one gradient session: every optimisation of the pack runs inside a sampler that a guider calls.
+
+So ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers,
+and cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import comfy.conds
+import comfy.model_management as mm
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from ..prompt.conditioning import Conditioning, detached
+from ..sine.host.position_map import BOXES
+from .memory import BYTES_PER_WEIGHT, activations, check_room, size_on, told_when_out_of_memory
+from .weights import (
+    check_fully_loaded,
+    checkpointed,
+    drop_all_guidance,
+    gradients,
+    load_fully,
+    out_of_place,
+    private_skips,
+    thawed,
+    trainable_clone,
+)
+
+BESIDE = "likeness.beside"
+
+
+class GuiderDenoiser:
+    """A Denoiser over a running guider, for one of its prompts."""
+
+    def __init__(
+        self,
+        guider: Any,
+        extra_args: dict[str, Any],
+        leaves: dict[str, nn.Parameter] | None = None,
+        role: str = "positive",
+    ) -> None:
+        """leaves: the weights that optimise() was asked to train, by name. role: which of the guider's prompts."""
+        self._guider, self._extra_args, self._role = guider, extra_args, role
+        self.leaves = leaves or {}
+        self._entry = guider.conds[role][0]
+        self._sampling = guider.inner_model.model_sampling
+        self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
+
+    def denoised(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+        boxes: Tensor | None = None,
+    ) -> Tensor:
+        """As in PlacedDenoiser; without a context the prompt's own rows are used, without pooled its own vector."""
+        mm.throw_exception_if_processing_interrupted()
+        extra_args = self._extra_args
+        if boxes is not None:
+            options = extra_args["model_options"]
+            placed = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
+            extra_args = {**extra_args, "model_options": {**options, "transformer_options": placed}}
+        with self._prompt(context, None if pooled is None else self._vector(pooled, x), x.device):
+            return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
+
+    def _vector(self, pooled: Tensor, x: Tensor) -> Tensor | None:
+        """What this model makes of the text encoder's pooled output; None for models that do not use it."""
+        given = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **self._entry}
+        given |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": self._role}
+        return self._guider.inner_model.encode_adm(**given)
+
+    @contextlib.contextmanager
+    def _prompt(self, context: Tensor | None, vector: Tensor | None, device: torch.device) -> Iterator[None]:
+        conds = self._guider.conds
+        exchanged = dict(self._entry["model_conds"])
+        if context is not None:
+            exchanged["c_crossattn"] = exchanged["c_crossattn"]._copy_with(context.to(device))
+        if vector is not None:
+            exchanged["y"] = comfy.conds.CONDRegular(vector.to(device))
+        if context is not None or vector is not None:
+            self._guider.conds = {"positive": [{**self._entry, "model_conds": exchanged}]}
+        else:
+            self._guider.conds = {"positive": conds[self._role]}
+        try:
+            yield
+        finally:
+            self._guider.conds = conds
+
+    def of(self, role: str) -> GuiderDenoiser:
+        """The same model's predictions for another of the guider's prompts, with all that hangs on that prompt."""
+        return GuiderDenoiser(self._guider, self._extra_args, self.leaves, role)
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model that the predictions come from."""
+        return self._guider.inner_model
+
+    @property
+    def context(self) -> Tensor:
+        """The prompt's rows as the model gets them, [1, rows, width]."""
+        return self._entry["model_conds"]["c_crossattn"].cond
+
+
+class _Body(comfy.samplers.Sampler):
+    """A sampler that, instead of sampling, runs a function."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self._run = run
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        self._run(model_wrap, extra_args, latent_image)
+        return latent_image
+
+
+def predicting(
+    model: Any, positive: Conditioning, latent: Tensor, body: Callable[[GuiderDenoiser, Tensor], None]
+) -> None:
+    """Run body(denoiser, x0) with a MODEL's own predictions for one prompt, without guidance and without gradients.
+
+    Arguments as in optimise(); the model may be partly offloaded.
+    """
+    clone = model.clone()
+    drop_all_guidance(clone)
+    guider = comfy.samplers.CFGGuider(clone)
+    guider.inner_set_conds({"positive": positive})
+    sampling = clone.get_model_object("model_sampling")
+    ends = torch.tensor([float(sampling.sigma_max), 0.0])
+    run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args), x0))
+    guider.sample(torch.zeros_like(latent), latent, run, ends, disable_pbar=True)
+
+
+def optimise(
+    model: Any,
+    positive: Conditioning,
+    latent: Tensor,
+    body: Callable[[GuiderDenoiser, Tensor], None],
+    *,
+    negative: Conditioning | None = None,
+    checkpointing: bool = False,
+    text: Any | None = None,
+    others: Sequence[Any] = (),
+    more_memory: float = 0.0,
+    exact: bool = False,
+    all_weights: bool = False,
+) -> None:
+    """Run body(denoiser, x0) with gradients through a MODEL.
+
+    model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
+    [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
+    What body wants to keep it must detach and move to the CPU itself. negative: another prompt, for
+    denoiser.of("negative"). text: a text encoder's ModelPatcher that body runs too. others: further ones (a VAE, vision
+    models), which get gradients to their inputs; more_memory: bytes that they need for that. exact: an fp16 model
+    computes in float32 instead of bf16, for results that an fp16 sampling shall meet. all_weights: every weight of the
+    diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them in
+    denoiser.leaves.
+    Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
+    formats).
+    """
+    clone = trainable_clone(model, all_weights, exact)
+    beside = [*([] if text is None else [text]), *others]
+    if beside:
+        clone.set_additional_models(BESIDE, beside)  # ComfyUI must not make room for the one by unloading the other
+
+    def run(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
+        for loaded in (clone, *guider.loaded_models):
+            if hasattr(loaded, "model_size"):
+                check_fully_loaded(loaded)
+        owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
+        trained = {"diffusion_model": guider.inner_model.diffusion_model} if all_weights else {}
+        owners += [each.model for each in beside]
+        if text is not None and all_weights:
+            trained["text_encoders"] = text.model
+        with contextlib.ExitStack() as stack:
+            parts = [part for part in owners if isinstance(part, torch.nn.Module)]
+            leaves = stack.enter_context(thawed(parts, trained))
+            for part in parts:
+                stack.enter_context(out_of_place(part))
+            if any("control" in entry for entries in guider.conds.values() for entry in entries):
+                stack.enter_context(private_skips(guider.inner_model.diffusion_model))
+            if checkpointing:
+                stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
+            denoiser = GuiderDenoiser(guider, extra_args, leaves)
+            _probe(denoiser, x0[:1])
+            body(denoiser, x0)
+
+    with gradients():
+        guider = comfy.samplers.CFGGuider(clone)
+        given = {"positive": positive, "negative": negative}
+        guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
+        latent = detached(latent).float()
+        together = [clone] if text is None else [clone, text]
+        # Thawed, every weight is there twice; a text encoder's whose weights are all trained is counted in _memory().
+        copies = size_on(others if all_weights else beside, clone.load_device)
+        needed = _memory(together, latent, checkpointing, all_weights) + copies + more_memory
+        check_room([clone, *beside], needed, clone.load_device)
+        load_fully([clone, *beside], needed)
+        sampling = clone.get_model_object("model_sampling")
+        ends = torch.tensor([float(sampling.sigma_max), 0.0])
+        try:
+            with told_when_out_of_memory():
+                guider.sample(torch.zeros_like(latent), latent, _Body(run), ends, disable_pbar=True)
+        finally:
+            mm.soft_empty_cache()
+
+
+def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
+    """Bytes that a session needs beside the loaded weights; the diffusion model is the first of the models."""
+    first = models[0]
+    # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
+    memory = first.model_size() + activations(first, latent, checkpointing)
+    if all_weights:
+        memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
+    return memory
+
+
+def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    """One small backward before any work: quantised layers and some attention kernels have none."""
+    context = denoiser.context.detach().clone().requires_grad_(True)
+    sigma = denoiser.sigmas[denoiser.sigmas.shape[0] // 2].to(x0).view(1)
+    try:
+        denoiser.denoised(x0, sigma, context).float().square().mean().backward()
+    except mm.OOM_EXCEPTION:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without "
+            "torch.compile, and connect it before nodes that change its inner tensors in place (FreeU); they may "
+            "follow for sampling."
+        ) from error
+    if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):
+        raise RuntimeError(
+            "This model gives no usable gradient to its text rows: load it in bf16 or fp32, and check that the prompt "
+            "comes from the model's own text encoder."
+        )

@@ -1,0 +1,1 @@
+"""SINE: fine-tuning on patches of one image, and the guidance that edits it."""

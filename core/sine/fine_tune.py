@@ -1,0 +1,199 @@
+"""SINE (Zhang et al. 2023, arXiv 2212.04489), eq. 1, fine-tuning: argmin_theta E || eps_theta(z_t, t, c) - eps ||^2.
+
+A copy of the model is over-fitted to one picture and one fixed prompt: on the whole picture, or on patches of it while
+a position map says where each patch lies (patches.py, position_map.py). What is trained, low-rank factors or every
+weight, is the caller's choice: here it is a table of parameters.
+
+Source: main.py, ddpm.py and the configurations of the authors. For patches their code adds a second term that the
+paper does not mention, the L1 distance of the denoised estimate, (t / T)^2 * mean | pool(x0_hat) - pool(x0) | with
+pool an average to 64 x 64; as x0_hat - x0 = -sigma_t * (eps_theta - eps), it weighs the high noise, where the layout
+is decided and where guidance is later applied.
+
+Deviations, each with its reason:
+- x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs a random draw in every step;
+- patches are prepared ahead and repeat after as many steps as there are patches;
+- one or several pictures; a mask restricts both terms to the subject; prior preservation (DreamBooth) is there for
+  ablation, its weight is 0 as theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..denoiser import PlacedDenoiser, masked_mean, noise_error
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
+
+LEARNING_RATE = 1e-4  # of low-rank factors
+LEARNING_RATE_FULL = 1e-6  # of all weights: the paper's
+STEPS_FULL, STEPS_PATCHES = 800, 10_000  # the paper's, without and with patches
+RECON_WEIGHT = 1.0  # scale_recon_loss of the patch configurations
+POOLED = 64  # latent pixels; a training square of 512 pixels stays as it is
+LARGE = 1 << 30  # bytes of parameters above which AdamW goes through them one by one, which holds no second copy
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """What decides the result of a run, next to the model, the samples and the prompt."""
+
+    learning_rate: float = LEARNING_RATE
+    seed: int = 0
+    recon_weight: float = RECON_WEIGHT
+    prior_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is learned from, in the order of the updates.
+
+    x0 [N, C, h, w] in the model's latent space; boxes [N, 4] (y0, x0, y1, x1 in cells) or None; mask [N, 1, h, w] of
+    ones and zeros, or None. period: update s takes sample s % period. N may be less than that in a run that ends
+    before it needs them all.
+    """
+
+    x0: Tensor
+    boxes: Tensor | None = None
+    mask: Tensor | None = None
+    period: int = 0
+
+    def at(self, step: int, device: torch.device | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x0 [1, C, h, w], box [1, 4] and mask [1, 1, h, w] of an update."""
+        i = step % (self.period or self.x0.shape[0])
+        box, mask = (None if part is None else part[i : i + 1].to(device) for part in (self.boxes, self.mask))
+        return self.x0[i : i + 1].to(device), box, mask
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the text encoder says: rows [1, n, d], and for SDXL a vector [1, p]."""
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Other pictures of the subject's class with a prompt of their own, so that the class is not forgotten."""
+
+    samples: Samples
+    prompt: Callable[[], Prompt]
+
+
+def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+    """Mean over the batch of (t / T)^2 * mean | pool(x0_hat) - pool(x0) |; t [B] of T = count timesteps."""
+    difference = (denoised - x0).float()
+    size = (min(x0.shape[-2], POOLED), min(x0.shape[-1], POOLED))
+    if mask is not None:
+        difference, mask = difference * mask, mask.float().expand(x0.shape[0], -1, -1, -1)
+    if size != tuple(x0.shape[-2:]):
+        difference = F.adaptive_avg_pool2d(difference, size)
+        mask = None if mask is None else F.adaptive_avg_pool2d(mask, size)
+    distance = difference.abs().mean((1, 2, 3))
+    if mask is not None:
+        distance = distance / mask.mean((1, 2, 3))
+    return ((t.to(distance) / count) ** 2 * distance).mean()
+
+
+class FineTune:
+    """The optimisation of a table of parameters; a Fit (see fitting.py)."""
+
+    def __init__(
+        self,
+        denoiser: PlacedDenoiser,
+        samples: Samples,
+        prompt: Callable[[], Prompt],
+        parameters: Mapping[str, nn.Parameter],
+        settings: FineTuneSettings,
+        prior: Prior | None = None,
+    ) -> None:
+        """prompt() is asked before every prediction, so that a text encoder that trains too is run anew.
+
+        parameters: float32 leaves that the denoiser (and prompt) depend on, by the names their state is stored under.
+        """
+        self.denoiser, self.samples, self.prompt, self.prior = denoiser, samples, prompt, prior
+        self.parameters, self.settings = dict(parameters), settings
+        leaves = list(self.parameters.values())
+        large = sum(leaf.numel() * leaf.element_size() for leaf in leaves) > LARGE
+        self.device = leaves[0].device
+        self.optimizer = torch.optim.AdamW(leaves, lr=settings.learning_rate, foreach=False if large else None)
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def draw(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timestep [1] and noise [1, C, h, w] of the next update."""
+        t = torch.randint(self.denoiser.sigmas.shape[0], (1,), generator=generator)
+        return t, torch.randn(1, *samples.x0.shape[1:], generator=generator)
+
+    def loss(
+        self,
+        prompt: Prompt,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        box: Tensor | None = None,
+        mask: Tensor | None = None,
+        recon_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 1 plus recon_weight times the second term, and the denoised estimate, for one batch."""
+        sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
+        more = {} if prompt.pooled is None else {"pooled": prompt.pooled}
+        more |= {} if box is None else {"boxes": box}
+        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, prompt.context, **more)
+        loss = masked_mean(error.float().square(), mask)
+        if recon_weight:
+            loss = loss + recon_weight * recon_term(denoised, x0, t, self.denoiser.sigmas.shape[0], mask)
+        return loss, denoised
+
+    def update(self) -> Tensor:
+        generator = step_generator(self.settings.seed, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        x0, box, mask = self.samples.at(self.step, self.device)
+        t, noise = self.draw(self.samples, generator)
+        loss, denoised = self.loss(self.prompt(), x0, t, noise, box, mask, self.settings.recon_weight)
+        value = finite_or_raise(loss, self.step)
+        loss.backward()
+        if self.prior is not None and self.settings.prior_weight:
+            value += self._prior(self.prior, generator)
+        finite_or_raise(self._gradient_norms(), self.step, "gradient")
+        self.optimizer.step()
+        self.losses.append(value)
+        return denoised.detach()
+
+    def _gradient_norms(self) -> Tensor:
+        """Their sum; the text encoder may be on another device than the diffusion model."""
+        devices: dict[torch.device, list[Tensor]] = {}
+        for leaf in self.parameters.values():
+            if leaf.grad is not None:
+                devices.setdefault(leaf.device, []).append(leaf.grad)
+        sums = [torch.stack(torch._foreach_norm(gradients)).sum().cpu() for gradients in devices.values()]
+        return torch.stack(sums).sum()
+
+    def _prior(self, prior: Prior, generator: torch.Generator) -> float:
+        """The third term; its backward is its own, so that only one graph is held at a time."""
+        x0, box, mask = prior.samples.at(self.step, self.device)
+        t, noise = self.draw(prior.samples, generator)
+        loss = self.settings.prior_weight * self.loss(prior.prompt(), x0, t, noise, box, mask)[0]
+        value = finite_or_raise(loss, self.step, "prior loss")
+        loss.backward()
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            **{f"leaf.{name}": leaf.detach() for name, leaf in self.parameters.items()},
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            **adam_state(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, leaf in self.parameters.items():
+                leaf.copy_(state[f"leaf.{name}"])
+        self.losses = state["losses"].tolist()
+        restore_adam(self.optimizer, state)

@@ -1,0 +1,102 @@
+"""The pictures of a fine-tuning as latents: whole, or as patches with their boxes, encoded ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from torch import Tensor
+
+from ...denoiser import latent_mask
+from ..fine_tune import Samples
+from ..patches import Box, box_of, check_size, cut, squashed
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How samples are made. resolution: pixels of a training square; cells: of the grid, 0 for no patches; crops:
+    patches prepared ahead; whole_image: probability of the whole picture instead of a patch.
+    """
+
+    resolution: int
+    cells: int = 0
+    crops: int = 1000
+    whole_image: float = 0.0
+
+
+def check_pictures(image: Tensor, mask: Tensor | None, cutting: Cutting) -> None:
+    """ValueError for pictures and masks that no samples can be made from."""
+    if image.ndim != 4 or image.shape[-1] < 3 or not bool(torch.isfinite(image).all()):
+        raise ValueError(f"The picture is {tuple(image.shape)}, expected finite numbers [batch, height, width, 3].")
+    if cutting.cells:
+        check_size(image.shape[1], image.shape[2], cutting.cells)
+    if mask is None:
+        return
+    count = 1 if mask.ndim == 2 else mask.shape[0]
+    if count not in (1, image.shape[0]):
+        raise ValueError(f"{count} masks came with {image.shape[0]} pictures: give one mask, or one for each picture.")
+    if tuple(mask.shape[-2:]) != tuple(image.shape[1:3]):
+        raise ValueError(
+            f"The mask has {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {image.shape[2]} x "
+            f"{image.shape[1]}: paint the mask on the very picture that is connected."
+        )
+    if not bool((mask.reshape(count, -1) > 0.5).any(1).all()):
+        raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
+
+
+def make_samples(
+    model: Any, vae: Any, image: Tensor, mask: Tensor | None, cutting: Cutting, seed: int, steps: int
+) -> Samples:
+    """Samples in the scale of a LATENT for `steps` updates: patches one after the other, or the whole pictures.
+
+    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. Picture i % B gives the i-th sample.
+    """
+    cell = vae.spacial_compression_encode()
+    size = cutting.cells * cell or cutting.resolution
+    squares = squashed(image[..., :3].cpu().movedim(-1, 1), size)
+    masks = None if mask is None else squashed(mask.cpu().reshape(-1, 1, *mask.shape[-2:]), size)
+    period = cutting.crops if cutting.cells else image.shape[0]
+    count = min(period, steps)
+    boxes: list[Box] = []
+    latents, latent_masks = [], []
+    for i in range(count):
+        mm.throw_exception_if_processing_interrupted()
+        square = squares[i % image.shape[0]][None]
+        masked = None if masks is None else masks[i % masks.shape[0]][None]
+        if cutting.cells:
+            boxes.append(_box(masked, cutting, seed, i, cell))
+            square = cut(square, boxes[-1], cell, cutting.resolution)
+            masked = None if masked is None else cut(masked, boxes[-1], cell, cutting.resolution)
+        # One at a time: in a batch the last bits of a latent depend on its neighbours.
+        latents.append(_encoded(model, vae, square))
+        if masked is not None:
+            latent_masks.append(latent_mask(masked, *latents[-1].shape[-2:]))
+    return Samples(
+        torch.cat(latents),
+        torch.tensor(boxes, dtype=torch.int64) if boxes else None,
+        torch.cat(latent_masks) if latent_masks else None,
+        period,
+    )
+
+
+def _box(mask: Tensor | None, cutting: Cutting, seed: int, index: int, cell: int) -> Box:
+    def shows(box: Box) -> bool:
+        return mask is None or bool((cut(mask, box, cell, cutting.resolution) > 0.5).any())
+
+    return box_of(seed, index, cutting.cells, cutting.whole_image, shows)
+
+
+def _encoded(model: Any, vae: Any, pixels: Tensor) -> Tensor:
+    """A latent [1, C, h, w] on the CPU of pixels [1, 3, H, W]; ValueError when the VAE is not the model's."""
+    samples = vae.encode(pixels.movedim(1, -1))
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"The VAE makes latents {tuple(samples.shape)}, the model expects [batch, {channels}, height, width]: use "
+            "the model's own VAE."
+        )
+    if not bool(torch.isfinite(samples).all()):
+        raise ValueError("The VAE gave NaN or infinite numbers: load it in fp32 (--fp32-vae) or use a fixed one.")
+    return samples.float().cpu()

@@ -1,0 +1,195 @@
+"""A sweep over K and v as one picture: the results in a labelled grid, and their measures as curves.
+
+The grid is that of SINE's figures 7, 9 and 19 to 21, the curves are those of its figure 8 (arXiv 2212.04489).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ...vision.host.scoring import NOT_MEASURED
+from ...vision.host.sheets import (
+    FONT_SIZE,
+    INK,
+    LARGEST,
+    MARGIN,
+    PAPER,
+    SMALLEST,
+    Font,
+    as_image,
+    font,
+    plain,
+    thumbnail,
+)
+from ..sweep import Grid, timestep
+
+WIDEST = 4096  # px of a whole grid, as long as its pictures stay above SMALLEST
+FINE = 2  # the plot is drawn larger by this factor and then reduced, which smooths its lines
+PANEL, LEFT, RIGHT, TOP, BOTTOM = (330, 210), 62, 24, 34, 44  # px of the plotting area and of the room around it
+LEGEND = 110  # px
+FAINT = (63, 63, 70)
+FIRST, MIDDLE, LAST = (99, 110, 250), (45, 212, 191), (250, 204, 21)  # colours of the curves, from low to high
+MOST_TICKS = 9
+
+
+def grid_sheet(pictures: Sequence[Tensor], grid: Grid) -> Tensor:
+    """Pictures [H, W, C] in 0..1 -> [1, h, w, 3]: one row for each K, one column for each v, named at the edges."""
+    columns, rows = len(grid.base_weights), len(grid.end_percents)
+    largest = max(SMALLEST, min(LARGEST, WIDEST // columns))
+    tiles = [thumbnail(picture, largest) for picture in pictures]
+    width, height = (max(tile.size[axis] for tile in tiles) + MARGIN for axis in (0, 1))
+    face = font(FONT_SIZE + 2)
+    line = FONT_SIZE + 6
+    labels = [(f"end {end:g}", f"K {timestep(end)}") for end in grid.end_percents]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(int(measure.textlength(text, font=face)) for label in labels for text in label) + 3 * MARGIN
+    top = line + 2 * MARGIN
+    sheet = Image.new("RGB", (left + columns * width + MARGIN, top + rows * height + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, weight in enumerate(grid.base_weights):
+        centre(draw, left + column * width + (width - MARGIN) / 2, MARGIN, f"v {weight:g}", face)
+    for row, label in enumerate(labels):
+        middle = top + row * height + (height - MARGIN) / 2
+        for k, text in enumerate(label):
+            draw.text((MARGIN, middle + (k - 1) * line), text, fill=INK, font=face)
+        for column, at in enumerate(grid.places[row]):
+            if at is not None:
+                sheet.paste(tiles[at], (left + column * width, top + row * height))
+    return as_image(sheet)
+
+
+def measures(
+    count: int, distance: list[float] | None, identity: list[float] | None, text: list[float] | None
+) -> dict[str, list[float]]:
+    """What to draw, by title: the given measures without those that Score Likeness had no model for.
+
+    identity, a cosine, is drawn as the distance 1 - identity. ValueError for a list of another length than the pairs.
+    """
+    drawn = {}
+    likeness = None if identity is None else [1.0 - value for value in identity]
+    for title, values in (("distance", distance), ("1 - identity", likeness), ("text score", text)):
+        missing = 1.0 - NOT_MEASURED if values is likeness else NOT_MEASURED
+        if values is None or all(value == missing for value in values):
+            continue
+        if len(values) != count:
+            raise ValueError(
+                f"{len(values)} values of {title} came for {count} pairs: score pictures one by one, not as a batch."
+            )
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{title} holds a value that is not a number: check what is connected there.")
+        drawn[title] = values
+    return drawn
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: curves of points (x, y), their names, and the values that x takes."""
+
+    title: str
+    axis: str
+    curves: list[list[tuple[float, float]]]
+    names: list[str]
+    stops: tuple[float, ...]
+
+
+def panels(title: str, values: Sequence[float], grid: Grid) -> list[Panel]:
+    """A measure over v for each K and over K for each v; an axis that takes one value only is left out."""
+    over_v = Panel(
+        f"{title} over v",
+        "v (base_weight)",
+        grid.over_base_weight(values),
+        [f"K {timestep(end)}" for end in grid.end_percents],
+        grid.base_weights,
+    )
+    over_k = Panel(
+        f"{title} over K",
+        "end_percent (K falls to the right)",
+        grid.over_end_percent(values),
+        [f"v {weight:g}" for weight in grid.base_weights],
+        grid.end_percents,
+    )
+    both = [panel for panel in (over_v, over_k) if len(panel.stops) > 1]
+    return both or [over_v]
+
+
+def plot_sheet(measures: Mapping[str, Sequence[float]], grid: Grid) -> Tensor:
+    """{title: one value per result} -> [1, h, w, 3]: a row of panels for each measure."""
+    rows = [panels(title, values, grid) for title, values in measures.items()]
+    width, height = LEFT + PANEL[0] + RIGHT + LEGEND, TOP + PANEL[1] + BOTTOM
+    size = (width * max(len(row) for row in rows), height * len(rows))
+    sheet = Image.new("RGB", (size[0] * FINE, size[1] * FINE), PAPER)
+    draw, face = ImageDraw.Draw(sheet), font(FONT_SIZE * FINE)
+    for y, row in enumerate(rows):
+        for x, panel in enumerate(row):
+            _draw_panel(draw, face, panel, (x * width + LEFT) * FINE, (y * height + TOP) * FINE)
+    return as_image(sheet.resize(size, Image.Resampling.LANCZOS))
+
+
+def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, top: int) -> None:
+    width, height = PANEL[0] * FINE, PANEL[1] * FINE
+    low, high, ticks = nice_range([y for curve in panel.curves for _, y in curve])
+    first, span = panel.stops[0], (panel.stops[-1] - panel.stops[0]) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (x - first) / span * width, top + (high - y) / (high - low) * height
+
+    step = 6 * FINE
+    draw.text((left, top - 26 * FINE), plain(panel.title), fill=INK, font=face)
+    for tick in ticks:
+        y = place(first, tick)[1]
+        draw.line((left, y, left + width, y), fill=FAINT, width=FINE)
+        text = f"{tick:g}"
+        draw.text((left - draw.textlength(text, font=face) - step, y - 8 * FINE), text, fill=INK, font=face)
+    for stop in thinned(panel.stops):
+        x = place(stop, low)[0]
+        draw.line((x, top + height, x, top + height + step / 2), fill=INK, width=FINE)
+        centre(draw, x, top + height + step, f"{stop:g}", face)
+    centre(draw, left + width / 2, top + height + 24 * FINE, plain(panel.axis), face)
+    draw.line((left, top, left, top + height, left + width, top + height), fill=INK, width=FINE)
+    shown = thinned(range(len(panel.curves)))
+    for k, (curve, name) in enumerate(zip(panel.curves, panel.names, strict=True)):
+        color = shade(k, len(panel.curves))
+        points = [place(x, y) for x, y in curve]
+        draw.line(points, fill=color, width=2 * FINE, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - 3 * FINE, y - 3 * FINE, x + 3 * FINE, y + 3 * FINE), fill=color)
+        if k in shown:
+            y = top + shown.index(k) * 20 * FINE
+            draw.line((left + width + 3 * step, y + 9 * FINE, left + width + 6 * step, y + 9 * FINE), color, 2 * FINE)
+            draw.text((left + width + 7 * step, y), plain(name), fill=INK, font=face)
+
+
+def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font) -> None:
+    """Write a text with its middle at x."""
+    draw.text((x - draw.textlength(text, font=face) / 2, y), text, fill=INK, font=face)
+
+
+def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Low, high and round ticks of an axis that holds all values."""
+    low, high = min(values), max(values)
+    span = (high - low) or max(abs(high), 1.0) * 0.1
+    power = 10.0 ** math.floor(math.log10(span / 3))
+    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
+    bottom, top = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)  # 0.7 and 0.7000000001 are one tick
+    if bottom == top:
+        bottom, top = bottom - 1, top + 1
+    return bottom * step, top * step, [round(k * step, 12) for k in range(bottom, top + 1)]
+
+
+def thinned(stops: Sequence) -> list:
+    """At most MOST_TICKS of the values, evenly chosen, so that their names do not overlap."""
+    return list(stops)[:: max(1, math.ceil(len(stops) / MOST_TICKS))]
+
+
+def shade(index: int, count: int) -> tuple[int, int, int]:
+    """A colour between FIRST and LAST, by way of MIDDLE."""
+    share = index / max(count - 1, 1)
+    start, end = (FIRST, MIDDLE) if share <= 0.5 else (MIDDLE, LAST)
+    part = 2 * share if share <= 0.5 else 2 * share - 1
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
+    return red, green, blue

@@ -1,0 +1,106 @@
+"""The K x v grid of SINE (Zhang et al. 2023, arXiv 2212.04489, Fig. 7 to 9, 19 to 21): settings, and where results go.
+
+v, base_weight, is the base model's share of the guided prediction; K is where the guidance ends, here as end_percent of
+ComfyUI's schedule: 0.6 is the paper's K = 400 of 999. Rows of the grid are end_percents, columns are base_weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .guidance import LAST_TIMESTEP
+
+MOST_TEXT, MOST_NUMBERS, MOST_PAIRS = 2000, 24, 144
+_NUMBER = re.compile(r"[+-]?(\d{1,12}\.?\d{0,12}|\.\d{1,12})([eE][+-]?\d{1,2})?", re.ASCII)
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """'0.3, 0.5 0.7' -> [0.3, 0.5, 0.7], in the given order. ValueError for anything but different numbers in 0..1."""
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{name} is a text of {len(text)} characters: give up to {MOST_NUMBERS} numbers.")
+    found: list[float] = []
+    for word in re.split(r"[\s,;]+", text.strip(" \t\r\n,;")):
+        if not word:
+            raise ValueError(f"{name} is empty: give numbers from 0 to 1, such as '0.3, 0.5, 0.7'.")
+        if not _NUMBER.fullmatch(word):
+            raise ValueError(f"{name} holds {word[:40]!r}, which is not a number: write it like '0.3, 0.5, 0.7'.")
+        value = float(word) + 0.0  # -0 becomes 0
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} holds {word[:40]}: give numbers from 0 to 1, with a point for the decimals.")
+        if value in found:
+            raise ValueError(f"{name} holds {value:g} twice: give each number once.")
+        found.append(value)
+    if len(found) > MOST_NUMBERS:
+        raise ValueError(f"{name} holds {len(found)} numbers: give {MOST_NUMBERS} at most.")
+    return found
+
+
+def pairs(base_weights: Sequence[float], end_percents: Sequence[float]) -> list[tuple[float, float]]:
+    """All (base_weight, end_percent), row by row of the grid: the base weight runs fastest."""
+    count = len(base_weights) * len(end_percents)
+    if count > MOST_PAIRS:
+        raise ValueError(
+            f"{len(base_weights)} base weights x {len(end_percents)} end percents are {count} pictures: "
+            f"{MOST_PAIRS} are possible. Give fewer numbers."
+        )
+    return [(weight, end) for end in end_percents for weight in base_weights]
+
+
+def timestep(end_percent: float) -> int:
+    """The paper's K for a percent: of SD's 1000 timesteps; for other schedules a fraction of 999."""
+    return round((1.0 - end_percent) * LAST_TIMESTEP)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each result lies. places: index of the result in [row][column], None where there is none."""
+
+    base_weights: tuple[float, ...]
+    end_percents: tuple[float, ...]
+    places: tuple[tuple[int | None, ...], ...]
+
+    def over_base_weight(self, values: Sequence[float]) -> list[list[tuple[float, float]]]:
+        """For each end_percent the points (base_weight, value)."""
+        return [
+            [(x, values[at]) for x, at in zip(self.base_weights, row, strict=True) if at is not None]
+            for row in self.places
+        ]
+
+    def over_end_percent(self, values: Sequence[float]) -> list[list[tuple[float, float]]]:
+        """For each base_weight the points (end_percent, value)."""
+        return [
+            [(x, values[at]) for x, at in zip(self.end_percents, column, strict=True) if at is not None]
+            for column in zip(*self.places, strict=True)
+        ]
+
+
+def grid(base_weights: Sequence[float], end_percents: Sequence[float]) -> Grid:
+    """Sort results into the grid by their settings: result i was made with base_weights[i] and end_percents[i]."""
+    if len(base_weights) != len(end_percents) or not base_weights:
+        raise ValueError(
+            f"{len(base_weights)} base weights came with {len(end_percents)} end percents: connect both outputs of "
+            "Sweep Guidance."
+        )
+    if len(base_weights) > MOST_PAIRS:
+        raise ValueError(f"{len(base_weights)} pairs came: {MOST_PAIRS} are possible.")
+    columns, rows = tuple(sorted(set(base_weights))), tuple(sorted(set(end_percents)))
+    index: dict[tuple[float, float], int] = {}
+    for i, pair in enumerate(zip(end_percents, base_weights, strict=True)):
+        if pair in index:
+            raise ValueError(f"The pair base_weight {pair[1]:g}, end_percent {pair[0]:g} came twice: give it once.")
+        index[pair] = i
+    return Grid(columns, rows, tuple(tuple(index.get((end, weight)) for weight in columns) for end in rows))
+
+
+def one_for_each(images: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Batches [B, H, W, C] -> `count` pictures [H, W, C]; ValueError when there are more or fewer."""
+    pictures = [picture for batch in images for picture in batch]
+    if len(pictures) != count:
+        raise ValueError(
+            f"{len(pictures)} pictures came for {count} pairs: give one for each pair, from a latent of batch size 1."
+        )
+    return pictures

@@ -1,0 +1,1 @@
+"""SISO: optimizing a LoRA against the similarity of the images that it makes."""

@@ -1,0 +1,78 @@
+"""What an editing keeps: the background of a picture, outside of a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...prompt.conditioning import detached
+from ..siso import Term, background_error
+
+
+@dataclass(frozen=True)
+class Background:
+    """A picture [1, H, W, 3] to keep outside of a mask [1, h, w] of the same proportion, for editing."""
+
+    picture: Tensor
+    mask: Tensor
+    weight: float
+
+    def check(self, vae: Any, latent: Tensor) -> None:
+        """ValueError when the picture is not of the size that a latent [1, C, h, w] is decoded to, or the mask does not
+        fit the picture, or leaves nothing to keep or nothing to change.
+        """
+        height, width = self.picture.shape[1:3]
+        cell = vae.spacial_compression_decode()
+        made = (latent.shape[-2] * cell, latent.shape[-1] * cell)
+        if len(self.picture) != 1 or (height, width) != made:
+            raise ValueError(
+                f"The picture to keep is {width} x {height} ({len(self.picture)} of them), and pictures of "
+                f"{made[1]} x {made[0]} are made: scale it to that (ImageScale), as it was before it was encoded."
+            )
+        masks, (rows, columns) = self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask.shape[-2:]
+        if len(masks) != 1 or abs(rows * width - columns * height) > max(rows, columns) * max(width, height) / 50:
+            raise ValueError(
+                f"The mask is {columns} x {rows} ({len(masks)} of them), the picture to keep {width} x {height}: give "
+                "one mask of the same proportion, cut as the picture was."
+            )
+        outside = self.outside()
+        if not bool(outside.any()):
+            raise ValueError(
+                "The mask covers the whole picture, so that no background is left to keep: paint the subject only, "
+                "or disconnect picture and mask."
+            )
+        if bool(outside.all()):
+            raise ValueError(
+                "The mask is empty, so that the whole picture would be kept as it is: paint what is to become the "
+                "subject (right-click the picture, Open in MaskEditor), give the detector another word, or disconnect "
+                "picture and mask."
+            )
+
+    def outside(self) -> Tensor:
+        """Ones and zeros [1, 1, H, W] in the picture's size, 1 on the background."""
+        mask = detached(self.mask).float().reshape(1, 1, *self.mask.shape[-2:])
+        size = self.picture.shape[1:3]
+        if mask.shape[-2:] != size:
+            mask = F.interpolate(mask, size, mode="bilinear", antialias=True)
+        return (mask <= 0.5).float()
+
+    def term(self) -> Term:
+        """The loss outside of the mask, on the device of the pictures: the VAE's may be another than the model's."""
+        source = detached(self.picture)[..., :3].movedim(-1, 1)
+        mask = 1 - self.outside()
+
+        def loss(picture: Tensor) -> Tensor:
+            return self.weight * background_error(picture, source.to(picture.device), mask.to(picture.device))
+
+        return loss
+
+
+def background(picture: Tensor | None, mask: Tensor | None, weight: float) -> Background | None:
+    """The background that is to stay; None without a mask. ValueError when one of the two is missing."""
+    if (picture is None) != (mask is None):
+        given, missing = ("picture", "mask") if mask is None else ("mask", "picture ('image')")
+        raise ValueError(f"A {given} was connected without a {missing}: connect both to keep a background, or neither.")
+    return None if picture is None or mask is None else Background(picture, mask, weight)

@@ -1,0 +1,320 @@
+"""Optimising a LoRA on a MODEL against the likeness of the pictures it makes (SISO)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ...embedding.host.train import EVERY
+from ...fit.fit import curve
+from ...fit.runs import RunStore, digest
+from ...fit.train import Result, Run, stored_run, train
+from ...inversion.renoise import Replay
+from ...inversion.trajectory import check_sigmas
+from ...lora.host.layers import trained_layers
+from ...lora.low_rank import beside, factors, new_adapters
+from ...prompt.conditioning import Conditioning, detached, single_prompt
+from ...session.describe import describe
+from ...session.differentiable import TextEncoder, decode
+from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.memory import activations, decoding_memory, vision_memory
+from ...session.progress import Progress
+from ...session.sampling import noisy
+from ...session.session import GuiderDenoiser, optimise
+from ...session.weights import DECODER, checkpointed, layers_checkpointed
+from ...sine.fine_tune import Prompt
+from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
+from .background import Background
+from .prodigy import prodigy
+from .result import SEEN, Optimised, answers, both_loras, likeness_store, lora_of
+from .similarity import Similarity
+
+METHOD = "siso"
+SAME_TEXT = 0.05  # of their size, by which the rows of one prompt may differ: bf16 rounds by 0.01
+log = logging.getLogger("likeness")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is made in every iteration. latent [1, C, h, w] as in a LATENT: where it starts; zeros for noise
+    alone. grad_steps: how many of the last steps have a gradient. replay: of an inverted picture, whose latent is where
+    the sampling starts, with no noise but the recorded one.
+    """
+
+    latent: Tensor
+    sigmas: Tensor
+    seed: int
+    cfg: float = 1.0
+    grad_steps: int = 1
+    replay: Replay | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, and what is trained."""
+
+    iterations: int = ITERATIONS
+    rank: int = RANK
+    keep: Keep = "best"
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What makes the pictures: a MODEL, a VAE, and a prompt. clip: its text encoder is optimised too, from `prompt`;
+    else positive is fixed. negative: only with a cfg above 1.
+    """
+
+    model: Any
+    vae: Any
+    positive: Conditioning
+    negative: Conditioning | None = None
+    clip: Any | None = None
+    prompt: str = ""
+
+    def networks(self) -> tuple[Any, Any | None]:
+        """What a LoRA is learned for: the MODEL's, and the text encoder's."""
+        return self.model.model, None if self.clip is None else self.clip.cond_stage_model
+
+    def described(self) -> Any:
+        """All that decides its pictures, for the key of a run."""
+        text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
+        put_on = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
+        return [fingerprint(self.model), put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
+
+
+def optimise_lora(
+    generator: Generator,
+    similarity: Similarity,
+    sampling: Sampling,
+    plan: Plan,
+    settings: SisoSettings,
+    background: Background | None = None,
+    node_id: str | None = None,
+) -> Optimised:
+    """Optimise (or resume, or serve from disk) a LoRA; ValueError, before any work, for what does not fit together."""
+    sampling = replace(sampling, latent=comfy.sample.fix_empty_latent_channels(generator.model, sampling.latent))
+    _check(generator, similarity, sampling, background)
+    optimizer = torch.optim.AdamW
+    if settings.optimizer == "Prodigy":  # it knows one learning rate only
+        optimizer, settings = prodigy(), replace(settings, text_rate=settings.learning_rate)
+    if sampling.cfg == 1.0:
+        generator = replace(generator, negative=None)
+    trained = trained_layers(*generator.networks())
+    store = likeness_store(generator.vae, sampling.latent, plan.iterations, trained, plan.rank)
+    key = _key(generator, similarity, sampling, plan, settings, background)
+    progress = Progress(generator.model, plan.iterations, node_id)
+    run = stored_run(store, key, whole=False, more=SEEN)
+    progress.start(0 if run is None else run.step)
+    if run is None or not answers(run, plan.iterations, settings):
+        run = _optimise(generator, similarity, sampling, plan, settings, background, store, key, progress, optimizer)
+    progress.curve(run.losses)
+    picture, pictures = (run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
+    header = {
+        "method": METHOD,
+        "base": fingerprint(generator.model),
+        "prompt": generator.prompt,
+        "weights": "LoRA",
+        "settings": {**asdict(settings), "rank": plan.rank, "iterations": run.step, "keep": plan.keep},
+        "losses": curve(run.losses),
+    }
+    parts = run.state["parts"].tolist()
+    found = Optimised(lora_of(run, plan.keep), picture, pictures.float() / 255, run.losses, parts, plan.keep, header)
+    if found.warning():
+        log.warning("%s", found.warning())
+    return found
+
+
+def _key(
+    generator: Generator,
+    similarity: Similarity,
+    sampling: Sampling,
+    plan: Plan,
+    settings: SisoSettings,
+    background: Background | None,
+) -> str:
+    """The name of the run: all that decides its iterations, but not how many are made and which one is kept."""
+    decides = {name: value for name, value in asdict(settings).items() if name not in ("threshold", "patience")}
+    kept = [] if background is None else [asdict(background)]
+    parts = [part.described() for part in similarity.parts]
+    return digest([METHOD, plan.rank, decides, asdict(sampling), parts, generator.described(), *kept])
+
+
+def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
+    single_prompt(generator.positive, "prompt")
+    check_sigmas(sampling.sigmas)
+    if generator.clip is not None and not generator.prompt.strip():
+        raise ValueError(
+            "A text encoder is connected to 'clip', but 'prompt' is empty: write (or connect) there the prompt that "
+            "'positive' was made from, or disconnect 'clip'."
+        )
+    if not any(part.weight > 0 for part in similarity.parts):
+        raise ValueError("The similarity has no part with a weight above 0: nothing would be learned.")
+    if sampling.latent.shape[0] != 1:
+        raise ValueError(f"The latent holds {sampling.latent.shape[0]} pictures: one is optimised at a time.")
+    if not 1 <= sampling.grad_steps <= len(sampling.sigmas) - 1:
+        raise ValueError(
+            f"grad_steps is {sampling.grad_steps}, and the sampling has {len(sampling.sigmas) - 1} steps: give a "
+            "number from 1 to that."
+        )
+    if sampling.cfg != 1.0 and generator.negative is None:
+        raise ValueError(f"cfg is {sampling.cfg:g} but no negative prompt is connected: connect it, or set cfg to 1.")
+    expected = generator.model.get_model_object("latent_format").latent_channels
+    given = getattr(generator.vae, "latent_channels", expected)
+    if given != expected or sampling.latent.shape[1] != expected:
+        raise ValueError(
+            f"The model's latents have {expected} channels, the connected latent has {sampling.latent.shape[1]} and "
+            f"the VAE decodes {given}: use the model's own VAE, and an empty latent or one of this model."
+        )
+    if background is not None:
+        background.check(generator.vae, sampling.latent)
+    if sampling.replay is not None:
+        _check_replay(sampling.replay, sampling)
+
+
+def _check_replay(replay: Replay, sampling: Sampling) -> None:
+    if not _same_levels(replay.sigmas, sampling.sigmas):
+        raise ValueError(
+            f"The latent was inverted along the noise levels {_rounded(replay.sigmas)}, and the SIGMAS are "
+            f"{_rounded(sampling.sigmas)}: connect the SIGMAS that came with the latent."
+        )
+
+
+def _check_prompt(text: TextEncoder, generator: Generator) -> None:
+    """ValueError when the text encoder, inside the session, makes something else of the prompt than `positive` is."""
+    with torch.no_grad():
+        made = text.encode(text.tokens(generator.prompt))
+    rows, options = detached(generator.positive[0])
+    pairs = [(rows, made.context), (options.get("pooled_output"), made.pooled)]
+    for given, own in pairs:
+        if given is None or own is None:
+            continue
+        given, own = given.float().cpu(), own.float().cpu()
+        if given.shape != own.shape or float((given - own).norm()) > SAME_TEXT * float(own.norm()):
+            raise ValueError(
+                f"'clip' makes another conditioning of the prompt {generator.prompt[:80]!r} than 'positive' is: give "
+                "'prompt' the very text that 'positive' was encoded from, and connect the same CLIP to both (with the "
+                "same LoRAs and last layer), without nodes that change the conditioning; or disconnect 'clip'."
+            )
+
+
+def _rounded(sigmas: Tensor) -> list[float]:
+    return [round(float(sigma), 4) for sigma in sigmas]
+
+
+def _same_levels(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
+
+
+def _optimise(
+    generator: Generator,
+    similarity: Similarity,
+    sampling: Sampling,
+    plan: Plan,
+    settings: SisoSettings,
+    background: Background | None,
+    store: RunStore,
+    key: str,
+    progress: Progress,
+    optimizer: Optimizer,
+) -> Run:
+    finished: list[Run] = []
+    text = None if generator.clip is None else TextEncoder(generator.clip)
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+        if text is not None:
+            _check_prompt(text, generator)
+        trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
+        adapters = new_adapters(trained.layers, plan.rank, sampling.seed, deviation=1 / plan.rank)
+        with beside(trained.layers, adapters), _recomputing(generator, similarity, plan):
+            picture = _picture(generator, sampling, denoiser, x0, text)
+            terms = [part.term() for part in similarity.parts if part.weight]
+            if background is not None:
+                terms.append(background.term())
+            fit = Siso(picture, terms, factors(adapters), settings, optimizer)
+
+            def result() -> Result:
+                return both_loras(fit, trained, adapters)
+
+            def on_update(pixels: Tensor) -> None:
+                progress.update(fit.losses, picture=pixels[0])
+
+            header = {"method": METHOD, "settings": asdict(settings)}
+            run = train(fit, plan.iterations, EVERY, result, store, key, header, on_update, 2, lambda: fit.done)
+            seen = {name: value.cpu() for name, value in fit.state().items() if name in SEEN}
+            finished.append(replace(run, state=seen))
+
+    optimise(
+        generator.model,
+        generator.positive,
+        sampling.latent,
+        body,
+        negative=generator.negative,
+        checkpointing=plan.checkpointing,
+        text=None if text is None else text.patcher,
+        others=[generator.vae.patcher, *similarity.patchers],
+        more_memory=_more_memory(generator, similarity, sampling, plan),
+        exact=sampling.replay is not None,  # the first picture is to be the inverted one
+    )
+    return finished[0]
+
+
+@contextlib.contextmanager
+def _recomputing(generator: Generator, similarity: Similarity, plan: Plan) -> Iterator[None]:
+    """Checkpointing of the decoder and of the vision models; the session does it for the diffusion model."""
+    with contextlib.ExitStack() as stack:
+        if plan.checkpointing:
+            stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
+            for vision in similarity.visions:
+                stack.enter_context(layers_checkpointed(vision.model))
+        yield
+
+
+def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: Plan) -> float:
+    """Bytes beside the first prediction's: further predictions, the decoder, and the largest of the vision models."""
+    passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
+    predictions = (passes - 1) * activations(generator.model, sampling.latent, plan.checkpointing)
+    seen = max(vision_memory(vision, plan.checkpointing) for vision in similarity.visions)
+    return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + seen
+
+
+def _picture(
+    generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
+) -> Callable[[], Tensor]:
+    """The function that makes a picture [1, 3, H, W] in 0..1: Euler steps, of which the last have a gradient."""
+    scheme = generator.model.get_model_object("model_sampling")
+    latent_format = generator.model.get_model_object("latent_format")
+    sigmas = detached(sampling.sigmas).to(x0)
+    if sampling.replay is None:
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
+        replay, start = Replay(sigmas, noise[:0]), noisy(scheme, noise, x0, sigmas)
+    else:
+        replay, start = Replay(sigmas, detached(sampling.replay.noises).to(x0)), x0
+    steps, unguided = len(sigmas) - 1, denoiser.of("negative") if sampling.cfg != 1.0 else None
+    tokens = None if text is None else text.tokens(generator.prompt)
+
+    def predicted(x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
+        given = (None, None) if prompt is None else (prompt.context, prompt.pooled)
+        found = denoiser.denoised(x, sigma.view(1), *given)
+        if unguided is None:
+            return found
+        against = unguided.denoised(x, sigma.view(1))
+        return against + sampling.cfg * (found - against)
+
+    def make() -> Tensor:
+        x, prompt = start, None if text is None else text.encode(tokens)
+        for step in range(steps):
+            with torch.set_grad_enabled(step >= steps - sampling.grad_steps):
+                sigma = sigmas[step]
+                x = replay.stepped(x, (x - predicted(x, sigma, prompt)) / sigma, step)
+        samples = latent_format.process_out(scheme.inverse_noise_scaling(sigmas[-1], x))
+        return decode(generator.vae, samples).movedim(-1, 1).clamp(0, 1)
+
+    return make

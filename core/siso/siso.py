@@ -1,0 +1,215 @@
+"""SISO (Shpitzer et al. 2025, arXiv 2503.16025), eq. 2: a LoRA optimised against the likeness of the generated picture.
+
+    argmin_theta  - a cos(f(x_theta), f(s)) - b cos(g(x_theta), g(s))  [+ c || (1 - m) (x_theta - x) ||^2 / |1 - m|]
+
+x_theta is generated anew in each iteration, from the same noise and the same simple prompt, and decoded with a
+gradient; s is the subject's picture, f and g are frozen vision models. The last term (eq. 3) is for editing: outside of
+the mask m the picture x stays. There is no loss on predicted noise.
+
+Source: the authors' scripts. Deviations, each with its reason:
+- picture, loss and weights of the same iteration are kept. Theirs may keep them of three different ones, and their
+  "best" weights are references that later steps overwrite; LAST gives what is in their files;
+- a new best must be below the last one by 3 % of its size. Theirs multiplies by 1.03, which is the same for negative
+  losses and lets positive ones rise for ever;
+- the vision models are asked one after the other, each down to the pixels, and the sum goes back through the generator
+  once: the same gradient, with no two of their graphs alive together;
+- their SDXL and Sana compute in float32, FLUX in bf16; the host computes in what ComfyUI chose, which saves half of the
+  memory: an fp16 model in bf16 on a GPU, since gradients vanish in fp16, but in float32 for editing, which is to begin
+  at the very picture that was inverted; the autoencoder mostly in bf16. The LoRA is float32 always;
+- where several references are given, the cosine is the mean over them, as in their code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..fit.fit import adam_state, finite_or_raise, group_state, restore_adam, restore_groups
+from ..vision.measures import cosine
+
+ITERATIONS = 50
+THRESHOLD, PATIENCE = 3.0, 7  # percent, and iterations
+RANK = 4
+TEXT = "text_encoders."  # how the names of a text encoder's parameters begin
+MAX_NORM = 1.0  # of the gradient
+BACKGROUND = 10.0  # c
+Keep = Literal["best", "last"]
+OptimizerName = Literal["AdamW", "Prodigy"]
+Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Groups of parameters, each with its lr and weight_decay -> an optimiser whose state is tensors and numbers."""
+
+Term = Callable[[Tensor], Tensor]
+"""Pictures [1, 3, H, W] in 0..1 -> a loss of one number."""
+
+
+def unlikeness(features: Tensor, references: Tensor) -> Tensor:
+    """- mean cos of features [1, D] with those of the references [N, D]; -1 when equal."""
+    return -cosine(features.expand(len(references), -1), references).mean()
+
+
+def background_error(picture: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of pictures [1, C, H, W] outside of a mask [1, 1, H, W] of ones and zeros.
+
+    ValueError when the mask leaves nothing outside.
+    """
+    outside = 1 - mask
+    count = outside.sum() * picture.shape[1]
+    if not float(count) > 0:
+        raise ValueError("The mask covers the whole picture, so that no background is left to keep: paint the subject.")
+    return (outside * (picture - source)).square().sum() / count
+
+
+class Plateau:
+    """When to stop: after `patience` iterations in a row without a loss below the best by `threshold` percent.
+
+    published: the authors' rule, which takes a percentage of the loss itself.
+    """
+
+    def __init__(self, threshold: float = THRESHOLD, patience: int = PATIENCE, published: bool = False) -> None:
+        self.threshold, self.patience, self.published = threshold, patience, published
+        self.best, self.count, self.longest = math.inf, 0, 0
+
+    def see(self, loss: float) -> bool:
+        """Whether this loss is such an improvement."""
+        margin = self.threshold / 100
+        if self.published or self.best == math.inf:
+            limit = self.best * (1 + margin)
+        else:
+            limit = self.best - margin * abs(self.best)
+        improved = loss < limit
+        self.best, self.count = (loss, 0) if improved else (self.best, self.count + 1)
+        self.longest = max(self.longest, self.count)
+        return improved
+
+    @property
+    def over(self) -> bool:
+        """Whether it is, or has been, time to stop."""
+        return self.longest >= self.patience
+
+
+@dataclass(frozen=True)
+class SisoSettings:
+    """What decides the result, next to the generator and the terms. patience 0 never stops early.
+
+    threshold and patience say how far a run goes, and nothing of what each of its iterations is.
+    """
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-2
+    text_rate: float = 2e-4  # of parameters whose name begins with TEXT
+    text_decay: float = 1e-2
+    threshold: float = THRESHOLD
+    patience: int = PATIENCE
+    optimizer: OptimizerName = "AdamW"
+
+    def plateau(self, losses: Sequence[float] = ()) -> Plateau:
+        """The rule, after these losses."""
+        rule = Plateau(self.threshold, self.patience)
+        for loss in losses:
+            rule.see(loss)
+        return rule
+
+    def end(self, rule: Plateau) -> bool:
+        """Whether a run is at its end by itself."""
+        return bool(self.patience) and rule.over
+
+
+class Siso:
+    """The optimisation of named parameters; a Fit (see fitting.py) of one iteration an update."""
+
+    def __init__(
+        self,
+        generate: Callable[[], Tensor],
+        terms: Sequence[Term],
+        parameters: Mapping[str, nn.Parameter],
+        settings: SisoSettings,
+        optimizer: Optimizer = torch.optim.AdamW,
+    ) -> None:
+        """generate() gives the picture [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: what the
+        settings name.
+        """
+        self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
+        text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT)]
+        rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT)]
+        groups = [
+            {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+            {"params": text, "lr": settings.text_rate, "weight_decay": settings.text_decay},
+        ]
+        self.optimizer = optimizer([group for group in groups if group["params"]])
+        self.plateau = settings.plateau()
+        self.losses: list[float] = []
+        self.parts: list[list[float]] = []  # of each iteration, a number for each term
+        self.best: dict[str, Tensor] = {}  # parameters that made the best picture
+        self.pictures: list[Tensor] = []  # of each iteration, uint8 [1, 3, H, W] on the CPU
+        self.picture: Tensor | None = None  # the best one, [1, 3, H, W]
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @property
+    def best_step(self) -> int:
+        """Number of the iteration with the lowest loss, from 0."""
+        return min(range(self.step), key=self.losses.__getitem__)
+
+    @property
+    def done(self) -> bool:
+        """Whether the losses stay where they are."""
+        return self.settings.end(self.plateau)
+
+    def update(self) -> Tensor:
+        picture = self.generate()
+        pixels = picture.detach().requires_grad_(True)
+        parts = []
+        for term in self.terms:
+            loss = term(pixels)
+            parts.append(finite_or_raise(loss, self.step))
+            if loss.requires_grad:
+                loss.backward()
+        value = sum(parts)
+        if pixels.grad is None:
+            raise RuntimeError("None of the likeness terms has a gradient to the picture: give one a weight above 0.")
+        self.optimizer.zero_grad(set_to_none=True)
+        picture.backward(pixels.grad)
+        finite_or_raise(nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM), self.step, "gradient")
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.optimizer.step()
+        if not self.losses or value < min(self.losses):
+            self.best, self.picture = kept, pixels.detach()
+        self.losses.append(value)
+        self.parts.append(parts)
+        self.pictures.append((255 * pixels.detach()).round().byte().cpu())
+        self.plateau.see(value)
+        return pixels.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        best = {f"best.{name}": value for name, value in self.best.items()}
+        picture = {} if self.picture is None else {"picture": self.picture}
+        return {
+            **{f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()},
+            **best,
+            **picture,
+            "pictures": torch.cat(self.pictures),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "parts": torch.tensor(self.parts, dtype=torch.float64),
+            **adam_state(self.optimizer),
+            **group_state(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[f"parameter.{name}"])
+        device = next(iter(self.parameters.values())).device
+        self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
+        self.picture = state["picture"].to(device) if "picture" in state else None
+        self.losses, self.parts = state["losses"].tolist(), state["parts"].tolist()
+        self.pictures = list(state["pictures"].split(1))
+        self.plateau = self.settings.plateau(self.losses)  # the settings of now: another patience goes on with the run
+        restore_adam(self.optimizer, state)
+        restore_groups(self.optimizer, state)

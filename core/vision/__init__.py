@@ -1,0 +1,1 @@
+"""Shared: vision models, similarity scores, subject masks and sheets of images."""

@@ -1,0 +1,1 @@
+"""Models of other libraries, wrapped. They are imported inside functions: the pack loads without them."""

@@ -1,0 +1,293 @@
+"""Scoring a batch of pictures with whichever models are connected: checks first, then measures, ranking and words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...session import folders
+from ...session.weights import load_fully
+from .. import measures
+from .extras.lpips_files import SMALLEST, Lpips, load_lpips
+from .vision import describe, embed, preprocess_of, text_missing
+
+OUTSIDE = 0.05  # outside the subject is what lies below this mask value: a soft edge belongs to the edit
+NOT_MEASURED = -1.0  # cosines of real pictures are above it, the other measures are never negative
+LPIPS_BYTES_PER_PIXEL = 2000.0  # of both pictures' activations, for ComfyUI's memory management
+TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "psnr": "PSNR", "lpips": "LPIPS"}
+UNITS = {"psnr": " dB"}
+OVERALL = "overall"
+RANKINGS = (OVERALL, "identity", *TITLES)
+CROPPED, WHOLE = "subject crops on white", "whole pictures"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. Pictures [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads' file."""
+
+    images: Tensor
+    reference: Tensor | None = None
+    mask: Tensor | None = None
+    reference_mask: Tensor | None = None
+    prompt: str = ""
+    dino: Any | None = None
+    clip: Any | None = None
+    lpips: Path | None = None
+    rank_by: str = OVERALL
+
+    @property
+    def same_size(self) -> bool:
+        return self.reference is not None and self.reference.shape[1:3] == self.images.shape[1:3]
+
+    def measured(self) -> list[str]:
+        """The measures that this request can have, in the table's order."""
+        identity = self.reference is not None
+        wanted = {
+            "dino": identity and self.dino is not None,
+            "clip_i": identity and self.clip is not None,
+            "clip_t": bool(self.prompt.strip()),
+            "psnr": self.same_size,
+            "lpips": self.lpips is not None,
+        }
+        return [name for name, yes in wanted.items() if yes]
+
+
+@dataclass
+class Scores:
+    """values: one number per picture for each measure that was taken. order: picture indices, best first."""
+
+    values: dict[str, list[float]]
+    order: list[int]
+    rule: str
+    models: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> int:
+        return self.order[0]
+
+    def of_best(self, name: str) -> float:
+        """The best picture's value, NOT_MEASURED when there is none."""
+        return self.values[name][self.best] if name in self.values else NOT_MEASURED
+
+    def lines(self, picture: int) -> list[str]:
+        """The scores of one picture, for its caption."""
+        title = f"picture {picture}" + (" (best)" if picture == self.best and len(self.order) > 1 else "")
+        return [title, *(f"{TITLES[n]} {_number(n, v[picture])}{UNITS.get(n, '')}" for n, v in self.values.items())]
+
+    def report(self) -> str:
+        """A table with one row per picture, the order, the models, and what was not measured."""
+        rows = ["picture" + "".join(f"{TITLES[name]:>9}" for name in self.values)]
+        for i in range(len(self.order)):
+            numbers = "".join(f"{_number(name, values[i]):>9}" for name, values in self.values.items())
+            rows.append(f"{i:>7}{numbers}" + ("  best" if i == self.best else ""))
+        missing = [TITLES[name] for name in TITLES if name not in self.values]
+        order = f"order: {', '.join(map(str, self.order))} (by {self.rule})"
+        models = [f"{TITLES[name]}: {model}" for name, model in self.models.items()]
+        unmeasured = [f"not measured: {', '.join(missing)}"] if missing else []
+        return "\n".join([*rows, order, *models, *unmeasured, *self.notes])
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.2f}" if name == "psnr" else f"{value:.4f}"
+
+
+def check(request: Request) -> None:
+    """ValueError, with the remedy, for anything that cannot be scored."""
+    _check_shapes(request)
+    prompt = request.prompt.strip()
+    if request.dino is not None and request.reference is None:
+        raise ValueError("A dino model is connected without a reference: connect the subject's picture to reference.")
+    if request.clip is not None and request.reference is None and not prompt:
+        raise ValueError("A clip model is connected without anything to compare with: give a reference or a prompt.")
+    if request.reference_mask is not None and request.reference is None:
+        raise ValueError("A reference_mask is connected without a reference: connect the picture it belongs to.")
+    if prompt and request.clip is None:
+        raise ValueError(
+            "A prompt was given without a clip model: connect one with a text encoder, or empty the prompt."
+        )
+    no_text = text_missing(request.clip) if prompt else None
+    if no_text:
+        raise ValueError(
+            f"{describe(request.clip)} cannot score the prompt, as {no_text}: connect another or empty it."
+        )
+    _check_lpips(request)
+    measured = request.measured()
+    if not measured:
+        raise ValueError(
+            "There is nothing to measure: connect a reference of the same size, or a model with its input."
+        )
+    possible = {OVERALL, *measured} | ({"identity"} if {"dino", "clip_i"} & set(measured) else set())
+    if request.rank_by not in possible:
+        listed = ", ".join(name for name in RANKINGS if name in possible)
+        raise ValueError(f"rank_by is {request.rank_by}, which is not measured here: choose one of {listed}.")
+
+
+def _check_shapes(request: Request) -> None:
+    for name, pictures in (("images", request.images), ("reference", request.reference)):
+        if pictures is None:
+            continue
+        if pictures.ndim != 4 or pictures.shape[0] == 0 or pictures.shape[-1] < 3:
+            raise ValueError(
+                f"{name} has shape {tuple(pictures.shape)}: expected [batch, height, width, 3], with colour."
+            )
+        if not bool(torch.isfinite(pictures).all()):
+            raise ValueError(
+                f"{name} holds NaN or infinite pixels, so nothing can be measured: make the picture again."
+            )
+    _check_count("reference pictures", request.reference, "images", request.images)
+    _check_count("masks", request.mask, "images", request.images)
+    _check_count("reference masks", request.reference_mask, "reference pictures", request.reference)
+
+
+def _check_count(name: str, given: Tensor | None, of: str, expected: Tensor | None) -> None:
+    if given is not None and expected is not None and given.shape[0] not in (1, expected.shape[0]):
+        raise ValueError(
+            f"{given.shape[0]} {name} were given for {expected.shape[0]} {of}: give one for all, or one for each."
+        )
+
+
+def _check_lpips(request: Request) -> None:
+    if request.lpips is None:
+        return
+    if request.reference is None:
+        raise ValueError("LPIPS was chosen without a reference: connect one to compare with, or set lpips to none.")
+    height, width = request.images.shape[1:3]
+    if not request.same_size:
+        theirs = request.reference.shape[1:3]
+        raise ValueError(
+            f"The pictures are {width}x{height} and the reference is {theirs[1]}x{theirs[0]}: LPIPS needs one size, so "
+            "resize one of them, or set lpips to none."
+        )
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"The pictures are {width}x{height}: LPIPS needs at least {SMALLEST} pixels on each side.")
+
+
+def score(request: Request) -> Scores:
+    """Check, measure, rank. Nothing is computed before everything has been checked and loaded."""
+    check(request)
+    images = request.images[..., :3].float().cpu()
+    reference = None if request.reference is None else request.reference[..., :3].float().cpu()
+    mask = _fitted(request.mask, images, "mask")
+    reference_mask = _fitted(request.reference_mask, reference, "reference_mask")
+    outside = _outside(mask, reference_mask, request)
+    lpips = None if request.lpips is None else load_lpips(request.lpips, folders.roots(folders.LPIPS))
+
+    values: dict[str, Tensor] = {}
+    models: dict[str, str] = {}
+    for name, vision in (("dino", request.dino), ("clip_i", request.clip)):
+        if vision is not None and reference is not None:
+            values[name] = measures.cosine(_seen(vision, images, mask), _seen(vision, reference, reference_mask))
+            models[name] = f"{describe(vision)}, on {WHOLE if mask is None else CROPPED}"
+    if request.clip is not None and request.prompt.strip():
+        text = request.clip.encode_text([request.prompt.strip()]).cpu()
+        values["clip_t"] = measures.cosine(embed(request.clip, images), text)
+        models["clip_t"] = f"{describe(request.clip)}, on {WHOLE}"
+    if reference is not None and request.same_size and (outside is None or _has_outside(outside)):
+        place = "over the whole picture" if outside is None else "outside the mask"
+        values["psnr"] = measures.psnr(images, reference, outside)
+        models["psnr"] = f"against the reference, {place}"
+        if lpips is not None:
+            values["lpips"] = _lpips(lpips, images, reference.expand(images.shape), outside)
+            models["lpips"] = f"{lpips.description}, {place}"
+    table = {name: [float(value) for value in values[name]] for name in TITLES if name in values}
+    ranked, rule = ranking(table, request.rank_by)
+    return Scores(table, measures.order(ranked), rule, models, _notes(request, outside))
+
+
+def _fitted(mask: Tensor | None, pictures: Tensor | None, name: str) -> Tensor | None:
+    """A mask for each picture, in the pictures' size. ValueError when it marks nothing."""
+    if mask is None or pictures is None:
+        return None
+    sized = measures.resize_mask(mask.float().cpu(), *pictures.shape[1:3])
+    empty = [i for i, one in enumerate(sized) if not bool((one >= measures.SUBJECT).any())]
+    if empty:
+        raise ValueError(f"{name} {empty[0]} is empty: mark the subject white in it, or disconnect it.")
+    return sized.expand(pictures.shape[:3])
+
+
+def _seen(vision: Any, pictures: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return embed(vision, pictures)
+    return embed(vision, measures.subject_crop(pictures, mask, preprocess_of(vision).size), crop=False)
+
+
+def _outside(mask: Tensor | None, reference_mask: Tensor | None, request: Request) -> Tensor | None:
+    """1 where neither the picture's nor the reference's subject is; None without any mask or without a comparison.
+
+    ValueError when nothing lies outside and the request cannot do without it.
+    """
+    if not request.same_size or (mask is None and reference_mask is None):
+        return None
+    shape = request.images.shape[:3]
+    subject = torch.stack([m.expand(shape) for m in (mask, reference_mask) if m is not None]).amax(0)
+    outside = (subject < OUTSIDE).float()
+    others = set(request.measured()) - {"psnr", "lpips"}
+    if not _has_outside(outside) and (request.lpips is not None or request.rank_by == "psnr" or not others):
+        raise ValueError(
+            "A mask covers a whole picture, so nothing lies outside to compare by PSNR or LPIPS: mark only the subject."
+        )
+    return outside
+
+
+def _has_outside(outside: Tensor) -> bool:
+    return bool((outside.sum((1, 2)) >= 1.0).all())
+
+
+def _lpips(model: Lpips, images: Tensor, reference: Tensor, outside: Tensor | None) -> Tensor:
+    """The subject's place is first made equal, since a deep layer's field reaches from outside into it."""
+    device = mm.get_torch_device()
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+    load_fully([patcher], LPIPS_BYTES_PER_PIXEL * images[0, ..., 0].numel())
+    distances = []
+    with torch.no_grad():
+        for i in range(images.shape[0]):
+            mm.throw_exception_if_processing_interrupted()
+            a, b = images[i : i + 1].to(device), reference[i : i + 1].to(device)
+            weight = None if outside is None else outside[i : i + 1].to(device)
+            if weight is not None:
+                a = b + weight[..., None] * (a - b)
+            distances.append(model(a, b, weight).cpu())
+    return torch.cat(distances)
+
+
+def _notes(request: Request, outside: Tensor | None) -> list[str]:
+    notes = []
+    identity = request.reference is not None and (request.dino is not None or request.clip is not None)
+    if identity and request.mask is not None and request.reference_mask is None:
+        notes.append("the reference was seen whole: connect reference_mask unless it is already cut out on white")
+    if identity and request.mask is None and request.reference_mask is not None:
+        notes.append("the pictures were seen whole: connect mask, so that only the subject is compared")
+    if request.reference is None and request.mask is not None:
+        notes.append("mask was not used, since there is no reference")
+    if request.reference is not None and not request.same_size:
+        notes.append("PSNR and LPIPS need a reference of the same size")
+    if outside is not None and not _has_outside(outside):
+        notes.append("PSNR was not measured, since a mask covers a whole picture")
+    return notes
+
+
+def ranking(values: dict[str, list[float]], rank_by: str) -> tuple[list[float], str]:
+    """(one number per picture, higher is better; the rule in words). rank_by: one of RANKINGS that was measured."""
+    if rank_by in TITLES:
+        sign = -1.0 if rank_by == "lpips" else 1.0
+        return [sign * v for v in values[rank_by]], TITLES[rank_by] + (", lowest first" if sign < 0 else "")
+    identity = [name for name in ("dino", "clip_i") if name in values]
+    total = [sum(row) / len(identity) for row in zip(*(values[name] for name in identity), strict=True)]
+    rule = " and ".join(TITLES[name] for name in identity)
+    rule = f"the mean of {rule}" if len(identity) == 2 else rule
+    if rank_by == "identity":
+        return total, rule
+    if "clip_t" in values:
+        if not identity:
+            return values["clip_t"], TITLES["clip_t"]
+        return [a + b for a, b in zip(total, values["clip_t"], strict=True)], f"{rule}, plus CLIP-T"
+    if identity:
+        return total, rule
+    return values["psnr"], TITLES["psnr"]
