@@ -1,7 +1,8 @@
-"""Every relative link of the documentation points at an existing file, and at an existing heading of it."""
+"""Every relative link of the documentation leads to a file and a heading, and every named graph exists."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -69,6 +70,16 @@ def test_list_of_graphs_names_every_graph_once() -> None:
         r"\]\(\.\./workflows/(\w+)\.json\)", (ROOT / "docs" / "workflows.md").read_text(encoding="utf-8")
     )
     assert sorted(listed) == sorted(GRAPHS)
+
+
+@pytest.mark.parametrize("page", HELP, ids=lambda page: page.stem)
+def test_help_page_names_graphs_that_hold_its_node(page: Path) -> None:
+    line = page.read_text(encoding="utf-8").split("\n\n")[1]
+    named = re.findall(r"`(\w+)`", line)
+    assert line.startswith("Graph") and named
+    for name in named:
+        nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        assert f'"{page.stem}"' in json.dumps(nodes), f"{name} has no {page.stem}"
 
 
 @pytest.mark.parametrize(
