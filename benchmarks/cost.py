@@ -62,8 +62,9 @@ def training(model, prompt) -> dict[str, dict[str, float]]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from ..core.embedding.hiper import HiPer, HiPerSettings, with_tail
-    from ..core.session.session import optimise
+    from ..core.embedding.hiper import HiPer, HiPerSettings
+    from ..core.prompt.conditioning import with_tail
+    from ..core.session.session import Session
     from ..core.session.weights import checkpointed
 
     found: dict[str, dict[str, float]] = {}
@@ -102,7 +103,7 @@ def training(model, prompt) -> dict[str, dict[str, float]]:
         }  # fmt: skip
 
     with torch.inference_mode():
-        optimise(model, prompt, latent, body)
+        Session(model, prompt, latent).run(body)
     return found
 
 

@@ -28,9 +28,10 @@ def measured(model, prompt, full: bool) -> dict[str, dict[str, float]]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
+    from ..core.denoiser import Prompt
     from ..core.lora.low_rank import attention_layers, beside, factors, new_adapters
-    from ..core.session.session import optimise
-    from ..core.sine.fine_tune import FineTune, FineTuneSettings, Prompt, Samples
+    from ..core.session.session import Session
+    from ..core.sine.fine_tune import FineTune, FineTuneSettings, Samples
     from ..core.sine.host.position_map import with_position_map
     from ..core.sine.position_map import position_map
 
@@ -79,7 +80,7 @@ def measured(model, prompt, full: bool) -> dict[str, dict[str, float]]:
             found["bytes held for backward"] = {"ours": ours, "bare": plain, "ratio": ours / plain}
 
     with torch.inference_mode():
-        optimise(with_position_map(model, CELLS, "bilinear"), prompt, latent, body, all_weights=full)
+        Session(with_position_map(model, CELLS, "bilinear"), prompt, latent, all_weights=full).run(body)
     return found
 
 

@@ -75,7 +75,7 @@ def updates(model: Any, prompt: list, negative: list, sigmas: Any) -> dict[str, 
 
     from ..core.inversion.null_text import NullText, NullTextSettings
     from ..core.reference.guidance import ReferenceGuide, ReferenceSettings
-    from ..core.session.session import optimise
+    from ..core.session.session import Session
 
     found: dict[str, dict[str, float]] = {}
     context, null = prompt[0][0].clone(), negative[0][0].clone()
@@ -101,7 +101,7 @@ def updates(model: Any, prompt: list, negative: list, sigmas: Any) -> dict[str, 
         found["reference guide update"] = by_turns(guide.update, bare)
 
     with torch.inference_mode():
-        optimise(model, prompt, latents()[0], body, negative=negative)
+        Session(model, prompt, latents()[0], negative=negative).run(body)
     return found
 
 

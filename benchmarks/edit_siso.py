@@ -99,7 +99,7 @@ class Bench(effect_siso.Bench):
         import torch
 
         from ..core.siso.host.background import Background
-        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
         from ..core.siso.siso import SisoSettings
 
         keep = Background(self.picture(edit.source), self.mask(edit), share * settings.weight) if share else None

@@ -92,14 +92,15 @@ class Bench:
         import torch
 
         from ..core.embedding.hiper import HiPerSettings
-        from ..core.embedding.host.train import Schedule, Subject, train_embedding
+        from ..core.embedding.host.train import Schedule, train_embedding
+        from ..core.session.images import TrainingImages
 
         with torch.inference_mode():
             latent = self.world.vae.encode(self.picture(case))
             settings = HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=case.seed)
             prompt = self.conditioning(case.prompt(case.source_place))
             return train_embedding(
-                self.world.model, prompt, Subject(latent, None), settings, Schedule(steps, save_every)
+                self.world.model, prompt, TrainingImages(latent, None), settings, Schedule(steps, save_every)
             )[0]
 
     def sample(self, case: Case, positive: list):

@@ -108,7 +108,8 @@ class Bench:
         import torch
 
         from ..core.inversion.ddim import ITERATIONS
-        from ..core.inversion.host.ddim import inverted, start_latent, way_back
+        from ..core.inversion.host.ddim import inverted, start_latent
+        from ..core.inversion.host.null_text import way_back
         from ..core.inversion.null_text import NullTextSettings
         from ..toyworld import world
 

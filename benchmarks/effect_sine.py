@@ -90,7 +90,7 @@ class Bench(effect_hiper.Bench):
 
         from ..core.sine.fine_tune import FineTuneSettings
         from ..core.sine.host.crops import Cutting
-        from ..core.sine.host.fine_tune import Plan, PriorPictures, Subject, fine_tune
+        from ..core.sine.host.fine_tune import Plan, PriorImages, fine_tune
 
         cutting = Cutting(SIDE)
         if training.patches:
@@ -100,12 +100,12 @@ class Bench(effect_hiper.Bench):
         if training.prior_weight:
             of_class = f"a photo of a {edit.class_name}"
             pictures = self.pictures(self.world.model, edit, of_class, seed=edit.case.seed + 1)
-            prior = PriorPictures(pictures.movedim(1, -1), of_class, self.conditioning(of_class))
+            prior = PriorImages(pictures.movedim(1, -1), of_class, self.conditioning(of_class))
         with torch.inference_mode():
             return fine_tune(
                 self.world.model,
                 self.world.vae,
-                Subject(self.picture(edit.case), prompt, positive=self.conditioning(prompt)),
+                FineTuneData(self.picture(edit.case), prompt, positive=self.conditioning(prompt)),
                 Plan(cutting, training.method, steps or training.steps),
                 FineTuneSettings(training.learning_rate, edit.case.seed, prior_weight=training.prior_weight),
                 prior,

@@ -138,7 +138,7 @@ class Bench(effect_hiper.Bench):
         """The LoRA and the pictures on the way."""
         import torch
 
-        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
         from ..core.siso.siso import SisoSettings
 
         prompt = prompt_of(case, not arm.simple)

@@ -125,7 +125,8 @@ class Bench(effect_hiper.Bench):
         import comfy.samplers
         import torch
 
-        from ..core.inversion.host.ddim import inverted, start_latent, way_back
+        from ..core.inversion.host.ddim import inverted, start_latent
+        from ..core.inversion.host.null_text import way_back
         from ..core.inversion.null_text import NullTextSettings
 
         model, prompt = self.world.model, self.conditioning(wanted.prompt)

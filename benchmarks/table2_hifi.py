@@ -75,11 +75,11 @@ class Bench(effect_hiper.Bench):
     def subject(self, case: effect_hiper.Case, masked: bool) -> Any:
         """The sources as latents, with or without the judge's masks."""
         from ..core.denoiser import latent_mask
-        from ..core.embedding.host.train import Subject
+        from ..core.session.images import TrainingImages
 
         pictures = self.sources(case)
         mask = latent_mask(self.masks(pictures.movedim(-1, 1)), SIDE // 8, SIDE // 8) if masked else None
-        return Subject(self.world.vae.encode(pictures), mask)
+        return TrainingImages(self.world.vae.encode(pictures), mask)
 
     def masks(self, pictures: Any) -> Any:
         """Ones and zeros [B, 96, 96] of pictures [B, 3, 96, 96]."""
@@ -136,13 +136,13 @@ class Bench(effect_hiper.Bench):
         """A copy of the model with all weights tuned on the sources."""
         from ..core.sine.fine_tune import FineTuneSettings
         from ..core.sine.host.crops import Cutting
-        from ..core.sine.host.fine_tune import FULL, Plan, Subject, fine_tune
+        from ..core.sine.host.fine_tune import FULL, Plan, fine_tune
 
         prompt = f"a photo of a sks {case.identity.cls}"
         return fine_tune(
             self.world.model,
             self.world.vae,
-            Subject(self.sources(case), prompt, positive=self.conditioning(prompt)),
+            TrainingImages(self.sources(case), prompt, positive=self.conditioning(prompt)),
             Plan(Cutting(SIDE), FULL, settings.tuning_steps),
             FineTuneSettings(settings.tuning_rate, case.seed),
         )[0]

@@ -11,6 +11,7 @@ so a loss on the predicted noise needs neither the prediction type nor alpha_bar
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -47,6 +48,14 @@ class PlacedDenoiser(Denoiser, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the text encoder says: rows [1, n, d], and for SDXL a vector [1, p]."""
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+
 def noise_error(
     denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, **more: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -57,6 +66,16 @@ def noise_error(
     x = denoiser.noised(x0, noise, sigma)
     denoised = denoiser.denoised(x, sigma, context, **more)
     return (x0 - denoised) / sigma.view(-1, *[1] * (x0.ndim - 1)), denoised
+
+
+def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+    """eps(x, sigma, c) = (x - D) / sigma for x [B, C, h, w] and one level sigma > 0."""
+    return (x - denoiser.denoised(x, sigma.expand(x.shape[0]), context)) / sigma
+
+
+def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
+    """x of level `sigma` in the scale of level `to`: what a VP latent does when its timestep is relabelled."""
+    return x * ((1 + to**2) / (1 + sigma**2)).sqrt()
 
 
 def timestep_range(count: int, start_percent: float, end_percent: float) -> tuple[int, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.embedding import hiper
-from ..core.embedding.host.train import Hold, Schedule, preview_pictures, subject, train_embedding
+from ..core.embedding.host.train import Hold, Schedule, Start, preview_pictures, train_embedding
 from ..core.prompt.conditioning import apply_embedding
 from ..core.session.fingerprint import check_base
+from ..core.session.images import training_images
 from ..core.session.outputs import loss_map, nothing
 from .types import Embedding, LossMap, advanced, schema, seed_input
 
@@ -232,17 +233,15 @@ class LikenessTrainEmbedding(io.ComfyNode):
             raise ValueError(
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
-        pictures = subject(model, latent, image, vae, mask)
+        images = training_images(model, latent, image, vae, mask)
         embedding, losses = train_embedding(
             model,
             positive,
-            pictures,
+            images,
             hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
             Schedule(steps, save_every, start_percent, end_percent),
-            empty=negative if init == EMPTY else None,
-            target=target,
-            hold=held(negative, anchor_weight, anchor),
-            node_id=cls.hidden.unique_id,
+            Start(negative if init == EMPTY else None, target, held(negative, anchor_weight, anchor)),
+            cls.hidden.unique_id,
         )
         loss = loss_map(losses)
         if vae is None or preview_steps == 0:
@@ -254,7 +253,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
             positive,
             target,
             negative,
-            tuple(pictures.latent.shape),
+            tuple(images.latent.shape),
             steps=preview_steps,
             cfg=preview_cfg,
             seed=seed,

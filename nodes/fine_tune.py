@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import Cutting
-from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, Plan, PriorPictures, Subject, fine_tune
+from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, Plan, PriorImages, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from .types import LoraModel, LossMap, advanced, schema, seed_input
 
@@ -166,10 +166,10 @@ class LikenessFineTune(io.ComfyNode):
         tuned, tuned_clip, lora, losses = fine_tune(
             model,
             vae,
-            Subject(image, prompt, mask, clip, positive),
+            FineTuneData(image, prompt, mask, clip, positive),
             Plan(cutting, method, steps, rank, interpolation, checkpointing),
             sine.FineTuneSettings(learning_rate, seed, recon_weight, prior_weight),
-            None if prior_image is None else PriorPictures(prior_image, prior_prompt, prior_positive),
+            None if prior_image is None else PriorImages(prior_image, prior_prompt, prior_positive),
             node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..core.inversion import null_text as published
 from ..core.inversion.ddim import ITERATIONS, LABELS
-from ..core.inversion.host.ddim import inverted, start_latent, way_back
+from ..core.inversion.host.ddim import inverted, start_latent
+from ..core.inversion.host.null_text import way_back
 from ..core.session.outputs import loss_map, nothing
 from .types import LossMap, Trajectory, advanced, schema
 

@@ -71,15 +71,15 @@ class LikenessOptimizeLora(io.ComfyNode):
         mask=None,
         optimizer="AdamW",
     ) -> io.NodeOutput:
-        found = host.optimise_lora(
+        job = host.SisoJob(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
             host.Plan(iterations, rank, keep, checkpointing),
             siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience, optimizer),
             background(image, mask, background_weight),
-            cls.hidden.unique_id,
         )
+        found = host.optimize_lora(job, cls.hidden.unique_id)
         lora = found.tuned()
         tuned, encoder = apply_tuned(lora, model, clip, 1.0)
         encoder = nothing() if encoder is None else encoder

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner
 from ..core.embedding.host.refine import refine_embedding
-from ..core.embedding.host.train import subject
+from ..core.session.images import training_images
 from ..core.session.outputs import loss_map
 from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
 from .types import Embedding, LossMap, schema, seed_input
@@ -95,7 +95,7 @@ class LikenessRefineEmbedding(io.ComfyNode):
         refined, losses = refine_embedding(
             model,
             positive,
-            subject(model, latent, image, vae, mask),
+            training_images(model, latent, image, vae, mask),
             embedding,
             step,
             sigmas,

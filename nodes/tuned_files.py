@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.lora.artifact import Tuned, load_tuned, save_tuned
-from ..core.lora.host.apply import apply_tuned, encode_prompt
+from ..core.lora.artifact import Tuned, save_tuned
+from ..core.lora.host.apply import encode_prompt
 from ..core.session import folders
 from ..core.session.fingerprint import check_base
 from ..core.session.outputs import nothing, numbered_path
+from ..core.sine.artifact import load_fine_tune, summary
+from ..core.sine.host.position_map import apply_fine_tune
 from .types import LoraModel, schema
 
 
@@ -50,7 +52,7 @@ class LikenessSaveTuned(io.ComfyNode):
         path = numbered_path(folders.first_folder(folders.LORAS), filename_prefix, ".safetensors")
         save_tuned(path, tuned)
         name = folders.listed_name(folders.LORAS, path)
-        return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{tuned.describe()}"))
+        return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{summary(tuned)}"))
 
 
 class LikenessLoadTuned(io.ComfyNode):
@@ -108,13 +110,13 @@ class LikenessLoadTuned(io.ComfyNode):
 
     @classmethod
     def execute(cls, name, model, strength, clip=None) -> io.NodeOutput:
-        tuned = load_tuned(folders.resolve(folders.LORAS, name))
+        tuned = load_fine_tune(folders.resolve(folders.LORAS, name))
         check_base(tuned.header.get("base", {}), model)
-        tuned_model, tuned_clip = apply_tuned(tuned, model, clip, strength)
+        tuned_model, tuned_clip = apply_fine_tune(tuned, model, clip, strength)
         if tuned_clip is None:
-            return io.NodeOutput(tuned_model, nothing(), tuned.prompt, nothing(), tuned.describe())
+            return io.NodeOutput(tuned_model, nothing(), tuned.prompt, nothing(), summary(tuned))
         positive = encode_prompt(tuned_clip, tuned.prompt) if tuned.prompt else nothing()
-        return io.NodeOutput(tuned_model, tuned_clip, tuned.prompt, positive, tuned.describe())
+        return io.NodeOutput(tuned_model, tuned_clip, tuned.prompt, positive, summary(tuned))
 
 
 NODES = [LikenessSaveTuned, LikenessLoadTuned]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_tensors, write_tensors
-from ..prompt.windows import Window
+from ..prompt.windows import PercentRange
 
 FORMAT = 1
 MAX_BYTES = 512 << 20  # 50 denoising steps of 77 rows of width 2048, saved 16 times over
@@ -51,7 +51,7 @@ class Embedding:
         return next(iter(self.rows.values())).shape[0]
 
     @property
-    def windows(self) -> list[Window]:
+    def windows(self) -> list[PercentRange]:
         """When each of the T tables holds, in percent of the sampling; none for T = 1."""
         return [(start, end) for start, end in self.header["windows"]] if self.denoising_steps > 1 else []
 

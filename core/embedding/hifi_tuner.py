@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, noise_error
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
-from .hiper import HiPer, HiPerSettings, with_tail
+from ..prompt.conditioning import with_tail
+from .hiper import HiPer, HiPerSettings
 
 WEIGHT = 0.01  # w_s
 INNER_STEPS = 10  # I of Algorithm 1

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, noise_error
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
+from ..prompt.conditioning import with_tail
 
 TOKENS = 5  # train.py --n_hiper: more rows hold more identity and leave less room for the edit
 LEARNING_RATE = 5e-3  # README and script.sh; the argument's own default is 1e-3
@@ -38,11 +39,6 @@ class HiPerSettings:
     seed: int = 0
     t_low: int = 0
     t_high: int = 999
-
-
-def with_tail(context: Tensor, h: Tensor) -> Tensor:
-    """[c, h]: context [B, rows, d] with its last n rows replaced by h [n, d]."""
-    return torch.cat([context[:, : -h.shape[0]], h.to(context).expand(context.shape[0], -1, -1)], dim=1)
 
 
 class HiPer:

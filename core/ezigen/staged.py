@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..inversion.ddim import rescaled
+from ..denoiser import rescaled
 
 SPLIT_RATIO = 0.4
 STEPS, CFG, EDIT_CFG = 50, 7.5, 2.0

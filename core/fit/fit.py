@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Fit(Protocol):
-    """One optimisation in progress."""
+    """One optimization in progress. One that may end by itself also has a property `done`."""
 
     losses: list[float]
     """The loss of every update so far."""

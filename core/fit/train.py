@@ -54,14 +54,14 @@ class Run:
             )
         return end
 
-    def results(self, steps: int, save_every: int) -> tuple[int, dict[int, Result]]:
-        """The step reached and all results that a run of this length would have kept, by step."""
-        end = self.told_end(steps)
-        return end, {
-            step: result
-            for step, result in self.kept.items()
-            if step <= end and (step % save_every == 0 or step == end)
-        }
+    def up_to(self, end: int, every: int) -> dict[int, Result]:
+        """The results that a run which ended at this step would have kept, by step."""
+        return {s: result for s, result in self.kept.items() if s == end or (s < end and s % every == 0)}
+
+    @property
+    def last(self) -> Result:
+        """The result at the last step."""
+        return self.kept[self.step]
 
 
 def _kept_name(step: int, name: str) -> str:
@@ -103,65 +103,90 @@ def stored_last(store: RunStore, key: str, steps: int) -> tuple[str, Run | None]
     return own, shorter
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """At which steps of a run a result is kept (every so many, and the last), and how many of them at most."""
+
+    every: int
+    most: int | None = None
+
+
+class Checkpointer:
+    """A run on disk while it is trained: its results so far, and the fit's state often enough."""
+
+    def __init__(self, store: RunStore, key: str, header: dict[str, Any], keeping: Keeping) -> None:
+        self.store, self.key, self.header, self.keeping = store, key, header, keeping
+        self.kept: dict[int, Result] = {}
+        self._saved_at, self._pause = time.monotonic(), SAVE_SECONDS
+
+    def resume(self, fit: Fit) -> None:
+        """Bring the fit to where the stored run ended, if there is one."""
+        run = stored_run(self.store, self.key)
+        if run is None:
+            return
+        self.kept = run.kept
+        if run.state:
+            fit.restore(run.state)
+
+    def keep(self, step: int, result: Result) -> None:
+        """Keep a result; of large ones the oldest goes."""
+        self.kept[step] = result
+        for old in sorted(self.kept)[: 0 if self.keeping.most is None else -self.keeping.most]:
+            del self.kept[old]
+
+    def save_if_due(self, fit: Fit) -> None:
+        """Store the run when that was long ago, for what it costs."""
+        if time.monotonic() - self._saved_at > self._pause:
+            begin = time.monotonic()
+            self.save(fit)
+            self._saved_at = time.monotonic()
+            self._pause = max(SAVE_SECONDS, SAVE_SHARE * (self._saved_at - begin))
+
+    def save(self, fit: Fit) -> None:
+        """Store the run. A full disk must neither stop a healthy run nor take the place of an interrupt."""
+        tensors = {f"fit.{name}": value for name, value in fit.state().items()}
+        tensors |= {_kept_name(step, name): value for step, part in self.kept.items() for name, value in part.items()}
+        try:
+            self.store.save(self.key, tensors, self.header)
+        except OSError as problem:
+            log.warning("The work so far could not be stored (%s).", problem)
+
+    def rescue(self, fit: Fit, result: Callable[[], Result]) -> None:
+        """Store what there is of a run that was cut off. Why it was is what the user must see, not a fault in here."""
+        if not fit.step:
+            return
+        try:
+            if fit.step not in self.kept and self.keeping.most != 1:  # a model's whole weights are not worth the wait
+                self.keep(fit.step, result())
+            self.save(fit)
+        except Exception as problem:
+            log.warning("The work so far could not be kept (%s: %s).", type(problem).__name__, problem)
+
+
 def train(
     fit: Fit,
     steps: int,
-    save_every: int,
     result: Callable[[], Result],
-    store: RunStore,
-    key: str,
-    header: dict[str, Any],
+    checkpointer: Checkpointer,
     on_update: Callable[[Tensor], None],
-    keep: int | None = None,
-    done: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Bring the fit to `steps` updates, or until it says that it is done, resuming what is stored under the key.
+    """Bring the fit to `steps` updates, or until its `done` says so, resuming what is stored.
 
-    result() gives the fit's current result; it is kept at every save_every steps, at the end and where the run stopped,
-    of large ones only the last `keep`. on_update gets the denoised estimate of each update; whatever it raises (an
-    interrupt) ends the run, with its work saved.
+    result() gives the fit's current result; it is also kept where the run stopped. on_update gets what each update
+    returned; whatever it raises (an interrupt) ends the run, with its work saved.
     """
-    run = stored_run(store, key) or Run({}, [])
-    if run.state:
-        fit.restore(run.state)
-        run.state = {}
-    kept, saved_at, pause = run.kept, time.monotonic(), SAVE_SECONDS
-
-    def save() -> float:
-        """Store the run; returns the seconds it took."""
-        begin = time.monotonic()
-        tensors = {f"fit.{name}": value for name, value in fit.state().items()}
-        tensors |= {_kept_name(step, name): value for step, part in kept.items() for name, value in part.items()}
-        try:
-            store.save(key, tensors, header)
-        except OSError as problem:  # a full disk must neither stop a healthy run nor take the place of an interrupt
-            log.warning("The work so far could not be stored (%s).", problem)
-        return time.monotonic() - begin
-
-    def keep_result() -> None:
-        kept[fit.step] = result()
-        for old in sorted(kept)[: 0 if keep is None else -keep]:
-            del kept[old]
-
+    checkpointer.resume(fit)
     try:
-        while fit.step < steps and not done():
-            denoised = fit.update()
-            if fit.step % save_every == 0 or fit.step == steps:
-                keep_result()
-            if time.monotonic() - saved_at > pause:
-                pause = max(SAVE_SECONDS, SAVE_SHARE * save())
-                saved_at = time.monotonic()
-            on_update(denoised)
+        while fit.step < steps and not getattr(fit, "done", False):
+            shown = fit.update()
+            if fit.step % checkpointer.keeping.every == 0 or fit.step == steps:
+                checkpointer.keep(fit.step, result())
+            checkpointer.save_if_due(fit)
+            on_update(shown)
     except BaseException:
-        if fit.step:
-            try:
-                if fit.step not in kept and keep != 1:  # a single one is a model's whole weights: not worth the wait
-                    keep_result()
-                save()
-            except Exception as problem:  # why the run ended is what the user must see
-                log.warning("The work so far could not be kept (%s: %s).", type(problem).__name__, problem)
+        checkpointer.rescue(fit, result)
         raise
-    if fit.step not in kept:
-        keep_result()
-    save()
-    return Run({}, list(fit.losses), dict(kept))
+    if fit.step not in checkpointer.kept:
+        checkpointer.keep(fit.step, result())
+    checkpointer.save(fit)
+    return Run({}, list(fit.losses), dict(checkpointer.kept))

@@ -18,7 +18,7 @@ from ..lora.host.layers import trained_layers
 from ..lora.low_rank import beside, new_adapters
 from ..prompt.conditioning import Conditioning
 from ..session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
-from ..session.session import GuiderDenoiser, optimise
+from ..session.session import GuiderDenoiser, Session
 from ..session.weights import DECODER, checkpointed
 
 LORA_RANK = 4
@@ -44,7 +44,7 @@ def _in_session(
         noise = _noise(tuple(x0.shape), 1).to(x0)
         found.append(check(denoiser, denoiser.noised(x0, noise, sigma), sigma, _noise(tuple(x0.shape), 2).to(x0)))
 
-    optimise(model, positive, latent, body, checkpointing=checkpointing, **more)
+    Session(model, positive, latent, checkpointing=checkpointing, **more).run(body)
     return found[0]
 
 

@@ -19,21 +19,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, predicted_noise, rescaled
 
 Label = Literal["published", "current", "fixed point"]
 LABELS: tuple[Label, ...] = get_args(Label)
 ITERATIONS = 3  # of the fixed point
-
-
-def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-    """eps(x, sigma, c) = (x - D) / sigma for x [B, C, h, w] and one level sigma > 0."""
-    return (x - denoiser.denoised(x, sigma.expand(x.shape[0]), context)) / sigma
-
-
-def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
-    """x of level `sigma` in the scale of level `to`: what a VP latent does when its timestep is relabelled."""
-    return x * ((1 + to**2) / (1 + sigma**2)).sqrt()
 
 
 def invert(

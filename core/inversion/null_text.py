@@ -29,9 +29,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, predicted_noise
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, undone_if_cut
-from .ddim import predicted_noise
 
 Method = Literal["null-text", "negative prompt", "direct"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..denoiser import Denoiser
-from .ddim import predicted_noise, rescaled
+from ..denoiser import Denoiser, predicted_noise, rescaled
 
 KL_WEIGHT, CORRELATION_WEIGHT = 0.065, 20.0
 OUTER_STEPS, ROLLS = 4, 5

@@ -4,13 +4,14 @@ It is a plain table of tensors, so every stock node for LoRAs takes it: low-rank
 "<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight") or differences of
 whole weights ("<path>.diff", "<path>.diff_b"). Paths are ComfyUI's, those of the field's training scripts
 ("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....", "text_encoder...."). One more
-tensor tells that a position map belongs to it; stock nodes log its name as not loaded, which is the warning that is
-due: such weights without their map misbehave.
+tensor (NEEDS) says that something else belongs to it, such as a position map; stock nodes log its name as not loaded,
+which is the warning that is due: such weights misbehave without it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..files import read_tensors, write_tensors
-from ..sine.position_map import INTERPOLATIONS, MAX_CELLS
 
 FORMAT = 1
 KIND = "fine_tune"
@@ -26,7 +26,7 @@ MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encode
 MAX_PROMPT = 10_000  # characters
 MAX_SETTINGS, MAX_WORD, MAX_LOSSES = 64, 200, 10_000  # settings of a header, characters of each, losses
 MAX_NUMBER = 1e300
-MARKER = "likeness.needs_position_map"  # [cells, index of the interpolation]
+NEEDS = "likeness.needs_"  # how the names of tensors begin that say what else the weights need
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
 MODEL = ("diffusion_model.", "lora_unet_", "transformer.")  # how the names of a part's tensors begin
 TEXT = ("text_encoders.", "lora_te", "text_encoder.")
@@ -51,14 +51,6 @@ class Tuned(dict[str, Tensor]):
         return self.header.get("prompt", "")
 
     @property
-    def position_map(self) -> tuple[int, str] | None:
-        """Cells and interpolation of the position map that it was trained with."""
-        if MARKER not in self:
-            return None
-        cells, index = self[MARKER].tolist()
-        return int(cells), INTERPOLATIONS[int(index)]
-
-    @property
     def full(self) -> bool:
         """Whether it holds differences of whole weights."""
         return any(name.endswith((".diff", ".diff_b")) for name in self)
@@ -67,17 +59,16 @@ class Tuned(dict[str, Tensor]):
         """The tensors for the diffusion model (MODEL) or for the text encoder (TEXT)."""
         return {name: value for name, value in self.items() if name.startswith(prefixes)}
 
-    def describe(self) -> str:
-        """A few lines for people: method, base model, prompt, map, steps, last loss."""
+    def describe(self, *needs: str) -> str:
+        """A few lines for people: method, base model, prompt, what else it needs, steps, last loss."""
         base, settings = self.header.get("base", {}), self.header.get("settings", {})
         what = "all weights (differences)" if self.full else f"LoRA of rank {self._rank()}"
         parts = "UNet and text encoder" if self.part(TEXT) else "UNet"
-        mapped = self.position_map
         lines = [
             f"{self.header.get('method', 'unknown method')}: {what} of the {parts}",
             f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
             f"training prompt: {self.prompt or 'not recorded'}",
-            f"position map: {f'{mapped[0]} cells, {mapped[1]}' if mapped else 'none'}",
+            *needs,
         ]
         if settings:
             lines.append(", ".join(f"{name} {value}" for name, value in sorted(settings.items())))
@@ -89,11 +80,6 @@ class Tuned(dict[str, Tensor]):
     def _rank(self) -> int:
         downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
         return next((value.shape[0] for value in downs), 0)
-
-
-def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
-    """The tensor that says which position map is needed."""
-    return {MARKER: torch.tensor([float(cells), float(INTERPOLATIONS.index(interpolation))])}
 
 
 def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,14 +107,16 @@ def save_tuned(path: Path, tuned: Tuned) -> None:
     write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND})
 
 
-def load_tuned(path: Path) -> Tuned:
+def load_tuned(path: Path, needs: Collection[str] = ()) -> Tuned:
     """Read one of our files, or one that the stock Save LoRA node made of our LORA_MODEL (it has no header).
+
+    needs: the names of further tensors that the caller knows what to do with.
 
     Raises ValueError for anything else; for the authors' own checkpoints it says how to use them.
     """
     if path.suffix.lower() != ".safetensors":
         _refuse_pickle(path)
-    tensors, header = read_tensors(path, MAX_BYTES, lambda names: _check_names(path, names))
+    tensors, header = read_tensors(path, MAX_BYTES, lambda names: _check_names(path, names, needs))
     _check_header(path, header)
     if not header:
         _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
@@ -138,16 +126,14 @@ def load_tuned(path: Path) -> Tuned:
         if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
     _check_pairs(path, tensors)
-    if MARKER in tensors:
-        _check_marker(path, tensors[MARKER])
     return Tuned(tensors, header)
 
 
-def _check_names(path: Path, names: list[str]) -> list[str]:
+def _check_names(path: Path, names: list[str], needs: Collection[str]) -> list[str]:
     _refuse_official(path, names)
     if not names:
         raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
-    _refuse_foreign(path, [name for name in names if name != MARKER and not KEY.fullmatch(name)])
+    _refuse_foreign(path, [name for name in names if name not in needs and not KEY.fullmatch(name)])
     return names
 
 
@@ -223,9 +209,3 @@ def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
         up, down = (tensors.get(f"{layer}.{side}.weight") for side in names)
         if up is None or down is None or up.shape[1] != down.shape[0]:
             raise ValueError(f"{path.name} holds no matching pair of factors for '{layer}': train it again.")
-
-
-def _check_marker(path: Path, value: Tensor) -> None:
-    numbers = value.tolist() if value.shape == (2,) else [0, 0]
-    if not 1 <= numbers[0] <= MAX_CELLS or numbers[1] not in range(len(INTERPOLATIONS)):
-        raise ValueError(f"{path.name} names an impossible position map: train it again.")

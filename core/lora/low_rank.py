@@ -120,6 +120,7 @@ def beside(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iter
 
 # What the field trains by default, in the UNet and in CLIP; at rank 16 that is 3.2 M and 1.2 M numbers for SD1.x.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT = "text_encoders."  # how the names of a text encoder's parameters begin
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..embedding.hiper import with_tail
-from .windows import Window, step_wise
+from .windows import Conditioning, PercentRange, step_wise
 
-Conditioning = list[list[Any]]
 TAIL = "likeness.tail"  # option of a prompt: the rows that an embedding has put into it
 CHUNK = 77  # rows of one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
+
+
+def with_tail(context: Tensor, h: Tensor) -> Tensor:
+    """[c, h]: context [B, rows, d] with its last n rows replaced by h [n, d]."""
+    return torch.cat([context[:, : -h.shape[0]], h.to(context).expand(context.shape[0], -1, -1)], dim=1)
 
 
 def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
@@ -54,7 +57,7 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
 
 
 def apply_embedding(
-    conditioning: Conditioning, rows: Tensor, scale: float, windows: Sequence[Window] = ()
+    conditioning: Conditioning, rows: Tensor, scale: float, windows: Sequence[PercentRange] = ()
 ) -> Conditioning:
     """A new conditioning whose last n rows are scale * rows [T, n, d]; areas, masks and time windows stay as they are.
 

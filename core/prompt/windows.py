@@ -10,18 +10,29 @@ step that it is made for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .conditioning import Conditioning
-
+Conditioning = list[list[Any]]
+TOLERANCE = 1e-4  # of sigma; neighbouring timesteps are 30 times as far apart or more
 LOWER = 0.45  # of the way from the lower level to the higher, in logarithms
-Window = tuple[float, float]  # start and end in percent of the sampling, 0 pure noise
+PercentRange = tuple[float, float]  # start and end in percent of the sampling, 0 pure noise
 
 
-def windows(sigmas: Sequence[float], sigma_of: Callable[[float], float]) -> list[Window]:
+@dataclass(frozen=True)
+class SigmaRange:
+    """Noise levels: low < sigma <= high."""
+
+    high: float
+    low: float
+
+    def holds(self, sigma: float) -> bool:
+        return self.low * (1 + TOLERANCE) < sigma <= self.high * (1 + TOLERANCE)
+
+
+def windows(sigmas: Sequence[float], sigma_of: Callable[[float], float]) -> list[PercentRange]:
     """A window for each of the T steps of sigmas [T + 1], descending, the last may be 0.
 
     sigma_of(percent) is the model's own falling map from percent to noise level.
@@ -42,7 +53,7 @@ def _percent(sigma: float, sigma_of: Callable[[float], float]) -> float:
     return (low + high) / 2
 
 
-def step_wise(conditioning: Conditioning, rows: Sequence[Tensor], steps: Sequence[Window]) -> Conditioning:
+def step_wise(conditioning: Conditioning, rows: Sequence[Tensor], steps: Sequence[PercentRange]) -> Conditioning:
     """Each entry once for every step, with that step's rows [1, n, d]; its own window is kept inside the step's.
 
     rows are for the whole table of a prompt; entries whose window does not meet a step's are left out there.

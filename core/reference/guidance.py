@@ -25,9 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, masked_mean
+from ..denoiser import Denoiser, masked_mean, predicted_noise
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, undone_if_cut
-from ..inversion.ddim import predicted_noise
 
 CFG = 7.5
 INNER_STEPS = 10  # J

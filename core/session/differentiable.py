@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..denoiser import Prompt
 from ..prompt.conditioning import detached
-from ..sine.fine_tune import Prompt
 from .weights import fixed_clone, gradients, load_fully, out_of_place, thawed
 
 

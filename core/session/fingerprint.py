@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..fit.runs import digest
-from ..sine.host.guidance import KEY as OWN_GUIDANCE
 from .describe import PATCHER, contents_of_file, describe, sampled, unlike_any
+from .weights import is_own_guidance
 
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
@@ -92,7 +92,7 @@ def patches_digest(model: Any) -> str:
 
 
 def _without_guidance(by_key: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in by_key.items() if key != OWN_GUIDANCE and value}
+    return {key: value for key, value in by_key.items() if not is_own_guidance(key) and value}
 
 
 def precision(model: Any) -> list[str]:

@@ -51,6 +51,12 @@ class Progress:
         self._bar.update_absolute(step, self._total, preview)
         self.curve(losses)
 
+    def finish(self, losses: list[float]) -> None:
+        """Show the end of a run, also of one that was served from disk."""
+        mm.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(max(len(losses), self._total), self._total)
+        self.curve(losses)
+
     def curve(self, losses: list[float]) -> None:
         """Send the loss curve to the page."""
         server = getattr(PromptServer, "instance", None)  # absent outside of a running ComfyUI

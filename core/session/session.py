@@ -1,13 +1,14 @@
-"""The one gradient session: every optimisation of the pack runs inside a sampler that a guider calls.
+"""The one gradient session: every optimization of the pack runs inside a sampler that a guider calls.
 
-So ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers,
-and cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
+ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers, and
+cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..prompt.conditioning import Conditioning, detached
-from ..sine.host.position_map import BOXES
 from .memory import BYTES_PER_WEIGHT, activations, check_room, size_on, told_when_out_of_memory
 from .weights import (
     check_fully_loaded,
@@ -32,6 +32,7 @@ from .weights import (
 )
 
 BESIDE = "likeness.beside"
+BOXES = "likeness.boxes"  # transformer_options: [B, 4] in cells, one box for each sample of a training batch
 
 
 class GuiderDenoiser:
@@ -44,7 +45,7 @@ class GuiderDenoiser:
         leaves: dict[str, nn.Parameter] | None = None,
         role: str = "positive",
     ) -> None:
-        """leaves: the weights that optimise() was asked to train, by name. role: which of the guider's prompts."""
+        """leaves: the weights that the session trains, by name. role: which of the guider's prompts."""
         self._guider, self._extra_args, self._role = guider, extra_args, role
         self.leaves = leaves or {}
         self._entry = guider.conds[role][0]
@@ -128,90 +129,124 @@ def predicting(
 ) -> None:
     """Run body(denoiser, x0) with a MODEL's own predictions for one prompt, without guidance and without gradients.
 
-    Arguments as in optimise(); the model may be partly offloaded.
+    Arguments as in Session; the model may be partly offloaded.
     """
     clone = model.clone()
     drop_all_guidance(clone)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
-    sampling = clone.get_model_object("model_sampling")
-    ends = torch.tensor([float(sampling.sigma_max), 0.0])
     run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args), x0))
-    guider.sample(torch.zeros_like(latent), latent, run, ends, disable_pbar=True)
+    guider.sample(torch.zeros_like(latent), latent, run, _ends(clone), disable_pbar=True)
 
 
-def optimise(
-    model: Any,
-    positive: Conditioning,
-    latent: Tensor,
-    body: Callable[[GuiderDenoiser, Tensor], None],
-    *,
-    negative: Conditioning | None = None,
-    checkpointing: bool = False,
-    text: Any | None = None,
-    others: Sequence[Any] = (),
-    more_memory: float = 0.0,
-    exact: bool = False,
-    all_weights: bool = False,
-) -> None:
-    """Run body(denoiser, x0) with gradients through a MODEL.
+@dataclass(frozen=True)
+class Session:
+    """Gradients through a MODEL, for as long as run() takes.
 
     model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
-    [B, C, h, w] as it comes in a LATENT; body gets it as x0 in the model's own latent space, on the model's device.
-    What body wants to keep it must detach and move to the CPU itself. negative: another prompt, for
-    denoiser.of("negative"). text: a text encoder's ModelPatcher that body runs too. others: further ones (a VAE, vision
-    models), which get gradients to their inputs; more_memory: bytes that they need for that. exact: an fp16 model
-    computes in float32 instead of bf16, for results that an fp16 sampling shall meet. all_weights: every weight of the
-    diffusion model (and of the text encoder) becomes a float32 leaf for the time of the session; body finds them in
-    denoiser.leaves.
-    Raises RuntimeError before body starts when the model is partly offloaded, or has no backward (some quantised
-    formats).
+    [B, C, h, w] as it comes in a LATENT. negative: another prompt, for denoiser.of("negative"). text: a text encoder's
+    ModelPatcher that runs too. others: further ones (a VAE, vision models), which get gradients to their inputs;
+    more_memory: bytes that they need for that. exact: an fp16 model computes in float32 instead of bf16, for results
+    that an fp16 sampling shall meet. all_weights: every weight of the diffusion model (and of the text encoder) becomes
+    a float32 leaf for the time of the session, in denoiser.leaves.
     """
-    clone = trainable_clone(model, all_weights, exact)
-    beside = [*([] if text is None else [text]), *others]
-    if beside:
-        clone.set_additional_models(BESIDE, beside)  # ComfyUI must not make room for the one by unloading the other
 
-    def run(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
-        for loaded in (clone, *guider.loaded_models):
+    model: Any
+    positive: Conditioning
+    latent: Tensor
+    negative: Conditioning | None = None
+    checkpointing: bool = False
+    text: Any | None = None
+    others: Sequence[Any] = ()
+    more_memory: float = 0.0
+    exact: bool = False
+    all_weights: bool = False
+
+    def run(self, body: Callable[[GuiderDenoiser, Tensor], None]) -> None:
+        """Run body(denoiser, x0); x0 is the latent in the model's own latent space, on the model's device.
+
+        What body wants to keep it must detach and move to the CPU itself. Raises RuntimeError before body starts when
+        the model is partly offloaded, or has no backward (some quantised formats).
+        """
+
+        def inside(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
+            with self._opened(guider, extra_args, x0) as denoiser:
+                body(denoiser, x0)
+
+        with gradients():
+            clone = self._clone()
+            latent = detached(self.latent).float()
+            guider = self._guider(clone)
+            self._load(clone, latent)
+            try:
+                with told_when_out_of_memory():
+                    noise = torch.zeros_like(latent)
+                    guider.sample(noise, latent, _Body(inside), _ends(clone), disable_pbar=True)
+            finally:
+                mm.soft_empty_cache()
+
+    @property
+    def _beside(self) -> list[Any]:
+        """What is loaded beside the model."""
+        return [*([] if self.text is None else [self.text]), *self.others]
+
+    def _clone(self) -> Any:
+        """The model in a form that has a backward, with what is loaded beside it attached."""
+        clone = trainable_clone(self.model, self.all_weights, self.exact)
+        if self._beside:
+            clone.set_additional_models(BESIDE, self._beside)  # ComfyUI must not unload one to make room for the other
+        return clone
+
+    def _guider(self, clone: Any) -> Any:
+        guider = comfy.samplers.CFGGuider(clone)
+        given = {"positive": self.positive, "negative": self.negative}
+        guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
+        return guider
+
+    def _load(self, clone: Any, latent: Tensor) -> None:
+        """Load every model whole, with room for what the gradient needs."""
+        together = [clone] if self.text is None else [clone, self.text]
+        # Thawed, every weight is there twice; a text encoder whose weights are all trained is counted in _memory().
+        copies = size_on(self.others if self.all_weights else self._beside, clone.load_device)
+        needed = _memory(together, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
+        check_room([clone, *self._beside], needed, clone.load_device)
+        load_fully([clone, *self._beside], needed)
+
+    @contextlib.contextmanager
+    def _opened(self, guider: Any, extra_args: dict[str, Any], x0: Tensor) -> Iterator[GuiderDenoiser]:
+        """Inside the sampler: whole, thawed, safe for a backward, checkpointed, and probed."""
+        for loaded in (guider.model_patcher, *guider.loaded_models):
             if hasattr(loaded, "model_size"):
                 check_fully_loaded(loaded)
-        owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
-        trained = {"diffusion_model": guider.inner_model.diffusion_model} if all_weights else {}
-        owners += [each.model for each in beside]
-        if text is not None and all_weights:
-            trained["text_encoders"] = text.model
+        parts = self._parts(guider)
         with contextlib.ExitStack() as stack:
-            parts = [part for part in owners if isinstance(part, torch.nn.Module)]
-            leaves = stack.enter_context(thawed(parts, trained))
+            leaves = stack.enter_context(thawed(parts, self._trained(guider)))
             for part in parts:
                 stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
                 stack.enter_context(private_skips(guider.inner_model.diffusion_model))
-            if checkpointing:
+            if self.checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
             denoiser = GuiderDenoiser(guider, extra_args, leaves)
             _probe(denoiser, x0[:1])
-            body(denoiser, x0)
+            yield denoiser
 
-    with gradients():
-        guider = comfy.samplers.CFGGuider(clone)
-        given = {"positive": positive, "negative": negative}
-        guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
-        latent = detached(latent).float()
-        together = [clone] if text is None else [clone, text]
-        # Thawed, every weight is there twice; a text encoder's whose weights are all trained is counted in _memory().
-        copies = size_on(others if all_weights else beside, clone.load_device)
-        needed = _memory(together, latent, checkpointing, all_weights) + copies + more_memory
-        check_room([clone, *beside], needed, clone.load_device)
-        load_fully([clone, *beside], needed)
-        sampling = clone.get_model_object("model_sampling")
-        ends = torch.tensor([float(sampling.sigma_max), 0.0])
-        try:
-            with told_when_out_of_memory():
-                guider.sample(torch.zeros_like(latent), latent, _Body(run), ends, disable_pbar=True)
-        finally:
-            mm.soft_empty_cache()
+    def _parts(self, guider: Any) -> list[nn.Module]:
+        """All modules that run."""
+        owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
+        return [part for part in (*owners, *(each.model for each in self._beside)) if isinstance(part, nn.Module)]
+
+    def _trained(self, guider: Any) -> dict[str, nn.Module]:
+        """The modules whose weights are trained, by prefix."""
+        if not self.all_weights:
+            return {}
+        text = {} if self.text is None else {"text_encoders": self.text.model}
+        return {"diffusion_model": guider.inner_model.diffusion_model, **text}
+
+
+def _ends(clone: Any) -> Tensor:
+    """Noise levels that any sampler accepts; nothing is sampled."""
+    return torch.tensor([float(clone.get_model_object("model_sampling").sigma_max), 0.0])
 
 
 def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:

@@ -19,13 +19,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..inversion.host.landing import POST_CFG, Landing, drop_landing
-from ..sine.host.guidance import KEY, drop_guidance
-
+OWN_GUIDANCE = "likeness.guidance"  # how the keys begin of what this pack puts on a MODEL for sampling alone
+POST_CFG = "sampler_post_cfg_function"
 GUIDANCE = (
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
-    "sampler_post_cfg_function",
+    POST_CFG,
     "sampler_calc_cond_batch_function",
 )
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -240,12 +239,21 @@ def fixed_clone(patcher: Any) -> Any:
         ) from error
 
 
+class Playback:
+    """Base of functions after CFG that only play back what was recorded: no guidance that anybody is warned of."""
+
+
+def is_own_guidance(key: Any) -> bool:
+    """Whether a wrapper or attachment of this key belongs to sampling alone."""
+    return isinstance(key, str) and key.startswith(OWN_GUIDANCE)
+
+
 def warn_of_guidance(model: Any) -> None:
     """Say that other nodes' guidance is not part of an optimisation that a sampling is meant to follow exactly."""
     given = {name: model.model_options.get(name) for name in GUIDANCE}
-    given[POST_CFG] = [each for each in given[POST_CFG] or [] if not isinstance(each, Landing)]
+    given[POST_CFG] = [each for each in given[POST_CFG] or [] if not isinstance(each, Playback)]
     carried = [name for name, value in given.items() if value]
-    carried += [KEY] if model.wrappers.get(WrappersMP.CALC_COND_BATCH, {}).get(KEY) else []
+    carried += sorted(filter(is_own_guidance, model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})))
     if carried:
         log.warning(
             "The model carries guidance (%s), which is left out here: sampled with it, the result will "
@@ -258,8 +266,11 @@ def drop_all_guidance(clone: Any) -> None:
     """Guidance belongs to sampling; a loss, and an inversion, is on the model's own prediction."""
     for name in GUIDANCE:
         clone.model_options.pop(name, None)
-    drop_guidance(clone)
-    drop_landing(clone)
+    for by_key in clone.wrappers.values():
+        for key in filter(is_own_guidance, list(by_key)):
+            del by_key[key]
+    for key in filter(is_own_guidance, list(clone.additional_models)):
+        clone.remove_additional_models(key)
 
 
 def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:

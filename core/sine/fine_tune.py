@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..denoiser import PlacedDenoiser, masked_mean, noise_error
+from ..denoiser import PlacedDenoiser, Prompt, masked_mean, noise_error
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
 
 LEARNING_RATE = 1e-4  # of low-rank factors
@@ -65,14 +65,6 @@ class Samples:
         i = step % (self.period or self.x0.shape[0])
         box, mask = (None if part is None else part[i : i + 1].to(device) for part in (self.boxes, self.mask))
         return self.x0[i : i + 1].to(device), box, mask
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the text encoder says: rows [1, n, d], and for SDXL a vector [1, p]."""
-
-    context: Tensor
-    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)

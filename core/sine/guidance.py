@@ -23,7 +23,6 @@ Source: ldm/models/diffusion/guidance_ddim.py of the authors. Deviations, each w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -32,18 +31,6 @@ END_PERCENT = 0.6  # K = 400 of 1000 timesteps
 CFG = 7.5
 SAMPLING_STEPS = 100
 LAST_TIMESTEP = 999  # timesteps are 0 .. 999 in SD; percent 0 of the sampling is the last one
-TOLERANCE = 1e-4  # of sigma; neighbouring timesteps are 30 times as far apart or more
-
-
-@dataclass(frozen=True)
-class Window:
-    """The noise levels at which a tuned model takes part: low < sigma <= high."""
-
-    high: float
-    low: float
-
-    def holds(self, sigma: float) -> bool:
-        return self.low * (1 + TOLERANCE) < sigma <= self.high * (1 + TOLERANCE)
 
 
 def percent_of(timestep: float) -> float:

@@ -13,6 +13,7 @@ grid larger than their table of 128 rows is rebuilt silently; both are left out 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ CELLS = 128  # per side: 1024 pixels in cells of 8, of which a patch of 512 pixe
 INTERPOLATIONS = ("bilinear", "nearest")  # the authors' configurations for photographs and for paintings
 MAX_CELLS = 1024
 BASE = 10_000.0
+MARKER = "likeness.needs_position_map"  # in a file of weights that were trained with it: [cells, interpolation]
 
 
 def whole_box(cells: int) -> Tensor:
@@ -73,3 +75,22 @@ def _line(part: Tensor, length: int, interpolation: str) -> Tensor:
     if interpolation == "nearest":
         return F.interpolate(part, size=length, mode="nearest")
     return F.interpolate(part, size=length, mode="linear", align_corners=True)
+
+
+def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
+    """The tensor by which a file says which position map its weights need."""
+    return {MARKER: torch.tensor([float(cells), float(INTERPOLATIONS.index(interpolation))])}
+
+
+def needed_map(tensors: Mapping[str, Tensor]) -> tuple[int, str] | None:
+    """Cells and interpolation of the position map that a file's weights need; None without one.
+
+    ValueError for a marker that names no possible map.
+    """
+    if MARKER not in tensors:
+        return None
+    value = tensors[MARKER]
+    cells, index = value.tolist() if value.shape == (2,) else (0, 0)
+    if not 1 <= cells <= MAX_CELLS or index not in range(len(INTERPOLATIONS)):
+        raise ValueError("The file names an impossible position map: train it again.")
+    return int(cells), INTERPOLATIONS[int(index)]

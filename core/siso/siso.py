@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from ..fit.fit import adam_state, finite_or_raise, group_state, restore_adam, restore_groups
+from ..lora.low_rank import TEXT
 from ..vision.measures import cosine
 
 ITERATIONS = 50
 THRESHOLD, PATIENCE = 3.0, 7  # percent, and iterations
 RANK = 4
-TEXT = "text_encoders."  # how the names of a text encoder's parameters begin
 MAX_NORM = 1.0  # of the gradient
 BACKGROUND = 10.0  # c
 Keep = Literal["best", "last"]

@@ -194,10 +194,10 @@ def _fit_full(setting: Setting, *, learning_rate: float = 0.02, **more):
 
 
 def _apply_tuned(setting: Setting, tuned, strength: float):
-    from likeness.core.lora.host.apply import apply_tuned
+    from likeness.core.sine.host.position_map import apply_fine_tune
 
     with torch.inference_mode():
-        return apply_tuned(tuned, setting.model, None, strength)[0], setting.target
+        return apply_fine_tune(tuned, setting.model, None, strength)[0], setting.target
 
 
 def _save_tuned(tuned, folder: Path) -> Path:
@@ -208,9 +208,9 @@ def _save_tuned(tuned, folder: Path) -> Path:
 
 
 def _load_tuned(path: Path):
-    from likeness.core.lora.artifact import load_tuned
+    from likeness.core.sine.artifact import load_fine_tune
 
-    return load_tuned(path)
+    return load_fine_tune(path)
 
 
 def _check_tuned(setting: Setting, tuned) -> None:

@@ -180,12 +180,12 @@ def test_the_positive_prompt_alone_in_any_guider(monkeypatch):
 
 def test_other_nodes_ask_a_model_with_an_adapter():
     """They have no steps: the part of the timesteps counts there, and in a sampling of a single step."""
-    from likeness.core.session.session import optimise, predicting
+    from likeness.core.session.session import Session, predicting
 
     setting = Setting()
     adapted = applied(setting, ratio=0.4)
     table = setting.model.get_model_object("model_sampling").sigmas
-    for ask in (predicting, optimise):
+    for ask in (predicting, lambda *given: Session(*given[:-1]).run(given[-1])):
         found: dict[str, list[torch.Tensor]] = {}
         for name, model in (("base", setting.model), ("adapted", adapted)):
             found[name] = []
@@ -259,7 +259,7 @@ def test_a_second_adapter_replaces_the_first():
 
 
 def test_gradients_reach_a_prompt_through_the_adapter():
-    from likeness.core.session.session import optimise
+    from likeness.core.session.session import Session
 
     setting = Setting()
     found: list[torch.Tensor] = []
@@ -271,7 +271,7 @@ def test_gradients_reach_a_prompt_through_the_adapter():
 
     for model in (setting.model, applied(setting)):
         with torch.inference_mode():
-            optimise(model, setting.source, setting.latent["samples"], body)
+            Session(model, setting.source, setting.latent["samples"]).run(body)
     assert float(found[1].abs().max()) > 0 and not torch.allclose(found[0], found[1])
 
 

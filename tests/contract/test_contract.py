@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
+
+from likeness.core.session.session import Session
 
 from .methods import METHODS, STEPS, Entry, Setting, run_node, sample
 
@@ -191,14 +191,13 @@ def test_what_lies_on_the_model_or_in_the_prompt_makes_another_run(entry, family
 
 @pytest.mark.parametrize(("entry", "family"), FIRST)
 def test_a_finished_run_is_not_trained_again(entry, family, monkeypatch):
-    training = importlib.import_module(f"likeness.core.host.{entry.training}")
     first, losses = entry.fit(Setting(family), steps=9)
     shorter, fewer = entry.fit(Setting(family), steps=8)
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(training, "optimise", refuse)
+    monkeypatch.setattr(Session, "run", refuse)
     for steps, result, its_losses in ((9, first, losses), (8, shorter, fewer)):
         second, again = entry.fit(Setting(family), steps=steps)
         assert equal(entry, result, second) and its_losses == again

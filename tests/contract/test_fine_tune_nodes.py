@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from likeness.core.session.session import Session
+from likeness.core.sine.position_map import needed_map
 
 from .. import tiny_models
 from .fine_tunes import picture, same, train
@@ -17,8 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_folders")
 
 @pytest.mark.parametrize("method", ["LoRA", "full weights"])
 def test_the_model_output_is_what_the_artifact_gives(method):
-    from likeness.core.lora.host.apply import apply_tuned
-    from likeness.core.sine.host.position_map import position_map_of
+    from likeness.core.sine.host.position_map import apply_fine_tune, position_map_of
 
     setting = Setting()
     model, clip, lora, loss = train(setting, method=method, learning_rate=0.003)
@@ -26,19 +30,19 @@ def test_the_model_output_is_what_the_artifact_gives(method):
     found = position_map_of(model)
     assert (found.cells, found.interpolation) == (16, "bilinear") and position_map_of(setting.model) is None
     with torch.inference_mode():
-        again, _ = apply_tuned(lora, setting.model, None, 1.0)
+        again, _ = apply_fine_tune(lora, setting.model, None, 1.0)
     assert torch.equal(picture(setting, model), picture(setting, again))
 
 
 def test_the_artifact_says_what_it_is():
     lora = train(Setting(), interpolation="nearest", cells=20, whole_image=0.5, mask=torch.ones(1, 64, 64))[2]
-    assert lora.position_map == (20, "nearest") and lora.prompt == "photo of a sks dog"
+    assert needed_map(lora) == (20, "nearest") and lora.prompt == "photo of a sks dog"
     header = lora.header
     assert header["method"] == "sine" and header["base"]["family"] == "SD15" and len(header["losses"]) == 3
     expected = {"steps": 3, "rank": 4, "resolution": 64, "whole_image": 0.5, "masked": True, "pictures": 1}
     assert expected.items() <= header["settings"].items()
     plain = train(Setting(), patches=False)[2]
-    assert plain.position_map is None and plain.header["settings"]["recon_weight"] == 0.0
+    assert needed_map(plain) is None and plain.header["settings"]["recon_weight"] == 0.0
 
 
 def test_without_patches_every_picture_is_seen_whole():
@@ -61,26 +65,24 @@ def test_a_map_that_already_lies_on_the_model_is_kept_by_training_without_patche
 
 @pytest.mark.parametrize("place", ["trained", "applied"])
 def test_a_map_of_another_grid_is_refused(place):
-    from likeness.core.lora.host.apply import apply_tuned
-    from likeness.core.sine.host.position_map import with_position_map
+    from likeness.core.sine.host.position_map import apply_fine_tune, with_position_map
 
     setting = Setting()
     lora = train(setting)[2]
     with torch.inference_mode():
         setting.model = with_position_map(setting.model, 24, "bilinear")
     with pytest.raises(ValueError, match="map of 24 cells, bilinear; 16 cells, bilinear were asked for"):
-        train(setting) if place == "trained" else apply_tuned(lora, setting.model, None, 1.0)
+        train(setting) if place == "trained" else apply_fine_tune(lora, setting.model, None, 1.0)
 
 
 def test_the_window_of_a_map_stays():
-    from likeness.core.lora.host.apply import apply_tuned
-    from likeness.core.sine.host.position_map import position_map_of, with_position_map
+    from likeness.core.sine.host.position_map import apply_fine_tune, position_map_of, with_position_map
 
     setting, window = Setting(), (0.0, 0.5, 1.0, 0.5)
     with torch.inference_mode():
         setting.model = with_position_map(setting.model, 16, "bilinear", window)
         model, _, lora, _ = train(setting)
-        again, _ = apply_tuned(lora, setting.model, None, 1.0)
+        again, _ = apply_fine_tune(lora, setting.model, None, 1.0)
     assert position_map_of(model).window == position_map_of(again).window == window
 
 
@@ -115,10 +117,11 @@ def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
 
 
 def test_checkpointing_gives_the_same_weights():
-    from likeness.core.sine.host import fine_tune as fine_tuning
 
     first = train(Setting(), patches=True)[2]
-    for path in fine_tuning.Path(fine_tuning.folder_paths.get_user_directory()).glob("likeness/*/*"):
+    import folder_paths
+
+    for path in Path(folder_paths.get_user_directory()).glob("likeness/*/*"):
         path.unlink()
     assert same(first, train(Setting(), checkpointing=True)[2])
 
@@ -130,7 +133,7 @@ def test_fewer_steps_are_answered_from_what_is_there(monkeypatch, caplog):
     setting = Setting()
     two, losses = fit_sine(setting, steps=2)
     five, _ = fit_sine(setting, steps=5)
-    monkeypatch.setattr(fine_tuning, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     again, shorter = fit_sine(setting, steps=2)
     assert same(two, again) and losses == shorter and again.header["settings"]["steps"] == 2
     assert "steps were asked for" not in caplog.text
@@ -145,7 +148,6 @@ def full(steps: int) -> tuple:
 
 
 def test_fewer_steps_of_all_weights_are_trained_anew_and_nothing_is_lost(tmp_path, monkeypatch):
-    from likeness.core.sine.host import fine_tune as fine_tuning
 
     two, losses = full(2)
     for path in (tmp_path / "user").glob("likeness/*/*"):
@@ -153,7 +155,7 @@ def test_fewer_steps_of_all_weights_are_trained_anew_and_nothing_is_lost(tmp_pat
     four, _ = full(4)
     shorter, again = full(2)
     assert same(two, shorter) and losses == again and not same(two, four)
-    monkeypatch.setattr(fine_tuning, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     assert same(full(4)[0], four) and same(full(2)[0], two)
 
 
@@ -164,7 +166,7 @@ def test_a_shorter_run_of_all_weights_is_served_after_the_longer_one_is_gone(mon
     full(4)
     shorter, _ = full(2)
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tuning, "optimise", None)
+        patch.setattr(Session, "run", None)
         assert same(full(2)[0], shorter)
 
 
@@ -231,9 +233,8 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_gets_a_sentence_before_work_starts(name, tmp_path, monkeypatch):
-    from likeness.core.sine.host import fine_tune as fine_tuning
 
-    monkeypatch.setattr(fine_tuning, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     change, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         train(Setting(), **change)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.core.session.session import Session
+
 from .. import tiny_models
 from ..unit.vision.models import clip_folder
 from .methods import Setting, autoencoder
@@ -32,7 +34,7 @@ def vision(tmp_path_factory):
 
 
 def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, rate=0.02, **changes):
-    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
     from likeness.core.siso.host.similarity import Part, Similarity
     from likeness.core.siso.siso import SisoSettings
 
@@ -44,7 +46,7 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
     latent = torch.zeros_like(setting.latent["samples"][:1])
     sampling = Sampling(latent, sigmas(setting, steps), found["seed"], found["cfg"], found["grad_steps"])
     with torch.inference_mode():
-        return optimise_lora(
+        job = SisoJob(
             generator,
             similarity,
             sampling,
@@ -52,6 +54,7 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
             SisoSettings(rate, 0.0, rate, 0.0, patience=found["patience"], optimizer=found["optimizer"]),
             background,
         )
+        return optimize_lora(job)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,15 +113,15 @@ def encoded(clip, text: str = "a cat"):
 
 @pytest.mark.parametrize("family", TEXTS)
 def test_another_prompt_than_positive_is_refused_before_an_update(family, vision, monkeypatch):
+    from likeness.core.session.session import Session
     from likeness.core.siso import siso
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
     setting, clip = Setting(family), getattr(tiny_models, TEXTS[family][0])()
     monkeypatch.setattr(siso.Siso, "update", None)
     setting.source = encoded(clip, "a dog")
     with pytest.raises(ValueError, match="another conditioning of the prompt 'a cat'"):
         optimised(setting, vision, clip=clip)
-    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     with pytest.raises(ValueError, match="'prompt' is empty"):
         optimised(setting, vision, clip=clip, prompt=" ")
 
@@ -184,7 +187,7 @@ def same(a: dict, b: dict) -> bool:
 
 def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path, monkeypatch):
     from likeness.core.session.progress import Progress
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.session.session import Session
 
     whole = optimised(Setting(), vision)
     forget_runs(tmp_path)
@@ -202,7 +205,7 @@ def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path
     monkeypatch.setattr(Progress, "update", update)
     resumed = optimised(Setting(), vision)
     assert equal(whole, resumed) and torch.equal(whole.pictures, resumed.pictures)
-    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     assert equal(whole, optimised(Setting(), vision))
     fewer = optimised(Setting(), vision, iterations=2)
     assert equal(whole, fewer), "what is there is given at once"
@@ -230,20 +233,20 @@ def test_prodigy_goes_on_exactly_where_it_was_stopped(vision, tmp_path, monkeypa
 def test_prodigy_that_is_not_installed_is_said_before_work_starts(vision, monkeypatch):
     import sys
 
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.session.session import Session
 
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     with pytest.raises(RuntimeError, match="pip install prodigyopt"):
         optimised(Setting(), vision, optimizer="Prodigy", rate=1.0)
 
 
 def test_it_ends_by_itself_and_is_not_begun_again(vision, monkeypatch):
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.session.session import Session
 
     found = optimised(Setting(), vision, rate=1e-9, patience=2, iterations=20)
     assert len(found.losses) == 3
-    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     assert equal(found, optimised(Setting(), vision, rate=1e-9, patience=2, iterations=20))
 
 
@@ -321,7 +324,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
     from likeness.core.siso.siso import SisoSettings
 
     changes, message = REFUSED[case]
-    monkeypatch.setattr(host, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     setting = Setting()
     generator = host.Generator(setting.model, autoencoder(), setting.source, changes.get("empty", setting.empty))
     levels = sigmas(setting).flip(0) if "flipped" in changes else sigmas(setting)
@@ -330,7 +333,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
     background = host.Background(setting.image, changes["mask"], 1.0) if "mask" in changes else None
     similarity = Similarity((Part(vision, changes.get("weight", 1.0), setting.image),))
     with pytest.raises(ValueError, match=message):
-        host.optimise_lora(generator, similarity, sampling, host.Plan(), SisoSettings(), background)
+        host.optimize_lora(host.SisoJob(generator, similarity, sampling, host.Plan(), SisoSettings(), background))
 
 
 def test_the_artifact_tells_where_it_comes_from(vision):

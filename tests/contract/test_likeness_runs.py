@@ -19,9 +19,9 @@ STILL = {"rate": 1e-9}  # no picture is better than the first by 3 %
 @pytest.fixture
 def served(monkeypatch):
     """From the call on, nothing may be optimised."""
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.session.session import Session
 
-    return lambda: monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    return lambda: monkeypatch.setattr(Session, "run", None)
 
 
 def test_another_patience_goes_on_with_what_is_there(vision, monkeypatch, tmp_path):  # noqa: F811

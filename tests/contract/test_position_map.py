@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from likeness.core.sine.host.position_map import BOXES, PositionMap, position_map_of, with_position_map
+from likeness.core.session.session import BOXES
+from likeness.core.sine.host.position_map import PositionMap, position_map_of, with_position_map
 from likeness.core.sine.position_map import position_map, whole_box
 
 from .methods import Setting, run_node, sample

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.core.session.session import Session
+
 from .. import tiny_models
 from .methods import Setting, run_node
 from .test_contract import Cancelled, forget_runs, own_user_folder, stored  # noqa: F401  (a fixture)
@@ -213,9 +215,8 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
     trajectory, _, levels = invert(setting)
     several = Setting(images=2)
     two, xl = invert(several)[0], Setting("sdxl")
-    from likeness.core.reference.host import guidance as reference_guidance
 
-    monkeypatch.setattr(reference_guidance, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     mask, target = picture_mask(setting), setting.target
     area = [[target[0][0], {**target[0][1], "area": (4, 4, 0, 0)}]]
     late = [[target[0][0], {**target[0][1], "start_percent": 0.5}]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.core.session.session import Session
+
 from .. import tiny_models
 from .methods import Setting, run_node
 from .test_contract import own_user_folder  # noqa: F401  (a fixture)
@@ -170,11 +172,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_work_starts(case, monkeypatch):
-    from likeness.core.embedding.host import refine as refining
 
     setting = Setting()
     embedding = trained(setting)
-    monkeypatch.setattr(refining, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     changes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         refined(setting, embedding, **changes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.core.session.session import Session
+
 from .. import tiny_models
 from .methods import Setting, autoencoder, run_node
 from .test_contract import Cancelled, own_user_folder  # noqa: F401  (a fixture)
@@ -181,14 +183,14 @@ def test_other_levels_than_the_inversions_are_refused():
 
 def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background=None, **changes):
     from likeness.core.inversion.host.renoise import replay_of
-    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
     from likeness.core.siso.host.similarity import Part, Similarity
     from likeness.core.siso.siso import SisoSettings
 
     found = {"iterations": 4, "rate": 0.01, "other": setting.image.flip(1), **changes}
     generator = Generator(setting.model, autoencoder(), setting.source)
     with torch.inference_mode():
-        return optimise_lora(
+        job = SisoJob(
             generator,
             Similarity((Part(seen, 1.0, found["other"]),)),
             Sampling(start["samples"], levels, 9, replay=replay_of(start)),
@@ -196,6 +198,7 @@ def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background
             SisoSettings(found["rate"], 0.0, patience=0),
             background,
         )
+        return optimize_lora(job)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,11 +243,11 @@ BACKGROUNDS = {
 
 @pytest.mark.parametrize("case", BACKGROUNDS)
 def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, monkeypatch):  # noqa: F811
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.session.session import Session
     from likeness.core.siso.host.background import Background
 
     changes, message = BACKGROUNDS[case]
-    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     setting = calm(Setting())
     start, _, levels, _ = invert(setting)
     inputs = {"picture": setting.image, "mask": torch.eye(64)[None].cumsum(1), "levels": levels, **changes}
@@ -269,14 +272,13 @@ def test_what_was_sampled_from_an_inverted_latent_is_not_taken_for_it(monkeypatc
 
 def test_an_edit_is_computed_as_exactly_as_its_inversion(vision, monkeypatch):  # noqa: F811
     """fp16 models invert in fp16 or fp32: an optimisation in bf16 would begin at another picture."""
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
 
-    def asked(*_inputs, exact, **_more):
-        raise Cancelled(exact)
+    def asked(session, _body):
+        raise Cancelled(session.exact)
 
     setting = calm(Setting())
     start, _, levels, _ = invert(setting)
-    monkeypatch.setattr(likeness_optimisation, "optimise", asked)
+    monkeypatch.setattr(Session, "run", asked)
     for given, exact in ((start, True), ({"samples": start["samples"]}, False)):
         with pytest.raises(Cancelled) as found:
             edited(setting, vision, given, levels)

@@ -48,7 +48,7 @@ def vision(tmp_path_factory):
 
 
 def optimised(sana, sana_prompts, vision, clip=None, **changes):
-    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, optimise_lora
+    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
     from likeness.core.siso.host.similarity import Part, Similarity
     from likeness.core.siso.siso import SisoSettings
 
@@ -57,13 +57,14 @@ def optimised(sana, sana_prompts, vision, clip=None, **changes):
     subject = torch.nn.functional.interpolate(coarse, size=(64, 128), mode="bilinear").movedim(1, -1)
     sampling = Sampling(empty(), levels(sana.model), SEED, CFG, 3)
     with torch.inference_mode():
-        return optimise_lora(
+        job = SisoJob(
             Generator(sana.model, sana.vae, *sana_prompts, clip, PROMPT),
             Similarity((Part(vision, 1.0, subject),)),
             sampling,
             Plan(found["iterations"], 2, "best", found["checkpointing"]),
             SisoSettings(found["rate"], 1e-4, 0.0, 0.0, patience=0),
         )
+        return optimize_lora(job)
 
 
 @pytest.fixture(scope="module")

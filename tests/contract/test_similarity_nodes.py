@@ -223,11 +223,11 @@ def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
 
 
 def test_a_latent_or_vae_of_another_model_is_refused(vision, monkeypatch):
-    from likeness.core.siso.host import optimize_lora as likeness_optimisation
+    from likeness.core.session.session import Session
     from likeness.nodes.optimize_lora import LikenessOptimizeLora
     from likeness.nodes.similarity import LikenessSimilarity
 
-    monkeypatch.setattr(likeness_optimisation, "optimise", None)
+    monkeypatch.setattr(Session, "run", None)
     setting = Setting()
     alike = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=1.0)[0]
     inputs = inputs_of(setting, alike)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.embedding.hiper import HiPer, HiPerSettings, with_tail
-from likeness.core.prompt.conditioning import apply_embedding
-from likeness.core.session.session import optimise
+from likeness.core.embedding.hiper import HiPer, HiPerSettings
+from likeness.core.prompt.conditioning import apply_embedding, with_tail
+from likeness.core.session.session import Session
 
 from .unets import SD_SCALE, arrays, tiny_sd15
 
@@ -36,7 +36,7 @@ def in_session(official, work) -> None:
             start = official["src"][0, -5:]
             work(Recorded(denoiser, x0, official["src"], start, HiPerSettings()), x0)
 
-        optimise(tiny_sd15(), positive, official["x0"] / SD_SCALE, body)
+        Session(tiny_sd15(), positive, official["x0"] / SD_SCALE).run(body)
 
 
 def test_latent_reaches_the_method_in_the_models_scale(official):

@@ -8,7 +8,7 @@ import torch
 from likeness.core.inversion.ddim import invert
 from likeness.core.inversion.null_text import NullText, NullTextSettings
 from likeness.core.prompt.windows import step_wise, windows
-from likeness.core.session.session import optimise
+from likeness.core.session.session import Session
 
 from .unets import SD_SCALE, arrays, tiny_sd15
 
@@ -35,7 +35,7 @@ def scaled(official, vp: torch.Tensor) -> torch.Tensor:
 def in_session(official, work) -> None:
     with torch.inference_mode():
         positive = [[official["cond"].clone(), {}]]
-        optimise(tiny_sd15(), positive, official["x0"] / SD_SCALE, lambda denoiser, _x0: work(denoiser))
+        Session(tiny_sd15(), positive, official["x0"] / SD_SCALE).run(lambda denoiser, _x0: work(denoiser))
 
 
 def test_pivots(official):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from likeness.core.session.session import optimise
-from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prompt, Samples
+from likeness.core.denoiser import Prompt
+from likeness.core.session.session import Session
+from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Samples
 from likeness.core.sine.patches import cut, draw_box, squashed
 
 from .test_sine_parity import toy
@@ -68,5 +69,5 @@ def test_loss_through_the_session(official, weight, name):
         found.append(float(loss))
 
     with torch.inference_mode():
-        optimise(toy("tuned 1"), [[official["g_c"][:1].clone(), {}]], torch.zeros(1, 4, 64, 64), body)
+        Session(toy("tuned 1"), [[official["g_c"][:1].clone(), {}]], torch.zeros(1, 4, 64, 64)).run(body)
     assert abs(found[0] - float(official[name])) < 1e-5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.denoiser import noise_error
-from likeness.core.fit.train import train
-from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prior, Prompt, Samples, recon_term
+from likeness.core.denoiser import Prompt, noise_error
+from likeness.core.fit.train import Checkpointer, Keeping, train
+from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prior, Samples, recon_term
 from likeness.core.sine.patches import box_of, check_size, cut, squashed
 
 from ..toy import GaussianDenoiser
@@ -205,7 +205,7 @@ def run(store, steps: int, cancel_at: int | None = None, keep: int | None = None
     def result():
         return {"shift.a": fit.denoiser.shift.detach().clone(), "shift.b": -fit.denoiser.shift.detach()}
 
-    return fit, train(fit, steps, 3, result, store, "key", {}, on_update, keep)
+    return fit, train(fit, steps, result, Checkpointer(store, "key", {}, Keeping(3, keep)), on_update)
 
 
 @pytest.mark.parametrize("keep", [None, 2, 1])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from likeness.core.embedding.hifi_tuner import Anchor, AnchoredHiPer, StepWise, StepWiseSettings
-from likeness.core.embedding.hiper import HiPer, HiPerSettings, with_tail
+from likeness.core.embedding.hiper import HiPer, HiPerSettings
+from likeness.core.prompt.conditioning import with_tail
 
 from ..toy import GaussianDenoiser
 

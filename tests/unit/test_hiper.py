@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from likeness.core.denoiser import latent_mask, masked_mean, noise_error, timestep_range
-from likeness.core.embedding.hiper import HiPer, HiPerSettings, with_tail
+from likeness.core.embedding.hiper import HiPer, HiPerSettings
+from likeness.core.prompt.conditioning import with_tail
 
 from ..toy import GaussianDenoiser
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.sine.guidance import Window, base_share, check_weights, mixed, percent_of
+from likeness.core.prompt.windows import SigmaRange
+from likeness.core.sine.guidance import base_share, check_weights, mixed, percent_of
 from likeness.core.sine.position_map import position_map, sinusoids, whole_box
 
 
@@ -55,9 +56,9 @@ def test_half_precision_is_mixed_in_single():
 
 def test_the_window_is_open_at_k():
     """The paper's t > K, with noise levels that went through float32 on the way."""
-    window = Window(high=999999999.9, low=1.1644)
+    window = SigmaRange(high=999999999.9, low=1.1644)
     assert not window.holds(1.1644) and not window.holds(1.16441) and window.holds(1.1690) and window.holds(14.6)
-    assert not Window(high=1.1644, low=0.0).holds(1.1690) and Window(high=1.1644, low=0.0).holds(1.1644)
+    assert not SigmaRange(high=1.1644, low=0.0).holds(1.1690) and SigmaRange(high=1.1644, low=0.0).holds(1.1644)
     assert percent_of(400) == pytest.approx(0.5996, abs=1e-4) and percent_of(0) == 1.0 and percent_of(999) == 0.0
 
 

@@ -7,7 +7,7 @@ import torch
 
 from likeness.core.fit import train as training
 from likeness.core.fit.runs import RunStore
-from likeness.core.fit.train import stored_run, train
+from likeness.core.fit.train import Checkpointer, Keeping, stored_run, train
 
 from .test_hiper import make
 
@@ -25,12 +25,14 @@ def go(store: RunStore, steps: int = STEPS, cancel_at: int | None = None):
         if fit.step == cancel_at:
             raise Cancelled
 
-    run = train(fit, steps, EVERY, lambda: {"": fit.h.detach().clone()[None]}, store, "key", {}, on_update)
+    checkpointer = Checkpointer(store, "key", {}, Keeping(EVERY))
+    run = train(fit, steps, lambda: {"": fit.h.detach().clone()[None]}, checkpointer, on_update)
     return fit, run
 
 
 def results(run, steps: int = STEPS):
-    end, kept = run.results(steps, EVERY)
+    end = run.told_end(steps)
+    kept = run.up_to(end, EVERY)
     return end, {step: result[""] for step, result in kept.items()}
 
 
@@ -106,7 +108,7 @@ def test_saving_takes_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
     def on_update(_denoised):
         store.now += 10.0
 
-    train(fit, 60, 100, lambda: {"": fit.h.detach().clone()}, store, "key", {}, on_update)
+    train(fit, 60, lambda: {"": fit.h.detach().clone()}, Checkpointer(store, "key", {}, Keeping(100)), on_update)
     assert store.saves[0] == 40.0, "the first after half a minute"
     pauses = [after - before - 20.0 for before, after in zip(store.saves, store.saves[1:-1], strict=False)]
     assert pauses and all(pause >= 200.0 for pause in pauses)

@@ -10,17 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from likeness.core.files import HEADER_KEY, write_tensors
-from likeness.core.lora.artifact import (
-    KIND,
-    MARKER,
-    MODEL,
-    TEXT,
-    Tuned,
-    load_tuned,
-    marker,
-    save_tuned,
-    weight_differences,
-)
+from likeness.core.lora.artifact import KIND, MODEL, TEXT, Tuned, save_tuned, weight_differences
+from likeness.core.sine.artifact import load_fine_tune, summary
+from likeness.core.sine.position_map import MARKER, marker, needed_map
 
 PATH = "diffusion_model.middle_block.1.proj_in"
 
@@ -46,11 +38,11 @@ HEADER = {
 def test_what_is_saved_is_loaded(tmp_path):
     tuned = Tuned({**tensors(), **marker(64, "nearest")}, HEADER)
     save_tuned(tmp_path / "a.safetensors", tuned)
-    loaded = load_tuned(tmp_path / "a.safetensors")
+    loaded = load_fine_tune(tmp_path / "a.safetensors")
     assert loaded.keys() == tuned.keys() and all(torch.equal(loaded[name], tuned[name]) for name in tuned)
-    assert loaded.position_map == (64, "nearest") and loaded.prompt == HEADER["prompt"] and not loaded.full
+    assert needed_map(loaded) == (64, "nearest") and loaded.prompt == HEADER["prompt"] and not loaded.full
     assert all(loaded.header[name] == value for name, value in HEADER.items())
-    text = loaded.describe()
+    text = summary(loaded)
     for part in ("rank 2", "SD15 (EPS)", "photo of a sks dog", "64 cells, nearest", "steps 7", "last 0.2500", "UNet"):
         assert part in text
 
@@ -70,17 +62,17 @@ def test_names_that_other_programs_read_are_ours_with_our_header_only(tmp_path, 
     paths, ends = names
     found = {path + end: torch.ones((3, 5) if end == ends[0] else (6, 3)) for path in paths for end in ends}
     save_tuned(tmp_path / "a.safetensors", Tuned(found, HEADER))
-    loaded = load_tuned(tmp_path / "a.safetensors")
+    loaded = load_fine_tune(tmp_path / "a.safetensors")
     assert set(loaded.part(MODEL)) == {paths[0] + end for end in ends}
     assert set(loaded.part(TEXT)) == {paths[1] + end for end in ends}
-    assert "rank 3 of the UNet and text encoder" in loaded.describe().replace("LoRA of ", "")
+    assert "rank 3 of the UNet and text encoder" in summary(loaded).replace("LoRA of ", "")
     save_file(found, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="not a fine-tune of this pack.*stock Load LoRA"):
-        load_tuned(tmp_path / "b.safetensors")
+        load_fine_tune(tmp_path / "b.safetensors")
     del found[paths[0] + ends[1]]
     save_tuned(tmp_path / "c.safetensors", Tuned(found, HEADER))
     with pytest.raises(ValueError, match="no matching pair"):
-        load_tuned(tmp_path / "c.safetensors")
+        load_fine_tune(tmp_path / "c.safetensors")
 
 
 def test_a_stock_reader_finds_the_same_tensors(tmp_path):
@@ -113,9 +105,9 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 
 def test_a_file_of_the_stock_save_node_still_says_that_it_needs_its_map(tmp_path):
     save_file({**tensors(), **marker(128, "bilinear")}, tmp_path / "a.safetensors")
-    loaded = load_tuned(tmp_path / "a.safetensors")
-    assert loaded.position_map == (128, "bilinear") and loaded.prompt == ""
-    assert "not recorded" in loaded.describe()
+    loaded = load_fine_tune(tmp_path / "a.safetensors")
+    assert needed_map(loaded) == (128, "bilinear") and loaded.prompt == ""
+    assert "not recorded" in summary(loaded)
 
 
 def test_differences_are_named_as_lora_files_name_them():
@@ -201,7 +193,7 @@ def test_a_bad_file_is_refused_with_a_sentence(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     make(path)
     with pytest.raises(ValueError, match=message) as caught:
-        load_tuned(path)
+        load_fine_tune(path)
     assert "bad.safetensors" in str(caught.value)
 
 
@@ -214,7 +206,7 @@ def test_the_authors_checkpoints_are_told_from_others(tmp_path):
     torch.save(OFFICIAL, tmp_path / "c.pt")
     for name in ("a.safetensors", "b.ckpt", "c.pt"):
         with pytest.raises(ValueError, match=r"models/checkpoints.*Load Checkpoint.*Position Map"):
-            load_tuned(tmp_path / name)
+            load_fine_tune(tmp_path / name)
 
 
 class Trap:
@@ -233,5 +225,5 @@ def test_a_pickle_is_never_run(tmp_path):
     (tmp_path / "c.ckpt").write_bytes(b"nothing")
     for name in ("a.pt", "b.ckpt", "c.ckpt"):
         with pytest.raises(ValueError, match=r"not a .safetensors file"):
-            load_tuned(tmp_path / name)
+            load_fine_tune(tmp_path / name)
     assert not (tmp_path / "trap").exists()

@@ -6,8 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...sine.host.sweep import centre
-from ...vision.host.sheets import FONT_SIZE, INK, MARGIN, PAPER, as_image, font, thumbnail
+from ...vision.host.sheets import FONT_SIZE, INK, MARGIN, PAPER, as_image, centre, font, thumbnail
 from ..maps import stretched
 from .maps import Maps
 

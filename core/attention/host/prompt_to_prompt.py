@@ -16,12 +16,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...inversion.host.landing import POST_CFG
 from ...inversion.rectify import step_at
 from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import own_entries, table_of
+from ...prompt.windows import SigmaRange
 from ...session.fingerprint import check_base
-from ...sine.guidance import Window
+from ...session.weights import POST_CFG
 from ..maps import mean_over_layers, probabilities, row_maps
 from ..prompt_to_prompt import (
     BLEND_START,
@@ -220,7 +220,8 @@ class _Run:
         self.mapped = column_map(control.swap, control.rows).to(noise.device)
         self.own = own_columns(control.swap, control.rows, control.tail).to(noise.device)
         self.cross, self.self_ = (
-            Window(float("inf"), sampling.percent_to_sigma(end)) for end in (control.end_percent, control.self_percent)
+            SigmaRange(float("inf"), sampling.percent_to_sigma(end))
+            for end in (control.end_percent, control.self_percent)
         )
         self._ours, self._levels, self._size = ours, levels, (noise.shape[-2], noise.shape[-1])
         self._blend_from = sampling.percent_to_sigma(BLEND_START)

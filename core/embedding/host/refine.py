@@ -2,34 +2,84 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...fit.fit import curve
+from ...fit.fit import Fit, curve
 from ...fit.runs import digest
-from ...fit.train import Result, Run, stored_run, train
+from ...fit.train import Result
 from ...inversion.trajectory import check_sigmas
 from ...prompt.conditioning import Conditioning, detached
 from ...prompt.windows import windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, fingerprint, patches_digest, precision
-from ...session.progress import Progress
-from ...session.session import GuiderDenoiser, optimise
+from ...session.images import TrainingImages
+from ...session.job import Job, run
+from ...session.session import GuiderDenoiser, Session
 from ..artifact import Embedding
 from ..hifi_tuner import Anchor, StepWise, StepWiseSettings
-from .train import EVERY, Hold, Subject, run_store, source_rows
+from .train import Hold, source_rows
 
 METHOD = "hifi tuner, step-wise"
-log = logging.getLogger("likeness")
+
+
+@dataclass(frozen=True)
+class RefiningJob(Job):
+    """Algorithm 1. rows [1, N, d] of the source prompt; start [1, n, d] of the embedding; sigmas [T + 1]."""
+
+    method: ClassVar[str] = METHOD
+
+    model: Any
+    positive: Conditioning
+    images: TrainingImages
+    settings: StepWiseSettings
+    rows: Tensor
+    start: Tensor
+    sigmas: Tensor
+    anchor: Anchor | None = None
+
+    @property
+    def steps(self) -> int:
+        return (len(self.sigmas) - 1) * self.settings.inner_steps
+
+    def key(self) -> str:
+        put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
+        anchored = None if self.anchor is None else asdict(self.anchor)
+        what = [self.method, asdict(self.settings), fingerprint(self.model), put_on]
+        return digest([*what, self.start, self.sigmas, asdict(self.images), anchored])
+
+    def session(self) -> Session:
+        return Session(self.model, self.positive, self.images.latent)
+
+    @contextlib.contextmanager
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        context, start, mask = detached([self.rows, self.start[0], self.images.mask])
+        mask = None if mask is None else mask.to(x0.device)
+        anchor = None if self.anchor is None else Anchor(**detached(asdict(self.anchor)))
+        levels = self.sigmas[:-1].tolist()
+        fit = StepWise(denoiser, x0, context.to(x0.device), start, levels, self.settings, anchor, mask)
+        yield fit, lambda: {"": fit.rows()}
+
+    def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
+        """The header of the artifact. before: the settings of the embedding that was refined."""
+        sampling = self.model.get_model_object("model_sampling")
+        return {
+            "method": METHOD,
+            "base": fingerprint(self.model),
+            "settings": {**before, "refined": asdict(self.settings), "sigmas": self.sigmas.tolist()},
+            "losses": curve(losses),
+            "windows": windows(self.sigmas.tolist(), sampling.percent_to_sigma),
+        }
 
 
 def refine_embedding(
     model: Any,
     positive: Conditioning,
-    pictures: Subject,
+    images: TrainingImages,
     embedding: Embedding,
     step: int,
     sigmas: Tensor,
@@ -53,60 +103,7 @@ def refine_embedding(
             "encoder that it was trained with."
         )
     anchor = None if hold is None else hold.anchor(rows, embedding.tokens)
-    levels = sigmas[:-1].tolist()
-    base = fingerprint(model)
-    put_on = [patches_digest(model), precision(model), describe(positive)]
-    held = None if anchor is None else asdict(anchor)
-    key = digest([METHOD, asdict(settings), base, put_on, start, sigmas, asdict(pictures), held])
-
-    total = len(levels) * settings.inner_steps
-    progress = Progress(model, total, node_id)
-    run = stored_run(run_store(), key, whole=False)
-    progress.start(0 if run is None else run.step)
-    if run is None or not run.answers(total):
-        run = _refine(model, positive, rows, start[0], pictures, levels, settings, anchor, key, progress)
-    progress.update(run.losses)
-    log.info("Step-wise: %d updates, loss %.4f to %.4f", total, run.losses[0], run.losses[-1])
-    before = embedding.header.get("settings", {})
-    header = {
-        "method": METHOD,
-        "base": base,
-        "settings": {**before, "refined": asdict(settings), "sigmas": [*levels, float(sigmas[-1])]},
-        "losses": curve(run.losses),
-        "windows": windows(sigmas.tolist(), model.get_model_object("model_sampling").percent_to_sigma),
-    }
-    return Embedding({step or embedding.recommended_step: run.kept[total][""]}, header), run.losses
-
-
-def _refine(
-    model: Any,
-    positive: Conditioning,
-    rows: Tensor,
-    start: Tensor,
-    pictures: Subject,
-    levels: list[float],
-    settings: StepWiseSettings,
-    anchor: Anchor | None,
-    key: str,
-    progress: Progress,
-) -> Run:
-    finished: list[Run] = []
-
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        context, first, mask, held = detached([rows, start, pictures.mask, None if anchor is None else asdict(anchor)])
-        mask = None if mask is None else mask.to(x0.device)
-        hold = None if held is None else Anchor(**held)
-        fit = StepWise(denoiser, x0, context.to(x0.device), first, levels, settings, hold, mask)
-
-        def result() -> Result:
-            return {"": fit.rows()}
-
-        def on_update(denoised: Tensor) -> None:
-            progress.update(fit.losses, denoised)
-
-        header = {"method": METHOD, "settings": asdict(settings)}
-        total = len(levels) * settings.inner_steps
-        finished.append(train(fit, total, EVERY, result, run_store(), key, header, on_update))
-
-    optimise(model, positive, pictures.latent, body)
-    return finished[0]
+    job = RefiningJob(model, positive, images, settings, rows, start, sigmas, anchor)
+    done = run(job, node_id)
+    header = job.header(embedding.header.get("settings", {}), done.losses)
+    return Embedding({step or embedding.recommended_step: done.last[""]}, header), done.losses

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
-import folder_paths
 import torch
 from torch import Tensor
 
-from ...denoiser import latent_mask, timestep_range
-from ...fit.fit import curve
-from ...fit.runs import RunStore, digest
-from ...fit.train import Result, Run, stored_run, train
+from ...denoiser import timestep_range
+from ...fit.fit import Fit, curve
+from ...fit.runs import digest
+from ...fit.train import Keeping, Result
 from ...prompt.conditioning import (
     Conditioning,
     apply_embedding,
@@ -26,24 +26,16 @@ from ...prompt.conditioning import (
 )
 from ...session.describe import describe
 from ...session.fingerprint import fingerprint, patches_digest, precision
-from ...session.progress import Progress
+from ...session.images import TrainingImages
+from ...session.job import Job, run
 from ...session.sampling import sample_picture
-from ...session.session import GuiderDenoiser, optimise
+from ...session.session import GuiderDenoiser, Session
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import Anchor, AnchoredHiPer
 
 METHOD, ANCHORED = "hiper", "hifi tuner"
-EVERY = 1 << 62  # of a run whose only result is its last
 log = logging.getLogger("likeness")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is learned from: latent [B, C, h, w] as in a LATENT; mask [B or 1, 1, h, w] of ones and zeros, or None."""
-
-    latent: Tensor
-    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,45 +62,16 @@ class Hold:
         return Anchor(start_rows(context, empty, tokens), self.weight, self.decoupled)
 
 
-def run_store() -> RunStore:
-    """ComfyUI's user directory, under likeness/runs."""
-    return RunStore(Path(folder_paths.get_user_directory()) / "likeness" / "runs")
+@dataclass(frozen=True)
+class Start:
+    """Prompts beside the source prompt. empty: the rows of this one are the start, instead of the source prompt's.
+    target: the embedding will be put into it; it is only checked, so that a misfit is refused before the work starts.
+    hold: HiFi Tuner eq. 6 instead of HiPer's objective.
+    """
 
-
-def subject(
-    model: Any, latent: dict[str, Tensor] | None, image: Tensor | None, vae: Any | None, mask: Tensor | None
-) -> Subject:
-    """The picture(s) to learn from, checked against the model; ValueError says what is missing or does not fit."""
-    if (latent is None) == (image is None):
-        given = "neither" if latent is None else "both"
-        raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given} came in.")
-    if image is not None and vae is None:
-        raise ValueError(
-            "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT."
-        )
-    if latent is not None:
-        samples = latent["samples"]
-    else:
-        assert image is not None and vae is not None  # checked above
-        samples = vae.encode(image[..., :3])
-    channels = model.get_model_object("latent_format").latent_channels
-    if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
-        shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
-        raise ValueError(
-            f"The latent is {shape}, the model expects pictures [batch, {channels}, height, width]: use its own VAE."
-        )
-    if not bool(torch.isfinite(samples).all()):
-        raise ValueError("The latent holds NaN or infinite numbers: encode the picture again, with the VAE in fp32.")
-    samples = samples.float().cpu()
-    if mask is None:
-        return Subject(samples, None)
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.shape[0] not in (1, samples.shape[0]):
-        raise ValueError(
-            f"{mask.shape[0]} masks came with {samples.shape[0]} pictures: give one mask, or one for each picture."
-        )
-    return Subject(samples, latent_mask(mask.float().cpu(), *samples.shape[-2:]))
+    empty: Conditioning | None = None
+    target: Conditioning | None = None
+    hold: Hold | None = None
 
 
 def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int) -> tuple[Tensor, Tensor]:
@@ -125,94 +88,80 @@ def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int)
     return rows, start_rows(rows, start, tokens)
 
 
+@dataclass(frozen=True)
+class EmbeddingJob(Job):
+    """HiPer's training, or with an anchor HiFi Tuner's. rows [1, N, d] of the source prompt; start [n, d]."""
+
+    method: ClassVar[str] = METHOD
+
+    model: Any
+    positive: Conditioning
+    images: TrainingImages
+    settings: hiper.HiPerSettings
+    schedule: Schedule
+    rows: Tensor
+    start: Tensor
+    anchor: Anchor | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @property
+    def keeping(self) -> Keeping:
+        return Keeping(self.schedule.save_every)
+
+    def key(self) -> str:
+        put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
+        anchored = [] if self.anchor is None else [asdict(self.anchor)]
+        what = [self.method, asdict(self.settings), self.schedule.save_every, fingerprint(self.model)]
+        return digest([*what, put_on, self.start, asdict(self.images), *anchored])
+
+    def session(self) -> Session:
+        return Session(self.model, self.positive, self.images.latent)
+
+    @contextlib.contextmanager
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        context, start, mask = detached([self.rows, self.start, self.images.mask])
+        mask = None if mask is None else mask.to(x0.device)
+        given = (denoiser, x0, context.to(x0.device), start, self.settings)
+        if self.anchor is None:
+            fit = hiper.HiPer(*given, mask)
+        else:
+            fit = AnchoredHiPer(*given, Anchor(**detached(asdict(self.anchor))), mask)
+        yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
+
+    def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
+        """The header of the artifact."""
+        settings = {**asdict(self.settings), "steps": steps, "save_every": self.schedule.save_every}
+        settings["masked"] = self.images.mask is not None
+        if self.anchor is not None:
+            settings |= {"anchor_weight": self.anchor.weight, "decoupled": self.anchor.decoupled}
+        method = METHOD if self.anchor is None else ANCHORED
+        return {"method": method, "base": fingerprint(self.model), "settings": settings, "losses": curve(losses)}
+
+
 def train_embedding(
     model: Any,
     positive: Conditioning,
-    pictures: Subject,
+    images: TrainingImages,
     settings: hiper.HiPerSettings,
     schedule: Schedule,
-    empty: Conditioning | None = None,
-    target: Conditioning | None = None,
-    hold: Hold | None = None,
+    start: Start = Start(),
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
-    """Train (or resume, or serve from disk) an embedding; returns it with the loss of every step.
-
-    empty: the prompt whose rows it starts from, instead of the source prompt's. target: a prompt that the embedding
-    will be put into; only checked, so that it is refused before the work starts. hold: HiFi Tuner eq. 6 instead of
-    HiPer's objective.
-    """
-    rows, start = source_rows(positive, empty, settings.tokens)
-    anchor = None if hold is None else hold.anchor(rows, settings.tokens)
-    if target is not None:
-        apply_embedding(target, start[None], hiper.SCALE)
+    """Train (or resume, or serve from disk) an embedding; returns it with the loss of every step."""
+    rows, first = source_rows(positive, start.empty, settings.tokens)
+    if start.target is not None:
+        apply_embedding(start.target, first[None], hiper.SCALE)
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
-    settings = hiper.HiPerSettings(**{**asdict(settings), "t_low": t_low, "t_high": t_high})
-    base = fingerprint(model)
-    put_on = [patches_digest(model), precision(model), describe(positive)]
-    held = [] if anchor is None else [asdict(anchor)]
-    key = digest([METHOD, asdict(settings), schedule.save_every, base, put_on, start, asdict(pictures), *held])
-
-    progress = Progress(model, schedule.steps, node_id)
-    run = stored_run(run_store(), key, whole=False)
-    progress.start(0 if run is None else run.step)
-    if run is None or not run.answers(schedule.steps):
-        run = _train(model, positive, rows, start, pictures, settings, schedule, anchor, key, progress)
-    end, results = run.results(schedule.steps, schedule.save_every)
-    kept = {step: result[""] for step, result in results.items()}
-    losses = run.losses[:end]
-    progress.update(losses)
-    log.info("Embedding: %d steps, loss %.4f to %.4f", end, losses[0], losses[-1])
-    header = {
-        "method": METHOD if anchor is None else ANCHORED,
-        "base": base,
-        "settings": {
-            **asdict(settings),
-            "steps": end,
-            "save_every": schedule.save_every,
-            "masked": pictures.mask is not None,
-            **({} if anchor is None else {"anchor_weight": anchor.weight, "decoupled": anchor.decoupled}),
-        },
-        "losses": curve(losses),
-    }
-    return Embedding(kept, header), losses
-
-
-def _train(
-    model: Any,
-    positive: Conditioning,
-    rows: Tensor,
-    start: Tensor,
-    pictures: Subject,
-    settings: hiper.HiPerSettings,
-    schedule: Schedule,
-    anchor: Anchor | None,
-    key: str,
-    progress: Progress,
-) -> Run:
-    finished: list[Run] = []
-
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        context, first, mask = detached([rows, start, pictures.mask])
-        mask = None if mask is None else mask.to(x0.device)
-        given = (denoiser, x0, context.to(x0.device), first, settings)
-        if anchor is None:
-            fit = hiper.HiPer(*given, mask)
-        else:
-            fit = AnchoredHiPer(*given, Anchor(**detached(asdict(anchor))), mask)
-
-        def result() -> Result:
-            return {"": fit.h.detach().cpu().clone()[None]}
-
-        def on_update(denoised: Tensor) -> None:
-            progress.update(fit.losses, denoised)
-
-        header = {"method": METHOD, "settings": asdict(settings)}
-        finished.append(train(fit, schedule.steps, schedule.save_every, result, run_store(), key, header, on_update))
-
-    optimise(model, positive, pictures.latent, body)
-    return finished[0]
+    settings = replace(settings, t_low=t_low, t_high=t_high)
+    anchor = None if start.hold is None else start.hold.anchor(rows, settings.tokens)
+    job = EmbeddingJob(model, positive, images, settings, schedule, rows, first, anchor)
+    done = run(job, node_id)
+    embedding = Embedding({step: result[""] for step, result in done.kept.items()}, job.header(done.step, done.losses))
+    return embedding, done.losses
 
 
 def preview_pictures(

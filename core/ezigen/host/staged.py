@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...prompt.conditioning import Conditioning
+from ...session.images import check_vae
 from ...vision.host.vision import embed
 from ..artifact import StoredAdapter
 from ..staged import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factors, split
@@ -142,14 +143,6 @@ def _check(model: Any, vae: Any, vision: Any | None, settings: StagedSettings, s
     check_vae(model, vae)
     if start is not None:
         warn_of_size(start)
-
-
-def check_vae(model: Any, vae: Any) -> None:
-    """ValueError when the VAE is another model's."""
-    channels = model.get_model_object("latent_format").latent_channels
-    given = getattr(vae, "latent_channels", channels)
-    if given != channels:
-        raise ValueError(f"The VAE's latents have {given} channels, the model's {channels}: use the model's own VAE.")
 
 
 def warn_of_size(picture: Tensor) -> None:

@@ -13,9 +13,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
-from ...inversion.ddim import predicted_noise, rescaled
 from ...prompt.conditioning import Conditioning, single_prompt
+from ...session.images import check_vae
 from ...session.session import predicting
 from ...vision.measures import resize_mask
 from ..artifact import StoredAdapter
@@ -31,7 +32,7 @@ from ..staged import (
     split,
 )
 from .adapter import Subject, check_proportions, with_adapter, without_adapter
-from .staged import SEEDS, Looks, StagedSettings, check_vae, levels, warn_of_size, whole_cells
+from .staged import SEEDS, Looks, StagedSettings, levels, warn_of_size, whole_cells
 
 WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 255
 

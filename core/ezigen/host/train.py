@@ -6,36 +6,35 @@ left of a step is the UNet, once for the subject's pictures and once, with a gra
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import comfy.model_management as mm
-import folder_paths
 import torch
 from torch import Tensor
 
-from ...fit.fit import curve, step_generator
-from ...fit.runs import LIMIT_BYTES, RunStore, digest
-from ...fit.train import Result, Run, stored_last, train
+from ...fit.fit import Fit, curve, step_generator
+from ...fit.runs import RunStore, digest
+from ...fit.train import Result
 from ...prompt.conditioning import CHUNK, Conditioning, detached
 from ...session.describe import describe
 from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.images import check_vae
+from ...session.job import Job, run
 from ...session.memory import BYTES_PER_WEIGHT, GB, activations
-from ...session.progress import Progress
-from ...session.session import GuiderDenoiser, optimise
+from ...session.session import GuiderDenoiser, Session
+from ...session.stores import own_store
 from ..adapter import Adapter, SubjectTokens
 from ..artifact import StoredAdapter, trained
 from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
 from ..train import MAX_SUBJECTS, TIMESTEPS, AdapterTraining, Draw, Sample, TrainingSettings, errors
 from .adapter import base_sample, check_model
 from .layers import Place, UNet, new_adapter, packed_places
-from .staged import check_vae
 
 METHOD = "ezigen"
-LAST_ONLY = 1 << 62  # of a run whose only result is its last
 RUN_BYTES_PER_WEIGHT = 16  # itself, two moments, and the result, in float32
 KEPT_RUNS = 3.5
 CHECKED = 10  # samples that the report's errors are of
@@ -64,31 +63,89 @@ class Trainee:
     start: StoredAdapter | None = None
 
 
-def _store(size: int) -> RunStore:
-    """Where runs of so many bytes are kept: apart from smaller ones, which they would push out, the newest three."""
-    folder = Path(folder_paths.get_user_directory()) / "likeness" / "adapter_runs"
-    return RunStore(folder, max(LIMIT_BYTES, int(KEPT_RUNS * size)))
+@dataclass(frozen=True)
+class AdapterJob(Job):
+    """All that decides an adapter. encoded: the folder's latents and prompts, by begin()."""
+
+    method: ClassVar[str] = METHOD
+
+    trainee: Trainee
+    places: list[Place]
+    folder: PairFolder
+    plan: Plan
+    settings: TrainingSettings
+    encoded: Encoded | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.trainee.model
+
+    @property
+    def one_result(self) -> bool:
+        return True
+
+    @property
+    def steps(self) -> int:
+        return self.plan.steps
+
+    def key(self) -> str:
+        model, clip, start = self.trainee.model, self.trainee.clip, self.trainee.start
+        base = [fingerprint(model), patches_digest(model), precision(model), precision(clip.patcher)]
+        beside = describe([self.trainee.vae.patcher, clip.patcher, clip.layer_idx, clip.tokenizer_options])
+        what = [asdict(self.settings), self.plan.size, self.plan.max_subjects, str(self.trainee.vae.vae_dtype)]
+        return digest([self.method, what, base, beside, self.folder.state(), None if start is None else start.tensors])
+
+    def store(self) -> RunStore:
+        """Apart from smaller runs, which these would push out; the newest three are kept."""
+        count = sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in self.places)
+        return own_store("adapter_runs", RUN_BYTES_PER_WEIGHT * count, KEPT_RUNS)
+
+    def begin(self, done: int) -> AdapterJob:
+        return replace(self, encoded=Encoded(self.trainee, self.places, self.folder, self.settings.seed))
+
+    def session(self) -> Session:
+        assert self.encoded is not None  # begin() came first
+        model, plan = self.trainee.model, self.plan
+        cells = plan.size // self.trainee.vae.spacial_compression_encode()
+        latent = torch.zeros(1, model.get_model_object("latent_format").latent_channels, cells, cells)
+        return Session(
+            model,
+            self.encoded.conditioning(),
+            latent,
+            checkpointing=plan.checkpointing,
+            more_memory=_memory(model, self.places, latent, plan, self.settings.batch),
+        )
+
+    @contextlib.contextmanager
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        base: Any = denoiser.model
+        adapter = new_adapter(base)
+        if self.trainee.start is not None:
+            adapter.load(self.trainee.start.tensors)
+        network, left_out = UNet(base, adapter.to(x0.device)), _as_tensor(self.folder.describe())
+
+        def sample(number: int) -> Sample:
+            assert self.encoded is not None  # begin() came first
+            drawn = self.encoded.sample(number)
+            parts = (drawn.latent, drawn.context, drawn.subjects, drawn.subject_contexts)
+            return Sample(*(part.to(x0.device) for part in parts))
+
+        def result() -> Result:
+            worth = torch.tensor(errors_of(network, sample, self.settings.seed))
+            return {**trained(adapter, {}).tensors, WORTH: worth, LEFT_OUT: left_out}
+
+        yield AdapterTraining(network, adapter, sample, self.settings), result
 
 
 def train_adapter(
     trainee: Trainee, folder: PairFolder, plan: Plan, settings: TrainingSettings, node_id: str | None = None
 ) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or serve from disk); returns the adapter, every step's loss, and a report for people."""
-    found = check(trainee, plan.size)
-    model, count = trainee.model, sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in found)
-    store = _store(RUN_BYTES_PER_WEIGHT * count)
-    key, run = stored_last(store, _key(trainee, folder, plan, settings), plan.steps)
-    progress = Progress(model, plan.steps, node_id)
-    progress.start(0 if run is None else run.step)
-    if run is None or not run.answers(plan.steps):
-        run = _train(trainee, found, folder, plan, settings, store, key, progress)
-    end = run.told_end(plan.steps)
-    losses, result = run.losses[:end], dict(run.kept[end])
+    done = run(AdapterJob(trainee, check(trainee, plan.size), folder, plan, settings), node_id)
+    losses, result = done.losses, dict(done.last)
     worth, left_out = result.pop(WORTH).tolist(), _as_text(result.pop(LEFT_OUT))
-    progress.update(losses)
-    log.info("Adapter: %d steps, loss %.4f to %.4f", end, losses[0], losses[-1])
-    header = _header(trainee, plan, settings, folder, end, losses)
-    return StoredAdapter(result, header), losses, report(left_out, end, settings.batch, losses, worth)
+    header = _header(trainee, plan, settings, folder, done.step, losses)
+    return StoredAdapter(result, header), losses, report(left_out, done.step, settings.batch, losses, worth)
 
 
 def report(folder: str, steps: int, batch: int, losses: list[float], worth: list[float]) -> str:
@@ -136,15 +193,6 @@ def check(trainee: Trainee, size: int) -> list[Place]:
         with torch.device("meta"):
             Adapter([place.layer for place in found]).check(trainee.start.tensors)
     return found
-
-
-def _key(trainee: Trainee, folder: PairFolder, plan: Plan, settings: TrainingSettings) -> str:
-    """The name of the run."""
-    model, clip, start = trainee.model, trainee.clip, trainee.start
-    base = [fingerprint(model), patches_digest(model), precision(model), precision(clip.patcher)]
-    beside = describe([trainee.vae.patcher, clip.patcher, clip.layer_idx, clip.tokenizer_options])
-    what = [asdict(settings), plan.size, plan.max_subjects, str(trainee.vae.vae_dtype)]
-    return digest([METHOD, what, base, beside, folder.state(), None if start is None else start.tensors])
 
 
 class Encoded:
@@ -219,58 +267,6 @@ class Encoded:
 def _context_width(trainee: Trainee, places: list[Place]) -> int:
     reader = trainee.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
     return reader.weight.shape[1]
-
-
-def _train(
-    trainee: Trainee,
-    places: list[Place],
-    folder: PairFolder,
-    plan: Plan,
-    settings: TrainingSettings,
-    store: RunStore,
-    key: str,
-    progress: Progress,
-) -> Run:
-    finished: list[Run] = []
-    encoded = Encoded(trainee, places, folder, settings.seed)
-    left_out = folder.describe()
-
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        base: Any = denoiser.model
-        adapter = new_adapter(base)
-        if trainee.start is not None:
-            adapter.load(trainee.start.tensors)
-        network = UNet(base, adapter.to(x0.device))
-
-        def sample(number: int) -> Sample:
-            found = encoded.sample(number)
-            parts = (found.latent, found.context, found.subjects, found.subject_contexts)
-            return Sample(*(part.to(x0.device) for part in parts))
-
-        fit = AdapterTraining(network, adapter, sample, settings)
-
-        def result() -> Result:
-            worth = torch.tensor(errors_of(network, sample, settings.seed))
-            return {**trained(adapter, {}).tensors, WORTH: worth, LEFT_OUT: _as_tensor(left_out)}
-
-        def on_update(denoised: Tensor) -> None:
-            progress.update(fit.losses, denoised)
-
-        header = {"method": METHOD, "settings": asdict(settings)}
-        finished.append(train(fit, plan.steps, LAST_ONLY, result, store, key, header, on_update, keep=1))
-
-    cells = plan.size // trainee.vae.spacial_compression_encode()
-    channels = trainee.model.get_model_object("latent_format").latent_channels
-    latent = torch.zeros(1, channels, cells, cells)
-    optimise(
-        trainee.model,
-        encoded.conditioning(),
-        latent,
-        body,
-        checkpointing=plan.checkpointing,
-        more_memory=_memory(trainee.model, places, latent, plan, settings.batch),
-    )
-    return finished[0]
 
 
 def _memory(model: Any, places: list[Place], latent: Tensor, plan: Plan, batch: int) -> float:

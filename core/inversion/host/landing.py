@@ -9,15 +9,15 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...session.weights import OWN_GUIDANCE, POST_CFG, Playback
 from ..rectify import CLOSE, landing, step_at
 
-KEY = "likeness.landing"
-POST_CFG = "sampler_post_cfg_function"
+KEY = f"{OWN_GUIDANCE}.landing"
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True, eq=False)
-class Landing:
+class Landing(Playback):
     """targets: step -> the latent [B, C, h, w] to have after it, in the model's latent space. levels: the sampling's
     noise levels, falling. mask [1, 1, h, w]: where it holds; None everywhere. rows: how many rows of the latent batch,
     from the first on; None for all.

@@ -12,11 +12,11 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...embedding.host.train import subject
+from ...denoiser import predicted_noise
 from ...fit.runs import digest
 from ...prompt.conditioning import Conditioning, single_prompt
+from ...session.images import training_images
 from ...session.session import GuiderDenoiser, predicting
-from ..ddim import predicted_noise
 from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
 from .ddim import check_way
@@ -85,7 +85,7 @@ def renoised(
     """
     single_prompt(positive, "prompt")
     check_way(model, sigmas)
-    samples = subject(model, latent, image, vae, None).latent
+    samples = training_images(model, latent, image, vae, None).latent
     if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
         raise ValueError(
             f"The picture's latent is {tuple(samples.shape)}, expected one picture of 4 x 4 cells or more: pick one "

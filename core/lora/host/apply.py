@@ -1,4 +1,4 @@
-"""Putting a fine-tuning on a MODEL and a CLIP: by ComfyUI's own LoRA loading, and with its position map."""
+"""Putting a fine-tuning on a MODEL and a CLIP: by ComfyUI's own LoRA loading."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import comfy.sd
 
 from ...prompt.conditioning import Conditioning
-from ...sine.host.position_map import WHOLE, check_same_grid, position_map_of, with_position_map
 from ..artifact import MODEL, TEXT, Tuned
 
 log = logging.getLogger("likeness")
 
 
 def apply_tuned(tuned: Tuned, model: Any, clip: Any | None, strength: float) -> tuple[Any, Any | None]:
-    """The tuned MODEL and CLIP; the given ones are not changed. Strength 0 gives them back as they are, without map."""
+    """The tuned MODEL and CLIP; the given ones are not changed. Strength 0 gives them back as they are."""
     if strength == 0.0:
         return model, clip
     if clip is None and tuned.part(TEXT):
@@ -23,16 +22,7 @@ def apply_tuned(tuned: Tuned, model: Any, clip: Any | None, strength: float) -> 
     patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.part(MODEL), strength, 0.0)
     if clip is not None:
         _, clip = comfy.sd.load_lora_for_models(None, clip, tuned.part(TEXT), 0.0, strength)
-    if tuned.position_map is not None:
-        patched = with_same_map(patched, *tuned.position_map)
     return patched, clip
-
-
-def with_same_map(model: Any, cells: int, interpolation: str) -> Any:
-    """A clone of the MODEL with the map; one that is there must be of the same grid, and its window stays."""
-    check_same_grid(model, cells, interpolation)
-    found = position_map_of(model)
-    return with_position_map(model, cells, interpolation, WHOLE if found is None else found.window)
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:

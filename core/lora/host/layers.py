@@ -16,8 +16,7 @@ import comfy.model_base
 import comfy.utils
 from torch import Size, Tensor, nn
 
-from ...siso.siso import TEXT
-from ..low_rank import TEXT_LAYERS, UNET_LAYERS, Layer, LowRank, Rows
+from ..low_rank import TEXT, TEXT_LAYERS, UNET_LAYERS, Layer, LowRank, Rows
 
 # Of FLUX's two-stream blocks, and of its one-stream blocks (SISO's script; the suffixes hit the latter's q, k, v only).
 FLUX_LAYERS = (

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...denoiser import latent_mask
-from ...embedding.host.train import EVERY, run_store
+from ...fit.fit import Fit
 from ...fit.runs import digest
-from ...fit.train import Result, Run, stored_run, train
+from ...fit.train import Result
 from ...inversion.host.landing import Landing, landed
 from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
 from ...prompt.windows import active, windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, fingerprint, patches_digest, precision
-from ...session.progress import Progress
+from ...session.job import Job, run
 from ...session.sampling import noisy
-from ...session.session import GuiderDenoiser, optimise
+from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import ReferenceGuide, ReferenceSettings
 
@@ -52,16 +53,59 @@ class Guided:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What is sampled: all that decides it next to the model and the settings. Tensors on the CPU."""
+class ReferenceJob(Job):
+    """One guided sampling. positive: the prompt as one plain entry; contexts: its tokens at each step; noise, mask and
+    contexts on the CPU. described: the prompt as it was given.
+    """
 
-    prompt: Conditioning  # the positive prompt as one plain entry; its rows are those of the first step
+    method: ClassVar[str] = METHOD
+
+    model: Any
+    positive: Conditioning
     contexts: list[Tensor]
     negative: Conditioning
     noise: Tensor
     trajectory: Trajectory
     mask: Tensor
     window: range
+    settings: ReferenceSettings
+    described: Any
+
+    @property
+    def steps(self) -> int:
+        return len(self.window) * self.settings.inner_steps
+
+    def key(self) -> str:
+        put_on = [patches_digest(self.model), precision(self.model), self.described, describe(self.negative)]
+        path = [self.trajectory.latents, self.trajectory.sigmas]
+        parts = [fingerprint(self.model), put_on, self.noise, *path, self.mask, list(self.window)]
+        return digest([self.method, asdict(self.settings), *parts])
+
+    def session(self) -> Session:
+        latent = self.model.get_model_object("latent_format").process_out(self.trajectory.latents[-1])
+        return Session(self.model, self.positive, latent, negative=self.negative, exact=True)
+
+    @contextlib.contextmanager
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        sampling = self.model.get_model_object("model_sampling")
+        latent_format = self.model.get_model_object("latent_format")
+        levels = self.trajectory.sigmas
+        noise = noisy(sampling, self.noise, torch.zeros_like(self.noise), levels)
+        parts = [noise, self.trajectory.latents, levels, self.negative[0][0], self.mask]
+        start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
+        contexts = [context.to(x0.device) for context in detached(self.contexts)]
+        unguided = denoiser.of("negative")
+        fit = ReferenceGuide(
+            denoiser, start, latents, sigmas, contexts, null, mask, self.window, self.settings, unguided
+        )  # fmt: skip
+        if not self.steps:
+            fit.advance()
+
+        def result() -> Result:
+            samples = latent_format.process_out(sampling.inverse_noise_scaling(sigmas[-1], fit.x)).cpu()
+            return {"samples": samples, **({"nulls": torch.cat(fit.nulls).cpu()} if fit.nulls else {})}
+
+        yield fit, result
 
 
 def guided_by_reference(
@@ -96,23 +140,15 @@ def guided_by_reference(
     cells = subject_cells(mask, trajectory.latents)
     prompt, contexts = plain_prompt(positive, trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     drawn = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
-    task = _Task(prompt, contexts, negative, drawn, trajectory, cells, chosen)
-
-    put_on = [patches_digest(model), precision(model), describe(positive), describe(negative)]
-    parts = [fingerprint(model), put_on, drawn, trajectory.latents, trajectory.sigmas, cells, list(chosen)]
-    key = digest([METHOD, asdict(settings), *parts])
-    total = len(chosen) * settings.inner_steps
-    progress = Progress(model, total, node_id)
-    run = stored_run(run_store(), key)
-    progress.start(0 if run is None else run.step)
-    if run is None or run.step < total or total not in run.kept:
-        run = _sample(model, task, settings, key, total, progress)
-    progress.curve(run.losses)
-    result = run.kept[total]
+    job = ReferenceJob(
+        model, prompt, contexts, negative, drawn, trajectory, cells, chosen, settings, describe(positive)
+    )  # fmt: skip
+    done = run(job, node_id)
+    result = done.last
     target = trajectory.latents[chosen[0]]
     again = landed(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, chosen, trajectory.sigmas.tolist(), sampling)
-    return Guided(result["samples"], again, conditioning, run.losses, chosen, trajectory.steps)
+    return Guided(result["samples"], again, conditioning, done.losses, chosen, trajectory.steps)
 
 
 def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
@@ -200,41 +236,3 @@ def masked_negative(
     found = [entry(phi, 0.0, begin), entry(phi, begin, end, 1 - mask)]
     found += [entry(rows, *times[step], mask) for step, rows in zip(chosen, nulls.split(1), strict=True)]
     return [*found, entry(phi, end, 1.0)] if end < 1.0 else found
-
-
-def _sample(model: Any, task: _Task, settings: ReferenceSettings, key: str, total: int, progress: Progress) -> Run:
-    finished: list[Run] = []
-    sampling = model.get_model_object("model_sampling")
-    latent_format = model.get_model_object("latent_format")
-    levels = task.trajectory.sigmas
-
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        parts = [
-            noisy(sampling, task.noise, torch.zeros_like(task.noise), levels),
-            task.trajectory.latents,
-            levels,
-            task.negative[0][0],
-            task.mask,
-        ]
-        start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
-        contexts = [rows.to(x0.device) for rows in detached(task.contexts)]
-        unguided = denoiser.of("negative")
-        fit = ReferenceGuide(
-            denoiser, start, latents, sigmas, contexts, null, mask, task.window, settings, unguided
-        )  # fmt: skip
-        if not total:
-            fit.advance()
-
-        def result() -> Result:
-            samples = latent_format.process_out(sampling.inverse_noise_scaling(sigmas[-1], fit.x)).cpu()
-            return {"samples": samples, **({"nulls": torch.cat(fit.nulls).cpu()} if fit.nulls else {})}
-
-        def on_update(denoised: Tensor) -> None:
-            progress.update(fit.losses, denoised)
-
-        header = {"method": METHOD, "settings": asdict(settings)}
-        finished.append(train(fit, total, EVERY, result, run_store(), key, header, on_update))
-
-    latent = latent_format.process_out(task.trajectory.latents[-1])
-    optimise(model, task.prompt, latent, body, negative=task.negative, exact=True)
-    return finished[0]

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import own_entries
-from ..guidance import LAST_TIMESTEP, Window, base_share, check_weights, mixed, percent_of
+from ...prompt.windows import SigmaRange
+from ...session.weights import OWN_GUIDANCE
+from ..guidance import LAST_TIMESTEP, base_share, check_weights, mixed, percent_of
 from .overlay import Overlay, check_separable
 from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
 
-KEY = "likeness.guidance"
+KEY = OWN_GUIDANCE
 COMPILED = "torch.compile"  # the key of ComfyUI's own wrapper
 WRAPPERS = (WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 log = logging.getLogger("likeness")
@@ -44,9 +46,9 @@ class SubjectModel:
     start_percent: float
     end_percent: float
 
-    def window(self, sampling: Any) -> Window:
+    def window(self, sampling: Any) -> SigmaRange:
         """The window as noise levels of a model_sampling."""
-        return Window(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
+        return SigmaRange(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
 
 
 def subject_model(

@@ -15,10 +15,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..position_map import INTERPOLATIONS, MAX_CELLS, position_map
+from ...lora.artifact import Tuned
+from ...lora.host.apply import apply_tuned
+from ...session.session import BOXES
+from ..position_map import INTERPOLATIONS, MAX_CELLS, needed_map, position_map
 
 KEY = "likeness.position_map"
-BOXES = "likeness.boxes"  # transformer_options: [B, 4] in cells, one box for each sample of a training batch
 PICTURE = "likeness.picture"  # transformer_options: (h, w) of the whole latent that is being sampled
 AREAS = "likeness.areas"  # transformer_options: uuid of a regional prompt -> its window
 Box = tuple[float, float, float, float]
@@ -166,3 +168,17 @@ def _tell_areas(executor: Any, model: Any, conds: list, x: Tensor, timestep: Ten
         options = {**model_options.get("transformer_options", {}), AREAS: areas}
         model_options = {**model_options, "transformer_options": options}
     return executor(model, conds, x, timestep, model_options)
+
+
+def with_same_map(model: Any, cells: int, interpolation: str) -> Any:
+    """A clone of the MODEL with the map; one that is there must be of the same grid, and its window stays."""
+    check_same_grid(model, cells, interpolation)
+    found = position_map_of(model)
+    return with_position_map(model, cells, interpolation, WHOLE if found is None else found.window)
+
+
+def apply_fine_tune(tuned: Tuned, model: Any, clip: Any | None, strength: float) -> tuple[Any, Any | None]:
+    """As apply_tuned(), with the position map that the weights need; strength 0 gives both back as they are."""
+    patched, encoder = apply_tuned(tuned, model, clip, strength)
+    needed = None if strength == 0.0 else needed_map(tuned)
+    return patched if needed is None else with_same_map(patched, *needed), encoder

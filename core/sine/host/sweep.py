@@ -22,6 +22,7 @@ from ...vision.host.sheets import (
     SMALLEST,
     Font,
     as_image,
+    centre,
     font,
     plain,
     thumbnail,
@@ -162,11 +163,6 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
             y = top + shown.index(k) * 20 * FINE
             draw.line((left + width + 3 * step, y + 9 * FINE, left + width + 6 * step, y + 9 * FINE), color, 2 * FINE)
             draw.text((left + width + 7 * step, y), plain(name), fill=INK, font=face)
-
-
-def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font) -> None:
-    """Write a text with its middle at x."""
-    draw.text((x - draw.textlength(text, font=face) / 2, y), text, fill=INK, font=face)
 
 
 def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:

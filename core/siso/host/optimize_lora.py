@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.sample
 import torch
 from torch import Tensor
 
-from ...embedding.host.train import EVERY
-from ...fit.fit import curve
+from ...denoiser import Prompt
+from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
-from ...fit.train import Result, Run, stored_run, train
+from ...fit.train import Keeping, Result, Run
 from ...inversion.renoise import Replay
 from ...inversion.trajectory import check_sigmas
 from ...lora.host.layers import trained_layers
@@ -24,16 +24,16 @@ from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
 from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.job import LAST, Job, run
 from ...session.memory import activations, decoding_memory, vision_memory
-from ...session.progress import Progress
 from ...session.sampling import noisy
-from ...session.session import GuiderDenoiser, optimise
+from ...session.session import GuiderDenoiser, Session
+from ...session.stores import own_store
 from ...session.weights import DECODER, checkpointed, layers_checkpointed
-from ...sine.fine_tune import Prompt
-from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
+from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
 from .background import Background
 from .prodigy import prodigy
-from .result import SEEN, Optimised, answers, both_loras, likeness_store, lora_of
+from .result import SEEN, Optimised, answers, both_loras, lora_of, run_bytes
 from .similarity import Similarity
 
 METHOD = "siso"
@@ -90,61 +90,116 @@ class Generator:
         return [fingerprint(self.model), put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
 
 
-def optimise_lora(
-    generator: Generator,
-    similarity: Similarity,
-    sampling: Sampling,
-    plan: Plan,
-    settings: SisoSettings,
-    background: Background | None = None,
-    node_id: str | None = None,
-) -> Optimised:
-    """Optimise (or resume, or serve from disk) a LoRA; ValueError, before any work, for what does not fit together."""
+@dataclass(frozen=True)
+class SisoJob(Job):
+    """All that decides the images of every iteration."""
+
+    method: ClassVar[str] = METHOD
+    state: ClassVar[Collection[str]] = SEEN
+    shows_image: ClassVar[bool] = True
+
+    generator: Generator
+    similarity: Similarity
+    sampling: Sampling
+    plan: Plan
+    settings: SisoSettings
+    background: Background | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.generator.model
+
+    @property
+    def steps(self) -> int:
+        return self.plan.iterations
+
+    @property
+    def keeping(self) -> Keeping:
+        return Keeping(LAST, 2)
+
+    def key(self) -> str:
+        """All that decides the iterations, but not how many are made and which one is kept."""
+        decides = {
+            name: value for name, value in asdict(self.settings).items() if name not in ("threshold", "patience")
+        }
+        kept = [] if self.background is None else [asdict(self.background)]
+        parts = [part.described() for part in self.similarity.parts]
+        what = [self.method, self.plan.rank, decides, asdict(self.sampling), parts]
+        return digest([*what, self.generator.described(), *kept])
+
+    def store(self) -> RunStore:
+        layers = trained_layers(*self.generator.networks())
+        size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
+        return own_store("picture_runs", size)
+
+    def answered(self, stored: Run) -> bool:
+        return answers(stored, self.steps, self.settings)
+
+    def end(self, done: Run) -> int:
+        return done.step
+
+    def session(self) -> Session:
+        generator, similarity = self.generator, self.similarity
+        return Session(
+            generator.model,
+            generator.positive,
+            self.sampling.latent,
+            negative=generator.negative,
+            checkpointing=self.plan.checkpointing,
+            text=None if generator.clip is None else TextEncoder(generator.clip).patcher,
+            others=[generator.vae.patcher, *similarity.patchers],
+            more_memory=_more_memory(generator, similarity, self.sampling, self.plan),
+            exact=self.sampling.replay is not None,  # the first image is to be the inverted one
+        )
+
+    @contextlib.contextmanager
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        generator, plan = self.generator, self.plan
+        text = None if generator.clip is None else TextEncoder(generator.clip)
+        if text is not None:
+            _check_prompt(text, generator)
+        trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
+        adapters = new_adapters(trained.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
+        with beside(trained.layers, adapters), _recomputing(generator, self.similarity, plan):
+            images = ImageSampling(generator, self.sampling, denoiser, x0, text)
+            terms = [part.term() for part in self.similarity.parts if part.weight]
+            if self.background is not None:
+                terms.append(self.background.term())
+            optimizer = prodigy() if self.settings.optimizer == "Prodigy" else torch.optim.AdamW
+            fit = Siso(images.generate, terms, factors(adapters), self.settings, optimizer)
+            yield fit, lambda: both_loras(fit, trained, adapters)
+
+    def header(self, done: Run) -> dict[str, Any]:
+        """The header of the artifact."""
+        settings = {"rank": self.plan.rank, "iterations": done.step, "keep": self.plan.keep}
+        return {
+            "method": METHOD,
+            "base": fingerprint(self.generator.model),
+            "prompt": self.generator.prompt,
+            "weights": "LoRA",
+            "settings": {**asdict(self.settings), **settings},
+            "losses": curve(done.losses),
+        }
+
+
+def optimize_lora(job: SisoJob, node_id: str | None = None) -> Optimised:
+    """Optimize (or resume, or serve from disk) a LoRA; ValueError, before any work, for what does not fit together."""
+    generator, sampling, settings = job.generator, job.sampling, job.settings
     sampling = replace(sampling, latent=comfy.sample.fix_empty_latent_channels(generator.model, sampling.latent))
-    _check(generator, similarity, sampling, background)
-    optimizer = torch.optim.AdamW
-    if settings.optimizer == "Prodigy":  # it knows one learning rate only
-        optimizer, settings = prodigy(), replace(settings, text_rate=settings.learning_rate)
+    _check(generator, job.similarity, sampling, job.background)
+    if settings.optimizer == "Prodigy":
+        prodigy()  # refused here where the package is missing
+        settings = replace(settings, text_rate=settings.learning_rate)  # it knows one learning rate only
     if sampling.cfg == 1.0:
         generator = replace(generator, negative=None)
-    trained = trained_layers(*generator.networks())
-    store = likeness_store(generator.vae, sampling.latent, plan.iterations, trained, plan.rank)
-    key = _key(generator, similarity, sampling, plan, settings, background)
-    progress = Progress(generator.model, plan.iterations, node_id)
-    run = stored_run(store, key, whole=False, more=SEEN)
-    progress.start(0 if run is None else run.step)
-    if run is None or not answers(run, plan.iterations, settings):
-        run = _optimise(generator, similarity, sampling, plan, settings, background, store, key, progress, optimizer)
-    progress.curve(run.losses)
-    picture, pictures = (run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
-    header = {
-        "method": METHOD,
-        "base": fingerprint(generator.model),
-        "prompt": generator.prompt,
-        "weights": "LoRA",
-        "settings": {**asdict(settings), "rank": plan.rank, "iterations": run.step, "keep": plan.keep},
-        "losses": curve(run.losses),
-    }
-    parts = run.state["parts"].tolist()
-    found = Optimised(lora_of(run, plan.keep), picture, pictures.float() / 255, run.losses, parts, plan.keep, header)
+    job = replace(job, generator=generator, sampling=sampling, settings=settings)
+    done = run(job, node_id)
+    image, images = (done.state[name].movedim(1, -1) for name in ("picture", "pictures"))
+    lora, parts = lora_of(done, job.plan.keep), done.state["parts"].tolist()
+    found = Optimised(lora, image, images.float() / 255, done.losses, parts, job.plan.keep, job.header(done))
     if found.warning():
         log.warning("%s", found.warning())
     return found
-
-
-def _key(
-    generator: Generator,
-    similarity: Similarity,
-    sampling: Sampling,
-    plan: Plan,
-    settings: SisoSettings,
-    background: Background | None,
-) -> str:
-    """The name of the run: all that decides its iterations, but not how many are made and which one is kept."""
-    decides = {name: value for name, value in asdict(settings).items() if name not in ("threshold", "patience")}
-    kept = [] if background is None else [asdict(background)]
-    parts = [part.described() for part in similarity.parts]
-    return digest([METHOD, plan.rank, decides, asdict(sampling), parts, generator.described(), *kept])
 
 
 def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
@@ -213,59 +268,6 @@ def _same_levels(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
 
 
-def _optimise(
-    generator: Generator,
-    similarity: Similarity,
-    sampling: Sampling,
-    plan: Plan,
-    settings: SisoSettings,
-    background: Background | None,
-    store: RunStore,
-    key: str,
-    progress: Progress,
-    optimizer: Optimizer,
-) -> Run:
-    finished: list[Run] = []
-    text = None if generator.clip is None else TextEncoder(generator.clip)
-
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        if text is not None:
-            _check_prompt(text, generator)
-        trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
-        adapters = new_adapters(trained.layers, plan.rank, sampling.seed, deviation=1 / plan.rank)
-        with beside(trained.layers, adapters), _recomputing(generator, similarity, plan):
-            picture = _picture(generator, sampling, denoiser, x0, text)
-            terms = [part.term() for part in similarity.parts if part.weight]
-            if background is not None:
-                terms.append(background.term())
-            fit = Siso(picture, terms, factors(adapters), settings, optimizer)
-
-            def result() -> Result:
-                return both_loras(fit, trained, adapters)
-
-            def on_update(pixels: Tensor) -> None:
-                progress.update(fit.losses, picture=pixels[0])
-
-            header = {"method": METHOD, "settings": asdict(settings)}
-            run = train(fit, plan.iterations, EVERY, result, store, key, header, on_update, 2, lambda: fit.done)
-            seen = {name: value.cpu() for name, value in fit.state().items() if name in SEEN}
-            finished.append(replace(run, state=seen))
-
-    optimise(
-        generator.model,
-        generator.positive,
-        sampling.latent,
-        body,
-        negative=generator.negative,
-        checkpointing=plan.checkpointing,
-        text=None if text is None else text.patcher,
-        others=[generator.vae.patcher, *similarity.patchers],
-        more_memory=_more_memory(generator, similarity, sampling, plan),
-        exact=sampling.replay is not None,  # the first picture is to be the inverted one
-    )
-    return finished[0]
-
-
 @contextlib.contextmanager
 def _recomputing(generator: Generator, similarity: Similarity, plan: Plan) -> Iterator[None]:
     """Checkpointing of the decoder and of the vision models; the session does it for the diffusion model."""
@@ -285,36 +287,41 @@ def _more_memory(generator: Generator, similarity: Similarity, sampling: Samplin
     return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + seen
 
 
-def _picture(
-    generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
-) -> Callable[[], Tensor]:
-    """The function that makes a picture [1, 3, H, W] in 0..1: Euler steps, of which the last have a gradient."""
-    scheme = generator.model.get_model_object("model_sampling")
-    latent_format = generator.model.get_model_object("latent_format")
-    sigmas = detached(sampling.sigmas).to(x0)
-    if sampling.replay is None:
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
-        replay, start = Replay(sigmas, noise[:0]), noisy(scheme, noise, x0, sigmas)
-    else:
-        replay, start = Replay(sigmas, detached(sampling.replay.noises).to(x0)), x0
-    steps, unguided = len(sigmas) - 1, denoiser.of("negative") if sampling.cfg != 1.0 else None
-    tokens = None if text is None else text.tokens(generator.prompt)
+class ImageSampling:
+    """Makes an image from the same noise each time: Euler steps, of which the last have a gradient."""
 
-    def predicted(x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
-        given = (None, None) if prompt is None else (prompt.context, prompt.pooled)
-        found = denoiser.denoised(x, sigma.view(1), *given)
-        if unguided is None:
-            return found
-        against = unguided.denoised(x, sigma.view(1))
-        return against + sampling.cfg * (found - against)
+    def __init__(
+        self, generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
+    ) -> None:
+        self._generator, self._sampling, self._denoiser, self._text = generator, sampling, denoiser, text
+        self._scheme = generator.model.get_model_object("model_sampling")
+        self._sigmas = detached(sampling.sigmas).to(x0)
+        if sampling.replay is None:
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
+            self._replay = Replay(self._sigmas, noise[:0])
+            self._start = noisy(self._scheme, noise, x0, self._sigmas)
+        else:
+            self._replay = Replay(self._sigmas, detached(sampling.replay.noises).to(x0))
+            self._start = x0
+        self._unguided = denoiser.of("negative") if sampling.cfg != 1.0 else None
+        self._tokens = None if text is None else text.tokens(generator.prompt)
 
-    def make() -> Tensor:
-        x, prompt = start, None if text is None else text.encode(tokens)
+    def generate(self) -> Tensor:
+        """The image [1, 3, H, W] in 0..1 by the LoRA as it is now."""
+        x, prompt = self._start, None if self._text is None else self._text.encode(self._tokens)
+        steps = len(self._sigmas) - 1
         for step in range(steps):
-            with torch.set_grad_enabled(step >= steps - sampling.grad_steps):
-                sigma = sigmas[step]
-                x = replay.stepped(x, (x - predicted(x, sigma, prompt)) / sigma, step)
-        samples = latent_format.process_out(scheme.inverse_noise_scaling(sigmas[-1], x))
-        return decode(generator.vae, samples).movedim(-1, 1).clamp(0, 1)
+            with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
+                sigma = self._sigmas[step]
+                x = self._replay.stepped(x, (x - self._predicted(x, sigma, prompt)) / sigma, step)
+        latent_format = self._generator.model.get_model_object("latent_format")
+        samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
+        return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
 
-    return make
+    def _predicted(self, x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
+        given = (None, None) if prompt is None else (prompt.context, prompt.pooled)
+        positive = self._denoiser.denoised(x, sigma.view(1), *given)
+        if self._unguided is None:
+            return positive
+        negative = self._unguided.denoised(x, sigma.view(1))
+        return negative + self._sampling.cfg * (positive - negative)

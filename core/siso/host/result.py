@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 from torch import Tensor
 
-from ...fit.runs import LIMIT_BYTES, RunStore
 from ...fit.train import Result, Run
 from ...lora.artifact import Tuned
 from ...lora.host.layers import Trained
@@ -89,10 +86,8 @@ def answers(run: Run, iterations: int, settings: SisoSettings) -> bool:
     return run.step in run.kept and (run.step >= iterations or settings.end(settings.plateau(run.losses)))
 
 
-def likeness_store(vae: Any, latent: Tensor, iterations: int, trained: Trained, rank: int) -> RunStore:
-    """Where runs are kept: apart from those without pictures, with room for one as long as this may become."""
+def run_bytes(vae: Any, latent: Tensor, iterations: int, trained: Trained, rank: int) -> int:
+    """Bytes of a run as long as this may become, with the image of every iteration."""
     cell = vae.spacial_compression_decode()
-    pictures = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one has float32
-    size = pictures + BYTES_PER_NUMBER * trained.numbers(rank)
-    folder = Path(folder_paths.get_user_directory()) / "likeness" / "picture_runs"
-    return RunStore(folder, max(LIMIT_BYTES, size * 3 // 2))
+    images = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one has float32
+    return images + BYTES_PER_NUMBER * trained.numbers(rank)

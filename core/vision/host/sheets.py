@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALLEST, LARGEST = 192, 512  # px, longer side of a picture on a sheet
@@ -40,3 +40,8 @@ def plain(text: str) -> str:
 def as_image(sheet: Image.Image) -> Tensor:
     """A picture -> [1, h, w, 3] in 0..1."""
     return torch.from_numpy(np.asarray(sheet.convert("RGB")).astype(np.float32) / 255.0)[None]
+
+
+def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font) -> None:
+    """Write a text with its middle at x."""
+    draw.text((x - draw.textlength(text, font=face) / 2, y), text, fill=INK, font=face)

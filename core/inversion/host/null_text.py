@@ -1,0 +1,157 @@
+"""The ways back to an inverted image with a MODEL: null-text optimization, and the two methods that need none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...fit.fit import Fit
+from ...fit.runs import digest
+from ...fit.train import Result, Run
+from ...prompt.conditioning import Conditioning, detached, single_prompt
+from ...prompt.windows import step_wise, windows
+from ...session.describe import describe
+from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.job import Job, run
+from ...session.session import GuiderDenoiser, Session
+from ...session.weights import warn_of_guidance
+from ..null_text import Method, NullText, NullTextSettings, Start
+from ..trajectory import Trajectory
+from .ddim import check_trajectory
+from .landing import Landing, landed
+
+METHOD = "null-text"
+
+
+@dataclass(frozen=True)
+class Nulls:
+    """What null-text optimisation found: one negative for each step, its losses, and how many updates each took."""
+
+    conditioning: Conditioning
+    losses: list[float]
+    counts: list[int]
+
+    def report(self) -> str:
+        """A line for each step: updates, first and last loss."""
+        lines, first = [], 0
+        for step, count in enumerate(self.counts):
+            of_step = self.losses[first : first + count]
+            lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
+            first += count
+        return "\n".join([*lines, f"{len(self.losses)} updates in all"])
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """What a sampler needs to come back to an inverted picture. losses: None where nothing was optimised."""
+
+    model: Any
+    negative: Conditioning
+    losses: list[float] | None
+    report: str
+
+
+def way_back(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    trajectory: Trajectory,
+    method: Method,
+    settings: NullTextSettings,
+    start: Start,
+    node_id: str | None = None,
+) -> WayBack:
+    """By null-text optimisation, or by one of the two methods that need none (see null_text.py)."""
+    if method == "null-text":
+        found = null_text(model, positive, negative, trajectory, settings, node_id, start)
+        return WayBack(model, found.conditioning, found.losses, found.report())
+    check_trajectory(model, positive, trajectory)
+    if method == "negative prompt":
+        same = [[rows, options.copy()] for rows, options in positive]
+        return WayBack(model, same, None, "The negative prompt of every step is the prompt itself; no updates.")
+    levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
+    targets = dict(enumerate(trajectory.latents[1:]))
+    way = landed(model, Landing(targets, levels, rows=count))
+    report = (
+        f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"
+    ) + f" will be put back on the trajectory after each of {trajectory.steps} steps; no updates."
+    return WayBack(way, negative, None, report)
+
+
+@dataclass(frozen=True)
+class NullTextJob(Job):
+    """One negative for each step. first: the prompt that the first negative starts from."""
+
+    method: ClassVar[str] = METHOD
+
+    model: Any
+    positive: Conditioning
+    first: Conditioning
+    trajectory: Trajectory
+    settings: NullTextSettings
+
+    @property
+    def steps(self) -> int:
+        return self.trajectory.steps * self.settings.inner_steps
+
+    def key(self) -> str:
+        prompts = [describe(self.positive), describe(self.first)]
+        put_on = [patches_digest(self.model), precision(self.model), *prompts]
+        parts = [fingerprint(self.model), put_on, self.trajectory.latents, self.trajectory.sigmas]
+        return digest([self.method, asdict(self.settings), *parts])
+
+    def answered(self, stored: Run) -> bool:
+        return stored.step in stored.kept and len(stored.last["nulls"]) == self.trajectory.steps
+
+    def end(self, done: Run) -> int:
+        return done.step
+
+    def session(self) -> Session:
+        latent = self.model.get_model_object("latent_format").process_out(self.trajectory.latents[-1])
+        return Session(self.model, self.positive, latent, negative=self.first, exact=True)
+
+    @contextlib.contextmanager
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        parts = detached([self.trajectory.latents, self.trajectory.sigmas, self.first[0][0]])
+        latents, sigmas, null = (part.to(x0.device).float() for part in parts)
+        unguided = denoiser.of("negative")
+        fit = NullText(denoiser, latents, sigmas, denoiser.context, null, self.settings, unguided)
+
+        def result() -> Result:
+            nulls = torch.cat(fit.nulls) if fit.nulls else null[:0]
+            return {"nulls": nulls.cpu(), "counts": torch.tensor(fit.counts)}
+
+        yield fit, result
+
+
+def null_text(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    trajectory: Trajectory,
+    settings: NullTextSettings,
+    node_id: str | None = None,
+    start: Start = "empty prompt",
+) -> Nulls:
+    """Optimise (or resume, or serve from disk) one negative for each step of a trajectory."""
+    check_trajectory(model, positive, trajectory)
+    if trajectory.latents.shape[1] != 1:
+        raise ValueError(
+            f"The trajectory holds {trajectory.latents.shape[1]} pictures; each needs negatives of its own: invert one "
+            "picture at a time."
+        )
+    if settings.cfg == 1.0:
+        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+    warn_of_guidance(model)
+    first = positive if start == "prompt" else negative
+    single_prompt(first, "negative prompt")
+    done = run(NullTextJob(model, positive, first, trajectory, settings), node_id)
+    sampling = model.get_model_object("model_sampling")
+    steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
+    conditioning = step_wise(first, done.last["nulls"].split(1), steps)
+    return Nulls(conditioning, done.losses, done.last["counts"].tolist())

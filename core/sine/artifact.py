@@ -1,0 +1,24 @@
+"""The file of a fine-tune: weights as the shared LoRA artifact keeps them, and the position map that they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..lora.artifact import Tuned, load_tuned
+from .position_map import MARKER, needed_map
+
+
+def load_fine_tune(path: Path) -> Tuned:
+    """As load_tuned(), for files that may need a position map. ValueError when the map is impossible."""
+    tuned = load_tuned(path, (MARKER,))
+    try:
+        needed_map(tuned)
+    except ValueError as error:
+        raise ValueError(f"{path.name} names an impossible position map: train it again.") from error
+    return tuned
+
+
+def summary(tuned: Tuned) -> str:
+    """A few lines for people, the position map among them."""
+    needed = needed_map(tuned)
+    return tuned.describe(f"position map: {f'{needed[0]} cells, {needed[1]}' if needed else 'none'}")
