@@ -129,8 +129,10 @@ def _trained(job: Job, done: int, store: RunStore, key: str, progress: Progress)
         with job.fit(denoiser, x0) as (fit, result):
 
             def show(shown: Tensor) -> None:
-                latent, image = (None, shown[0]) if job.shows_image else (shown, None)
-                progress.update(fit.losses, latent, image)
+                if job.shows_image:
+                    progress.update(fit.losses, picture=shown[0])
+                else:
+                    progress.update(fit.losses, shown)
 
             header = {"method": job.method, "settings": asdict(job.settings)}
             trained = train(fit, job.steps, result, Checkpointer(store, key, header, job.keeping), show)
