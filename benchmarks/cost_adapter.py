@@ -1,98 +1,99 @@
 """What EZIGen's adapter costs beside the bare modules: the loops of the staged sampler, and a step of training.
 
 A bare loop: the same evaluations of the same UNet with the adapter in it (two prompts in one batch), the DDPM update,
-one way through the autoencoder and one comparison of two pictures by the vision model, without ComfyUI's sampler and
-guider. A bare step: the UNet on the subject's picture without a gradient, the UNet with the adapter on the noisy one,
-backward, clipping and AdamW, without sessions, draws and folders; both run inside the node's own session. By turns in
-one process; the ratio of the medians counts, not the seconds. The small world in its wide form, at 96 px.
+one way through the autoencoder and one comparison of two images by the vision model, without ComfyUI's sampler and
+guider. A bare step: the UNet on the subject's image without a gradient, the UNet with the adapter on the noisy one,
+backward, clipping and AdamW, without draws and folders, in the node's own session. Toyworld in its wide form, at 96 px.
 
 Counted: how often the UNet, the autoencoder and the vision model are asked. A subject's features are made once, by one
-evaluation for each of its pictures, and every sampling after that asks the UNet only for its own steps.
+evaluation for each of its images, and every sampling after that asks the UNet only for its own steps.
 
     python toolbox/_load.py benchmarks.cost_adapter --out benchmarks/results/cost_adapter.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hosting
-from .cost import ROUNDS, by_turns
+import torch
+import torch.nn.functional as F
 
-STEPS, RATIO, CFG, LOOPS, SIDE = 20, 0.4, 4.0, 2, 96
+from ..core.ezigen.adapter import joined
+from ..core.ezigen.artifact import StoredAdapter, read_adapter
+from ..core.ezigen.staged import Loops, split
+from ..core.ezigen.subject_pairs import PairFolder
+from ..core.ezigen.train import MAX_NORM, TrainingSettings, optimizer
+from ..toyworld import assets, widen, world
+from ..toyworld.vision_models import build_vision_folders
+from . import frame, hosting
+from .frame import by_turns
+
+SIDE = 96
 LOOP_GATE, STEP_GATE = 1.05, 1.15
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Of the staged sampling, and how often each is timed. ratio: the part of the steps in which the adapter is on."""
+
+    steps: int = 20
+    ratio: float = 0.4
+    cfg: float = 4.0
+    loops: int = 2
+    rounds: int = 20
+
+
 class Bench:
-    """The small world with its adapter, a subject, a prompt and a vision model."""
+    """Toyworld with its adapter, a subject, a prompt and a vision model."""
 
-    def __init__(self, base: Path, adapter: Path | None) -> None:
-        import torch
-
-        from ..core.ezigen.artifact import StoredAdapter, read_adapter
+    def __init__(self, base: Path, settings: Settings, adapter: Path | None) -> None:
         from ..core.ezigen.host.adapter import prepared
         from ..core.vision.host.vision import load_vision
-        from ..toyworld import assets, widen, world
-        from ..toyworld.vision_models import build_vision_folders
 
-        self.model, self.clip, self.vae = hosting.small_world(base)
+        self.settings = settings
+        self.model, clip, self.vae = hosting.small_world(base)
         narrow = assets.read("adapter") if adapter is None else read_adapter(adapter).tensors
-        wide = {name: value.float() for name, value in widen.widen_adapter(narrow).items()}
-        self.adapter = StoredAdapter(wide, {})
+        self.adapter = StoredAdapter({name: each.float() for name, each in widen.widen_adapter(narrow).items()}, {})
         self.vision = load_vision(build_vision_folders(base / "models" / "likeness_vision")["small_world_dino"])
-        with torch.inference_mode():
-            self.about, self.positive, self.empty = (
-                self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-                for text in ("a photo of a dog", "a photo of a dog in the snow", "")
-            )
+        self.clip, prompts = clip, ("a photo of a dog", "a photo of a dog in the snow", "")
+        self.about, self.positive, self.empty = hosting.encoded(clip, *prompts)
         pixels, mask = world.render(world.identity(1, "dog"), "grass", 1)
-        self.picture, self.mask = (torch.from_numpy(each)[None].float() / 255 for each in (pixels, mask))
-        self.cut_out = prepared(self.picture, self.mask, SIDE, 0.06)
+        self.image, self.mask = (torch.from_numpy(each)[None].float() / 255 for each in (pixels, mask))
+        self.cut_out = prepared(self.image, self.mask, SIDE, 0.06)
 
+    @torch.inference_mode()
     def subject(self) -> Any:
         """The subject, encoded."""
-        import torch
-
         from ..core.ezigen.host.adapter import encode_subject
 
-        with torch.inference_mode():
-            return encode_subject(self.model, self.vae, self.about, self.cut_out, 0)
+        return encode_subject(self.model, self.vae, self.about, self.cut_out, 0)
 
+    @torch.inference_mode()
     def staged(self, subject: Any, loops: int, start: Any = None) -> None:
-        """The pack's own staged sampling, or its loops alone where a picture is there to start from."""
-        import torch
-
+        """The pack's own staged sampling, or its loops alone where an image is there to start from."""
         from ..core.ezigen.host.staged import Prompts, StagedSettings, staged
-        from ..core.ezigen.staged import Loops
 
-        prompts = Prompts(self.positive, self.empty, self.empty)
-        settings = StagedSettings(0, STEPS, CFG, RATIO, Loops(loops, loops))
-        with torch.inference_mode():
-            latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
-            staged(self.model, self.vae, self.adapter, subject, prompts, latent, settings, self.vision, start)
+        how, prompts = self.settings, Prompts(self.positive, self.empty, self.empty)
+        settings = StagedSettings(0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
+        latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
+        staged(self.model, self.vae, self.adapter, subject, prompts, latent, settings, self.vision, start)
 
     def bare_loop(self, subject: Any) -> Callable[[], None]:
         """A loop on the modules themselves."""
-        import comfy.samplers
-        import torch
-        import torch.nn.functional as F
         from comfy.k_diffusion.sampling import DDPMSampler_step
 
         from ..core.ezigen.host.adapter import loaded
         from ..core.ezigen.host.layers import middle_patch, places
-        from ..core.ezigen.staged import split
         from ..core.vision.host.vision import preprocess_of
 
-        base, found = self.model.model, places(self.model.model)
+        how, base, found = self.settings, self.model.model, places(self.model.model)
         unet, sampling = base.diffusion_model, self.model.get_model_object("model_sampling")
         patch = middle_patch(loaded(self.adapter, found).model, found, subject.tokens)
-        sigmas = split(comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", STEPS), RATIO)[1]
+        sigmas = split(hosting.levels(self.model, how.steps), how.ratio)[1]
         both, look = torch.cat([self.positive[0][0], self.empty[0][0]]), preprocess_of(self.vision)
 
         def draw(*_levels: Any) -> Any:
@@ -101,23 +102,20 @@ class Bench:
         def evaluated(x: Any, sigma: Any) -> Any:
             t, options = sampling.timestep(sigma)[None].float(), {"patches": {"middle_patch": [patch]}}
             c, u = unet(x.repeat(2, 1, 1, 1), t.repeat(2), context=both, transformer_options=options).chunk(2)
-            return u + CFG * (c - u)
+            return u + how.cfg * (c - u)
 
-        def loop(picture: Any) -> None:
-            x = base.process_latent_in(self.vae.encode(picture)) + sigmas[0] * draw()
+        @torch.inference_mode()
+        def loop() -> None:
+            x = base.process_latent_in(self.vae.encode(self.image)) + sigmas[0] * draw()
             for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
                 scaled = x / (sigma**2 + 1) ** 0.5
                 x = DDPMSampler_step(scaled, sigma, following, evaluated(scaled, sigma), draw)
                 x = x * (following**2 + 1) ** 0.5 if following else x
             made = self.vae.decode(base.process_latent_out(x))
-            one, other = (self.vision.model(look(each)).embedding for each in (picture, made))
+            one, other = (self.vision.model(look(each)).embedding for each in (self.image, made))
             F.cosine_similarity(one, other)
 
-        def run() -> None:
-            with torch.inference_mode():
-                loop(self.picture)
-
-        return run
+        return loop
 
     def counted(self, run: Callable[[], Any]) -> dict[str, int]:
         """How often run() asks each model, and how many rows of a batch that makes at the UNet."""
@@ -147,59 +145,36 @@ class Bench:
 
 def in_session(bench: Bench, measure: Callable[[Any], None]) -> None:
     """Give measure() the training in progress, inside the node's own session."""
-    import torch
     from PIL import Image
 
     from ..core.ezigen.host import train as host
-    from ..core.ezigen.subject_pairs import PairFolder
-    from ..core.ezigen.train import TrainingSettings
-
-    class Measured(Exception):
-        pass
-
-    def train(fit: Any, *_args: Any, **_more: Any) -> None:
-        measure(fit)
-        raise Measured
 
     def pixels(values: Any) -> Any:
         return Image.fromarray((values * 255).byte().numpy())
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, frame.measured_training(measure):
         about = Path(folder) / "dog"
         about.mkdir()
         for name in ("one", "two"):
-            pixels(bench.picture[0]).save(about / f"{name}.png")
+            pixels(bench.image[0]).save(about / f"{name}.png")
             pixels(bench.mask[0]).save(about / f"{name}.mask.png")
             (about / f"{name}.txt").write_text("a photo of a dog on the grass")
-        before, host.train = host.train, train  # ty: ignore[invalid-assignment]
-        try:
-            with torch.inference_mode():
-                trainee, plan = host.Trainee(bench.model, bench.clip, bench.vae), host.Plan(SIDE, 100, 1)
-                host.train_adapter(trainee, PairFolder(Path(folder), SIDE, 1), plan, TrainingSettings())
-        except Measured:
-            pass
-        finally:
-            host.train = before
+        trainee, plan = host.Trainee(bench.model, bench.clip, bench.vae), host.Plan(SIDE, 100, 1)
+        host.train_adapter(trainee, PairFolder(Path(folder), SIDE, 1), plan, TrainingSettings())
 
 
 def bare_step(fit: Any) -> Callable[[], None]:
     """A step on the UNet and the adapter that the training holds."""
-    import torch
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    from ..core.ezigen.adapter import joined
     from ..core.ezigen.host.layers import Capture, middle_patch
-    from ..core.ezigen.train import MAX_NORM, optimizer
 
     network, sample = fit.network, fit.sample(0)
     unet, found, parameters = network.unet, network.places, fit.adapter.named()
     adam, generator = optimizer(parameters), torch.Generator().manual_seed(0)
+    plain = hosting.plain_attention()
     context, about = sample.context[None], sample.subject_contexts
 
     def asked(z: Any, t: Any, rows: Any, patches: dict[str, Any]) -> Any:
-        override = {"optimized_attention_override": lambda _chosen, *a, **k: attention_pytorch(*a, **k)}
-        options = {"patches": patches, **override}
-        return unet(z, t, context=rows, transformer_options=options)
+        return unet(z, t, context=rows, transformer_options={"patches": patches, **plain})
 
     def step() -> None:
         noise = torch.randn(sample.latent[None].shape, generator=generator)
@@ -219,43 +194,30 @@ def bare_step(fit: Any) -> Callable[[], None]:
     return step
 
 
-def figures(bench: Bench, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
+def figures(bench: Bench) -> Iterator[tuple[str, dict[str, float]]]:
     """Counts, and times with their ratios, each as soon as it is there."""
-    subject = bench.subject()
+    how, subject = bench.settings, bench.subject()
     yield "asked by a subject's encoding", dict(bench.counted(bench.subject))
-    yield f"asked by {STEPS} steps and {LOOPS} loops", dict(bench.counted(lambda: bench.staged(subject, LOOPS)))
+    yield (
+        f"asked by {how.steps} steps and {how.loops} loops",
+        dict(bench.counted(lambda: bench.staged(subject, how.loops))),
+    )
     step: list[dict[str, float]] = []
-    in_session(bench, lambda fit: step.append(by_turns(fit.update, bare_step(fit), rounds)))
+    in_session(bench, lambda fit: step.append(by_turns(fit.update, bare_step(fit), how.rounds)))
     yield "training step", step[0]
-    yield "a loop", by_turns(lambda: bench.staged(subject, 1, bench.picture), bench.bare_loop(subject), rounds)
+    yield "a loop", by_turns(lambda: bench.staged(subject, 1, bench.image), bench.bare_loop(subject), how.rounds)
 
 
 def main(arguments: list[str]) -> int:
     """Print the table; exit 1 when a gate is missed."""
-    parser = argparse.ArgumentParser(prog="benchmarks.cost_adapter")
-    parser.add_argument("--adapter", type=Path, help="in the narrow form; the committed one where none is named")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
-    base = hosting.start(options.threads)
-    import torch
-
-    found = {}
-    for name, values in figures(Bench(base, options.adapter), options.rounds):
-        found[name] = values
-        sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()) + "\n")
-        sys.stdout.flush()
-    if options.out:
-        content = {**found, "torch": torch.__version__, "threads": options.threads}
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
-    encoding, sampling = (found[name] for name in list(found)[:2])
-    evaluations = STEPS + LOOPS * round(STEPS * RATIO)
+    options = {"--adapter": {"type": Path, "help": "in the narrow form; the committed one where none is named"}}
+    run = frame.Run("cost_adapter", arguments, Settings(), options)
+    found, how = run.table(figures(Bench(run.base, run.settings, run.options.adapter))), run.settings
+    encoding, sampling = list(found.values())[:2]
     gates = {
-        "features once per picture": encoding["UNet"] == 1 and sampling["UNet"] == evaluations,
+        "features once per image": encoding["UNet"] == 1
+        and sampling["UNet"] == how.steps + how.loops * round(how.steps * how.ratio),
         "a loop": found["a loop"]["ratio"] <= LOOP_GATE,
         "training step": found["training step"]["ratio"] <= STEP_GATE,
     }
-    missed = [name for name, held in gates.items() if not held]
-    sys.stdout.write(f"missed gates: {', '.join(missed) or 'none'}\n")
-    return int(bool(missed))
+    return run.costs(found, gates)

@@ -1,12 +1,12 @@
 """What one iteration of a likeness optimisation costs: memory beside the plain graph, and time beside the bare modules.
 
-Plain: the pictures' whole graph with all features in it, no checkpointing, one backward. Ours: one feature after the
+Plain: the images' whole graph with all features in it, no checkpointing, one backward. Ours: one feature after the
 other, and everything computed again in the backward pass. Peak: the models' weights and the most that torch's allocator
 held beside them in an iteration, so with what autograd keeps, what a recomputation needs, and every temporary tensor.
 Both give the same gradient.
 
 Bare: the same forward passes, backward passes, recomputations and Adam step on the same modules, without ComfyUI's
-sampler and guider around them. Both by turns in one process; the ratio of the medians counts, not the seconds.
+sampler and guider around them.
 
 The models are ComfyUI's own classes with the published layouts (SD1.x's UNet and autoencoder, DINOv2 at 518 pixels, the
 retrieval model at 290), at a quarter of their width, and with random weights: neither figure depends on those.
@@ -16,18 +16,21 @@ retrieval model at 290), at a quarter of their width, and with random weights: n
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hosting
-from .cost import by_turns
+import torch
+import torch.nn.functional as F
+
+from ..core.siso.siso import MAX_NORM, SisoSettings
+from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
+from . import frame, hosting
+from .frame import by_turns
 
 LATENT = (1, 4, 32, 32)
-ROUNDS = 5
 TIME_GATE, MEMORY_GATE, GRADIENT_GATE = 1.15, 0.6, 1e-4
 UNET = {
     **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 96, "num_res_blocks": [2, 2, 2, 2]},
@@ -43,10 +46,15 @@ DECODER = {
 DINO_WIDTH, DINO_LAYERS, RETRIEVAL_WIDTH, RETRIEVAL_LAYERS = 256, 24, 320, 32
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How often an iteration is timed."""
+
+    rounds: int = 5
+
+
 def randomise(module: Any) -> Any:
     """Small random weights; ComfyUI's layers start as uninitialised memory."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     for value in module.parameters():
         with torch.no_grad():
@@ -61,7 +69,6 @@ def models() -> tuple[Any, Any, list[Any]]:
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models
-    import torch
 
     cpu = torch.device("cpu")
     with torch.inference_mode():
@@ -81,7 +88,6 @@ def dino() -> Any:
     import comfy.clip_vision
     import comfy.model_patcher
     import comfy.ops
-    import torch
     from comfy.image_encoders.dino2 import Dinov2Model
 
     config = {
@@ -108,7 +114,6 @@ def retrieval() -> Any:
     """The retrieval model."""
     from ..core.vision.host.extras.retrieval import RetrievalTower
     from ..core.vision.host.vision import VisionModel
-    from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
 
     tower = InstanceRetrieval(Backbone(RETRIEVAL_WIDTH, RETRIEVAL_LAYERS, 4, 1024, 577), 64)
     return VisionModel(RetrievalTower(randomise(tower).eval().requires_grad_(False), "retrieval"))
@@ -116,8 +121,6 @@ def retrieval() -> Any:
 
 def peak(run: Callable[[], object]) -> int:
     """The most bytes that torch's allocator held while run() went, beside what it held before."""
-    import torch
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     changes = [
@@ -134,153 +137,115 @@ def peak(run: Callable[[], object]) -> int:
 
 def gradient(fit: Any) -> Any:
     """All gradients of the last backward, clipped as the optimisation does, in one vector."""
-    import torch
-
-    from ..core.siso.siso import MAX_NORM
-
     torch.nn.utils.clip_grad_norm_(fit.parameters.values(), MAX_NORM)
     return torch.cat([parameter.grad.flatten() for parameter in fit.parameters.values()]).clone()
 
 
 def in_session(parts: tuple[Any, Any, list[Any]], checkpointing: bool, measure: Callable[[Any], None]) -> None:
     """Give measure() the optimisation in progress, inside the pack's own session."""
-    import torch
-
     from ..core.siso.host import optimize_lora as host
     from ..core.siso.host.similarity import Similarity, part_of
-    from ..core.siso.siso import SisoSettings
-
-    class Measured(Exception):
-        pass
-
-    def train(fit: Any, *_args: Any, **_more: Any) -> None:
-        measure(fit)
-        raise Measured
 
     model, vae, visions = parts
     generator = torch.Generator().manual_seed(0)
     prompt = [[torch.randn(1, 77, 768, generator=generator), {}]]
-    picture = torch.rand(1, 256, 256, 3, generator=generator)
-    sampling = model.get_model_object("model_sampling")
-    levels = torch.tensor([float(sampling.sigma_max), 0.0])
-    before, host.train = host.train, train  # ty: ignore[invalid-assignment]
-    try:
-        with torch.inference_mode():
-            host.optimise_lora(
-                host.Generator(model, vae, prompt),
-                Similarity(tuple(part_of(vision, 1.0, picture) for vision in visions)),
-                host.Sampling(torch.zeros(LATENT), levels, 0),
-                host.Plan(checkpointing=checkpointing),
-                SisoSettings(),
-            )
-    except Measured:
-        pass
-    finally:
-        host.train = before
+    image = torch.rand(1, 256, 256, 3, generator=generator)
+    levels = torch.tensor([float(model.get_model_object("model_sampling").sigma_max), 0.0])
+    with frame.measured_training(measure):
+        job = host.SisoJob(
+            host.Generator(model, vae, prompt),
+            Similarity(tuple(part_of(vision, 1.0, image) for vision in visions)),
+            host.Sampling(torch.zeros(LATENT), levels, 0),
+            host.Plan(checkpointing=checkpointing),
+            SisoSettings(),
+        )
+        host.optimize_lora(job)
 
 
 def bare(parts: tuple[Any, Any, list[Any]], fit: Any) -> Callable[[], None]:
     """An iteration on the modules alone; the session's hooks on them (LoRA, recomputation) work here too."""
-    import torch
-    import torch.nn.functional as F
-    from comfy.ldm.modules.attention import attention_pytorch
-
     from ..core.vision.host.vision import published_preprocess
 
     model, vae, visions = parts
     unet, decoder = model.model.diffusion_model, vae.first_stage_model
     sampling = model.get_model_object("model_sampling")
-    options = {"optimized_attention_override": lambda _chosen, *a, **k: attention_pytorch(*a, **k)}
-    generator = torch.Generator().manual_seed(0)
+    options, generator = hosting.plain_attention(), torch.Generator().manual_seed(0)
     context = torch.randn(1, 77, 768, generator=generator)
     noise, sigma = torch.randn(LATENT, generator=generator), float(sampling.sigma_max)
     x = noise * (sigma**2 + 1) ** 0.5
     adam = torch.optim.AdamW(fit.parameters.values())
-    pictures = torch.rand(1, 256, 256, 3, generator=generator)
+    images = torch.rand(1, 256, 256, 3, generator=generator)
     prepare = [published_preprocess(vision) for vision in visions]
 
     def seen(vision: Any, pixels: Any) -> Any:
         return vision.model.model(pixels) if hasattr(vision.model, "preprocess") else vision.model(pixels)[2]
 
     with torch.no_grad():
-        wanted = [seen(vision, how(pictures)) for vision, how in zip(visions, prepare, strict=True)]
+        wanted = [seen(vision, how(images)) for vision, how in zip(visions, prepare, strict=True)]
 
     def step() -> None:
         eps = unet(x / (sigma**2 + 1) ** 0.5, torch.tensor([999.0]), context=context, transformer_options=options)
-        picture = ((decoder.decode((x - sigma * eps) / 0.18215) + 1) / 2).clamp(0, 1)
-        pixels = picture.detach().requires_grad_(True)
+        image = ((decoder.decode((x - sigma * eps) / 0.18215) + 1) / 2).clamp(0, 1)
+        pixels = image.detach().requires_grad_(True)
         for vision, how, target in zip(visions, prepare, wanted, strict=True):
             (-F.cosine_similarity(seen(vision, how(pixels.movedim(1, -1))), target).mean()).backward()
         adam.zero_grad(set_to_none=True)
-        picture.backward(pixels.grad)
+        image.backward(pixels.grad)
         torch.nn.utils.clip_grad_norm_(fit.parameters.values(), 1.0)
         adam.step()
 
     return step
 
 
-def weights(parts: tuple[Any, Any, list[Any]]) -> int:
-    """Bytes of all that is loaded."""
-    model, vae, visions = parts
-    modules = [model.model.diffusion_model, vae.first_stage_model, *(vision.model for vision in visions)]
-    return sum(value.nbytes for module in modules for value in [*module.parameters(), *module.buffers()])
-
-
-def main(arguments: list[str]) -> int:
-    """Print the table; exit 1 when a gate is missed."""
-    parser = argparse.ArgumentParser(prog="benchmarks.cost_similarity")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    options = parser.parse_args(arguments)
-    hosting.start(options.threads)
-    import torch
-
-    parts, found, gradients = models(), {}, {}
+def figures(parts: tuple[Any, Any, list[Any]], rounds: int) -> dict[str, Any]:
+    """Peaks with their ratios, how far the gradients are apart, and the times."""
+    found: dict[str, Any] = {}
+    gradients = {}
 
     def plain(fit: Any) -> None:
         def whole() -> None:
-            picture = fit.generate()
-            sum(term(picture) for term in fit.terms).backward()
+            image = fit.generate()
+            sum(term(image) for term in fit.terms).backward()
 
         whole()
         fit.optimizer.zero_grad(set_to_none=True)
         found["plain"] = peak(whole)
         gradients["plain"] = gradient(fit)
 
-    def ours(fit: Any) -> None:
-        fit.update()
-        gradients["ours"] = gradient(fit)
-        fit.optimizer.zero_grad(set_to_none=True)
-        found["ours"] = peak(fit.update)
-        found["time"] = by_turns(fit.update, bare(parts, fit), options.rounds)
-
     def apart(fit: Any) -> None:
         fit.update()
         fit.optimizer.zero_grad(set_to_none=True)
         found["features apart"] = peak(fit.update)
 
+    def ours(fit: Any) -> None:
+        fit.update()
+        gradients["ours"] = gradient(fit)
+        fit.optimizer.zero_grad(set_to_none=True)
+        found["ours"] = peak(fit.update)
+        found["time"] = by_turns(fit.update, bare(parts, fit), rounds)
+
     in_session(parts, False, plain)
     in_session(parts, False, apart)
     in_session(parts, True, ours)
-    resident = weights(parts)
-    peaks = {name: resident + found[name] for name in ("plain", "features apart", "ours")}
-    difference = (gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm()
-    figures = {
-        "weights": resident,
+    model, vae, visions = parts
+    held = frame.weights(model.model.diffusion_model, vae.first_stage_model, *(vision.model for vision in visions))
+    peaks = {name: held + found[name] for name in ("plain", "features apart", "ours")}
+    return {
+        "weights": held,
         **{f"peak, {name}": value for name, value in peaks.items()},
         "memory ratio": peaks["ours"] / peaks["plain"],
         "memory ratio, features apart": peaks["features apart"] / peaks["plain"],
-        "gradient difference": float(difference),
+        "gradient difference": float((gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm()),
         "seconds": found["time"],
         "time ratio": found["time"]["ratio"],
-        **{"torch": torch.__version__, "threads": options.threads},
     }
-    for name, value in figures.items():
-        sys.stdout.write(f"{name}: {value}\n")
-    if options.out:
-        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Print the figures; exit 1 when a gate is missed."""
+    run = frame.Run("cost_similarity", arguments, Settings())
+    found = figures(models(), run.settings.rounds)
+    for name, value in found.items():
+        frame.say(f"{name}: {value}")
     gates = {"memory ratio": MEMORY_GATE, "time ratio": TIME_GATE, "gradient difference": GRADIENT_GATE}
-    missed = [name for name, gate in gates.items() if float(figures[name]) > gate]
-    sys.stdout.write(f"missed gates: {', '.join(missed) or 'none'}\n")
-    return int(bool(missed))
+    return run.costs(found, {name: found[name] <= gate for name, gate in gates.items()})

@@ -1,36 +1,37 @@
-"""Does EZIGen's editing put a subject into a picture, and leave the rest alone? On the small world, counted.
+"""Does EZIGen's editing put a subject into an image, and leave the rest alone? On toyworld, counted.
 
-For each held-out subject one picture is rendered; the judge's mask of it is the place of another held-out subject of
-that class, of which the adapter is given one picture of its own, cut out on white. Three loops of the pack's own
-editing at the published settings (50 steps, the last 0.4 of them, cfg 2, the prompt names class and place alone), with
-the background of the matching noise level, the same with the source's pixels pasted in the end, and with the published
+For each held-out subject one image is rendered; the judge's mask of it is the place of another held-out subject of that
+class, of which the adapter is given one image of its own, cut out on white. Three loops of the pack's own editing at
+the published settings (50 steps, the last 0.4 of them, cfg 2, the prompt names class and place alone), with the
+background of the matching noise level, the same with the source's pixels pasted in the end, and with the published
 background, two steps noisier.
 
 - Outside: PSNR to the source beyond the mask grown by two latent cells, below that of the autoencoder's round trip
-  there; so large a margin leaves 6 to 20 % of these small pictures. "To the mask" is without it.
+  there; so large a margin leaves 6 to 20 % of these small images. "To the mask" is without it.
 - Identity: the measuring encoder's cosine between the judge's subject crops on white, to the new subject; the source's
   own is the figure to compare with.
 - Seen: the share of the new subject's words (colour, tone, texture, its pattern and emblem) that the judge reads off
   the edit, among those in which the two subjects differ.
-
-The narrow form of the small world is used: the same function as the checkpoint, at a fraction of the cost.
 
     python toolbox/_load.py benchmarks.edit_ezigen --out benchmarks/results/edit_ezigen.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from . import effect_ezigen, effect_hiper, hosting
-from .effect_ezigen import say
-from .effect_sine import write
+import torch
+import torch.nn.functional as F
 
-LOOPS, CELLS = 3, 2
+from ..core.ezigen.staged import Loops
+from ..core.vision.measures import psnr
+from ..toyworld import world
+from ..toyworld.evaluation import all_labels
+from ..toyworld.judge import HEADS
+from . import effect_ezigen, frame
+from .subjects import Exchange
+
 BACKGROUND_GATE = 0.3  # dB
 EXACT = "exact background"
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,132 +42,83 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Edit:
-    """A picture, and the subject of its class that shall stand in it."""
+class Settings:
+    """cells: latent cells around the mask that do not count as outside; ratio: the split ratio."""
 
-    source: effect_hiper.Case
-    wanted: effect_hiper.Case
-
-    @property
-    def prompt(self) -> str:
-        """Class and place: what the new subject looks like must come from its picture."""
-        from ..toyworld import world
-
-        return world.caption(self.wanted.identity, self.source.source_place, words=("background",))
+    loops: int = 3
+    cells: int = 2
+    ratio: float = effect_ezigen.RATIO
 
 
-def edits(count: int) -> list[Edit]:
+def edits(count: int) -> list[Exchange]:
     """The first `count` held-out subjects, each with the next one of its class."""
-    from ..toyworld import world
-
     found = effect_ezigen.cases(count + 2 * len(world.CLASSES))
-    later = [[other for other in found[at + 1 :] if other.identity.cls == one.identity.cls] for at, one in
-             enumerate(found[:count])]  # fmt: skip
-    return [Edit(one, others[0]) for one, others in zip(found[:count], later, strict=True)]
+    return [
+        Exchange(one, next(other for other in found[at + 1 :] if other.identity.cls == one.identity.cls))
+        for at, one in enumerate(found[:count])
+    ]
 
 
 class Bench(effect_ezigen.Bench):
-    """The small world's models and measures, and the pack's own editing on them."""
+    """The pack's own editing on toyworld."""
 
-    def __init__(self, adapter: Path, ratio: float) -> None:
-        super().__init__(adapter)
-        self.ratio = ratio
-
-    def edited(self, edit: Edit, subject: Any, mask: Any, **kind: Any) -> Any:
-        """The edited picture [1, 96, 96, 3]."""
-        import torch
-
+    @torch.inference_mode()
+    def edited(self, edit: Exchange, subject: Any, mask: Any, **kind: Any) -> Any:
+        """The edited image [1, 96, 96, 3]."""
         from ..core.ezigen.host.staged_edit import EditPrompts, EditSettings, edited
-        from ..core.ezigen.staged import Loops
 
-        empty = self.conditioning("")
-        prompts = EditPrompts(self.conditioning(edit.prompt), empty, empty)
-        settings = EditSettings(edit.source.seed, split_ratio=self.ratio, loops=Loops(LOOPS, LOOPS), **kind)
-        with torch.inference_mode():
-            source = self.picture(edit.source)
-            return edited(
-                self.world.model, self.world.vae, self.adapter, subject, prompts, source, mask, settings
-            ).picture
+        # Class and place: what the new subject looks like must come from its image.
+        prompt = world.caption(edit.wanted.identity, edit.source.source_place, words=("background",))
+        empty, loops = self.conditioning(""), self.settings.loops
+        prompts = EditPrompts(self.conditioning(prompt), empty, empty)
+        settings = EditSettings(edit.seed, split_ratio=self.settings.ratio, loops=Loops(loops, loops), **kind)
+        source, model = self.image(edit.source), self.world.model
+        return edited(model, self.world.vae, self.adapter, subject, prompts, source, mask, settings).picture
 
-    def seen(self, edit: Edit, picture: Any) -> float:
+    def seen(self, edit: Exchange, image: Any) -> float:
         """The share of the differing attributes that the judge reads as the new subject's."""
-        from ..toyworld.evaluation import all_labels
-        from ..toyworld.judge import HEADS
-
         old, new = (all_labels(case.identity, edit.source.source_place) for case in (edit.source, edit.wanted))
-        answers = self.judge.attributes(picture.movedim(-1, 1))
-        told = [int(answers[name]) == b for name, a, b in zip(HEADS, old, new, strict=True) if a != b]
-        return sum(told) / len(told)
+        answers = self.judge.attributes(image.movedim(-1, 1))
+        return frame.mean(int(answers[name]) == b for name, a, b in zip(HEADS, old, new, strict=True) if a != b)
 
-    def row(self, edit: Edit) -> dict[str, Any]:
+    def row_of(self, edit: Exchange) -> dict[str, Any]:
         """All figures of one case."""
-        import torch
-        import torch.nn.functional as F
-
-        from ..core.vision.measures import psnr
-
         with torch.inference_mode():
-            source = self.picture(edit.source)
-            mask = (self.judge.mask(source.movedim(-1, 1)) > 0.5).float()
+            source = self.image(edit.source)
+            mask = self.mask(source.movedim(-1, 1))
             bare = self.world.vae.decode(self.world.vae.encode(source))
-            reach = 8 * CELLS
+            reach = 8 * self.settings.cells
             beyond = 1 - F.max_pool2d(mask[:, None], 2 * reach + 1, 1, reach)[:, 0]
         subject = self.subject(edit.wanted)
 
-        def scores(picture: Any) -> dict[str, float]:
-            figures = {"outside": beyond, "to the mask": 1 - mask}
+        def scores(image: Any) -> dict[str, float]:
             return {
-                **{name: float(psnr(picture, source, weight)) for name, weight in figures.items()},
-                "identity": self.identity(edit.wanted, picture.movedim(-1, 1)),
-                "seen": self.seen(edit, picture),
+                "outside": float(psnr(image, source, beyond)),
+                "to the mask": float(psnr(image, source, 1 - mask)),
+                "identity": self.identity(edit.wanted, image.movedim(-1, 1)),
+                "seen": self.seen(edit, image),
             }
 
         found: dict[str, Any] = {"source": scores(source), "round trip": scores(bare), "share": float(beyond.mean())}
         return found | {name: scores(self.edited(edit, subject, mask, **kind)) for name, kind in KINDS.items()}
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: frame.Rows) -> dict[str, Any]:
     """Means, how far each edit stays below the round trip, paired gains of identity over the source, and the gate."""
-    from ..core.vision.measures import paired_interval
-
-    found: dict[str, Any] = {"cases": len(rows), "share of the picture": sum(row["share"] for row in rows) / len(rows)}
-    for kind in ("source", "round trip", *KINDS):
-        found[kind] = {score: sum(row[kind][score] for row in rows) / len(rows) for score in rows[0][kind]}
+    found: dict[str, Any] = {"cases": len(rows), "share of the picture": frame.mean(row["share"] for row in rows)}
+    found |= frame.means(rows, "source", "round trip", *KINDS)
     for kind in KINDS:
         for score in ("outside", "to the mask"):
-            below = [row["round trip"][score] - row[kind][score] for row in rows]
-            found[kind][f"{score}, below the round trip"] = vars(paired_interval(below))
-            found[kind][f"{score}, below the round trip"]["worst"] = max(below)
-        gain = [row[kind]["identity"] - row["source"]["identity"] for row in rows]
-        found[kind]["identity gained"] = vars(paired_interval(gain))
+            worst = max(row["round trip"][score] - row[kind][score] for row in rows)
+            below = {**frame.gain(rows, "round trip", kind, score), "worst": worst}
+            found[kind][f"{score}, below the round trip"] = below
+        found[kind]["identity gained"] = frame.gain(rows, kind, "source", "identity")
     below = found[EXACT]["outside, below the round trip"]
-    found["gates held"] = below["mean"] <= BACKGROUND_GATE and found[EXACT]["identity gained"]["low"] > 0
-    return found
+    return {**found, "gates held": below["mean"] <= BACKGROUND_GATE and found[EXACT]["identity gained"]["low"] > 0}
 
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when the gate is missed."""
-    from ..toyworld.assets import ASSETS
-
-    parser = argparse.ArgumentParser(prog="benchmarks.edit_ezigen")
-    parser.add_argument("--adapter", type=Path, default=ASSETS / "adapter.safetensors", help="in the narrow form")
-    parser.add_argument("--cases", type=int, default=16)
-    parser.add_argument("--ratio", type=float, default=effect_ezigen.RATIO, help="the split ratio")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    options = parser.parse_args(arguments)
-    hosting.start(options.threads)
-    bench, rows = Bench(options.adapter, options.ratio), []
-    for edit in edits(options.cases):
-        words = [" ".join(word for word in vars(case.identity).values() if word) for case in (edit.source, edit.wanted)]
-        rows.append({"subject": " -> ".join(words), **bench.row(edit)})
-        parts = {kind: part for kind, part in rows[-1].items() if isinstance(part, dict)}
-        shown = {kind: " ".join(f"{value:.2f}" for value in part.values()) for kind, part in parts.items()}
-        say(f"{len(rows):3d} {rows[-1]['subject']}: {shown}")
-    result = summary(rows)
-    say(json.dumps(result, indent=1))
-    write(
-        options.out,
-        {"settings": {"loops": LOOPS, "cells": CELLS, "ratio": options.ratio}, "summary": result, "rows": rows},
-    )
-    return int(not result["gates held"])
+    run = frame.Run("edit_ezigen", arguments, Settings(), effect_ezigen.ADAPTER, cases=16)
+    rows = run.rows(run.chosen(edits), lambda: Bench(run.options.adapter, run.settings), Bench.row_of)
+    return run.judged(rows, summary(rows))

@@ -1,4 +1,4 @@
-"""ComfyUI in this process, on the CPU, with the small world's models."""
+"""ComfyUI in this process, on the CPU, with toyworld's models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 CHECKPOINT = "likeness_small_world.safetensors"
+LATENT = (1, 4, 12, 12)  # of a 96 px image
 
 
 def start(threads: int) -> Path:
@@ -34,7 +36,7 @@ def start(threads: int) -> Path:
 
 
 def keep_runs(folder: Path | None) -> None:
-    """Keep finished trainings in a folder, and take them from there, where one was given."""
+    """Keep finished trainings in a folder, and take them from there, if one is given."""
     if folder:
         import folder_paths
 
@@ -42,7 +44,7 @@ def keep_runs(folder: Path | None) -> None:
 
 
 def small_world(base: Path):
-    """MODEL, CLIP and VAE of the small world, through ComfyUI's own checkpoint loader."""
+    """MODEL, CLIP and VAE of toyworld, through ComfyUI's own checkpoint loader."""
     import comfy.sd
     import torch
 
@@ -51,3 +53,32 @@ def small_world(base: Path):
     path = build_checkpoint(base / "models" / "checkpoints" / CHECKPOINT)
     with torch.inference_mode():
         return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+
+
+def encoded(clip: Any, *prompts: str) -> list[Any]:
+    """The CONDITIONING of each prompt."""
+    import torch
+
+    with torch.inference_mode():
+        return [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in prompts]
+
+
+def levels(model: Any, steps: int, scheduler: str = "ddim_uniform") -> Any:
+    """The sigmas of a sampling."""
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def plain_attention() -> dict[str, Any]:
+    """Transformer options with the attention that the pack's sessions use."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return {"optimized_attention_override": lambda _chosen, *a, **k: attention_pytorch(*a, **k)}
+
+
+def latents(count: int = 1, shape: tuple[int, ...] = LATENT) -> Any:
+    """Noise, as a trajectory of `count` entries."""
+    import torch
+
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))

@@ -10,15 +10,14 @@ for it needs less for DINOv2, for which ComfyUI's CPU path keeps whole attention
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import weakref
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import hosting
+import torch
+
+from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
+from . import frame
+from .hosting import plain_attention
 
 GB = 2**30
 SHARED = {
@@ -56,19 +55,17 @@ DINO = {
 def unet(config: dict[str, Any]) -> tuple[Any, Callable[[], Any]]:
     """In float32, as the authors run it."""
     import comfy.ops
-    import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     net = UNetModel(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
     x, context = torch.randn(1, 4, 64, 64, requires_grad=True), torch.randn(1, 77, config["context_dim"])
     y = torch.randn(1, 2816) if config["adm_in_channels"] else None
-    return net, lambda: net(x, torch.tensor([999.0]), context=context, y=y, transformer_options=options())
+    return net, lambda: net(x, torch.tensor([999.0]), context=context, y=y, transformer_options=plain_attention())
 
 
 def flux() -> tuple[Any, Callable[[], Any]]:
     """In bfloat16, as the authors run it."""
     import comfy.ops
-    import torch
     from comfy.ldm.flux.model import Flux, FluxParams
 
     known = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
@@ -77,12 +74,11 @@ def flux() -> tuple[Any, Callable[[], Any]]:
     net = Flux(image_model="flux", **layers, **FLUX, **known)
     x = torch.randn(1, 16, 64, 64, requires_grad=True, dtype=half)
     rows, vector = torch.randn(1, 256, 4096, dtype=half), torch.randn(1, 768, dtype=half)
-    return net, lambda: net(x, torch.ones(1, dtype=half), rows, vector, transformer_options=options())
+    return net, lambda: net(x, torch.ones(1, dtype=half), rows, vector, transformer_options=plain_attention())
 
 
 def decoder() -> tuple[Any, Callable[[], Any]]:
     """The KL autoencoder's decoder, in float32."""
-    import torch
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     net = AutoencoderKL(ddconfig={**DECODER, "z_channels": 4}, embed_dim=4)
@@ -93,7 +89,6 @@ def decoder() -> tuple[Any, Callable[[], Any]]:
 def dino() -> tuple[Any, Callable[[], Any]]:
     """DINOv2 large, in float32."""
     import comfy.ops
-    import torch
     from comfy.image_encoders.dino2 import Dinov2Model
 
     net = Dinov2Model(DINO, torch.float32, torch.device("cpu"), comfy.ops.disable_weight_init)
@@ -103,66 +98,13 @@ def dino() -> tuple[Any, Callable[[], Any]]:
 
 def retrieval() -> tuple[Any, Callable[[], Any]]:
     """The retrieval model, in float32."""
-    import torch
-
-    from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
-
     net = InstanceRetrieval(Backbone(1280, 32, 16, 1024, 577), 64)
     x = torch.randn(1, 3, 290, 290, requires_grad=True)
     return net, lambda: net(x)
 
 
-def options() -> dict[str, Any]:
-    """The attention that the pack's sessions use."""
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    return {"optimized_attention_override": lambda _chosen, *a, **k: attention_pytorch(*a, **k)}
-
-
-def most_alive(run: Callable[[], Any]) -> int:
-    """The most bytes of tensors, made by run() and a backward from its sum, that were alive at once."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Alive(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.total = self.most = 0
-            self.known: dict[int, int] = {}
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, torch.Tensor)]
-            for value in given:
-                self.meet(value, 0)
-            out = func(*args, **(kwargs or {}))
-            for value in tree_leaves(out):
-                if isinstance(value, torch.Tensor):
-                    self.meet(value, value.untyped_storage().nbytes())
-            return out
-
-        def meet(self, value: torch.Tensor, size: int) -> None:
-            storage = value.untyped_storage()
-            if id(storage) not in self.known:
-                self.known[id(storage)] = size
-                self.total += size
-                self.most = max(self.most, self.total)
-                weakref.finalize(storage, self.forget, id(storage))
-
-        def forget(self, key: int) -> None:
-            self.total -= self.known.pop(key, 0)
-
-    with Alive() as alive:
-        run().sum().backward()
-    return alive.most
-
-
-def main(arguments: list[str]) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="benchmarks.memory_similarity")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    chosen = parser.parse_args(arguments)
-    hosting.start(1)
+def figures() -> Iterator[tuple[str, dict[str, float]]]:
+    """GB of each model: its weights, and all that is alive beside them, plain and with recomputation."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..core.session import weights
@@ -175,19 +117,23 @@ def main(arguments: list[str]) -> int:
         "DINOv2 large": (dino, weights.layers_checkpointed),
         "retrieval": (retrieval, weights.layers_checkpointed),
     }
-    found: dict[str, dict[str, float]] = {}
     for name, (make, recomputed) in parts.items():
         with FakeTensorMode(allow_non_fake_inputs=True):
-            net, run = make()
+            net, forward = make()
             net.requires_grad_(False)
-            size = sum(value.numel() * value.element_size() for value in net.parameters())
-            found[name] = {"weights": size / GB}
+            found = {"weights": sum(value.nbytes for value in net.parameters()) / GB}
+
+            def there_and_back(forward: Callable[[], Any] = forward) -> None:
+                forward().sum().backward()
+
             with weights.out_of_place(net):
-                found[name]["plain"] = most_alive(run) / GB
+                found["plain"] = frame.most_alive(there_and_back) / GB
                 with recomputed(net):
-                    found[name]["checkpointed"] = most_alive(run) / GB
-        sys.stdout.write(f"{name}: " + ", ".join(f"{key} {value:.2f} GB" for key, value in found[name].items()) + "\n")
-        sys.stdout.flush()
-    if chosen.out:
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+                    found["checkpointed"] = frame.most_alive(there_and_back) / GB
+        yield name, found
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table."""
+    run = frame.Run("memory_similarity", arguments, threads=1)
+    return run.costs(run.table(figures()), {})

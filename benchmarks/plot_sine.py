@@ -1,4 +1,4 @@
-"""Draws the curves of effect_sine over K and v, and a sheet of its pictures like the paper's Fig. 6.
+"""Draws the curves of effect_sine over K and v, and a sheet of its images like the paper's Fig. 6.
 
 python toolbox/_load.py benchmarks.plot_sine curves benchmarks/results/sweep_sine.json docs/sine_sweep.png
 python toolbox/_load.py benchmarks.plot_sine sheet docs/sine_fig6.png
@@ -17,7 +17,7 @@ from .plot import GAP, MARGIN, PANEL, Panel
 COLORS = {"distance": (176, 42, 48), "text": (214, 110, 20), "identity": (31, 99, 180)}
 TITLES = {"K": "K (v = 0.7)", "v": "v (K = 400)"}
 SUBJECTS, SCALE = 4, 2
-COLUMNS = ("source picture", "base alone", "tuned alone", "guided")
+COLUMNS = ("source image", "base alone", "tuned alone", "guided")
 
 
 def curves(found: dict[str, Any], picture: Path) -> None:
@@ -43,23 +43,24 @@ def curves(found: dict[str, Any], picture: Path) -> None:
 
 
 def sheet(picture: Path, threads: int) -> None:
-    """One row for each subject: its picture, and the first sample of each way to edit it, all from one noise."""
+    """One row for each subject: its image, and the first sample of each way to edit it, all from one noise."""
     hosting.start(threads)
     import torch
     from PIL import Image, ImageDraw
 
-    from .effect_sine import SIDE, TUNING, Bench, K, V, edits
+    from .effect_sine import Bench, Settings, edits
+    from .subjects import SIDE
 
-    bench, wide, left, top = Bench(), SIDE * SCALE, 210, 24
+    bench, wide, left, top = Bench(Settings()), SIDE * SCALE, 210, 24
     canvas = Image.new("RGB", (left + len(COLUMNS) * (wide + 6), top + SUBJECTS * (wide + 6)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(COLUMNS):
         draw.text((left + column * (wide + 6) + wide / 2, top / 2), title, fill=0, anchor="mm")
     for row, edit in enumerate(edits(SUBJECTS)):
-        tuned = bench.tune(edit, TUNING)
-        guided = bench.guided(edit, tuned, V, K)
-        shown = [bench.picture(edit.case).movedim(-1, 1)]
-        shown += [bench.pictures(model, edit, edit.prompt)[:1] for model in (bench.world.model, tuned, guided)]
+        tuned = bench.tune(edit)
+        guided = bench.guided(edit, tuned)
+        shown = [bench.image(edit.case).movedim(-1, 1)]
+        shown += [bench.images(model, edit, edit.prompt)[:1] for model in (bench.world.model, tuned, guided)]
         for column, pixels in enumerate(shown):
             array = (pixels[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()
             tile = Image.fromarray(array).resize((wide, wide), Image.Resampling.NEAREST)
