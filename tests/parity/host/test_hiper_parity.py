@@ -9,7 +9,7 @@ from likeness.core.conditioning import apply_embedding
 from likeness.core.hiper import HiPer, HiPerSettings, with_tail
 from likeness.core.host.session import optimise
 
-from .unets import SD_SCALE, arrays, tiny_sd15
+from ..unets import SD_SCALE, arrays, tiny_sd15
 
 UPDATES = 8
 

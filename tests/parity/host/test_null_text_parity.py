@@ -10,7 +10,7 @@ from likeness.core.inversion import invert
 from likeness.core.null_text import NullText, NullTextSettings
 from likeness.core.windows import step_wise, windows
 
-from .unets import SD_SCALE, arrays, tiny_sd15
+from ..unets import SD_SCALE, arrays, tiny_sd15
 
 ROUND = 1e-5  # inner counts may differ where a loss lies this close to the threshold
 

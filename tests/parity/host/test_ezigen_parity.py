@@ -18,8 +18,8 @@ from likeness.core.staged_sampling import (
     split,
 )
 
-from ..tiny_models import CPU
-from .ezigen_numbers import (
+from ...tiny_models import CPU
+from ..ezigen_numbers import (
     CASES,
     TIMESTEP,
     Official,
