@@ -1,7 +1,6 @@
 """Every test imports the pack as the package `likeness`, as the command-line tools do.
 
-Tests marked `slow` run with --slow only; what they found is kept in benchmarks/results/slow_tests.json. With
-pytest-xdist the tests of a file stay on one worker, unless a tier's own conftest groups them otherwise.
+Tests marked `slow` run with --slow only; what they found is kept in benchmarks/results/slow_tests.json.
 """
 
 from __future__ import annotations
@@ -27,13 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what takes minutes, and keep what it found")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
 class SlowResults:
@@ -45,8 +41,7 @@ class SlowResults:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if "slow" not in report.keywords or report.skipped:
             return
-        name = report.nodeid.partition("@")[0]  # pytest-xdist adds the group
-        entry = self._found.setdefault(name, {"outcome": "passed", "seconds": 0.0})
+        entry = self._found.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
         entry["seconds"] = round(entry["seconds"] + report.duration, 1)
         entry.update(report.user_properties)
         if report.failed:
