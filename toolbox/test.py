@@ -1,7 +1,8 @@
-"""`python3 toolbox/test.py`: sets everything up and checks all that must hold.
+"""`python3 toolbox/test.py [--slow]`: sets everything up and checks all that must hold.
 
-Ruff, the type check, the syntax of the page's scripts, then the five tiers of tests and those of the small world.
-COMFYUI_PATH uses an existing ComfyUI. Arguments are handed to pytest instead of these.
+Ruff, the types and the syntax of the page's scripts; then the tests that need no server, on two cores; then those of
+the server and of the browser, side by side. `--slow` adds what takes minutes and keeps what it found in
+benchmarks/results/. COMFYUI_PATH uses an existing ComfyUI. Other arguments are handed to pytest instead of the tiers.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
-TIERS = ("unit", "parity", "contract", "toyworld", "server", "browser")
+IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "toyworld")
+WITH_SERVER = ("server", "browser")
+PARALLEL = ("-n", "2", "--dist", "loadfile")
+ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def say(text: str) -> None:
@@ -23,8 +28,10 @@ def say(text: str) -> None:
 def checks(python: Path) -> dict[str, list[str]]:
     """The commands that look at the source only."""
     load = [str(python), str(ROOT / "toolbox" / "_load.py")]
+    ruff = str(python.with_name(f"ruff{python.suffix}"))
     return {
-        "ruff": [str(python.with_name(f"ruff{python.suffix}")), "check", str(ROOT)],
+        "ruff": [ruff, "check", str(ROOT)],
+        "format": [ruff, "format", "--check", "-q", str(ROOT)],
         "types": [*load, "toolbox.typecheck"],
         "scripts": [*load, "toolbox.scripts"],
     }
@@ -38,6 +45,36 @@ def run(name: str, command: list[str], variables: dict[str, str]) -> bool:
     return passed
 
 
+def output(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """The exit code and all that the command printed."""
+    kept = subprocess.PIPE, subprocess.STDOUT
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=kept[0], stderr=kept[1], text=True, errors="replace")
+    return done.returncode, done.stdout
+
+
+def run_beside(commands: dict[str, list[str]], variables: dict[str, str]) -> list[str]:
+    """Run several checks at once; the output of each stands together once it is done. Returns those that failed."""
+    start, failed = time.monotonic(), []
+    with ThreadPoolExecutor(len(commands)) as pool:
+        jobs = {pool.submit(output, command, variables): name for name, command in commands.items()}
+        for job in as_completed(jobs):
+            code, text = job.result()
+            print(text, end="")
+            say(f"{jobs[job]}: {'FAILED' if code else 'passed'} after {time.monotonic() - start:.0f} s")
+            failed += [jobs[job]] if code else []
+    return failed
+
+
+def tests(python: Path, variables: dict[str, str], slow: list[str]) -> list[str]:
+    """All tiers; returns those that failed."""
+    pytest = [str(python), "-m", "pytest", "-q", "--durations=10", *slow]
+    folders = [str(ROOT / "tests" / tier) for tier in IN_PROCESS]
+    one_thread = variables | ONE_THREAD
+    failed = [] if run("in process", [*pytest, *PARALLEL, *folders], one_thread) else ["in process"]
+    servers = {tier: [*pytest, str(ROOT / "tests" / tier)] for tier in WITH_SERVER}
+    return failed + run_beside(servers, one_thread)
+
+
 def main() -> int:
     """Set up and run everything; the exit code is 0 only when all of it passed."""
     load_pack()
@@ -46,12 +83,18 @@ def main() -> int:
 
     environment = prepare()
     build_models(environment)
-    variables = environment.variables()
-    tiers = sys.argv[1:] or [str(ROOT / "tests" / tier) for tier in TIERS]
+    start, variables = time.monotonic(), environment.variables()
     failed = [name for name, command in checks(environment.python).items() if not run(name, command, variables)]
-    if not run("tests", [str(environment.python), "-m", "pytest", *tiers], variables):
-        failed.append("tests")
-    say(f"FAILED: {', '.join(failed)}" if failed else "all passed")
+    slow, chosen = (
+        [argument for argument in sys.argv[1:] if (argument == "--slow") == wanted] for wanted in (True, False)
+    )
+    if chosen:
+        command = [str(environment.python), "-m", "pytest", *slow, *chosen]
+        failed += [] if run("tests", command, variables) else ["tests"]
+    else:
+        failed += tests(environment.python, variables, slow)
+    said = f"FAILED: {', '.join(failed)}" if failed else "all passed"
+    say(f"{said} after {time.monotonic() - start:.0f} s")
     return 1 if failed else 0
 
 

@@ -8,7 +8,7 @@ import torch
 from likeness.core.session.session import Session
 
 from .. import tiny_models
-from ..unit.vision.models import clip_folder
+from ..vision.models import clip_folder
 from .methods import Setting, autoencoder
 from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
 

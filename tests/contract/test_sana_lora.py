@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from ..unit.vision.models import clip_folder
+from ..vision.models import clip_folder
 from .sana import CFG, PROMPT, SEED, SHAPE, empty, levels, pictured, reference
 from .test_contract import forget_runs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from .. import tiny_models
-from ..unit.vision.models import clip_folder
+from ..vision.models import clip_folder
 from .methods import Setting, autoencoder, run_node
 from .test_contract import own_user_folder  # noqa: F401  (a fixture)
 from .test_likeness_optimisation import encoded, optimised, sigmas

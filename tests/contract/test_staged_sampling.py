@@ -9,7 +9,7 @@ import torch
 
 from likeness.core.ezigen.staged import Loops, renoised, split
 
-from ..unit.vision.models import clip_folder
+from ..vision.models import clip_folder
 from .methods import Setting, autoencoder
 from .test_adapter import stored, subject
 

@@ -1,19 +1,14 @@
-"""SINE's fine-tuning against the numbers of the authors' code: the boxes, the pictures in them, and the loss."""
+"""SINE's fine-tuning against the numbers of the authors' code: the boxes and the pictures in them."""
 
 from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 
-from likeness.core.denoiser import Prompt
-from likeness.core.session.session import Session
-from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Samples
 from likeness.core.sine.patches import cut, draw_box, squashed
 
-from .test_sine_parity import toy
 from .unets import arrays
 
 LEVEL = 1 / 127.5  # one 8-bit level of a picture in -1..1
@@ -22,10 +17,6 @@ LEVEL = 1 / 127.5  # one 8-bit level of a picture in -1..1
 @pytest.fixture(scope="module")
 def official() -> dict[str, torch.Tensor]:
     return arrays("sine.npz", without=("w1_crash", "ds_caption"))
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def python_box(numbers: random.Random, cells: int = 128):
@@ -56,18 +47,3 @@ def test_a_patch_has_the_official_pixels(official):
     found = cut(squashed(source, 128), tuple(official["ds_small_box"].tolist()), 8, 64)[0].permute(1, 2, 0) * 2 - 1
     difference = (found - official["ds_small_img"]).abs()
     assert float(difference.max()) < 2 * LEVEL and float(difference.mean()) < LEVEL / 2
-
-
-@pytest.mark.parametrize(("weight", "name"), [(0.0, "loss_plain"), (1.0, "loss_patch")])
-def test_loss_through_the_session(official, weight, name):
-    x0, noise = normal(21, 2, 4, 64, 64), normal(22, 2, 4, 64, 64)
-    prompt, found = Prompt(official["g_c"]), []
-
-    def body(denoiser, _x0):
-        fit = FineTune(denoiser, Samples(x0), lambda: prompt, {"a": torch.nn.Parameter(x0[:1])}, FineTuneSettings())
-        loss, _ = fit.loss(prompt, x0, official["loss_t"], noise, recon_weight=weight)
-        found.append(float(loss))
-
-    with torch.inference_mode():
-        Session(toy("tuned 1"), [[official["g_c"][:1].clone(), {}]], torch.zeros(1, 4, 64, 64)).run(body)
-    assert abs(found[0] - float(official[name])) < 1e-5

@@ -16,7 +16,7 @@ SAM = "random_vit_b.pth"
 def models(server):
     """A detector, a captioning model and segment-anything weights in the server's folders."""
     inprocess.start()
-    from ..unit.vision import finders
+    from ..vision import finders
 
     vision = server.base / "models" / "likeness_vision"
     finders.grounding_dino_folder(vision / "random_dino")

@@ -13,7 +13,7 @@ from likeness.toolbox.graph import convert, with_ancestors
 from likeness.toolbox.server import PromptError
 
 from .. import live
-from ..unit.vision.test_retrieval import published
+from ..vision.test_retrieval import published
 from .results import TINY_FLUX, UNWANTED, check_pictures, distance, run_graph
 
 RETRIEVAL = ("Retrieval model", "Like it in retrieval too")

@@ -112,6 +112,7 @@ def test_the_base_model_samples_the_same_before_and_after(server, object_info, t
     assert np.array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(server, training):
     sizes = []
     for index in range(WARM_UP + MEASURED):

@@ -121,7 +121,7 @@ def core_vision(folder: Path, dino: bool):
     """ComfyUI's own CLIP_VISION object over a random network of its own classes, as its loader leaves it."""
     import comfy.clip_vision
 
-    from ...tiny_models import randomise
+    from ..tiny_models import randomise
 
     shared = {"num_hidden_layers": 2, "num_attention_heads": 2}
     if dino:  # 518 pixels in patches of 14 are fixed in ComfyUI's class

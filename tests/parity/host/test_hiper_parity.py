@@ -9,7 +9,7 @@ from likeness.core.embedding.hiper import HiPer, HiPerSettings
 from likeness.core.prompt.conditioning import apply_embedding, with_tail
 from likeness.core.session.session import Session
 
-from .unets import SD_SCALE, arrays, tiny_sd15
+from ..unets import SD_SCALE, arrays, tiny_sd15
 
 UPDATES = 8
 

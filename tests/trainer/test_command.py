@@ -21,7 +21,7 @@ from likeness.toolbox.adapter_trainer.run import main
 
 from . import tiny
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMMAND = str(ROOT / "toolbox" / "train_adapter.py")
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 for _name in ("COMFYUI_PATH", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -103,6 +103,7 @@ def test_the_file(whole, data):
         assert torch.equal(state[f"adapter.{name}"], value)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_with_twice_the_batch(model, data, whole, tmp_path):
     """Through `accelerate launch`, two batches accumulated in each; and one process goes on with what they did."""
     launch = [
@@ -122,6 +123,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(model, data, who
         torch.testing.assert_close(found[name], value, atol=1e-3, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(model, data, tmp_path):
     """The same bytes at the end as those of the run that nothing befell, wherever the kill struck."""
     for name in ("killed", "whole"):

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from likeness.core.denoiser import Prompt
+from likeness.core.session.session import Session
+from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Samples
 from likeness.core.sine.guidance import percent_of
 from likeness.core.sine.host.guidance import SubjectModel, guided
 from likeness.core.sine.host.position_map import with_position_map
 from likeness.core.sine.position_map import position_map, sinusoids
 
-from ..tiny_models import CPU, unet_config
-from .unets import SD_SCALE, arrays
+from ...tiny_models import CPU, unet_config
+from ..unets import SD_SCALE, arrays
 
 COEFFICIENTS = {"base": (0.9, 0.7, 1.0), "tuned 1": (0.6, -0.5, 1.1), "tuned 2": (1.1, 0.3, 0.8)}
 CASES = {
@@ -164,3 +167,22 @@ def test_unet_with_the_map(official, unet, interpolation):
         options = model.model_options["transformer_options"]
         found = model.model.diffusion_model(x, t, context=context, transformer_options=options)
     torch.testing.assert_close(found, official[key], atol=1e-5, rtol=0)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.mark.parametrize(("weight", "name"), [(0.0, "loss_plain"), (1.0, "loss_patch")])
+def test_loss_through_the_session(official, weight, name):
+    x0, noise = normal(21, 2, 4, 64, 64), normal(22, 2, 4, 64, 64)
+    prompt, found = Prompt(official["g_c"]), []
+
+    def body(denoiser, _x0):
+        fit = FineTune(denoiser, Samples(x0), lambda: prompt, {"a": torch.nn.Parameter(x0[:1])}, FineTuneSettings())
+        loss, _ = fit.loss(prompt, x0, official["loss_t"], noise, recon_weight=weight)
+        found.append(float(loss))
+
+    with torch.inference_mode():
+        Session(toy("tuned 1"), [[official["g_c"][:1].clone(), {}]], torch.zeros(1, 4, 64, 64)).run(body)
+    assert abs(found[0] - float(official[name])) < 1e-5

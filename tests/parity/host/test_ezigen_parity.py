@@ -11,8 +11,8 @@ from likeness.core.ezigen.host.adapter import Subject, with_adapter
 from likeness.core.ezigen.host.layers import UNet, places
 from likeness.core.ezigen.staged import background_of, inverted_by_solver, pasted, published_levels, renoised, split
 
-from ..tiny_models import CPU
-from .ezigen_numbers import (
+from ...tiny_models import CPU
+from ..ezigen_numbers import (
     CASES,
     TIMESTEP,
     Official,

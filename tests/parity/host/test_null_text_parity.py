@@ -10,7 +10,7 @@ from likeness.core.inversion.null_text import NullText, NullTextSettings
 from likeness.core.prompt.windows import step_wise, windows
 from likeness.core.session.session import Session
 
-from .unets import SD_SCALE, arrays, tiny_sd15
+from ..unets import SD_SCALE, arrays, tiny_sd15
 
 ROUND = 1e-5  # inner counts may differ where a loss lies this close to the threshold
 
