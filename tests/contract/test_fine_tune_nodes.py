@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from likeness.core.session import stores
 from likeness.core.session.session import Session
 from likeness.core.sine.position_map import needed_map
 
@@ -60,7 +61,7 @@ def test_a_map_that_already_lies_on_the_model_is_kept_by_training_without_patche
     setting = Setting()
     with torch.inference_mode():
         setting.model = with_position_map(setting.model, 24, "nearest")
-    assert train(setting, patches=False)[2].position_map == (24, "nearest")
+    assert needed_map(train(setting, patches=False)[2]) == (24, "nearest")
 
 
 @pytest.mark.parametrize("place", ["trained", "applied"])
@@ -160,9 +161,8 @@ def test_fewer_steps_of_all_weights_are_trained_anew_and_nothing_is_lost(tmp_pat
 
 
 def test_a_shorter_run_of_all_weights_is_served_after_the_longer_one_is_gone(monkeypatch):
-    from likeness.core.sine.host import fine_tune as fine_tuning
 
-    monkeypatch.setattr(fine_tuning, "LARGE_RUN", 1000)  # the newest alone is kept
+    monkeypatch.setattr(stores, "LARGE_RUN", 1000)  # the newest alone is kept
     full(4)
     shorter, _ = full(2)
     with monkeypatch.context() as patch:
@@ -188,13 +188,12 @@ def test_the_default_prompt_beside_an_encoded_one_is_told(caplog, clip):
 
 
 def test_large_runs_lie_apart_and_are_resumed(tmp_path, monkeypatch):
-    from likeness.core.sine.host import fine_tune as fine_tuning
 
     setting = Setting()
     whole, losses = fit_sine(setting, steps=4, method="full weights", learning_rate=1e-3)
     for path in (tmp_path / "user").glob("likeness/*/*"):
         path.unlink()
-    monkeypatch.setattr(fine_tuning, "LARGE_RUN", 1000)
+    monkeypatch.setattr(stores, "LARGE_RUN", 1000)
     fit_sine(setting, steps=2, method="full weights", learning_rate=1e-3)
     resumed, again = fit_sine(setting, steps=4, method="full weights", learning_rate=1e-3)
     assert same(whole, resumed) and losses == again

@@ -15,7 +15,7 @@ MODELS = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
 @pytest.mark.parametrize("family", MODELS)
 def test_through_the_model(family, what, checkpointing):
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     check = getattr(selftest, f"check_{what}")
     with torch.inference_mode():
@@ -30,7 +30,7 @@ def test_through_the_model(family, what, checkpointing):
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16, torch.bfloat16], ids=str)
 def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch):
     """Stored in fp8 or half precision and computed in float32: the same gradient, without a second copy of them."""
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
     from likeness.core.session import weights
 
     def check(layers: int):
@@ -66,7 +66,7 @@ def test_a_forward_that_another_pack_has_set_comes_back():
 
 
 def test_through_the_models_blocks_a_control_net_writes_to():
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
     from nodes import ControlNetApplyAdvanced
 
     from .methods import run_node
@@ -87,7 +87,7 @@ def test_through_the_models_blocks_a_control_net_writes_to():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", ["taesd", "kl_autoencoder"])
 def test_through_the_autoencoder(kind, checkpointing):
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(3))
@@ -96,7 +96,7 @@ def test_through_the_autoencoder(kind, checkpointing):
 
 
 def test_through_the_text_encoder():
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     found = selftest.check_clip_text(tiny_models.clip_l())
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
@@ -105,7 +105,7 @@ def test_through_the_text_encoder():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["lora", "weights"])
 def test_through_model_and_text_encoder_together(what, checkpointing):
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     model, clip = tiny_models.sd1(), tiny_models.clip_l()
     before = dict(clip.cond_stage_model.named_parameters())
@@ -119,7 +119,7 @@ def test_through_model_and_text_encoder_together(what, checkpointing):
 
 
 def test_through_the_pooled_vector_of_two_text_encoders():
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))

@@ -47,12 +47,16 @@ def test_what_would_have_ended_by_now_is_served(vision, served):  # noqa: F811
 
 
 def test_both_loras_are_there(vision, served, tmp_path):  # noqa: F811
-    last = optimised(Setting(), vision, keep="last", rate=0.2)
-    assert last.best < len(last.losses) - 1
+    def with_seed(seed: int, **more):
+        return optimised(Setting(), vision, seed=seed, rate=0.2, **more)
+
+    # The last bits of a loss depend on the number of threads: take a seed whose best image is not the last one.
+    seed = next(seed for seed in range(10) if (run := with_seed(seed, keep="last")).best < len(run.losses) - 1)
+    last = with_seed(seed, keep="last")
     forget_runs(tmp_path)
-    best = optimised(Setting(), vision, rate=0.2)
+    best = with_seed(seed)
     served()
-    again = optimised(Setting(), vision, keep="last", rate=0.2)
+    again = with_seed(seed, keep="last")
     assert same(again.lora, last.lora) and not same(again.lora, best.lora)
     assert again.tuned().header["settings"]["keep"] == "last"
 
@@ -70,7 +74,7 @@ def test_a_negative_prompt_that_is_not_used_changes_no_run(vision, served):  # n
 
 
 def test_pictures_are_stored_once_and_the_store_has_room_for_them(vision, tmp_path, monkeypatch, served):  # noqa: F811
-    from likeness.core.siso.host import result as module
+    from likeness.core.session import stores as module
 
     stores, make = [], module.RunStore
     monkeypatch.setattr(module, "LIMIT_BYTES", 0)

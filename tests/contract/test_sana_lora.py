@@ -17,7 +17,7 @@ LIMIT = 0.01
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora"])
 def test_gradients_through_the_model(sana, sana_prompts, what, checkpointing):
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -28,7 +28,7 @@ def test_gradients_through_the_model(sana, sana_prompts, what, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_gradients_through_the_autoencoder(sana, checkpointing):
-    from likeness.core import selftest_host as selftest
+    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
