@@ -1,6 +1,6 @@
 """LPIPS from the user's weight files: the linear heads, and the AlexNet or VGG16 they were trained on.
 
-The networks are written out here, so that torchvision is not needed. Heads: the files of the LPIPS authors (alex.pth,
+The networks are torchvision's. Heads: the files of the LPIPS authors (alex.pth,
 vgg.pth), or the state dict of their whole model. Backbone: torchvision's file, recognised by its name (alexnet*.pth,
 vgg16*.pth) in models/likeness_lpips, or contained in the heads' file. Either may be a safetensors file.
 """
@@ -26,44 +26,26 @@ HEAD = re.compile(r"lins?\.?(\d)\.model\.1\.weight")
 LAYER = re.compile(r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))")
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
-# (channels in, out, kernel, stride, padding) of a convolution with ReLU, or (kernel, stride) of a max pooling.
-_ALEXNET = ((3, 64, 11, 4, 2), (3, 2), (64, 192, 5, 1, 2), (3, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1))
-ALEXNET = (*_ALEXNET, (256, 256, 3, 1, 1))
-
-
-def _vgg16() -> tuple[tuple[int, ...], ...]:
-    layers: list[tuple[int, ...]] = []
-    before = 3
-    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(count):
-            layers.append((before, width, 3, 1, 1))
-            before = width
-        layers.append((2, 2))
-    return tuple(layers[:-1])
-
-
-# Widths of the five compared layers -> (name, file name's beginning, layers, indices of the compared ReLUs).
-Backbone = tuple[str, str, tuple[tuple[int, ...], ...], tuple[int, ...]]
+# Widths of the five compared layers -> (name, torchvision's name of the network, indices of the compared ReLUs).
+Backbone = tuple[str, str, tuple[int, ...]]
 BACKBONES: dict[tuple[int, ...], Backbone] = {
-    (64, 192, 384, 256, 256): ("AlexNet", "alexnet", ALEXNET, (1, 4, 7, 9, 11)),
-    (64, 128, 256, 512, 512): ("VGG16", "vgg16", _vgg16(), (3, 8, 15, 22, 29)),
+    (64, 192, 384, 256, 256): ("AlexNet", "alexnet", (1, 4, 7, 9, 11)),
+    (64, 128, 256, 512, 512): ("VGG16", "vgg16", (3, 8, 15, 22, 29)),
 }
 
 
 class Lpips(nn.Module):
     """Feature maps of one backbone and the distance between them (core/measures.lpips)."""
 
-    def __init__(self, layers: Iterable[tuple[int, ...]], compared: tuple[int, ...], heads: list[Tensor]) -> None:
+    def __init__(self, backbone: str, compared: tuple[int, ...], heads: list[Tensor]) -> None:
         super().__init__()
-        modules: list[nn.Module] = []
-        for layer in layers:
-            if len(layer) == 2:
-                kernel, stride = layer
-                modules.append(nn.MaxPool2d(kernel, stride))
-            else:
-                before, after, kernel, stride, padding = layer
-                modules += [nn.Conv2d(before, after, kernel, stride, padding), nn.ReLU()]
-        self.layers, self.compared = nn.Sequential(*modules), compared
+        import torchvision  # comes with ComfyUI
+
+        features = getattr(torchvision.models, backbone)(weights=None).features[: compared[-1] + 1]
+        for layer in features:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # the map before it is still needed for its gradient
+        self.layers, self.compared = features, compared
         for i, head in enumerate(heads):
             self.register_buffer(f"head{i}", head)
         self.description = ""
@@ -100,9 +82,9 @@ def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
             f"{path.name} holds LPIPS heads of widths {widths}, expected are AlexNet's (64, 192, 384, 256, 256) or "
             "VGG16's (64, 128, 256, 512, 512): choose the authors' alex.pth or vgg.pth."
         )
-    name, beginning, layers, compared = BACKBONES[widths]
+    name, beginning, compared = BACKBONES[widths]
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = Lpips(layers, compared, heads)
+        model = Lpips(beginning, compared, heads)
         source = _fill(model, path, tensors, name, beginning, folders)
     model.description = f"LPIPS {name} (heads {path.name}, backbone {source})"
     return model.eval().requires_grad_(False)
