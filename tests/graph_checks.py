@@ -201,4 +201,4 @@ def unnamed_models(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
             if value not in known:
                 yield f"{label(node)} takes {value}, which no note lists with its folder and licence."
             if not own and value not in offered:
-                yield f"{label(node)} takes {value}, which is not in its properties.models, so that no page can offer it."
+                yield f"{label(node)} takes {value}, which is not in its properties.models: no page can offer it."

@@ -67,7 +67,7 @@ class Results(Mapping[str, Result]):
 
     def __getitem__(self, name: str) -> Result:
         if name not in self._done:
-            settings = self._settings(name)
+            settings = self.choices(name)
             # What other tests have run must not be served from the cache: the run's events are looked at.
             self._server.post("/free", {"free_memory": True})
             time.sleep(1.0)
@@ -80,7 +80,8 @@ class Results(Mapping[str, Result]):
     def __len__(self) -> int:
         return len(live.NAMES)
 
-    def _settings(self, name: str) -> dict[tuple[str, str], Any]:
+    def choices(self, name: str) -> dict[tuple[str, str], Any]:
+        """The files that other graphs have saved for this one, and small models that only this server has."""
         found: dict[tuple[str, str], Any] = {}
         after = small_world.sidecar(name).get("after")
         if after:

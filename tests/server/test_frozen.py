@@ -59,8 +59,16 @@ def busy(server):
         "sample": {
             "class_type": "KSampler",
             "inputs": {
-                **{"model": ["model", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["size", 0]},
-                **{"seed": 0, "steps": 10_000, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1},
+                "model": ["model", 0],
+                "positive": ["text", 0],
+                "negative": ["text", 0],
+                "latent_image": ["size", 0],
+                "seed": 0,
+                "steps": 10_000,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1,
             },
         },
         "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "busy"}},
