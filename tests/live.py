@@ -12,18 +12,9 @@ from likeness.toolbox.server import Run, Server, environment_from_variables
 
 NAMES = tuple(sorted(path.stem for path in small_world.WORKFLOWS.glob("*.json")))
 PACK = next(iter(small_world.NODE_FOLDERS))
-STEPS, SAMPLING_STEPS = 10, 3
-ITERATIONS = 4  # of a likeness optimisation, which makes a whole picture in each
-# Ten steps on all weights would show no more, and write half a gigabyte each time.
-QUICK = {
-    ("LikenessFineTune", "method"): "LoRA",
-    ("LikenessFineTune", "learning_rate"): 2e-3,
-    ("LikenessRefineEmbedding", "inner_steps"): 2,
-    ("LikenessOptimizeLora", "iterations"): ITERATIONS,
-    ("LikenessOptimizeLora", "grad_steps"): 1,
-}
-EXACT, EXACT_STEPS = ("LikenessInvert", "LikenessRefineEmbedding"), 5  # a number that ddim_uniform keeps to
-STAGED = ("LikenessLoadAdapter",)  # of so many steps, two look at the subject
+# The numbers of toyworld/graphs with which the tests run the graphs: of a training, and of a likeness optimisation.
+STEPS, ITERATIONS = 10, 4
+EXACT_STEPS = 5  # of a sampling, where more than three are needed
 
 
 def start(base: Path, frontend: Path | None = None) -> Server:
@@ -36,15 +27,11 @@ def start(base: Path, frontend: Path | None = None) -> Server:
     return server
 
 
-def lowered(name: str, object_info: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A shipped graph in the small world with few steps."""
-    graph = small_world.shipped(name)
-    quick: dict[tuple[str, str], Any] = {key: value for key, value in QUICK.items() if small_world.has(graph, key[0])}
-    if any(small_world.has(graph, name) for name in EXACT):
-        quick["BasicScheduler", "steps"] = EXACT_STEPS
-    settings = {**quick, **(more.get("settings") or {})}
-    sampling = EXACT_STEPS if any(small_world.has(graph, name) for name in STAGED) else SAMPLING_STEPS
-    return small_world.in_small_world(graph, object_info, STEPS, sampling, settings)
+def lowered(
+    name: str, object_info: dict[str, Any], settings: dict[tuple[str, str], Any] | None = None
+) -> dict[str, Any]:
+    """A shipped graph in the toyworld with few steps."""
+    return small_world.in_small_world(name, object_info, quick=True, more=settings)
 
 
 class Training:

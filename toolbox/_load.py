@@ -1,7 +1,7 @@
 """Loads the pack as the package `likeness`, whatever its folder is called.
 
 ComfyUI has modules called `nodes` and `server`, so neither the project root nor this folder may stand on sys.path.
-Run as a program it starts one of the pack's modules: `python toolbox/_load.py toolbox.compose [arguments]`.
+Run as a program it starts one of the pack's modules: `python toolbox/_load.py toolbox.typecheck [arguments]`.
 """
 
 from __future__ import annotations
@@ -54,5 +54,5 @@ def set_up_and_run(module: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("Give the module to run, for example: toolbox.compose")
+        sys.exit("Give the module to run, for example: toolbox.typecheck")
     sys.exit(run(sys.argv[1], sys.argv[2:]))

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="demo.py", description=main.__doc__)
     parser.add_argument("--serve", action="store_true", help="keep the server running, for the browser")
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: a free one)")
-    parser.add_argument("--steps", type=int, default=small_world.STEPS, help="training steps")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of toyworld/graphs)")
     options = parser.parse_args(arguments)
     environment = environment_from_variables()
     server = Server(environment, BASE, small_world.NODE_FOLDERS, small_world.MODELS, port=options.port)
@@ -66,7 +66,9 @@ def main(arguments: list[str]) -> int:
             raise SystemExit(server.log()[-4000:])
         say(f"ComfyUI runs at {server.url}")
         object_info = server.object_info()
-        graph = small_world.in_small_world(small_world.shipped(NAME), object_info, options.steps)
+        steps = {"steps": options.steps, "save_every": max(1, options.steps // 10)} if options.steps else {}
+        more = {("LikenessTrainEmbedding", widget): value for widget, value in steps.items()}
+        graph = small_world.in_small_world(NAME, object_info, more=more)
         stored = small_world.store_graph(graph, BASE, f"small_world_{NAME}")
         run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
         report(graph, run, source)

@@ -237,7 +237,7 @@ class Server:
         client, start = uuid.uuid4().hex, time.monotonic()
         channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
         try:
-            run = Run(self._queue(prompt, client, extra_data or {}))
+            run = Run(self.queue(prompt, client, extra_data))
             while run.status not in FINISHED:
                 channel.settimeout(max(0.1, start + timeout - time.monotonic()))
                 message = channel.recv()
@@ -251,9 +251,10 @@ class Server:
         run.seconds = time.monotonic() - start
         return run
 
-    def _queue(self, prompt: dict[str, Any], client: str, extra_data: dict[str, Any]) -> str:
+    def queue(self, prompt: dict[str, Any], client: str = "", extra_data: dict[str, Any] | None = None) -> str:
+        """Queue a prompt in API form and return its id. PromptError when it is refused, in whole or in part."""
         try:
-            answer = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra_data})
+            answer = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra_data or {}})
         except urllib.error.HTTPError as error:
             data = json.loads(error.read())
             raise PromptError(data["error"]["message"], data) from None

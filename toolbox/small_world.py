@@ -1,5 +1,6 @@
-"""The shipped graphs in the small world: its models, its pictures, and the settings that take the place of SD1.5's.
+"""The shipped graphs in the toyworld: its models, its images, and the values that take the place of SD1.5's.
 
+The values stand in toyworld/graphs: defaults.json for all graphs, and a file beside it for what one graph needs.
 Standard library only at import; used by the demonstration, the thumbnails and the tests.
 """
 
@@ -21,43 +22,26 @@ if TYPE_CHECKING:
 
 MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
+VALUES, DEFAULTS = ROOT / "toyworld" / "graphs", "defaults"
 NODE_FOLDERS = {"ComfyUI-Likeness": ROOT, "likeness_small_world": ROOT / "toyworld" / "comfyui_nodes"}
 CHECKPOINT = "likeness_small_world.safetensors"
 ADAPTER = CHECKPOINT  # of that name in its own folder
-VISION = {
-    "DINO (identity)": "small_world_measure",
-    "CLIP (prompt)": "small_world_clip",
-    "DINO (reference)": "small_world_measure",
-    "DINO (similarity)": "small_world_dino",
-}
 PLAYED = {
     "LikenessSubjectMask": PLAYER,
     "UNETLoader": "ToyworldLoadModel",
     "DualCLIPLoader": "ToyworldLoadCLIP",
     "VAELoader": "ToyworldLoadVAE",
 }
-SMALL_WORLD, TINY_FLUX = "small world", "random tiny FLUX"  # what the loaders among them give
+SMALL_WORLD = "small world"  # what the loaders among them give, if a graph's values do not say otherwise
 ABSENT = ("LikenessCaption", "LikenessLoadRetrieval")
-SIZE, CFG, SAMPLING_STEPS = 96, 4.0, 20
+SIZE = 96
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
-SOURCE_BACKGROUND, TARGET_BACKGROUND, EDIT_TEXTURE = "grass", "sea", "spotted"
-STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE, STYLE_BACKGROUND = 5, "cup", "yellow", "striped", "night"
+STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE = 5, "cup", "yellow", "striped"
+SOURCE_BACKGROUND, STYLE_BACKGROUND = "grass", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
-SWAPPED_CLASS = "cat"
-EDIT_RATIO = 0.6  # of the steps look at the subject: another one's colours must go
-SWAPS_KIND = ("LikenessRenoise", "LikenessStagedEdit")  # they put a subject in the place of another of its class
 TRAINING_SET, TRAINING_SUBJECTS, TRAINING_PICTURES = "small_world_subjects", 6, 2
-ADAPTER_STEPS, ADAPTER_RATE, LOOK_RATIO = 40, 1e-4, 0.8
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
-STEPS, LEARNING_RATE, REFINING_RATE = 300, 0.02, 0.01  # the small world learns faster than SD1.5
-TURBO_STEPS = 4  # whose first is not taken in an edit
-ITERATIONS, LIKENESS_RATE, LIKENESS_STEPS, GRAD_STEPS = 50, 4e-3, 5, 3
-LIKENESS_CFG = 4.5
-TRAINING_LEVELS = "Steps of the training"  # the node's title
-TUNING_METHOD, TUNING_STEPS, TUNING_RATE, CELLS = "full weights", 500, 2e-4, 24  # it has few weights: all of them
-WHOLE_IMAGE = 0.5  # of the steps, beside patches: so many fewer steps than the paper's 10,000 suffice
-SHIPPED_SIZE, SHIPPED_STEPS, SAVED_STEPS = 512, 1000, (200, 400, 700, 1000)  # of the shipped graphs
 
 Settings = dict[tuple[str, str], Any]
 
@@ -137,147 +121,21 @@ def edited() -> world.Identity:
     return world.identity(EDITED_SEED, SUBJECT_CLASS, EDITED_COLOR, "plain")
 
 
-def texts() -> dict[str, str]:
-    """The prompts of the shipped graphs by their titles. They name class and place, never what is the subject's own."""
-    from ..toyworld import world
-
-    def caption(place: str, *words: str) -> str:
-        return world.caption(subject(), place, (*words, "background"))
-
-    source, target = caption(SOURCE_BACKGROUND), caption(TARGET_BACKGROUND)
-    other = world.caption(style(), STYLE_BACKGROUND, ("background",))
-    kind, trained = f"a photo of a {SUBJECT_CLASS}", f"photo of a sks {SUBJECT_CLASS}"
-    striped = f"a photo of a {SUBJECT_TEXTURE} {SUBJECT_CLASS}"
-    places = {f"Prompt {index}": caption(place) for index, place in enumerate(("sand", "night", "brick"), 1)}
-    textures = ("spotted", "checkered", "plain blue")
-    edits = {
-        title: f"a photo of a {words} {SUBJECT_CLASS}"
-        for titles in (("Edit 1", "Edit 2", "Edit 3"), ("Stylise prompt", "Accessory prompt", "Age prompt"))
-        for title, words in zip(titles, textures, strict=True)
-    }
-    return {
-        "Source prompt": source,
-        "Edit prompt": target,
-        "Prompt of the edit": f"a photo of a {EDIT_TEXTURE} {SUBJECT_CLASS}",
-        "Training prompt": trained,
-        "Content's training prompt": trained,
-        "Training prompt with it": f"photo of a sks {SUBJECT_TEXTURE} {SUBJECT_CLASS}",
-        "Training prompt without it": trained,
-        "Prompt with it": striped,
-        "Prompt without it": f"a photo of a plain {SUBJECT_CLASS}",
-        "Style's training prompt": f"photo of a sks {STYLE_CLASS}",
-        "Prompt for both": f"{kind} {world.BACKGROUNDS[STYLE_BACKGROUND]}",
-        "Prompt": kind,
-        "Prompt of the training": f"{kind} {world.BACKGROUNDS['studio']}",
-        "Prompt to score": target,
-        "Prompt of the new picture": target,
-        "Prompt of the picture": source,
-        "Swapped prompt": source.replace(SUBJECT_CLASS, SWAPPED_CLASS),
-        "Prompt of the picture to change": other,
-        "Prompt of the result": kind,
-        "Prompt of the reference": source,
-        "What the subject is": kind,
-        "Scene": target,
-        "Negative of the first sampling": "",
-        "What comes there": world.caption(edited(), STYLE_BACKGROUND, ("background",)),
-        **places,
-        **edits,
-    }
+def sidecar(name: str) -> dict[str, Any]:
+    """What toyworld/graphs says of a shipped graph, described in its README."""
+    return json.loads((VALUES / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def settings(graph: Graph, steps: int | None = None, sampling_steps: int = SAMPLING_STEPS) -> Settings:
-    """What to change in a shipped graph, of any name, for it to run in the small world.
-
-    steps: of every training, a multiple of 10; without, those that show the effect.
-    """
-    embedding_steps, tuning_steps = steps or STEPS, steps or TUNING_STEPS
-    wanted: Settings = {
-        ("CheckpointLoaderSimple", "ckpt_name"): CHECKPOINT,
-        ("LoadImage", "image"): PICTURE,
-        ("Picture of the style", "image"): STYLE_PICTURE,
-        ("Picture to change", "image"): EDITED_PICTURE
-        if any(has(graph, name) for name in SWAPS_KIND)
-        else STYLE_PICTURE,
-        ("Picture 2 of the subject", "image"): SECOND_PICTURE,
-        **{(title, "cfg"): CFG for title in ("LikenessNullText", "LikenessReferenceGuide")},
-        ("LikenessRefineEmbedding", "learning_rate"): REFINING_RATE,
-        **swaps("Replace", SUBJECT_CLASS, SWAPPED_CLASS),
-        **swaps("Replace by the word", STYLE_CLASS, SUBJECT_CLASS),
-        **swaps("Replace by the subject", STYLE_CLASS, SUBJECT_CLASS),
-        ("KSampler", "steps"): sampling_steps,
-        ("KSampler", "cfg"): CFG,
-        ("BasicScheduler", "steps"): TURBO_STEPS if has(graph, "LikenessRenoise") else sampling_steps,
-        ("CFGGuider", "cfg"): CFG,
-        ("LikenessGuider", "cfg"): CFG,
-        ("LikenessTrainEmbedding", "steps"): embedding_steps,
-        ("LikenessTrainEmbedding", "learning_rate"): LEARNING_RATE,
-        ("LikenessTrainEmbedding", "save_every"): max(1, embedding_steps // 10),
-        (TRAINING_LEVELS, "steps"): min(sampling_steps, LIKENESS_STEPS),
-        (TRAINING_LEVELS, "scheduler"): "normal",
-        **({("LikenessOptimizeLora", "cfg"): LIKENESS_CFG} if any(map(guided, graph["nodes"])) else {}),
-        **({("Optimize", "grad_steps"): min(sampling_steps, GRAD_STEPS)} if has(graph, TRAINING_LEVELS) else {}),
-        ("LikenessOptimizeLora", "iterations"): steps or ITERATIONS,
-        ("LikenessOptimizeLora", "learning_rate"): LIKENESS_RATE,
-        ("LikenessOptimizeLora", "text_rate"): LIKENESS_RATE / 1000,
-        ("LikenessFineTune", "method"): TUNING_METHOD,
-        ("LikenessFineTune", "steps"): tuning_steps,
-        ("LikenessFineTune", "learning_rate"): TUNING_RATE,
-        ("LikenessFineTune", "resolution"): SIZE,
-        ("LikenessFineTune", "crops"): min(tuning_steps, SHIPPED_STEPS),
-        ("Learn patches of the picture", "whole_image"): WHOLE_IMAGE,
-        ("LikenessPositionMap", "cells"): CELLS,
-        ("LikenessLoadAdapter", "name"): ADAPTER,
-        ("LikenessEncodeSubject", "size"): SIZE,
-        ("LikenessTrainAdapter", "folder"): TRAINING_SET,
-        ("LikenessTrainAdapter", "size"): SIZE,
-        ("LikenessTrainAdapter", "steps"): steps or ADAPTER_STEPS,
-        ("LikenessTrainAdapter", "learning_rate"): ADAPTER_RATE,
-        **{(title, "split_ratio"): LOOK_RATIO for title in ("Look as it was", "Look as trained")},
-        ("SamplerCustom", "cfg"): CFG,
-        ("LikenessStagedSampler", "steps"): sampling_steps,
-        ("LikenessStagedSampler", "cfg"): CFG,
-        ("LikenessStagedEdit", "steps"): sampling_steps,
-        ("LikenessStagedEdit", "split_ratio"): EDIT_RATIO,
-        ("A little room", "expand"): 2,
-        ("Last 40 %", "step"): sampling_steps * 3 // 5,
-        **{(f"After {saved} steps", "step"): max(1, embedding_steps * saved // SHIPPED_STEPS) for saved in SAVED_STEPS},
-        **{(title, "name"): name for title, name in VISION.items()},
-        **{key: value for node in graph["nodes"] for key, value in sizes(node)},
-        **{(title, text_input(graph, title)): text for title, text in texts().items()},
-    }
-    if has(graph, "LikenessRenoise"):
-        wanted["Prompt of the picture to change", "text"] = f"a photo of a {SUBJECT_CLASS} at night"
-    return {key: value for key, value in wanted.items() if has(graph, key[0])}
-
-
-def guided(node: Mapping[str, Any]) -> bool:
-    """Whether this is a likeness optimisation with a negative prompt; no model of the small world does without one."""
-    wanted = node["type"] == "LikenessOptimizeLora"
-    return wanted and any(entry["name"] == "negative" and entry["link"] is not None for entry in node["inputs"])
-
-
-def swaps(title: str, word: str, replacement: str) -> Settings:
-    """The words of a LikenessReplaceSubject."""
-    return {(title, "word"): word, (title, "replacement"): replacement}
-
-
-def sizes(node: Mapping[str, Any]) -> list[tuple[tuple[str, str], int]]:
-    """Widths and heights of a shipped node, as much smaller as the small world's pictures are."""
-    empty = ("EmptyLatentImage", "EmptyHunyuanImageLatent", "EmptySD3LatentImage")
-    first = {"ImageScale": 1, **dict.fromkeys(empty, 0)}.get(node["type"])
-    if first is None:
-        return []
-    values = node["widgets_values"][first : first + 2]
-    key = node.get("title") or node["type"]
-    return [
-        ((key, name), value * SIZE // SHIPPED_SIZE) for name, value in zip(("width", "height"), values, strict=True)
-    ]
-
-
-def text_input(graph: Graph, title: str) -> str:
-    """The name of the widget that holds the prompt in the node of this title."""
-    types = {node["type"] for node in graph["nodes"] if node.get("title") == title}
-    return "value" if "PrimitiveStringMultiline" in types else "text"
+def settings(name: str, graph: Graph, quick: bool = False) -> Settings:
+    """The widget values for a shipped graph, or an older version of it; quick: with so few steps that it only runs."""
+    merged: Settings = {}
+    for kind in ("toyworld", "quick") if quick else ("toyworld",):
+        for source in (DEFAULTS, name):
+            for node, widgets in sidecar(source).get(kind, {}).items():
+                for widget, value in widgets.items() if has(graph, node) else ():
+                    merged.pop((node, widget), None)  # a later value also comes after those for other names of the node
+                    merged[node, widget] = value
+    return merged
 
 
 def has(graph: Graph, name: str) -> bool:
@@ -291,30 +149,26 @@ def shipped(name: str) -> Graph:
 
 
 def in_small_world(
-    graph: Graph,
+    name: str,
     object_info: ObjectInfo,
-    steps: int | None = None,
-    sampling_steps: int = SAMPLING_STEPS,
+    quick: bool = False,
     more: Mapping[tuple[str, str], Any] | None = None,
+    graph: Graph | None = None,
 ) -> Graph:
-    """The graph with the small world's models, sizes and prompts, and with the judge's masks at the scores."""
-    graph = played(switched_on(graph))
-    changes = {**settings(graph, steps, sampling_steps), **(more or {})}
-    return with_subject_masks(adapt(graph, changes, object_info))
+    """A shipped graph with the toyworld's models, sizes and prompts, and with the judge's masks at the scores.
+
+    more: further widget values. graph: another version of the graph of this name.
+    """
+    graph = played(switched_on(graph or shipped(name)))
+    return with_subject_masks(adapt(graph, {**settings(name, graph, quick), **(more or {})}, object_info))
 
 
 def switched_on(graph: Graph) -> Graph:
     """The graph with the groups that are shipped bypassed, except those that need a model which is not there."""
     absent = {node["id"] for node in graph["nodes"] if node["type"] in ABSENT}
     absent |= {link[3] for link in graph["links"] if link[1] in absent}
-    modes = {BYPASSED: 0}
-    return {
-        **graph,
-        "nodes": [
-            node if node["id"] in absent else {**node, "mode": modes.get(node["mode"], node["mode"])}
-            for node in graph["nodes"]
-        ],
-    }
+    off = {node["id"] for node in graph["nodes"] if node["mode"] == BYPASSED} - absent
+    return {**graph, "nodes": [{**node, "mode": 0} if node["id"] in off else node for node in graph["nodes"]]}
 
 
 def played(graph: Graph) -> Graph:
@@ -326,21 +180,6 @@ def played(graph: Graph) -> Graph:
             player = PLAYED[node["type"]]
             node |= {"type": player, "inputs": taken, "widgets_values": [] if player == PLAYER else [SMALL_WORLD]}
             node["properties"] = {"Node name for S&R": player}
-    return graph
-
-
-def without_sana(graph: Graph) -> Graph:
-    """The graph with the small world's checkpoint in the place of Sana, which has no small form that was trained."""
-    if not has(graph, "LikenessLoadSana"):
-        return graph
-    graph = copy.deepcopy(graph)
-    for node in graph["nodes"]:
-        if node["type"] == "LikenessLoadSana":
-            node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [CHECKPOINT]}
-        elif node["type"] == "EmptyHunyuanImageLatent":
-            node["type"] = "EmptyLatentImage"
-        elif node["type"] == "BasicScheduler":
-            node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
     return graph
 
 

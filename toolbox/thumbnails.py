@@ -1,10 +1,14 @@
-"""Makes the pictures of the template list: `python toolbox/thumbnails.py` runs the graphs in the small world."""
+"""Makes the images of the template list: `python toolbox/thumbnails.py` runs the graphs in the toyworld.
+
+Which results an image shows is said in toyworld/graphs, under "thumbnail".
+"""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,41 +18,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TILE, QUALITY = 192, 90
-TITLES = {
-    "hiper_train_and_edit": ("Edit without the subject", "Edit with the subject"),
-    "hiper_load_and_reuse": ("Result 1", "Result 2", "Result 3"),
-    "hiper_pick_the_step": ("All steps",),
-    "sine_edit": ("Base model alone", "Tuned model alone", "Guided edit"),
-    "sine_load_and_edit": ("Result 1", "Result 2", "Result 3"),
-    "sine_sweep": ("Grid",),
-    "sine_faces": ("Stylise", "Accessory", "Age"),
-    "sine_edit_wide": ("Wide, base model alone", "Wide, guided edit"),
-    "sine_stock_loader": ("Guided edit",),
-    "sine_style_transfer": ("Content alone", "Content and style"),
-    "sine_style_generation": ("Without the style", "In the style"),
-    "sine_remove_content": ("Still there", "Removed"),
-    "invert_and_reconstruct": ("Autoencoder alone", "Back: plain", "Back: null-text", "Back: direct"),
-    "invert_and_edit": ("Picture and edit",),
-    "hifi_train_subject": ("Prompt alone", "One embedding", "Step-wise embedding"),
-    "hifi_reference_guided": ("Unguided", "Guided by the reference"),
-    "hifi_replace_subject": ("Picture and replaced subject",),
-    "siso_generate": ("Without the LoRA", "With the LoRA"),
-    "siso_sdxl_turbo": ("Without the LoRA", "With the LoRA"),
-    "siso_flux": ("Without the LoRA", "With the LoRA"),
-    "siso_references": ("Without the LoRA", "With the LoRA"),
-    "siso_sana": ("Without the LoRA", "With the LoRA"),
-    "siso_reuse": ("Result 1", "Result 2", "Result 3"),
-    "siso_edit_sdxl_turbo": ("Picture again", "Edited picture"),
-    "siso_edit_sd_turbo": ("Picture again", "Edited picture"),
-    "ezigen_generate": ("Prompt alone", "Result"),
-    "ezigen_steps": ("After the first sampling", "After loop 1", "After loop 3"),
-    "ezigen_person": ("Result",),
-    "ezigen_any_picture": ("Scene of the other model", "Result"),
-    "ezigen_edit": ("Edited picture",),
-    "ezigen_train_adapter": ("Prompt alone", "Adapter as it was", "Trained adapter"),
-    "ezigen_with_hiper_and_sine": ("Prompt alone", "With the rows", "Guided too", "All three"),
-    "hifi_ablation": ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference"),
-}
 
 
 def montage(pictures: list[Any]) -> Any:
@@ -69,20 +38,44 @@ def montage(pictures: list[Any]) -> Any:
     return sheet
 
 
+def without_sana(graph: Graph, checkpoint: str) -> Graph:
+    """The graph with the toyworld's checkpoint in the place of Sana, which has no small form that was trained."""
+    if not any(node["type"] == "LikenessLoadSana" for node in graph["nodes"]):
+        return graph
+    for node in graph["nodes"]:
+        if node["type"] == "LikenessLoadSana":
+            node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [checkpoint]}
+        elif node["type"] == "EmptyHunyuanImageLatent":
+            node["type"] = "EmptyLatentImage"
+        elif node["type"] == "BasicScheduler":
+            node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
+    return graph
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The graphs, each behind the one that saves what it loads."""
+    from .small_world import sidecar
+
+    wanted = set(names)
+    pairs = [(sidecar(name).get("after", {}).get("graph"), name) for name in sorted(wanted)]
+    return list(dict.fromkeys(name for pair in pairs for name in pair if name in wanted))
+
+
 def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
     """The pictures that the graph loads, then its results; of a sweep its sheet alone."""
     from PIL import Image
 
     from . import small_world
 
-    results = [picture for title in TITLES[name] for picture in server.images(run, small_world.node_id(graph, title))]
+    titles = small_world.sidecar(name)["thumbnail"]
+    results = [picture for title in titles for picture in server.images(run, small_world.node_id(graph, title))]
     if "LikenessSweepPlot" in {node["type"] for node in graph["nodes"]}:
         return results
     loaded = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
     return [*(Image.open(server.base / "input" / file) for file in loaded or [small_world.PICTURE]), *results]
 
 
-def make(names: list[str], steps: int | None) -> None:
+def make(names: list[str], quick: bool) -> None:
     """Run the graphs one after the other, the saving one before the loading one, and write their pictures."""
     from . import small_world
     from .demonstration import Narrator
@@ -95,10 +88,10 @@ def make(names: list[str], steps: int | None) -> None:
     server = Server(environment_from_variables(), base, small_world.NODE_FOLDERS, small_world.MODELS)
     small_world.draw_subject(base / "input")
     with server:
-        for name in names:
+        for name in in_order(names):
             object_info = server.object_info()
-            shipped = small_world.without_sana(small_world.shipped(name))
-            graph = small_world.in_small_world(shipped, object_info, steps)
+            shipped = without_sana(small_world.shipped(name), small_world.CHECKPOINT)
+            graph = small_world.in_small_world(name, object_info, quick, graph=shipped)
             run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
             path = small_world.WORKFLOWS / f"{name}.jpg"
             montage(pictures_of(name, server, graph, run)).save(path, quality=QUALITY)
@@ -108,10 +101,10 @@ def make(names: list[str], steps: int | None) -> None:
 def main(arguments: list[str]) -> int:
     """Make the thumbnails anew; started in the sandbox's Python by the lines below."""
     parser = argparse.ArgumentParser(prog="thumbnails.py", description=main.__doc__)
-    parser.add_argument("names", nargs="*", default=list(TITLES), help="graphs (default: all)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps, a multiple of 10")
+    parser.add_argument("names", nargs="*", help="graphs (default: all)")
+    parser.add_argument("--quick", action="store_true", help="with the few steps of the tests, to try it")
     options = parser.parse_args(arguments)
-    make(options.names, options.steps)
+    make(options.names or [path.stem for path in (ROOT / "workflows").glob("*.json")], options.quick)
     return 0
 
 

@@ -13,24 +13,6 @@ from likeness.toolbox.graph import active_nodes, convert
 
 from .. import live, tiny_sana
 
-SWEPT = {("LikenessSweep", "base_weights"): "0.3, 0.7", ("LikenessSweep", "end_percents"): "0.6, 0.8"}
-TINY_FLUX = {(title, "kind"): small_world.TINY_FLUX for title in ("Model", "Text encoders", "Autoencoder")}
-SETTINGS: dict[str, dict[tuple[str, str], Any]] = {
-    "sine_sweep": SWEPT,
-    "sine_load_and_edit": {("Edit 1", "text"): small_world.texts()["Prompt of the edit"]},
-    "siso_flux": TINY_FLUX,
-}
-# graph: (the graph that runs before it, what saves there, where the file is chosen here)
-AFTER: dict[str, tuple[str, str, tuple[str, str]]] = {
-    "hiper_load_and_reuse": ("hiper_train_and_edit", "", ("", "")),
-    "hiper_pick_the_step": ("hiper_train_and_edit", "", ("", "")),
-    "sine_load_and_edit": ("sine_edit", "Save the tuned model", ("Saved model", "name")),
-    "sine_stock_loader": ("sine_edit_wide", "Save the tuned model", ("Saved model", "lora_name")),
-    "hifi_ablation": ("hifi_train_subject", "", ("", "")),
-    "hifi_reference_guided": ("hifi_train_subject", "Save the subject", ("Saved subject", "name")),
-    "hifi_replace_subject": ("hifi_train_subject", "Save the subject", ("Saved subject", "name")),
-    "siso_reuse": ("siso_generate", "Save the LoRA", ("Saved LoRA", "lora_name")),
-}
 UNWANTED = ("Traceback", "ERROR", "WARNING", "Warning", "deprecated", "lora key not loaded")
 # A stock loader says of a file that was tuned on patches what it does not know.
 SAID = "lora key not loaded: likeness.needs_position_map"
@@ -85,7 +67,7 @@ class Results(Mapping[str, Result]):
 
     def __getitem__(self, name: str) -> Result:
         if name not in self._done:
-            settings = self._settings(name)
+            settings = self.choices(name)
             # What other tests have run must not be served from the cache: the run's events are looked at.
             self._server.post("/free", {"free_memory": True})
             time.sleep(1.0)
@@ -98,13 +80,15 @@ class Results(Mapping[str, Result]):
     def __len__(self) -> int:
         return len(live.NAMES)
 
-    def _settings(self, name: str) -> dict[tuple[str, str], Any]:
-        found = dict(SETTINGS.get(name, {}))
-        if name in AFTER:
-            maker, title, widget = AFTER[name]
-            made = self[maker]
-            if title:
-                found[widget] = made.text(title).splitlines()[0]
+    def choices(self, name: str) -> dict[tuple[str, str], Any]:
+        """The files that other graphs have saved for this one, and small models that only this server has."""
+        found: dict[tuple[str, str], Any] = {}
+        after = small_world.sidecar(name).get("after")
+        if after:
+            made = self[after["graph"]]
+            if "saved by" in after:
+                node, widget = after["chosen in"]
+                found[node, widget] = made.text(after["saved by"]).splitlines()[0]
         if name == "siso_sana":
             found |= tiny_sana.in_server(self._server)
         return found

@@ -2,40 +2,107 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 
 from likeness.toolbox import small_world
-from likeness.toolbox.graph import active_nodes, convert, load
+from likeness.toolbox.freeze import KEPT
+from likeness.toolbox.graph import NOTES, Graph, active_nodes, convert, load
+from likeness.toolbox.server import PromptError
 
-from .. import live
+from .. import live, tiny_sana
 
-RELEASES = Path(__file__).resolve().parents[1] / "data" / "graphs"
-FROZEN = sorted(RELEASES.glob("*/*.json"))
-
-
-def is_shipped(path: Path) -> bool:
-    """Whether the graph is still shipped in the very same form; then test_graphs runs it."""
-    current = small_world.WORKFLOWS / path.name
-    return current.is_file() and current.read_bytes() == path.read_bytes()
+FOLDER = small_world.ROOT / KEPT
+FROZEN = {name: load(FOLDER / f"{name}.json") for name in json.loads((FOLDER / "index.json").read_text())}
+PLACEHOLDER = "likeness/frozen.safetensors"  # in place of what another graph saves
 
 
-def test_this_release_is_frozen():
-    """A graph that is shipped must also be kept: copy workflows/*.json to tests/data/graphs/<version>/ at release."""
-    newest = max((path.parent for path in FROZEN), key=lambda folder: [int(part) for part in folder.name.split(".")])
-    assert {path.stem for path in newest.glob("*.json")} >= set(live.NAMES)
+def wiring(graph: Graph) -> list[tuple[str, list[str]]]:
+    """Which nodes a graph has, and what is connected to each."""
+    return sorted(
+        (node["type"], sorted(entry["name"] for entry in node.get("inputs", []) if entry.get("link") is not None))
+        for node in graph["nodes"]
+        if node["type"] not in NOTES
+    )
 
 
-@pytest.mark.parametrize("path", FROZEN, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_frozen_graph_opens_and_runs(server, path):
-    object_info = server.object_info()
-    graph = load(path)
-    assert convert(graph, object_info), "nothing is left of the graph"
-    if is_shipped(path):
-        return
-    lowered = small_world.in_small_world(graph, object_info, live.STEPS, live.SAMPLING_STEPS)
-    run = server.run(convert(lowered, object_info))
-    assert run.status == "execution_success"
-    expected = {str(node["id"]) for node in active_nodes(lowered) if object_info[node["type"]].get("output_node")}
-    assert expected <= set(run.outputs), "a part of the graph did not run"
+def in_server(server, object_info, name: str) -> Graph:
+    """A frozen graph with values that the server can take."""
+    title = name.partition(".")[0]
+    chosen = small_world.sidecar(title).get("after", {}).get("chosen in")
+    more = {tuple(chosen): PLACEHOLDER} if chosen else {}
+    if title == "siso_sana":
+        more |= tiny_sana.in_server(server)
+    return small_world.in_small_world(title, object_info, quick=True, more=more, graph=FROZEN[name])
+
+
+@pytest.fixture
+def saved_files(server):
+    """Empty files in the place of those that other graphs save."""
+    paths = [server.base / "models" / folder / PLACEHOLDER for folder in ("likeness_embeddings", "loras")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    yield
+    for path in paths:
+        path.unlink()
+
+
+@pytest.fixture
+def busy(server):
+    """A queue with work for long: what is posted meanwhile is validated by ComfyUI and does not run."""
+    prompt = {
+        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": small_world.CHECKPOINT}},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
+        "size": {"class_type": "EmptyLatentImage", "inputs": {"width": 96, "height": 96, "batch_size": 1}},
+        "sample": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["model", 0],
+                "positive": ["text", 0],
+                "negative": ["text", 0],
+                "latent_image": ["size", 0],
+                "seed": 0,
+                "steps": 10_000,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1,
+            },
+        },
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "busy"}},
+    }
+    server.post("/prompt", {"prompt": prompt})
+    yield
+    assert server.get("/queue")["queue_running"], "the queue became free, and frozen graphs began to run"
+    server.post("/queue", {"clear": True})
+    server.interrupt()
+    server.wait_idle()
+
+
+@pytest.mark.usefixtures("saved_files", "busy")
+def test_frozen_graphs_open_and_are_valid(server):
+    object_info, refused = server.object_info(), {}
+    for name, graph in FROZEN.items():
+        assert convert(graph, object_info), f"{name}: nothing is left of the graph"
+        prompt = convert(in_server(server, object_info, name), object_info)
+        try:
+            server.queue(prompt)
+        except PromptError as error:
+            refused[name] = error.sentences()
+    assert not refused
+
+
+@pytest.mark.usefixtures("saved_files")
+def test_what_no_shipped_graph_does_any_more_still_runs(server, results):
+    """A frozen graph that is wired as the present one is not run again: test_graphs runs that."""
+    for name, graph in FROZEN.items():
+        title = name.partition(".")[0]
+        if title in live.NAMES and wiring(graph) == wiring(small_world.shipped(title)):
+            continue
+        object_info = server.object_info()
+        lowered = small_world.in_small_world(title, object_info, quick=True, more=results.choices(title), graph=graph)
+        run = server.run(convert(lowered, object_info))
+        expected = {str(node["id"]) for node in active_nodes(lowered) if object_info[node["type"]].get("output_node")}
+        assert run.status == "execution_success" and expected <= set(run.outputs), f"a part of {name} did not run"
