@@ -1,4 +1,4 @@
-"""The pages of docs/methods: every equation leads to the line of its function, every file of a room stands on its page."""
+"""The pages of docs/methods: an equation leads to the line of its function, and every file of a room is named."""
 
 from __future__ import annotations
 
