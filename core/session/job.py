@@ -37,7 +37,11 @@ class Job(abc.ABC):
     shows_image: ClassVar[bool] = False
     """update() returns an image [1, 3, H, W] in 0..1 instead of a denoised latent."""
 
-    if TYPE_CHECKING:  # a field of the method's dataclass, or a property
+    if TYPE_CHECKING:  # fields of the method's dataclass, or properties
+
+        @property
+        def steps(self) -> int:
+            """Updates asked for; the fit may say that it is done before."""
 
         @property
         def model(self) -> Any:
@@ -51,11 +55,6 @@ class Job(abc.ABC):
     def one_result(self) -> bool:
         """Whether the run keeps its last result only, because it is large."""
         return False
-
-    @property
-    @abc.abstractmethod
-    def steps(self) -> int:
-        """Updates asked for; the fit may say that it is done before."""
 
     @property
     def keeping(self) -> Keeping:
