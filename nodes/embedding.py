@@ -80,7 +80,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessTrainEmbedding",
-            display_name="Train Subject Embedding",
+            display_name="Train Subject Embedding (HiPer)",
             category="likeness/embedding",
             description="Learns a subject from one picture as a few token vectors at the end of the prompt (HiPer, "
             "akin to textual inversion). The model itself stays as it is.",

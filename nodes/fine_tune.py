@@ -19,7 +19,7 @@ class LikenessFineTune(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessFineTune",
-            display_name="Fine-Tune On Picture",
+            display_name="Fine-Tune On Picture (SINE)",
             category="likeness/fine_tune",
             description="Teaches a model one picture under one fixed prompt, whole or in patches with a position map "
             "(SINE), so that Subject Guidance can edit that picture. As a LoRA or as a fine-tune of all weights.",

@@ -120,7 +120,7 @@ class LikenessGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessGuidance",
-            display_name="Subject Guidance",
+            display_name="Subject Guidance (SINE)",
             category="likeness/guidance",
             description="Lets a model that was tuned on one picture guide the base model while the picture's layout "
             "is decided (SINE): the edit prompt is obeyed, the picture is kept. For KSampler and any guider; "

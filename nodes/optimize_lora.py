@@ -22,7 +22,7 @@ class LikenessOptimizeLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessOptimizeLora",
-            display_name="Optimize LoRA",
+            display_name="Optimize LoRA (SISO)",
             category="likeness/similarity",
             description="Makes a picture again and again from the same noise, and after each one moves a LoRA so that "
             "the next is more like the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the LoRA works "

@@ -17,7 +17,7 @@ class LikenessReferenceGuide(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessReferenceGuide",
-            display_name="Reference Guide",
+            display_name="Reference Guide (HiFi Tuner)",
             category="likeness/reference",
             description="Samples a picture whose subject takes up the details of an inverted reference picture (HiFi "
             "Tuner): in part of the sampling the negative prompt inside the mask is optimised until the steps meet the "

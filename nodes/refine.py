@@ -19,7 +19,7 @@ class LikenessRefineEmbedding(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessRefineEmbedding",
-            display_name="Refine Subject Embedding",
+            display_name="Refine Subject Embedding (HiFi Tuner)",
             category="likeness/embedding",
             description="Goes on training an embedding for each denoising step on its own, from the noisiest one on "
             "(HiFi Tuner), so that early steps hold shape and late ones detail.",

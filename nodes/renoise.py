@@ -18,7 +18,7 @@ class LikenessRenoise(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessRenoise",
-            display_name="Invert For Few Steps",
+            display_name="Invert For Few Steps (ReNoise)",
             category="likeness/inversion",
             description="Finds the noise that a picture would have come from in a few steps of a turbo model "
             "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with this sampler "

@@ -16,7 +16,7 @@ class LikenessReplaceSubject(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessReplaceSubject",
-            display_name="Replace Subject",
+            display_name="Replace Subject (Prompt-to-Prompt)",
             category="likeness/reference",
             description="Exchanges a word of the prompt that a picture was inverted with, while everything else looks "
             "where it looked in the picture. Sample without adding noise, with the euler sampler and the SIGMAS of the "

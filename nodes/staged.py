@@ -81,7 +81,7 @@ class LikenessStagedSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessStagedSampler",
-            display_name="Staged Sampler",
+            display_name="Staged Sampler (EZIGen)",
             category="likeness/adapter",
             description="Samples a subject in stages (EZIGen): the text lays the picture out, the subject appears in "
             "it, and both last steps are done again until two pictures in a row are alike.",
@@ -192,7 +192,7 @@ class LikenessStagedEdit(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessStagedEdit",
-            display_name="Staged Edit",
+            display_name="Staged Edit (EZIGen)",
             category="likeness/adapter",
             description="Puts a subject into a masked place of a picture (EZIGen). The picture is inverted, and "
             "outside of the mask its own latents are put back behind every step.",

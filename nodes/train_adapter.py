@@ -19,7 +19,7 @@ class LikenessTrainAdapter(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessTrainAdapter",
-            display_name="Train Subject Adapter",
+            display_name="Train Subject Adapter (EZIGen)",
             category="likeness/adapter",
             description="Trains EZIGen's adapter on a folder of pictures of many subjects, so that it reads subjects "
             "of that kind better. The model itself stays as it is. For large sets there is a command-line trainer.",
