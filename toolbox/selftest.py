@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
     import comfy.sd
     import torch
 
-    from ..core.host import selftest as selftest
     from ..core.vision.host import vision
+    from . import gradients
 
     with torch.inference_mode():
         if options.checkpoint:
@@ -45,17 +45,17 @@ def main(arguments: list[str]) -> int:
         found = [
             check(model, prompt, latent, checkpointing=checkpointing)
             for check in (
-                selftest.check_conditioning,
-                selftest.check_latent,
-                selftest.check_lora,
-                functools.partial(selftest.check_lora, clip=clip),
-                functools.partial(selftest.check_weights, clip=clip),
+                gradients.check_conditioning,
+                gradients.check_latent,
+                gradients.check_lora,
+                functools.partial(gradients.check_lora, clip=clip),
+                functools.partial(gradients.check_weights, clip=clip),
             )
             for checkpointing in (False, True)
         ]
-        found += [selftest.check_vae_decode(vae, latent), selftest.check_clip_text(clip)]
+        found += [gradients.check_vae_decode(vae, latent), gradients.check_clip_text(clip)]
         if options.vision:
-            found.append(vision.check_vision(vision.load_vision(options.vision), torch.rand(1, 96, 96, 3)))
+            found.append(gradients.check_vision(vision.load_vision(options.vision), torch.rand(1, 96, 96, 3)))
     for check in found:
         verdict = "right" if check.relative_error < LIMIT else "WRONG"
         values = f"backward {check.analytic:.5g}, differences {check.numeric:.5g}, error {check.relative_error:.2%}"

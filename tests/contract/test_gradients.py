@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.toolbox import gradients
+
 from .. import tiny_models
 
 LIMIT = 0.01
@@ -15,9 +17,8 @@ MODELS = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
 @pytest.mark.parametrize("family", MODELS)
 def test_through_the_model(family, what, checkpointing):
-    from likeness.core.host import selftest
 
-    check = getattr(selftest, f"check_{what}")
+    check = getattr(gradients, f"check_{what}")
     with torch.inference_mode():
         model, prompt = MODELS[family][0](), tiny_models.prompt(family, 1)
         channels = model.model.latent_format.latent_channels
@@ -30,7 +31,6 @@ def test_through_the_model(family, what, checkpointing):
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16, torch.bfloat16], ids=str)
 def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch):
     """Stored in fp8 or half precision and computed in float32: the same gradient, without a second copy of them."""
-    from likeness.core.host import selftest
     from likeness.core.session import weights
 
     def check(layers: int):
@@ -43,7 +43,7 @@ def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch
             model.set_model_compute_dtype(torch.float32)
             latent = torch.randn(1, model.model.latent_format.latent_channels, 8, 8)
             latent.copy_(torch.linspace(-1, 1, latent.numel()).view_as(latent))
-            found = selftest.check_lora(model, tiny_models.prompt(family, 1), latent)
+            found = gradients.check_lora(model, tiny_models.prompt(family, 1), latent)
         assert len([value for value in copied if value.ndim > 1 and value.dtype == stored]) == layers
         return found
 
@@ -66,7 +66,6 @@ def test_a_forward_that_another_pack_has_set_comes_back():
 
 
 def test_through_the_models_blocks_a_control_net_writes_to():
-    from likeness.core.host import selftest
     from nodes import ControlNetApplyAdvanced
 
     from .methods import run_node
@@ -80,38 +79,35 @@ def test_through_the_models_blocks_a_control_net_writes_to():
         controlled = run_node(ControlNetApplyAdvanced, **inputs, strength=1.0, start_percent=0.0, end_percent=1.0)[0]
         latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         for checkpointing in (False, True):
-            found = selftest.check_conditioning(tiny_models.sd1(), controlled, latent, checkpointing=checkpointing)
+            found = gradients.check_conditioning(tiny_models.sd1(), controlled, latent, checkpointing=checkpointing)
             assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", ["taesd", "kl_autoencoder"])
 def test_through_the_autoencoder(kind, checkpointing):
-    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(3))
-        found = selftest.check_vae_decode(getattr(tiny_models, kind)(), latent, checkpointing=checkpointing)
+        found = gradients.check_vae_decode(getattr(tiny_models, kind)(), latent, checkpointing=checkpointing)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
 def test_through_the_text_encoder():
-    from likeness.core.host import selftest
 
-    found = selftest.check_clip_text(tiny_models.clip_l())
+    found = gradients.check_clip_text(tiny_models.clip_l())
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["lora", "weights"])
 def test_through_model_and_text_encoder_together(what, checkpointing):
-    from likeness.core.host import selftest
 
     model, clip = tiny_models.sd1(), tiny_models.clip_l()
     before = dict(clip.cond_stage_model.named_parameters())
     with torch.inference_mode():
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
-        check = getattr(selftest, f"check_{what}")
+        check = getattr(gradients, f"check_{what}")
         found = check(model, tiny_models.prompt("sd1", 1), latent, checkpointing=checkpointing, clip=clip)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
     after = dict(clip.cond_stage_model.named_parameters())
@@ -119,18 +115,17 @@ def test_through_model_and_text_encoder_together(what, checkpointing):
 
 
 def test_through_the_pooled_vector_of_two_text_encoders():
-    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
-        found = selftest.check_lora(
+        found = gradients.check_lora(
             tiny_models.sdxl(), tiny_models.prompt("sdxl", 1), latent, clip=tiny_models.clip_xl()
         )
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
 def test_the_check_itself_notices_a_wrong_gradient():
-    from likeness.core.gradcheck import gradient_check
+    from likeness.toolbox.gradcheck import gradient_check
 
     point = torch.linspace(-1, 1, 12)
     right = gradient_check("right", lambda x: (x**3).sum(), point)

@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 
+from likeness.toolbox import gradients
+
 from ..vision.models import clip_folder
 from .sana import CFG, PROMPT, SEED, SHAPE, empty, levels, pictured, reference
 from .test_contract import forget_runs
@@ -17,22 +19,20 @@ LIMIT = 0.01
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora"])
 def test_gradients_through_the_model(sana, sana_prompts, what, checkpointing):
-    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-        check = getattr(selftest, f"check_{what}")
+        check = getattr(gradients, f"check_{what}")
         found = check(sana.model, sana_prompts[0], latent, checkpointing=checkpointing)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_gradients_through_the_autoencoder(sana, checkpointing):
-    from likeness.core.host import selftest
 
     with torch.inference_mode():
         latent = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-        found = selftest.check_vae_decode(sana.vae, latent, checkpointing=checkpointing)
+        found = gradients.check_vae_decode(sana.vae, latent, checkpointing=checkpointing)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 

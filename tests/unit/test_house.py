@@ -108,7 +108,6 @@ def test_nodes_import_of_comfyui_nothing_but_its_node_interface():
 
 def test_shared_rooms_know_no_method():
     shared = [path for path in core_files() if path.relative_to(ROOT / "core").parts[0] not in METHODS]
-    shared = [path for path in shared if not short(path).startswith("core/host/")]  # the self-test runs the methods
     wrong = [
         f"{short(path)}:{line} imports {name}"
         for path in shared

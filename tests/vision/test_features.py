@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from likeness.core.session.weights import layers_checkpointed
 from likeness.core.vision.host.vision import (
-    check_vision,
     describe,
     embed,
     features,
@@ -19,6 +18,7 @@ from likeness.core.vision.host.vision import (
     text_missing,
 )
 from likeness.core.vision.preprocess import Preprocess
+from likeness.toolbox.gradients import check_vision
 
 from .models import CLIP_SIDE, clip_folder, core_vision, dino_folder, open_clip_file, pictures
 from .test_retrieval import published

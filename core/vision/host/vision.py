@@ -18,9 +18,8 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...gradcheck import GradientCheck, gradient_check
 from ...session import folders
-from ...session.weights import gradients, layers_checkpointed, load_fully, out_of_place, thawed
+from ...session.weights import gradients, load_fully, out_of_place, thawed
 from ..preprocess import Preprocess
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
@@ -175,16 +174,6 @@ def describe(vision: Any) -> str:
     sizes = next(iter(vision.model.state_dict().values())).shape[-1]
     kind = "DINOv2" if "Dino" in type(vision.model).__name__ else "CLIP vision"
     return f"{kind} from CLIP_VISION ({type(vision.model).__name__}, width {sizes}, {vision.image_size} px)"
-
-
-def check_vision(vision: Any, pixels: Tensor, *, checkpointing: bool = False) -> GradientCheck:
-    """d (randomly weighted features) / d (pixels), against finite differences."""
-    recomputed = layers_checkpointed(vision.model) if checkpointing else contextlib.nullcontext()
-    with looking(vision), recomputed:
-        point = pixels.detach().clone().float().to(vision.load_device)
-        width = features(vision, point).shape[1]
-        weight = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(point)
-        return gradient_check("vision", lambda x: (features(vision, x) * weight).sum(), point)
 
 
 def _load(vision: Any, pictures: int) -> None:

@@ -1,6 +1,6 @@
 """One finite-difference check for each thing the pack differentiates, on the user's own models.
 
-Each returns a GradientCheck; its relative_error should be below 1 %. Vision models have theirs in vision.py.
+Each returns a GradientCheck; its relative_error should be below 1 %.
 Run all with `python toolbox/_load.py toolbox.selftest`.
 """
 
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gradcheck import GradientCheck, gradient_check
-from ..lora.host.layers import trained_layers
-from ..lora.low_rank import beside, new_adapters
-from ..prompt.conditioning import Conditioning
-from ..session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
-from ..session.session import GuiderDenoiser, Session
-from ..session.weights import DECODER, checkpointed
+from ..core.lora.host.layers import trained_layers
+from ..core.lora.low_rank import beside, new_adapters
+from ..core.prompt.conditioning import Conditioning
+from ..core.session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
+from ..core.session.session import GuiderDenoiser, Session
+from ..core.session.weights import DECODER, checkpointed, layers_checkpointed
+from ..core.vision.host.vision import features, looking
+from .gradcheck import GradientCheck, gradient_check
 
 LORA_RANK = 4
 LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient
@@ -187,3 +188,13 @@ def check_clip_text(clip: Any, text: str = "a photo of a cat") -> GradientCheck:
             return (rows * _noise(tuple(rows.shape), 2).to(rows)).sum()
 
         return gradient_check("clip text", function, start)
+
+
+def check_vision(vision: Any, pixels: Tensor, *, checkpointing: bool = False) -> GradientCheck:
+    """d (randomly weighted features) / d (pixels), against finite differences."""
+    recomputed = layers_checkpointed(vision.model) if checkpointing else contextlib.nullcontext()
+    with looking(vision), recomputed:
+        point = pixels.detach().clone().float().to(vision.load_device)
+        width = features(vision, point).shape[1]
+        weight = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(point)
+        return gradient_check("vision", lambda x: (features(vision, x) * weight).sum(), point)

@@ -1,1 +1,0 @@
-"""The only part of the pack that imports ComfyUI's own modules."""
