@@ -25,7 +25,7 @@ DEPTH = 24
 PATCHER = ("patches", "injections", "weight_wrapper_patches")
 PASSING = ("original_forward",)  # a bypass LoRA's note while it is injected: says nothing of what it does
 LOADED = ("model_loaded_weight_memory", "comfy_cast_weights")  # marks of ComfyUI's networks and of their layers
-OWN_ROOM = re.compile(rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.host\b")
+OWN_ROOM = re.compile(rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.(host\b|\w+$)")
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -142,7 +142,7 @@ def unlike_any() -> str:
 
 def _name(value: Any) -> str:
     """Module and name. The room of one of our own files is left out: a run is found again when a file has moved."""
-    module = OWN_ROOM.sub(r"\1.core.host", getattr(value, "__module__", None) or "")
+    module = OWN_ROOM.sub(r"\1.core.\2", getattr(value, "__module__", None) or "")
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 

@@ -263,3 +263,18 @@ def test_precisions_of_weights_and_computing_are_told_apart():
         other = Setting().model
         other.model.diffusion_model.dtype = torch.float16
     assert precision(other)[0] == "torch.float16"
+
+
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        ("core.sine.host.position_map", "core.host.position_map"),
+        ("core.vision.host.extras.tower", "core.host.extras.tower"),
+        ("core.vision.preprocess", "core.preprocess"),
+        ("core.denoiser", "core.denoiser"),
+    ],
+)
+def test_a_run_is_found_again_when_a_file_has_moved_to_its_room(now, before):
+    """Keys of 0.5.0 hold the modules of then."""
+    moved = type("Moved", (), {"__module__": f"likeness.{now}"})
+    assert describe(moved) == f"likeness.{before}.Moved"

@@ -10,7 +10,8 @@ import re
 import pytest
 
 from likeness.toolbox import freeze, small_world
-from tests import graph_checks
+
+from .. import graph_checks
 
 KEPT = small_world.ROOT / freeze.KEPT
 INDEX = json.loads((KEPT / "index.json").read_text(encoding="utf-8"))
