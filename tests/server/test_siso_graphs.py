@@ -14,7 +14,7 @@ from likeness.toolbox.server import PromptError
 
 from .. import live
 from ..unit.vision.test_retrieval import published
-from .results import TINY_FLUX, UNWANTED, check_pictures, distance, run_graph
+from .results import UNWANTED, check_pictures, distance, run_graph
 
 RETRIEVAL = ("Retrieval model", "Like it in retrieval too")
 NAMES = ("siso_generate", "siso_sdxl_turbo", "siso_references")
@@ -23,7 +23,7 @@ NAMES = ("siso_generate", "siso_sdxl_turbo", "siso_references")
 @pytest.fixture(scope="module")
 def ran(server):
     done = {name: run_graph(server, name) for name in NAMES}
-    done["siso_flux"] = run_graph(server, "siso_flux", TINY_FLUX)
+    done["siso_flux"] = run_graph(server, "siso_flux")
     saved = done["siso_generate"].text("Save the LoRA").splitlines()[0]
     done["siso_reuse"] = run_graph(server, "siso_reuse", {("Saved LoRA", "lora_name"): saved})
     return done
