@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..fit.fit import Fit
 from ..fit.runs import RunStore
 from ..fit.train import Checkpointer, Keeping, Result, Run, stored_last, stored_run, train
+from .fingerprint import fingerprint
 from .progress import Progress
 from .session import GuiderDenoiser, Session
 from .stores import run_store
@@ -51,6 +53,11 @@ class Job(abc.ABC):
         def settings(self) -> Any:
             """A dataclass: what decides an update, for the header of the run."""
 
+    @functools.cached_property
+    def base(self) -> dict[str, str]:
+        """The fingerprint of the MODEL, for the key and for the header of what is made."""
+        return fingerprint(self.model)
+
     @property
     def one_result(self) -> bool:
         """Whether the run keeps its last result only, because it is large."""
@@ -78,7 +85,7 @@ class Job(abc.ABC):
         return done.told_end(self.steps)
 
     def begin(self, done: int) -> Job:
-        """Called before the model is loaded, when something is left to do: encode what the fit needs.
+        """Called once before the model is loaded, when something is left to do: make what session() and fit() share.
 
         done: the updates that are stored already.
         """
@@ -98,8 +105,11 @@ def run(job: Job, node_id: str | None = None) -> Run:
 
     Whatever ends a training early (an interrupt, an error) ends it here too, with its work stored.
     """
-    store = job.store()
-    key, done = _stored(job, store)
+    key, store = job.key(), job.store()
+    if job.one_result:
+        key, done = stored_last(store, key, job.steps)
+    else:
+        done = stored_run(store, key, whole=False, more=job.state)
     progress = Progress(job.model, job.steps, node_id)
     progress.start(0 if done is None else done.step)
     if done is None or not job.answered(done):
@@ -110,12 +120,6 @@ def run(job: Job, node_id: str | None = None) -> Run:
     if losses:
         log.info("%s: %d steps, loss %.4f to %.4f", job.method, end, losses[0], losses[-1])
     return Run(done.state, losses, done.up_to(end, job.keeping.every))
-
-
-def _stored(job: Job, store: RunStore) -> tuple[str, Run | None]:
-    if job.one_result:
-        return stored_last(store, job.key(), job.steps)
-    return job.key(), stored_run(store, job.key(), whole=False, more=job.state)
 
 
 def _trained(job: Job, done: int, store: RunStore, key: str, progress: Progress) -> Run:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,3 +86,25 @@ def test_prior_pictures_use_the_text_encoder_too(clip):
     prior = {"clip": clip, "prior_weight": 1.0, "prior_image": image}
     one, two = (train(setting, **prior, prior_prompt=words) for words in ("photo of a dog", "photo of a cat"))
     assert one[3]["loss"][0] > plain[3]["loss"][0] and not same(one[2], two[2])
+
+
+def test_one_encoder_is_loaded_and_trained_where_a_fixed_clone_is_a_copy(clip, monkeypatch):
+    """As under dynamic VRAM, where a fixed clone has weights of its own."""
+    import folder_paths
+
+    from likeness.core.session import differentiable
+
+    expected = train(Setting(), clip=clip)
+    for path in Path(folder_paths.get_user_directory()).glob("likeness/*/*.safetensors"):
+        path.unlink()
+    made = []
+
+    def copied(patcher):
+        clone = patcher.clone()
+        clone.model = copy.deepcopy(patcher.model)
+        made.append(clone)
+        return clone
+
+    monkeypatch.setattr(differentiable, "fixed_clone", copied)
+    again = train(Setting(), clip=clip)
+    assert len(made) == 1 and same(again[2], expected[2])

@@ -12,6 +12,7 @@ import torch
 
 from likeness.core.fit.fit import adam_state, finite_or_raise, restore_adam
 from likeness.core.fit.runs import digest
+from likeness.core.session import job as job_module
 from likeness.core.session.fingerprint import fingerprint
 from likeness.core.session.job import Job, run
 from likeness.core.session.session import Session
@@ -67,7 +68,7 @@ class ToyJob(Job):
     settings: ToySettings = ToySettings()
 
     def key(self) -> str:
-        return digest([self.method, asdict(self.settings), fingerprint(self.model), self.positive[0][0], self.latent])
+        return digest([self.method, asdict(self.settings), self.base, self.positive[0][0], self.latent])
 
     def session(self) -> Session:
         return Session(self.model, self.positive, self.latent)
@@ -101,6 +102,16 @@ def test_it_is_trained_served_and_continued(monkeypatch, tmp_path):
         served = learned(5)
     assert served.losses == whole.losses and torch.equal(served.last["shift"], whole.last["shift"])
     assert learned(8).losses[:5] == pytest.approx(whole.losses)
+
+
+def test_the_key_and_the_fingerprint_are_computed_once(monkeypatch):
+    """Both read a model's weights."""
+    asked = []
+    key = ToyJob.key
+    monkeypatch.setattr(ToyJob, "key", lambda self: asked.append("key") or key(self))
+    monkeypatch.setattr(job_module, "fingerprint", lambda model: asked.append("fingerprint") or fingerprint(model))
+    learned(2)
+    assert sorted(asked) == ["fingerprint", "key"]
 
 
 def test_what_was_cancelled_goes_on_where_it_was(monkeypatch):

@@ -16,7 +16,7 @@ from ...inversion.trajectory import check_sigmas
 from ...prompt.conditioning import Conditioning, detached
 from ...prompt.windows import windows
 from ...session.describe import describe
-from ...session.fingerprint import check_base, fingerprint, patches_digest, precision
+from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
 from ...session.session import GuiderDenoiser, Session
@@ -49,7 +49,7 @@ class RefiningJob(Job):
     def key(self) -> str:
         put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         anchored = None if self.anchor is None else asdict(self.anchor)
-        what = [self.method, asdict(self.settings), fingerprint(self.model), put_on]
+        what = [self.method, asdict(self.settings), self.base, put_on]
         return digest([*what, self.start, self.sigmas, asdict(self.images), anchored])
 
     def session(self) -> Session:
@@ -69,7 +69,7 @@ class RefiningJob(Job):
         sampling = self.model.get_model_object("model_sampling")
         return {
             "method": METHOD,
-            "base": fingerprint(self.model),
+            "base": self.base,
             "settings": {**before, "refined": asdict(self.settings), "sigmas": self.sigmas.tolist()},
             "losses": curve(losses),
             "windows": windows(self.sigmas.tolist(), sampling.percent_to_sigma),

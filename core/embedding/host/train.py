@@ -25,7 +25,7 @@ from ...prompt.conditioning import (
     unmarked,
 )
 from ...session.describe import describe
-from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.fingerprint import patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
 from ...session.sampling import sample_picture
@@ -114,7 +114,7 @@ class EmbeddingJob(Job):
     def key(self) -> str:
         put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         anchored = [] if self.anchor is None else [asdict(self.anchor)]
-        what = [self.method, asdict(self.settings), self.schedule.save_every, fingerprint(self.model)]
+        what = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
         return digest([*what, put_on, self.start, asdict(self.images), *anchored])
 
     def session(self) -> Session:
@@ -138,7 +138,7 @@ class EmbeddingJob(Job):
         if self.anchor is not None:
             settings |= {"anchor_weight": self.anchor.weight, "decoupled": self.anchor.decoupled}
         method = METHOD if self.anchor is None else ANCHORED
-        return {"method": method, "base": fingerprint(self.model), "settings": settings, "losses": curve(losses)}
+        return {"method": method, "base": self.base, "settings": settings, "losses": curve(losses)}
 
 
 def train_embedding(

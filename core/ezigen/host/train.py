@@ -21,7 +21,7 @@ from ...fit.runs import RunStore, digest
 from ...fit.train import Result
 from ...prompt.conditioning import CHUNK, Conditioning, detached
 from ...session.describe import describe
-from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.fingerprint import patches_digest, precision
 from ...session.images import check_vae
 from ...session.job import Job, run
 from ...session.memory import BYTES_PER_WEIGHT, GB, activations
@@ -90,7 +90,7 @@ class AdapterJob(Job):
 
     def key(self) -> str:
         model, clip, start = self.trainee.model, self.trainee.clip, self.trainee.start
-        base = [fingerprint(model), patches_digest(model), precision(model), precision(clip.patcher)]
+        base = [self.base, patches_digest(model), precision(model), precision(clip.patcher)]
         beside = describe([self.trainee.vae.patcher, clip.patcher, clip.layer_idx, clip.tokenizer_options])
         what = [asdict(self.settings), self.plan.size, self.plan.max_subjects, str(self.trainee.vae.vae_dtype)]
         return digest([self.method, what, base, beside, self.folder.state(), None if start is None else start.tensors])

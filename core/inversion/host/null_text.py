@@ -16,7 +16,7 @@ from ...fit.train import Result, Run
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...prompt.windows import step_wise, windows
 from ...session.describe import describe
-from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.fingerprint import patches_digest, precision
 from ...session.job import Job, run
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
@@ -102,7 +102,7 @@ class NullTextJob(Job):
     def key(self) -> str:
         prompts = [describe(self.positive), describe(self.first)]
         put_on = [patches_digest(self.model), precision(self.model), *prompts]
-        parts = [fingerprint(self.model), put_on, self.trajectory.latents, self.trajectory.sigmas]
+        parts = [self.base, put_on, self.trajectory.latents, self.trajectory.sigmas]
         return digest([self.method, asdict(self.settings), *parts])
 
     def answered(self, stored: Run) -> bool:

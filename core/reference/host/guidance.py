@@ -19,7 +19,7 @@ from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
 from ...prompt.windows import active, windows
 from ...session.describe import describe
-from ...session.fingerprint import check_base, fingerprint, patches_digest, precision
+from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.job import Job, run
 from ...session.sampling import noisy
 from ...session.session import GuiderDenoiser, Session
@@ -78,7 +78,7 @@ class ReferenceJob(Job):
     def key(self) -> str:
         put_on = [patches_digest(self.model), precision(self.model), self.described, describe(self.negative)]
         path = [self.trajectory.latents, self.trajectory.sigmas]
-        parts = [fingerprint(self.model), put_on, self.noise, *path, self.mask, list(self.window)]
+        parts = [self.base, put_on, self.noise, *path, self.mask, list(self.window)]
         return digest([self.method, asdict(self.settings), *parts])
 
     def session(self) -> Session:

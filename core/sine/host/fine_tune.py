@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from ...lora.low_rank import TEXT_LAYERS, attention_layers, beside, factors, new
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
-from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.fingerprint import patches_digest, precision
 from ...session.job import LAST, Job, run
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import run_store
@@ -86,7 +87,9 @@ class PriorImages:
 
 @dataclass(frozen=True)
 class FineTuneJob(Job):
-    """All that decides a fine-tune. model: as it is trained, with its map. samples: encoded by begin()."""
+    """All that decides a fine-tune. model: as it is trained, with its map. samples: the encoded images, and text: the
+    text encoder that trains too, by begin().
+    """
 
     method: ClassVar[str] = METHOD
 
@@ -97,8 +100,8 @@ class FineTuneJob(Job):
     plan: Plan
     settings: FineTuneSettings
     prior: PriorImages | None
-    base: dict[str, str]
     samples: tuple[Samples, Samples | None] | None = None
+    text: TextEncoder | None = None
 
     @property
     def steps(self) -> int:
@@ -115,7 +118,7 @@ class FineTuneJob(Job):
             return Keeping(LAST, 1)
         return Keeping(KEEP_EVERY, max(2, KEPT_BYTES // (4 * self._numbers)))
 
-    @property
+    @functools.cached_property
     def _numbers(self) -> int:
         return _count(_modules(self.model, self.data), self.plan)
 
@@ -138,7 +141,8 @@ class FineTuneJob(Job):
     def begin(self, done: int) -> FineTuneJob:
         steps = max(self.steps, done)
         log.info("SINE: encoding the image(s) for %d steps", steps)
-        return replace(self, samples=_samples(self, steps))
+        text = None if self.data.clip is None else TextEncoder(self.data.clip)
+        return replace(self, samples=_samples(self, steps), text=text)
 
     def session(self) -> Session:
         assert self.samples is not None  # begin() came first
@@ -147,15 +151,15 @@ class FineTuneJob(Job):
             self.positive,
             self.samples[0].x0[:1],
             checkpointing=self.plan.checkpointing,
-            text=None if self.data.clip is None else TextEncoder(self.data.clip).patcher,
+            text=None if self.text is None else self.text.patcher,
             all_weights=self.plan.method == FULL,
         )
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
         assert self.samples is not None  # begin() came first
-        text = None if self.data.clip is None else TextEncoder(self.data.clip)
-        latent_format, (images, others) = self.model.get_model_object("latent_format"), self.samples
+        text, (images, others) = self.text, self.samples
+        latent_format = self.model.get_model_object("latent_format")
         prior = None
         if self.prior is not None and others is not None:
             positive = self.prior.positive
@@ -184,9 +188,9 @@ def fine_tune(
     mapped = with_same_map(model, plan.cutting.cells, plan.interpolation) if plan.cutting.cells else model
     if not plan.cutting.cells:
         settings = replace(settings, recon_weight=0.0)
-    base = fingerprint(model)
-    done = run(FineTuneJob(mapped, vae, data, positive, plan, settings, prior, base), node_id)
-    tuned = _artifact(mapped, done.last, _header(base, data, plan, settings, done.step, done.losses))
+    job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
+    done = run(job, node_id)
+    tuned = _artifact(mapped, done.last, _header(job.base, data, plan, settings, done.step, done.losses))
     return *apply_fine_tune(tuned, model, data.clip, 1.0), tuned, done.losses
 
 

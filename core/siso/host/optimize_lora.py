@@ -23,7 +23,7 @@ from ...lora.low_rank import beside, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
-from ...session.fingerprint import fingerprint, patches_digest, precision
+from ...session.fingerprint import patches_digest, precision
 from ...session.job import LAST, Job, run
 from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy
@@ -84,15 +84,15 @@ class Generator:
         return self.model.model, None if self.clip is None else self.clip.cond_stage_model
 
     def described(self) -> Any:
-        """All that decides its pictures, for the key of a run."""
+        """All that decides its images beside the weights of the model, for the key of a run."""
         text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
         put_on = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
-        return [fingerprint(self.model), put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
+        return [put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
 
 
 @dataclass(frozen=True)
 class SisoJob(Job):
-    """All that decides the images of every iteration."""
+    """All that decides the images of every iteration. text: the text encoder that trains too, by begin()."""
 
     method: ClassVar[str] = METHOD
     state: ClassVar[Collection[str]] = SEEN
@@ -104,6 +104,7 @@ class SisoJob(Job):
     plan: Plan
     settings: SisoSettings
     background: Background | None = None
+    text: TextEncoder | None = None
 
     @property
     def model(self) -> Any:
@@ -125,12 +126,16 @@ class SisoJob(Job):
         kept = [] if self.background is None else [asdict(self.background)]
         parts = [part.described() for part in self.similarity.parts]
         what = [self.method, self.plan.rank, decides, asdict(self.sampling), parts]
-        return digest([*what, self.generator.described(), *kept])
+        return digest([*what, [self.base, *self.generator.described()], *kept])
 
     def store(self) -> RunStore:
         layers = trained_layers(*self.generator.networks())
         size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
         return own_store("picture_runs", size)
+
+    def begin(self, done: int) -> SisoJob:
+        clip = self.generator.clip
+        return self if clip is None else replace(self, text=TextEncoder(clip))
 
     def answered(self, stored: Run) -> bool:
         return answers(stored, self.steps, self.settings)
@@ -146,7 +151,7 @@ class SisoJob(Job):
             self.sampling.latent,
             negative=generator.negative,
             checkpointing=self.plan.checkpointing,
-            text=None if generator.clip is None else TextEncoder(generator.clip).patcher,
+            text=None if self.text is None else self.text.patcher,
             others=[generator.vae.patcher, *similarity.patchers],
             more_memory=_more_memory(generator, similarity, self.sampling, self.plan),
             exact=self.sampling.replay is not None,  # the first image is to be the inverted one
@@ -154,8 +159,7 @@ class SisoJob(Job):
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        generator, plan = self.generator, self.plan
-        text = None if generator.clip is None else TextEncoder(generator.clip)
+        generator, plan, text = self.generator, self.plan, self.text
         if text is not None:
             _check_prompt(text, generator)
         trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
@@ -174,7 +178,7 @@ class SisoJob(Job):
         settings = {"rank": self.plan.rank, "iterations": done.step, "keep": self.plan.keep}
         return {
             "method": METHOD,
-            "base": fingerprint(self.generator.model),
+            "base": self.base,
             "prompt": self.generator.prompt,
             "weights": "LoRA",
             "settings": {**asdict(self.settings), **settings},
