@@ -20,6 +20,7 @@ class LikenessSaveEmbedding(io.ComfyNode):
             display_name="Save Subject Embedding",
             category="likeness/embedding",
             description="Saves the learned subject as a small safetensors file in models/likeness_embeddings.",
+            search_aliases=["hiper", "hifi tuner", "textual inversion", "save embedding"],
             inputs=[
                 Embedding.Input("embedding", tooltip="A trained subject embedding."),
                 io.String.Input(
@@ -58,6 +59,7 @@ class LikenessLoadEmbedding(io.ComfyNode):
             category="likeness/embedding",
             description="Loads a learned subject from models/likeness_embeddings: a .safetensors of this pack, or "
             "the .pt of the HiPer authors' script.",
+            search_aliases=["hiper", "hifi tuner", "textual inversion", "load embedding"],
             inputs=[
                 io.Combo.Input(
                     "name",

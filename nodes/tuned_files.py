@@ -25,6 +25,7 @@ class LikenessSaveTuned(io.ComfyNode):
             category="likeness/fine_tune",
             description="Saves what Fine-Tune On Picture or Optimize LoRA learned into models/loras, with its prompt "
             "and position map. The stock Load LoRA takes the file too, without map.",
+            search_aliases=["sine", "siso", "save lora"],
             inputs=[
                 LoraModel.Input("lora", tooltip="The output of Fine-Tune On Picture, or of Optimize LoRA."),
                 io.String.Input(
@@ -66,6 +67,7 @@ class LikenessLoadTuned(io.ComfyNode):
             category="likeness/fine_tune",
             description="Loads a saved fine-tune: the weights, the position map they need, and the prompt they were "
             "trained with.",
+            search_aliases=["sine", "siso", "load lora", "position map"],
             inputs=[
                 io.Combo.Input(
                     "name",

@@ -21,13 +21,10 @@ _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def schema(**fields: Any) -> io.Schema:
-    """An io.Schema that is found by what people type. Fields that this ComfyUI does not know yet are left out; before
-    search_aliases (0.11) the words stand at the end of the description.
+    """An io.Schema with the aliases that all nodes share; fields that this ComfyUI does not know yet (search_aliases
+    before 0.11) are left out.
     """
-    words = [*fields.get("search_aliases", []), *TYPED]
-    if "search_aliases" not in _KNOWN:
-        fields["description"] = f"{fields['description']} Keywords: {', '.join(words)}."
-    fields["search_aliases"] = words
+    fields["search_aliases"] = [*fields["search_aliases"], *TYPED]
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
 
 

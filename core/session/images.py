@@ -1,4 +1,4 @@
-"""What comes in: images, masks and VAEs, checked once, with one wording for every node."""
+"""What comes in: images, masks and VAEs, by one rule and one wording for every node."""
 
 from __future__ import annotations
 
@@ -9,6 +9,56 @@ import torch
 from torch import Tensor
 
 from ..denoiser import latent_mask
+
+SAME_PROPORTION = 0.02  # relative: masks and images are cut and scaled apart, each rounded to whole pixels
+PAINT = "paint the subject (white) or disconnect the mask"
+
+
+def check_image(image: Tensor, name: str = "image") -> None:
+    """ValueError for anything but colour images [B, H, W, 3 or more] of finite numbers."""
+    if image.ndim != 4 or image.shape[0] == 0 or image.shape[-1] < 3:
+        raise ValueError(
+            f"{name} has shape {tuple(image.shape)}, expected [batch, height, width, 3], with colour: connect an IMAGE."
+        )
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError(
+            f"{name} holds NaN or infinite pixels, expected numbers from 0 to 1: make the image again, with the VAE in "
+            "fp32 where it was decoded."
+        )
+
+
+def checked_mask(
+    mask: Tensor,
+    images: int,
+    size: tuple[int, int],
+    *,
+    name: str = "mask",
+    empty: str | None = PAINT,
+    full: str | None = None,
+) -> Tensor:
+    """A MASK [h, w], [1, h, w] or one for each of the images, as [R, h, w] on the CPU, R 1 or `images`.
+
+    size: height and width of the image that it belongs to, or of its latent. empty, full: what to do about a mask
+    without any white, or without any black; None where such a mask is right. ValueError for what does not fit.
+    """
+    mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
+    if len(mask) not in (1, images):
+        raise ValueError(
+            f"{len(mask)} masks came with {images} images ('{name}'): give one mask, or one for each image."
+        )
+    white = (mask > 0.5).flatten(1)
+    if empty and not bool(white.any(1).all()):
+        raise ValueError(f"The {name} is empty, expected white where it counts: {empty}.")
+    (rows, columns), (height, width) = mask.shape[-2:], size
+    slack = max(SAME_PROPORTION, 1 / min(rows, columns, height, width))
+    if abs(columns * height - rows * width) > slack * max(columns * height, rows * width):
+        raise ValueError(
+            f"The {name} has {columns} x {rows} pixels, its image {width} x {height}, which is another proportion: "
+            "connect the mask that belongs to that very image."
+        )
+    if full and bool(white.all()):
+        raise ValueError(f"The {name} covers the whole image, expected black where it does not count: {full}.")
+    return mask
 
 
 @dataclass(frozen=True)
@@ -46,13 +96,8 @@ def training_images(
     samples = samples.float().cpu()
     if mask is None:
         return TrainingImages(samples, None)
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.shape[0] not in (1, samples.shape[0]):
-        raise ValueError(
-            f"{mask.shape[0]} masks came with {samples.shape[0]} pictures: give one mask, or one for each picture."
-        )
-    return TrainingImages(samples, latent_mask(mask.float().cpu(), *samples.shape[-2:]))
+    size = (samples.shape[-2], samples.shape[-1])
+    return TrainingImages(samples, latent_mask(checked_mask(mask, len(samples), size), *size))
 
 
 def check_vae(model: Any, vae: Any) -> None:

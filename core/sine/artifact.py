@@ -11,10 +11,7 @@ from .position_map import MARKER, needed_map
 def load_fine_tune(path: Path) -> Tuned:
     """As load_tuned(), for files that may need a position map. ValueError when the map is impossible."""
     tuned = load_tuned(path, (MARKER,))
-    try:
-        needed_map(tuned)
-    except ValueError as error:
-        raise ValueError(f"{path.name} names an impossible position map: train it again.") from error
+    needed_map(tuned, path.name)
     return tuned
 
 

@@ -82,15 +82,15 @@ def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
     return {MARKER: torch.tensor([float(cells), float(INTERPOLATIONS.index(interpolation))])}
 
 
-def needed_map(tensors: Mapping[str, Tensor]) -> tuple[int, str] | None:
-    """Cells and interpolation of the position map that a file's weights need; None without one.
+def needed_map(tensors: Mapping[str, Tensor], name: str = "The LoRA") -> tuple[int, str] | None:
+    """Cells and interpolation of the position map that weights need; None without one.
 
-    ValueError for a marker that names no possible map.
+    ValueError, with what the weights are called, for a marker that names no possible map.
     """
     if MARKER not in tensors:
         return None
     value = tensors[MARKER]
     cells, index = value.tolist() if value.shape == (2,) else (0, 0)
     if not 1 <= cells <= MAX_CELLS or index not in range(len(INTERPOLATIONS)):
-        raise ValueError("The file names an impossible position map: train it again.")
+        raise ValueError(f"{name} names an impossible position map: train it again.")
     return int(cells), INTERPOLATIONS[int(index)]

@@ -329,7 +329,7 @@ def test_prepared_pictures(caplog):
     white = torch.where(mask[..., None] > 0, image, 1.0)
     torch.testing.assert_close(prepared(white, nothing, 64, 0.1), prepared(white, None, 64, 0.1))
     torch.testing.assert_close(prepared(alpha, nothing, 64, 0.0), ready)
-    with pytest.raises(ValueError, match="The mask is empty: paint"):
+    with pytest.raises(ValueError, match="The mask is empty.*: paint"):
         prepared(image.expand(2, -1, -1, -1), torch.cat([mask, 0 * mask]), 64, 0.1)
     with pytest.raises(ValueError, match="one for each"):
         prepared(image, mask.expand(3, -1, -1), 64, 0.1)
@@ -437,7 +437,7 @@ def test_a_mask_of_the_surroundings_and_one_of_another_proportion():
     mask = torch.zeros(1, 40, 60)
     mask[:, 10:30, 20:50] = 1.0
     assert torch.equal(prepared(picture, 1 - mask, 64, 0.1), prepared(picture, mask, 64, 0.1))
-    with pytest.raises(ValueError, match="64 x 40 pixels, the picture 60 x 40"):
+    with pytest.raises(ValueError, match="64 x 40 pixels, its image 60 x 40"):
         prepared(picture, torch.ones(1, 40, 64), 64, 0.1)
 
 

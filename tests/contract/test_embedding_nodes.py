@@ -116,7 +116,7 @@ REFUSED = {
     "two pictures": ({"image": picture()}, "both came in"),
     "image without vae": ({"latent": None, "image": picture()}, "without a VAE"),
     "empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
-    "masks of another batch size": ({"mask": torch.ones(2, 64, 64)}, "2 masks came with 1 pictures"),
+    "masks of another batch size": ({"mask": torch.ones(2, 64, 64)}, "2 masks came with 1 images"),
     "latent of another model": ({"latent": {"samples": torch.zeros(1, 16, 8, 8)}}, "use its own VAE"),
     "video latent": ({"latent": {"samples": torch.zeros(1, 4, 3, 8, 8)}}, "use its own VAE"),
     "nan latent": ({"latent": {"samples": torch.full((1, 4, 8, 8), float("nan"))}}, "NaN or infinite"),
@@ -231,3 +231,16 @@ def test_a_single_loss_is_drawn_too():
         drawn = loss_map(losses)["loss"]
         assert drawn[: len(losses)] == losses and max(drawn) > min(drawn)
     assert loss_map([2.0, 1.0]) == {"loss": [2.0, 1.0]}
+
+
+def test_every_node_has_aliases_of_its_own_and_those_that_people_type(monkeypatch):
+    """Whether or not this ComfyUI knows the field."""
+    import asyncio
+
+    from likeness.nodes import LikenessExtension, types
+
+    monkeypatch.setattr(types, "_KNOWN", {*types._KNOWN, "search_aliases"})
+    monkeypatch.setattr(types.io, "Schema", lambda **fields: fields)
+    for node in asyncio.run(LikenessExtension().get_node_list()):
+        aliases = node.define_schema()["search_aliases"]
+        assert set(aliases) >= set(types.TYPED) and len(set(aliases)) > len(types.TYPED), node.__name__

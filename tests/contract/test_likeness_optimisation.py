@@ -313,7 +313,7 @@ REFUSED = {
     "too many gradient steps": ({"grad_steps": 3}, "grad_steps is 3"),
     "flipped sigmas": ({"flipped": True}, "do not flip"),
     "cfg without a negative": ({"cfg": 3.0, "empty": None}, "no negative prompt"),
-    "a mask over everything": ({"mask": torch.ones(1, 64, 64)}, "covers the whole picture"),
+    "a mask over everything": ({"mask": torch.ones(1, 64, 64)}, "covers the whole image"),
 }
 
 

@@ -229,8 +229,8 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
     ]
     for message, changes in {
         "mask is empty": {"mask": torch.zeros_like(mask)},
-        "covers the whole picture": {"mask": torch.ones_like(mask)},
-        "2 masks came with one reference": {"mask": mask.repeat(2, 1, 1)},
+        "covers the whole image": {"mask": torch.ones_like(mask)},
+        "2 masks came with 1 images": {"mask": mask.repeat(2, 1, 1)},
         "another proportion": {"mask": torch.ones(1, 64, 128)},
         "holds 2 pictures": {"trajectory": two},
         "connect the model it was trained on": {"model": xl.model},

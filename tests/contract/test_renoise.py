@@ -232,10 +232,10 @@ def test_the_background_of_an_edit_stays(vision):  # noqa: F811
 BACKGROUNDS = {
     "another size": ({"picture": torch.zeros(1, 96, 64, 3)}, "pictures of 64 x 64 are made"),
     "two pictures": ({"picture": torch.zeros(2, 64, 64, 3)}, "2 of them"),
-    "a mask of another proportion": ({"mask": torch.zeros(1, 64, 32)}, "same proportion"),
-    "two masks": ({"mask": torch.zeros(2, 64, 64)}, "2 of them"),
+    "a mask of another proportion": ({"mask": torch.ones(1, 64, 32)}, "another proportion"),
+    "two masks": ({"mask": torch.zeros(2, 64, 64)}, "2 masks came with 1 images"),
     "an empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty.*Open in MaskEditor"),
-    "a mask over everything": ({"mask": torch.ones(1, 32, 32)}, "covers the whole picture"),
+    "a mask over everything": ({"mask": torch.ones(1, 32, 32)}, "covers the whole image"),
     "a scaled latent": ({"scaled": True, "picture": torch.zeros(1, 128, 128, 3)}, "not sampled, scaled or cut"),
     "other levels": ({"levels": torch.tensor([4.0, 1.0, 0.0])}, "connect the SIGMAS that came with the latent"),
 }

@@ -90,13 +90,13 @@ def test_several_references_may_share_a_mask(vision):
     pictures, mask = torch.rand(3, 64, 64, 3), torch.zeros(1, 32, 32)
     mask[:, 8:24, 8:24] = 1
     assert len(parts(vision=vision, image=pictures, mask=mask)[0].references) == 3
-    with pytest.raises(ValueError, match="2 masks came with 3 pictures"):
+    with pytest.raises(ValueError, match="2 masks came with 3 images"):
         parts(vision=vision, image=pictures, mask=mask.repeat(2, 1, 1))
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
-    [(torch.zeros(1, 64, 96), "mark the subject"), (torch.ones(1, 64, 64), "another proportion")],
+    [(torch.zeros(1, 64, 96), "mask is empty"), (torch.ones(1, 64, 64), "another proportion")],
 )
 def test_masks_that_do_not_fit_are_refused(vision, mask, message):
     with pytest.raises(ValueError, match=message):
@@ -112,7 +112,7 @@ def test_a_border_that_is_not_seen_is_told(vision, caplog):
 
 
 def test_a_picture_that_holds_no_numbers_is_refused(vision):
-    with pytest.raises(ValueError, match="expected finite numbers"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         parts(vision=vision, image=torch.full((1, 64, 64, 3), float("nan")))
 
 

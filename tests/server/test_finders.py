@@ -96,7 +96,7 @@ def test_caption(server):
 
 ALIGN = {
     "an empty mask": ({"mask": ["empty", 0]}, "The mask is empty"),
-    "a full mask": ({"target_mask": ["full", 0]}, "The target_mask covers the whole picture"),
+    "a full mask": ({"target_mask": ["full", 0]}, "The target_mask covers the whole image"),
 }
 
 

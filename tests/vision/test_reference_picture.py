@@ -89,10 +89,10 @@ def test_masks_of_another_size_are_fitted_to_the_picture():
     [
         (torch.zeros(1, 64, 64), wedge(), "The mask is empty"),
         (wedge(), torch.zeros(1, 64, 64), "The target_mask is empty"),
-        (torch.ones(1, 64, 64), wedge(), "The mask covers the whole picture"),
-        (wedge(), torch.ones(64, 64), "The target_mask covers the whole picture"),
+        (torch.ones(1, 64, 64), wedge(), "The mask covers the whole image"),
+        (wedge(), torch.ones(64, 64), "The target_mask covers the whole image"),
         (wedge().expand(2, -1, -1), wedge(), "2 were given as mask, one is expected"),
-        (wedge()[:, :32], wedge(), "The mask is 64 x 32, its picture 64 x 64, another proportion"),
+        (wedge()[:, :32], wedge(), "The mask has 64 x 32 pixels, its image 64 x 64, which is another proportion"),
     ],
 )
 def test_bad_masks(mask, target, expected):

@@ -22,6 +22,7 @@ from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...prompt.host.entries import own_entries
 from ...session.fingerprint import check_base, fingerprint, network_of_file
+from ...session.images import checked_mask
 from ...session.session import predicting
 from ...vision.measures import subject_crop
 from .. import artifact as adapter_file
@@ -74,24 +75,9 @@ def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Te
         if _dark_corners(image):
             _say_not_white(paintable)
         mask, margin = torch.ones(image.shape[:3]), 0.0
-    if len(mask) not in (1, len(image)):
-        raise ValueError(f"{len(mask)} masks came with {len(image)} pictures: give one for each, or one for all.")
-    if not bool((mask > 0.5).flatten(1).any(1).all()):
-        raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
-    check_proportions(image, mask)
-    mask = _of_subject(mask)
+    mask = _of_subject(checked_mask(mask, len(image), (image.shape[1], image.shape[2])))
     mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
-
-
-def check_proportions(image: Tensor, mask: Tensor) -> None:
-    """ValueError when a mask [R, h, w] is of another proportion than a picture [R, H, W, C]."""
-    (height, width), (rows, columns) = image.shape[1:3], mask.shape[1:]
-    if abs(columns * height - rows * width) > max(height, width):
-        raise ValueError(
-            f"The mask has {columns} x {rows} pixels, the picture {width} x {height}, which is another proportion: "
-            "paint the mask on the very picture that is connected."
-        )
 
 
 def _of_subject(mask: Tensor) -> Tensor:

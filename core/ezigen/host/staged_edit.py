@@ -16,7 +16,7 @@ from torch import Tensor
 from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
-from ...session.images import check_vae
+from ...session.images import check_vae, checked_mask
 from ...session.session import predicting
 from ...vision.measures import resize_mask
 from ..artifact import StoredAdapter
@@ -31,7 +31,7 @@ from ..staged import (
     published_levels,
     split,
 )
-from .adapter import Subject, check_proportions, with_adapter, without_adapter
+from .adapter import Subject, with_adapter, without_adapter
 from .staged import SEEDS, Looks, StagedSettings, levels, warn_of_size, whole_cells
 
 WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 255
@@ -121,7 +121,7 @@ def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSetti
     if not bool((mask > (WHITE if settings.published else 0.5)).any()):
         grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
         raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
-    check_proportions(source, mask)
+    checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
     if vision is None and loops.least != loops.most:
         raise ValueError(
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops: connect a "

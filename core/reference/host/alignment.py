@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...session.images import checked_mask
 from ...vision.host.vision import describe, embed
 from .. import alignment
 
@@ -18,6 +19,7 @@ FORMS = (SYMMETRIC, LITERAL)
 MAX_DEGREES = 60.0  # a subject upside down may cover the other a little better, and is the wrong reference
 ONLY_REFERENCE, ONLY_TARGET, BOTH = (0.94, 0.27, 0.27), (0.23, 0.51, 0.96), (0.13, 0.77, 0.37)
 TINT = 0.5
+DRAW = "connect a mask of the subject (Subject Mask, or draw one)"
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,12 @@ def lay_on(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: 
 def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:
     """One mask as [H, W] of 0 and 1, at its picture's size. ValueError when it is empty, full, or of another
     proportion."""
-    plane = mask.float().cpu().reshape(1, 1, *mask.shape[-2:])
-    if size is not None and plane.shape[2:] != size:
-        (height, width), (rows, columns) = plane.shape[2:], size
-        if abs(height * columns - width * rows) > max(height, width, rows, columns):  # a pixel or so of rounding
-            raise ValueError(
-                f"The {name} is {width} x {height}, its picture {columns} x {rows}, another proportion: connect the "
-                "mask that belongs to the picture."
-            )
+    own = (mask.shape[-2], mask.shape[-1])
+    plane = checked_mask(mask, 1, size or own, name=name, empty=DRAW, full=DRAW)[None]
+    if size is not None and own != size:
         plane = F.interpolate(plane, size, mode="bilinear", align_corners=False)
-    set_pixels = plane[0, 0] > 0.5
-    if bool(set_pixels.all()) or not bool(set_pixels.any()):
-        what = "covers the whole picture" if bool(set_pixels.any()) else "is empty"
-        raise ValueError(
-            f"The {name} {what}, so there is nothing to lay on the other: connect a mask of the subject (Subject Mask, "
-            "or draw one)."
-        )
-    return set_pixels.float()
+        checked_mask(plane, 1, size, name=name, empty=DRAW, full=DRAW)
+    return (plane[0, 0] > 0.5).float()
 
 
 def _overlay(picture: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:

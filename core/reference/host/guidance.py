@@ -20,6 +20,7 @@ from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
 from ...prompt.windows import active, windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
+from ...session.images import checked_mask
 from ...session.job import Job, run
 from ...session.sampling import noisy
 from ...session.session import GuiderDenoiser, Session
@@ -28,6 +29,7 @@ from ..guidance import ReferenceGuide, ReferenceSettings
 
 METHOD = "reference guide"
 LIMITS = ("area", "mask")
+ALIGNED = "connect the mask of Align Reference, white only where the reference's subject is"
 TIMES = ("start_percent", "end_percent")
 
 
@@ -171,24 +173,9 @@ def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callab
 
 def subject_cells(mask: Tensor, latents: Tensor) -> Tensor:
     """The mask of the reference's subject [1, 1, h, w] at the size of a trajectory's latents, ones and zeros."""
-    mask = mask if mask.ndim == 3 else mask.reshape(-1, *mask.shape[-2:])
-    if mask.shape[0] != 1:
-        raise ValueError(f"{mask.shape[0]} masks came with one reference: connect the mask of the aligned reference.")
-    (height, width), (rows, columns) = mask.shape[-2:], latents.shape[-2:]
-    if abs(height * columns - width * rows) > max(height * columns, width * rows) / min(rows, columns):
-        raise ValueError(
-            f"The mask is {width} x {height}, the inverted picture {columns} x {rows} in latent cells, another "
-            "proportion: connect the mask that belongs to the inverted picture (of Align)."
-        )
-    if not bool((mask > 0.5).any()):
-        raise ValueError("The mask is empty: it must be white where the reference's subject is.")
-    cells = latent_mask(mask.float().cpu(), rows, columns)
-    if bool((cells > 0.5).all()):
-        raise ValueError(
-            "The mask covers the whole picture, so that nothing would be left of the prompt: it must be white only "
-            "where the reference's subject is."
-        )
-    return cells
+    rows, columns = latents.shape[-2:]
+    mask = checked_mask(mask, 1, (rows, columns), empty=ALIGNED, full=ALIGNED)
+    return checked_mask(latent_mask(mask, rows, columns), 1, (rows, columns), full=ALIGNED)[None]
 
 
 def plain_prompt(

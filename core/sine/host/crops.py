@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import latent_mask
+from ...session.images import check_image, checked_mask
 from ..fine_tune import Samples
 from ..patches import Box, box_of, check_size, cut, squashed
 
@@ -28,22 +29,11 @@ class Cutting:
 
 def check_pictures(image: Tensor, mask: Tensor | None, cutting: Cutting) -> None:
     """ValueError for pictures and masks that no samples can be made from."""
-    if image.ndim != 4 or image.shape[-1] < 3 or not bool(torch.isfinite(image).all()):
-        raise ValueError(f"The picture is {tuple(image.shape)}, expected finite numbers [batch, height, width, 3].")
+    check_image(image)
     if cutting.cells:
         check_size(image.shape[1], image.shape[2], cutting.cells)
-    if mask is None:
-        return
-    count = 1 if mask.ndim == 2 else mask.shape[0]
-    if count not in (1, image.shape[0]):
-        raise ValueError(f"{count} masks came with {image.shape[0]} pictures: give one mask, or one for each picture.")
-    if tuple(mask.shape[-2:]) != tuple(image.shape[1:3]):
-        raise ValueError(
-            f"The mask has {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {image.shape[2]} x "
-            f"{image.shape[1]}: paint the mask on the very picture that is connected."
-        )
-    if not bool((mask.reshape(count, -1) > 0.5).any(1).all()):
-        raise ValueError("The mask is empty: paint the subject (white) or disconnect the mask.")
+    if mask is not None:
+        checked_mask(mask, len(image), (image.shape[1], image.shape[2]))
 
 
 def make_samples(

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...prompt.conditioning import detached
+from ...session.images import checked_mask
 from ..siso import Term, background_error
+
+NOTHING_CHANGES = (
+    "paint what is to become the subject (right-click the image, Open in MaskEditor), give the detector another word, "
+    "or disconnect image and mask"
+)
+NOTHING_KEPT = "paint the subject only, so that a background is left to keep, or disconnect image and mask"
 
 
 @dataclass(frozen=True)
@@ -32,23 +39,12 @@ class Background:
                 f"The picture to keep is {width} x {height} ({len(self.picture)} of them), and pictures of "
                 f"{made[1]} x {made[0]} are made: scale it to that (ImageScale), as it was before it was encoded."
             )
-        masks, (rows, columns) = self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask.shape[-2:]
-        if len(masks) != 1 or abs(rows * width - columns * height) > max(rows, columns) * max(width, height) / 50:
-            raise ValueError(
-                f"The mask is {columns} x {rows} ({len(masks)} of them), the picture to keep {width} x {height}: give "
-                "one mask of the same proportion, cut as the picture was."
-            )
+        checked_mask(self.mask, 1, (height, width), empty=NOTHING_CHANGES, full=NOTHING_KEPT)
         outside = self.outside()
-        if not bool(outside.any()):
+        if not bool(outside.any()) or bool(outside.all()):  # the mask's last pixels went when it was scaled
             raise ValueError(
-                "The mask covers the whole picture, so that no background is left to keep: paint the subject only, "
-                "or disconnect picture and mask."
-            )
-        if bool(outside.all()):
-            raise ValueError(
-                "The mask is empty, so that the whole picture would be kept as it is: paint what is to become the "
-                "subject (right-click the picture, Open in MaskEditor), give the detector another word, or disconnect "
-                "picture and mask."
+                f"At {width} x {height} pixels the mask is {'empty' if bool(outside.all()) else 'full'}, expected some "
+                "of both: paint larger areas, on the very image."
             )
 
     def outside(self) -> Tensor:

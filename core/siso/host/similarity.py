@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...prompt.conditioning import detached
 from ...session.describe import describe
+from ...session.images import check_image, checked_mask
 from ...vision.host.vision import features, published_preprocess
 from ...vision.measures import resize_mask, subject_crop
 from ..siso import Term, unlikeness
@@ -51,19 +52,11 @@ def part_of(vision: Any, weight: float, pictures: Tensor, mask: Tensor | None = 
     mask [1 or N, h, w]: the subject is put on white and cut out, with nothing of it lost. ValueError for pictures or
     masks that hold nothing; a warning when the central square loses a good part of a picture.
     """
-    if pictures.ndim != 4 or pictures.shape[-1] < 3 or not bool(torch.isfinite(pictures).all()):
-        raise ValueError(f"The picture is {tuple(pictures.shape)}, expected finite numbers [batch, height, width, 3].")
+    check_image(pictures)
     pictures = pictures[..., :3].float().cpu()
     count, height, width = pictures.shape[:3]
     if mask is not None:
-        if abs(mask.shape[-1] * height - mask.shape[-2] * width) > max(height, width):
-            raise ValueError(
-                f"The mask has {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {width} x {height}, which is "
-                "another proportion: paint the mask on the very picture that is connected."
-            )
-        sized = resize_mask(mask.float().cpu().reshape(-1, *mask.shape[-2:]), height, width)
-        if len(sized) not in (1, count):
-            raise ValueError(f"{len(sized)} masks came with {count} pictures: give one mask, or one for each picture.")
+        sized = resize_mask(checked_mask(mask, count, (height, width)), height, width)
         size = published_preprocess(vision).size
         return Part(vision, weight, subject_crop(pictures, sized.expand(count, -1, -1), size).clamp(0, 1))
     if 1 - min(height, width) / max(height, width) > LOST:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...session import folders
+from ...session.images import check_image
 from ...session.weights import load_fully
 from .. import measures
 from .extras.lpips_files import SMALLEST, Lpips, load_lpips
@@ -131,16 +132,8 @@ def check(request: Request) -> None:
 
 def _check_shapes(request: Request) -> None:
     for name, pictures in (("images", request.images), ("reference", request.reference)):
-        if pictures is None:
-            continue
-        if pictures.ndim != 4 or pictures.shape[0] == 0 or pictures.shape[-1] < 3:
-            raise ValueError(
-                f"{name} has shape {tuple(pictures.shape)}: expected [batch, height, width, 3], with colour."
-            )
-        if not bool(torch.isfinite(pictures).all()):
-            raise ValueError(
-                f"{name} holds NaN or infinite pixels, so nothing can be measured: make the picture again."
-            )
+        if pictures is not None:
+            check_image(pictures, name)
     _check_count("reference pictures", request.reference, "images", request.images)
     _check_count("masks", request.mask, "images", request.images)
     _check_count("reference masks", request.reference_mask, "reference pictures", request.reference)
