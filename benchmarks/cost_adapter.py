@@ -75,12 +75,13 @@ class Bench:
     @torch.inference_mode()
     def staged(self, subject: Any, loops: int, start: Any = None) -> None:
         """The pack's own staged sampling, or its loops alone where an image is there to start from."""
-        from ..core.ezigen.host.staged import Prompts, StagedSettings, staged
+        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, staged
 
         how, prompts = self.settings, Prompts(self.positive, self.empty, self.empty)
         settings = StagedSettings(0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
         latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
-        staged(self.model, self.vae, self.adapter, subject, prompts, latent, settings, self.vision, start)
+        models = StagedModels(self.model, self.vae, self.adapter, self.vision)
+        staged(models, subject, prompts, latent, settings, start)
 
     def bare_loop(self, subject: Any) -> Callable[[], None]:
         """A loop on the modules themselves."""

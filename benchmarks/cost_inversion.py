@@ -19,7 +19,7 @@ import torch
 
 from ..core.inversion.null_text import NullText, NullTextSettings
 from ..core.prompt.windows import step_wise, windows
-from ..core.reference.guidance import END_PERCENT, START_PERCENT, ReferenceGuide, ReferenceSettings
+from ..core.reference.guidance import END_PERCENT, START_PERCENT, Reference, ReferenceGuide, ReferenceSettings
 from . import frame, hosting
 from .frame import by_turns
 from .hosting import LATENT, latents
@@ -85,10 +85,8 @@ class Bench:
             way, rounds = denoiser.of("negative"), self.settings.rounds
             fit = NullText(denoiser, path, sigmas, context, null, NullTextSettings(CFG, MANY, epsilon=0.0), way)
             found["null-text update"] = by_turns(fit.update, self.bare(denoiser, context, null, whole), rounds)
-            guide = ReferenceGuide(
-                denoiser, path[0], path, sigmas, [context] * steps, null, mask, range(0, steps),
-                ReferenceSettings(CFG, MANY), way,
-            )  # fmt: skip
+            reference, how = Reference(path, sigmas, mask, range(0, steps)), ReferenceSettings(CFG, MANY)
+            guide = ReferenceGuide(denoiser, path[0], reference, [context] * steps, null, how, way)
             found["reference guide update"] = by_turns(guide.update, self.bare(denoiser, context, null, inside), rounds)
 
         with torch.inference_mode():

@@ -65,6 +65,7 @@ class Bench(effect_ezigen.Bench):
     @torch.inference_mode()
     def edited(self, edit: Exchange, subject: Any, mask: Any, **kind: Any) -> Any:
         """The edited image [1, 96, 96, 3]."""
+        from ..core.ezigen.host.staged import StagedModels
         from ..core.ezigen.host.staged_edit import EditPrompts, EditSettings, edited
 
         # Class and place: what the new subject looks like must come from its image.
@@ -72,8 +73,8 @@ class Bench(effect_ezigen.Bench):
         empty, loops = self.conditioning(""), self.settings.loops
         prompts = EditPrompts(self.conditioning(prompt), empty, empty)
         settings = EditSettings(edit.seed, split_ratio=self.settings.ratio, loops=Loops(loops, loops), **kind)
-        source, model = self.image(edit.source), self.world.model
-        return edited(model, self.world.vae, self.adapter, subject, prompts, source, mask, settings).picture
+        models = StagedModels(self.world.model, self.world.vae, self.adapter)
+        return edited(models, subject, prompts, self.image(edit.source), mask, settings).picture
 
     def seen(self, edit: Exchange, image: Any) -> float:
         """The share of the differing attributes that the judge reads as the new subject's."""

@@ -139,10 +139,11 @@ class Bench(subjects.Bench):
         """The published inversion of the source image, and a way back to it."""
         from ..core.inversion.host.ddim import inverted, start_latent
         from ..core.inversion.host.null_text import way_back
+        from ..core.session.images import ImageSource
 
         model, prompt, empty = self.world.model, self.conditioning(wanted.prompt), self.conditioning("")
         latent = {"samples": self.world.vae.encode(self.image(wanted.case))}
-        trajectory = inverted(model, prompt, latent, None, None, self.levels, "published", 0)
+        trajectory = inverted(model, prompt, ImageSource(latent), self.levels, "published", 0)
         null_text, method = NullTextSettings(self.settings.cfg), cast(Method, self.settings.method)
         way = way_back(model, prompt, empty, trajectory, method, null_text, "empty prompt")
         return Inverted(start_latent(model, trajectory), way.model, way.negative)
@@ -165,7 +166,7 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def row(self, wanted: Replacement) -> dict[str, dict[str, float]]:
         """All figures of one case."""
-        from ..core.attention.host.prompt_to_prompt import edited_prompt, replaced_subject
+        from ..core.attention.host.prompt_to_prompt import SubjectSwap, edited_prompt, replaced_subject
 
         start, clip = self.inverted(wanted), NarrowClip(self.world)
         target = self.decoded(self.world.vae.encode(self.image(wanted.case)))
@@ -174,10 +175,11 @@ class Bench(subjects.Bench):
         base = self.sampled(self.world.model, edited, wanted.seed, self.settings)
         found: dict[str, dict[str, float]] = {"base": {"seen": self.share_seen(base, cls=wanted.new)}}
         for setting in SETTINGS:
-            model, positive = replaced_subject(
-                start.model, clip, wanted.prompt, wanted.word, wanted.new, None, setting.end_percent,
-                blend=setting.blend, mask=None if setting.grown is None else grown(mask, setting.grown),
+            place = None if setting.grown is None else grown(mask, setting.grown)
+            swap = SubjectSwap(
+                wanted.prompt, wanted.word, wanted.new, None, setting.end_percent, blend=setting.blend, mask=place
             )  # fmt: skip
+            model, positive = replaced_subject(start.model, clip, swap)
             if PLAIN not in found:
                 found[PLAIN] = self.scored(wanted, self.images(start.model, positive, start), target, mask)
             found[setting.name] = self.scored(wanted, self.images(model, positive, start), target, mask)

@@ -101,7 +101,7 @@ class Bench(subjects.Bench):
 
     def refined(self, case: Case, embedding: Any) -> Any:
         """Algorithm 1."""
-        from ..core.embedding.host.refine import refine_embedding
+        from ..core.embedding.host.refine import SavedStep, refine_embedding
         from ..core.embedding.host.train import Hold
 
         how = self.settings
@@ -109,8 +109,7 @@ class Bench(subjects.Bench):
             self.world.model,
             self.conditioning(case.class_prompt()),
             self.subject(case, True),
-            embedding,
-            0,
+            SavedStep(embedding),
             self.levels,
             StepWiseSettings(how.inner_steps, how.learning_rate, case.seed),
             Hold(self.empty, how.anchor_weight),
@@ -144,7 +143,8 @@ class Bench(subjects.Bench):
         """Algorithm 2 for each of the images, from its own noise; one without a subject to align with stays."""
         from ..core.inversion.host.ddim import inverted
         from ..core.reference.host.alignment import MAX_DEGREES
-        from ..core.reference.host.guidance import guided_by_reference
+        from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
+        from ..core.session.images import ImageSource
         from ..core.session.session import gradients
 
         caption = self.conditioning(case.class_prompt(case.source_place))
@@ -159,12 +159,11 @@ class Bench(subjects.Bench):
                 matrix = align(ours.clone(), wanted.clone(), max_degrees=MAX_DEGREES).matrix
             moved = warp(reference, matrix, (SIDE, SIDE)).movedim(1, -1)
             mask = (warp(ours[None, None], matrix, (SIDE, SIDE), "zeros")[0] > 0.5).float()
-            trajectory = inverted(model, caption, None, moved, self.world.vae, self.levels, "published", 0)
+            trajectory = inverted(model, caption, ImageSource(None, moved, self.world.vae), self.levels, "published", 0)
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
-            result = guided_by_reference(
-                model, positive, self.empty, given, trajectory, mask, ReferenceSettings(self.settings.cfg),
-                START_PERCENT, END_PERCENT,
-            )  # fmt: skip
+            moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
+            how = ReferenceSettings(self.settings.cfg)
+            result = guided_by_reference(model, positive, self.empty, given, moved_image, how)
             found.append(self.decoded(result.samples))
         return torch.cat(found)
 

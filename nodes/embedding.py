@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.embedding import hiper
-from ..core.embedding.host.train import Hold, Schedule, Start, preview_pictures, train_embedding
+from ..core.embedding.host.train import Hold, Previews, Schedule, Start, preview_images, train_embedding
 from ..core.prompt.conditioning import apply_embedding
 from ..core.session.fingerprint import check_base
-from ..core.session.images import training_images
+from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from .types import Embedding, LossMap, advanced, schema, seed_input
 
@@ -233,7 +233,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
             raise ValueError(
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
-        images = training_images(model, latent, image, vae, mask)
+        images = ImageSource(latent, image, vae, mask).encoded(model)
         embedding, losses = train_embedding(
             model,
             positive,
@@ -246,18 +246,8 @@ class LikenessTrainEmbedding(io.ComfyNode):
         loss = loss_map(losses)
         if vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
-        previews = preview_pictures(
-            model,
-            vae,
-            embedding,
-            positive,
-            target,
-            negative,
-            tuple(images.latent.shape),
-            steps=preview_steps,
-            cfg=preview_cfg,
-            seed=seed,
-        )
+        how = Previews(vae, negative, preview_steps, preview_cfg, seed)
+        previews = preview_images(model, embedding, positive, target, tuple(images.latent.shape), how)
         return io.NodeOutput(embedding, loss, previews)
 
 

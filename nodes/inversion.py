@@ -8,6 +8,7 @@ from ..core.inversion import null_text as published
 from ..core.inversion.ddim import ITERATIONS, LABELS
 from ..core.inversion.host.ddim import inverted, start_latent
 from ..core.inversion.host.null_text import way_back
+from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from .types import LossMap, Trajectory, advanced, schema
 
@@ -67,7 +68,7 @@ class LikenessInvert(io.ComfyNode):
         cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
-        trajectory = inverted(model, positive, latent, image, vae, sigmas, label, iterations, node)
+        trajectory = inverted(model, positive, ImageSource(latent, image, vae), sigmas, label, iterations, node)
         return io.NodeOutput(trajectory, start_latent(model, trajectory), sigmas)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.reference import guidance as published
-from ..core.reference.host.guidance import guided_by_reference
+from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
 from ..core.session.outputs import loss_map, nothing
 from .types import LossMap, Trajectory, advanced, schema
 
@@ -118,9 +118,8 @@ class LikenessReferenceGuide(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = published.ReferenceSettings(cfg, inner_steps, learning_rate)
         node = cls.hidden.unique_id
-        found = guided_by_reference(
-            model, positive, negative, noise, trajectory, mask, settings, start_percent, end_percent, node
-        )
+        reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
+        found = guided_by_reference(model, positive, negative, noise, reference, settings, node)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner
-from ..core.embedding.host.refine import refine_embedding
-from ..core.session.images import training_images
+from ..core.embedding.host.refine import SavedStep, refine_embedding
+from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
 from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
 from .types import Embedding, LossMap, schema, seed_input
@@ -95,9 +95,8 @@ class LikenessRefineEmbedding(io.ComfyNode):
         refined, losses = refine_embedding(
             model,
             positive,
-            training_images(model, latent, image, vae, mask),
-            embedding,
-            step,
+            ImageSource(latent, image, vae, mask).encoded(model),
+            SavedStep(embedding, step),
             sigmas,
             hifi_tuner.StepWiseSettings(inner_steps, learning_rate, seed),
             held(negative, anchor_weight, anchor),

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..core.inversion import renoise as published
 from ..core.inversion.host.renoise import renoised
+from ..core.session.images import ImageSource
 from .types import advanced, schema, seed_input
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
@@ -82,7 +83,7 @@ class LikenessRenoise(io.ComfyNode):
         settings = published.ReNoiseSettings(
             sampler == ANCESTRAL, iterations, averaged, kl_weight, correlation_weight, seed
         )
-        found = renoised(model, positive, latent, image, vae, sigmas, settings, cls.hidden.unique_id)
+        found = renoised(model, positive, ImageSource(latent, image, vae), sigmas, settings, cls.hidden.unique_id)
         return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.attention.host.prompt_to_prompt import Learned, replaced_subject, twice
+from ..core.attention.host.prompt_to_prompt import Learned, SubjectSwap, replaced_subject, twice
 from ..core.attention.prompt_to_prompt import END_PERCENT
 from .types import Embedding, advanced, schema
 
@@ -152,20 +152,10 @@ class LikenessReplaceSubject(io.ComfyNode):
     ) -> io.NodeOutput:
         start = twice(latent)
         learned = None if embedding is None else Learned(embedding, scale, step)
-        patched, both = replaced_subject(
-            model,
-            clip,
-            prompt,
-            word,
-            replacement,
-            learned,
-            end_percent,
-            self_percent,
-            renormalise,
-            blend,
-            mask,
-            positive,
-        )
+        wanted = SubjectSwap(
+            prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend, mask
+        )  # fmt: skip
+        patched, both = replaced_subject(model, clip, wanted, positive)
         return io.NodeOutput(patched, both, negative, start)
 
 

@@ -179,9 +179,8 @@ class LikenessStagedSampler(io.ComfyNode):
         )
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
         node = cls.hidden.unique_id
-        found = host.staged(
-            model, vae, adapter, subject, prompts, latent["samples"], settings, vision, image, node_id=node
-        )
+        models = host.StagedModels(model, vae, adapter, vision)
+        found = host.staged(models, subject, prompts, latent["samples"], settings, image, node)
         return io.NodeOutput(found.picture, found.pictures, {"samples": found.latent}, found.report)
 
 
@@ -259,7 +258,8 @@ class LikenessStagedEdit(io.ComfyNode):
             paste=paste,
         )
         prompts, node = editing.EditPrompts(positive, negative, negative), cls.hidden.unique_id
-        found = editing.edited(model, vae, adapter, subject, prompts, image, mask, settings, vision, node)
+        models = host.StagedModels(model, vae, adapter, vision)
+        found = editing.edited(models, subject, prompts, image, mask, settings, node)
         return io.NodeOutput(found.picture, found.pictures, {"samples": found.latent}, found.report)
 
 

@@ -43,6 +43,18 @@ class ReferenceSettings:
     learning_rate: float = LEARNING_RATE
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What guides a sampling: trajectory [T + 1, 1, C, h, w] and sigmas [T + 1] of the reference as invert() has them,
+    mask [1, 1, h, w] of ones and zeros, window the steps from t_s to t_e, not the first step.
+    """
+
+    trajectory: Tensor
+    sigmas: Tensor
+    mask: Tensor
+    window: range
+
+
 class ReferenceGuide:
     """The whole sampling, with the optimisation in its window; a Fit (see fitting.py) of J updates for each step there.
 
@@ -53,23 +65,19 @@ class ReferenceGuide:
         self,
         denoiser: Denoiser,
         start: Tensor,
-        trajectory: Tensor,
-        sigmas: Tensor,
+        reference: Reference,
         contexts: Sequence[Tensor],
         null: Tensor,
-        mask: Tensor,
-        window: range,
         settings: ReferenceSettings,
         unguided: Denoiser | None = None,
     ) -> None:
-        """start [1, C, h, w] the noise as a sampler has it; trajectory [T + 1, 1, C, h, w] and sigmas [T + 1] as
-        invert() has them; contexts the prompt's rows [1, n, d] at each of the T steps; null [1, n, d] of the empty
-        prompt; mask [1, 1, h, w] of ones and zeros; window the steps from t_s to t_e, not the first step. unguided: as
-        in NullText.
+        """start [1, C, h, w] the noise as a sampler has it; contexts the prompt's tokens [1, n, d] at each of T steps;
+        null [1, n, d] of the empty prompt. unguided: as in NullText.
         """
         self.denoiser, self.unguided = denoiser, unguided or denoiser
-        self.trajectory, self.sigmas, self.contexts = trajectory, sigmas.to(trajectory), contexts
-        self.null, self.mask, self.window, self.settings = null, mask, window, settings
+        self.trajectory, self.sigmas = reference.trajectory, reference.sigmas.to(reference.trajectory)
+        self.mask, self.window = reference.mask, reference.window
+        self.contexts, self.null, self.settings = contexts, null, settings
         self.x, self.index = start, 0  # the latent before step `index`
         self.nulls: list[Tensor] = []  # phi_h of the finished steps in the window, [1, n, d] each
         self.losses: list[float] = []

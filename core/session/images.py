@@ -69,35 +69,46 @@ class TrainingImages:
     mask: Tensor | None
 
 
-def training_images(
-    model: Any, latent: dict[str, Tensor] | None, image: Tensor | None, vae: Any | None, mask: Tensor | None
-) -> TrainingImages:
-    """The picture(s) to learn from, checked against the model; ValueError says what is missing or does not fit."""
-    if (latent is None) == (image is None):
-        given = "neither" if latent is None else "both"
-        raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given} came in.")
-    if image is not None and vae is None:
-        raise ValueError(
-            "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT."
-        )
-    if latent is not None:
-        samples = latent["samples"]
-    else:
-        assert image is not None and vae is not None  # checked above
-        samples = vae.encode(image[..., :3])
-    channels = model.get_model_object("latent_format").latent_channels
-    if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
-        shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
-        raise ValueError(
-            f"The latent is {shape}, the model expects pictures [batch, {channels}, height, width]: use its own VAE."
-        )
-    if not bool(torch.isfinite(samples).all()):
-        raise ValueError("The latent holds NaN or infinite numbers: encode the picture again, with the VAE in fp32.")
-    samples = samples.float().cpu()
-    if mask is None:
-        return TrainingImages(samples, None)
-    size = (samples.shape[-2], samples.shape[-1])
-    return TrainingImages(samples, latent_mask(checked_mask(mask, len(samples), size), *size))
+@dataclass(frozen=True)
+class ImageSource:
+    """Where a node's image(s) come from: a LATENT, or an IMAGE with its VAE; and a MASK."""
+
+    latent: dict[str, Tensor] | None = None
+    image: Tensor | None = None
+    vae: Any | None = None
+    mask: Tensor | None = None
+
+    def encoded(self, model: Any) -> TrainingImages:
+        """Checked against the model; ValueError says what is missing or does not fit."""
+        samples = self._samples()
+        channels = model.get_model_object("latent_format").latent_channels
+        if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
+            shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
+            raise ValueError(
+                f"The latent is {shape}, the model expects pictures [batch, {channels}, height, width]: use its own "
+                "VAE."
+            )
+        if not bool(torch.isfinite(samples).all()):
+            raise ValueError(
+                "The latent holds NaN or infinite numbers: encode the picture again, with the VAE in fp32."
+            )
+        samples, size = samples.float().cpu(), (samples.shape[-2], samples.shape[-1])
+        if self.mask is None:
+            return TrainingImages(samples, None)
+        return TrainingImages(samples, latent_mask(checked_mask(self.mask, len(samples), size), *size))
+
+    def _samples(self) -> Tensor:
+        if (self.latent is None) == (self.image is None):
+            given = "neither" if self.latent is None else "both"
+            raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given} came in.")
+        if self.latent is not None:
+            return self.latent["samples"]
+        assert self.image is not None  # one of the two is there
+        if self.vae is None:
+            raise ValueError(
+                "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT."
+            )
+        return self.vae.encode(self.image[..., :3])
 
 
 def check_vae(model: Any, vae: Any) -> None:

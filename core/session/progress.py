@@ -19,6 +19,33 @@ PREVIEW_SIDE = 512
 INTERVAL = 1.0  # seconds between two pictures or curves
 
 
+class Steps:
+    """How far one or more samplings or inversions are that share a bar, with a preview of every so many steps."""
+
+    def __init__(self, model: Any, total: int, node_id: str | None, every: int = 1) -> None:
+        self._bar, self._total, self._done = comfy.utils.ProgressBar(total, node_id=node_id), total, 0
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._every = every
+
+    def step(self, latent: Tensor | None = None) -> None:
+        """One step more; latent [B, C, h, w] in the model's own space. Raises ComfyUI's interrupt."""
+        mm.throw_exception_if_processing_interrupted()
+        self._done += 1
+        shown = latent if self._done % self._every == 0 else None
+        self._bar.update_absolute(self._done, self._total, _preview(self._previewer, shown))
+
+    def callback(self, _step: int, denoised: Tensor, _x: Tensor, _total: int) -> None:
+        """As ComfyUI's samplers call it."""
+        self.step(denoised)
+
+
+def _preview(previewer: Any | None, latent: Tensor | None) -> Any | None:
+    """What a progress bar shows of a latent; None without a previewer or a latent."""
+    if previewer is None or latent is None:
+        return None
+    return previewer.decode_latent_to_preview_image("JPEG", latent[:1].float())
+
+
 class Progress:
     """Progress of one node's run. Raises ComfyUI's interrupt from update() when the user cancels."""
 
@@ -42,9 +69,7 @@ class Progress:
             self._bar.update_absolute(step)
             return
         self._last = now
-        preview = None
-        if self._previewer is not None and denoised is not None:
-            preview = self._previewer.decode_latent_to_preview_image("JPEG", denoised[:1].float())
+        preview = _preview(self._previewer, denoised)
         if picture is not None:
             pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
             preview = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)

@@ -34,7 +34,8 @@ def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
     settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
     prompts = host.EditPrompts(setting.target, setting.empty, setting.empty)
     with torch.inference_mode():
-        return host.edited(setting.model, vae or autoencoder(), adapter, about or own, prompts, source, mask, settings)
+        models = host.StagedModels(setting.model, vae or autoencoder(), adapter)
+        return host.edited(models, about or own, prompts, source, mask, settings)
 
 
 def outside(latent: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ def test_a_step_leaves_the_noise_of_its_level(parts):
         found.append(float((x - z).std() / sigma[0]))
         return z
 
-    run = _Pasting([z] * 6, torch.ones(1, 1, 64, 64), EditSettings(7), 1, SimpleNamespace(update=lambda _steps: None))
+    run = _Pasting([z] * 6, torch.ones(1, 1, 64, 64), EditSettings(7), 1, SimpleNamespace(step=lambda: None))
     result = run.sample(perfect, sigmas, {}, None, z + sigmas[0] * noise)
     assert len(found) == 5 and all(abs(part - 1.0) < 0.02 for part in found), found
     torch.testing.assert_close(result, z)

@@ -41,9 +41,8 @@ def staged(parts, vision=None, start=None, latent=LATENT, model=None, vae=None, 
     settings = replace(host.StagedSettings(7, STEPS, 3.0, loops=Loops(2, 2)), **changes)
     prompts = host.Prompts(setting.target, setting.empty, setting.source)
     with torch.inference_mode():
-        return host.staged(
-            model or setting.model, vae or autoencoder(), adapter, about, prompts, latent, settings, vision, start
-        )
+        models = host.StagedModels(model or setting.model, vae or autoencoder(), adapter, vision)
+        return host.staged(models, about, prompts, latent, settings, start)
 
 
 def by_stock_nodes(parts, published=False):

@@ -8,7 +8,7 @@ import torch
 from likeness.core.inversion.ddim import invert
 from likeness.core.inversion.null_text import NullText, NullTextSettings
 from likeness.core.inversion.rectify import landing, step_at
-from likeness.core.reference.guidance import ReferenceGuide, ReferenceSettings
+from likeness.core.reference.guidance import Reference, ReferenceGuide, ReferenceSettings
 
 from ..toy import GaussianDenoiser
 
@@ -38,10 +38,8 @@ class World:
     def guide(self, inner: int = 5, learning_rate: float = 0.05, **changes) -> ReferenceGuide:
         settings = ReferenceSettings(3.0, inner, learning_rate)
         given = {"start": self.start, "trajectory": self.trajectory, "mask": self.mask, "window": WINDOW, **changes}
-        return ReferenceGuide(
-            self.denoiser, given["start"], given["trajectory"], self.sigmas, self.contexts, self.null, given["mask"],
-            given["window"], settings,
-        )  # fmt: skip
+        reference = Reference(given["trajectory"], self.sigmas, given["mask"], given["window"])
+        return ReferenceGuide(self.denoiser, given["start"], reference, self.contexts, self.null, settings)
 
     def eps(self, x, sigma, context):
         return (x - self.denoiser.denoised(x, sigma.view(1), context)) / sigma

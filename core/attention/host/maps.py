@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
-from ...session.images import training_images
+from ...session.images import ImageSource
 from ...session.session import GuiderDenoiser, predicting
 from ..maps import mean_over_layers, probabilities, row_maps, stretched
 from .layers import Attention, attention_layers, replaced
@@ -51,7 +51,7 @@ def inspected(
     fewest = min(prompt[0].shape[1] for prompt in prompts)
     if tokens > fewest:
         raise ValueError(f"{tokens} rows were asked for, the prompt has {fewest}: ask for as many as were trained.")
-    samples = training_images(model, latent, None, None, None).latent[:1]
+    samples = ImageSource(latent).encoded(model).latent[:1]
     sampling = model.get_model_object("model_sampling")
     clone = model.clone()
     reading = _Reading(tokens, (samples.shape[-2], samples.shape[-1]))

@@ -56,19 +56,29 @@ class Control:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SubjectSwap:
+    """The word of a prompt that another takes the place of, or a learned subject. The rest as in Control."""
+
+    prompt: str
+    word: str
+    new: str
+    learned: Learned | None = None
+    end_percent: float = 1.0
+    self_percent: float = 0.0
+    renormalise: bool = False
+    blend: float = 0.0
+    mask: Tensor | None = None
+
+    def control(self, swap: Swap, edited: str, rows: int) -> Control:
+        """What the MODEL is told, once the prompts are known."""
+        tail = self.learned.tokens if self.learned else 0
+        ends = (self.end_percent, self.self_percent)
+        return Control((self.prompt, edited), swap, rows, tail, *ends, self.renormalise, self.blend, _usable(self.mask))
+
+
 def replaced_subject(
-    model: Any,
-    clip: Any,
-    prompt: str,
-    word: str,
-    new: str,
-    learned: Learned | None = None,
-    end_percent: float = 1.0,
-    self_percent: float = 0.0,
-    renormalise: bool = False,
-    blend: float = 0.0,
-    mask: Tensor | None = None,
-    source: Conditioning | None = None,
+    model: Any, clip: Any, wanted: SubjectSwap, source: Conditioning | None = None
 ) -> tuple[Any, Conditioning]:
     """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs.
 
@@ -80,9 +90,10 @@ def replaced_subject(
             "The CLIP is empty: this checkpoint holds no text encoder. Connect the one that belongs to the model, from "
             "a Load CLIP node."
         )
+    learned, prompt, word = wanted.learned, wanted.prompt, wanted.word
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
-    edited = edited_prompt(prompt, word, new)
+    edited = edited_prompt(prompt, word, wanted.new)
     of_source, of_edit, of_word = (tokens_of(clip, text) for text in (prompt, edited, word.strip()))
     try:
         swap = word_swap(of_source, of_edit, of_word)
@@ -99,8 +110,7 @@ def replaced_subject(
         )
     positive = paired(*encoded(clip, (prompt, edited), source), learned, (prompt, edited))
     rows = positive[0][0].shape[1]
-    control = Control((prompt, edited), swap, rows, tail, end_percent, self_percent, renormalise, blend, _usable(mask))
-    return with_control(model, control), positive
+    return with_control(model, wanted.control(swap, edited, rows)), positive
 
 
 def _usable(mask: Tensor | None) -> Tensor | None:

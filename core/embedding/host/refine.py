@@ -76,12 +76,19 @@ class RefiningJob(Job):
         }
 
 
+@dataclass(frozen=True)
+class SavedStep:
+    """One saved step of an embedding, 0 for the recommended one."""
+
+    embedding: Embedding
+    step: int = 0
+
+
 def refine_embedding(
     model: Any,
     positive: Conditioning,
     images: TrainingImages,
-    embedding: Embedding,
-    step: int,
+    saved: SavedStep,
     sigmas: Tensor,
     settings: StepWiseSettings,
     hold: Hold | None,
@@ -91,6 +98,7 @@ def refine_embedding(
 
     sigmas [T + 1] as the sampler takes them. The result has one saved step, the number of the one that it came from.
     """
+    embedding, step = saved.embedding, saved.step
     check_base(embedding.header.get("base", {}), model)
     check_sigmas(sigmas)
     start = embedding.at(step)

@@ -164,30 +164,40 @@ def train_embedding(
     return embedding, done.losses
 
 
-def preview_pictures(
+@dataclass(frozen=True)
+class Previews:
+    """How preview images are sampled."""
+
+    vae: Any
+    negative: Conditioning | None
+    steps: int
+    cfg: float
+    seed: int
+
+
+def preview_images(
     model: Any,
-    vae: Any,
     embedding: Embedding,
     source: Conditioning,
     target: Conditioning | None,
-    negative: Conditioning | None,
     shape: tuple[int, ...],
-    *,
-    steps: int,
-    cfg: float,
-    seed: int,
+    how: Previews,
 ) -> Tensor:
     """[source, h] for each saved step; with a target first [target], then [source, h] and [target, 0.8 h] in turn.
 
-    All pictures start from the same noise. Shape [1, C, h, w] of the latent; returns [pictures, H, W, 3].
+    All images start from the same noise. Shape [1, C, h, w] of the latent; returns [images, H, W, 3].
     """
-    size = (1, *shape[1:])
     prompts = [] if target is None else [target]
-    source = unmarked(source)  # the rows learned take the place of those that they started from
+    source = unmarked(source)  # the tokens learned take the place of those that they started from
     for _, rows in sorted(embedding.rows.items()):
         prompts.append(apply_embedding(source, rows, 1.0))
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE))
-    return torch.cat(
-        [sample_picture(model, vae, prompt, negative, size, steps=steps, cfg=cfg, seed=seed) for prompt in prompts]
-    )
+    size = (1, *shape[1:])
+
+    def sampled(prompt: Conditioning) -> Tensor:
+        return sample_picture(
+            model, how.vae, prompt, how.negative, size, steps=how.steps, cfg=how.cfg, seed=how.seed
+        )  # fmt: skip
+
+    return torch.cat([sampled(prompt) for prompt in prompts])

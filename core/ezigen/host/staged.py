@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...prompt.conditioning import Conditioning
 from ...session.images import check_vae
+from ...session.progress import Steps
 from ...vision.host.vision import embed
 from ..artifact import StoredAdapter
 from ..staged import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factors, split
@@ -48,6 +46,18 @@ class StagedSettings:
     scheduler: str = SCHEDULER
     published_level: bool = False
     keep_best: bool = False
+
+
+@dataclass(frozen=True)
+class StagedModels:
+    """What samples in stages: a MODEL with its VAE and an adapter. vision: a CLIP_VISION that says when two images are
+    alike, or which is best.
+    """
+
+    model: Any
+    vae: Any
+    adapter: StoredAdapter
+    vision: Any | None = None
 
 
 @dataclass(frozen=True)
@@ -82,31 +92,30 @@ def levels(model: Any, settings: StagedSettings) -> Tensor:
 
 
 def staged(
-    model: Any,
-    vae: Any,
-    adapter: StoredAdapter,
+    models: StagedModels,
     subject: Subject,
     prompts: Prompts,
     latent: Tensor,
     settings: StagedSettings,
-    vision: Any | None = None,
     start: Tensor | None = None,
     node_id: str | None = None,
 ) -> Staged:
-    """latent [B, any, h, w]: its size alone counts. start [B, H, W, 3]: a picture to begin the loops with, of any
-    model, instead of a first sampling. vision: a CLIP_VISION that says when two pictures are alike, or which is best.
+    """latent [B, any, h, w]: its size alone counts. start [B, H, W, 3]: an image to begin the loops with, of any
+    model, instead of a first sampling.
     """
+    model, vae, vision = models.model, models.vae, models.vision
     loops, seed = settings.loops, settings.seed
-    _check(model, vae, vision, settings, start)
+    _check(models, settings, start)
     sigmas = levels(model, settings)
     _, appearance = split(sigmas, settings.split_ratio)
-    later = with_adapter(model, adapter, subject)
+    later = with_adapter(model, models.adapter, subject)
     first = with_ratio(later, settings.split_ratio)
-    show = _Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
+    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
+    sampler = _StockSampling(prompts.positive, settings, steps)
     if start is None:
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # and its steps' noise as a stock sampler draws it, for the same layout
-        found = show.sample(first, noise, sigmas, prompts.negative, prompts, latent, settings, seed % SEEDS)
+        found = sampler.sample(first, noise, sigmas, prompts.negative, latent, seed % SEEDS)
         pictures = [vae.decode(found).cpu()]
     else:
         pictures = [whole_cells(start[..., :3].float().cpu(), vae)]
@@ -122,7 +131,7 @@ def staged(
             z, noise = signal * z, more * noise
         x, of_steps = noised(model, z, noise, appearance[0]), (seed + done + STEP_SEEDS) % SEEDS
         nothing = torch.zeros_like(x)
-        found = show.sample(later, nothing, appearance, prompts.loop_negative, prompts, x, settings, of_steps)
+        found = sampler.sample(later, nothing, appearance, prompts.loop_negative, x, of_steps)
         latents.append(found)
         pictures.append(vae.decode(found).cpu())
         similarity = looks.at(pictures[-1])
@@ -132,15 +141,15 @@ def staged(
     return Staged(latents[chosen], pictures[chosen], torch.cat(pictures), "\n".join(told))
 
 
-def _check(model: Any, vae: Any, vision: Any | None, settings: StagedSettings, start: Tensor | None) -> None:
+def _check(models: StagedModels, settings: StagedSettings, start: Tensor | None) -> None:
     """Refuse what cannot work before anything runs."""
     loops = settings.loops
-    if vision is None and (loops.least != loops.most or settings.keep_best):
+    if models.vision is None and (loops.least != loops.most or settings.keep_best):
         raise ValueError(
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
             "picture is best: connect a CLIP_VISION, or set both numbers the same and keep the last picture."
         )
-    check_vae(model, vae)
+    check_vae(models.model, models.vae)
     if start is not None:
         warn_of_size(start)
 
@@ -206,38 +215,20 @@ def _best(looks: Looks, subject: Subject, told: list[str]) -> int:
     return best
 
 
-class _Steps:
-    """Samplings in a row, with one progress bar for all."""
+@dataclass(frozen=True)
+class _StockSampling:
+    """Stock samplings in a row, with one progress bar for all."""
 
-    def __init__(self, model: Any, total: int, node_id: str | None) -> None:
-        self.bar, self.total, self.done = comfy.utils.ProgressBar(total, node_id=node_id), total, 0
-        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-
-    def _told(self) -> Callable[..., None]:
-        def callback(_step: int, denoised: Tensor, _x: Tensor, _total: int) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            self.done += 1
-            picture = None
-            if self.previewer is not None:
-                picture = self.previewer.decode_latent_to_preview_image("JPEG", denoised[:1])
-            self.bar.update_absolute(self.done, self.total, picture)
-
-        return callback
+    positive: Conditioning
+    settings: StagedSettings
+    steps: Steps
 
     def sample(
-        self,
-        model: Any,
-        noise: Tensor,
-        sigmas: Tensor,
-        negative: Conditioning,
-        prompts: Prompts,
-        latent: Tensor,
-        settings: StagedSettings,
-        seed: int,
+        self, model: Any, noise: Tensor, sigmas: Tensor, negative: Conditioning, latent: Tensor, seed: int
     ) -> Tensor:
-        """A stock sampling; latents as in a LATENT."""
-        sampler = comfy.samplers.sampler_object(settings.sampler)
+        """Latents as in a LATENT."""
+        sampler = comfy.samplers.sampler_object(self.settings.sampler)
         return comfy.sample.sample_custom(
-            model, noise, settings.cfg, sampler, sigmas, prompts.positive, negative, latent, callback=self._told(),
-            disable_pbar=True, seed=seed,
+            model, noise, self.settings.cfg, sampler, sigmas, self.positive, negative, latent,
+            callback=self.steps.callback, disable_pbar=True, seed=seed,
         )  # fmt: skip

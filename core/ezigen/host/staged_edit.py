@@ -17,9 +17,9 @@ from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import check_vae, checked_mask
+from ...session.progress import Steps
 from ...session.session import predicting
 from ...vision.measures import resize_mask
-from ..artifact import StoredAdapter
 from ..staged import (
     EDIT_CFG,
     SPLIT_RATIO,
@@ -32,7 +32,7 @@ from ..staged import (
     split,
 )
 from .adapter import Subject, with_adapter, without_adapter
-from .staged import SEEDS, Looks, StagedSettings, levels, warn_of_size, whole_cells
+from .staged import SEEDS, Looks, StagedModels, StagedSettings, levels, warn_of_size, whole_cells
 
 WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 255
 
@@ -72,19 +72,16 @@ class EditPrompts:
 
 
 def edited(
-    model: Any,
-    vae: Any,
-    adapter: StoredAdapter,
+    models: StagedModels,
     subject: Subject,
     prompts: EditPrompts,
     source: Tensor,
     mask: Tensor,
     settings: EditSettings,
-    vision: Any | None = None,
     node_id: str | None = None,
 ) -> Edited:
-    """source [1, H, W, 3]; mask [1, H, W], white where the subject goes; vision: says when two loops are alike."""
-    loops = settings.loops
+    """source [1, H, W, 3]; mask [1, H, W], white where the subject goes."""
+    model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
     _check(source, mask, vision, settings)
     check_vae(model, vae)
     warn_of_size(source)
@@ -94,16 +91,16 @@ def edited(
     up = published_levels(table, settings.steps)[: len(down)] if settings.published else _reversed(down, table[:1])
     mask = whole_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
     source = whole_cells(source[..., :3].float().cpu(), vae)
-    plain, adapted = without_adapter(model), with_adapter(model, adapter, subject)
-    bar = comfy.utils.ProgressBar(2 * (len(down) - 1) * loops.most, node_id=node_id)
+    plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
+    steps = Steps(model, 2 * (len(down) - 1) * loops.most, node_id)
     pictures, kept, similarity, done, found = [source], None, 0.0, 0, None
     told, looks = [], Looks(vision, source)
     while loops.go_on(done, similarity):
         done += 1
         latent = vae.encode(pictures[-1])
-        start, backgrounds = _inverted(plain, prompts.inverse, latent, up, down, settings.published, bar)
+        start, backgrounds = _inverted(plain, prompts.inverse, latent, up, down, settings.published, steps)
         kept = backgrounds if kept is None else kept  # those of every loop are the source's own
-        run = _Pasting(kept, _latent_mask(mask, settings.published, start), settings, done, bar)
+        run = _Pasting(kept, _latent_mask(mask, settings.published, start), settings, done, steps)
         found = _sampled(adapted, prompts, run, start, down, settings.cfg)
         pictures.append(vae.decode(found).cpu())
         similarity = looks.at(pictures[-1])
@@ -145,7 +142,7 @@ def _pasted_pixels(picture: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
 
 def _inverted(
-    model: Any, prompt: Conditioning, latent: Tensor, up: Tensor, down: Tensor, published: bool, bar: Any
+    model: Any, prompt: Conditioning, latent: Tensor, up: Tensor, down: Tensor, published: bool, steps: Steps
 ) -> tuple[Tensor, list[Tensor]]:
     """Where the steps start, and what background_of() takes; latents in the model's space, on the CPU.
 
@@ -154,16 +151,12 @@ def _inverted(
     found: list[Tensor] = []
 
     def body(denoiser: Any, x0: Tensor) -> None:
-        def on_step(_step: int) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            bar.update(1)
-
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
             return predicted_noise(denoiser, x, sigma, denoiser.context)
 
         sigmas = up.to(x0)
         start = rescaled(x0, torch.zeros_like(sigmas[0]), sigmas[0]) if published else x0
-        found.extend(x.cpu() for x in inverted_by_solver(predict, start, sigmas, on_step))
+        found.extend(x.cpu() for x in inverted_by_solver(predict, start, sigmas, lambda _step: steps.step()))
 
     predicting(model, prompt, latent, body)
     if not published:
@@ -177,8 +170,8 @@ def _inverted(
 class _Pasting(comfy.samplers.Sampler):
     """DDPM steps from the latent that is given as noise; behind each the background is pasted."""
 
-    def __init__(self, kept: list[Tensor], mask: Tensor, settings: EditSettings, loop: int, bar: Any) -> None:
-        self.kept, self.mask, self.settings, self.bar = kept, mask, settings, bar
+    def __init__(self, kept: list[Tensor], mask: Tensor, settings: EditSettings, loop: int, steps: Steps) -> None:
+        self.kept, self.mask, self.settings, self.steps = kept, mask, settings, steps
         self.generator = step_generator(settings.seed, loop, "staged edit")
 
     def sample(
@@ -196,7 +189,7 @@ class _Pasting(comfy.samplers.Sampler):
                 noise_sampler=self._noise(x),
             )
             x = pasted(x, background_of(self.kept, step, self.settings.published).to(x), mask)
-            self.bar.update(1)
+            self.steps.step()
         return x
 
     def _noise(self, like: Tensor) -> Callable[..., Tensor]:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management as mm
-import comfy.samplers
-import comfy.utils
-import latent_preview
 import torch
 from torch import Tensor
 
@@ -15,7 +11,8 @@ from ...fit.runs import digest
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.describe import describe
 from ...session.fingerprint import check_base, fingerprint
-from ...session.images import training_images
+from ...session.images import ImageSource
+from ...session.progress import Steps
 from ...session.session import GuiderDenoiser, predicting
 from ..ddim import Label, invert
 from ..trajectory import Trajectory, check_sigmas
@@ -24,9 +21,7 @@ from ..trajectory import Trajectory, check_sigmas
 def inverted(
     model: Any,
     positive: Conditioning,
-    latent: dict[str, Tensor] | None,
-    image: Tensor | None,
-    vae: Any | None,
+    source: ImageSource,
     sigmas: Tensor,
     label: Label,
     iterations: int,
@@ -35,18 +30,12 @@ def inverted(
     """The trajectory of a picture along SIGMAS, with the prompt that describes it and no guidance."""
     single_prompt(positive, "prompt")
     check_way(model, sigmas)
-    samples = training_images(model, latent, image, vae, None).latent
-    bar = comfy.utils.ProgressBar(len(sigmas) - 1, node_id=node_id)
-    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    samples = source.encoded(model).latent
+    steps = Steps(model, len(sigmas) - 1, node_id, every=10)
     found: list[Tensor] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        def on_step(step: int, x: Tensor) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            show = previewer is not None and step % 10 == 0
-            picture = previewer.decode_latent_to_preview_image("JPEG", x[:1].float()) if show else None
-            bar.update_absolute(step, len(sigmas) - 1, picture)
-
+        on_step = lambda _step, x: steps.step(x)  # noqa: E731
         found.append(invert(denoiser, x0.float(), denoiser.context, sigmas, label, iterations, on_step).cpu())
 
     predicting(model, positive, samples, body)

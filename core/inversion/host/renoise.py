@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management as mm
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 from torch import Tensor
 
 from ...denoiser import predicted_noise
 from ...fit.runs import digest
 from ...prompt.conditioning import Conditioning, single_prompt
-from ...session.images import training_images
+from ...session.images import ImageSource
+from ...session.progress import Steps
 from ...session.session import GuiderDenoiser, predicting
 from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
@@ -73,9 +72,7 @@ class RecordedNoises:
 def renoised(
     model: Any,
     positive: Conditioning,
-    latent: dict[str, Tensor] | None,
-    image: Tensor | None,
-    vae: Any | None,
+    source: ImageSource,
     sigmas: Tensor,
     settings: ReNoiseSettings,
     node_id: str | None = None,
@@ -85,7 +82,7 @@ def renoised(
     """
     single_prompt(positive, "prompt")
     check_way(model, sigmas)
-    samples = training_images(model, latent, image, vae, None).latent
+    samples = source.encoded(model).latent
     if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
         raise ValueError(
             f"The picture's latent is {tuple(samples.shape)}, expected one picture of 4 x 4 cells or more: pick one "
@@ -93,18 +90,14 @@ def renoised(
         )
     levels = sigmas.detach().float().cpu().clone()
     levels[-1] = 0.0  # where inversion begins: at the clean picture
-    bar = comfy.utils.ProgressBar(len(levels) - 1, node_id=node_id)
-    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    steps = Steps(model, len(levels) - 1, node_id)
     found: list[tuple[Tensor, Replay, float]] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        def on_step(step: int, x: Tensor) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            picture = None if previewer is None else previewer.decode_latent_to_preview_image("JPEG", x.float())
-            bar.update_absolute(step, len(levels) - 1, picture)
-
         x0 = x0.float()
-        start, replay = renoise(denoiser, x0, denoiser.context, levels, settings, on_step)
+        start, replay = renoise(
+            denoiser, x0, denoiser.context, levels, settings, on_step=lambda _step, x: steps.step(x)
+        )
         error = float((_sampled(denoiser, start, replay) - x0).norm() / x0.norm().clamp_min(1e-6))
         found.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
 

@@ -25,7 +25,7 @@ from ...session.job import Job, run
 from ...session.sampling import noisy
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
-from ..guidance import ReferenceGuide, ReferenceSettings
+from ..guidance import Reference, ReferenceGuide, ReferenceSettings
 
 METHOD = "reference guide"
 LIMITS = ("area", "mask")
@@ -97,9 +97,8 @@ class ReferenceJob(Job):
         start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
         contexts = [context.to(x0.device) for context in detached(self.contexts)]
         unguided = denoiser.of("negative")
-        fit = ReferenceGuide(
-            denoiser, start, latents, sigmas, contexts, null, mask, self.window, self.settings, unguided
-        )  # fmt: skip
+        reference = Reference(latents, sigmas, mask, self.window)
+        fit = ReferenceGuide(denoiser, start, reference, contexts, null, self.settings, unguided)
         if not self.steps:
             fit.advance()
 
@@ -110,23 +109,31 @@ class ReferenceJob(Job):
         yield fit, result
 
 
+@dataclass(frozen=True)
+class ReferenceImage:
+    """An inverted reference, the mask [1, H, W] of the subject in it, and the part of the sampling that it guides."""
+
+    trajectory: Trajectory
+    mask: Tensor
+    start_percent: float
+    end_percent: float
+
+
 def guided_by_reference(
     model: Any,
     positive: Conditioning,
     negative: Conditioning,
     noise: Any,
-    trajectory: Trajectory,
-    mask: Tensor,
+    reference: ReferenceImage,
     settings: ReferenceSettings,
-    start_percent: float,
-    end_percent: float,
     node_id: str | None = None,
 ) -> Guided:
     """Sample (or resume, or serve from disk) a picture along the trajectory's noise levels, guided by its reference.
 
-    positive may have an entry for each step; negative is the empty prompt; noise a NOISE; mask [1, H, W] of the
-    subject in the reference. ValueError, before any work, for what does not fit together.
+    positive may have an entry for each step; negative is the empty prompt; noise a NOISE. ValueError, before any work,
+    for what does not fit together.
     """
+    trajectory, percents = reference.trajectory, (reference.start_percent, reference.end_percent)
     check_base(trajectory.header.get("base", {}), model)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
@@ -138,8 +145,8 @@ def guided_by_reference(
         raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
     warn_of_guidance(model)
     sampling = model.get_model_object("model_sampling")
-    chosen = guided_steps(trajectory.sigmas.tolist(), start_percent, end_percent, sampling.percent_to_sigma)
-    cells = subject_cells(mask, trajectory.latents)
+    chosen = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
+    cells = subject_cells(reference.mask, trajectory.latents)
     prompt, contexts = plain_prompt(positive, trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     drawn = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
     job = ReferenceJob(
