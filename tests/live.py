@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ def lowered(
     return small_world.in_small_world(name, object_info, quick=True, more=settings)
 
 
+def anew(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with every node of this pack executed, whatever ran before; loaded models stay where they are.
+
+    ComfyUI's cache looks at all inputs, and hands a node only those that it has.
+    """
+    mark = {"executed": uuid.uuid4().hex}
+
+    def own(node: dict[str, Any]) -> bool:
+        return node["class_type"].startswith("Likeness") and not node["class_type"].startswith("LikenessLoad")
+
+    return {
+        name: {**node, "inputs": {**node["inputs"], **mark}} if own(node) else node for name, node in prompt.items()
+    }
+
+
 class Training:
     """The training part of the shipped graph, as prompts for the server."""
 
@@ -53,6 +69,10 @@ class Training:
 
     def run(self, on_event: Any = None, **inputs: Any) -> Run:
         return self._server.run(self.prompt(**inputs), on_event=on_event)
+
+    def run_anew(self, **inputs: Any) -> Run:
+        """Executed again, whatever ran before."""
+        return self._server.run(anew(self.prompt(**inputs)))
 
     def saved(self, run: Run) -> Path:
         """The file that the run's saver wrote."""

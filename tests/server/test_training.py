@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -24,12 +22,6 @@ def rows(path) -> dict[str, np.ndarray]:
 
 def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
-
-
-def forget_results(server) -> None:
-    """Make the server execute every node of the next prompt, whatever it has run before."""
-    server.post("/free", {"free_memory": True})
-    time.sleep(5.0)  # the worker obeys between two prompts, once it has cleaned up behind the last one
 
 
 def trained_steps(run, node: str) -> list[int]:
@@ -68,16 +60,14 @@ def test_cancel_stops_within_a_step_and_the_rest_is_resumed_bit_for_bit(server, 
     assert progress[-1]["step"] == steps
 
     training.forget_runs()
-    forget_results(server)
-    whole = training.run(seed=seed, steps=steps)
+    whole = training.run_anew(seed=seed, steps=steps)
     assert whole.of_type("likeness.progress")[-1]["resumed"] == 0
     assert equal(rows(training.saved(resumed)), rows(training.saved(whole)))
 
 
 def test_a_finished_run_is_served_again_without_training(server, training):
     first = training.run(seed=1002, steps=10)
-    forget_results(server)
-    again = training.run(seed=1002, steps=10)
+    again = training.run_anew(seed=1002, steps=10)
     assert training.node in again.executed
     assert again.of_type("likeness.progress")[-1]["resumed"] == 10
     assert equal(rows(training.saved(first)), rows(training.saved(again)))
@@ -91,8 +81,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(server, tr
     files = []
     for seed in (1003, 1003, 1004):
         training.forget_runs()
-        forget_results(server)
-        files.append(training.saved(training.run(seed=seed, steps=5, save_every=5)))
+        files.append(training.saved(training.run_anew(seed=seed, steps=5, save_every=5)))
     first, second, other = (rows(path) for path in files)
     assert equal(first, second)
     assert not equal(first, other)
