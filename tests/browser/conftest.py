@@ -12,6 +12,20 @@ from likeness.toolbox.server import environment_from_variables
 from .. import live
 
 READY = "LikenessTrainEmbedding"
+RUNS = ("test_graph_runs_with_live_loss", "test_sampling_in_stages_shows_how_far_it_is")
+EVERYWHERE = "hiper_train_and_edit"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """All graphs that train run in the newest page with Vue, and one of them in each of the four pages; the rest is
+    slow.
+    """
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        newest = (given.get("server"), given.get("page")) == ("newest", "vue")
+        if item.originalname in RUNS and not newest and given.get("name") != EVERYWHERE:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from .. import graph_checks, live
 
 FAMILIES = tuple(sorted({name.split("_")[0] for name in live.NAMES}))
 SIDECARS = {name: small_world.sidecar(name).get("browser") for name in live.NAMES}
-RUNS = {name: entry for name, entry in SIDECARS.items() if entry}  # the graphs that are run in the page
+STAGED = "ezigen_generate"  # has no loss to draw
+RUNS = {name: entry for name, entry in SIDECARS.items() if entry and name != STAGED}  # the trainings run in the page
 
 
 def values(graph, object_info) -> dict[str, dict]:
@@ -52,8 +53,6 @@ def test_graphs_open_and_keep_their_values(page, object_info, family):
 
 def test_graph_that_is_changed_and_saved_in_the_page_can_be_shipped(request, page, object_info):
     """Open, move a node, change a prompt, save: the file still passes every check of a shipped graph."""
-    if request.node.callspec.params == {"server": "bundled", "page": "vue"}:
-        pytest.skip("the bundled page moves every node up by its title bar when it switches to Vue rendering")
     name, title, prompt = "hiper_train_and_edit", "Source prompt", "a photo of a cup on a table"
     page.setting("Comfy.Workflow.ShowMissingModelsWarning", False)
     graph = small_world.shipped(name)
@@ -66,8 +65,15 @@ def test_graph_that_is_changed_and_saved_in_the_page_can_be_shipped(request, pag
     saved = page.saved()
     changed = next(node for node in saved["nodes"] if node.get("title") == title)
     before = next(node for node in graph["nodes"] if node.get("title") == title)
-    assert changed["widgets_values"][0] == prompt and changed["pos"][1] == before["pos"][1] + 4
-    assert not graph_checks.complaints(name, saved, object_info)
+    wrong = graph_checks.complaints(name, saved, object_info)
+    moved = 4.0
+    if request.node.callspec.params == {"server": "bundled", "page": "vue"}:
+        # This page moves every node up by its title bar when it switches to Vue: nothing else may be wrong.
+        moved = -float(graph_checks.TITLE_BAR)
+        wrong = [sentence for sentence in wrong if "lies on" not in sentence and "cuts" not in sentence]
+    assert changed["widgets_values"][0] == prompt
+    assert changed["pos"][1] == pytest.approx(before["pos"][1] + moved, abs=0.01)
+    assert not wrong
 
 
 def test_missing_model_is_offered(page):
@@ -118,8 +124,8 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
 
 
 def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
-    graph = live.lowered("ezigen_generate", object_info)
-    title = "Sample in stages"
+    graph = live.lowered(STAGED, object_info)
+    title, whole, shown = (SIDECARS[STAGED][key] for key in ("runs", "steps", "shows"))
     seed = 9000 + len(list((server.base / "output").rglob("*.png")))
     graph = small_world.adapt(graph, {(title, "seed"): seed}, object_info)
     sampler = small_world.node_id(graph, title)
@@ -135,10 +141,9 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
     assert page.run() == "execution_success"
     assert not page.complaints()
     seen = page.tab.evaluate("() => window.likenessSeen")
-    whole = live.EXACT_STEPS + 3 * 2  # all steps once, and two of them in each of three loops
     assert [whole, whole] in seen and len({value for value, _ in seen}) > 3
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
-    for title in ("What is looked at", "Prompt alone", "Result", "First sampling and loops", "Score"):
+    for title in shown:
         assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
 
 
