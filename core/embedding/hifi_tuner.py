@@ -93,7 +93,7 @@ class StepWiseSettings:
 
 
 class StepWise:
-    """Algorithm 1; a Fit (see fitting.py) of T x I updates."""
+    """Algorithm 1; a Fit (see fit/fit.py) of T x I updates."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class HiPerSettings:
 
 
 class HiPer:
-    """The optimisation of the tail rows; a Fit (see fitting.py)."""
+    """The optimisation of the tail rows; a Fit (see fit/fit.py)."""
 
     def __init__(
         self,

@@ -128,7 +128,7 @@ class TrainingSettings:
 
 
 class AdapterTraining:
-    """The training of an adapter; a Fit (see fitting.py)."""
+    """The training of an adapter; a Fit (see fit/fit.py)."""
 
     def __init__(
         self, network: Network, adapter: Adapter, sample: Callable[[int], Sample], settings: TrainingSettings

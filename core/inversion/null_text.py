@@ -58,7 +58,7 @@ class NullTextSettings:
 
 
 class NullText:
-    """The optimisation of one embedding for each step; a Fit (see fitting.py) whose updates are the inner ones."""
+    """The optimisation of one embedding for each step; a Fit (see fit/fit.py) whose updates are the inner ones."""
 
     def __init__(
         self,

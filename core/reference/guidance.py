@@ -56,7 +56,7 @@ class Reference:
 
 
 class ReferenceGuide:
-    """The whole sampling, with the optimisation in its window; a Fit (see fitting.py) of J updates for each step there.
+    """The whole sampling, with the optimisation in its window; a Fit (see fit/fit.py) of J updates for each step there.
 
     With J = 0 there are no updates: advance() samples.
     """

@@ -91,7 +91,7 @@ def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor
 
 
 class FineTune:
-    """The optimisation of a table of parameters; a Fit (see fitting.py)."""
+    """The optimisation of a table of parameters; a Fit (see fit/fit.py)."""
 
     def __init__(
         self,

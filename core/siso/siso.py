@@ -120,7 +120,7 @@ class SisoSettings:
 
 
 class Siso:
-    """The optimisation of named parameters; a Fit (see fitting.py) of one iteration an update."""
+    """The optimisation of named parameters; a Fit (see fit/fit.py) of one iteration an update."""
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ log = logging.getLogger("likeness")
 @dataclass(frozen=True)
 class StagedSettings:
     """What decides the pictures, next to model, subject and prompts. keep_best: of all loops the picture that is most
-    like the subject, instead of the last one. published_level: see core/staged_sampling.py.
+    like the subject, instead of the last one. published_level: see ezigen/staged.py.
     """
 
     seed: int = 0

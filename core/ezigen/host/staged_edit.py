@@ -40,7 +40,7 @@ WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 
 @dataclass(frozen=True)
 class EditSettings:
     """What decides the edit. published: the background two steps noisier than the picture, and the mask's pure white
-    alone (see core/staged_sampling.py). paste: outside of the mask the source's own pixels in the end.
+    alone (see ezigen/staged.py). paste: outside of the mask the source's own pixels in the end.
     """
 
     seed: int = 0

@@ -35,7 +35,7 @@ BACKBONES: dict[tuple[int, ...], Backbone] = {
 
 
 class Lpips(nn.Module):
-    """Feature maps of one backbone and the distance between them (core/measures.lpips)."""
+    """Feature maps of one backbone and the distance between them (vision/measures.py)."""
 
     def __init__(self, backbone: str, compared: tuple[int, ...], heads: list[Tensor]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Lpips(nn.Module):
         return kept
 
     def forward(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-        """LPIPS of each pair of pictures -> [B]; weight as in core/measures.lpips."""
+        """LPIPS of each pair of pictures -> [B]; weight as in vision/measures.py."""
         heads = [getattr(self, f"head{i}") for i in range(len(self.compared))]
         return measures.lpips(self.features(a), self.features(b), heads, weight)
 
