@@ -7,70 +7,60 @@ else, from cancelling to working beside other packs' patches, is asked of all of
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from .. import tiny_models
+from .. import narrow_world, tiny_models
+from .setting import Setting, autoencoder, levels, run_node, sample  # noqa: F401 (the tests take them from here)
 
 STEPS = 6
-
-
-@dataclass
-class Setting:
-    """What a method is given: a model of a family, one or more pictures, a prompt and its negative."""
-
-    family: str = "sd1"
-    model_seed: int = 0
-    images: int = 1
-    size: tuple[int, int] = (8, 8)
-
-    def __post_init__(self) -> None:
-        known = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
-        self.model = known[self.family][0](self.model_seed)
-        generator = torch.Generator().manual_seed(5)
-        self.channels = self.model.model.latent_format.latent_channels
-        self.latent = {"samples": torch.randn(self.images, self.channels, *self.size, generator=generator)}
-        self.source, self.target, self.empty = (tiny_models.prompt(self.family, seed) for seed in (1, 2, 3))
-
-    @functools.cached_property
-    def image(self) -> torch.Tensor:
-        """Pictures of smooth colours, as large as the latents say."""
-        coarse = torch.rand(self.images, 3, 4, 4, generator=torch.Generator().manual_seed(6))
-        size = (8 * self.size[0], 8 * self.size[1])
-        return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").movedim(1, -1)
-
-
-@functools.cache
-def autoencoder(channels: int = 4):
-    """One VAE for all settings with so many latent channels."""
-    return tiny_models.taesd(channels=channels)
+_text_encoder = functools.cache(tiny_models.clip_l)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One trained thing. training: the module whose optimise() trains it. whole: inputs with which every update sees
-    the whole picture. longer_instead: asked for 8 steps after 9 were done, it gives the 9, as it did not keep the 8.
+    """One trained thing.
 
-    fit(setting, **changes) -> (artifact, losses); apply(setting, artifact, strength) -> (MODEL, positive CONDITIONING);
-    tensors(artifact) -> named tensors; save(artifact, name) -> file; load(file) -> artifact; check_base(setting,
-    artifact).
+    fit(setting, **changes) -> (artifact, losses); apply(setting, artifact, strength) -> (MODEL, positive, negative);
+    tensors(artifact) -> named tensors; save(artifact, folder) -> file; load(file) -> artifact; check_base(setting,
+    artifact). None for the last three: what it gives is not kept in a file.
     """
 
     name: str
     families: tuple[str, ...]
     fit: Callable[..., tuple[Any, list[float]]]
-    apply: Callable[[Setting, Any, float], tuple[Any, list]]
+    apply: Callable[[Setting, Any, float], tuple[Any, list, list]]
     tensors: Callable[[Any], dict[str, torch.Tensor]]
-    save: Callable[[Any, Path], Path]
-    load: Callable[[Path], Any]
-    check_base: Callable[[Setting, Any], None]
-    training: str
+    save: Callable[[Any, Path], Path] | None = None
+    load: Callable[[Path], Any] | None = None
+    check_base: Callable[[Setting, Any], None] | None = None
     whole: dict[str, Any] = field(default_factory=dict)
+    """Inputs with which every update sees the whole picture."""
     longer_instead: bool = False
+    """Asked for 8 steps after 9 were done it gives the 9, as it did not keep the 8."""
+    says_so: bool = True
+    """And the log tells; otherwise the node's report says how many there are."""
+    without: frozenset[str] = frozenset()
+    """The PROMISES that do not apply, as the method has no such thing."""
+
+
+PROMISES = frozenset({
+    "strength",  # a number switches it off
+    "seed",  # another one gives another result
+    "falls",  # its loss is lower than without learning, update by update
+    "mask",  # of the training picture
+    "batches",  # of training pictures, of any size
+    "lengths",  # runs of other lengths go on with one another
+    "prompt",  # it is trained with a CONDITIONING
+    "patches",  # what other nodes put on the model is trained through
+})  # fmt: skip
+"""What not every method has. Everything else is asked of all."""
 
 
 def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None, save_every: int = 4, **more):
@@ -103,9 +93,11 @@ def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None
 def _apply_hiper(setting: Setting, embedding, strength: float):
     from likeness.nodes.embedding import LikenessApplyEmbedding
 
-    return setting.model, run_node(
-        LikenessApplyEmbedding, conditioning=setting.target, embedding=embedding, scale=strength, step=0
-    )[0]
+    return (
+        setting.model,
+        run_node(LikenessApplyEmbedding, conditioning=setting.target, embedding=embedding, scale=strength, step=0)[0],
+        setting.empty,
+    )
 
 
 def _save_embedding(embedding, folder: Path) -> Path:
@@ -131,14 +123,6 @@ def _check_embedding(setting: Setting, embedding) -> None:
 
 def _fit_anchored(setting: Setting, **more):
     return _fit_hiper(setting, negative=setting.empty, init="empty prompt", anchor_weight=0.05, **more)
-
-
-def levels(setting: Setting, count: int) -> torch.Tensor:
-    """The first so many levels of a sampling of 50 steps, then 0."""
-    import comfy.samplers
-
-    sampling = setting.model.get_model_object("model_sampling")
-    return torch.cat([comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", 50)[:count], torch.zeros(1)])
 
 
 def _fit_step_wise(setting: Setting, *, steps: int = STEPS, save_every: int = 0, **more):
@@ -197,7 +181,7 @@ def _apply_tuned(setting: Setting, tuned, strength: float):
     from likeness.core.sine.host.position_map import apply_fine_tune
 
     with torch.inference_mode():
-        return apply_fine_tune(tuned, setting.model, None, strength)[0], setting.target
+        return apply_fine_tune(tuned, setting.model, None, strength)[0], setting.target, setting.empty
 
 
 def _save_tuned(tuned, folder: Path) -> Path:
@@ -219,6 +203,122 @@ def _check_tuned(setting: Setting, tuned) -> None:
     check_base(tuned.header["base"], setting.model)
 
 
+@functools.cache
+def _similarity_model():
+    """A tiny CLIP."""
+    from likeness.core.vision.host.vision import load_vision
+
+    from ..vision.models import clip_folder
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        clip_folder(Path(folder))
+        return load_vision(Path(folder))
+
+
+def _fit_siso(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.02, seed: int = 0, **more):
+    """A LoRA that makes one sampling step's picture more like the setting's."""
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    alike = run_node(LikenessSimilarity, vision=_similarity_model(), image=setting.image, weight=1.0)[0]
+    inputs = {"model": setting.model, "vae": autoencoder(setting.channels), "positive": setting.source}
+    inputs |= {"negative": setting.empty, "similarity": alike, "sigmas": levels(setting, 1), "rank": 2, "patience": 0}
+    inputs |= {"latent": {"samples": torch.zeros_like(setting.latent["samples"][:1])}, "cfg": 1.0, "grad_steps": 1}
+    given = {"iterations": steps, "learning_rate": learning_rate, "seed": seed}
+    output = run_node(LikenessOptimizeLora, **{**inputs, **given, **more})
+    return output[2], output[5]["loss"]
+
+
+@functools.cache
+def _pictures() -> tempfile.TemporaryDirectory:
+    """Two subjects of two pictures each."""
+    folder = tempfile.TemporaryDirectory(prefix="likeness-pairs-", ignore_cleanup_errors=True)
+    narrow_world.draw(Path(folder.name), range(2), 2)
+    return folder
+
+
+def _fit_adapter(setting: Setting, *, steps: int = STEPS, learning_rate: float = 1e-3, seed: int = 0):
+    """An adapter of the model's own, with one picture a step."""
+    from likeness.core.ezigen.host.train import Plan, Trainee, train_adapter
+    from likeness.core.ezigen.subject_pairs import PairFolder
+    from likeness.core.ezigen.train import TrainingSettings
+
+    trainee = Trainee(setting.model, _text_encoder(), autoencoder())
+    pairs, plan = PairFolder(Path(_pictures().name), 64, 1), Plan(64, steps, 1, False)
+    settings = TrainingSettings(batch=1, learning_rate=learning_rate, seed=seed)
+    with torch.inference_mode(), mock.patch("likeness.core.ezigen.host.train.CHECKED", 2):
+        adapter, losses, _ = train_adapter(trainee, pairs, plan, settings)
+    return adapter, losses
+
+
+def _apply_adapter(setting: Setting, adapter, strength: float):
+    from likeness.core.ezigen.host.adapter import encode_subject, prepared, with_adapter
+
+    with torch.inference_mode():
+        seen = prepared(setting.image[:1], torch.ones(1, *setting.image.shape[1:3]), 64, 0.1)
+        subject = encode_subject(setting.model, autoencoder(), setting.source, seen, 0)
+        model = with_adapter(setting.model, adapter, subject, strength=strength)
+    return model, setting.target, setting.empty
+
+
+def _save_adapter(adapter, folder: Path) -> Path:
+    from likeness.core.ezigen.artifact import save_adapter
+
+    save_adapter(folder / "adapter.safetensors", adapter)
+    return folder / "adapter.safetensors"
+
+
+def _load_adapter(path: Path):
+    from likeness.core.ezigen.artifact import read_adapter
+
+    return read_adapter(path)
+
+
+def _trajectory(setting: Setting, steps: int):
+    from likeness.nodes.inversion import LikenessInvert
+
+    inputs = {"model": setting.model, "positive": setting.source, "latent": setting.latent, "label": "published"}
+    return run_node(LikenessInvert, sigmas=levels(setting, steps, of=steps), **inputs)[0]
+
+
+def _fit_null_text(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.1):
+    """One update of the negative of each denoising step."""
+    from likeness.nodes.inversion import LikenessNullText
+
+    inputs = {"model": setting.model, "positive": setting.source, "negative": setting.empty, "method": "null-text"}
+    inputs |= {"cfg": 7.5, "start": "empty prompt", "inner_steps": 1, "epsilon": 0.0, "learning_rate": learning_rate}
+    output = run_node(LikenessNullText, trajectory=_trajectory(setting, steps), **inputs)
+    return output[0], output[1]["loss"]
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """A NOISE that leaves the global random numbers alone; ComfyUI's own sets their seed."""
+
+    seed: int
+
+    def generate_noise(self, latent: dict) -> torch.Tensor:
+        return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
+
+
+def _fit_reference(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.1, seed: int = 0):
+    """So many updates in one step of ten; the artifact is the picture with the model and negatives that make it."""
+    from likeness.nodes.reference import LikenessReferenceGuide
+
+    mask = torch.zeros(1, *setting.image.shape[1:3])
+    mask[:, 16:48, 16:48] = 1
+    inputs = {"model": setting.model, "positive": setting.source, "negative": setting.empty, "mask": mask, "cfg": 7.5}
+    inputs |= {"noise": _Noise(seed), "trajectory": _trajectory(setting, 10), "inner_steps": steps}
+    window = {"start_percent": 0.21, "end_percent": 0.35}
+    output = run_node(LikenessReferenceGuide, **inputs, **window, learning_rate=learning_rate)
+    return output[:3], output[3]["loss"]
+
+
+def _reference_tensors(guided) -> dict[str, torch.Tensor]:
+    latent, _, negative = guided
+    return {"samples": latent["samples"], **{str(index): entry[0] for index, entry in enumerate(negative)}}
+
+
 HIPER = Entry(
     name="hiper",
     families=("sd1", "sd2_v", "sdxl"),
@@ -228,12 +328,11 @@ HIPER = Entry(
     save=_save_embedding,
     load=_load_embedding,
     check_base=_check_embedding,
-    training="embedding_training",
 )
 METHODS = [
     HIPER,
     replace(HIPER, name="hifi", families=("sd1", "sdxl"), fit=_fit_anchored),
-    replace(HIPER, name="step-wise", families=("sd1", "sdxl"), fit=_fit_step_wise, training="refining"),
+    replace(HIPER, name="step-wise", families=("sd1", "sdxl"), fit=_fit_step_wise),
     Entry(
         name="sine",
         families=("sd1", "sd2_v", "sdxl"),
@@ -243,7 +342,6 @@ METHODS = [
         save=_save_tuned,
         load=_load_tuned,
         check_base=_check_tuned,
-        training="fine_tuning",
         whole={"patches": False},
         longer_instead=True,
     ),
@@ -256,29 +354,45 @@ METHODS = [
         save=_save_tuned,
         load=_load_tuned,
         check_base=_check_tuned,
-        training="fine_tuning",
         whole={"patches": False},
     ),
+    Entry(
+        name="siso",
+        families=("sd1", "sd2_v", "sdxl", "flux"),
+        fit=_fit_siso,
+        apply=_apply_tuned,
+        tensors=dict,
+        save=_save_tuned,
+        load=_load_tuned,
+        check_base=_check_tuned,
+        longer_instead=True,
+        says_so=False,
+        without=frozenset({"mask"}),
+    ),
+    Entry(
+        name="adapter",
+        families=("sd1",),
+        fit=_fit_adapter,
+        apply=_apply_adapter,
+        tensors=lambda adapter: adapter.tensors,
+        save=_save_adapter,
+        load=_load_adapter,
+        without=frozenset({"mask", "prompt", "falls"}),
+    ),
+    Entry(
+        name="null-text",
+        families=("sd1", "sd2_v", "sdxl"),
+        fit=_fit_null_text,
+        apply=lambda setting, negative, _strength: (setting.model, setting.target, negative),
+        tensors=lambda negative: {str(index): entry[0] for index, entry in enumerate(negative)},
+        without=frozenset({"strength", "seed", "mask", "batches", "lengths"}),
+    ),
+    Entry(
+        name="reference",
+        families=("sd1", "sd2_v", "sdxl"),
+        fit=_fit_reference,
+        apply=lambda setting, guided, _strength: (guided[1], setting.target, guided[2]),
+        tensors=_reference_tensors,
+        without=frozenset({"strength", "mask", "batches"}),
+    ),
 ]
-
-
-def run_node(node: type, **inputs: Any) -> tuple:
-    """Execute a node as ComfyUI does, under inference mode and on a copy of its class; works for both node styles."""
-    with torch.inference_mode():
-        if hasattr(node, "PREPARE_CLASS_CLONE"):
-            return tuple(node.PREPARE_CLASS_CLONE({}).execute(**inputs).args)
-        return tuple(getattr(node(), node.FUNCTION)(**inputs))
-
-
-def sample(
-    model: Any, positive: list, negative: list, latent: dict, *, steps: int = 3, cfg: float = 4.0, seed: int = 0
-) -> torch.Tensor:
-    """A few steps of ComfyUI's own sampler; returns the latent."""
-    import comfy.sample
-
-    noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(seed))
-    zeros = torch.zeros_like(latent["samples"])
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model, noise, steps, cfg, "euler", "normal", positive, negative, zeros, disable_pbar=True, seed=seed
-        )

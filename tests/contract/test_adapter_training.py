@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from likeness.core.session.session import Session
-
 from .. import narrow_world, tiny_models
 from .methods import Setting, autoencoder, run_node
-from .test_contract import Cancelled
 from .test_describe import quantised
 
 SIZE, STEPS = 64, 4
@@ -87,6 +84,7 @@ def forget_runs() -> None:
 # ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folders):
     """As it starts, the subject's pictures disturb; after 60 steps they help with most held-out subjects."""
     from likeness.core.ezigen.host.layers import UNet, new_adapter
@@ -241,62 +239,6 @@ def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_pa
 
 # Stopping, going on, running again
 # ------------------------------------------------------------------------------------------
-
-
-def test_same_seed_same_bytes_and_the_global_numbers_stay(job):
-    state = torch.get_rng_state()
-    first, losses, report = job.train()
-    forget_runs()
-    second, again, same = job.train()
-    other, *_ = job.train(seed=1)
-    assert equal(first, second) and losses == again and report == same and not equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["between updates", "inside the UNet"])
-def test_cancel_keeps_the_work_and_resuming_is_exact(job, monkeypatch, inside):
-    from likeness.core.ezigen.host.layers import UNet
-    from likeness.core.session.progress import Progress
-
-    whole, losses, report = job.train(steps=7)
-    forget_runs()
-    owner, name = (UNet, "predicted_noise") if inside else (Progress, "update")
-    original, calls = getattr(owner, name), []
-
-    def cut(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Cancelled
-        return original(self, *args)
-
-    monkeypatch.setattr(owner, name, cut)
-    with pytest.raises(Cancelled):
-        job.train(steps=7)
-    monkeypatch.setattr(owner, name, original)
-    seen, update = [], Progress.update
-    monkeypatch.setattr(Progress, "update", lambda self, losses, *more: seen.append(len(losses)))
-    resumed, again, same = job.train(steps=7)
-    monkeypatch.setattr(Progress, "update", update)
-    assert seen[0] == (4 if inside else 5), "finished updates were made again"
-    assert equal(whole, resumed) and losses == again and report == same
-
-
-def test_a_finished_run_is_not_trained_again_and_other_lengths_are_exact(job, monkeypatch):
-
-    direct, few, _ = job.train(steps=3)
-    forget_runs()
-    longer, losses, report = job.train(steps=5)
-    shorter, fewer, _ = job.train(steps=3)
-    assert equal(direct, shorter) and few == fewer == losses[:3]
-    forget_runs()
-    job.train(steps=3)
-    gone_on, again, _ = job.train(steps=5)
-    assert equal(longer, gone_on) and losses == again
-    monkeypatch.setattr(Session, "run", None)
-    served, same, told = job.train(steps=5)
-    assert equal(longer, served) and same == losses and told == report
-    with pytest.raises(TypeError):
-        job.train(steps=8)
 
 
 def test_what_decides_the_result_makes_another_run(job, tmp_path):
