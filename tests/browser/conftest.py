@@ -12,19 +12,22 @@ from likeness.toolbox.server import environment_from_variables
 from .. import live
 
 READY = "LikenessTrainEmbedding"
-RUNS = ("test_graph_runs_with_live_loss", "test_sampling_in_stages_shows_how_far_it_is")
-EVERYWHERE = "hiper_train_and_edit"
+OF_GRAPHS = (
+    "test_graphs_open_and_keep_their_values",
+    "test_graph_runs_with_live_loss",
+    "test_sampling_in_stages_shows_how_far_it_is",
+)
+EVERYWHERE = {"family": "hiper", "name": "hiper_train_and_edit"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """All graphs that train run in the newest page with Vue, and one of them in each of the four pages; the rest is
-    slow.
-    """
+    """All graphs open and run in the newest page with Vue, HiPer's in each of the four pages; the rest is slow."""
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         newest = (given.get("server"), given.get("page")) == ("newest", "vue")
-        if item.originalname in RUNS and not newest and given.get("name") != EVERYWHERE:
+        everywhere = any(given.get(key) == value for key, value in EVERYWHERE.items())
+        if item.originalname in OF_GRAPHS and not newest and not everywhere:
             item.add_marker("slow")
 
 
