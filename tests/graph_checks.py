@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import NOTES, Graph, GraphError, ObjectInfo, convert, label, named_values, widget_slots
+from likeness.toyworld import workflows
 
 TITLE_BAR = 30  # pixels above a node's position
 MODEL_FILES = (".safetensors", ".ckpt", ".sft", ".gguf", ".bin", ".pt", ".pth")
@@ -101,10 +101,10 @@ def quoted(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
     text = notes(graph)
     known = PAGE_WORDS | set(titles(graph)) | {group["title"] for group in graph.get("groups") or []}
     known |= {object_info[node["type"]]["display_name"] for node in graph["nodes"] if node["type"] in object_info}
-    for path in small_world.WORKFLOWS.glob("*.json"):
+    for path in workflows.WORKFLOWS.glob("*.json"):
         words = path.stem.partition("_")[2].replace("_", " ").capitalize()
         if path.stem in text or words in text:
-            known |= {words, *titles(small_world.shipped(path.stem))}
+            known |= {words, *titles(workflows.shipped(path.stem))}
     for kind, pattern in (("node", NODE_QUOTE), ("group", GROUP_QUOTE)):
         for title in sorted(set(pattern.findall(text)) - known):
             yield f"A note quotes '{title}', but no {kind} has that title; change the note or the title."
@@ -113,12 +113,12 @@ def quoted(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
 def sidecar_titles(name: str, graph: Graph) -> Iterator[str]:
     """The nodes that toyworld/graphs names must be there, once where a single one is meant."""
     try:
-        values = small_world.sidecar(name)
+        values = workflows.sidecar(name)
     except FileNotFoundError:
         yield f"toyworld/graphs/{name}.json is missing; write it as toyworld/graphs/README.md says."
         return
     for node in {**values.get("toyworld", {}), **values.get("quick", {})}:
-        if not small_world.has(graph, node):
+        if not workflows.has(graph, node):
             yield f"toyworld/graphs/{name}.json sets a value of {node}, but no node has that title or type."
     single = [*values["thumbnail"], *values.get("browser", {}).get("shows", [])]
     single += [values["browser"]["runs"]] if "browser" in values else []
@@ -157,14 +157,14 @@ def tables(graph: Graph) -> Iterator[str]:
 
 
 def image(name: str) -> Iterator[str]:
-    path = small_world.WORKFLOWS / f"{name}.jpg"
+    path = workflows.WORKFLOWS / f"{name}.jpg"
     if not path.is_file() or path.read_bytes()[:2] != b"\xff\xd8":
         yield f"{path.name} is missing; python toolbox/thumbnails.py {name} makes it."
 
 
 def foreign(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
     """Only nodes of the core and of this pack, in the form that is converted without the page."""
-    pack = f"custom_nodes.{next(iter(small_world.NODE_FOLDERS))}"
+    pack = f"custom_nodes.{next(iter(workflows.NODE_FOLDERS))}"
     for node in graph["nodes"]:
         if node["type"] in NOTES:
             continue

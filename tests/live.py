@@ -7,12 +7,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert, with_ancestors
 from likeness.toolbox.server import Run, Server, environment_from_variables
+from likeness.toyworld import workflows
 
-NAMES = tuple(sorted(path.stem for path in small_world.WORKFLOWS.glob("*.json")))
-PACK = next(iter(small_world.NODE_FOLDERS))
+NAMES = tuple(sorted(path.stem for path in workflows.WORKFLOWS.glob("*.json")))
+PACK = next(iter(workflows.NODE_FOLDERS))
 # The numbers of toyworld/graphs with which the tests run the graphs: of a training, and of a likeness optimisation.
 STEPS, ITERATIONS = 10, 4
 EXACT_STEPS = 5  # of a sampling, where more than three are needed
@@ -20,10 +20,10 @@ EXACT_STEPS = 5  # of a sampling, where more than three are needed
 
 def start(base: Path, frontend: Path | None = None) -> Server:
     """A server that is not started yet. Fails loudly when the small world's models are not there."""
-    if not (small_world.MODELS / "checkpoints" / small_world.CHECKPOINT).is_file():
+    if not (workflows.MODELS / "checkpoints" / workflows.CHECKPOINT).is_file():
         raise RuntimeError("The small world's models are missing: run the tests with `python3 toolbox/test.py`.")
-    server = Server(environment_from_variables(), base, small_world.NODE_FOLDERS, small_world.MODELS, frontend)
-    picture = small_world.draw_subject(base / "input")
+    server = Server(environment_from_variables(), base, workflows.NODE_FOLDERS, workflows.MODELS, frontend)
+    picture = workflows.draw_subject(base / "input")
     shutil.copy(picture, picture.with_name("example.png"))  # what a shipped graph names; every ComfyUI brings one
     return server
 
@@ -32,7 +32,7 @@ def lowered(
     name: str, object_info: dict[str, Any], settings: dict[tuple[str, str], Any] | None = None
 ) -> dict[str, Any]:
     """A shipped graph in the toyworld with few steps."""
-    return small_world.in_small_world(name, object_info, quick=True, more=settings)
+    return workflows.in_small_world(name, object_info, quick=True, more=settings)
 
 
 def anew(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -56,10 +56,10 @@ class Training:
     def __init__(self, server: Server, object_info: dict[str, Any]) -> None:
         self._server = server
         graph = lowered("hiper_train_and_edit", object_info)
-        self.node = small_world.node_id(graph, "Learn the subject")
-        self.saver = small_world.node_id(graph, "Save the subject")
-        self.loader = small_world.node_id(graph, "Model")
-        self.source = small_world.node_id(graph, "Source prompt")
+        self.node = workflows.node_id(graph, "Learn the subject")
+        self.saver = workflows.node_id(graph, "Save the subject")
+        self.loader = workflows.node_id(graph, "Model")
+        self.source = workflows.node_id(graph, "Source prompt")
         self._prompt = with_ancestors(convert(graph, object_info), [self.saver])
 
     def prompt(self, **inputs: Any) -> dict[str, Any]:

@@ -38,6 +38,6 @@ def trainee(start: Any = None) -> Any:
 
 def draw(folder: Path, subjects: range, pictures: int) -> Path:
     """Pictures of subjects in several places, with captions and masks."""
-    from likeness.toolbox.small_world import draw_training_set
+    from likeness.toyworld.workflows import draw_training_set
 
     return draw_training_set(folder, subjects, pictures)

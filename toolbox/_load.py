@@ -41,7 +41,7 @@ def set_up_and_run(module: str, arguments: list[str]) -> int:
     """Set up the sandbox and the small world, then run a module in the sandbox's Python."""
     load_pack()
     from likeness.toolbox.environment import prepare
-    from likeness.toolbox.small_world import build_models
+    from likeness.toyworld.workflows import build_models
 
     environment = prepare(browser=False)
     build_models(environment)

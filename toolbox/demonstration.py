@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from . import small_world
+from ..toyworld import workflows
 from .environment import SANDBOX
 from .graph import Graph, convert
 from .server import Run, Server, environment_from_variables
@@ -43,10 +43,10 @@ def report(graph: Graph, run: Run, source: Path) -> None:
     say(f"ran in {run.seconds:.0f} s; the pictures:")
     say(f"  source: {source}")
     for title, meaning in PICTURES.items():
-        for entry in run.outputs[small_world.node_id(graph, title)]["images"]:
+        for entry in run.outputs[workflows.node_id(graph, title)]["images"]:
             say(f"  {title.lower()} ({meaning}): {BASE / 'output' / entry['subfolder'] / entry['filename']}")
     say("scores, first the edit without and then the edit with the subject:")
-    for text in run.outputs[small_world.node_id(graph, "Score")]["text"]:
+    for text in run.outputs[workflows.node_id(graph, "Score")]["text"]:
         for line in text.splitlines():
             say(f"  {line}")
 
@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, help="training steps (default: those of toyworld/graphs)")
     options = parser.parse_args(arguments)
     environment = environment_from_variables()
-    server = Server(environment, BASE, small_world.NODE_FOLDERS, small_world.MODELS, port=options.port)
-    source = small_world.draw_subject(BASE / "input")
+    server = Server(environment, BASE, workflows.NODE_FOLDERS, workflows.MODELS, port=options.port)
+    source = workflows.draw_subject(BASE / "input")
     with server:
         if server.import_failures():
             raise SystemExit(server.log()[-4000:])
@@ -68,8 +68,8 @@ def main(arguments: list[str]) -> int:
         object_info = server.object_info()
         steps = {"steps": options.steps, "save_every": max(1, options.steps // 10)} if options.steps else {}
         more = {("LikenessTrainEmbedding", widget): value for widget, value in steps.items()}
-        graph = small_world.in_small_world(NAME, object_info, more=more)
-        stored = small_world.store_graph(graph, BASE, f"small_world_{NAME}")
+        graph = workflows.in_small_world(NAME, object_info, more=more)
+        stored = workflows.store_graph(graph, BASE, f"small_world_{NAME}")
         run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
         report(graph, run, source)
         if options.serve:

@@ -79,7 +79,7 @@ def main() -> int:
     """Set up and run everything; the exit code is 0 only when all of it passed."""
     load_pack()
     from likeness.toolbox.environment import prepare
-    from likeness.toolbox.small_world import build_models
+    from likeness.toyworld.workflows import build_models
 
     environment = prepare()
     build_models(environment)

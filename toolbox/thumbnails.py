@@ -54,7 +54,7 @@ def without_sana(graph: Graph, checkpoint: str) -> Graph:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The graphs, each behind the one that saves what it loads."""
-    from .small_world import sidecar
+    from ..toyworld.workflows import sidecar
 
     wanted = set(names)
     pairs = [(sidecar(name).get("after", {}).get("graph"), name) for name in sorted(wanted)]
@@ -65,19 +65,19 @@ def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
     """The pictures that the graph loads, then its results; of a sweep its sheet alone."""
     from PIL import Image
 
-    from . import small_world
+    from ..toyworld import workflows
 
-    titles = small_world.sidecar(name)["thumbnail"]
-    results = [picture for title in titles for picture in server.images(run, small_world.node_id(graph, title))]
+    titles = workflows.sidecar(name)["thumbnail"]
+    results = [picture for title in titles for picture in server.images(run, workflows.node_id(graph, title))]
     if "LikenessSweepPlot" in {node["type"] for node in graph["nodes"]}:
         return results
     loaded = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
-    return [*(Image.open(server.base / "input" / file) for file in loaded or [small_world.PICTURE]), *results]
+    return [*(Image.open(server.base / "input" / file) for file in loaded or [workflows.PICTURE]), *results]
 
 
 def make(names: list[str], quick: bool) -> None:
     """Run the graphs one after the other, the saving one before the loading one, and write their pictures."""
-    from . import small_world
+    from ..toyworld import workflows
     from .demonstration import Narrator
     from .environment import SANDBOX
     from .graph import convert
@@ -85,15 +85,15 @@ def make(names: list[str], quick: bool) -> None:
 
     base = SANDBOX / "thumbnails"
     shutil.rmtree(base / "models", ignore_errors=True)  # the graph that loads a subject names the first one saved
-    server = Server(environment_from_variables(), base, small_world.NODE_FOLDERS, small_world.MODELS)
-    small_world.draw_subject(base / "input")
+    server = Server(environment_from_variables(), base, workflows.NODE_FOLDERS, workflows.MODELS)
+    workflows.draw_subject(base / "input")
     with server:
         for name in in_order(names):
             object_info = server.object_info()
-            shipped = without_sana(small_world.shipped(name), small_world.CHECKPOINT)
-            graph = small_world.in_small_world(name, object_info, quick, graph=shipped)
+            shipped = without_sana(workflows.shipped(name), workflows.CHECKPOINT)
+            graph = workflows.in_small_world(name, object_info, quick, graph=shipped)
             run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
-            path = small_world.WORKFLOWS / f"{name}.jpg"
+            path = workflows.WORKFLOWS / f"{name}.jpg"
             montage(pictures_of(name, server, graph, run)).save(path, quality=QUALITY)
             print(f"{path.relative_to(ROOT)} written", flush=True)
 

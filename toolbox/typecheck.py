@@ -17,7 +17,7 @@ from pathlib import Path
 from .environment import ROOT, SANDBOX
 
 CHECKED = ("core", "nodes", "toolbox", "benchmarks")
-ALSO_IMPORTED = ("toyworld",)  # training scripts: not checked themselves
+ALSO_IMPORTED = ("toyworld", "tests")  # not checked themselves
 IGNORED = (
     "incompatible-method-override",  # execute() of a V3 node names the inputs of that node
     "deprecated",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import PAGE_WIDGETS, convert, named_values
+from likeness.toyworld import workflows
 
 from .. import graph_checks, live
 
 FAMILIES = tuple(sorted({name.split("_")[0] for name in live.NAMES}))
-SIDECARS = {name: small_world.sidecar(name).get("browser") for name in live.NAMES}
+SIDECARS = {name: workflows.sidecar(name).get("browser") for name in live.NAMES}
 STAGED = "ezigen_generate"  # has no loss to draw
 RUNS = {name: entry for name, entry in SIDECARS.items() if entry and name != STAGED}  # the trainings run in the page
 
@@ -41,7 +41,7 @@ def test_graphs_open_and_keep_their_values(page, object_info, family):
     for name in live.NAMES:
         if name.split("_")[0] != family:
             continue
-        graph = small_world.shipped(name)
+        graph = workflows.shipped(name)
         page.load(graph, name)
         assert not page.unknown_nodes(), name
         assert not [text for text in page.complaints() if "node" in text.lower()]  # the newest page also lists models
@@ -55,12 +55,12 @@ def test_graph_that_is_changed_and_saved_in_the_page_can_be_shipped(request, pag
     """Open, move a node, change a prompt, save: the file still passes every check of a shipped graph."""
     name, title, prompt = "hiper_train_and_edit", "Source prompt", "a photo of a cup on a table"
     page.setting("Comfy.Workflow.ShowMissingModelsWarning", False)
-    graph = small_world.shipped(name)
+    graph = workflows.shipped(name)
     page.load(graph, name)
     page.tab.evaluate(
         """([id, text]) => { const node = app.graph._nodes.find(node => String(node.id) === id);
           node.pos = [node.pos[0], node.pos[1] + 4]; node.widgets[0].value = text; app.graph.change(); }""",
-        [small_world.node_id(graph, title), prompt],
+        [workflows.node_id(graph, title), prompt],
     )
     saved = page.saved()
     changed = next(node for node in saved["nodes"] if node.get("title") == title)
@@ -77,7 +77,7 @@ def test_graph_that_is_changed_and_saved_in_the_page_can_be_shipped(request, pag
 
 
 def test_missing_model_is_offered(page):
-    page.load(small_world.shipped("hiper_train_and_edit"), "missing")
+    page.load(workflows.shipped("hiper_train_and_edit"), "missing")
     page.tab.get_by_text("v1-5-pruned-emaonly-fp16.safetensors").first.wait_for(state="visible")
 
 
@@ -85,12 +85,12 @@ def test_missing_model_is_offered(page):
 def test_graph_runs_with_live_loss(page, object_info, server, name):
     graph = live.lowered(name, object_info)
     title, steps, shown = (RUNS[name][key] for key in ("runs", "steps", "shows"))
-    trainer = small_world.node_id(graph, title)
+    trainer = workflows.node_id(graph, title)
     seed = 7000 + len(
         list((server.base / "output").rglob("*.png"))
     )  # another one each time: nothing comes from a cache
     patience = {(title, "patience"): 0} if name.startswith("siso") else {}  # all its pictures, whatever they are like
-    graph = small_world.adapt(graph, {(title, "seed"): seed, **patience}, object_info)
+    graph = workflows.adapt(graph, {(title, "seed"): seed, **patience}, object_info)
     page.load(graph, "run")
     curve = page.tab.locator(".likeness-loss").first
     assert curve.get_attribute("data-points") == "0"
@@ -118,7 +118,7 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
     assert page.shows_picture(trainer), "ComfyUI does not show the preview on the node"
     for title in shown:
-        assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
+        assert page.shows_picture(workflows.node_id(graph, title)), f"no picture in {title}"
     saved = next(node for node in page.saved()["nodes"] if str(node["id"]) == trainer)
     assert named_values(saved, object_info)["seed"] == seed, "the curve must not be saved with the values"
 
@@ -127,8 +127,8 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
     graph = live.lowered(STAGED, object_info)
     title, whole, shown = (SIDECARS[STAGED][key] for key in ("runs", "steps", "shows"))
     seed = 9000 + len(list((server.base / "output").rglob("*.png")))
-    graph = small_world.adapt(graph, {(title, "seed"): seed}, object_info)
-    sampler = small_world.node_id(graph, title)
+    graph = workflows.adapt(graph, {(title, "seed"): seed}, object_info)
+    sampler = workflows.node_id(graph, title)
     page.load(graph, "run")
     page.tab.evaluate(
         """id => { window.likenessSeen = []; window.likenessPreviews = 0;
@@ -144,7 +144,7 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
     assert [whole, whole] in seen and len({value for value, _ in seen}) > 3
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
     for title in shown:
-        assert page.shows_picture(small_world.node_id(graph, title)), f"no picture in {title}"
+        assert page.shows_picture(workflows.node_id(graph, title)), f"no picture in {title}"
 
 
 def test_templates_are_listed_with_thumbnails(page):
@@ -178,7 +178,7 @@ def test_templates_are_listed_with_thumbnails(page):
                     raise
                 cards.first.scroll_into_view_if_needed()
     page.tab.locator(f'[data-testid="template-workflow-{live.NAMES[-1]}"]').click()
-    own = {node["type"] for node in small_world.shipped(live.NAMES[-1])["nodes"] if node["type"].startswith("Likeness")}
+    own = {node["type"] for node in workflows.shipped(live.NAMES[-1])["nodes"] if node["type"].startswith("Likeness")}
     page.tab.wait_for_function(
         "types => types.every(type => app.graph._nodes.some(node => node.type === type))", arg=sorted(own)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.toolbox import gradients
+from likeness.tests import gradients
 
 from .. import tiny_models
 
@@ -125,7 +125,7 @@ def test_through_the_pooled_vector_of_two_text_encoders():
 
 
 def test_the_check_itself_notices_a_wrong_gradient():
-    from likeness.toolbox.gradcheck import gradient_check
+    from likeness.tests.gradients import gradient_check
 
     point = torch.linspace(-1, 1, 12)
     right = gradient_check("right", lambda x: (x**3).sum(), point)

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from likeness.toolbox import gradients
+from likeness.tests import gradients
 
 from ..vision.models import clip_folder
 from .sana import CFG, PROMPT, SEED, SHAPE, empty, levels, pictured, reference

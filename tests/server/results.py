@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import active_nodes, convert
+from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
 
@@ -32,16 +32,16 @@ class Result:
         self._server, self.graph, self.run, self.log = server, graph, run, log
 
     def pictures(self, title: str) -> list[np.ndarray]:
-        return [pixels(image) for image in self._server.images(self.run, small_world.node_id(self.graph, title))]
+        return [pixels(image) for image in self._server.images(self.run, workflows.node_id(self.graph, title))]
 
     def text(self, title: str) -> str:
-        return "\n".join(self.run.outputs[small_world.node_id(self.graph, title)]["text"])
+        return "\n".join(self.run.outputs[workflows.node_id(self.graph, title)]["text"])
 
 
 def check_pictures(pictures: list[np.ndarray], apart: float = 0.002) -> None:
     """Neither black nor flat, nor the subject's picture itself, nor each other (mean distance of the pixels)."""
     for index, picture in enumerate(pictures):
-        assert picture.shape == (small_world.SIZE, small_world.SIZE, 3)
+        assert picture.shape == (workflows.SIZE, workflows.SIZE, 3)
         assert picture.std() > 0.03
         assert all(distance(picture, other) > apart for other in pictures[:index])
 
@@ -79,7 +79,7 @@ class Results(Mapping[str, Result]):
     def choices(self, name: str) -> dict[tuple[str, str], Any]:
         """The files that other graphs have saved for this one, and small models that only this server has."""
         found: dict[tuple[str, str], Any] = {}
-        after = small_world.sidecar(name).get("after")
+        after = workflows.sidecar(name).get("after")
         if after:
             made = self[after["graph"]]
             if "saved by" in after:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert, with_ancestors
+from likeness.toyworld import workflows
 
 from .. import live
 from .results import UNWANTED, Result, check_pictures, distance, pixels, run_graph
@@ -25,7 +25,7 @@ def drawn(identity, background: str, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def subject_drawn() -> tuple[np.ndarray, np.ndarray]:
-    return drawn(small_world.subject(), small_world.SOURCE_BACKGROUND, small_world.SUBJECT_SEED)
+    return drawn(workflows.subject(), workflows.SOURCE_BACKGROUND, workflows.SUBJECT_SEED)
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
@@ -80,10 +80,10 @@ def test_a_painted_subject_is_cut_out(server):
     painted = np.dstack([picture * 255, np.where(mask, 0, 255)]).astype(np.uint8)
     Image.fromarray(painted, "RGBA").save(server.base / "input" / "painted.png")
     object_info = server.object_info()
-    settings = {("LoadImage", "image"): "painted.png", ("LikenessEncodeSubject", "size"): small_world.SIZE}
-    settings["CheckpointLoaderSimple", "ckpt_name"] = small_world.CHECKPOINT
-    graph = small_world.adapt(small_world.shipped("ezigen_generate"), settings, object_info)
-    shown = small_world.node_id(graph, "What is looked at")
+    settings = {("LoadImage", "image"): "painted.png", ("LikenessEncodeSubject", "size"): workflows.SIZE}
+    settings["CheckpointLoaderSimple", "ckpt_name"] = workflows.CHECKPOINT
+    graph = workflows.adapt(workflows.shipped("ezigen_generate"), settings, object_info)
+    shown = workflows.node_id(graph, "What is looked at")
     prompt = with_ancestors(convert(graph, object_info), [shown])
     assert not {node["class_type"] for node in prompt.values()} & {"LikenessSubjectMask", "JoinImageWithAlpha"}
     seen = Result(server, graph, server.run(prompt), "").pictures("What is looked at")[0]
@@ -116,7 +116,7 @@ def test_the_loops_begin_with_the_other_models_picture(results):
 def test_an_edit_changes_the_place_and_leaves_the_rest(results):
     result = results["ezigen_edit"]
     loops, edited = result.pictures("Picture and loops"), result.pictures("Edited picture")[0]
-    source, mask = drawn(small_world.edited(), small_world.STYLE_BACKGROUND, small_world.EDITED_SEED)
+    source, mask = drawn(workflows.edited(), workflows.STYLE_BACKGROUND, workflows.EDITED_SEED)
     assert distance(loops[0], source) < 1 / 254 and np.array_equal(loops[-1], edited)
     outside = ~grown(mask, 2 * CELL)
     assert outside.mean() > 0.05
@@ -145,7 +145,7 @@ def test_three_methods_work_together(results):
     assert len([line for line in table if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
     trained = {entry["node"]: entry["step"] for entry in result.run.of_type("likeness.progress")}
     titles = ("Learn the subject", "Learn the picture")
-    assert trained == {small_world.node_id(result.graph, title): live.STEPS for title in titles}
+    assert trained == {workflows.node_id(result.graph, title): live.STEPS for title in titles}
 
 
 def test_the_adapter_is_kept_alone(server, results):
@@ -165,8 +165,8 @@ def test_the_adapter_is_kept_alone(server, results):
 def rounded(server, results) -> np.ndarray:
     """The picture to change after one way through the autoencoder."""
     prompt = {
-        "load": {"class_type": "LoadImage", "inputs": {"image": small_world.EDITED_PICTURE}},
-        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": small_world.CHECKPOINT}},
+        "load": {"class_type": "LoadImage", "inputs": {"image": workflows.EDITED_PICTURE}},
+        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": workflows.CHECKPOINT}},
         "in": {"class_type": "VAEEncode", "inputs": {"pixels": ["load", 0], "vae": ["model", 2]}},
         "out": {"class_type": "VAEDecode", "inputs": {"samples": ["in", 0], "vae": ["model", 2]}},
         "show": {"class_type": "PreviewImage", "inputs": {"images": ["out", 0]}},
@@ -175,7 +175,7 @@ def rounded(server, results) -> np.ndarray:
 
 
 def test_the_background_of_an_edit_is_as_good_as_the_autoencoder(results, rounded):
-    source, mask = drawn(small_world.edited(), small_world.STYLE_BACKGROUND, small_world.EDITED_SEED)
+    source, mask = drawn(workflows.edited(), workflows.STYLE_BACKGROUND, workflows.EDITED_SEED)
     outside = ~grown(mask, 2 * CELL)
     edited = results["ezigen_edit"].pictures("Edited picture")[0]
     assert psnr(edited[outside], source[outside]) > psnr(rounded[outside], source[outside]) - 0.5

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert
+from likeness.toyworld import workflows
 
 from .. import live
 from .test_bad_input import refused, with_node
@@ -23,7 +23,7 @@ def graph(object_info) -> dict:
 def changed(server, graph, title: str, **inputs) -> dict:
     """The graph as the server takes it, with these inputs of a node; None disconnects one."""
     prompt = convert(graph, server.object_info())
-    node = prompt[small_world.node_id(graph, title)]
+    node = prompt[workflows.node_id(graph, title)]
     node["inputs"] = {name: value for name, value in {**node["inputs"], **inputs}.items() if value is not None}
     return prompt
 
@@ -46,18 +46,18 @@ def test_sampling(server, graph, case):
 
 def test_a_subject_without_white_around_it(server, graph):
     """Nothing painted, nothing found: the whole picture, which is not white, would be the subject."""
-    picture = small_world.node_id(graph, "Picture of the subject")
+    picture = workflows.node_id(graph, "Picture of the subject")
     said = refused(server, changed(server, graph, SUBJECT, image=[picture, 0]))
     assert "The mask is empty, and the subject's picture has no white background: paint the subject" in said
 
 
 def test_a_picture_on_white_needs_no_mask_and_another_without_one_is_warned_of(server, graph):
-    picture = small_world.node_id(graph, "Picture of the subject")
+    picture = workflows.node_id(graph, "Picture of the subject")
     for background, expected in ((0, True), (0xFFFFFF, False)):
         prompt = changed(server, graph, SUBJECT, image=["plain", 0], mask=None)
         prompt = with_node(prompt, "plain", "EmptyImage", width=96, height=96, batch_size=1, color=background)
         prompt.pop(picture)
-        shown = small_world.node_id(graph, "What is looked at")
+        shown = workflows.node_id(graph, "What is looked at")
         before = len(server.log())
         server.run({name: prompt[name] for name in needed(prompt, shown)})
         assert ("has no white background" in server.log()[before:]) == expected
@@ -69,7 +69,7 @@ def needed(prompt: dict, node: str) -> set[str]:
 
 
 def test_a_model_that_predicts_v(server, graph):
-    model = small_world.node_id(graph, "Model")
+    model = workflows.node_id(graph, "Model")
     for title in (SUBJECT, SAMPLER):
         prompt = changed(server, graph, title, model=["v", 0])
         prompt = with_node(prompt, "v", "ModelSamplingDiscrete", model=[model, 0], sampling="v_prediction", zsnr=False)
@@ -84,7 +84,7 @@ def adapter_file(server, name: str, tensors: dict[str, np.ndarray]) -> str:
 
 
 def small_worlds() -> dict[str, np.ndarray]:
-    return load_file(small_world.MODELS / "likeness_adapters" / small_world.ADAPTER)
+    return load_file(workflows.MODELS / "likeness_adapters" / workflows.ADAPTER)
 
 
 def test_an_adapter_of_other_widths(server, graph):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert, with_ancestors
 from likeness.toolbox.server import PromptError
+from likeness.toyworld import workflows
 
 from .. import live
 from .results import UNWANTED, check_pictures, distance
@@ -26,7 +26,7 @@ class Job:
     def __init__(self, server, object_info) -> None:
         self._server = server
         graph = live.lowered(NAME, object_info)
-        self.node, self.saver = (small_world.node_id(graph, title) for title in ("Train", "Save the adapter"))
+        self.node, self.saver = (workflows.node_id(graph, title) for title in ("Train", "Save the adapter"))
         self._prompt = with_ancestors(convert(graph, object_info), [self.saver])
 
     def run(self, on_event=None, **inputs):
@@ -38,7 +38,7 @@ class Job:
         return load_file(self._server.base / "models" / "likeness_adapters" / name)
 
     def captions(self) -> list[Path]:
-        return sorted((self._server.base / "input" / small_world.TRAINING_SET).glob("*/0.txt"))
+        return sorted((self._server.base / "input" / workflows.TRAINING_SET).glob("*/0.txt"))
 
     def touch_folder(self) -> None:
         """Make the server execute the training again: a file of its folder is newer now, and the same."""
@@ -60,8 +60,8 @@ def test_the_graph_trains_and_shows_what_that_changed(results):
     check_pictures([alone, before])
     assert 1e-4 < distance(before, after) < distance(alone, before), "ten steps change a little"
     report = result.text("Report")
-    count = small_world.TRAINING_SUBJECTS
-    folder = f"{count} subjects, {count * small_world.TRAINING_PICTURES} captioned pictures"
+    count = workflows.TRAINING_SUBJECTS
+    folder = f"{count} subjects, {count * workflows.TRAINING_PICTURES} captioned pictures"
     assert folder in report and f"{live.STEPS} steps of 1" in report and "left out" not in report
     assert "113 tensors" not in result.text("Save the adapter") and "50 tensors" in result.text("Save the adapter")
     progress = result.run.of_type("likeness.progress")[-1]
@@ -113,7 +113,7 @@ def test_a_changed_picture_is_seen(job):
         ("../../etc", "not a plain name in ComfyUI's input folder"),
         ("/etc", "not a plain name in ComfyUI's input folder"),
         ("absent", "There is no folder 'absent'"),
-        (small_world.PICTURE, "There is no folder"),
+        (workflows.PICTURE, "There is no folder"),
     ],
 )
 def test_other_folders_are_refused(job, folder, message):
@@ -124,7 +124,7 @@ def test_other_folders_are_refused(job, folder, message):
 
 
 def test_a_folder_without_captions_says_which_file_it_misses(server, job):
-    folder = small_world.draw_training_set(server.base / "input" / "no_captions", range(2), 2)
+    folder = workflows.draw_training_set(server.base / "input" / "no_captions", range(2), 2)
     for path in folder.glob("*/*.txt"):
         path.unlink()
     with pytest.raises(PromptError) as refused:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from likeness.toolbox import small_world
+from likeness.toyworld import workflows
 
 from .. import inprocess
 from .test_bad_input import refused, with_node
@@ -25,7 +25,7 @@ def models(server):
 
 
 def looking(**changes) -> dict:
-    prompt = with_node({}, "picture", "LoadImage", image=small_world.PICTURE)
+    prompt = with_node({}, "picture", "LoadImage", image=workflows.PICTURE)
     inputs = {"image": ["picture", 0], "subject": "red dog", "detector": "random_dino", "sam": SAM}
     values = {"box_threshold": 0.4, "text_threshold": 0.25, "choose": "best"}
     prompt = with_node(prompt, "find", "LikenessSubjectMask", **{**inputs, **values, **changes})
@@ -53,7 +53,7 @@ def test_several_are_found_and_the_best_is_cut_out(server):
     said = run.outputs["said"]["text"][0]
     assert "found, taken: number 0 (best)" in said and "(vit_b)" in said and "red dog" in said
     mask, drawn = (server.images(run, node)[0] for node in ("mask", "drawn"))
-    assert mask.size == drawn.size == (small_world.SIZE, small_world.SIZE)
+    assert mask.size == drawn.size == (workflows.SIZE, workflows.SIZE)
     assert {value for _, value in mask.convert("L").getcolors()} <= {0, 255}
 
 
@@ -85,7 +85,7 @@ def test_broken_weights(server):
 
 
 def test_caption(server):
-    prompt = with_node({}, "picture", "LoadImage", image=small_world.PICTURE)
+    prompt = with_node({}, "picture", "LoadImage", image=workflows.PICTURE)
     inputs = {"image": ["picture", 0], "model": "random_blip2", "max_tokens": 8}
     prompt = with_node(prompt, "describe", "LikenessCaption", **inputs)
     prompt = with_node(prompt, "first", "PreviewAny", source=["describe", 0])
@@ -103,17 +103,17 @@ ALIGN = {
 @pytest.mark.parametrize("case", ALIGN)
 def test_masks_that_cannot_be_aligned(server, case):
     changes, expected = ALIGN[case]
-    prompt = with_node({}, "picture", "LoadImage", image=small_world.PICTURE)
+    prompt = with_node({}, "picture", "LoadImage", image=workflows.PICTURE)
     prompt = with_node(prompt, "mask", "ToyworldSubjectMask", image=["picture", 0])
     for name, value in (("empty", 0.0), ("full", 1.0)):
-        prompt = with_node(prompt, name, "SolidMask", value=value, width=small_world.SIZE, height=small_world.SIZE)
+        prompt = with_node(prompt, name, "SolidMask", value=value, width=workflows.SIZE, height=workflows.SIZE)
     inputs = {"image": ["picture", 0], "mask": ["mask", 0], "target_mask": ["mask", 0], **changes}
     prompt = with_node(prompt, "align", "LikenessAlign", form="symmetric", max_degrees=180.0, **inputs)
     assert expected in refused(server, with_node(prompt, "show", "PreviewImage", images=["align", 0]))
 
 
 def test_reference_of_another_number_of_masks(server):
-    prompt = with_node({}, "picture", "LoadImage", image=small_world.PICTURE)
+    prompt = with_node({}, "picture", "LoadImage", image=workflows.PICTURE)
     prompt = with_node(prompt, "two", "RepeatImageBatch", image=["picture", 0], amount=2)
     prompt = with_node(prompt, "mask", "ToyworldSubjectMask", image=["picture", 0])
     prompt = with_node(prompt, "vision", "LikenessLoadVision", name="small_world_measure")

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from likeness.toolbox import small_world
 from likeness.toolbox.freeze import KEPT
 from likeness.toolbox.graph import NOTES, Graph, active_nodes, convert, load
 from likeness.toolbox.server import PromptError
+from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
 
-FOLDER = small_world.ROOT / KEPT
+FOLDER = workflows.ROOT / KEPT
 FROZEN = {name: load(FOLDER / f"{name}.json") for name in json.loads((FOLDER / "index.json").read_text())}
 PLACEHOLDER = "likeness/frozen.safetensors"  # in place of what another graph saves
 
@@ -30,11 +30,11 @@ def wiring(graph: Graph) -> list[tuple[str, list[str]]]:
 def in_server(server, object_info, name: str) -> Graph:
     """A frozen graph with values that the server can take."""
     title = name.partition(".")[0]
-    chosen = small_world.sidecar(title).get("after", {}).get("chosen in")
+    chosen = workflows.sidecar(title).get("after", {}).get("chosen in")
     more = {tuple(chosen): PLACEHOLDER} if chosen else {}
     if title == "siso_sana":
         more |= tiny_sana.in_server(server)
-    return small_world.in_small_world(title, object_info, quick=True, more=more, graph=FROZEN[name])
+    return workflows.in_small_world(title, object_info, quick=True, more=more, graph=FROZEN[name])
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def saved_files(server):
 def busy(server):
     """A queue with work for long: what is posted meanwhile is validated by ComfyUI and does not run."""
     prompt = {
-        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": small_world.CHECKPOINT}},
+        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": workflows.CHECKPOINT}},
         "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
         "size": {"class_type": "EmptyLatentImage", "inputs": {"width": 96, "height": 96, "batch_size": 1}},
         "sample": {
@@ -99,10 +99,10 @@ def test_what_no_shipped_graph_does_any_more_still_runs(server, results):
     """A frozen graph that is wired as the present one is not run again: test_graphs runs that."""
     for name, graph in FROZEN.items():
         title = name.partition(".")[0]
-        if title in live.NAMES and wiring(graph) == wiring(small_world.shipped(title)):
+        if title in live.NAMES and wiring(graph) == wiring(workflows.shipped(title)):
             continue
         object_info = server.object_info()
-        lowered = small_world.in_small_world(title, object_info, quick=True, more=results.choices(title), graph=graph)
+        lowered = workflows.in_small_world(title, object_info, quick=True, more=results.choices(title), graph=graph)
         run = server.run(convert(lowered, object_info))
         expected = {str(node["id"]) for node in active_nodes(lowered) if object_info[node["type"]].get("output_node")}
         assert run.status == "execution_success" and expected <= set(run.outputs), f"a part of {name} did not run"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert
+from likeness.toyworld import workflows
 
 from .. import live
 from .results import SAID, UNWANTED, Result, check_pictures, distance, pixels
@@ -26,7 +26,7 @@ def test_train_and_edit(results, server):
     result = results["hiper_train_and_edit"]
     titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
     pictures = [result.pictures(title)[0] for title in titles]
-    check_pictures([pixels(Image.open(server.base / "input" / small_world.PICTURE)), *pictures])
+    check_pictures([pixels(Image.open(server.base / "input" / workflows.PICTURE)), *pictures])
     assert "DINO" in result.text("Score") and "best" in result.text("Score")
     progress = result.run.of_type("likeness.progress")
     assert progress[-1]["step"] == progress[-1]["steps"] == live.STEPS
@@ -69,7 +69,7 @@ def test_a_real_photograph_goes_through_the_whole_graph(server):
     check_pictures([result.pictures(title)[0] for title in titles])
     side = min(photograph.size)
     left, top = (photograph.width - side) // 2, (photograph.height - side) // 2
-    cut = photograph.crop((left, top, left + side, top + side)).resize((small_world.SIZE, small_world.SIZE))
+    cut = photograph.crop((left, top, left + side, top + side)).resize((workflows.SIZE, workflows.SIZE))
     reconstruction, without, _ = (result.pictures(title)[0].mean((0, 1)) for title in titles)
     assert distance(reconstruction, pixels(cut).mean((0, 1))) < distance(without, pixels(cut).mean((0, 1)))
 

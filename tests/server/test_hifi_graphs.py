@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likeness.toolbox import small_world
+from likeness.toyworld import workflows
 
 from .. import live
 from .results import check_pictures, distance, pixels
@@ -16,7 +16,7 @@ BARELY = 2e-4  # mean distance of pictures that differ by ten steps of training
 
 @pytest.fixture
 def source(server) -> np.ndarray:
-    return pixels(Image.open(server.base / "input" / small_world.PICTURE))
+    return pixels(Image.open(server.base / "input" / workflows.PICTURE))
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -78,7 +78,7 @@ def test_replace_subject(results, server):
     result = results["hifi_replace_subject"]
     again, swapped = result.pictures("Picture and word swap")
     once_more, replaced = result.pictures("Picture and replaced subject")
-    picture = pixels(Image.open(server.base / "input" / small_world.STYLE_PICTURE))
+    picture = pixels(Image.open(server.base / "input" / workflows.STYLE_PICTURE))
     assert np.abs(again - once_more).max() <= 1 / 255 and distance(again, picture) < 0.08
     check_pictures([again, swapped, replaced], apart=BARELY)
 
@@ -95,11 +95,11 @@ def test_ablation(results):
         if event["steps"] == live.STEPS and event["resumed"] == 0
     }
     assert learned == {
-        small_world.node_id(result.graph, title) for title in ("Learn everything", "Learn inside the mask")
+        workflows.node_id(result.graph, title) for title in ("Learn everything", "Learn inside the mask")
     }
 
 
 def test_what_was_found_stands_beside_a_caption_that_is_switched_off(results):
     """The group of the captioning model stays bypassed; everything else of its graph ran."""
     graph = results["hifi_replace_subject"].graph
-    assert [node["mode"] for node in graph["nodes"] if node["type"] in small_world.ABSENT] == [4]
+    assert [node["mode"] for node in graph["nodes"] if node["type"] in workflows.ABSENT] == [4]

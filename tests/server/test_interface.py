@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import inputs_of
+from likeness.toyworld import workflows
 
 from .. import graph_checks, live
 
@@ -57,7 +57,7 @@ MESSAGE_SYNTAX = set("{}@|")  # the page's translator reads these as instruction
 
 
 def translated(language: str) -> dict:
-    return json.loads((small_world.ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    return json.loads((workflows.ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
 def expected(node: str, object_info: dict) -> dict:
@@ -118,13 +118,13 @@ def test_server_hands_the_translations_to_the_page(server):
 
 
 def test_every_node_stands_in_a_shipped_graph():
-    used = {node["type"] for name in live.NAMES for node in small_world.shipped(name)["nodes"]}
+    used = {node["type"] for name in live.NAMES for node in workflows.shipped(name)["nodes"]}
     assert not set(NODES) - used
 
 
 @pytest.mark.parametrize("name", live.NAMES)
 def test_shipped_graph_holds_what_people_rely_on(object_info, name):
-    graph = small_world.shipped(name)
+    graph = workflows.shipped(name)
     assert not graph_checks.complaints(name, graph, object_info)
     assert name in FOLDERS_ALONE or any((node.get("properties") or {}).get("models") for node in graph["nodes"])
 
@@ -132,7 +132,7 @@ def test_shipped_graph_holds_what_people_rely_on(object_info, name):
 def test_templates_are_served_with_thumbnails(server):
     assert tuple(sorted(server.get("/api/workflow_templates")[live.PACK])) == live.NAMES
     for name in live.NAMES:
-        assert server.get(f"/api/workflow_templates/{live.PACK}/{name}.json") == small_world.shipped(name)
+        assert server.get(f"/api/workflow_templates/{live.PACK}/{name}.json") == workflows.shipped(name)
         assert server.get_bytes(f"/api/workflow_templates/{live.PACK}/{name}.jpg")[:2] == b"\xff\xd8"
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert
+from likeness.toyworld import workflows
 
 from .. import live
 from .results import Result, check_pictures, distance, pixels
@@ -18,7 +18,7 @@ THUMBNAIL = 192  # px of a picture on the sweep's sheet
 
 @pytest.fixture
 def source(server) -> np.ndarray:
-    return pixels(Image.open(server.base / "input" / small_world.PICTURE))
+    return pixels(Image.open(server.base / "input" / workflows.PICTURE))
 
 
 def test_edit(results, source):
@@ -84,7 +84,7 @@ def test_sweep_lays_every_pair_into_its_cell(results):
 
 def test_sweep_maps_every_node_over_the_pairs(results):
     result = results["sine_sweep"]
-    assert len(result.run.outputs[small_world.node_id(result.graph, "Score")]["text"]) == 4
+    assert len(result.run.outputs[workflows.node_id(result.graph, "Score")]["text"]) == 4
     curves = result.pictures("Curves")[0]
     assert curves.shape == (2 * 288, 2 * 526, 3), "two measures over two axes"
     assert curves.std() > 0.05

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from likeness.toolbox import small_world
+from likeness.toyworld import workflows
 
 from .test_bad_input import refused, with_node
 
@@ -18,7 +18,7 @@ def loaded() -> dict:
     """A base model, a second one as the tuned model, and their prompts."""
     prompt = {}
     for name in ("model", "tuned"):
-        prompt = with_node(prompt, name, "CheckpointLoaderSimple", ckpt_name=small_world.CHECKPOINT)
+        prompt = with_node(prompt, name, "CheckpointLoaderSimple", ckpt_name=workflows.CHECKPOINT)
     for name in ("edit", "trained", "negative"):
         prompt = with_node(prompt, name, "CLIPTextEncode", clip=CLIP, text=name)
     return with_node(prompt, "canvas", "EmptyLatentImage", width=96, height=96, batch_size=1)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert
+from likeness.toyworld import workflows
 
 from .. import live
 from .results import UNWANTED, distance, pixels, run_graph
@@ -22,7 +22,7 @@ def result(server, request):
 
 @pytest.fixture
 def source(server) -> np.ndarray:
-    return pixels(Image.open(server.base / "input" / small_world.EDITED_PICTURE))
+    return pixels(Image.open(server.base / "input" / workflows.EDITED_PICTURE))
 
 
 def test_the_picture_comes_back_by_stock_nodes(result, source):
@@ -44,7 +44,7 @@ def test_the_edit_becomes_more_alike(result):
 def test_the_background_changes_less_than_the_subject(result, server):
     first, last = (result.pictures("All iterations")[index] for index in (0, -1))
     picture, coverage = drawn()
-    assert np.array_equal(picture, np.asarray(Image.open(server.base / "input" / small_world.EDITED_PICTURE)))
+    assert np.array_equal(picture, np.asarray(Image.open(server.base / "input" / workflows.EDITED_PICTURE)))
     inside = coverage > 127
     assert distance(first[~inside], last[~inside]) < 0.7 * distance(first[inside], last[inside])
 
@@ -53,15 +53,15 @@ def drawn() -> tuple[np.ndarray, np.ndarray]:
     """The picture to change, and where its subject is."""
     from likeness.toyworld import world
 
-    return world.render(small_world.edited(), small_world.STYLE_BACKGROUND, small_world.EDITED_SEED)
+    return world.render(workflows.edited(), workflows.STYLE_BACKGROUND, workflows.EDITED_SEED)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_it_is_shipped_the_painted_mask_counts(name, object_info):
     """The group that needs a detector is switched off; what was painted passes through it."""
-    graph = small_world.shipped(name)
+    graph = workflows.shipped(name)
     prompt = convert(graph, object_info)
-    optimise = prompt[small_world.node_id(graph, "Optimize")]["inputs"]
+    optimise = prompt[workflows.node_id(graph, "Optimize")]["inputs"]
     assert prompt[optimise["mask"][0]]["class_type"] == "ImageToMask"
     kinds = {node["class_type"] for node in prompt.values()}
     assert not kinds & {"LikenessSubjectMask", "LikenessCaption", "LikenessLoadRetrieval", "MaskComposite"}

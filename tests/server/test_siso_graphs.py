@@ -8,9 +8,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert, with_ancestors
 from likeness.toolbox.server import PromptError
+from likeness.toyworld import workflows
 
 from .. import live
 from ..vision.test_retrieval import published
@@ -40,7 +40,7 @@ def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(ran
     assert len(losses) == len(pictures) and min(losses) < losses[0]
     assert f"of {len(losses)}" in result.text("Report")
     without, learned = (result.pictures(f"{which} the LoRA")[0] for which in ("Without", "With"))
-    assert without.shape == learned.shape == (small_world.SIZE, small_world.SIZE, 3)
+    assert without.shape == learned.shape == (workflows.SIZE, workflows.SIZE, 3)
     assert without.std() > 0.03 and distance(without, learned) > 1e-3
 
 
@@ -78,7 +78,7 @@ def with_retrieval(server) -> dict:
     for node in graph["nodes"]:
         if node.get("title") in RETRIEVAL:
             node["mode"] = 0
-    return with_ancestors(convert(graph, object_info), [small_world.node_id(graph, "Report")])
+    return with_ancestors(convert(graph, object_info), [workflows.node_id(graph, "Report")])
 
 
 def test_without_the_retrieval_weights_it_says_where_they_are(server):

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert
 from likeness.toolbox.server import PromptError
+from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
 from .results import UNWANTED, distance, run_graph
@@ -27,7 +27,7 @@ def ran(server, settings):
 
 def test_the_lora_changes_the_pictures_of_another_prompt(ran):
     without, learned = (ran.pictures(f"{which} the LoRA")[0] for which in ("Without", "With"))
-    assert without.shape == learned.shape == (small_world.SIZE, small_world.SIZE, 3)
+    assert without.shape == learned.shape == (workflows.SIZE, workflows.SIZE, 3)
     assert without.std() > 0.01 and distance(without, learned) > 1e-4
 
 
@@ -50,12 +50,12 @@ def test_the_saved_lora_gives_the_same_picture_in_the_stock_loader(server, setti
     object_info = server.object_info()
     graph = live.lowered("siso_sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
-    learner, sana = (small_world.node_id(graph, title) for title in ("Optimize", "Sana"))
+    learner, sana = (workflows.node_id(graph, title) for title in ("Optimize", "Sana"))
     prompt["900"] = {
         "class_type": "LoraLoaderModelOnly",
         "inputs": {"model": [sana, 0], "lora_name": name, "strength_model": 1.0},
     }
-    guider, shown = (small_world.node_id(graph, title) for title in ("Guider with", "With the LoRA"))
+    guider, shown = (workflows.node_id(graph, title) for title in ("Guider with", "With the LoRA"))
     assert prompt[guider]["inputs"]["model"] == [learner, 0]
     prompt[guider]["inputs"]["model"] = ["900", 0]
     before = len(server.log())
@@ -76,8 +76,8 @@ def test_gradients_in_the_server(server, settings, ran):
     object_info = server.object_info()
     graph = live.lowered("siso_sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
-    sana = small_world.node_id(graph, "Sana")
-    learner = prompt[small_world.node_id(graph, "Optimize")]["inputs"]
+    sana = workflows.node_id(graph, "Sana")
+    learner = prompt[workflows.node_id(graph, "Optimize")]["inputs"]
     asked = {"model": [sana, 0], "vae": [sana, 2], "positive": learner["positive"], "latent": learner["latent"]}
     prompt["900"] = {"class_type": "ToyworldCheckGradients", "inputs": asked}
     prompt["901"] = {"class_type": "PreviewAny", "inputs": {"source": ["900", 0]}}
@@ -117,7 +117,7 @@ def test_a_text_encoder_is_not_trained(server, settings):
     object_info = server.object_info()
     graph = live.lowered("siso_sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
-    learner, sana = (small_world.node_id(graph, title) for title in ("Optimize", "Sana"))
+    learner, sana = (workflows.node_id(graph, title) for title in ("Optimize", "Sana"))
     prompt[learner]["inputs"] |= {"clip": [sana, 1], "prompt": "a photo of a dog"}
     with pytest.raises(PromptError) as caught:
         server.run(prompt)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from likeness.toolbox import small_world
 from likeness.toolbox.graph import convert, with_ancestors
+from likeness.toyworld import workflows
 
 from .. import live
 
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(server, tr
 
 def test_the_base_model_samples_the_same_before_and_after(server, object_info, training):
     graph = live.lowered("hiper_train_and_edit", object_info)
-    shown = small_world.node_id(graph, "Edit without the subject")
+    shown = workflows.node_id(graph, "Edit without the subject")
     sampling = with_ancestors(convert(graph, object_info), [shown])
     pictures = []
     for _ in range(2):  # between the two, the training's prompt drops the sampler's result but keeps the loaded model

@@ -9,13 +9,14 @@ import re
 
 import pytest
 
-from likeness.toolbox import freeze, small_world
+from likeness.toolbox import freeze
+from likeness.toyworld import workflows
 
 from .. import graph_checks
 
-KEPT = small_world.ROOT / freeze.KEPT
+KEPT = workflows.ROOT / freeze.KEPT
 INDEX = json.loads((KEPT / "index.json").read_text(encoding="utf-8"))
-NAMES = sorted(path.stem for path in small_world.WORKFLOWS.glob("*.json"))
+NAMES = sorted(path.stem for path in workflows.WORKFLOWS.glob("*.json"))
 RELEASED = {"0.1.0": 3, "0.2.0": 12, "0.3.0": 18, "0.4.0": 26, "0.5.0": 33}  # graphs of each release
 
 
@@ -31,7 +32,7 @@ def tried(tmp_path, version: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_graph_is_in_order(name):
-    assert not graph_checks.complaints(name, small_world.shipped(name))
+    assert not graph_checks.complaints(name, workflows.shipped(name))
 
 
 def test_released_graphs_are_all_there_and_unchanged():
@@ -67,7 +68,7 @@ def test_freeze_keeps_an_edited_graph_beside_the_released_one(tmp_path):
 
 
 def broken(change) -> list[str]:
-    graph = copy.deepcopy(small_world.shipped("hiper_train_and_edit"))
+    graph = copy.deepcopy(workflows.shipped("hiper_train_and_edit"))
     change(graph)
     return graph_checks.complaints("hiper_train_and_edit", graph)
 

@@ -18,7 +18,7 @@ from likeness.core.vision.host.vision import (
     text_missing,
 )
 from likeness.core.vision.preprocess import Preprocess
-from likeness.toolbox.gradients import check_vision
+from likeness.tests.gradients import check_vision
 
 from .models import CLIP_SIDE, clip_folder, core_vision, dino_folder, open_clip_file, pictures
 from .test_retrieval import published

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from likeness.core.vision.host.vision import embed, load_vision
-from likeness.toolbox.gradients import check_vision
+from likeness.tests.gradients import check_vision
 from likeness.toyworld import assets, comfyui, vision_models
 
 from .models import pictures, seeded

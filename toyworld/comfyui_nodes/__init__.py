@@ -152,7 +152,7 @@ class ToyworldCheckGradients(io.ComfyNode):
         import nodes
 
         pack = nodes.NODE_CLASS_MAPPINGS["LikenessLoadVision"].__module__.rpartition(".nodes.")[0]
-        checks = importlib.import_module(f"{pack}.toolbox.gradients")
+        checks = importlib.import_module(f"{pack}.tests.gradients")
         shape = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).shape
         samples = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         found = []

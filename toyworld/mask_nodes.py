@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .graph import Graph, GraphError
+from ..toolbox.graph import Graph, GraphError
 
 PLAYER = "ToyworldSubjectMask"
 

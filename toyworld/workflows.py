@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .environment import ROOT, SANDBOX, Environment, Steps
-from .graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching
+from ..toolbox.environment import ROOT, SANDBOX, Environment, Steps
+from ..toolbox.graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching
 from .mask_nodes import PLAYER, with_subject_masks
 
 if TYPE_CHECKING:
-    from ..toyworld import world
+    from . import world
 
 MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
@@ -65,7 +65,7 @@ def draw_subject(folder: Path) -> Path:
     """Write all pictures that graphs load, and a training set; returns the subject's first. Needs numpy and Pillow."""
     from PIL import Image
 
-    from ..toyworld import world
+    from . import world
 
     for name, identity, background, seed in (
         (STYLE_PICTURE, style(), STYLE_BACKGROUND, STYLE_SEED),
@@ -86,7 +86,7 @@ def draw_training_set(
     import numpy
     from PIL import Image
 
-    from ..toyworld import world
+    from . import world
 
     for number in subjects:
         identity = world.identity(1000 + number)
@@ -103,20 +103,20 @@ def draw_training_set(
 
 
 def subject() -> world.Identity:
-    from ..toyworld import world
+    from . import world
 
     return world.identity(SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE)
 
 
 def style() -> world.Identity:
-    from ..toyworld import world
+    from . import world
 
     return world.identity(STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE)
 
 
 def edited() -> world.Identity:
     """Another one of the subject's class, in whose place it comes."""
-    from ..toyworld import world
+    from . import world
 
     return world.identity(EDITED_SEED, SUBJECT_CLASS, EDITED_COLOR, "plain")
 

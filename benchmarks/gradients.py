@@ -1,6 +1,6 @@
 """Are the gradients right on your machine, with your checkpoint?
 
-    python toolbox/_load.py toolbox.selftest --checkpoint FILE
+    python toolbox/_load.py benchmarks.gradients --checkpoint FILE
 
 Compares every gradient that the pack relies on with finite differences. COMFYUI_PATH names the ComfyUI folder. Without
 a checkpoint the small world's is built and used; --vision adds a folder of models/likeness_vision.
@@ -18,21 +18,21 @@ LIMIT = 0.01
 
 def main(arguments: list[str]) -> int:
     """Print one line for each thing that is differentiated; exit 1 when a gradient is wrong."""
-    parser = argparse.ArgumentParser(prog="toolbox.selftest")
+    parser = argparse.ArgumentParser(prog="benchmarks.gradients")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the small world)")
     parser.add_argument("--vision", type=Path, help="a transformers folder of a vision model")
     parser.add_argument("--size", type=int, default=96, help="side of the picture in pixels")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
 
-    from ..benchmarks import hosting
+    from . import hosting
 
     base = hosting.start(options.threads)
     import comfy.sd
     import torch
 
     from ..core.vision.host import vision
-    from . import gradients
+    from ..tests import gradients
 
     with torch.inference_mode():
         if options.checkpoint:
