@@ -135,7 +135,7 @@ class LikenessEncodeSubject(io.ComfyNode):
                     "transparent picture, is turned over.",
                 ),
                 Subject.Input("subject", optional=True, tooltip="Another subject to add these pictures to."),
-                advanced(
+                *advanced(
                     io.Float.Input(
                         "margin",
                         default=host.MARGIN,
@@ -197,7 +197,7 @@ class LikenessApplyAdapter(io.ComfyNode):
                     round=0.001,
                     tooltip="How much of what the adapter adds is taken. 1 is published, 0 is the model alone.",
                 ),
-                advanced(
+                *advanced(
                     io.Combo.Input(
                         "apply_to",
                         options=list(host.APPLY_TO),

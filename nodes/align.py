@@ -69,16 +69,14 @@ class LikenessAlign(io.ComfyNode):
                 io.Mask.Input(
                     "target_mask", tooltip="White on the subject of the generated picture; the result has its size."
                 ),
-                advanced(
+                *advanced(
                     io.Combo.Input(
                         "form",
                         options=list(FORMS),
                         default=SYMMETRIC,
                         tooltip="symmetric: the two masks cover each other. as printed: the paper's sum over the "
                         "reference's points alone, which shrinks it to somewhere inside the target.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Float.Input(
                         "max_degrees",
                         default=MAX_DEGREES,
@@ -88,7 +86,7 @@ class LikenessAlign(io.ComfyNode):
                         round=0.1,
                         tooltip="How far it may start turned. 180 finds every angle, and may lay a subject upside down "
                         "where that covers the mask a little better; 0 starts upright. For symmetric.",
-                    )
+                    ),
                 ),
             ],
             outputs=[

@@ -19,7 +19,7 @@ ANCHORS = ("in the loss", "decoupled")
 def anchor_inputs(weight: float) -> list[io.Input]:
     """HiFi Tuner's regulariser, with this default weight."""
     return [
-        advanced(
+        *advanced(
             io.Float.Input(
                 "anchor_weight",
                 default=weight,
@@ -30,9 +30,7 @@ def anchor_inputs(weight: float) -> list[io.Input]:
                 optional=True,
                 tooltip="Holds the rows near those of the empty prompt connected to 'negative' (HiFi Tuner; 0.01 is "
                 "usual), which keeps the prompt obeyed. 0 is off, as in HiPer.",
-            )
-        ),
-        advanced(
+            ),
             io.Combo.Input(
                 "anchor",
                 options=list(ANCHORS),
@@ -40,7 +38,7 @@ def anchor_inputs(weight: float) -> list[io.Input]:
                 optional=True,
                 tooltip="How the anchor holds: as a term of the loss, as published, or as a pull beside the gradient, "
                 "which Adam does not rescale; that form wants a larger weight (0.1 to 1).",
-            )
+            ),
         ),
     ]
 
@@ -139,7 +137,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     "Decides timesteps, noise and the previews' noise. The same seed gives the same bytes on a "
                     "CPU; on a GPU up to rounding."
                 ),
-                advanced(
+                *advanced(
                     io.Float.Input(
                         "start_percent",
                         default=0.0,
@@ -147,9 +145,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         max=1.0,
                         step=0.01,
                         tooltip="First part of the denoising that is trained on: 0 is pure noise.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Float.Input(
                         "end_percent",
                         default=1.0,
@@ -157,18 +153,14 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         max=1.0,
                         step=0.01,
                         tooltip="Last part of the denoising that is trained on: 1 is the finished picture.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Int.Input(
                         "preview_steps",
                         default=20,
                         min=0,
                         max=1000,
                         tooltip="Sampling steps of each preview picture; 0 makes none. Needs the VAE.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Float.Input(
                         "preview_cfg",
                         default=7.5,
@@ -176,7 +168,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         max=100.0,
                         step=0.1,
                         tooltip="Guidance of the preview pictures. Without a negative prompt they are made at 1.",
-                    )
+                    ),
                 ),
                 *picture_inputs("Encodes the image and makes the previews."),
                 io.Conditioning.Input(

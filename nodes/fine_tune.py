@@ -238,7 +238,7 @@ def _advanced() -> list[io.Input]:
             "result.",
         ),
     ]
-    return [advanced(widget) for widget in inputs]
+    return advanced(*inputs)
 
 
 NODES = [LikenessFineTune]

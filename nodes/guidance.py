@@ -6,11 +6,7 @@ from comfy_api.latest import io
 
 from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guided, guider, subject_model
-from .types import Subjects, advanced, schema
-
-
-def _percent(name: str, default: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
+from .types import Subjects, advanced, fraction, schema
 
 
 def _tuned() -> list[io.Input]:
@@ -27,7 +23,7 @@ def _tuned() -> list[io.Input]:
 
 
 def _base_weight() -> io.Input:
-    return _percent(
+    return fraction(
         "base_weight",
         BASE_WEIGHT,
         "v: the base model's part of the guided prediction, against 1 - v for the tuned model. Higher obeys "
@@ -37,20 +33,18 @@ def _base_weight() -> io.Input:
 
 def _window() -> list[io.Input]:
     return [
-        _percent(
+        fraction(
             "end_percent",
             END_PERCENT,
             "Until which part of the sampling the tuned model takes part: 0.6 is K = 400. Later keeps more of the "
             "picture's details.",
         ),
-        advanced(
-            _percent(
+        *advanced(
+            fraction(
                 "start_percent",
                 0.0,
                 "From which part of the sampling on the tuned model takes part: 0 is pure noise, as published.",
-            )
-        ),
-        advanced(
+            ),
             io.Int.Input(
                 "k_timestep",
                 default=-1,
@@ -58,14 +52,14 @@ def _window() -> list[io.Input]:
                 max=LAST_TIMESTEP + 1,
                 tooltip="K as a training timestep, as the paper gives it: 0 guides to the end, 1000 never. Takes the "
                 "place of end_percent; -1 leaves it to that.",
-            )
+            ),
         ),
     ]
 
 
 def _more() -> list[io.Input]:
     return [
-        advanced(
+        *advanced(
             io.Boolean.Input(
                 "allow_over_one",
                 default=False,
@@ -94,7 +88,7 @@ class LikenessSubjectModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The tuned model."),
                 io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
-                _percent(
+                fraction(
                     "weight",
                     1 - BASE_WEIGHT,
                     "Its part of the guided prediction (beta). SINE's style transfer: content 0.4, style 0.5.",

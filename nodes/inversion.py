@@ -10,7 +10,7 @@ from ..core.inversion.host.ddim import inverted, start_latent
 from ..core.inversion.host.null_text import way_back
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
-from .types import LossMap, Trajectory, advanced, schema
+from .types import LossMap, Trajectory, advanced, cfg_input, encoded_or_image, schema
 
 
 class LikenessInvert(io.ComfyNode):
@@ -40,7 +40,7 @@ class LikenessInvert(io.ComfyNode):
                     tooltip="At which noise level the model is asked in each step. published: as null-text inversion "
                     "does it; current: as flipped sigmas do it; fixed point: most exact, and several calls a step.",
                 ),
-                advanced(
+                *advanced(
                     io.Int.Input(
                         "iterations",
                         default=ITERATIONS,
@@ -49,9 +49,7 @@ class LikenessInvert(io.ComfyNode):
                         tooltip="Further calls of the model in each step, for 'fixed point'.",
                     )
                 ),
-                io.Latent.Input("latent", optional=True, tooltip="The picture, encoded. Instead of image and VAE."),
-                io.Image.Input("image", optional=True, tooltip="The picture. Needs the VAE."),
-                io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+                *encoded_or_image(),
             ],
             outputs=[
                 Trajectory.Output(display_name="trajectory", tooltip="All latents on the way, for Null-Text."),
@@ -97,14 +95,9 @@ class LikenessNullText(io.ComfyNode):
                     "negative, at once, a little less exact. direct: the output model puts the first latent back on "
                     "the inverted picture after each step, at once and exact, for euler.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=published.CFG,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="The guidance that the picture will be sampled with; set the same there. For null-text.",
+                cfg_input(
+                    published.CFG,
+                    "The guidance that the picture will be sampled with; set the same there. For null-text.",
                 ),
                 io.Combo.Input(
                     "start",
@@ -120,7 +113,7 @@ class LikenessNullText(io.ComfyNode):
                     max=1000,
                     tooltip="Updates for each sampling step, at most. For null-text.",
                 ),
-                advanced(
+                *advanced(
                     io.Float.Input(
                         "learning_rate",
                         default=published.LEARNING_RATE,
@@ -129,9 +122,7 @@ class LikenessNullText(io.ComfyNode):
                         step=1e-3,
                         round=1e-6,
                         tooltip="Adam's learning rate at the first step; it falls by 1 % with every step.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Float.Input(
                         "epsilon",
                         default=published.EPSILON,
@@ -140,9 +131,7 @@ class LikenessNullText(io.ComfyNode):
                         step=1e-5,
                         round=1e-7,
                         tooltip="A step ends early when its loss is below this (it is allowed more later on).",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Int.Input(
                         "patience",
                         default=0,
@@ -150,7 +139,7 @@ class LikenessNullText(io.ComfyNode):
                         max=1000,
                         tooltip="A step also ends after so many updates that made it worse, with the best one. 0 is "
                         "the published rule: never.",
-                    )
+                    ),
                 ),
             ],
             outputs=[

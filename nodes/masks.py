@@ -136,7 +136,7 @@ def _mask_inputs() -> list[io.Input]:
             tooltip="Score from which on the subject counts as found. Lower it when it is missed (OWL models: to 0.1 "
             "or so), raise it when other things are taken for it.",
         ),
-        advanced(
+        *advanced(
             io.Float.Input(
                 "text_threshold",
                 default=TEXT_THRESHOLD,
@@ -145,15 +145,13 @@ def _mask_inputs() -> list[io.Input]:
                 step=0.01,
                 round=0.001,
                 tooltip="Score from which on a word of the subject is written beside a box. The mask is the same.",
-            )
-        ),
-        advanced(
+            ),
             io.Combo.Input(
                 "choose",
                 options=list(boxes.CHOICES),
                 default=boxes.BEST,
                 tooltip="When several are found: the one with the best score, the largest one, or all of them.",
-            )
+            ),
         ),
     ]
 

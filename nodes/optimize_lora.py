@@ -12,7 +12,7 @@ from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
-from .types import LoraModel, LossMap, Similarity, advanced, schema, seed_input
+from .types import LoraModel, LossMap, Similarity, advanced, cfg_input, schema, seed_input
 
 
 class LikenessOptimizeLora(io.ComfyNode):
@@ -118,15 +118,7 @@ def _inputs() -> list[io.Input]:
             tooltip="AdamW's learning rate: 0.0002 for SDXL-turbo and FLUX.1-schnell is published, 0.0008 for Sana. "
             "With Prodigy: 1.",
         ),
-        io.Float.Input(
-            "cfg",
-            default=1.0,
-            min=1.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance while optimising: 1 for turbo models. Above 1 it needs the negative prompt.",
-        ),
+        cfg_input(1.0, "Guidance while optimising: 1 for turbo models. Above 1 it needs the negative prompt."),
         io.Int.Input(
             "grad_steps",
             default=1,
@@ -140,12 +132,10 @@ def _inputs() -> list[io.Input]:
 
 def _advanced_inputs() -> list[io.Input]:
     def number(name: str, default: float, most: float, tooltip: str) -> io.Input:
-        return advanced(
-            io.Float.Input(name, default=default, min=0.0, max=most, step=default / 10, round=1e-8, tooltip=tooltip)
-        )
+        return io.Float.Input(name, default=default, min=0.0, max=most, step=default / 10, round=1e-8, tooltip=tooltip)
 
-    return [
-        advanced(io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA.")),
+    return advanced(
+        io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA."),
         number("weight_decay", 1e-2, 1.0, "The optimizer's weight decay; 0.0001 for FLUX and Sana."),
         number(
             "text_rate",
@@ -155,35 +145,29 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder; 0.001 for FLUX."),
         number("threshold", siso.THRESHOLD, 100.0, "An improvement is a loss lower by so many percent."),
-        advanced(
-            io.Int.Input(
-                "patience",
-                default=siso.PATIENCE,
-                min=0,
-                max=10_000,
-                tooltip="Stop after so many iterations without an improvement; 0 never stops early. With a "
-                "higher one a stopped run goes on.",
-            )
+        io.Int.Input(
+            "patience",
+            default=siso.PATIENCE,
+            min=0,
+            max=10_000,
+            tooltip="Stop after so many iterations without an improvement; 0 never stops early. With a "
+            "higher one a stopped run goes on.",
         ),
-        advanced(
-            io.Combo.Input(
-                "keep",
-                options=list(get_args(siso.Keep)),
-                default="best",
-                tooltip="The LoRA of the best picture, or of the last iteration as the authors' script writes it; "
-                "both are stored.",
-            )
+        io.Combo.Input(
+            "keep",
+            options=list(get_args(siso.Keep)),
+            default="best",
+            tooltip="The LoRA of the best picture, or of the last iteration as the authors' script writes it; "
+            "both are stored.",
         ),
-        advanced(
-            io.Boolean.Input(
-                "checkpointing",
-                default=False,
-                tooltip="Of the model, the decoder and the vision models: much less memory, about a third more time, "
-                "the same result.",
-            )
+        io.Boolean.Input(
+            "checkpointing",
+            default=False,
+            tooltip="Of the model, the decoder and the vision models: much less memory, about a third more time, "
+            "the same result.",
         ),
         number("background_weight", siso.BACKGROUND, 1000.0, "How much the background counts, with a mask."),
-    ]
+    )
 
 
 def _optional_inputs() -> list[io.Input]:
@@ -204,7 +188,7 @@ def _optional_inputs() -> list[io.Input]:
         ),
         io.Image.Input("image", optional=True, tooltip="For editing: the picture whose background stays."),
         io.Mask.Input("mask", optional=True, tooltip="White where the picture may change. Not empty."),
-        advanced(
+        *advanced(
             io.Combo.Input(
                 "optimizer",
                 options=list(get_args(siso.OptimizerName)),

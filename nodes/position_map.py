@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
-from .types import advanced, schema
+from .types import advanced, fraction, schema
 
 
 class LikenessPositionMap(io.ComfyNode):
@@ -38,7 +38,7 @@ class LikenessPositionMap(io.ComfyNode):
                     default=INTERPOLATIONS[0],
                     tooltip="As in the training. SINE's own: bilinear for photographs, nearest for paintings.",
                 ),
-                *(advanced(_window(*each)) for each in WINDOW),
+                *advanced(*(fraction(name, default, TILE + what) for name, default, what in WINDOW)),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its position map.")],
         )
@@ -56,10 +56,6 @@ WINDOW = (
     ("width", 1.0, "how wide it is, 1 is the whole picture."),
     ("height", 1.0, "how high it is, 1 is the whole picture."),
 )
-
-
-def _window(name: str, default: float, what: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=TILE + what)
 
 
 NODES = [LikenessPositionMap]

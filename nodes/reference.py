@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.reference import guidance as published
 from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
 from ..core.session.outputs import loss_map, nothing
-from .types import LossMap, Trajectory, advanced, schema
+from .types import LossMap, Trajectory, advanced, cfg_input, fraction, schema
 
 
 class LikenessReferenceGuide(io.ComfyNode):
@@ -39,15 +39,7 @@ class LikenessReferenceGuide(io.ComfyNode):
                     "levels are those of the sampling.",
                 ),
                 io.Mask.Input("mask", tooltip="White where the aligned reference shows the subject."),
-                io.Float.Input(
-                    "cfg",
-                    default=published.CFG,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="The guidance of the sampling.",
-                ),
+                cfg_input(published.CFG, "The guidance of the sampling."),
                 io.Int.Input(
                     "inner_steps",
                     default=published.INNER_STEPS,
@@ -55,26 +47,18 @@ class LikenessReferenceGuide(io.ComfyNode):
                     max=1000,
                     tooltip="Updates in each step (J): more is nearer to the reference. 0 only transplants its layout.",
                 ),
-                io.Float.Input(
+                fraction(
                     "start_percent",
-                    default=published.START_PERCENT,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.0001,
-                    tooltip="Where in the sampling the reference comes in, and its latent is transplanted. 0.21 is "
+                    published.START_PERCENT,
+                    "Where in the sampling the reference comes in, and its latent is transplanted. 0.21 is "
                     "t_s = 40 of 50 steps; earlier keeps more of the reference.",
                 ),
-                io.Float.Input(
+                fraction(
                     "end_percent",
-                    default=published.END_PERCENT,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.0001,
-                    tooltip="Where it is let go. 0.82 is t_e = 10 of 50 steps; later keeps more of its details.",
+                    published.END_PERCENT,
+                    "Where it is let go. 0.82 is t_e = 10 of 50 steps; later keeps more of its details.",
                 ),
-                advanced(
+                *advanced(
                     io.Float.Input(
                         "learning_rate",
                         default=published.LEARNING_RATE,

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.inversion import renoise as published
 from ..core.inversion.host.renoise import renoised
 from ..core.session.images import ImageSource
-from .types import advanced, schema, seed_input
+from .types import advanced, encoded_or_image, schema, seed_input
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
@@ -45,9 +45,7 @@ class LikenessRenoise(io.ComfyNode):
                     default=published.SEED,
                 ),
                 *_advanced_inputs(),
-                io.Latent.Input("latent", optional=True, tooltip="The picture, encoded. Instead of image and VAE."),
-                io.Image.Input("image", optional=True, tooltip="The picture. Needs the VAE."),
-                io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+                *encoded_or_image(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -89,25 +87,21 @@ class LikenessRenoise(io.ComfyNode):
 
 def _advanced_inputs() -> list[io.Input]:
     return [
-        advanced(
+        *advanced(
             io.Int.Input(
                 "iterations",
                 default=published.ITERATIONS,
                 min=1,
                 max=100,
                 tooltip="How often a step is tried again from the latent that it gave.",
-            )
-        ),
-        advanced(
+            ),
             io.Int.Input(
                 "averaged",
                 default=published.AVERAGED,
                 min=1,
                 max=100,
                 tooltip="Over how many of the last tries the predicted noise is averaged.",
-            )
-        ),
-        advanced(
+            ),
             io.Float.Input(
                 "kl_weight",
                 default=published.KL_WEIGHT,
@@ -116,9 +110,7 @@ def _advanced_inputs() -> list[io.Input]:
                 step=0.005,
                 round=1e-6,
                 tooltip="How strongly patches of the predicted noise are made to look like noise.",
-            )
-        ),
-        advanced(
+            ),
             io.Float.Input(
                 "correlation_weight",
                 default=published.CORRELATION_WEIGHT,
@@ -127,7 +119,7 @@ def _advanced_inputs() -> list[io.Input]:
                 step=1.0,
                 round=1e-4,
                 tooltip="How strongly neighbours in the predicted noise are made independent. 0 for SD-turbo.",
-            )
+            ),
         ),
     ]
 

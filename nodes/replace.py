@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core.attention.host.prompt_to_prompt import Learned, SubjectSwap, replaced_subject, twice
 from ..core.attention.prompt_to_prompt import END_PERCENT
-from .types import Embedding, advanced, schema
+from .types import Embedding, advanced, fraction, schema
 
 
 class LikenessReplaceSubject(io.ComfyNode):
@@ -41,14 +41,10 @@ class LikenessReplaceSubject(io.ComfyNode):
                     tooltip="The word, or words in a row, that go: as they stand in the prompt, once.",
                 ),
                 io.String.Input("replacement", default="dog", tooltip="What takes their place: one or more words."),
-                io.Float.Input(
+                fraction(
                     "end_percent",
-                    default=END_PERCENT,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.0001,
-                    tooltip="Until which part of the sampling the picture's attention is kept: 1 is to the end (HiFi "
+                    END_PERCENT,
+                    "Until which part of the sampling the picture's attention is kept: 1 is to the end (HiFi "
                     "Tuner), 0.8 prompt-to-prompt's. Earlier gives the new subject more freedom of shape.",
                 ),
                 io.Float.Input(
@@ -59,46 +55,32 @@ class LikenessReplaceSubject(io.ComfyNode):
                     step=0.01,
                     tooltip="Strength of the embedding: 1 is what was trained, 0 leaves it out.",
                 ),
-                advanced(
-                    io.Float.Input(
+                *advanced(
+                    fraction(
                         "self_percent",
-                        default=0.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        round=0.0001,
-                        tooltip="Until which part of the sampling self-attention is taken over too "
+                        0.0,
+                        "Until which part of the sampling self-attention is taken over too "
                         "(prompt-to-prompt, 0.4 there): keeps shapes, also the old subject's. 0 is off.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Boolean.Input(
                         "renormalise",
                         default=False,
                         tooltip="Bring the mixed attention of each place back to a sum of 1. The papers do not.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Int.Input(
                         "step",
                         default=0,
                         min=0,
                         max=100_000,
                         tooltip="Which saved step of the embedding to use; 0 takes the recommended one.",
-                    )
-                ),
-                advanced(
-                    io.Float.Input(
+                    ),
+                    fraction(
                         "blend",
-                        default=0.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        round=0.0001,
-                        tooltip="Keep the picture itself wherever the word, old or new, gets less than this share of "
+                        0.0,
+                        "Keep the picture itself wherever the word, old or new, gets less than this share of "
                         "the most attention (prompt-to-prompt's local blend, 0.3 there). Needs the euler sampler. 0 is "
                         "off.",
-                    )
+                    ),
                 ),
                 Embedding.Input(
                     "embedding",

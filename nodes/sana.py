@@ -29,22 +29,20 @@ class LikenessLoadSana(io.ComfyNode):
                     "text_encoder, tokenizer and scheduler, such as Sana_1600M_512px_diffusers. Press R to refresh "
                     "the list.",
                 ),
-                advanced(
+                *advanced(
                     io.Combo.Input(
                         "dtype",
                         options=list(host.DTYPES),
                         default="default",
                         tooltip="Precision of the diffusion model. default: bf16 where the device is fast in it, else "
                         "fp32, which the authors of SISO use.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Boolean.Input(
                         "instruction",
                         default=True,
                         tooltip="Put the published instruction to describe details before every prompt that is not "
                         "empty. Off: prompts as they are.",
-                    )
+                    ),
                 ),
             ],
             outputs=[

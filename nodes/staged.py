@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.ezigen import staged as published
 from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
-from .types import Adapter, Subject, advanced, schema, seed_input
+from .types import Adapter, Subject, advanced, cfg_input, schema, seed_input
 
 LOOPS = "A loop does the last part of the steps once more, from the result before. "
 LARGE = " It is sampled at its own size: scale it to 512 on the short side first."
@@ -30,9 +30,7 @@ def _numbers(cfg: float) -> list[io.Input]:
         io.Int.Input(
             "steps", default=published.STEPS, min=2, max=1000, tooltip="Of a whole sampling. 50 is published."
         ),
-        io.Float.Input(
-            "cfg", default=cfg, min=1.0, max=100.0, step=0.1, round=0.01, tooltip=f"Guidance; {cfg:g} is published."
-        ),
+        cfg_input(cfg, f"Guidance; {cfg:g} is published."),
         io.Float.Input(
             "split_ratio",
             default=published.SPLIT_RATIO,
@@ -100,36 +98,30 @@ class LikenessStagedSampler(io.ComfyNode):
                     optional=True,
                     tooltip="A picture to begin the loops with, of any model, in place of the first sampling." + LARGE,
                 ),
-                advanced(
+                *advanced(
                     io.Combo.Input(
                         "sampler",
                         options=list(host.SAMPLERS),
                         default=host.SAMPLER,
                         tooltip="ddpm is published; its fresh noise lets the appearance move between loops.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Combo.Input(
                         "scheduler",
                         options=list(host.SCHEDULERS),
                         default=host.SCHEDULER,
                         tooltip="ddim_uniform is published; the number of steps must divide 1000 then.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Boolean.Input(
                         "exact_noise_level",
                         default=True,
                         tooltip="Loops begin at the very level of their first step. Off: as the authors' code does it, "
                         "a little too noisy: by its formula 3 % of the picture's signal are lost in every loop.",
-                    )
-                ),
-                advanced(
+                    ),
                     io.Boolean.Input(
                         "keep_best",
                         default=False,
                         tooltip="Of all loops the picture that is most like the subject, in place of the last one.",
-                    )
+                    ),
                 ),
             ],
             outputs=[
@@ -208,7 +200,7 @@ class LikenessStagedEdit(io.ComfyNode):
                     default=False,
                     tooltip="Put the picture's own pixels back outside of the mask in the end.",
                 ),
-                advanced(
+                *advanced(
                     io.Boolean.Input(
                         "exact_background",
                         default=True,

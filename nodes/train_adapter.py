@@ -148,7 +148,7 @@ def _advanced_inputs() -> list[io.Input]:
             "result.",
         ),
     ]
-    return [advanced(widget) for widget in inputs]
+    return advanced(*inputs)
 
 
 def _start() -> io.Input:

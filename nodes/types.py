@@ -28,10 +28,30 @@ def schema(**fields: Any) -> io.Schema:
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
 
 
-def advanced(widget: io.Input) -> io.Input:
-    """Mark an input as advanced: newer pages fold it away, older ones ignore the mark."""
-    widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
-    return widget
+def advanced(*widgets: io.Input) -> list[io.Input]:
+    """Mark inputs as advanced: newer pages fold them away, older ones ignore the mark."""
+    for widget in widgets:
+        widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
+    return list(widgets)
+
+
+def fraction(name: str, default: float, tooltip: str) -> io.Input:
+    """A number from 0 to 1: a share of something, or a place in the schedule."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
+
+
+def cfg_input(default: float, tooltip: str) -> io.Input:
+    """A guidance scale."""
+    return io.Float.Input("cfg", default=default, min=1.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def encoded_or_image() -> list[io.Input]:
+    """The three inputs of an ImageSource: a latent, or an image with the VAE that encodes it."""
+    return [
+        io.Latent.Input("latent", optional=True, tooltip="The picture, encoded. Instead of image and VAE."),
+        io.Image.Input("image", optional=True, tooltip="The picture. Needs the VAE."),
+        io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+    ]
 
 
 def seed_input(tooltip: str, default: int = 0) -> io.Input:

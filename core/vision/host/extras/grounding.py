@@ -67,6 +67,8 @@ class Detector(nn.Module):
 
         text_threshold: from which score on a word of the text belongs to a box's label.
         """
+        from torchvision import ops
+
         text = self.wording(subject)
         inputs = self.processor(images=picture, text=[text], return_tensors="pt").to(_device(self.model))
         with offline():
@@ -76,9 +78,10 @@ class Detector(nn.Module):
         height, width = picture.shape[:2]
         longer = max(height, width)
         across, down = (longer, longer) if self.kind == SQUARE else (width, height)
-        boxes = geometry.corners(output.pred_boxes[0].float().cpu(), across, down)
-        boxes = geometry.inside(boxes, width, height)
-        above = torch.nonzero((scores > box_threshold) & (geometry.areas(boxes) >= 1.0)).flatten()
+        size = torch.tensor([across, down, across, down])
+        boxes = ops.box_convert(output.pred_boxes[0].float().cpu(), "cxcywh", "xyxy") * size
+        boxes = ops.clip_boxes_to_image(boxes, (height, width))
+        above = torch.nonzero((scores > box_threshold) & (ops.box_area(boxes) >= 1.0)).flatten()
         kept = above[geometry.distinct(boxes[above], scores[above])]
         labels = [self._label(inputs, each[index] > text_threshold, subject) for index in kept.tolist()]
         return Found(boxes[kept], scores[kept], labels, float(scores.max()))
