@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...vision.host.sheets import FONT_SIZE, INK, MARGIN, PAPER, as_image, centre, font, thumbnail
+from ...vision.host.sheets import MARGIN, labelled_grid, thumbnail
 from ..maps import stretched
 from .maps import Maps
 
@@ -23,27 +22,7 @@ def map_sheet(maps: Maps) -> Tensor:
     labels = [(name, f"to {float(row.amax()):.3f}") for name, row in zip(names, rows, strict=True)]
     side = tile_side(len(rows), len(maps.percents), *maps.values.shape[-2:])
     tiles = [[thumbnail(coloured(tile), side) for tile in stretched(row)] for row in rows]
-    face, line = font(), FONT_SIZE + 6
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = max(int(measure.textlength(text, font=face)) for label in labels for text in label) + 3 * MARGIN
-    title = TITLE.format(count)
-    width, height = (size + MARGIN for size in tiles[0][0].size)
-    width = max(width, int(measure.textlength("0.00", font=face)) + MARGIN)  # labels of small maps do not meet
-    height = max(height, 2 * line)
-    top = 2 * line + 2 * MARGIN
-    whole = max(left + len(tiles[0]) * width + MARGIN, int(measure.textlength(title, font=face)) + 2 * MARGIN)
-    sheet = Image.new("RGB", (whole, top + len(tiles) * height + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, fill=INK, font=face)
-    for column, percent in enumerate(maps.percents):
-        centre(draw, left + column * width + (width - MARGIN) / 2, MARGIN + line, f"{percent:.2f}", face)
-    for index, (row, label) in enumerate(zip(tiles, labels, strict=True)):
-        y = top + index * height
-        for k, text in enumerate(label):
-            draw.text((MARGIN, y + height / 2 + (k - 1) * line), text, fill=INK, font=face)
-        for column, tile in enumerate(row):
-            sheet.paste(tile, (left + column * width, y))
-    return as_image(sheet)
+    return labelled_grid(tiles, labels, [f"{percent:.2f}" for percent in maps.percents], TITLE.format(count))
 
 
 def tile_side(rows: int, columns: int, height: int, width: int) -> int:

@@ -17,13 +17,13 @@ from ...vision.host.sheets import (
     FONT_SIZE,
     INK,
     LARGEST,
-    MARGIN,
     PAPER,
     SMALLEST,
     Font,
     as_image,
     centre,
     font,
+    labelled_grid,
     plain,
     thumbnail,
 )
@@ -40,28 +40,10 @@ MOST_TICKS = 9
 
 def grid_sheet(pictures: Sequence[Tensor], grid: Grid) -> Tensor:
     """Pictures [H, W, C] in 0..1 -> [1, h, w, 3]: one row for each K, one column for each v, named at the edges."""
-    columns, rows = len(grid.base_weights), len(grid.end_percents)
-    largest = max(SMALLEST, min(LARGEST, WIDEST // columns))
-    tiles = [thumbnail(picture, largest) for picture in pictures]
-    width, height = (max(tile.size[axis] for tile in tiles) + MARGIN for axis in (0, 1))
-    face = font(FONT_SIZE + 2)
-    line = FONT_SIZE + 6
-    labels = [(f"end {end:g}", f"K {timestep(end)}") for end in grid.end_percents]
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = max(int(measure.textlength(text, font=face)) for label in labels for text in label) + 3 * MARGIN
-    top = line + 2 * MARGIN
-    sheet = Image.new("RGB", (left + columns * width + MARGIN, top + rows * height + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column, weight in enumerate(grid.base_weights):
-        centre(draw, left + column * width + (width - MARGIN) / 2, MARGIN, f"v {weight:g}", face)
-    for row, label in enumerate(labels):
-        middle = top + row * height + (height - MARGIN) / 2
-        for k, text in enumerate(label):
-            draw.text((MARGIN, middle + (k - 1) * line), text, fill=INK, font=face)
-        for column, at in enumerate(grid.places[row]):
-            if at is not None:
-                sheet.paste(tiles[at], (left + column * width, top + row * height))
-    return as_image(sheet)
+    largest = max(SMALLEST, min(LARGEST, WIDEST // len(grid.base_weights)))
+    tiles = [[None if at is None else thumbnail(pictures[at], largest) for at in row] for row in grid.places]
+    rows = [(f"end {end:g}", f"K {timestep(end)}") for end in grid.end_percents]
+    return labelled_grid(tiles, rows, [f"v {weight:g}" for weight in grid.base_weights], size=FONT_SIZE + 2)
 
 
 def measures(

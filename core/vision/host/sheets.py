@@ -1,6 +1,8 @@
-"""What sheets of pictures share: colours, the font, thumbnails, and the way back to an IMAGE."""
+"""What sheets of pictures share: colours, the font, thumbnails, a labelled grid, and the way back to an IMAGE."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -40,6 +42,45 @@ def plain(text: str) -> str:
 def as_image(sheet: Image.Image) -> Tensor:
     """A picture -> [1, h, w, 3] in 0..1."""
     return torch.from_numpy(np.asarray(sheet.convert("RGB")).astype(np.float32) / 255.0)[None]
+
+
+def labelled_grid(
+    tiles: Sequence[Sequence[Image.Image | None]],
+    rows: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    title: str = "",
+    size: int = FONT_SIZE,
+) -> Tensor:
+    """[1, h, w, 3] in 0..1: tiles in rows and columns, with one line of text above each column, some lines beside each
+    row, and a title above all.
+
+    size: of the text, in pixels.
+    """
+    face, line = font(size), FONT_SIZE + 6
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def wide(texts: Sequence[str]) -> int:
+        return max(int(measure.textlength(text, font=face)) for text in texts)
+
+    present = [tile for row in tiles for tile in row if tile is not None]
+    width = max(wide(columns), *(tile.width for tile in present)) + MARGIN
+    height = max(max(tile.height for tile in present) + MARGIN, 2 * line)
+    left, above = wide([text for row in rows for text in row]) + 3 * MARGIN, line * bool(title)
+    top = above + line + 2 * MARGIN
+    whole = max(left + len(columns) * width + MARGIN, wide([title]) + 2 * MARGIN)
+    sheet = Image.new("RGB", (whole, top + len(rows) * height + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, fill=INK, font=face)
+    for column, text in enumerate(columns):
+        centre(draw, left + column * width + (width - MARGIN) / 2, MARGIN + above, text, face)
+    for index, (row, texts) in enumerate(zip(tiles, rows, strict=True)):
+        y = top + index * height
+        for k, text in enumerate(texts):
+            draw.text((MARGIN, y + (height - MARGIN) / 2 + (k - 1) * line), text, fill=INK, font=face)
+        for column, tile in enumerate(row):
+            if tile is not None:
+                sheet.paste(tile, (left + column * width, y))
+    return as_image(sheet)
 
 
 def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font) -> None:
