@@ -1,14 +1,16 @@
 """The pack's model folders, and names from widgets turned into paths that cannot leave them.
 
 A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that
-anyone may have written, so they are checked as hostile: resolved through links, inside the folder, of an expected kind.
-Folders of pictures lie in ComfyUI's input folder, under the same rules.
+anyone may have written, so only plain relative ones of an expected kind are taken. What ComfyUI itself lists can be
+used: links in the folders are the owner's, and are followed. Folders of pictures lie in ComfyUI's input folder, which
+others may fill: no link leads out of it.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
@@ -68,56 +70,46 @@ def names(kind: Kind) -> list[str]:
     """
     found: set[str] = set()
     for root in roots(kind):
-        for directory, subfolders, files in os.walk(root):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            below = Path(directory).relative_to(root)
-            if not _inside(root, directory):
-                subfolders.clear()
-            elif directory != root and any(os.path.isfile(os.path.join(directory, marker)) for marker in kind.markers):
-                found.add(below.as_posix())
-                subfolders.clear()
-            else:  # nothing but a link can lead out of a folder, and looking where a path leads takes long
-                begin = "" if directory == root else f"{below.as_posix()}/"
-                paths = {name: os.path.join(directory, name) for name in files if _is_listed(kind, name)}
-                inside = (name for name, path in paths.items() if not os.path.islink(path) or _inside(root, path))
-                found.update(begin + name for name in inside)
+        listed = [name.replace(os.sep, "/") for name in folder_paths.recursive_search(root, [".git"])[0]]
+        files = [name for name in listed if not f"/{name}".count("/.")]
+        entries = {folder for folder, _, file in (name.rpartition("/") for name in files) if file in kind.markers}
+        for name in files:
+            folders = accumulate(name.split("/")[:-1], "{}/{}".format) if entries else ()
+            outermost = next((folder for folder in folders if folder in entries), None)
+            if outermost or _is_listed(kind, name):
+                found.add(outermost or name)
     return sorted(name for name in found if "\\" not in name and _plain_parts(name))
 
 
 def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
     """The name under which names() lists a path. ValueError when it lies in none of the kind's folders."""
-    real = os.path.realpath(path)
-    for root in roots(kind):
-        if _inside(root, real):
-            return Path(real).relative_to(os.path.realpath(root)).as_posix()
-    raise ValueError(f"{os.path.basename(real)} does not lie in models/{kind.folder}: move it there.")
+    real = Path(os.path.realpath(path))
+    for root in map(os.path.realpath, roots(kind)):
+        if real.is_relative_to(root):
+            return real.relative_to(root).as_posix()
+    raise ValueError(f"{real.name} does not lie in models/{kind.folder}: move it there.")
 
 
 def resolve(kind: Kind, name: str) -> Path:
-    """The path of an entry, links resolved.
+    """The path of an entry: of the first folder that has such a one, as in names().
 
-    The first folder that has such an entry counts, as in names(). Raises ValueError for a name that is not a plain
-    relative path, leaves the kind's folders (through a link too), or is of another kind; FileNotFoundError when nothing
-    of that name is there.
+    ValueError for a name that is not a plain relative path, or of another kind; FileNotFoundError when nothing of that
+    name is there.
     """
     shown, parts = _shown(name), _plain_parts(name)
     if not parts:
         raise ValueError(
             f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list."
         )
-    refused: ValueError | None = None
-    for root in roots(kind):
-        path = os.path.join(root, *parts)
-        if not os.path.lexists(path):
-            continue
-        try:
-            _check_entry(kind, root, path, shown)
-        except ValueError as error:
-            refused = refused or error
-            continue
-        return Path(os.path.realpath(path))
-    if refused is not None:
-        raise refused
+    paths = [path for root in roots(kind) if (path := Path(root, *parts)).exists()]
+    for path in paths:
+        folder = path.is_dir()
+        if any((path / marker).is_file() for marker in kind.markers) if folder else _is_of(kind, path.name):
+            return path
+    if paths:
+        raise ValueError(
+            f"{shown} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
+        )
     raise FileNotFoundError(
         f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
     )
@@ -136,27 +128,23 @@ def state(kind: Kind, name: str | None) -> str:
 
 def picture_folders() -> list[str]:
     """Folders in ComfyUI's input folder that hold folders, sorted: sets of pictures by subject look so."""
-    root, found = folder_paths.get_input_directory(), []
-    for first in _subfolders(root, root):
-        found += [first] if _subfolders(root, os.path.join(root, first)) else []
-        for second in _subfolders(root, os.path.join(root, first)):
-            name = f"{first}/{second}"
-            found += [name] if _subfolders(root, os.path.join(root, first, second)) else []
-    return sorted(found)
+    root = Path(folder_paths.get_input_directory())
+    found = [folder for first in _subfolders(root) for folder in (first, *_subfolders(first)) if _subfolders(folder)]
+    return sorted(folder.relative_to(root).as_posix() for folder in found)
 
 
 def resolve_picture_folder(name: str) -> Path:
-    """The path of a folder in ComfyUI's input folder, links resolved. ValueError for anything else."""
-    root, parts = folder_paths.get_input_directory(), _plain_parts(name)
-    path = os.path.join(root, *parts)
-    if not parts or not _inside(root, path):
+    """The path of a folder in ComfyUI's input folder. ValueError for anything else."""
+    parts = _plain_parts(name)
+    path = Path(folder_paths.get_input_directory(), *parts)
+    if not parts or not _in_input(path):
         raise ValueError(f"{_shown(name)} is not a plain name in ComfyUI's input folder: choose one from the list.")
-    if not os.path.isdir(path):
+    if not path.is_dir():
         raise ValueError(
             f"There is no folder {_shown(name)} in ComfyUI's input folder: put it there and press R to refresh the "
             "list."
         )
-    return Path(os.path.realpath(path))
+    return path
 
 
 def picture_folder_state(name: str | None) -> str:
@@ -168,13 +156,15 @@ def picture_folder_state(name: str | None) -> str:
     return " ".join(f"{f.relative_to(path)}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
 
 
-def _subfolders(root: str, folder: str) -> list[str]:
+def _subfolders(folder: Path) -> list[Path]:
     try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        return [path for path in folder.iterdir() if path.name[0] != "." and path.is_dir() and _in_input(path)]
     except OSError:
         return []
-    return [name for name in names if _inside(root, os.path.join(folder, name))]
+
+
+def _in_input(path: Path) -> bool:
+    return path.resolve().is_relative_to(os.path.realpath(folder_paths.get_input_directory()))
 
 
 def _plain_parts(name: str) -> tuple[str, ...]:
@@ -185,31 +175,13 @@ def _plain_parts(name: str) -> tuple[str, ...]:
 
 
 def _shown(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:77] + "...")
+    return ascii(name if len(name) <= 80 else name[:77] + "...")
 
 
-def _check_entry(kind: Kind, root: str, path: str, shown: str) -> None:
-    if not _inside(root, path):
-        raise ValueError(
-            f"The model name {shown} leads outside of models/{kind.folder}: put the file itself there, or name its "
-            "folder in extra_model_paths.yaml."
-        )
-    if os.path.isdir(path):
-        right = any(os.path.isfile(os.path.join(path, marker)) for marker in kind.markers)
-    else:
-        right = os.path.splitext(path)[1].lower() in kind.extensions
-    if not right:
-        raise ValueError(
-            f"{shown} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
-        )
+def _is_of(kind: Kind, file: str) -> bool:
+    return os.path.splitext(file.lower())[1] in kind.extensions
 
 
-def _is_listed(kind: Kind, file: str) -> bool:
-    lower = file.lower()
-    return os.path.splitext(lower)[1] in kind.extensions and not lower.startswith(kind.hidden_prefixes or "\0")
-
-
-def _inside(root: str, path: str) -> bool:
-    real_root, real = os.path.realpath(root), os.path.realpath(path)
-    same_drive = os.path.splitdrive(real_root)[0] == os.path.splitdrive(real)[0]
-    return same_drive and os.path.commonpath([real_root, real]) == real_root
+def _is_listed(kind: Kind, name: str) -> bool:
+    file = name.rpartition("/")[2].lower()
+    return _is_of(kind, file) and not file.startswith(kind.hidden_prefixes or "\0")

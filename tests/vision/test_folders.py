@@ -108,21 +108,36 @@ def test_absolute_path_inside_is_refused_too(root):
         folders.resolve(EMBEDDINGS, str(touch(root / EMBEDDINGS.folder / "a.safetensors")))
 
 
-def test_link_that_leaves_is_neither_listed_nor_opened(root):
-    secret = touch(root / "secret.safetensors")
-    os.symlink(secret, root / EMBEDDINGS.folder / "link.safetensors")
-    assert folders.names(EMBEDDINGS) == []
-    with pytest.raises(ValueError, match="leads outside"):
-        folders.resolve(EMBEDDINGS, "link.safetensors")
+def test_links_of_the_owner_are_followed(root, tmp_path_factory):
+    """As ComfyUI's own loaders do: many keep their models on another disk."""
+    disk = tmp_path_factory.mktemp("disk")
+    for name in ("4f2a", "shared/b.safetensors", "dino/config.json"):
+        touch(disk / name)
+    os.symlink(disk / "4f2a", root / EMBEDDINGS.folder / "link.safetensors")
+    os.symlink(disk / "shared", root / EMBEDDINGS.folder / "shared")
+    os.symlink(disk / "dino", root / VISION.folder / "dino")
+    assert folders.names(EMBEDDINGS) == ["link.safetensors", "shared/b.safetensors"]
+    path = folders.resolve(EMBEDDINGS, "link.safetensors")
+    assert path.suffix == ".safetensors" and path.read_bytes() == b"x"
+    assert folders.resolve(EMBEDDINGS, "shared/b.safetensors").is_file()
+    assert folders.names(VISION) == ["dino"] and folders.resolve(VISION, "dino").is_dir()
+    with pytest.raises(ValueError, match="not a plain name"):
+        folders.resolve(EMBEDDINGS, "shared/../../4f2a")
+
+
+def test_a_link_that_leads_nowhere_is_said(root):
+    os.symlink(root / "gone", root / EMBEDDINGS.folder / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no 'a.safetensors'"):
+        folders.resolve(EMBEDDINGS, "a.safetensors")
 
 
 def test_linked_model_folder_works(root, tmp_path_factory, monkeypatch):
     real = tmp_path_factory.mktemp("real")
-    touch(real / "a.safetensors")
+    path = touch(real / "a.safetensors")
     os.symlink(real, root / "linked")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, EMBEDDINGS.folder, ([str(root / "linked")], set()))
-    assert folders.names(EMBEDDINGS) == ["a.safetensors"]
-    assert folders.resolve(EMBEDDINGS, "a.safetensors") == (real / "a.safetensors").resolve()
+    assert folders.names(EMBEDDINGS) == ["a.safetensors"] == [folders.listed_name(EMBEDDINGS, path)]
+    assert folders.resolve(EMBEDDINGS, "a.safetensors").samefile(path)
 
 
 def test_other_kinds_and_missing_names_are_said(root):
