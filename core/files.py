@@ -1,7 +1,7 @@
-"""Reading and writing safetensors files that may come from anyone.
+"""Reading and writing files of weights that may come from anyone.
 
-Written to a temporary name and renamed, so a file is whole or absent. Read with limits: size, header, shapes, finite
-values.
+Written as safetensors, to a temporary name and renamed, so a file is whole or absent. Read with limits: size, header,
+memory, finite values; of a pickle only plain tensors, never code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 HEADER_KEY = "likeness"
+TABLE = "state_dict"  # under which some programs save the tensors, beside other things
 MAX_HEADER = 4 << 20  # bytes of JSON in front of the tensors
 TYPES = {
     torch.float64: "F64",
@@ -92,9 +94,58 @@ def read_tensors(
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in chosen}
     for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{path.name} holds NaN or infinite numbers in '{name}': copy or train it again.")
+        check_tensor(path, value, name)
     return tensors, _parse_header(path, metadata)
+
+
+def read_weights(path: Path, max_bytes: int, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor]:
+    """The tensors of another program's file by name: safetensors, or a pickle of a table, perhaps below "state_dict".
+
+    choose: which of the names to take. The tensors may be views of the file. Raises ValueError, with the remedy, for a
+    file that cannot be read as a table of plain tensors, or whose tensors would need more memory than it has bytes.
+    """
+    if path.suffix.lower() == ".safetensors":
+        with torch.inference_mode(False):  # nodes run in it, and its tensors cannot become parameters
+            return read_tensors(path, max_bytes, choose)[0]
+    table = read_plain(path, max_bytes)
+    table = table.get(TABLE, table) if isinstance(table, dict) else None
+    named = isinstance(table, dict) and all(isinstance(name, str) for name in table)
+    if table is None or not named or not any(isinstance(value, Tensor) for value in table.values()):
+        raise ValueError(f"{path.name} holds no table of weights: choose a state dict, or a .safetensors file.")
+    tensors = {name: table[name] for name in choose([name for name in table if isinstance(table[name], Tensor)])}
+    for name, value in tensors.items():
+        check_tensor(path, value, name)
+    return tensors
+
+
+def read_plain(path: Path, max_bytes: int) -> Any:
+    """What a pickle of plain values and tensors holds; no code in it is run. ValueError for any other file."""
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(
+            f"{path.name} has {size} bytes, more than the {max_bytes} such a file can need: choose another."
+        )
+    try:
+        with torch.inference_mode(False):  # as above
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
+        raise ValueError(
+            f"{path.name} cannot be read as weights, it is not a plain tensor file ({type(error).__name__}): download "
+            "it again, from its authors, or use a .safetensors file."
+        ) from error
+
+
+def check_tensor(path: Path, value: Tensor, name: str = "") -> None:
+    """ValueError unless these are finite numbers that take as much room as they claim: a few bytes can be shown as
+    billions of equal numbers.
+    """
+    where = f" in '{name[:80]}'" if name else ""
+    plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{path.name} holds something else than plain numbers{where}: save it again as safetensors.")
+    numbers = value.float() if value.element_size() == 1 else value  # of 8-bit floats torch cannot tell
+    if value.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+        raise ValueError(f"{path.name} holds NaN or infinite numbers{where}: copy or train it again.")
 
 
 @contextlib.contextmanager

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..files import read_tensors, write_tensors
+from ..files import check_tensor, read_plain, read_tensors, write_tensors
 from ..prompt.windows import PercentRange
 
 FORMAT = 1
@@ -141,21 +140,11 @@ def load_embedding(path: Path) -> Embedding:
 
 
 def _load_official(path: Path) -> Embedding:
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(
-            f"{path.name} is larger than any embedding ({path.stat().st_size} bytes): choose another file."
-        )
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
-        raise ValueError(
-            f"{path.name} is not a plain tensor file ({type(error).__name__}): only HiPer's own .pt is read."
-        ) from error
+    value = read_plain(path, MAX_BYTES)
     table = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (2, 3)
     if not table or value.ndim == 3 and value.shape[0] != 1:
         raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")
+    check_tensor(path, value)
     value = value.detach().float().reshape(1, *value.shape[-2:])
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{path.name} holds NaN or infinite numbers: copy or train it again.")
     match = re.search(r"step(\d+)", path.stem)
     return Embedding({int(match[1]) if match and int(match[1]) else 1: value}, {"method": "hiper (official file)"})

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, write_tensors
+from ..files import read_tensors, read_weights, write_tensors
 from .adapter import WEIGHTS, Adapter
 
 log = logging.getLogger("likeness")
@@ -148,21 +148,13 @@ def _wanted(name: str) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that matter of one file, and our header if it has one."""
+
+    def wanted(names: list[str]) -> list[str]:
+        return [name for name in names if _wanted(name)]
+
     if path.suffix.lower() == ".safetensors":
-        return read_tensors(path, MAX_BYTES, lambda names: [name for name in names if _wanted(name)])
-    try:
-        table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types here
-        raise ValueError(
-            f"{path.name} is not a file of weights that can be read safely ({type(error).__name__}): choose the "
-            "checkpoint's model.safetensors, or download it again."
-        ) from error
-    table = table.get("state_dict", table) if isinstance(table, dict) else {}
-    found = {name: value.clone() for name, value in table.items() if isinstance(value, Tensor) and _wanted(name)}
-    broken = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise ValueError(f"{path.name} holds NaN or infinite numbers in '{broken[0]}': copy or download it again.")
-    return found, {}
+        return read_tensors(path, MAX_BYTES, wanted)
+    return {name: value.clone() for name, value in read_weights(path, MAX_BYTES, wanted).items()}, {}
 
 
 def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None:

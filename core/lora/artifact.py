@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, write_tensors
+from ..files import read_tensors, read_weights, write_tensors
 
 FORMAT = 1
 KIND = "fine_tune"
@@ -156,9 +156,8 @@ def _refuse_official(path: Path, names: list[str]) -> None:
 
 def _refuse_pickle(path: Path) -> None:
     try:
-        table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        names = list(map(str, table.get("state_dict", table))) if isinstance(table, dict) else []
-    except Exception:  # torch raises many types here; whatever it is, the answer below is the same
+        names = list(read_weights(path, MAX_BYTES))
+    except ValueError:  # whatever it is, the answer below is the same
         names = []
     _refuse_official(path, names)
     raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")

@@ -22,7 +22,6 @@ from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 SIDE, PATCH, STRIDE, HEAD_WIDTH = 290, 14, 12, 80
 PREPROCESS = Preprocess(SIDE, SIDE, CLIP_MEAN, CLIP_STD, published=True)
 PREFIX, UNUSED, BLOCKS = "module.", "fc2.", "backbone.transformer.resblocks."
-TABLE = "state_dict"  # under which some programs save the tensors, beside others
 
 
 class Block(nn.Module):
@@ -71,16 +70,6 @@ class InstanceRetrieval(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.fc1(self.backbone(pictures))
-
-
-def table(saved: object) -> dict[str, Tensor] | None:
-    """The named tensors of what a .pth holds, perhaps in an entry of their own; None when there are none."""
-    if isinstance(saved, Mapping) and isinstance(saved.get(TABLE), Mapping):
-        saved = saved[TABLE]
-    if not isinstance(saved, Mapping):
-        return None
-    named = {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return named if len(named) == len(saved) else None
 
 
 def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:

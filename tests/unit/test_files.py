@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from likeness.core.embedding.artifact import MAX_BYTES, Embedding, load_embedding, save_embedding
-from likeness.core.files import read_tensors, write_tensors
+from likeness.core.files import read_tensors, read_weights, write_tensors
 from likeness.core.fit.runs import RunStore, digest
 
 
@@ -216,3 +216,48 @@ def test_headers_survive(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"t": torch.arange(3)}, {"a": {"b": [1, 2.5, "c"]}})
     tensors, header = read_tensors(tmp_path / "x.safetensors", 10_000)
     assert tensors["t"].tolist() == [0, 1, 2] and header == {"a": {"b": [1, 2.5, "c"]}}
+
+
+def tiny(*shape: int) -> torch.Tensor:
+    """So many equal numbers in four bytes of a file."""
+    return torch.zeros(1).expand(*shape)
+
+
+MALFORMED = {
+    "a few bytes shown as billions": ({"w": tiny(200_000, 400_000)}, "something else than plain numbers in 'w'"),
+    "sparse": ({"w": torch.eye(3).to_sparse()}, "something else than plain numbers in 'w'"),
+    "meta": ({"w": torch.empty(3, device="meta")}, "something else than plain numbers in 'w'"),
+    "not finite": ({"w": torch.tensor([1.0, float("nan")])}, "NaN or infinite numbers in 'w'"),
+    "not finite in 8 bits": ({"w": torch.tensor([float("nan")]).to(torch.float8_e5m2)}, "NaN or infinite"),
+    "numbers for names": ({3: torch.zeros(2)}, "no table of weights"),
+    "a tensor for a table": ({"state_dict": torch.zeros(2)}, "no table of weights"),
+    "no tensors": ({"epoch": 3}, "no table of weights"),
+    "a list": ([torch.zeros(2)], "no table of weights"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_tables_of_others_are_refused(tmp_path, case):
+    content, expected = MALFORMED[case]
+    torch.save(content, tmp_path / "others.pth")
+    with pytest.raises(ValueError, match=expected):
+        read_weights(tmp_path / "others.pth", 1 << 20)
+
+
+def test_tables_of_others_are_read(tmp_path):
+    table = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(2, dtype=torch.float8_e4m3fn)}
+    for name, content in (("a.pth", {**table, "epoch": 3}), ("b.pt", {"state_dict": table, "epoch": 3})):
+        torch.save(content, tmp_path / name)
+        found = read_weights(tmp_path / name, 1 << 20)
+        assert found.keys() == table.keys() and torch.equal(found["w"], table["w"])
+        assert read_weights(tmp_path / name, 1 << 20, lambda names: names[:1]).keys() == {"w"}
+    torch.save({"w": table["w"]}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_weights(tmp_path / "old.pth", 1 << 20)["w"], table["w"])
+    with pytest.raises(ValueError, match="bytes, more than the 100"):
+        read_weights(tmp_path / "a.pth", 100)
+
+
+def test_an_embedding_of_a_few_bytes_takes_no_memory(tmp_path):
+    torch.save(tiny(20_000, 40_000), tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="something else than plain numbers"):
+        load_embedding(tmp_path / "bomb.pt")

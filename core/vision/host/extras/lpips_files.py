@@ -7,16 +7,14 @@ vgg16*.pth) in models/likeness_lpips, or contained in the heads' file. Either ma
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ....files import read_weights
 from ... import measures
 from .offline import reason
 
@@ -24,6 +22,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in
 SMALLEST = 32  # px; below it the last pooling has nothing left
 HEAD = re.compile(r"lins?\.?(\d)\.model\.1\.weight")
 LAYER = re.compile(r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))")
+MAX_BYTES = 2 << 30  # VGG16 with its classifier has 0.5 GB
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 # Widths of the five compared layers -> (name, torchvision's name of the network, indices of the compared ReLUs).
@@ -73,7 +72,7 @@ def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
     Raises ValueError, saying what to put where, when the file holds no such heads, or the backbone is missing or
     another.
     """
-    tensors = _read(path)
+    tensors = read_weights(path, MAX_BYTES)
     found = {int(match[1]): value for name, value in tensors.items() if (match := HEAD.fullmatch(name))}
     heads = [found[i].flatten().float() for i in sorted(found)]
     widths = tuple(head.numel() for head in heads)
@@ -102,7 +101,7 @@ def _fill(
                 f"{path.name} needs the weights of {name}, which are not there: put torchvision's {beginning}*.pth "
                 "into models/likeness_lpips."
             )
-        source, state = fitting[0], _backbone(_read(fitting[0]))
+        source, state = fitting[0], _backbone(read_weights(fitting[0], MAX_BYTES))
     wanted = model.layers.state_dict()
     try:
         model.layers.load_state_dict({key: state[key].float() for key in wanted})
@@ -116,24 +115,3 @@ def _fill(
 
 def _backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {match[1]: value for name, value in tensors.items() if (match := LAYER.fullmatch(name))}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors or a pickle file; of a pickle only plain tensors are read, no code is run."""
-    try:
-        if path.suffix.lower() == ".safetensors":
-            tensors = load_file(str(path))
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path.name} cannot be read as plain weights ({reason(error)}): download it again, or use safetensors."
-        ) from error
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(value) for value in tensors.values()):
-        raise ValueError(
-            f"{path.name} is not a table of weights: choose a state dict, as torchvision and LPIPS publish."
-        )
-    broken = [n for n, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if broken:
-        raise ValueError(f"{path.name} holds NaN or infinite numbers in '{broken[0]}': download it again.")
-    return tensors

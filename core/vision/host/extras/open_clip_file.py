@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ....files import read_weights
 from ...preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from .install import missing
 from .offline import offline, reason
 from .tower import Seen, Tower
 
+MAX_BYTES = 32 << 30
 CONFIG = "open_clip_config.json"
 NAMING = (
     "name it <model>__<anything>.safetensors (ViT-B-32__mine.safetensors) or put its open_clip_config.json beside it"
@@ -114,12 +116,10 @@ def _build(shown: str, open_clip: Any, config: dict[str, Any]) -> Any:
 
 
 def _fill(shown: str, model: Any, weights: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    tensors = read_weights(weights, MAX_BYTES)
     try:
-        model.load_state_dict(load_file(str(weights)), strict=True)
-    except (RuntimeError, SafetensorError, OSError) as error:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
         raise ValueError(f"{weights.name} does not fit the model of {shown} ({reason(error)}): {NAMING}.") from error
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published, table
+from ....files import read_weights
+from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published
 from .tower import Seen, Tower
 
+MAX_BYTES = 8 << 30
 SOURCE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
 
 
@@ -37,18 +38,5 @@ class RetrievalTower(Tower):
 
 def load_retrieval(path: Path) -> RetrievalTower:
     """Read a .pth (tensors only, no code) or a .safetensors file; ValueError when it holds something else."""
-    if path.suffix.lower() == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
-            raise ValueError(
-                f"{path.name} is not a plain tensor file ({type(error).__name__}): download the weights again."
-            ) from error
-    tensors = table(tensors)
-    if tensors is None:
-        raise ValueError(f"{path.name} does not hold a table of tensors: choose the file of published weights.")
+    tensors = read_weights(path, MAX_BYTES)
     return RetrievalTower(from_published(tensors), path.stem)

@@ -6,21 +6,20 @@ from the weights.
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ....files import read_weights
 from .install import missing
 from .offline import offline, reason
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+MAX_BYTES = 8 << 30
 TOLD_BY = "image_encoder.pos_embed"
 INPUT_PIXELS, BYTES_PER_PIXEL = 1024.0**2, 4000.0  # of the image encoder, for ComfyUI's memory management
 
@@ -61,7 +60,7 @@ def read_sam(path: Path) -> Weights:
     except ImportError as error:
         otherwise = " (or connect a MASK from another node)"
         raise missing(path.name, "segment-anything", error, "segment-anything", otherwise) from error
-    tensors = _read(path)
+    tensors = read_weights(path, MAX_BYTES)
     marker = tensors.get(TOLD_BY)
     variant = WIDTHS.get(marker.shape[-1]) if isinstance(marker, Tensor) and marker.ndim == 4 else None
     if variant is None:
@@ -90,18 +89,3 @@ def load_sam(weights: Weights) -> Segmenter:
         sam.load_state_dict(weights.tensors, strict=True)
         sam = sam.float().eval().requires_grad_(False)
         return Segmenter(sam, segment_anything.SamPredictor, f"{weights.name} ({weights.variant})")
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.inference_mode(False):  # nodes run in it, and its tensors cannot become parameters
-            if path.suffix.lower() == ".safetensors":
-                return load_file(str(path))
-            tensors = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path.name} cannot be read as weights ({reason(error)}): download it again, and only from its authors."
-        ) from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path.name} holds no table of weights: choose one of segment-anything's own files.")
-    return tensors
