@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 HEADER_KEY = "likeness"
+FORMAT = 1  # of the headers of artifacts
+MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of what people are shown, losses, size of a number
 TABLE = "state_dict"  # under which some programs save the tensors, beside other things
 MAX_HEADER = 4 << 20  # bytes of JSON in front of the tensors
 TYPES = {
@@ -176,3 +178,29 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has a header that is not a table of settings: copy or train it again.")
     return header
+
+
+def check_header(path: Path, header: dict[str, Any], kind: str, what: str) -> None:
+    """ValueError unless this is the header of an artifact of this kind, with losses and words that can be shown.
+
+    what: the artifact and the nodes that make it, in words.
+    """
+    if header.get("kind") != kind:
+        raise ValueError(f"{path.name} is not {what}.")
+    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
+        raise ValueError(
+            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
+        )
+    losses, method = header.get("losses", []), header.get("method", "")
+    right = (
+        isinstance(losses, list) and len(losses) <= MAX_LOSSES and all(map(is_number, losses)),
+        isinstance(method, str) and len(method) <= MAX_WORD,
+        all(isinstance(header.get(part, {}), dict) for part in ("base", "settings")),
+    )
+    if not all(right):
+        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER

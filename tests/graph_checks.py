@@ -159,7 +159,7 @@ def tables(graph: Graph) -> Iterator[str]:
 def image(name: str) -> Iterator[str]:
     path = workflows.WORKFLOWS / f"{name}.jpg"
     if not path.is_file() or path.read_bytes()[:2] != b"\xff\xd8":
-        yield f"{path.name} is missing; python toolbox/thumbnails.py {name} makes it."
+        yield f"{path.name} is missing; python toyworld/thumbnails.py {name} makes it."
 
 
 def foreign(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:

@@ -26,9 +26,8 @@ def main() -> int:
     variables = {name: value for name, value in os.environ.items() if name not in hidden}
     say(f"set up after {time.monotonic() - start:.0f} s")
     start = time.monotonic()
-    source = {name: command for name, command in checks(python).items() if name != "scripts"}
     tests = [str(python), "-m", "pytest", "-q", *PARALLEL, "tests/unit", "tests/parity"]
-    commands = {**source, "tests": [*tests, f"--ignore={HOST}", *sys.argv[1:]]}
+    commands = {**checks(python), "tests": [*tests, f"--ignore={HOST}", *sys.argv[1:]]}
     variables |= ONE_THREAD
     failed = [name for name, command in commands.items() if not run(name, command, variables)]
     say(f"FAILED: {', '.join(failed)}" if failed else f"all passed after {time.monotonic() - start:.0f} s")

@@ -1,6 +1,6 @@
 """`python3 toolbox/test.py [--slow]`: sets everything up and checks all that must hold.
 
-Ruff, the types and the syntax of the page's scripts; then the tests that need no server, on two cores; then those of
+Ruff and the types; then the tests that need no server, on two cores; then those of
 the server and of the browser, side by side. `--slow` adds what takes minutes and keeps what it found in
 benchmarks/results/. COMFYUI_PATH uses an existing ComfyUI. Other arguments are handed to pytest instead of the tiers.
 """
@@ -33,7 +33,6 @@ def checks(python: Path) -> dict[str, list[str]]:
         "ruff": [ruff, "check", str(ROOT)],
         "format": [ruff, "format", "--check", "-q", str(ROOT)],
         "types": [*load, "toolbox.typecheck"],
-        "scripts": [*load, "toolbox.scripts"],
     }
 
 

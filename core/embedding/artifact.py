@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import check_tensor, read_plain, read_tensors, write_tensors
+from ..files import FORMAT, check_header, check_tensor, read_plain, read_tensors, write_tensors
 from ..prompt.windows import PercentRange
 
-FORMAT = 1
+KIND = "embedding"
 MAX_BYTES = 512 << 20  # 50 denoising steps of 77 rows of width 2048, saved 16 times over
 STEP_KEY = "step_{:06d}"
 RECOMMENDED_STEP = 1000  # HiPer trains 1500 steps and uses this one; later ones lose editability
@@ -106,7 +106,7 @@ def _tile(windows: Any, count: int) -> bool:
 def save_embedding(path: Path, embedding: Embedding) -> None:
     """Write the embedding as one safetensors file."""
     tensors = {STEP_KEY.format(step): rows for step, rows in embedding.rows.items()}
-    write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": "embedding"})
+    write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": KIND})
 
 
 def load_embedding(path: Path) -> Embedding:
@@ -118,18 +118,7 @@ def load_embedding(path: Path) -> Embedding:
     if path.suffix.lower() in {".pt", ".pth"}:
         return _load_official(path)
     tensors, header = read_tensors(path, MAX_BYTES)
-    if header.get("kind") != "embedding":
-        raise ValueError(
-            f"{path.name} is a safetensors file but not an embedding of this pack: choose one made by Save Embedding."
-        )
-    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
-        raise ValueError(
-            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
-        )
-    losses = header.get("losses", [])
-    numbers = isinstance(losses, list) and all(isinstance(loss, (int, float)) for loss in losses)
-    if not numbers or not all(isinstance(header.get(part, {}), dict) for part in ("base", "settings")):
-        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+    check_header(path, header, KIND, "an embedding of this pack: choose one made by Save Embedding")
     rows = {}
     for name, value in tensors.items():
         match = re.fullmatch(r"step_(\d{6})", name)

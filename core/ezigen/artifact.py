@@ -8,7 +8,6 @@ they keep their published names in our files.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, read_weights, write_tensors
+from ..files import FORMAT, check_header, is_number, read_tensors, read_weights, write_tensors
 from .adapter import WEIGHTS, Adapter
 
 log = logging.getLogger("likeness")
-KIND, FORMAT = "adapter", 1
+KIND = "adapter"
 MAX_BYTES = 8 << 30
 MARKERS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 SECONDS = ("model_1.safetensors", "pytorch_model_1.bin")  # where older checkpoints keep w
@@ -160,16 +159,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None:
     if not header:
         return
-    if header.get("kind") != KIND:
-        raise ValueError(f"{path.name} is no adapter: choose a file of Extract Adapter or Train Adapter.")
-    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
-        raise ValueError(
-            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
-        )
+    check_header(path, header, KIND, "an adapter: choose a file of Extract Adapter or Train Adapter")
     base = header.get("base", {})
     right = isinstance(base, dict) and all(
         name.removesuffix(BASE_PART) in layers and isinstance(row, list) and 0 < len(row) <= SAMPLED
-        and all(isinstance(x, float) and math.isfinite(x) for x in row)
+        and all(map(is_number, row))
         for name, row in base.items()
     )  # fmt: skip
     if not right or not isinstance(header.get("steps", 0), int):

@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors, read_weights, write_tensors
+from ..files import FORMAT, MAX_WORD, check_header, is_number, read_tensors, read_weights, write_tensors
 
-FORMAT = 1
 KIND = "fine_tune"
 MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
 MAX_PROMPT = 10_000  # characters
-MAX_SETTINGS, MAX_WORD, MAX_LOSSES = 64, 200, 10_000  # settings of a header, characters of each, losses
-MAX_NUMBER = 1e300
+MAX_SETTINGS = 64  # of a header
 NEEDS = "likeness.needs_"  # how the names of tensors begin that say what else the weights need
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
 MODEL = ("diffusion_model.", "lora_unet_", "transformer.")  # how the names of a part's tensors begin
@@ -166,19 +164,12 @@ def _refuse_pickle(path: Path) -> None:
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if not header:
         return  # written by a stock node
-    if header.get("kind") != KIND:
-        raise ValueError(f"{path.name} is not a fine-tune of this pack: choose one made by Save Fine-Tune.")
-    if not isinstance(header.get("format"), int) or header["format"] > FORMAT:
-        raise ValueError(
-            f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
-        )
-    prompt, losses = header.get("prompt", ""), header.get("losses", [])
+    check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
+    prompt = header.get("prompt", "")
     right = (
         isinstance(prompt, str) and len(prompt) <= MAX_PROMPT,
         _plain(header.get("settings", {}), (str, bool, int, float)),
         _plain(header.get("base", {}), (str,)),
-        isinstance(losses, list) and len(losses) <= MAX_LOSSES and all(map(_finite, losses)),
-        isinstance(header.get("method", ""), str) and len(header.get("method", "")) <= MAX_WORD,
     )
     if not all(right):
         raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
@@ -190,13 +181,9 @@ def _plain(table: Any, kinds: tuple[type, ...]) -> bool:
         isinstance(table, dict)
         and len(table) <= MAX_SETTINGS
         and all(isinstance(value, kinds) for value in table.values())
-        and all(_finite(value) for value in table.values() if not isinstance(value, str))
+        and all(is_number(value) for value in table.values() if not isinstance(value, str))
         and all(len(str(part)) <= MAX_WORD for item in table.items() for part in item)
     )
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
 
 
 def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:

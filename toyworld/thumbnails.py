@@ -1,4 +1,4 @@
-"""Makes the images of the template list: `python toolbox/thumbnails.py` runs the graphs in the toyworld.
+"""Makes the images of the template list: `python toyworld/thumbnails.py` runs the graphs in the toyworld.
 
 Which results an image shows is said in toyworld/graphs, under "thumbnail".
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .graph import Graph
-    from .server import Run, Server
+    from ..toolbox.graph import Graph
+    from ..toolbox.server import Run, Server
 
 ROOT = Path(__file__).resolve().parents[1]
 TILE, QUALITY = 192, 90
@@ -54,7 +54,7 @@ def without_sana(graph: Graph, checkpoint: str) -> Graph:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The graphs, each behind the one that saves what it loads."""
-    from ..toyworld.workflows import sidecar
+    from .workflows import sidecar
 
     wanted = set(names)
     pairs = [(sidecar(name).get("after", {}).get("graph"), name) for name in sorted(wanted)]
@@ -65,7 +65,7 @@ def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
     """The pictures that the graph loads, then its results; of a sweep its sheet alone."""
     from PIL import Image
 
-    from ..toyworld import workflows
+    from . import workflows
 
     titles = workflows.sidecar(name)["thumbnail"]
     results = [picture for title in titles for picture in server.images(run, workflows.node_id(graph, title))]
@@ -77,11 +77,11 @@ def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
 
 def make(names: list[str], quick: bool) -> None:
     """Run the graphs one after the other, the saving one before the loading one, and write their pictures."""
-    from ..toyworld import workflows
-    from .demonstration import Narrator
-    from .environment import SANDBOX
-    from .graph import convert
-    from .server import Server, environment_from_variables
+    from ..toolbox.demonstration import Narrator
+    from ..toolbox.environment import SANDBOX
+    from ..toolbox.graph import convert
+    from ..toolbox.server import Server, environment_from_variables
+    from . import workflows
 
     base = SANDBOX / "thumbnails"
     shutil.rmtree(base / "models", ignore_errors=True)  # the graph that loads a subject names the first one saved
@@ -109,6 +109,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from _load import set_up_and_run  # ty: ignore[import-not-found] (this folder is on the path of a script)
+    sys.path[0] = str(ROOT / "toolbox")
+    from _load import set_up_and_run  # ty: ignore[import-not-found]
 
-    sys.exit(set_up_and_run("toolbox.thumbnails", sys.argv[1:]))
+    sys.exit(set_up_and_run("toyworld.thumbnails", sys.argv[1:]))
