@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from likeness.toolbox.page import Page, chromium
 from likeness.toolbox.server import environment_from_variables
 
 from .. import live
+from .page import Page, chromium
 
 READY = "LikenessTrainEmbedding"
 OF_GRAPHS = (
