@@ -74,7 +74,7 @@ class Bench(effect_ezigen.Bench):
         prompts = EditPrompts(self.conditioning(prompt), empty, empty)
         settings = EditSettings(edit.seed, split_ratio=self.settings.ratio, loops=Loops(loops, loops), **kind)
         models = StagedModels(self.world.model, self.world.vae, self.adapter)
-        return edited(models, subject, prompts, self.image(edit.source), mask, settings).picture
+        return edited(models, subject, prompts, self.image(edit.source), mask, settings).image
 
     def seen(self, edit: Exchange, image: Any) -> float:
         """The share of the differing attributes that the judge reads as the new subject's."""

@@ -106,8 +106,8 @@ class Bench(effect_siso.Bench):
         found: dict[str, Any] = {}
         for kind, weight in {KEPT: self.settings.weight, FREE: 0.0}.items():
             made = self.edited(edit, start, weight)
-            found.setdefault("inverted", {**self.scores(edit, made.pictures[:1]), "missed": start.error})
-            best = self.scores(edit, made.pictures[made.best : made.best + 1])
+            found.setdefault("inverted", {**self.scores(edit, made.images[:1]), "missed": start.error})
+            best = self.scores(edit, made.images[made.best : made.best + 1])
             found[kind] = {**best, "iterations": len(made.losses), "best": made.best + 1}
         return found
 

@@ -85,7 +85,7 @@ class Bench(subjects.Bench):
         start = None if start is None else start.movedim(1, -1)
         models = StagedModels(model or self.world.model, self.world.vae, self.adapter)
         found = staged(models, subject, prompts, size, settings, start)
-        return found.pictures.movedim(-1, 1).split(self.settings.samples)
+        return found.images.movedim(-1, 1).split(self.settings.samples)
 
     @torch.inference_mode()
     def by_stock_sampler(self, case: Case, subject: Any = None, ratio: float = 1.0) -> Any:

@@ -188,7 +188,7 @@ class Bench(subjects.Bench):
     def row(self, trained: Trained) -> dict[str, Any]:
         """The training's image before and after, and those of the other prompt without and with the LoRA."""
         optimised = self.optimised(trained)
-        placed, images = not trained.arm.simple, optimised.pictures.movedim(-1, 1)
+        placed, images = not trained.arm.simple, optimised.images.movedim(-1, 1)
         best = self.scored(trained, images[optimised.best : optimised.best + 1], placed)
         found = {
             "base": self.scored(trained, images[:1], placed),

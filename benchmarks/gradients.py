@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gradients")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the small world)")
     parser.add_argument("--vision", type=Path, help="a transformers folder of a vision model")
-    parser.add_argument("--size", type=int, default=96, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=96, help="side of the image in pixels")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Draws the sweep of effect_hiper as a picture: identity and text score over tokens, steps and scale.
+"""Draws the sweep of effect_hiper as an image: identity and text score over tokens, steps and scale.
 
 python toolbox/_load.py benchmarks.plot benchmarks/results/sweep_hiper.json docs/hiper_sweep.png
 """
@@ -57,7 +57,7 @@ class Panel:
 
 
 def main(arguments: list[str]) -> int:
-    """Read the sweep's JSON, write the picture."""
+    """Read the sweep's JSON, write the image."""
     from PIL import Image, ImageDraw
 
     parser = argparse.ArgumentParser(prog="benchmarks.plot")

@@ -34,7 +34,7 @@ class Denoiser(Protocol):
 
 
 class PlacedDenoiser(Denoiser, Protocol):
-    """A Denoiser that can also be told a vector of the prompt and which part of a picture it is looking at."""
+    """A Denoiser that can also be told a vector of the prompt and which part of an image it is looking at."""
 
     def denoised(
         self,
@@ -81,7 +81,7 @@ def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
 def timestep_range(count: int, start_percent: float, end_percent: float) -> tuple[int, int]:
     """The integer timesteps (lowest, highest) that a window of the sampling process covers.
 
-    Percent 0 is pure noise (t = count - 1), percent 1 the finished picture (t = 0), as everywhere in ComfyUI.
+    Percent 0 is pure noise (t = count - 1), percent 1 the finished image (t = 0), as everywhere in ComfyUI.
     Raises ValueError when the window is empty or leaves 0..1.
     """
     if not 0.0 <= start_percent < end_percent <= 1.0:
@@ -101,7 +101,7 @@ def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A picture mask [B, H, W] in 0..1 as a binary mask [B, 1, height, width] at latent resolution.
+    """An image mask [B, H, W] in 0..1 as a binary mask [B, 1, height, width] at latent resolution.
 
     A latent cell belongs to the subject when half of its area does. Where that leaves nothing of a thin subject, any
     touched cell counts. Raises ValueError for a mask without a single set pixel.

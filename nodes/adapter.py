@@ -1,4 +1,4 @@
-"""A subject from one picture without training: EZIGen's adapter, and the pictures it reads."""
+"""A subject from one image without training: EZIGen's adapter, and the images it reads."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class LikenessExtractAdapter(io.ComfyNode):
 
 
 class LikenessEncodeSubject(io.ComfyNode):
-    """MODEL + pictures of a subject -> LIKENESS_SUBJECT."""
+    """MODEL + images of a subject -> LIKENESS_SUBJECT."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -106,16 +106,16 @@ class LikenessEncodeSubject(io.ComfyNode):
             node_id="LikenessEncodeSubject",
             display_name="Encode Subject",
             category="likeness/adapter",
-            description="Shows a subject's pictures to the model itself and keeps what its self-attentions see "
-            "(EZIGen). The adapter reads that. Done once for a picture, in one model call.",
+            description="Shows a subject's images to the model itself and keeps what its self-attentions see "
+            "(EZIGen). The adapter reads that. Done once for an image, in one model call.",
             search_aliases=["ezigen", "reference", "subject features"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled. LoRAs on it count, patches do not."),
-                io.Vae.Input("vae", tooltip="Encodes the pictures."),
+                io.Vae.Input("vae", tooltip="Encodes the images."),
                 io.Conditioning.Input("positive", tooltip='The subject\'s class, encoded: "a photo of a dog".'),
                 io.Image.Input(
                     "image",
-                    tooltip="The subject, one picture or a batch of several. Transparency counts as a mask. Without a "
+                    tooltip="The subject, one image or a batch of several. Transparency counts as a mask. Without a "
                     "mask it must stand on white already.",
                 ),
                 io.Int.Input(
@@ -126,15 +126,15 @@ class LikenessEncodeSubject(io.ComfyNode):
                     step=8,
                     tooltip="Side of the square that the subject is brought to: 512 for SD1.x and SD2.1-base.",
                 ),
-                seed_input("Of the little noise that is put on the pictures."),
+                seed_input("Of the little noise that is put on the images."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip="White on the subject: it is cut out square and put on white, as the adapter was trained. "
                     "An empty one counts as none; one that is white in all four corners, as Load Image gives for a "
-                    "transparent picture, is turned over.",
+                    "transparent image, is turned over.",
                 ),
-                Subject.Input("subject", optional=True, tooltip="Another subject to add these pictures to."),
+                Subject.Input("subject", optional=True, tooltip="Another subject to add these images to."),
                 *advanced(
                     io.Float.Input(
                         "margin",
@@ -148,7 +148,7 @@ class LikenessEncodeSubject(io.ComfyNode):
             ],
             outputs=[
                 Subject.Output(display_name="subject", tooltip="For Apply Subject Adapter."),
-                io.Image.Output(display_name="seen", tooltip="The pictures as they were encoded: check the cut-out."),
+                io.Image.Output(display_name="seen", tooltip="The images as they were encoded: check the cut-out."),
             ],
         )
 
@@ -156,9 +156,9 @@ class LikenessEncodeSubject(io.ComfyNode):
     def execute(
         cls, model, vae, positive, image, size, seed, mask=None, subject=None, margin=host.MARGIN
     ) -> io.NodeOutput:
-        pictures = host.prepared(image, mask, size, margin)
-        found = host.encode_subject(model, vae, positive, pictures, seed)
-        return io.NodeOutput(found if subject is None else subject.with_more(found), pictures)
+        images = host.prepared(image, mask, size, margin)
+        found = host.encode_subject(model, vae, positive, images, seed)
+        return io.NodeOutput(found if subject is None else subject.with_more(found), images)
 
 
 class LikenessApplyAdapter(io.ComfyNode):
@@ -171,7 +171,7 @@ class LikenessApplyAdapter(io.ComfyNode):
             display_name="Apply Subject Adapter",
             category="likeness/adapter",
             description="Lets a model look at an encoded subject while it samples (EZIGen), in the last part of the "
-            "steps: the text lays the picture out, then the subject appears in it. For every sampler.",
+            "steps: the text lays the image out, then the subject appears in it. For every sampler.",
             search_aliases=["ezigen", "subject driven", "zero-shot", "reference only"],
             inputs=[
                 io.Model.Input("model", tooltip="The very model that encoded the subject. It is not changed."),

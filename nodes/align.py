@@ -1,4 +1,4 @@
-"""Which picture of the subject serves as the reference, and the transform that lays it on a generated one."""
+"""Which image of the subject serves as the reference, and the transform that lays it on a generated one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .types import advanced, schema
 
 
 class LikenessChooseReference(io.ComfyNode):
-    """Pictures of the subject + a generated one -> the one that is most like it."""
+    """Images of the subject + a generated one -> the one that is most like it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,28 +18,28 @@ class LikenessChooseReference(io.ComfyNode):
             node_id="LikenessChooseReference",
             display_name="Choose Reference",
             category="likeness/reference",
-            description="Of several pictures of the subject, takes the one that is most like a generated picture, by a "
+            description="Of several images of the subject, takes the one that is most like a generated image, by a "
             "vision model (HiFi Tuner uses DINO ViT-S/16).",
-            search_aliases=["dino", "most similar", "nearest picture", "hifi tuner"],
+            search_aliases=["dino", "most similar", "nearest image", "hifi tuner"],
             inputs=[
-                io.Image.Input("images", tooltip="The pictures of the subject to choose from, as a batch."),
-                io.Image.Input("picture", tooltip="The generated picture, one."),
+                io.Image.Input("images", tooltip="The images of the subject to choose from, as a batch."),
+                io.Image.Input("picture", tooltip="The generated image, one."),
                 io.ClipVision.Input(
                     "vision",
                     tooltip="The model that compares, from Load Vision Model: dino-vits16 as published, or another.",
                 ),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="Masks of the pictures to choose from, one for each, passed on."
+                    "masks", optional=True, tooltip="Masks of the images to choose from, one for each, passed on."
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture that was taken."),
+                io.Image.Output(display_name="image", tooltip="The image that was taken."),
                 io.Mask.Output(display_name="mask", tooltip="Its mask. Nothing behind it runs without masks."),
                 io.Int.Output(display_name="index", tooltip="Its place in the batch, counted from 0."),
                 io.Float.Output(
                     display_name="similarity", tooltip="How alike the two are (cosine, 1 = the same to the model)."
                 ),
-                io.String.Output(display_name="info", tooltip="The similarities of all pictures, and the model."),
+                io.String.Output(display_name="info", tooltip="The similarities of all images, and the model."),
             ],
         )
 
@@ -52,7 +52,7 @@ class LikenessChooseReference(io.ComfyNode):
 
 
 class LikenessAlign(io.ComfyNode):
-    """A picture and its subject's mask + the mask of the same subject elsewhere -> the picture, laid on it."""
+    """An image and its subject's mask + the mask of the same subject elsewhere -> the image, laid on it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -60,14 +60,14 @@ class LikenessAlign(io.ComfyNode):
             node_id="LikenessAlign",
             display_name="Align Reference",
             category="likeness/reference",
-            description="Moves, turns and scales a picture so that its subject lies on that of another picture (HiFi "
+            description="Moves, turns and scales an image so that its subject lies on that of another image (HiFi "
             "Tuner, Algorithm 4). What comes into view from outside repeats the border.",
             search_aliases=["align", "warp", "transform mask", "similarity transform", "hifi tuner"],
             inputs=[
-                io.Image.Input("image", tooltip="The reference picture, one."),
+                io.Image.Input("image", tooltip="The reference image, one."),
                 io.Mask.Input("mask", tooltip="White on its subject."),
                 io.Mask.Input(
-                    "target_mask", tooltip="White on the subject of the generated picture; the result has its size."
+                    "target_mask", tooltip="White on the subject of the generated image; the result has its size."
                 ),
                 *advanced(
                     io.Combo.Input(
@@ -90,7 +90,7 @@ class LikenessAlign(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture, laid on the other."),
+                io.Image.Output(display_name="image", tooltip="The image, laid on the other."),
                 io.Mask.Output(display_name="mask", tooltip="White on its subject there."),
                 io.Float.Output(display_name="iou", tooltip="How well the two cover each other: 1 = exactly."),
                 io.Image.Output(

@@ -43,18 +43,18 @@ def anchor_inputs(weight: float) -> list[io.Input]:
     ]
 
 
-def picture_inputs(vae: str) -> list[io.Input]:
+def image_inputs(vae: str) -> list[io.Input]:
     """What is learned from; vae: the tooltip of that input."""
     return [
         io.Latent.Input(
-            "latent", optional=True, tooltip="The picture(s) to learn from, encoded. Instead of image and VAE."
+            "latent", optional=True, tooltip="The image(s) to learn from, encoded. Instead of image and VAE."
         ),
         io.Image.Input(
-            "image", optional=True, tooltip="The picture(s) to learn from, at the model's size. Needs the VAE."
+            "image", optional=True, tooltip="The image(s) to learn from, at the model's size. Needs the VAE."
         ),
         io.Vae.Input("vae", optional=True, tooltip=vae),
         io.Mask.Input(
-            "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
+            "mask", optional=True, tooltip="White where the subject is: the rest of the image is not learned."
         ),
     ]
 
@@ -72,7 +72,7 @@ def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
 
 
 class LikenessTrainEmbedding(io.ComfyNode):
-    """MODEL + one picture + the prompt that describes it -> the last n rows of that prompt, learned."""
+    """MODEL + one image + the prompt that describes it -> the last n rows of that prompt, learned."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,14 +80,14 @@ class LikenessTrainEmbedding(io.ComfyNode):
             node_id="LikenessTrainEmbedding",
             display_name="Train Subject Embedding (HiPer)",
             category="likeness/embedding",
-            description="Learns a subject from one picture as a few token vectors at the end of the prompt (HiPer, "
+            description="Learns a subject from one image as a few token vectors at the end of the prompt (HiPer, "
             "akin to textual inversion). The model itself stays as it is.",
             search_aliases=["hiper", "textual inversion", "personalize", "subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The source prompt: a plain description of the picture, such as 'a standing cat'. It "
+                    tooltip="The source prompt: a plain description of the image, such as 'a standing cat'. It "
                     "must leave "
                     "as many unused rows as there are tokens.",
                 ),
@@ -114,7 +114,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                     default=hiper.TOKENS,
                     min=1,
                     max=75,
-                    tooltip="How many rows of the prompt hold the subject. 3 to 8: more keep more of the picture and "
+                    tooltip="How many rows of the prompt hold the subject. 3 to 8: more keep more of the image and "
                     "leave "
                     "less room for the edit.",
                 ),
@@ -152,14 +152,14 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Last part of the denoising that is trained on: 1 is the finished picture.",
+                        tooltip="Last part of the denoising that is trained on: 1 is the finished image.",
                     ),
                     io.Int.Input(
                         "preview_steps",
                         default=20,
                         min=0,
                         max=1000,
-                        tooltip="Sampling steps of each preview picture; 0 makes none. Needs the VAE.",
+                        tooltip="Sampling steps of each preview image; 0 makes none. Needs the VAE.",
                     ),
                     io.Float.Input(
                         "preview_cfg",
@@ -167,10 +167,10 @@ class LikenessTrainEmbedding(io.ComfyNode):
                         min=1.0,
                         max=100.0,
                         step=0.1,
-                        tooltip="Guidance of the preview pictures. Without a negative prompt they are made at 1.",
+                        tooltip="Guidance of the preview images. Without a negative prompt they are made at 1.",
                     ),
                 ),
-                *picture_inputs("Encodes the image and makes the previews."),
+                *image_inputs("Encodes the image and makes the previews."),
                 io.Conditioning.Input(
                     "target",
                     optional=True,
@@ -257,7 +257,7 @@ class LikenessApplyEmbedding(io.ComfyNode):
             search_aliases=["hiper", "subject"],
             inputs=[
                 io.Conditioning.Input(
-                    "conditioning", tooltip="The prompt of the new picture, from the same text encoder."
+                    "conditioning", tooltip="The prompt of the new image, from the same text encoder."
                 ),
                 Embedding.Input("embedding", tooltip="A trained or loaded subject embedding."),
                 io.Float.Input(

@@ -1,4 +1,4 @@
-"""Fine-tune a model on one picture (SINE; DreamBooth-style without patches)."""
+"""Fine-tune a model on one image (SINE; DreamBooth-style without patches)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .types import LoraModel, LossMap, advanced, schema, seed_input
 
 
 class LikenessFineTune(io.ComfyNode):
-    """MODEL + VAE + picture + prompt -> the same model, over-fitted to the picture."""
+    """MODEL + VAE + image + prompt -> the same model, over-fitted to the image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessFineTune",
-            display_name="Fine-Tune On Picture (SINE)",
+            display_name="Fine-Tune On Image (SINE)",
             category="likeness/fine_tune",
-            description="Teaches a model one picture under one fixed prompt, whole or in patches with a position map "
-            "(SINE), so that Subject Guidance can edit that picture. As a LoRA or as a fine-tune of all weights.",
+            description="Teaches a model one image under one fixed prompt, whole or in patches with a position map "
+            "(SINE), so that Subject Guidance can edit that image. As a LoRA or as a fine-tune of all weights.",
             search_aliases=["sine", "dreambooth", "train lora", "finetune", "single image"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to teach. It is not changed."),
                 io.Vae.Input("vae", tooltip="The model's own VAE."),
                 io.Image.Input(
                     "image",
-                    tooltip="The picture to learn, at any size and shape: it is squashed to a square. Several pictures "
+                    tooltip="The image to learn, at any size and shape: it is squashed to a square. Several images "
                     "of one subject may come as a batch; then patches are best off.",
                 ),
                 io.String.Input(
@@ -51,8 +51,8 @@ class LikenessFineTune(io.ComfyNode):
                 io.Boolean.Input(
                     "patches",
                     default=True,
-                    tooltip="Learn from random patches with a position map: the tuned model can then draw the picture "
-                    "at any size and shape. Off: the whole picture at the training size (400 to 800 steps).",
+                    tooltip="Learn from random patches with a position map: the tuned model can then draw the image "
+                    "at any size and shape. Off: the whole image at the training size (400 to 800 steps).",
                 ),
                 io.Int.Input(
                     "steps",
@@ -78,7 +78,7 @@ class LikenessFineTune(io.ComfyNode):
                     default=16,
                     min=1,
                     max=512,
-                    tooltip="Rank of the LoRA: more can hold more of the picture. Not used by full weights.",
+                    tooltip="Rank of the LoRA: more can hold more of the image. Not used by full weights.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -105,12 +105,12 @@ class LikenessFineTune(io.ComfyNode):
                     "text must stand in 'prompt' too, word for word: that is what Load Fine-Tune encodes.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="White where the subject is: the rest of the picture is not learned."
+                    "mask", optional=True, tooltip="White where the subject is: the rest of the image is not learned."
                 ),
                 io.Image.Input(
                     "prior_image",
                     optional=True,
-                    tooltip="Pictures of the subject's class, for prior_weight.",
+                    tooltip="Images of the subject's class, for prior_weight.",
                 ),
                 io.Conditioning.Input(
                     "prior_positive",
@@ -184,7 +184,7 @@ def _advanced() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.05,
-            tooltip="Probability of the whole picture instead of a patch: 0 in the authors' code, 0.1 in their "
+            tooltip="Probability of the whole image instead of a patch: 0 in the authors' code, 0.1 in their "
             "diffusers script.",
         ),
         io.Float.Input(
@@ -223,7 +223,7 @@ def _advanced() -> list[io.Input]:
             min=0.0,
             max=10.0,
             step=0.1,
-            tooltip="Weight of the loss on other pictures of the class (DreamBooth's prior preservation). The paper "
+            tooltip="Weight of the loss on other images of the class (DreamBooth's prior preservation). The paper "
             "found more artifacts with it; 0 switches it off.",
         ),
         io.String.Input(

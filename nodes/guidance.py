@@ -1,4 +1,4 @@
-"""Guide an edit by models that were tuned on one picture (SINE): as a MODEL for any sampler, and as a GUIDER."""
+"""Guide an edit by models that were tuned on one image (SINE): as a MODEL for any sampler, and as a GUIDER."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _tuned() -> list[io.Input]:
     return [
         io.Model.Input(
             "tuned",
-            tooltip="The model that was fine-tuned on the picture: of another loader, or the same model with a LoRA.",
+            tooltip="The model that was fine-tuned on the image: of another loader, or the same model with a LoRA.",
         ),
         io.Conditioning.Input(
             "tuned_positive",
@@ -27,7 +27,7 @@ def _base_weight() -> io.Input:
         "base_weight",
         BASE_WEIGHT,
         "v: the base model's part of the guided prediction, against 1 - v for the tuned model. Higher obeys "
-        "the edit prompt more, lower keeps more of the picture. 0.5 to 0.8 is usual.",
+        "the edit prompt more, lower keeps more of the image. 0.5 to 0.8 is usual.",
     )
 
 
@@ -37,7 +37,7 @@ def _window() -> list[io.Input]:
             "end_percent",
             END_PERCENT,
             "Until which part of the sampling the tuned model takes part: 0.6 is K = 400. Later keeps more of the "
-            "picture's details.",
+            "image's details.",
         ),
         *advanced(
             fraction(
@@ -116,8 +116,8 @@ class LikenessGuidance(io.ComfyNode):
             node_id="LikenessGuidance",
             display_name="Subject Guidance (SINE)",
             category="likeness/guidance",
-            description="Lets a model that was tuned on one picture guide the base model while the picture's layout "
-            "is decided (SINE): the edit prompt is obeyed, the picture is kept. For KSampler and any guider; "
+            description="Lets a model that was tuned on one image guide the base model while the image's layout "
+            "is decided (SINE): the edit prompt is obeyed, the image is kept. For KSampler and any guider; "
             f"published with cfg {CFG}.",
             search_aliases=["sine", "edit", "single image", "model merge"],
             inputs=[
@@ -158,7 +158,7 @@ class LikenessGuider(io.ComfyNode):
             node_id="LikenessGuider",
             display_name="Subject Guider",
             category="likeness/guidance",
-            description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The pictures "
+            description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The images "
             "are the same, bit for bit.",
             search_aliases=["sine", "edit", "single image"],
             inputs=[

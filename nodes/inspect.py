@@ -10,7 +10,7 @@ from .types import schema, seed_input
 
 
 class LikenessInspect(io.ComfyNode):
-    """MODEL + prompt + picture -> attention maps of the prompt's last rows over the denoising."""
+    """MODEL + prompt + image -> attention maps of the prompt's last rows over the denoising."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,8 +18,8 @@ class LikenessInspect(io.ComfyNode):
             node_id="LikenessInspect",
             display_name="Inspect Attention",
             category="likeness/embedding",
-            description="Shows where in a picture the last rows of a prompt, the learned ones, are looked at: a row of "
-            "maps for each of them, from noise on the left to the picture on the right.",
+            description="Shows where in an image the last rows of a prompt, the learned ones, are looked at: a row of "
+            "maps for each of them, from noise on the left to the image on the right.",
             search_aliases=["attention map", "daam", "heatmap", "hifi tuner"],
             inputs=[
                 io.Model.Input("model", tooltip="The model. It is not changed."),
@@ -28,8 +28,8 @@ class LikenessInspect(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="The picture to look at, encoded. Noise of each level is added; of several "
-                    "pictures the first is shown.",
+                    tooltip="The image to look at, encoded. Noise of each level is added; of several "
+                    "images the first is shown.",
                 ),
                 io.Int.Input(
                     "tokens",
@@ -51,7 +51,7 @@ class LikenessInspect(io.ComfyNode):
                 ),
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="The mean over rows and levels, from 0 to 1, at the picture's size.",
+                    tooltip="The mean over rows and levels, from 0 to 1, at the image's size.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

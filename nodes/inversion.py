@@ -1,4 +1,4 @@
-"""Invert a picture, and make guided sampling come back to it (DDIM inversion, null-text inversion)."""
+"""Invert an image, and make guided sampling come back to it (DDIM inversion, null-text inversion)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .types import LossMap, Trajectory, advanced, cfg_input, encoded_or_image, s
 
 
 class LikenessInvert(io.ComfyNode):
-    """MODEL + picture + its prompt + SIGMAS -> the noise that the picture would have come from."""
+    """MODEL + image + its prompt + SIGMAS -> the noise that the image would have come from."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessInvert",
-            display_name="Invert Picture",
+            display_name="Invert Image",
             category="likeness/inversion",
-            description="Finds the noise that a picture would have come from (DDIM inversion), so that sampling from "
-            "it gives the picture again. Sample with the same SIGMAS, no added noise, and the euler sampler.",
+            description="Finds the noise that an image would have come from (DDIM inversion), so that sampling from "
+            "it gives the image again. Sample with the same SIGMAS, no added noise, and the euler sampler.",
             search_aliases=["ddim inversion", "unsampler", "invert", "null text"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
-                io.Conditioning.Input("positive", tooltip="A plain description of the picture."),
+                io.Conditioning.Input("positive", tooltip="A plain description of the image."),
                 io.Sigmas.Input(
                     "sigmas",
                     tooltip="The noise levels of the sampling, from BasicScheduler: ddim_uniform with 50 steps is "
@@ -71,7 +71,7 @@ class LikenessInvert(io.ComfyNode):
 
 
 class LikenessNullText(io.ComfyNode):
-    """MODEL + trajectory -> negative and MODEL with which guided sampling comes back to the picture."""
+    """MODEL + trajectory -> negative and MODEL with which guided sampling comes back to the image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,25 +79,25 @@ class LikenessNullText(io.ComfyNode):
             node_id="LikenessNullText",
             display_name="Null-Text",
             category="likeness/inversion",
-            description="Lets sampling with guidance come back to an inverted picture: by a negative prompt of its own "
+            description="Lets sampling with guidance come back to an inverted image: by a negative prompt of its own "
             "for every step (null-text inversion), or by two ways that need no optimisation.",
             search_aliases=["null text inversion", "negative prompt inversion", "direct inversion", "pnp", "pivotal"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the picture was inverted with. It is not changed."),
-                io.Conditioning.Input("positive", tooltip="The very prompt that the picture was inverted with."),
+                io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
+                io.Conditioning.Input("positive", tooltip="The very prompt that the image was inverted with."),
                 io.Conditioning.Input("negative", tooltip="The empty prompt."),
-                Trajectory.Input("trajectory", tooltip="From Invert Picture."),
+                Trajectory.Input("trajectory", tooltip="From Invert Image."),
                 io.Combo.Input(
                     "method",
                     options=list(published.METHODS),
                     default=published.METHODS[0],
                     tooltip="null-text: optimises a negative for each step. negative prompt: the prompt is its own "
                     "negative, at once, a little less exact. direct: the output model puts the first latent back on "
-                    "the inverted picture after each step, at once and exact, for euler.",
+                    "the inverted image after each step, at once and exact, for euler.",
                 ),
                 cfg_input(
                     published.CFG,
-                    "The guidance that the picture will be sampled with; set the same there. For null-text.",
+                    "The guidance that the image will be sampled with; set the same there. For null-text.",
                 ),
                 io.Combo.Input(
                     "start",

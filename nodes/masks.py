@@ -1,4 +1,4 @@
-"""The subject's mask by its name, and a caption of a picture."""
+"""The subject's mask by its name, and a caption of an image."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class LikenessSubjectMask(io.ComfyNode):
             node_id="LikenessSubjectMask",
             display_name="Subject Mask",
             category="likeness/mask",
-            description="Finds the subject in pictures by its name (Grounding DINO) and cuts it out "
+            description="Finds the subject in images by its name (Grounding DINO) and cuts it out "
             "(segment-anything). Nothing is downloaded; masks of other nodes serve as well.",
             search_aliases=["grounding dino", "segment anything", "sam", "grounded sam", "owl", "mask by text"],
             inputs=_mask_inputs(),
             outputs=[
-                io.Mask.Output(display_name="mask", tooltip="White on the subject, one mask for each picture."),
+                io.Mask.Output(display_name="mask", tooltip="White on the subject, one mask for each image."),
                 io.Image.Output(
-                    display_name="picture", tooltip="The pictures with the mask, and all boxes with their scores."
+                    display_name="picture", tooltip="The images with the mask, and all boxes with their scores."
                 ),
-                io.String.Output(display_name="info", tooltip="What was found in each picture, and what was taken."),
+                io.String.Output(display_name="info", tooltip="What was found in each image, and what was taken."),
             ],
         )
 
@@ -57,7 +57,7 @@ class LikenessSubjectMask(io.ComfyNode):
     ) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
         found = subject_masks(image, Request(subject, box_threshold, text_threshold, choose), finder, cutter)
-        return io.NodeOutput(found.mask, found.picture, found.info)
+        return io.NodeOutput(found.mask, found.image, found.info)
 
 
 class LikenessCaption(io.ComfyNode):
@@ -67,13 +67,13 @@ class LikenessCaption(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessCaption",
-            display_name="Caption Picture",
+            display_name="Caption Image",
             category="likeness/mask",
-            description="Describes pictures in words (BLIP-2, BLIP, GIT), as a prompt to invert them with. Nothing is "
+            description="Describes images in words (BLIP-2, BLIP, GIT), as a prompt to invert them with. Nothing is "
             "downloaded.",
             search_aliases=["blip", "blip2", "caption", "image to text", "describe", "interrogate"],
             inputs=[
-                io.Image.Input("image", tooltip="The pictures to describe."),
+                io.Image.Input("image", tooltip="The images to describe."),
                 io.Combo.Input(
                     "model",
                     options=captioners(),
@@ -89,9 +89,9 @@ class LikenessCaption(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="caption", tooltip="The first picture's caption."),
+                io.String.Output(display_name="caption", tooltip="The first image's caption."),
                 io.String.Output(
-                    display_name="captions", is_output_list=True, tooltip="The captions of all pictures, as a list."
+                    display_name="captions", is_output_list=True, tooltip="The captions of all images, as a list."
                 ),
             ],
         )
@@ -108,7 +108,7 @@ class LikenessCaption(io.ComfyNode):
 
 def _mask_inputs() -> list[io.Input]:
     return [
-        io.Image.Input("image", tooltip="The pictures to look at."),
+        io.Image.Input("image", tooltip="The images to look at."),
         io.String.Input(
             "subject",
             default="",

@@ -1,4 +1,4 @@
-"""Optimise a LoRA against the likeness of the pictures that it makes (SISO)."""
+"""Optimise a LoRA against the likeness of the images that it makes (SISO)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .types import LoraModel, LossMap, Similarity, advanced, cfg_input, schema, 
 
 
 class LikenessOptimizeLora(io.ComfyNode):
-    """MODEL + VAE + prompt + LIKENESS_SIMILARITY -> a LoRA with which the prompt's pictures show the subject."""
+    """MODEL + VAE + prompt + LIKENESS_SIMILARITY -> a LoRA with which the prompt's images show the subject."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -24,7 +24,7 @@ class LikenessOptimizeLora(io.ComfyNode):
             node_id="LikenessOptimizeLora",
             display_name="Optimize LoRA (SISO)",
             category="likeness/similarity",
-            description="Makes a picture again and again from the same noise, and after each one moves a LoRA so that "
+            description="Makes an image again and again from the same noise, and after each one moves a LoRA so that "
             "the next is more like the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the LoRA works "
             "in other prompts and with more steps too.",
             search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
@@ -33,8 +33,8 @@ class LikenessOptimizeLora(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
                 io.Clip.Output(display_name="clip", tooltip="The text encoder with the LoRA; with 'clip' connected."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA, for Save LoRA Weights and stock loaders."),
-                io.Image.Output(display_name="best", tooltip="The picture that is most like the subject."),
-                io.Image.Output(display_name="images", tooltip="The pictures of all iterations."),
+                io.Image.Output(display_name="best", tooltip="The image that is most like the subject."),
+                io.Image.Output(display_name="images", tooltip="The images of all iterations."),
                 LossMap.Output(display_name="loss", tooltip="The loss of every iteration, for Plot Loss Graph."),
                 io.String.Output(display_name="report", tooltip="Which iteration was best, and its likenesses."),
             ],
@@ -84,18 +84,18 @@ class LikenessOptimizeLora(io.ComfyNode):
         tuned, encoder = apply_tuned(lora, model, clip, 1.0)
         encoder = nothing() if encoder is None else encoder
         loss = loss_map(found.losses)
-        return io.NodeOutput(tuned, encoder, lora, found.picture, found.pictures, loss, found.report())
+        return io.NodeOutput(tuned, encoder, lora, found.image, found.images, loss, found.report())
 
 
 def _inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
-        io.Vae.Input("vae", tooltip="Decodes every picture, with a gradient."),
+        io.Vae.Input("vae", tooltip="Decodes every image, with a gradient."),
         io.Conditioning.Input("positive", tooltip="A plain prompt: 'a photo of a dog'."),
-        Similarity.Input("similarity", tooltip="From Likeness To Pictures."),
+        Similarity.Input("similarity", tooltip="From Likeness To Images."),
         io.Latent.Input(
             "latent",
-            tooltip="The size of the pictures (Empty Latent Image), or for editing the noise of an inverted picture.",
+            tooltip="The size of the images (Empty Latent Image), or for editing the noise of an inverted image.",
         ),
         io.Sigmas.Input(
             "sigmas",
@@ -106,7 +106,7 @@ def _inputs() -> list[io.Input]:
             default=siso.ITERATIONS,
             min=1,
             max=10_000,
-            tooltip="Pictures made, at most. Asking for more later goes on; asking for fewer gives what is there.",
+            tooltip="Images made, at most. Asking for more later goes on; asking for fewer gives what is there.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -157,7 +157,7 @@ def _advanced_inputs() -> list[io.Input]:
             "keep",
             options=list(get_args(siso.Keep)),
             default="best",
-            tooltip="The LoRA of the best picture, or of the last iteration as the authors' script writes it; "
+            tooltip="The LoRA of the best image, or of the last iteration as the authors' script writes it; "
             "both are stored.",
         ),
         io.Boolean.Input(
@@ -186,8 +186,8 @@ def _optional_inputs() -> list[io.Input]:
             tooltip="The words that 'positive' was encoded from. The LoRA's file tells them; without 'clip' they do "
             "nothing else.",
         ),
-        io.Image.Input("image", optional=True, tooltip="For editing: the picture whose background stays."),
-        io.Mask.Input("mask", optional=True, tooltip="White where the picture may change. Not empty."),
+        io.Image.Input("image", optional=True, tooltip="For editing: the image whose background stays."),
+        io.Mask.Input("mask", optional=True, tooltip="White where the image may change. Not empty."),
         *advanced(
             io.Combo.Input(
                 "optimizer",

@@ -1,4 +1,4 @@
-"""Tell a patch-tuned model where in the picture it is (SINE)."""
+"""Tell a patch-tuned model where in the image it is (SINE)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class LikenessPositionMap(io.ComfyNode):
             node_id="LikenessPositionMap",
             display_name="Position Map",
             category="likeness/fine_tune",
-            description="Gives a model that was fine-tuned on patches of a picture the map of positions it was trained "
-            "with (SINE). Fine-Tune On Picture and Load Fine-Tune attach it by themselves; needed for files that "
+            description="Gives a model that was fine-tuned on patches of an image the map of positions it was trained "
+            "with (SINE). Fine-Tune On Image and Load Fine-Tune attach it by themselves; needed for files that "
             "other loaders load, and for tiles.",
             search_aliases=["sine", "patch", "tile"],
             inputs=[
@@ -49,12 +49,12 @@ class LikenessPositionMap(io.ComfyNode):
         return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
 
 
-TILE = "Only for one tile of a larger picture that is sampled by itself: "
+TILE = "Only for one tile of a larger image that is sampled by itself: "
 WINDOW = (
-    ("x", 0.0, "where it begins, 0 is the left edge of the whole picture."),
-    ("y", 0.0, "where it begins, 0 is the upper edge of the whole picture."),
-    ("width", 1.0, "how wide it is, 1 is the whole picture."),
-    ("height", 1.0, "how high it is, 1 is the whole picture."),
+    ("x", 0.0, "where it begins, 0 is the left edge of the whole image."),
+    ("y", 0.0, "where it begins, 0 is the upper edge of the whole image."),
+    ("width", 1.0, "how wide it is, 1 is the whole image."),
+    ("height", 1.0, "how high it is, 1 is the whole image."),
 )
 
 

@@ -1,4 +1,4 @@
-"""Generate with the details of a reference picture (HiFi Tuner, Algorithm 2)."""
+"""Generate with the details of a reference image (HiFi Tuner, Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .types import LossMap, Trajectory, advanced, cfg_input, fraction, schema
 
 
 class LikenessReferenceGuide(io.ComfyNode):
-    """MODEL + prompt + noise + inverted reference + its mask -> the guided picture, and what samples it again."""
+    """MODEL + prompt + noise + inverted reference + its mask -> the guided image, and what samples it again."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,7 +19,7 @@ class LikenessReferenceGuide(io.ComfyNode):
             node_id="LikenessReferenceGuide",
             display_name="Reference Guide (HiFi Tuner)",
             category="likeness/reference",
-            description="Samples a picture whose subject takes up the details of an inverted reference picture (HiFi "
+            description="Samples an image whose subject takes up the details of an inverted reference image (HiFi "
             "Tuner): in part of the sampling the negative prompt inside the mask is optimised until the steps meet the "
             "reference.",
             search_aliases=["hifi tuner", "subject driven", "null text", "reference"],
@@ -29,13 +29,13 @@ class LikenessReferenceGuide(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The prompt of the picture to make, with the subject's embedding in it (step-wise too).",
+                    tooltip="The prompt of the image to make, with the subject's embedding in it (step-wise too).",
                 ),
                 io.Conditioning.Input("negative", tooltip="The empty prompt."),
-                io.Noise.Input("noise", tooltip="The noise that the unguided picture was sampled from (RandomNoise)."),
+                io.Noise.Input("noise", tooltip="The noise that the unguided image was sampled from (RandomNoise)."),
                 Trajectory.Input(
                     "trajectory",
-                    tooltip="The reference, aligned to the unguided picture's subject, from Invert Picture. Its noise "
+                    tooltip="The reference, aligned to the unguided image's subject, from Invert Image. Its noise "
                     "levels are those of the sampling.",
                 ),
                 io.Mask.Input("mask", tooltip="White where the aligned reference shows the subject."),
@@ -71,9 +71,9 @@ class LikenessReferenceGuide(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="The finished picture, for VAE Decode."),
+                io.Latent.Output(display_name="latent", tooltip="The finished image, for VAE Decode."),
                 io.Model.Output(
-                    display_name="model", tooltip="Samples the same picture again: it makes the transplant on the way."
+                    display_name="model", tooltip="Samples the same image again: it makes the transplant on the way."
                 ),
                 io.Conditioning.Output(
                     display_name="negative",

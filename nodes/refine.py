@@ -8,7 +8,7 @@ from ..core.embedding import hifi_tuner
 from ..core.embedding.host.refine import SavedStep, refine_embedding
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
-from .embedding import ANCHORS, anchor_inputs, held, picture_inputs
+from .embedding import ANCHORS, anchor_inputs, held, image_inputs
 from .types import Embedding, LossMap, schema, seed_input
 
 
@@ -56,8 +56,8 @@ class LikenessRefineEmbedding(io.ComfyNode):
                     max=100_000,
                     tooltip="Which saved step of the embedding to begin with; 0 takes the recommended one.",
                 ),
-                seed_input("Decides pictures and noise of the updates."),
-                *picture_inputs("Encodes the image."),
+                seed_input("Decides images and noise of the updates."),
+                *image_inputs("Encodes the image."),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="The empty prompt that the anchor holds the rows to."
                 ),

@@ -1,4 +1,4 @@
-"""Invert a picture for a sampling of few steps (ReNoise)."""
+"""Invert an image for a sampling of few steps (ReNoise)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
 
 class LikenessRenoise(io.ComfyNode):
-    """MODEL + picture + its prompt + a few SIGMAS -> the noise, and the SAMPLER that comes back from it."""
+    """MODEL + image + its prompt + a few SIGMAS -> the noise, and the SAMPLER that comes back from it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,17 +21,17 @@ class LikenessRenoise(io.ComfyNode):
             node_id="LikenessRenoise",
             display_name="Invert For Few Steps (ReNoise)",
             category="likeness/inversion",
-            description="Finds the noise that a picture would have come from in a few steps of a turbo model "
+            description="Finds the noise that an image would have come from in a few steps of a turbo model "
             "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with this sampler "
             "and these SIGMAS and no other noise, or edit with Optimize LoRA.",
             search_aliases=["renoise", "turbo inversion", "siso", "invert", "unsampler", "ddim inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
-                io.Conditioning.Input("positive", tooltip="A plain description of the picture: 'a photo of a dog'."),
+                io.Conditioning.Input("positive", tooltip="A plain description of the image: 'a photo of a dog'."),
                 io.Sigmas.Input(
                     "sigmas",
                     tooltip="The noise levels to come back along. Published: BasicScheduler, simple, 4 steps, then "
-                    "SplitSigmas at 1, its low_sigmas. Fewer keep more of the picture.",
+                    "SplitSigmas at 1, its low_sigmas. Fewer keep more of the image.",
                 ),
                 io.Combo.Input(
                     "sampler",
@@ -57,7 +57,7 @@ class LikenessRenoise(io.ComfyNode):
                     display_name="sampler", tooltip="The sampler, adding the very noises that were found."
                 ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for sampler or Optimize LoRA."),
-                io.String.Output(display_name="report", tooltip="The steps, and how near they come to the picture."),
+                io.String.Output(display_name="report", tooltip="The steps, and how near they come to the image."),
             ],
             hidden=[io.Hidden.unique_id],
         )

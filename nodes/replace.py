@@ -1,4 +1,4 @@
-"""Replace the subject of a picture and leave the rest where it is (HiFi Tuner; prompt-to-prompt)."""
+"""Replace the subject of an image and leave the rest where it is (HiFi Tuner; prompt-to-prompt)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .types import Embedding, advanced, fraction, schema
 
 
 class LikenessReplaceSubject(io.ComfyNode):
-    """MODEL + an inverted picture + a word swap -> MODEL, prompts and noise for the picture and its edit."""
+    """MODEL + an inverted image + a word swap -> MODEL, prompts and noise for the image and its edit."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,22 +18,22 @@ class LikenessReplaceSubject(io.ComfyNode):
             node_id="LikenessReplaceSubject",
             display_name="Replace Subject (Prompt-to-Prompt)",
             category="likeness/reference",
-            description="Exchanges a word of the prompt that a picture was inverted with, while everything else looks "
-            "where it looked in the picture. Sample without adding noise, with the euler sampler and the SIGMAS of the "
-            "inversion: the first picture is the reconstruction, the second the edit.",
+            description="Exchanges a word of the prompt that an image was inverted with, while everything else looks "
+            "where it looked in the image. Sample without adding noise, with the euler sampler and the SIGMAS of the "
+            "inversion: the first image is the reconstruction, the second the edit.",
             search_aliases=["prompt to prompt", "p2p", "hifi tuner", "word swap", "edit"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the picture was inverted with. It is not changed."),
+                io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                io.Latent.Input("latent", tooltip="The noise from Invert Picture, of one picture."),
+                io.Latent.Input("latent", tooltip="The noise from Invert Image, of one image."),
                 io.Conditioning.Input(
-                    "negative", tooltip="From Null-Text, so that the picture comes back with guidance. Passed on."
+                    "negative", tooltip="From Null-Text, so that the image comes back with guidance. Passed on."
                 ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="a photo of a cat on the grass",
-                    tooltip="The very prompt that the picture was inverted with; at most 75 tokens.",
+                    tooltip="The very prompt that the image was inverted with; at most 75 tokens.",
                 ),
                 io.String.Input(
                     "word",
@@ -44,7 +44,7 @@ class LikenessReplaceSubject(io.ComfyNode):
                 fraction(
                     "end_percent",
                     END_PERCENT,
-                    "Until which part of the sampling the picture's attention is kept: 1 is to the end (HiFi "
+                    "Until which part of the sampling the image's attention is kept: 1 is to the end (HiFi "
                     "Tuner), 0.8 prompt-to-prompt's. Earlier gives the new subject more freedom of shape.",
                 ),
                 io.Float.Input(
@@ -77,7 +77,7 @@ class LikenessReplaceSubject(io.ComfyNode):
                     fraction(
                         "blend",
                         0.0,
-                        "Keep the picture itself wherever the word, old or new, gets less than this share of "
+                        "Keep the image itself wherever the word, old or new, gets less than this share of "
                         "the most attention (prompt-to-prompt's local blend, 0.3 there). Needs the euler sampler. 0 is "
                         "off.",
                     ),
@@ -91,24 +91,24 @@ class LikenessReplaceSubject(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the picture may change: the subject, grown to where the new one will be. "
-                    "Elsewhere the picture itself is kept; with blend too, where both allow it. Needs the euler "
+                    tooltip="White where the image may change: the subject, grown to where the new one will be. "
+                    "Elsewhere the image itself is kept; with blend too, where both allow it. Needs the euler "
                     "sampler.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The prompt as Invert Picture got it, when something is on it: sizes (SDXL), a ControlNet. "
-                    "They then hold for both pictures.",
+                    tooltip="The prompt as Invert Image got it, when something is on it: sizes (SDXL), a ControlNet. "
+                    "They then hold for both images.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="Sample both pictures with this one."),
+                io.Model.Output(display_name="model", tooltip="Sample both images with this one."),
                 io.Conditioning.Output(
-                    display_name="positive", tooltip="The prompt and the edited prompt, for the two pictures."
+                    display_name="positive", tooltip="The prompt and the edited prompt, for the two images."
                 ),
                 io.Conditioning.Output(display_name="negative", tooltip="As it came, for the sampler."),
-                io.Latent.Output(display_name="latent", tooltip="The noise twice: for the picture and for its edit."),
+                io.Latent.Output(display_name="latent", tooltip="The noise twice: for the image and for its edit."),
             ],
         )
 

@@ -50,7 +50,7 @@ class LikenessLoadSana(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="The text encoder (Gemma), for prompts."),
                 io.Vae.Output(
                     display_name="vae",
-                    tooltip="The autoencoder. Its samples are 32 times smaller than pictures: start from "
+                    tooltip="The autoencoder. Its samples are 32 times smaller than images: start from "
                     "EmptyHunyuanImageLatent.",
                 ),
                 io.Clip.Output(

@@ -1,4 +1,4 @@
-"""Load a vision model, and score pictures: identity, text, background."""
+"""Load a vision model, and score images: identity, text, background."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LikenessLoadVision(io.ComfyNode):
 
 
 class LikenessScore(io.ComfyNode):
-    """Pictures, and what they should resemble -> numbers, ranking, table and a sheet of pictures with their scores."""
+    """Images, and what they should resemble -> numbers, ranking, table and a sheet of images with their scores."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -59,7 +59,7 @@ class LikenessScore(io.ComfyNode):
             node_id="LikenessScore",
             display_name="Score Likeness",
             category="likeness/score",
-            description="Measures how well pictures keep a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and keep "
+            description="Measures how well images keep a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and keep "
             "what lies outside the subject (PSNR, LPIPS), with whichever models are connected, and ranks the batch.",
             search_aliases=["dino score", "clip score", "similarity", "psnr", "lpips", "metrics", "rank"],
             inputs=_score_inputs(),
@@ -92,21 +92,21 @@ class LikenessScore(io.ComfyNode):
         report = scores.report()
         captions = [scores.lines(i) for i in range(len(scores.order))]
         footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
-        picture = score_sheet(images, captions, scores.best, footer)
+        image = score_sheet(images, captions, scores.best, footer)
         numbers = (scores.of_best(name) for name in scoring.TITLES)
         order = ", ".join(map(str, scores.order))
-        shown = {**ui.PreviewImage(picture).as_dict(), **ui.PreviewText(report).as_dict()}
-        return io.NodeOutput(*numbers, report, scores.best, order, picture, ui=shown)
+        shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}
+        return io.NodeOutput(*numbers, report, scores.best, order, image, ui=shown)
 
 
 def _score_inputs() -> list[io.Input]:
     return [
-        io.Image.Input("images", tooltip="The pictures to score, one or a batch."),
+        io.Image.Input("images", tooltip="The images to score, one or a batch."),
         io.String.Input(
             "prompt",
             default="",
             multiline=True,
-            tooltip="What the pictures should show, for CLIP-T. Needs a clip model with a text encoder. Empty: not "
+            tooltip="What the images should show, for CLIP-T. Needs a clip model with a text encoder. Empty: not "
             "measured.",
         ),
         io.Combo.Input(
@@ -120,13 +120,13 @@ def _score_inputs() -> list[io.Input]:
             "rank_by",
             options=list(scoring.RANKINGS),
             default=scoring.OVERALL,
-            tooltip="What decides the best picture. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as they are "
+            tooltip="What decides the best image. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as they are "
             "measured; PSNR when none of them is.",
         ),
         io.Image.Input(
             "reference",
             optional=True,
-            tooltip="The subject's own picture: one for all, or one for each image. For PSNR and LPIPS the picture "
+            tooltip="The subject's own image: one for all, or one for each image. For PSNR and LPIPS the image "
             "before the edit, in the same size.",
         ),
         io.Mask.Input(
@@ -155,17 +155,17 @@ def _score_inputs() -> list[io.Input]:
 
 
 def _score_outputs() -> list[io.Output]:
-    best = "of the best picture; -1 when it was not measured."
+    best = "of the best image; -1 when it was not measured."
     return [
         io.Float.Output(display_name="dino", tooltip=f"DINO identity (cosine, 1 = the same) {best}"),
         io.Float.Output(display_name="clip_i", tooltip=f"CLIP identity (cosine, 1 = the same) {best}"),
         io.Float.Output(display_name="clip_t", tooltip=f"CLIP agreement with the prompt (cosine) {best}"),
         io.Float.Output(display_name="psnr", tooltip=f"PSNR outside the mask in dB (100 = equal) {best}"),
         io.Float.Output(display_name="lpips", tooltip=f"LPIPS outside the mask (0 = equal) {best}"),
-        io.String.Output(display_name="report", tooltip="A table of all pictures, with the models that were used."),
-        io.Int.Output(display_name="best", tooltip="Index of the best picture in the batch, counted from 0."),
+        io.String.Output(display_name="report", tooltip="A table of all images, with the models that were used."),
+        io.Int.Output(display_name="best", tooltip="Index of the best image in the batch, counted from 0."),
         io.String.Output(display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
-        io.Image.Output(display_name="picture", tooltip="The pictures in a grid with their scores under them."),
+        io.Image.Output(display_name="picture", tooltip="The images in a grid with their scores under them."),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a generated picture is to be like (SISO)."""
+"""What a generated image is to be like (SISO)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LikenessLoadRetrieval(io.ComfyNode):
                     "its tensors as safetensors. Press R to refresh the list.",
                 )
             ],
-            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The model, for Likeness To Pictures.")],
+            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The model, for Likeness To Images.")],
         )
 
     @classmethod
@@ -50,15 +50,15 @@ class LikenessLoadRetrieval(io.ComfyNode):
 
 
 class LikenessSimilarity(io.ComfyNode):
-    """CLIP_VISION + pictures of the subject -> LIKENESS_SIMILARITY."""
+    """CLIP_VISION + images of the subject -> LIKENESS_SIMILARITY."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LikenessSimilarity",
-            display_name="Likeness To Pictures",
+            display_name="Likeness To Images",
             category="likeness/similarity",
-            description="Says what generated pictures are to be like: the subject's pictures, as a vision model sees "
+            description="Says what generated images are to be like: the subject's images, as a vision model sees "
             "them. SISO adds up DINOv2 (large) and instance retrieval, each with weight 1.",
             search_aliases=["siso", "dino loss", "similarity loss", "reward"],
             inputs=[
@@ -69,8 +69,8 @@ class LikenessSimilarity(io.ComfyNode):
                 ),
                 io.Image.Input(
                     "image",
-                    tooltip="The subject, one picture or a batch: of several the mean likeness counts. Only the "
-                    "central square of a picture is seen.",
+                    tooltip="The subject, one image or a batch: of several the mean likeness counts. Only the "
+                    "central square of an image is seen.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -85,7 +85,7 @@ class LikenessSimilarity(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="White on the subject: then it is cut out and put on white, and nothing of it is lost at "
-                    "the border. Not in the paper, which shows the whole picture.",
+                    "the border. Not in the paper, which shows the whole image.",
                 ),
             ],
             outputs=[Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to add another to.")],

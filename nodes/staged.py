@@ -17,7 +17,7 @@ def _subject() -> list[io.Input]:
     """The inputs that both nodes have: what is sampled with."""
     return [
         io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
-        io.Vae.Input("vae", tooltip="Every loop goes through pictures."),
+        io.Vae.Input("vae", tooltip="Every loop goes through images."),
         Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
         Subject.Input("subject", tooltip="From Encode Subject."),
     ]
@@ -61,19 +61,19 @@ def _numbers(cfg: float) -> list[io.Input]:
             max=1.0,
             step=0.005,
             round=0.0001,
-            tooltip="The loops end when two pictures in a row are this alike to the vision model. 0.99 is published "
+            tooltip="The loops end when two images in a row are this alike to the vision model. 0.99 is published "
             "for CLIP ViT-B/32, and seldom reached.",
         ),
         io.ClipVision.Input(
             "vision",
             optional=True,
-            tooltip="Says when two pictures are alike. Not needed for a fixed number of loops.",
+            tooltip="Says when two images are alike. Not needed for a fixed number of loops.",
         ),
     ]
 
 
 class LikenessStagedSampler(io.ComfyNode):
-    """MODEL + adapter + subject + prompts -> pictures of the subject, and a report."""
+    """MODEL + adapter + subject + prompts -> images of the subject, and a report."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -81,14 +81,14 @@ class LikenessStagedSampler(io.ComfyNode):
             node_id="LikenessStagedSampler",
             display_name="Staged Sampler (EZIGen)",
             category="likeness/adapter",
-            description="Samples a subject in stages (EZIGen): the text lays the picture out, the subject appears in "
-            "it, and both last steps are done again until two pictures in a row are alike.",
+            description="Samples a subject in stages (EZIGen): the text lays the image out, the subject appears in "
+            "it, and both last steps are done again until two images in a row are alike.",
             search_aliases=["ezigen", "decoupled guidance", "subject driven"],
             inputs=[
                 *_subject(),
                 io.Conditioning.Input("positive", tooltip="The scene, with the subject's class in it."),
                 io.Conditioning.Input("negative", tooltip=f'Of the first sampling; published: "{published.NEGATIVE}"'),
-                io.Latent.Input("latent", tooltip="An empty latent: its size and number of pictures count."),
+                io.Latent.Input("latent", tooltip="An empty latent: its size and number of images count."),
                 *_numbers(published.CFG),
                 io.Conditioning.Input(
                     "loop_negative", optional=True, tooltip="Of the loops: connect the empty prompt, as published."
@@ -96,7 +96,7 @@ class LikenessStagedSampler(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="A picture to begin the loops with, of any model, in place of the first sampling." + LARGE,
+                    tooltip="An image to begin the loops with, of any model, in place of the first sampling." + LARGE,
                 ),
                 *advanced(
                     io.Combo.Input(
@@ -115,12 +115,12 @@ class LikenessStagedSampler(io.ComfyNode):
                         "exact_noise_level",
                         default=True,
                         tooltip="Loops begin at the very level of their first step. Off: as the authors' code does it, "
-                        "a little too noisy: by its formula 3 % of the picture's signal are lost in every loop.",
+                        "a little too noisy: by its formula 3 % of the image's signal are lost in every loop.",
                     ),
                     io.Boolean.Input(
                         "keep_best",
                         default=False,
-                        tooltip="Of all loops the picture that is most like the subject, in place of the last one.",
+                        tooltip="Of all loops the image that is most like the subject, in place of the last one.",
                     ),
                 ),
             ],
@@ -173,11 +173,11 @@ class LikenessStagedSampler(io.ComfyNode):
         node = cls.hidden.unique_id
         models = host.StagedModels(model, vae, adapter, vision)
         found = host.staged(models, subject, prompts, latent["samples"], settings, image, node)
-        return io.NodeOutput(found.picture, found.pictures, {"samples": found.latent}, found.report)
+        return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
 class LikenessStagedEdit(io.ComfyNode):
-    """A picture + mask + subject -> the picture with the subject in the masked place."""
+    """An image + mask + subject -> the image with the subject in the masked place."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -185,33 +185,33 @@ class LikenessStagedEdit(io.ComfyNode):
             node_id="LikenessStagedEdit",
             display_name="Staged Edit (EZIGen)",
             category="likeness/adapter",
-            description="Puts a subject into a masked place of a picture (EZIGen). The picture is inverted, and "
+            description="Puts a subject into a masked place of an image (EZIGen). The image is inverted, and "
             "outside of the mask its own latents are put back behind every step.",
             search_aliases=["ezigen", "subject swap", "inpaint subject"],
             inputs=[
                 *_subject(),
                 io.Conditioning.Input("positive", tooltip='What stands in the place afterwards: "a photo of a dog".'),
                 io.Conditioning.Input("negative", tooltip="The empty prompt, as published; the inversion uses it too."),
-                io.Image.Input("image", tooltip="The picture to edit, of any proportion." + LARGE),
+                io.Image.Input("image", tooltip="The image to edit, of any proportion." + LARGE),
                 io.Mask.Input("mask", tooltip="White where the subject goes. Grey mixes both."),
                 *_numbers(published.EDIT_CFG),
                 io.Boolean.Input(
                     "paste",
                     default=False,
-                    tooltip="Put the picture's own pixels back outside of the mask in the end.",
+                    tooltip="Put the image's own pixels back outside of the mask in the end.",
                 ),
                 *advanced(
                     io.Boolean.Input(
                         "exact_background",
                         default=True,
-                        tooltip="Behind every step the background of its very level, and the picture itself in the "
+                        tooltip="Behind every step the background of its very level, and the image itself in the "
                         "end. Off: as the authors' code does it, which leaves noise in the background.",
                     )
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The edited picture."),
-                io.Image.Output(display_name="loops", tooltip="The picture, and the result of every loop."),
+                io.Image.Output(display_name="image", tooltip="The edited image."),
+                io.Image.Output(display_name="loops", tooltip="The image, and the result of every loop."),
                 io.Latent.Output(display_name="latent", tooltip="The result, before decoding and pasting."),
                 io.String.Output(display_name="report", tooltip="How alike the loops were."),
             ],
@@ -252,7 +252,7 @@ class LikenessStagedEdit(io.ComfyNode):
         prompts, node = editing.EditPrompts(positive, negative, negative), cls.hidden.unique_id
         models = host.StagedModels(model, vae, adapter, vision)
         found = editing.edited(models, subject, prompts, image, mask, settings, node)
-        return io.NodeOutput(found.picture, found.pictures, {"samples": found.latent}, found.report)
+        return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
 NODES = [LikenessStagedSampler, LikenessStagedEdit]

@@ -27,13 +27,13 @@ class LikenessSweep(io.ComfyNode):
                     "base_weights",
                     default="0.3, 0.5, 0.7, 0.9",
                     tooltip="Values for base_weight (v), from 0 to 1 with commas between them. Higher obeys the edit "
-                    "prompt more, lower keeps more of the picture.",
+                    "prompt more, lower keeps more of the image.",
                 ),
                 io.String.Input(
                     "end_percents",
                     default="0.2, 0.4, 0.6, 0.8",
                     tooltip="Values for end_percent (K), from 0 to 1 with commas between them. 0.6 is the paper's "
-                    "K = 400. Higher keeps more of the picture.",
+                    "K = 400. Higher keeps more of the image.",
                 ),
             ],
             outputs=[
@@ -58,7 +58,7 @@ class LikenessSweep(io.ComfyNode):
 
 
 class LikenessSweepPlot(io.ComfyNode):
-    """The results of a sweep -> a grid of pictures and a plot of their measures."""
+    """The results of a sweep -> a grid of images and a plot of their measures."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,36 +66,36 @@ class LikenessSweepPlot(io.ComfyNode):
             node_id="LikenessSweepPlot",
             display_name="Plot Guidance Sweep",
             category="likeness/guidance",
-            description="Collects what a sweep has made: the pictures in a grid, one row for each end percent and one "
+            description="Collects what a sweep has made: the images in a grid, one row for each end percent and one "
             "column for each base weight, and their measures as curves.",
             search_aliases=["sine", "xy plot", "grid", "sweep"],
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="The results, one picture for each pair of the sweep."),
+                io.Image.Input("images", tooltip="The results, one image for each pair of the sweep."),
                 io.Float.Input("base_weight", force_input=True, tooltip="The list of that name, from Sweep Guidance."),
                 io.Float.Input("end_percent", force_input=True, tooltip="The list of that name, from Sweep Guidance."),
                 io.Float.Input(
                     "distance",
                     optional=True,
                     force_input=True,
-                    tooltip="A distance to the source picture, such as lpips of Score Likeness: lower is nearer.",
+                    tooltip="A distance to the source image, such as lpips of Score Likeness: lower is nearer.",
                 ),
                 io.Float.Input(
                     "identity",
                     optional=True,
                     force_input=True,
-                    tooltip="A likeness to the source picture, such as dino or clip_i of Score Likeness. Drawn as the "
+                    tooltip="A likeness to the source image, such as dino or clip_i of Score Likeness. Drawn as the "
                     "distance 1 - identity.",
                 ),
                 io.Float.Input(
                     "text",
                     optional=True,
                     force_input=True,
-                    tooltip="How well each picture meets the edit prompt: clip_t of Score Likeness.",
+                    tooltip="How well each image meets the edit prompt: clip_t of Score Likeness.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="All pictures, with their settings at the edges."),
+                io.Image.Output(display_name="grid", tooltip="All images, with their settings at the edges."),
                 io.Image.Output(
                     display_name="plot",
                     tooltip="The measures over v for each K, and over K for each v. Nothing runs behind it when none "

@@ -1,4 +1,4 @@
-"""Train EZIGen's adapter on a folder of pictures of subjects."""
+"""Train EZIGen's adapter on a folder of images of subjects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .types import Adapter, LossMap, advanced, schema, seed_input
 
 
 class LikenessTrainAdapter(io.ComfyNode):
-    """MODEL + CLIP + VAE + a folder of pictures -> LIKENESS_ADAPTER."""
+    """MODEL + CLIP + VAE + a folder of images -> LIKENESS_ADAPTER."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,7 +21,7 @@ class LikenessTrainAdapter(io.ComfyNode):
             node_id="LikenessTrainAdapter",
             display_name="Train Subject Adapter (EZIGen)",
             category="likeness/adapter",
-            description="Trains EZIGen's adapter on a folder of pictures of many subjects, so that it reads subjects "
+            description="Trains EZIGen's adapter on a folder of images of many subjects, so that it reads subjects "
             "of that kind better. The model itself stays as it is. For large sets there is a command-line trainer.",
             search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
             inputs=[*_inputs(), *_advanced_inputs(), _start()],
@@ -33,7 +33,7 @@ class LikenessTrainAdapter(io.ComfyNode):
                 io.String.Output(
                     display_name="report",
                     tooltip="What of the folder was used and what was left out, and the error with the subject's "
-                    "pictures beside that without.",
+                    "images beside that without.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -41,7 +41,7 @@ class LikenessTrainAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **_others) -> str:
-        return folders.picture_folder_state(folder)
+        return folders.image_folder_state(folder)
 
     @classmethod
     def execute(
@@ -60,7 +60,7 @@ class LikenessTrainAdapter(io.ComfyNode):
         checkpointing=False,
         adapter=None,
     ) -> io.NodeOutput:
-        pairs = PairFolder(folders.resolve_picture_folder(folder), size, max_subjects)
+        pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
         trained, losses, report = host.train_adapter(
             host.Trainee(model, clip, vae, adapter),
             pairs,
@@ -77,11 +77,11 @@ def _inputs() -> list[io.Input]:
             "model", tooltip="SD2.1-base (512), which the published adapter is for, or an SD1.x model. Not changed."
         ),
         io.Clip.Input("clip", tooltip="Encodes the captions and the class nouns."),
-        io.Vae.Input("vae", tooltip="Encodes the pictures."),
+        io.Vae.Input("vae", tooltip="Encodes the images."),
         io.Combo.Input(
             "folder",
-            options=folders.picture_folders(),
-            tooltip="A folder in ComfyUI's input folder with a folder for each subject: pictures, each with <name>.txt "
+            options=folders.image_folders(),
+            tooltip="A folder in ComfyUI's input folder with a folder for each subject: images, each with <name>.txt "
             "(its caption) and <name>.mask.png (white on the subject). Press R to refresh the list.",
         ),
         io.Int.Input(
@@ -90,7 +90,7 @@ def _inputs() -> list[io.Input]:
             min=64,
             max=2048,
             step=8,
-            tooltip="Side of the squares that pictures and subjects are brought to: what the model was made for.",
+            tooltip="Side of the squares that images and subjects are brought to: what the model was made for.",
         ),
         io.Int.Input(
             "steps",
@@ -105,7 +105,7 @@ def _inputs() -> list[io.Input]:
             default=1,
             min=1,
             max=256,
-            tooltip="Pictures learned from in one update. 1 is published; more make the loss quieter and take as many "
+            tooltip="Images learned from in one update. 1 is published; more make the loss quieter and take as many "
             "times the memory.",
         ),
         io.Float.Input(
@@ -117,7 +117,7 @@ def _inputs() -> list[io.Input]:
             round=1e-8,
             tooltip="AdamW's learning rate: 0.0001 is published; 0.00001 to 0.00005 when going on from an adapter.",
         ),
-        seed_input("Decides which pictures come when, timesteps and noise."),
+        seed_input("Decides which images come when, timesteps and noise."),
     ]
 
 
@@ -138,7 +138,7 @@ def _advanced_inputs() -> list[io.Input]:
             default=MAX_SUBJECTS,
             min=1,
             max=MAX_SUBJECTS,
-            tooltip="Up to so many other pictures of a subject are shown beside each picture. 4 is published; 1 costs "
+            tooltip="Up to so many other images of a subject are shown beside each image. 4 is published; 1 costs "
             "less, and is enough when you will only ever show one.",
         ),
         io.Boolean.Input(

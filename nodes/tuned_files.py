@@ -23,11 +23,11 @@ class LikenessSaveTuned(io.ComfyNode):
             node_id="LikenessSaveTuned",
             display_name="Save Fine-Tune",
             category="likeness/fine_tune",
-            description="Saves what Fine-Tune On Picture or Optimize LoRA learned into models/loras, with its prompt "
+            description="Saves what Fine-Tune On Image or Optimize LoRA learned into models/loras, with its prompt "
             "and position map. The stock Load LoRA takes the file too, without map.",
             search_aliases=["sine", "siso", "save lora"],
             inputs=[
-                LoraModel.Input("lora", tooltip="The output of Fine-Tune On Picture, or of Optimize LoRA."),
+                LoraModel.Input("lora", tooltip="The output of Fine-Tune On Image, or of Optimize LoRA."),
                 io.String.Input(
                     "filename_prefix",
                     default="likeness/tuned",
@@ -47,7 +47,7 @@ class LikenessSaveTuned(io.ComfyNode):
         tuned = lora if isinstance(lora, Tuned) else None
         if tuned is None:
             raise ValueError(
-                "This LORA_MODEL was not made by Fine-Tune On Picture or Optimize LoRA, so nothing is known of its "
+                "This LORA_MODEL was not made by Fine-Tune On Image or Optimize LoRA, so nothing is known of its "
                 "prompt and base: save it with the stock Save LoRA node."
             )
         path = numbered_path(folders.first_folder(folders.LORAS), filename_prefix, ".safetensors")

@@ -48,8 +48,8 @@ def cfg_input(default: float, tooltip: str) -> io.Input:
 def encoded_or_image() -> list[io.Input]:
     """The three inputs of an ImageSource: a latent, or an image with the VAE that encodes it."""
     return [
-        io.Latent.Input("latent", optional=True, tooltip="The picture, encoded. Instead of image and VAE."),
-        io.Image.Input("image", optional=True, tooltip="The picture. Needs the VAE."),
+        io.Latent.Input("latent", optional=True, tooltip="The image, encoded. Instead of image and VAE."),
+        io.Image.Input("image", optional=True, tooltip="The image. Needs the VAE."),
         io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
     ]
 

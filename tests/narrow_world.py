@@ -37,7 +37,7 @@ def trainee(start: Any = None) -> Any:
 
 
 def draw(folder: Path, subjects: range, pictures: int) -> Path:
-    """Pictures of subjects in several places, with captions and masks."""
+    """Images of subjects in several places, with captions and masks."""
     from likeness.toyworld.workflows import draw_training_set
 
     return draw_training_set(folder, subjects, pictures)

@@ -13,7 +13,7 @@ from likeness.toolbox.server import Server
 
 from .tiny_models import randomise
 
-WIDTHS = (4, 8, 8, 8, 16, 32)  # six levels, as published: samples are 32 times smaller than pictures
+WIDTHS = (4, 8, 8, 8, 16, 32)  # six levels, as published: samples are 32 times smaller than images
 CHANNELS, CAPTION = 8, 16
 SCALE = 0.41407
 NAME, ITERATIONS, GRAD_STEPS = "tiny_sana", 4, 3  # in a server, and of an optimisation there

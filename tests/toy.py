@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class GaussianDenoiser:
-    """The exact posterior mean when pictures are N(P c, 1), with P a fixed linear map of the mean text row.
+    """The exact posterior mean when images are N(P c, 1), with P a fixed linear map of the mean text row.
 
     x = x0 + sigma * eps, so D(x, sigma, c) = (x + sigma^2 * P c) / (1 + sigma^2).
     """

@@ -1,7 +1,7 @@
 """Word swap of prompt-to-prompt (Hertz 2022, arXiv 2208.01626), in the form of HiFi Tuner (arXiv 2312.00079), Alg. 3.
 
-A picture and its edit are denoised side by side. In each cross-attention layer a_src [T, N] says how much each of T
-places of the picture looks at each of N rows of the source prompt. The edit's layer uses
+An image and its edit are denoised side by side. In each cross-attention layer a_src [T, N] says how much each of T
+places of the image looks at each of N rows of the source prompt. The edit's layer uses
 
     a[:, j] = sum_w a_src[:, w] Map[w, j]    for the rows j that both prompts share,
     a[:, j] = a_edit[:, j]                   for the new subject's own rows: its word, and a learned embedding's,

@@ -85,7 +85,7 @@ class AnchoredHiPer(HiPer):
 
 @dataclass(frozen=True)
 class StepWiseSettings:
-    """What decides the result of Algorithm 1, next to the model, the pictures, the prompt and c_s."""
+    """What decides the result of Algorithm 1, next to the model, the images, the prompt and c_s."""
 
     inner_steps: int = INNER_STEPS
     learning_rate: float = LEARNING_RATE
@@ -123,7 +123,7 @@ class StepWise:
         self.optimizer = torch.optim.Adam([self.c_s], lr=self.settings.learning_rate)
 
     def draw(self) -> tuple[int, Tensor]:
-        """Picture index and noise [1, C, h, w] of the next update."""
+        """Image index and noise [1, C, h, w] of the next update."""
         generator = step_generator(self.settings.seed, self.step, "step-wise")
         index = int(torch.randint(self.x0.shape[0], (1,), generator=generator))
         return index, torch.randn(1, *self.x0.shape[1:], generator=generator)

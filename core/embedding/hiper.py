@@ -1,14 +1,14 @@
 """HiPer (Han et al. 2023, arXiv 2303.08767), its objective: argmin_h E || eps_theta(z_t, t, [c, h]) - eps ||^2.
 
 The text encoder's output for the source prompt is a table of rows (77 x 768 for SD1.x). HiPer freezes the model and the
-head c of the table, and optimises only its last n rows h, on one picture. Any other prompt that carries the learned
+head c of the table, and optimises only its last n rows h, on one image. Any other prompt that carries the learned
 rows at its end then shows the subject.
 
 Source: train.py and inference.py of the authors. Deviations, each with its reason:
 - x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs one random draw kept for the whole run;
 - the noise is drawn in float32, theirs in float16; h and Adam stay in float32 as theirs;
 - a mask restricts the loss to the subject (HiFi Tuner eq. 6); without a mask the loss is theirs;
-- several pictures are allowed, one drawn per update;
+- several images are allowed, one drawn per update;
 - the last state is kept too, theirs is lost unless it falls on a saving step.
 """
 
@@ -32,7 +32,7 @@ SCALE = 0.8  # inference.py multiplies h by it (towards zero, not towards the pa
 
 @dataclass(frozen=True)
 class HiPerSettings:
-    """What decides the result of a run, next to the model, the picture and the prompt."""
+    """What decides the result of a run, next to the model, the image and the prompt."""
 
     tokens: int = TOKENS
     learning_rate: float = LEARNING_RATE
@@ -65,7 +65,7 @@ class HiPer:
         return len(self.losses)
 
     def draw(self) -> tuple[int, Tensor, Tensor]:
-        """Picture index, timestep [1] and noise [1, C, h, w] of the next update."""
+        """Image index, timestep [1] and noise [1, C, h, w] of the next update."""
         generator = step_generator(self.settings.seed, self.step)
         index = int(torch.randint(self.x0.shape[0], (1,), generator=generator))
         t = torch.randint(self.settings.t_low, self.settings.t_high + 1, (1,), generator=generator)

@@ -1,8 +1,8 @@
 """EZIGen (Duan et al. 2024, arXiv 2409.08091): subject features of the UNet itself, and the adapter that reads them.
 
-The UNet that generates also encodes the subject: shown the subject's picture at t = 1, it is asked for the normed
+The UNet that generates also encodes the subject: shown the subject's image at t = 1, it is asked for the normed
 input F_i of each of its self-attentions. In each transformer block a second attention, between self- and
-cross-attention, sees the picture in the making and the subject together:
+cross-attention, sees the image in the making and the subject together:
 
     n = LN_i(h),   m = [n ; w_i F_i],   h <- h + n + W_o softmax(Q(n) K(m)^T / sqrt(d)) V(m) + b_o
 
@@ -11,8 +11,8 @@ the 16 blocks of SD2.1-base. Everything else stays as it is, and with the adapte
 that the attention is skipped, because without a subject it would still add n and its own attention.
 
 Source: the authors' code. Its n beside the attention's output is their residual connection, part of the weights'
-contract; F_i is not normed again; several pictures are joined along the tokens. Deviations, each with its reason:
-- places without a subject are hidden from the attention (`present`); theirs attends to features of gray pictures in
+contract; F_i is not normed again; several images are joined along the tokens. Deviations, each with its reason:
+- places without a subject are hidden from the attention (`present`); theirs attends to features of gray images in
   training, which no sampling ever shows it;
 - `strength` takes a part of what the block adds; 1 is theirs, 0 is off.
 """
@@ -43,9 +43,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class SubjectTokens:
-    """What the adapter reads: for each layer [B or 1, R * N_i, C_i], of R pictures of a subject or of several.
+    """What the adapter reads: for each layer [B or 1, R * N_i, C_i], of R images of a subject or of several.
 
-    present: [B or 1, R], False for a place that is only filled up; None when every place has its picture.
+    present: [B or 1, R], False for a place that is only filled up; None when every place has its image.
     """
 
     layers: tuple[Tensor, ...]
@@ -63,12 +63,12 @@ class SubjectTokens:
 
 
 def joined(captured: Sequence[Tensor]) -> SubjectTokens:
-    """Tokens of R pictures for one sample: [R, N_i, C_i] of each layer -> [1, R * N_i, C_i]."""
+    """Tokens of R images for one sample: [R, N_i, C_i] of each layer -> [1, R * N_i, C_i]."""
     return SubjectTokens(tuple(features.reshape(1, -1, features.shape[-1]) for features in captured))
 
 
 def batched(captured: Sequence[Tensor], counts: Sequence[int]) -> SubjectTokens:
-    """Tokens for a batch whose samples have counts[b] pictures each: [sum(counts), N_i, C_i] -> [B, R * N_i, C_i].
+    """Tokens for a batch whose samples have counts[b] images each: [sum(counts), N_i, C_i] -> [B, R * N_i, C_i].
 
     R is the largest of the counts; what is missing is filled with zeros and hidden.
     """

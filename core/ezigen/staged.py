@@ -1,8 +1,8 @@
 """EZIGen's decoupled guidance (Duan et al. 2024, arXiv 2409.08091): layout by text, then appearance by the subject.
 
-The first steps of a sampling run without the adapter and lay the picture out; the last `split_ratio` of the steps run
+The first steps of a sampling run without the adapter and lay the image out; the last `split_ratio` of the steps run
 with it. The result is then brought back to the noise level at which the adapter began, and these last steps are done
-again, until two results in a row are alike. For an edit the first result is the source picture, and the way back up is
+again, until two results in a row are alike. For an edit the first result is the source image, and the way back up is
 an inversion, whose latents hold the background in place.
 
 All latents are in ComfyUI's coordinates, x = z + sigma n.
@@ -10,7 +10,7 @@ All latents are in ComfyUI's coordinates, x = z + sigma n.
 Source: the authors' code. Deviations, each with its reason:
 - exact noise level: theirs adds the noise of timestep 1000 * split_ratio and goes on as if it were that of the first
   step (400 and 381), which takes 3 % of the contrast in every loop; `published=True` is theirs;
-- exact background: theirs pastes latents that are two steps noisier than the picture, and a noisy one at the end;
+- exact background: theirs pastes latents that are two steps noisier than the image, and a noisy one at the end;
   here they are those of the very level, and the source itself at the end. `published=True` is theirs.
 """
 
@@ -106,7 +106,7 @@ def background_of(trajectory: Sequence[Tensor] | Tensor, step: int, published: b
 
 
 def published_levels(table: Tensor, steps: int) -> Tensor:
-    """The levels of theirs that a picture is walked up: of timesteps 0, 20, 40, ... 500, 519, ... for 50 steps.
+    """The levels of theirs that an image is walked up: of timesteps 0, 20, 40, ... 500, 519, ... for 50 steps.
 
     table [T]: the level of every timestep. The last one is left out, as they never come to it.
     """

@@ -1,16 +1,16 @@
-"""Folders of pictures of subjects, for training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091).
+"""Folders of images of subjects, for training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091).
 
-    <folder>/<subject>/<name>.png    a picture; .jpg and .webp do too
-                       <name>.txt    its caption: pictures that have one are learned to be drawn
-                       <name>.mask.png  white where the subject is: pictures that have one are shown as the subject
+    <folder>/<subject>/<name>.png    an image; .jpg and .webp do too
+                       <name>.txt    its caption: images that have one are learned to be drawn
+                       <name>.mask.png  white where the subject is: images that have one are shown as the subject
                        class.txt     the class noun, "dog"; without it the folder's name without digits at its end
 
-A sample is one captioned picture and the subject cut out of one to four others of the same subject, each alone on
-white in a square; of a subject with a single picture its own cut-out, as the published training takes it from COCO.
-A picture's transparency counts as its mask where there is no file of one.
+A sample is one captioned image and the subject cut out of one to four others of the same subject, each alone on
+white in a square; of a subject with a single image its own cut-out, as the published training takes it from COCO.
+An image's transparency counts as its mask where there is no file of one.
 
 Deviations from the published data, each with its reason: the target is cut to a square around its subject instead of
-squeezed into one, which would teach the adapter to distort; several pictures of a subject are shown in any number from
+squeezed into one, which would teach the adapter to distort; several images of a subject are shown in any number from
 one to four, theirs fills up with gray ones.
 
 Folders come from anywhere: links out of them are not followed, and what cannot be read is left out and counted.
@@ -38,14 +38,14 @@ from .train import MAX_SUBJECTS
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 CAPTION, MASK, CLASS = ".txt", ".mask.png", "class.txt"
 MAX_TEXT = 16_384  # bytes of a caption
-SAME_SHAPE = 0.02  # relative: how far a mask's proportions may be from its picture's
+SAME_SHAPE = 0.02  # relative: how far a mask's proportions may be from its image's
 EXPECTED = "<folder>/<subject>/<name>.png with <name>.txt (its caption) and <name>.mask.png (white on the subject)"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture's files. shown: it has a mask, or transparency that stands for one (mask is None then)."""
+    """One image's files. shown: it has a mask, or transparency that stands for one (mask is None then)."""
 
     path: Path
     subject: str
@@ -71,12 +71,12 @@ class Pair:
 
 
 def subject_prompt(class_noun: str) -> str:
-    """What a subject's picture is encoded with, as published."""
+    """What a subject's image is encoded with, as published."""
     return f"a photo of a {class_noun}."
 
 
 def index_of(seed: int, number: int, count: int) -> int:
-    """Which of `count` pictures the sample with this number in the whole run takes: every pass in an order of its own.
+    """Which of `count` images the sample with this number in the whole run takes: every pass in an order of its own.
 
     It depends on nothing else, so that neither the number of processes nor a resume changes it.
     """
@@ -84,7 +84,7 @@ def index_of(seed: int, number: int, count: int) -> int:
 
 
 def pair_generator(seed: int, number: int) -> torch.Generator:
-    """Decides which pictures of the subject are shown in the sample with this number."""
+    """Decides which images of the subject are shown in the sample with this number."""
     return step_generator(seed, number, "pair")
 
 
@@ -94,16 +94,16 @@ def _order(seed: int, turn: int, count: int) -> list[int]:
 
 
 class PairFolder:
-    """The pairs of a folder, one for each captioned picture."""
+    """The pairs of a folder, one for each captioned image."""
 
     def __init__(self, path: str | os.PathLike[str], size: int, max_subjects: int = MAX_SUBJECTS) -> None:
-        """Lists the folder and reads its captions. size: the side of all pictures, in pixels.
+        """Lists the folder and reads its captions. size: the side of all images, in pixels.
 
         ValueError, with the file that was expected, when there is no pair in it.
         """
         self.path, self.size, self.max_subjects = Path(os.path.realpath(path)), size, max_subjects
         self.skipped: list[str] = []
-        """What was left out, and why; grows while pictures are read."""
+        """What was left out, and why; grows while images are read."""
         self._dead: set[tuple[Path, bool]] = set()
         if not self.path.is_dir():
             raise ValueError(f"There is no folder {self.path.name}: make one of {EXPECTED}.")
@@ -116,10 +116,10 @@ class PairFolder:
         self.targets = [picture for picture in pictures if picture.caption and picture.subject in self._shown]
         self.cut_outs = [picture for found in self._shown.values() for picture in found]
         lonely = {picture.subject for picture in pictures} - self._shown.keys()
-        self.skipped += [f"{name}: no picture of it has a mask" for name in sorted(lonely)]
+        self.skipped += [f"{name}: no image of it has a mask" for name in sorted(lonely)]
         if not self.targets:
             raise ValueError(
-                f"{self.path.name}: no subject has both a caption and a mask: each needs at least one picture with "
+                f"{self.path.name}: no subject has both a caption and a mask: each needs at least one image with "
                 "<name>.txt, and one with <name>.mask.png."
             )
 
@@ -127,7 +127,7 @@ class PairFolder:
         return len(self.targets)
 
     def pair(self, index: int, generator: torch.Generator) -> Pair:
-        """The pair of a captioned picture, read anew. ValueError when no picture of the folder can be read."""
+        """The pair of a captioned image, read anew. ValueError when no image of the folder can be read."""
         picture, target, subjects = self.drawn(index, generator, self.target, self.cut_out)
         return Pair(target, picture.caption, torch.stack(subjects), [picture.class_noun] * len(subjects))
 
@@ -138,9 +138,9 @@ class PairFolder:
         target: Callable[[Picture], T | None],
         cut_out: Callable[[Picture], T | None],
     ) -> tuple[Picture, T, list[T]]:
-        """A captioned picture, what target() makes of it, and what cut_out() makes of the pictures shown beside it.
+        """A captioned image, what target() makes of it, and what cut_out() makes of the images shown beside it.
 
-        Either gives None for a picture that cannot be used; the next one then takes its place.
+        Either gives None for an image that cannot be used; the next one then takes its place.
         """
         for number in range(index, index + len(self)):
             picture = self.targets[number % len(self)]
@@ -159,7 +159,7 @@ class PairFolder:
                 taken += [] if cut is None else [cut]
             if taken:
                 return picture, found, taken
-        raise ValueError(f"{self.path.name}: no pair of pictures can be read. {'; '.join(self.skipped[-3:])}.")
+        raise ValueError(f"{self.path.name}: no pair of images can be read. {'; '.join(self.skipped[-3:])}.")
 
     def target(self, picture: Picture) -> Tensor | None:
         """[3, S, S] in 0..1, a square around the subject; None when it cannot be read."""
@@ -197,7 +197,7 @@ class PairFolder:
     def describe(self) -> str:
         """For people: how much of it is used."""
         lines = [
-            f"{self.path.name}: {len(self._shown)} subjects, {len(self.targets)} captioned pictures, "
+            f"{self.path.name}: {len(self._shown)} subjects, {len(self.targets)} captioned images, "
             f"{len(self.cut_outs)} with a mask"
         ]
         if self.skipped:
@@ -217,7 +217,7 @@ class PairFolder:
             elif path.suffix.lower() in EXTENSIONS:
                 loose = True
         if loose:
-            self.skipped.append("pictures that lie in no subject's folder")
+            self.skipped.append("images that lie in no subject's folder")
 
     def _pictures(self, folder: Path) -> Iterator[Picture]:
         names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file() and self._usable(path)}
@@ -258,7 +258,7 @@ class PairFolder:
     def _check(self, pictures: list[Picture]) -> None:
         name = self.path.name
         if not pictures:
-            raise ValueError(f"{name} holds no pictures of subjects{self._first()}: make it of {EXPECTED}.")
+            raise ValueError(f"{name} holds no images of subjects{self._first()}: make it of {EXPECTED}.")
         first = pictures[0]
         for missing, wanted, what in (
             (not any(picture.caption for picture in pictures), CAPTION, "captions"),
@@ -298,7 +298,7 @@ class PairFolder:
             return None
 
     def _read(self, picture: Picture) -> tuple[Tensor, Tensor | None]:
-        """The picture [3, H, W] on white, and its mask [H, W] or None, both in 0..1."""
+        """The image [3, H, W] on white, and its mask [H, W] or None, both in 0..1."""
         image = _pixels(picture.path, "RGBA")
         alpha = image[3]
         rgb = image[:3] * alpha + (1 - alpha)
@@ -307,7 +307,7 @@ class PairFolder:
         mask = _pixels(picture.mask, "L")
         height, width = rgb.shape[1:]
         if abs(mask.shape[2] * height / (mask.shape[1] * width) - 1) > SAME_SHAPE:
-            raise ValueError(f"its mask is {mask.shape[2]} x {mask.shape[1]}, the picture {width} x {height}")
+            raise ValueError(f"its mask is {mask.shape[2]} x {mask.shape[1]}, the image {width} x {height}")
         return rgb, functional.interpolate(mask[None], (height, width), mode="bilinear")[0, 0]
 
 
@@ -332,7 +332,7 @@ def _pixels(path: Path, mode: str) -> Tensor:
 
 
 def _square(image: Tensor, mask: Tensor | None) -> Tensor:
-    """The largest square of [3, H, W], as near to the middle of the subject as the picture allows."""
+    """The largest square of [3, H, W], as near to the middle of the subject as the image allows."""
     height, width = image.shape[1:]
     side = min(height, width)
     middle = [height / 2, width / 2]

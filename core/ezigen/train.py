@@ -1,13 +1,13 @@
 """Training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091): argmin || eps_theta(z_t, t, c, S) - eps ||^2.
 
-z_t is a picture that shows the subject somewhere, S the features of one to four other pictures of it (or cut-outs of
+z_t is an image that shows the subject somewhere, S the features of one to four other images of it (or cut-outs of
 the same one), each alone on white, encoded at t = 1 with the prompt "a photo of a <class>.". t is uniform, the error
 is not weighted, and only the adapter is trained.
 
 Source: the authors' train.py with its published settings. Deviations, each with its reason:
 - the subject is dropped in one sample of ten. Theirs compares the wrong way round and drops eight (DROP_PUBLISHED);
-- places without a picture are hidden; theirs shows gray pictures there, and samples with none;
-- a batch may mix samples with any number of pictures; each sample is dropped, and draws its t and its noise, by itself;
+- places without an image are hidden; theirs shows gray images there, and samples with none;
+- a batch may mix samples with any number of images; each sample is dropped, and draws its t and its noise, by itself;
 - w has no weight decay, which would fade the subject out;
 - what is random of a sample comes from (seed, number of the sample in the run) alone, so that neither the number of
   processes nor a resume changes it.
@@ -49,7 +49,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its subject: latents as the UNet takes them, [C, h, w] and [R, C, h', w'], and the rows of their
+    """One image and its subject: latents as the UNet takes them, [C, h, w] and [R, C, h', w'], and the rows of their
     prompts, [n, d] and [R, n, d].
     """
 
@@ -65,7 +65,7 @@ class Draw:
 
     timestep: int
     dropped: bool
-    generator: torch.Generator  # of the picture's noise, then of the subject's
+    generator: torch.Generator  # of the image's noise, then of the subject's
 
 
 def draw(seed: int, index: int, drop: float) -> Draw:
@@ -82,7 +82,7 @@ def at_timestep(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def encoded(network: Network, latents: Tensor, contexts: Tensor, noise: Tensor) -> list[Tensor]:
-    """The features of subjects' pictures [R, C, h, w], noised to t = 1."""
+    """The features of subjects' images [R, C, h, w], noised to t = 1."""
     timestep = torch.full((len(latents),), SUBJECT_TIMESTEP, device=latents.device)
     noisy = at_timestep(latents, noise, network.alphas_cumprod[SUBJECT_TIMESTEP].expand(len(latents)))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def errors(network: Network, samples: Sequence[Sample], draws: Sequence[Draw]) -
     """The squared error of each sample, [B], a mean over its latent."""
     z = torch.stack([sample.latent for sample in samples])
     noise = torch.stack([_noise(sample.latent, each.generator) for sample, each in zip(samples, draws, strict=True)])
-    # The pictures of one sample share one noise, as published.
+    # The images of one sample share one noise, as published.
     subject_noise = [
         _noise(sample.subjects[0], each.generator).expand_as(sample.subjects)
         for sample, each in zip(samples, draws, strict=True)

@@ -1,4 +1,4 @@
-"""DDIM inversion (Song et al. 2021, arXiv 2010.02502, eq. 13 run backwards): the noise that a picture came from.
+"""DDIM inversion (Song et al. 2021, arXiv 2010.02502, eq. 13 run backwards): the noise that an image came from.
 
 With eta 0 a DDIM step is an Euler step in ComfyUI's coordinates, x' = x + (sigma' - sigma) eps(x, sigma), and inversion
 walks the same levels upwards. What differs between implementations is where eps is asked for, because the exact
@@ -38,7 +38,7 @@ def invert(
     """The trajectory [T + 1, B, C, h, w] of x0 [B, C, h, w]: entry i is the latent before step i of sampling `sigmas`.
 
     sigmas [T + 1] descending, as a sampler takes them; the last may be 0. context [B or 1, rows, width] of the prompt
-    that describes the picture; no guidance. on_step(number of steps done, latent) may raise to stop.
+    that describes the image; no guidance. on_step(number of steps done, latent) may raise to stop.
     """
     sigmas = sigmas.to(x0)
     lowest = denoiser.sigmas[0].to(x0)

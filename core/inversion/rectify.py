@@ -1,6 +1,6 @@
 """Rectifying a sampling: the prediction with which the next step lands on a given latent.
 
-Direct inversion (Ju et al. 2023, arXiv 2310.01506, Algorithm 1) adds to the source picture's latent, after each step,
+Direct inversion (Ju et al. 2023, arXiv 2310.01506, Algorithm 1) adds to the source image's latent, after each step,
 what the step missed of the inverted trajectory. A sampler owns its latents, a model only its predictions; but an Euler
 step is x' = x + (sigma' - sigma) (x - D) / sigma, so the latent that it reaches can be chosen by D.
 

@@ -143,7 +143,7 @@ class ReNoiseSettings:
 
 @dataclass(frozen=True)
 class Replay:
-    """How an inverted picture is sampled again: along sigmas [T + 1], adding noises [T, C, h, w] step by step, or none
+    """How an inverted image is sampled again: along sigmas [T + 1], adding noises [T, C, h, w] step by step, or none
     [0, C, h, w]."""
 
     sigmas: Tensor

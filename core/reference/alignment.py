@@ -28,7 +28,7 @@ SMALLEST = 16  # mask pixels that a transform can be fitted to
 @dataclass(frozen=True)
 class Alignment:
     """matrix [2, 3]: from a point (x, y) of the reference to the target, both in -1 .. 1 of a square frame whose longer
-    side is the picture's. iou: of the transformed reference mask and the target mask.
+    side is the image's. iou: of the transformed reference mask and the target mask.
     """
 
     matrix: Tensor
@@ -167,20 +167,20 @@ def overlap(reference: Tensor, target: Tensor, matrix: Tensor) -> float:
     return float((one & other).sum() / (one | other).sum().clamp(min=1))
 
 
-def warp(pictures: Tensor, matrix: Tensor, size: tuple[int, int], outside: str = "border") -> Tensor:
-    """Pictures [B, C, H, W] as the transform shows them in a frame of size (h, w); outside as in grid_sample.
+def warp(images: Tensor, matrix: Tensor, size: tuple[int, int], outside: str = "border") -> Tensor:
+    """Images [B, C, H, W] as the transform shows them in a frame of size (h, w); outside as in grid_sample.
 
-    "border" repeats the edge: black edges would be inverted along with the picture.
+    "border" repeats the edge: black edges would be inverted along with the image.
     """
-    frame = _frame(pictures.shape[-2], pictures.shape[-1]), _frame(*size)
+    frame = _frame(images.shape[-2], images.shape[-1]), _frame(*size)
     square = torch.cat([matrix.double(), torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
     back = torch.linalg.inv(square)
     back = torch.linalg.inv(torch.diag(frame[0])) @ back @ torch.diag(frame[1])
-    grid = F.affine_grid(back[:2].float()[None].expand(len(pictures), -1, -1), [len(pictures), 1, *size], False)
-    return F.grid_sample(pictures.float(), grid.to(pictures.device), "bilinear", outside, align_corners=False)
+    grid = F.affine_grid(back[:2].float()[None].expand(len(images), -1, -1), [len(images), 1, *size], False)
+    return F.grid_sample(images.float(), grid.to(images.device), "bilinear", outside, align_corners=False)
 
 
 def _frame(height: int, width: int) -> Tensor:
-    """How far a picture reaches into the square frame, (x, y, 1)."""
+    """How far an image reaches into the square frame, (x, y, 1)."""
     longer = max(height, width)
     return torch.tensor([width / longer, height / longer, 1.0], dtype=torch.float64)

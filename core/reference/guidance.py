@@ -1,6 +1,6 @@
 """HiFi Tuner (Wang et al. 2023, arXiv 2312.00079), Algorithm 2: sampling that takes up the details of a reference.
 
-x*_T .. x*_0 is the trajectory of a reference picture, inverted without guidance; M the subject's mask in it. From t_s
+x*_T .. x*_0 is the trajectory of a reference image, inverted without guidance; M the subject's mask in it. From t_s
 to t_e a second empty prompt phi_h is optimised at each step, J updates of
 
     phi_h <- phi_h - eta grad || x*_(t-1)[M] - F(x_t, [c, c_s^t], phi_h)[M] ||^2
@@ -90,7 +90,7 @@ class ReferenceGuide:
 
     @property
     def done(self) -> bool:
-        """Whether the picture is finished."""
+        """Whether the image is finished."""
         return self.index == len(self.sigmas) - 1
 
     def _start(self, phi_h: Tensor) -> None:

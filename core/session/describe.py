@@ -1,7 +1,7 @@
 """Turning whatever hangs on a MODEL or in a CONDITIONING into plain values and tensors, for the key of a run.
 
 LoRAs, patches of other packs, ControlNets and hooks all change what a training learns. They are told apart by their
-numbers: weights, hint pictures, and the values that a patch's function has closed over. What cannot be told apart with
+numbers: weights, hint images, and the values that a patch's function has closed over. What cannot be told apart with
 certainty must come out different, never equal: then a run is trained again, which costs time but is right.
 """
 

@@ -26,7 +26,7 @@ def decoding(vae: Any, latent_shape: tuple[int, ...]) -> Iterator[None]:
 
 
 def decode(vae: Any, samples: Tensor) -> Tensor:
-    """Pictures [B, H, W, 3], not clamped, of samples [B, C, h, w] in a LATENT's scale. Only inside decoding().
+    """Images [B, H, W, 3], not clamped, of samples [B, C, h, w] in a LATENT's scale. Only inside decoding().
 
     Not vae.decode(): that clamps (no gradient where a pixel is saturated) and falls back to tiles without saying so.
     """

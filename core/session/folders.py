@@ -2,7 +2,7 @@
 
 A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that
 anyone may have written, so only plain relative ones of an expected kind are taken. What ComfyUI itself lists can be
-used: links in the folders are the owner's, and are followed. Folders of pictures lie in ComfyUI's input folder, which
+used: links in the folders are the owner's, and are followed. Folders of images lie in ComfyUI's input folder, which
 others may fill: no link leads out of it.
 """
 
@@ -101,7 +101,7 @@ def resolve(kind: Kind, name: str) -> Path:
         raise ValueError(
             f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list."
         )
-    paths = [path for root in roots(kind) if (path := Path(root, *parts)).exists()]
+    paths = [path for root in roots(kind) if os.path.exists(path := Path(root, *parts))]
     for path in paths:
         folder = path.is_dir()
         if any((path / marker).is_file() for marker in kind.markers) if folder else _is_of(kind, path.name):
@@ -126,14 +126,14 @@ def state(kind: Kind, name: str | None) -> str:
     return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
 
 
-def picture_folders() -> list[str]:
-    """Folders in ComfyUI's input folder that hold folders, sorted: sets of pictures by subject look so."""
+def image_folders() -> list[str]:
+    """Folders in ComfyUI's input folder that hold folders, sorted: sets of images by subject look so."""
     root = Path(folder_paths.get_input_directory())
     found = [folder for first in _subfolders(root) for folder in (first, *_subfolders(first)) if _subfolders(folder)]
     return sorted(folder.relative_to(root).as_posix() for folder in found)
 
 
-def resolve_picture_folder(name: str) -> Path:
+def resolve_image_folder(name: str) -> Path:
     """The path of a folder in ComfyUI's input folder. ValueError for anything else."""
     parts = _plain_parts(name)
     path = Path(folder_paths.get_input_directory(), *parts)
@@ -147,11 +147,11 @@ def resolve_picture_folder(name: str) -> Path:
     return path
 
 
-def picture_folder_state(name: str | None) -> str:
+def image_folder_state(name: str | None) -> str:
     """As state(), of such a folder."""
     if name is None:
         return ""
-    path = resolve_picture_folder(name)
+    path = resolve_image_folder(name)
     files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
     return " ".join(f"{f.relative_to(path)}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
 

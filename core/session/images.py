@@ -85,13 +85,10 @@ class ImageSource:
         if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
             shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
             raise ValueError(
-                f"The latent is {shape}, the model expects pictures [batch, {channels}, height, width]: use its own "
-                "VAE."
+                f"The latent is {shape}, the model expects images [batch, {channels}, height, width]: use its own VAE."
             )
         if not bool(torch.isfinite(samples).all()):
-            raise ValueError(
-                "The latent holds NaN or infinite numbers: encode the picture again, with the VAE in fp32."
-            )
+            raise ValueError("The latent holds NaN or infinite numbers: encode the image again, with the VAE in fp32.")
         samples, size = samples.float().cpu(), (samples.shape[-2], samples.shape[-1])
         if self.mask is None:
             return TrainingImages(samples, None)
@@ -106,7 +103,7 @@ class ImageSource:
         assert self.image is not None  # one of the two is there
         if self.vae is None:
             raise ValueError(
-                "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the picture to a LATENT."
+                "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the image to a LATENT."
             )
         return self.vae.encode(self.image[..., :3])
 

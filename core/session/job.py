@@ -133,7 +133,7 @@ def _trained(job: Job, done: int, store: RunStore, key: str, progress: Progress)
 
             def show(shown: Tensor) -> None:
                 if job.shows_image:
-                    progress.update(fit.losses, picture=shown[0])
+                    progress.update(fit.losses, image=shown[0])
                 else:
                     progress.update(fit.losses, shown)
 

@@ -32,7 +32,7 @@ BYTES_PER_FEATURE = (
     72.0  # of a transformer layer, for each token and channel in float32 (41 where all is in one kernel)
 )
 ADVICE = (
-    "switch checkpointing on, make the picture smaller, let fewer steps have a gradient, disconnect the text encoder, "
+    "switch checkpointing on, make the image smaller, let fewer steps have a gradient, disconnect the text encoder, "
     "or load the model as fp8"
 )
 
@@ -58,7 +58,7 @@ def decoding_memory(vae: Any, latent: Tensor, checkpointing: bool) -> float:
 
 
 def vision_memory(vision: Any, checkpointing: bool) -> float:
-    """Bytes that a CLIP_VISION holds for the gradient of one picture."""
+    """Bytes that a CLIP_VISION holds for the gradient of one image."""
     patches = next((part for part in vision.model.modules() if isinstance(part, nn.Conv2d)), None)
     if patches is None:
         return 0.0

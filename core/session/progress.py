@@ -16,7 +16,7 @@ from ..fit.fit import curve
 
 EVENT = "likeness.progress"
 PREVIEW_SIDE = 512
-INTERVAL = 1.0  # seconds between two pictures or curves
+INTERVAL = 1.0  # seconds between two images or curves
 
 
 class Steps:
@@ -58,10 +58,10 @@ class Progress:
         """Say how many steps were already there: of a stored run that is continued, or served as it is."""
         self._resumed = step
 
-    def update(self, losses: list[float], denoised: Tensor | None = None, picture: Tensor | None = None) -> None:
-        """Show the state after an update; pictures and curves at most once a second, and at the end.
+    def update(self, losses: list[float], denoised: Tensor | None = None, image: Tensor | None = None) -> None:
+        """Show the state after an update; images and curves at most once a second, and at the end.
 
-        picture: one [3, H, W] in 0..1 that is there already, instead of a latent.
+        image: one [3, H, W] in 0..1 that is there already, instead of a latent.
         """
         mm.throw_exception_if_processing_interrupted()
         step, now = len(losses), time.monotonic()
@@ -70,8 +70,8 @@ class Progress:
             return
         self._last = now
         preview = _preview(self._previewer, denoised)
-        if picture is not None:
-            pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
+        if image is not None:
+            pixels = (255 * image.movedim(0, -1)).round().byte().cpu().numpy()
             preview = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)
         self._bar.update_absolute(step, self._total, preview)
         self.curve(losses)

@@ -1,4 +1,4 @@
-"""Sampling a picture for a preview, with ComfyUI's own sampler."""
+"""Sampling an image for a preview, with ComfyUI's own sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def noisy(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tenso
     return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, whole)
 
 
-def sample_picture(
+def sample_image(
     model: Any,
     vae: Any,
     positive: Conditioning,
@@ -32,7 +32,7 @@ def sample_picture(
     cfg: float,
     seed: int,
 ) -> Tensor:
-    """One picture [1, H, W, 3] in 0..1 from fresh noise of a LATENT's shape [1, C, h, w]. Without a negative
+    """One image [1, H, W, 3] in 0..1 from fresh noise of a LATENT's shape [1, C, h, w]. Without a negative
     prompt cfg is 1.
     """
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

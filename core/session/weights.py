@@ -330,5 +330,5 @@ def check_fully_loaded(model: Any) -> None:
         raise RuntimeError(
             f"The model ({size:.1f} GB) does not fit whole beside what training needs ({free:.1f} GB are free), and "
             "a partly loaded model cannot be trained through: switch checkpointing on where the node has it, use a "
-            "smaller picture or an fp8 file of the model, or free VRAM (Unload Models)."
+            "smaller image or an fp8 file of the model, or free VRAM (Unload Models)."
         )

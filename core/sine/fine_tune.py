@@ -1,6 +1,6 @@
 """SINE (Zhang et al. 2023, arXiv 2212.04489), eq. 1, fine-tuning: argmin_theta E || eps_theta(z_t, t, c) - eps ||^2.
 
-A copy of the model is over-fitted to one picture and one fixed prompt: on the whole picture, or on patches of it while
+A copy of the model is over-fitted to one image and one fixed prompt: on the whole image, or on patches of it while
 a position map says where each patch lies (patches.py, position_map.py). What is trained, low-rank factors or every
 weight, is the caller's choice: here it is a table of parameters.
 
@@ -12,7 +12,7 @@ is decided and where guidance is later applied.
 Deviations, each with its reason:
 - x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs a random draw in every step;
 - patches are prepared ahead and repeat after as many steps as there are patches;
-- one or several pictures; a mask restricts both terms to the subject; prior preservation (DreamBooth) is there for
+- one or several images; a mask restricts both terms to the subject; prior preservation (DreamBooth) is there for
   ablation, its weight is 0 as theirs.
 """
 
@@ -69,7 +69,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Prior:
-    """Other pictures of the subject's class with a prompt of their own, so that the class is not forgotten."""
+    """Other images of the subject's class with a prompt of their own, so that the class is not forgotten."""
 
     samples: Samples
     prompt: Callable[[], Prompt]

@@ -1,4 +1,4 @@
-"""SINE (Zhang et al. 2022, arXiv 2212.04489), eq. 3: guidance by models that were tuned on one picture.
+"""SINE (Zhang et al. 2022, arXiv 2212.04489), eq. 3: guidance by models that were tuned on one image.
 
 In the part of the denoising where t > K, classifier-free guidance takes, in place of the base model's conditional
 prediction, a mix of it with the prediction of a tuned model for the tuned model's own training prompt:

@@ -1,8 +1,8 @@
-"""SINE (Zhang et al. 2023, arXiv 2212.04489), sec. 3.3: the pieces of a picture that patch-based fine-tuning sees.
+"""SINE (Zhang et al. 2023, arXiv 2212.04489), sec. 3.3: the pieces of an image that patch-based fine-tuning sees.
 
-The picture is squashed to a square of cells x cells, a cell being what one latent pixel covers. A patch is a rectangle
+The image is squashed to a square of cells x cells, a cell being what one latent pixel covers. A patch is a rectangle
 of whole cells, of any shape, resized to the training square. Which rectangle it was is told to the network by the
-position map (position_map.py), so that size and shape of the picture are learned apart from its content.
+position map (position_map.py), so that size and shape of the image are learned apart from its content.
 
 Source: the data set classes of the authors. Deviations, each with its reason:
 - resized as floating point numbers, theirs in 8 bits: no rounding on the way;
@@ -22,15 +22,15 @@ from ..fit.fit import step_generator
 
 Box = tuple[int, int, int, int]  # y0, x0, y1, x1 in cells, the ends not included
 
-SMALLEST = 0.1  # shortest side of a patch, as a fraction of the picture's
-TRIES = 100  # before a patch of a masked picture is given up for the whole picture
+SMALLEST = 0.1  # shortest side of a patch, as a fraction of the image's
+TRIES = 100  # before a patch of a masked image is given up for the whole image
 
 
 def draw_box(cells: int, uniform: Callable[[], float], at_most: Callable[[int], int]) -> Box:
     """A random rectangle of the grid; both sides are drawn independently.
 
     uniform() gives a number in [0, 1), at_most(n) an integer in 0 .. n. A side is never the whole grid, because the
-    authors round down; the whole picture is a case of its own.
+    authors round down; the whole image is a case of its own.
     """
     height, width = (max(1, int(cells * (SMALLEST + (1 - SMALLEST) * uniform()))) for _ in range(2))
     top, left = at_most(cells - height), at_most(cells - width)
@@ -38,7 +38,7 @@ def draw_box(cells: int, uniform: Callable[[], float], at_most: Callable[[int], 
 
 
 def box_of(seed: int, index: int, cells: int, whole_image: float, shows: Callable[[Box], bool] | None = None) -> Box:
-    """The rectangle of the index-th patch; with probability whole_image the whole picture.
+    """The rectangle of the index-th patch; with probability whole_image the whole image.
 
     shows(box): whether anything of the subject is in it.
     """
@@ -60,27 +60,27 @@ def box_of(seed: int, index: int, cells: int, whole_image: float, shows: Callabl
     return whole
 
 
-def squashed(pictures: Tensor, size: int) -> Tensor:
-    """Pictures [B, C, H, W] as squares of size x size pixels, whatever their shape was.
+def squashed(images: Tensor, size: int) -> Tensor:
+    """Images [B, C, H, W] as squares of size x size pixels, whatever their shape was.
 
     Bicubic, antialiased, first along the rows and cut to 0..1 before the columns: so does Pillow, which theirs uses.
     """
-    pictures = pictures.float()
-    for shape in ((pictures.shape[-2], size), (size, size)):
-        pictures = F.interpolate(pictures, size=shape, mode="bicubic", antialias=True).clamp(0.0, 1.0)
-    return pictures
+    images = images.float()
+    for shape in ((images.shape[-2], size), (size, size)):
+        images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+    return images
 
 
 def cut(square: Tensor, box: Box, cell: int, size: int) -> Tensor:
-    """The rectangle of a square picture [1, C, S, S], resized to size x size; cell: pixels of one cell."""
+    """The rectangle of a square image [1, C, S, S], resized to size x size; cell: pixels of one cell."""
     top, left, bottom, right = (side * cell for side in box)
     return squashed(square[..., top:bottom, left:right], size)
 
 
 def check_size(height: int, width: int, cells: int) -> None:
-    """ValueError when a picture has fewer pixels than the grid has cells: patches would show single pixels."""
+    """ValueError when an image has fewer pixels than the grid has cells: patches would show single pixels."""
     if min(height, width) < cells:
         raise ValueError(
-            f"The picture has {width} x {height} pixels, less than the {cells} x {cells} cells that patches are cut "
-            "along: use a larger picture, fewer cells, or switch 'patches' off."
+            f"The image has {width} x {height} pixels, less than the {cells} x {cells} cells that patches are cut "
+            "along: use a larger image, fewer cells, or switch 'patches' off."
         )

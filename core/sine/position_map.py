@@ -1,4 +1,4 @@
-"""SINE (Zhang et al. 2022, arXiv 2212.04489), section 3.3: the map that tells the network where in the picture a patch
+"""SINE (Zhang et al. 2022, arXiv 2212.04489), section 3.3: the map that tells the network where in the image a patch
 lies.
 
 The paper names a Fourier embedding of v = [h1, w1, h2, w2]; the authors' code adds something else to the first
@@ -27,7 +27,7 @@ MARKER = "likeness.needs_position_map"  # in a file of weights that were trained
 
 
 def whole_box(cells: int) -> Tensor:
-    """The box [1, 4] of the whole picture."""
+    """The box [1, 4] of the whole image."""
     return torch.tensor([[0.0, 0.0, float(cells), float(cells)]])
 
 
@@ -46,7 +46,7 @@ def position_map(
 ) -> Tensor:
     """The maps [B, channels, h, w] float32 of boxes [B, 4], each (y0, x0, y1, x1) in cells, for latents of size (h, w).
 
-    They are on the device of the boxes. Boxes need not end between cells: a window of a larger picture seldom does.
+    They are on the device of the boxes. Boxes need not end between cells: a window of a larger image seldom does.
     They are then widened to whole cells. Raises ValueError for a box outside of the grid, or channels that do not
     divide into sin and cos of x and y.
     """

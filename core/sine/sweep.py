@@ -44,7 +44,7 @@ def pairs(base_weights: Sequence[float], end_percents: Sequence[float]) -> list[
     count = len(base_weights) * len(end_percents)
     if count > MOST_PAIRS:
         raise ValueError(
-            f"{len(base_weights)} base weights x {len(end_percents)} end percents are {count} pictures: "
+            f"{len(base_weights)} base weights x {len(end_percents)} end percents are {count} images: "
             f"{MOST_PAIRS} are possible. Give fewer numbers."
         )
     return [(weight, end) for end in end_percents for weight in base_weights]
@@ -97,10 +97,10 @@ def grid(base_weights: Sequence[float], end_percents: Sequence[float]) -> Grid:
 
 
 def one_for_each(images: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Batches [B, H, W, C] -> `count` pictures [H, W, C]; ValueError when there are more or fewer."""
+    """Batches [B, H, W, C] -> `count` images [H, W, C]; ValueError when there are more or fewer."""
     pictures = [picture for batch in images for picture in batch]
     if len(pictures) != count:
         raise ValueError(
-            f"{len(pictures)} pictures came for {count} pairs: give one for each pair, from a latent of batch size 1."
+            f"{len(pictures)} images came for {count} pairs: give one for each pair, from a latent of batch size 1."
         )
     return pictures

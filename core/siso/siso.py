@@ -1,13 +1,13 @@
-"""SISO (Shpitzer et al. 2025, arXiv 2503.16025), eq. 2: a LoRA optimised against the likeness of the generated picture.
+"""SISO (Shpitzer et al. 2025, arXiv 2503.16025), eq. 2: a LoRA optimised against the likeness of the generated image.
 
     argmin_theta  - a cos(f(x_theta), f(s)) - b cos(g(x_theta), g(s))  [+ c || (1 - m) (x_theta - x) ||^2 / |1 - m|]
 
 x_theta is generated anew in each iteration, from the same noise and the same simple prompt, and decoded with a
-gradient; s is the subject's picture, f and g are frozen vision models. The last term (eq. 3) is for editing: outside of
-the mask m the picture x stays. There is no loss on predicted noise.
+gradient; s is the subject's image, f and g are frozen vision models. The last term (eq. 3) is for editing: outside of
+the mask m the image x stays. There is no loss on predicted noise.
 
 Source: the authors' scripts. Deviations, each with its reason:
-- picture, loss and weights of the same iteration are kept. Theirs may keep them of three different ones, and their
+- image, loss and weights of the same iteration are kept. Theirs may keep them of three different ones, and their
   "best" weights are references that later steps overwrite; LAST gives what is in their files;
 - a new best must be below the last one by 3 % of its size. Theirs multiplies by 1.03, which is the same for negative
   losses and lets positive ones rise for ever;
@@ -15,7 +15,7 @@ Source: the authors' scripts. Deviations, each with its reason:
   once: the same gradient, with no two of their graphs alive together;
 - their SDXL and Sana compute in float32, FLUX in bf16; the host computes in what ComfyUI chose, which saves half of the
   memory: an fp16 model in bf16 on a GPU, since gradients vanish in fp16, but in float32 for editing, which is to begin
-  at the very picture that was inverted; the autoencoder mostly in bf16. The LoRA is float32 always;
+  at the very image that was inverted; the autoencoder mostly in bf16. The LoRA is float32 always;
 - where several references are given, the cosine is the mean over them, as in their code.
 """
 
@@ -44,7 +44,7 @@ Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Groups of parameters, each with its lr and weight_decay -> an optimiser whose state is tensors and numbers."""
 
 Term = Callable[[Tensor], Tensor]
-"""Pictures [1, 3, H, W] in 0..1 -> a loss of one number."""
+"""Images [1, 3, H, W] in 0..1 -> a loss of one number."""
 
 
 def unlikeness(features: Tensor, references: Tensor) -> Tensor:
@@ -52,16 +52,16 @@ def unlikeness(features: Tensor, references: Tensor) -> Tensor:
     return -cosine(features.expand(len(references), -1), references).mean()
 
 
-def background_error(picture: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of pictures [1, C, H, W] outside of a mask [1, 1, H, W] of ones and zeros.
+def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of images [1, C, H, W] outside of a mask [1, 1, H, W] of ones and zeros.
 
     ValueError when the mask leaves nothing outside.
     """
     outside = 1 - mask
-    count = outside.sum() * picture.shape[1]
+    count = outside.sum() * image.shape[1]
     if not float(count) > 0:
-        raise ValueError("The mask covers the whole picture, so that no background is left to keep: paint the subject.")
-    return (outside * (picture - source)).square().sum() / count
+        raise ValueError("The mask covers the whole image, so that no background is left to keep: paint the subject.")
+    return (outside * (image - source)).square().sum() / count
 
 
 class Plateau:
@@ -130,7 +130,7 @@ class Siso:
         settings: SisoSettings,
         optimizer: Optimizer = torch.optim.AdamW,
     ) -> None:
-        """generate() gives the picture [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: what the
+        """generate() gives the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: what the
         settings name.
         """
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
@@ -144,9 +144,9 @@ class Siso:
         self.plateau = settings.plateau()
         self.losses: list[float] = []
         self.parts: list[list[float]] = []  # of each iteration, a number for each term
-        self.best: dict[str, Tensor] = {}  # parameters that made the best picture
-        self.pictures: list[Tensor] = []  # of each iteration, uint8 [1, 3, H, W] on the CPU
-        self.picture: Tensor | None = None  # the best one, [1, 3, H, W]
+        self.best: dict[str, Tensor] = {}  # parameters that made the best image
+        self.images: list[Tensor] = []  # of each iteration, uint8 [1, 3, H, W] on the CPU
+        self.image: Tensor | None = None  # the best one, [1, 3, H, W]
 
     @property
     def step(self) -> int:
@@ -163,8 +163,8 @@ class Siso:
         return self.settings.end(self.plateau)
 
     def update(self) -> Tensor:
-        picture = self.generate()
-        pixels = picture.detach().requires_grad_(True)
+        image = self.generate()
+        pixels = image.detach().requires_grad_(True)
         parts = []
         for term in self.terms:
             loss = term(pixels)
@@ -173,28 +173,28 @@ class Siso:
                 loss.backward()
         value = sum(parts)
         if pixels.grad is None:
-            raise RuntimeError("None of the likeness terms has a gradient to the picture: give one a weight above 0.")
+            raise RuntimeError("None of the likeness terms has a gradient to the image: give one a weight above 0.")
         self.optimizer.zero_grad(set_to_none=True)
-        picture.backward(pixels.grad)
+        image.backward(pixels.grad)
         finite_or_raise(nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM), self.step, "gradient")
         kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer.step()
         if not self.losses or value < min(self.losses):
-            self.best, self.picture = kept, pixels.detach()
+            self.best, self.image = kept, pixels.detach()
         self.losses.append(value)
         self.parts.append(parts)
-        self.pictures.append((255 * pixels.detach()).round().byte().cpu())
+        self.images.append((255 * pixels.detach()).round().byte().cpu())
         self.plateau.see(value)
         return pixels.detach()
 
     def state(self) -> dict[str, Tensor]:
         best = {f"best.{name}": value for name, value in self.best.items()}
-        picture = {} if self.picture is None else {"picture": self.picture}
+        image = {} if self.image is None else {"picture": self.image}
         return {
             **{f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()},
             **best,
-            **picture,
-            "pictures": torch.cat(self.pictures),
+            **image,
+            "pictures": torch.cat(self.images),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "parts": torch.tensor(self.parts, dtype=torch.float64),
             **adam_state(self.optimizer),
@@ -207,9 +207,9 @@ class Siso:
                 parameter.copy_(state[f"parameter.{name}"])
         device = next(iter(self.parameters.values())).device
         self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
-        self.picture = state["picture"].to(device) if "picture" in state else None
+        self.image = state["picture"].to(device) if "picture" in state else None
         self.losses, self.parts = state["losses"].tolist(), state["parts"].tolist()
-        self.pictures = list(state["pictures"].split(1))
+        self.images = list(state["pictures"].split(1))
         self.plateau = self.settings.plateau(self.losses)  # the settings of now: another patience goes on with the run
         restore_adam(self.optimizer, state)
         restore_groups(self.optimizer, state)

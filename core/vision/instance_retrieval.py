@@ -1,9 +1,9 @@
 """Instance-retrieval features (Shao and Cui 2022, arXiv 2210.08473): a ViT-H/14 whose patches overlap, and a linear
 layer to 64 numbers that tell one object from another of its kind.
 
-First place of the Google Universal Image Embedding challenge: a CLIP vision tower fine-tuned on pictures of products
+First place of the Google Universal Image Embedding challenge: a CLIP vision tower fine-tuned on images of products
 and landmarks. SISO (arXiv 2503.16025) uses it as its second feature. The network is CLIP's, but for the stride of 12
-pixels instead of 14, so that a picture of 290 pixels makes 24 x 24 patches.
+pixels instead of 14, so that an image of 290 pixels makes 24 x 24 patches.
 
 The published weights are a .pth of two parts, the tower ("backbone.") and the layer ("fc1."); a third, the classifier
 of its training ("fc2."), is not needed.
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Pictures [B, 3, 290, 290] -> [B, out]: the projected class token."""
+    """Images [B, 3, 290, 290] -> [B, out]: the projected class token."""
 
     def __init__(self, width: int, layers: int, heads: int, out: int, tokens: int) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class Backbone(nn.Module):
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(width, heads) for _ in range(layers))})
         self.proj = nn.Parameter(torch.empty(width, out))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = self.conv1(pictures).flatten(2).transpose(1, 2)
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
         x = self.ln_pre(x)
         for block in self.transformer["resblocks"]:  # ty: ignore[not-iterable]
@@ -62,14 +62,14 @@ class Backbone(nn.Module):
 
 
 class InstanceRetrieval(nn.Module):
-    """Pictures [B, 3, 290, 290], as PREPROCESS makes them -> features [B, 64]."""
+    """Images [B, 3, 290, 290], as PREPROCESS makes them -> features [B, 64]."""
 
     def __init__(self, backbone: Backbone, features: int) -> None:
         super().__init__()
         self.backbone, self.fc1 = backbone, nn.Linear(backbone.proj.shape[1], features)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.fc1(self.backbone(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc1(self.backbone(images))
 
 
 def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:

@@ -1,6 +1,6 @@
 """Measures of likeness: cosine identity, PSNR, LPIPS, ranking, and intervals for comparisons.
 
-Pictures are ComfyUI's: [B, H, W, 3] in 0..1. Masks are [B, H, W] in 0..1, 1 on the subject. Torch only, differentiable
+Images are ComfyUI's: [B, H, W, 3] in 0..1. Masks are [B, H, W] in 0..1, 1 on the subject. Torch only, differentiable
 where that makes sense.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PSNR_OF_EQUAL = 100.0  # dB; stands for the infinite PSNR of equal pictures
+PSNR_OF_EQUAL = 100.0  # dB; stands for the infinite PSNR of equal images
 LPIPS_EPS = 1e-10
 SUBJECT = 0.5  # a pixel belongs to the subject from this mask value on
 
@@ -44,7 +44,7 @@ def psnr(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
-    """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924, equation 1) -> [B], 0 for equal pictures.
+    """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924, equation 1) -> [B], 0 for equal images.
 
     a, b: the feature maps [B, C_l, h_l, w_l] of the L layers. heads: w_l >= 0, each [C_l].
       d = sum_l mean_hw sum_c w_lc * (a_lc / |a_l| - b_lc / |b_l|)^2
@@ -80,20 +80,20 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
 def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06) -> Tensor:
     """The subject alone on white, cut out square and resized -> [B, size, size, 3].
 
-    Identity is measured on this: on the whole picture a matching background looks like a matching subject. The square
+    Identity is measured on this: on the whole image a matching background looks like a matching subject. The square
     is centred on the subject's bounding box, `margin` of its longer side wider on every side. images [B, H, W, 3],
     masks [B, H, W]. Differentiable with respect to images, and therefore not clamped: bicubic resizing overshoots 0..1
     a little. ValueError when a mask has no pixel of 0.5 or more.
     """
     if images.shape[:3] != masks.shape:
         raise ValueError(
-            f"A mask of shape {tuple(masks.shape)} does not fit pictures of shape {tuple(images.shape)}: resize it."
+            f"A mask of shape {tuple(masks.shape)} does not fit images of shape {tuple(images.shape)}: resize it."
         )
     crops = []
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
         rows, columns = (torch.nonzero((mask >= SUBJECT).any(dim)).flatten() for dim in (1, 0))
         if rows.numel() == 0:
-            raise ValueError(f"The mask of picture {i} is empty (no pixel reaches {SUBJECT}): mark the subject in it.")
+            raise ValueError(f"The mask of image {i} is empty (no pixel reaches {SUBJECT}): mark the subject in it.")
         top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
         side = math.ceil(max(bottom - top, right - left) * (1.0 + 2.0 * margin))
         on_white = image * mask[..., None].to(image) + (1.0 - mask[..., None].to(image))
@@ -102,10 +102,10 @@ def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06)
     return torch.cat(crops).movedim(1, -1)
 
 
-def _window(picture: Tensor, top: int, left: int, side: int) -> Tensor:
-    """A square of [C, H, W], white where it reaches beyond the picture."""
-    height, width = picture.shape[1:]
-    inside = picture[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
+def _window(image: Tensor, top: int, left: int, side: int) -> Tensor:
+    """A square of [C, H, W], white where it reaches beyond the image."""
+    height, width = image.shape[1:]
+    inside = image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
     padding = (max(-left, 0), max(left + side - width, 0), max(-top, 0), max(top + side - height, 0))
     return functional.pad(inside, padding, value=1.0)
 

@@ -1,4 +1,4 @@
-"""From ComfyUI pictures to what a vision model takes: resize, centre crop, normalise; differentiable, never rounded."""
+"""From ComfyUI images to what a vision model takes: resize, centre crop, normalise; differentiable, never rounded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How one model wants its pictures.
+    """How one model wants its images.
 
     size: the square it takes, in pixels. shorter_side: length of the shorter side before the centre crop to `size`;
-    None squashes the picture into the square instead. mode: "bicubic" or "bilinear". published: as SISO's script does
+    None squashes the image into the square instead. mode: "bicubic" or "bilinear". published: as SISO's script does
     it, without antialiasing, and the longer side cut to whole pixels instead of rounded.
     """
 

@@ -120,7 +120,7 @@ class Page:
         return self.tab.evaluate("() => window.likenessEnd")
 
     def shows_picture(self, node_id: str, timeout: float = 20_000) -> bool:
-        """Bring a node into view; whether it then shows a decoded picture, in either rendering."""
+        """Bring a node into view; whether it then shows a decoded image, in either rendering."""
         from playwright.sync_api import TimeoutError as Waited
 
         self.tab.evaluate(f"id => app.canvas.centerOnNode({NODE})", node_id)
@@ -128,7 +128,7 @@ class Page:
             self.tab.wait_for_function(
                 f"""id => {{ const element = document.querySelector(`[data-node-id="${{id}}"]`);
                   return [...({NODE}.imgs ?? []), ...(element?.querySelectorAll('img') ?? [])]
-                    .some(picture => picture.naturalWidth > 0); }}""",
+                    .some(image => image.naturalWidth > 0); }}""",
                 arg=node_id,
                 timeout=timeout,
             )

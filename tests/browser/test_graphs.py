@@ -89,7 +89,7 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
     seed = 7000 + len(
         list((server.base / "output").rglob("*.png"))
     )  # another one each time: nothing comes from a cache
-    patience = {(title, "patience"): 0} if name.startswith("siso") else {}  # all its pictures, whatever they are like
+    patience = {(title, "patience"): 0} if name.startswith("siso") else {}  # all its images, whatever they are like
     graph = workflows.adapt(graph, {(title, "seed"): seed, **patience}, object_info)
     page.load(graph, "run")
     curve = page.tab.locator(".likeness-loss").first
@@ -118,7 +118,7 @@ def test_graph_runs_with_live_loss(page, object_info, server, name):
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
     assert page.shows_picture(trainer), "ComfyUI does not show the preview on the node"
     for title in shown:
-        assert page.shows_picture(workflows.node_id(graph, title)), f"no picture in {title}"
+        assert page.shows_picture(workflows.node_id(graph, title)), f"no image in {title}"
     saved = next(node for node in page.saved()["nodes"] if str(node["id"]) == trainer)
     assert named_values(saved, object_info)["seed"] == seed, "the curve must not be saved with the values"
 
@@ -144,7 +144,7 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
     assert [whole, whole] in seen and len({value for value, _ in seen}) > 3
     assert page.tab.evaluate("() => window.likenessPreviews") > 0
     for title in shown:
-        assert page.shows_picture(workflows.node_id(graph, title)), f"no picture in {title}"
+        assert page.shows_picture(workflows.node_id(graph, title)), f"no image in {title}"
 
 
 def test_templates_are_listed_with_thumbnails(page):
@@ -163,7 +163,7 @@ def test_templates_are_listed_with_thumbnails(page):
     for name in live.NAMES:
         card = page.tab.locator(f'[data-testid="template-workflow-{name}"]')
         card.wait_for()
-        for tries_left in reversed(range(4)):  # pictures are loaded when they come into view; the page may miss it once
+        for tries_left in reversed(range(4)):  # images are loaded when they come into view; the page may miss it once
             card.scroll_into_view_if_needed()
             try:
                 page.tab.wait_for_function(

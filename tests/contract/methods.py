@@ -41,7 +41,7 @@ class Entry:
     load: Callable[[Path], Any] | None = None
     check_base: Callable[[Setting, Any], None] | None = None
     whole: dict[str, Any] = field(default_factory=dict)
-    """Inputs with which every update sees the whole picture."""
+    """Inputs with which every update sees the whole image."""
     longer_instead: bool = False
     """Asked for 8 steps after 9 were done it gives the 9, as it did not keep the 8."""
     says_so: bool = True
@@ -54,8 +54,8 @@ PROMISES = frozenset({
     "strength",  # a number switches it off
     "seed",  # another one gives another result
     "falls",  # its loss is lower than without learning, update by update
-    "mask",  # of the training picture
-    "batches",  # of training pictures, of any size
+    "mask",  # of the training image
+    "batches",  # of training images, of any size
     "lengths",  # runs of other lengths go on with one another
     "prompt",  # it is trained with a CONDITIONING
     "patches",  # what other nodes put on the model is trained through
@@ -216,7 +216,7 @@ def _similarity_model():
 
 
 def _fit_siso(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.02, seed: int = 0, **more):
-    """A LoRA that makes one sampling step's picture more like the setting's."""
+    """A LoRA that makes one sampling step's image more like the setting's."""
     from likeness.nodes.optimize_lora import LikenessOptimizeLora
     from likeness.nodes.similarity import LikenessSimilarity
 
@@ -231,14 +231,14 @@ def _fit_siso(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.
 
 @functools.cache
 def _pictures() -> tempfile.TemporaryDirectory:
-    """Two subjects of two pictures each."""
+    """Two subjects of two images each."""
     folder = tempfile.TemporaryDirectory(prefix="likeness-pairs-", ignore_cleanup_errors=True)
     narrow_world.draw(Path(folder.name), range(2), 2)
     return folder
 
 
 def _fit_adapter(setting: Setting, *, steps: int = STEPS, learning_rate: float = 1e-3, seed: int = 0):
-    """An adapter of the model's own, with one picture a step."""
+    """An adapter of the model's own, with one image a step."""
     from likeness.core.ezigen.host.train import Plan, Trainee, train_adapter
     from likeness.core.ezigen.subject_pairs import PairFolder
     from likeness.core.ezigen.train import TrainingSettings
@@ -302,7 +302,7 @@ class _Noise:
 
 
 def _fit_reference(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.1, seed: int = 0):
-    """So many updates in one step of ten; the artifact is the picture with the model and negatives that make it."""
+    """So many updates in one step of ten; the artifact is the image with the model and negatives that make it."""
     from likeness.nodes.reference import LikenessReferenceGuide
 
     mask = torch.zeros(1, *setting.image.shape[1:3])

@@ -1,4 +1,4 @@
-"""What the tests of Sana share: prompts, noise, and pictures of stock samplers and of diffusers' own pipeline."""
+"""What the tests of Sana share: prompts, noise, and images of stock samplers and of diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .. import tiny_sana
 
 PROMPT, NEGATIVE = "A photo of a Dog ", ""
 STEPS, CFG, SEED = 4, 4.5, 3
-SHAPE = (1, tiny_sana.CHANNELS, 2, 4)  # of a picture of 128 x 64
+SHAPE = (1, tiny_sana.CHANNELS, 2, 4)  # of an image of 128 x 64
 
 
 def encoded(clip, text: str) -> list:
@@ -22,7 +22,7 @@ def noise() -> torch.Tensor:
 
 
 def reference(pipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    """Picture [1, H, W, 3] of diffusers' pipeline, and the noise levels that it took."""
+    """Image [1, H, W, 3] of diffusers' pipeline, and the noise levels that it took."""
     picture = pipeline(
         PROMPT,
         NEGATIVE,
@@ -38,7 +38,7 @@ def reference(pipeline) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def empty() -> torch.Tensor:
-    """As the stock node for samples that are 32 times smaller than the picture makes it."""
+    """As the stock node for samples that are 32 times smaller than the image makes it."""
     from comfy_extras.nodes_hunyuan import EmptyHunyuanImageLatent
 
     return EmptyHunyuanImageLatent.execute(SHAPE[3] * 32, SHAPE[2] * 32, 1).result[0]["samples"]

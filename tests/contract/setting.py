@@ -13,7 +13,7 @@ from .. import tiny_models
 
 @dataclass
 class Setting:
-    """What a method is given: a model of a family, one or more pictures, a prompt and its negative."""
+    """What a method is given: a model of a family, one or more images, a prompt and its negative."""
 
     family: str = "sd1"
     model_seed: int = 0
@@ -30,7 +30,7 @@ class Setting:
 
     @functools.cached_property
     def image(self) -> torch.Tensor:
-        """Pictures of smooth colours, as large as the latents say."""
+        """Images of smooth colours, as large as the latents say."""
         coarse = torch.rand(self.images, 3, 4, 4, generator=torch.Generator().manual_seed(6))
         size = (8 * self.size[0], 8 * self.size[1])
         return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").movedim(1, -1)

@@ -203,7 +203,7 @@ def test_other_nodes_ask_a_model_with_an_adapter():
 
 
 def test_batches_and_several_pictures():
-    """Rows of a batch do not see each other; two pictures are not one; the order of pictures does not matter."""
+    """Rows of a batch do not see each other; two images are not one; the order of images does not matter."""
     setting = Setting()
     one, two = subject(setting, 0), subject(setting, 1)
     adapter = stored(setting.model)
@@ -430,7 +430,7 @@ def test_the_published_size(more, heads):
 
 
 def test_a_mask_of_the_surroundings_and_one_of_another_proportion():
-    """Load Image gives the transparent part of a picture as its mask, which is all but the subject."""
+    """Load Image gives the transparent part of an image as its mask, which is all but the subject."""
     from likeness.core.ezigen.host.adapter import prepared
 
     picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(3))
@@ -473,7 +473,7 @@ def test_the_same_adapter_in_another_part_of_the_steps():
 
 
 def test_levels_that_rise_are_split_by_their_noise():
-    """A picture walked up (FlipSigmas) is looked at where a sampling would look."""
+    """An image walked up (FlipSigmas) is looked at where a sampling would look."""
     import comfy.samplers
 
     from likeness.core.ezigen.host.adapter import with_adapter

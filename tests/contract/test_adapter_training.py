@@ -19,7 +19,7 @@ STEP = 1e-4  # of finite differences
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two subjects of three pictures each."""
+    """Two subjects of three images each."""
     return narrow_world.draw(tmp_path_factory.mktemp("pictures") / "set", range(2), 3)
 
 
@@ -86,7 +86,7 @@ def forget_runs() -> None:
 
 @pytest.mark.slow
 def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folders):
-    """As it starts, the subject's pictures disturb; after 60 steps they help with most held-out subjects."""
+    """As it starts, the subject's images disturb; after 60 steps they help with most held-out subjects."""
     from likeness.core.ezigen.host.layers import UNet, new_adapter
     from likeness.core.ezigen.host.train import Encoded, Plan, check, train_adapter
     from likeness.core.ezigen.subject_pairs import PairFolder
@@ -100,7 +100,7 @@ def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folder
     with torch.inference_mode():
         learned, _, report = train_adapter(trainee, PairFolder(tmp_path / "train", 96, 1), Plan(96, 60), settings)
         sample = Encoded(trainee, check(trainee, 96), held_out, 0).sample
-    assert "The adapter uses the subject's pictures" in report
+    assert "The adapter uses the subject's images" in report
 
     @torch.no_grad()
     def measured(adapter) -> torch.Tensor:
@@ -242,7 +242,7 @@ def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_pa
 
 
 def test_what_decides_the_result_makes_another_run(job, tmp_path):
-    """Another picture, caption, LoRA or start must never be served by a stored run."""
+    """Another image, caption, LoRA or start must never be served by a stored run."""
     import shutil
 
     first, *_ = job.train(steps=2)
@@ -366,14 +366,14 @@ def input_folder(tmp_path, monkeypatch):
 
 def test_the_node(job, input_folder):
     """Folders are listed and looked up below ComfyUI's input folder, and nowhere else."""
-    from likeness.core.session.folders import picture_folders
+    from likeness.core.session.folders import image_folders
     from likeness.nodes.train_adapter import LikenessTrainAdapter
 
     narrow_world.draw(input_folder / "sets" / "mine", range(2), 2)
     outside = narrow_world.draw(input_folder.parent / "outside", range(2), 2)
     (input_folder / "linked").symlink_to(outside)
     (input_folder / "plain").mkdir()
-    assert picture_folders() == ["sets", "sets/mine"]
+    assert image_folders() == ["sets", "sets/mine"]
     inputs = {"model": job.model, "clip": job.clip, "vae": autoencoder(), "size": SIZE, "steps": 2, "batch": 1}
     inputs |= {"learning_rate": 1e-3, "seed": 0}
     adapter, loss, report = run_node(LikenessTrainAdapter, folder="sets/mine", **inputs)
@@ -386,7 +386,7 @@ def test_the_node(job, input_folder):
             run_node(LikenessTrainAdapter, folder=name, **inputs)
     with pytest.raises(ValueError, match="There is no folder 'absent'"):
         run_node(LikenessTrainAdapter, folder="absent", **inputs)
-    with pytest.raises(ValueError, match="holds no pictures of subjects"):
+    with pytest.raises(ValueError, match="holds no images of subjects"):
         run_node(LikenessTrainAdapter, folder="plain", **inputs)
     with pytest.raises(ValueError, match="multiple of 8"):
         run_node(LikenessTrainAdapter, folder="sets/mine", **{**inputs, "size": 60})

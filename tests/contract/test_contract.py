@@ -285,7 +285,7 @@ def test_masks_decide_what_is_learned(entry, family):
 
 @first(that_have("mask"))
 def test_what_lies_outside_a_mask_is_not_in_the_loss(entry, family):
-    """The mean error of the whole picture is then that of its parts, each weighed by its share."""
+    """The mean error of the whole image is then that of its parts, each weighed by its share."""
     part = torch.zeros(1, 64, 64)
     part[..., :16] = 1
 

@@ -112,8 +112,8 @@ def test_init_from_the_empty_prompt():
 
 
 REFUSED = {
-    "no picture": ({"latent": None}, "Connect either a LATENT, or an IMAGE"),
-    "two pictures": ({"image": picture()}, "both came in"),
+    "no image": ({"latent": None}, "Connect either a LATENT, or an IMAGE"),
+    "two images": ({"image": picture()}, "both came in"),
     "image without vae": ({"latent": None, "image": picture()}, "without a VAE"),
     "empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
     "masks of another batch size": ({"mask": torch.ones(2, 64, 64)}, "2 masks came with 1 images"),
@@ -144,7 +144,7 @@ def test_a_model_that_does_not_fit_is_refused():
     model = tiny_models.sd1()
     check_fully_loaded(model)
     model.model.model_lowvram = True
-    with pytest.raises(RuntimeError, match="does not fit whole.*smaller picture"):
+    with pytest.raises(RuntimeError, match="does not fit whole.*smaller image"):
         check_fully_loaded(model)
 
 

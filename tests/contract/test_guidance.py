@@ -65,7 +65,7 @@ def picture(setting, model, **changes):
 
 
 def through_guider(setting, tuned, cfg: float = 4.0, **changes):
-    """The same sampling as picture(), by SamplerCustomAdvanced's own calls on our GUIDER."""
+    """The same sampling as image(), by SamplerCustomAdvanced's own calls on our GUIDER."""
     import comfy.samplers
 
     from likeness.nodes.guidance import LikenessGuider
@@ -458,7 +458,7 @@ def test_a_window_without_a_step_is_said(caplog):
 
 
 def test_training_and_inversion_see_the_models_own_prediction_not_the_mix(tmp_path):
-    """On a guided MODEL as on the plain one: what is learned, and where a picture is inverted to."""
+    """On a guided MODEL as on the plain one: what is learned, and where an image is inverted to."""
     import folder_paths
 
     from .methods import METHODS

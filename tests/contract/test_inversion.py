@@ -1,4 +1,4 @@
-"""Inversion and null-text optimisation in ComfyUI: the picture comes back, and what was stopped goes on."""
+"""Inversion and null-text optimisation in ComfyUI: the image comes back, and what was stopped goes on."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_null_text_brings_guided_sampling_back_to_the_picture():
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 @pytest.mark.parametrize("start", ["prompt", "empty prompt"])
 def test_the_optimisation_takes_the_very_steps_of_the_sampler(family, start):
-    """With a learning rate that changes nothing, the last loss is what the played picture misses: also with SDXL's
+    """With a learning rate that changes nothing, the last loss is what the played image misses: also with SDXL's
     pooled vector, which belongs to the negative prompt's own rows.
     """
     setting = calm(Setting(family))
@@ -287,14 +287,14 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match="another prompt"):
             optimised(setting, trajectory, positive=setting.target, method=method)
     several = Setting(images=2)
-    with pytest.raises(ValueError, match="one picture at a time"):
+    with pytest.raises(ValueError, match="one image at a time"):
         optimised(several, invert(several)[0])
-    with pytest.raises(ValueError, match="where a picture is still noisy"):
+    with pytest.raises(ValueError, match="where an image is still noisy"):
         invert(setting, sigmas=sigmas(setting.model)[:5])
     flow = Setting()
     flow.model = run_node(ModelSamplingSD3, model=flow.model, shift=3.0)[0]
     for label in ("published", "current", "fixed point"):
-        with pytest.raises(ValueError, match="mixes noise into the picture"):
+        with pytest.raises(ValueError, match="mixes noise into the image"):
             invert(flow, sigmas=sigmas(flow.model, scheduler="normal"), label=label)
 
 

@@ -61,8 +61,8 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
 def test_the_pictures_become_more_alike(family, vision):
     found = optimised(Setting(family), vision, iterations=25)
     assert found.losses[found.best] < found.losses[0] - 1e-3
-    assert found.picture.shape == (1, 64, 64, 3) and found.pictures.shape == (25, 64, 64, 3)
-    assert float((found.pictures[found.best] - found.picture[0]).abs().max()) < 1 / 254
+    assert found.image.shape == (1, 64, 64, 3) and found.images.shape == (25, 64, 64, 3)
+    assert float((found.images[found.best] - found.image[0]).abs().max()) < 1 / 254
 
 
 def pictured(setting: Setting, model, positive, steps: int, seed: int, cfg: float) -> torch.Tensor:
@@ -92,10 +92,10 @@ def test_the_lora_in_stock_nodes_makes_the_kept_picture(family, cfg, steps, grad
         tuned, _ = comfy.sd.load_lora_for_models(setting.model, None, found.lora, 1.0, 0.0)
     assert tuned.patches and "not loaded" not in caplog.text
     again = pictured(setting, tuned, setting.source, steps, 3, cfg)
-    torch.testing.assert_close(again, found.picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again, found.image, atol=1e-4, rtol=0)
     base = pictured(setting, setting.model, setting.source, steps, 3, cfg)
-    assert float((base - found.picture).abs().max()) > 1e-3
-    assert float((base - found.pictures[:1]).abs().max()) < 1 / 254
+    assert float((base - found.image).abs().max()) > 1e-3
+    assert float((base - found.images[:1]).abs().max()) < 1 / 254
 
 
 TEXTS = {
@@ -142,7 +142,7 @@ def test_the_text_encoder_learns_too(family, vision, caplog):
         positive = encoder.encode_from_tokens_scheduled(encoder.tokenize("a cat"))
     assert tuned.patches and encoder.patcher.patches and "not loaded" not in caplog.text
     again = pictured(setting, tuned, positive, 1, 3, 1.0)
-    torch.testing.assert_close(again, found.picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again, found.image, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +155,7 @@ def test_checkpointing_changes_nothing_but_the_cost(family, vision):
         for checkpointing in (False, True)
     )
     assert plain.losses == pytest.approx(cheap.losses, abs=1e-6) and plain.best == cheap.best > 0
-    torch.testing.assert_close(plain.pictures, cheap.pictures, atol=1 / 254, rtol=0)
+    torch.testing.assert_close(plain.images, cheap.images, atol=1 / 254, rtol=0)
 
 
 def hooked(setting: Setting, vision) -> int:
@@ -178,7 +178,7 @@ def test_the_model_stays_as_it_is(vision):
 
 
 def equal(a, b) -> bool:
-    return a.losses == b.losses and torch.equal(a.picture, b.picture) and same(a.lora, b.lora)
+    return a.losses == b.losses and torch.equal(a.image, b.image) and same(a.lora, b.lora)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -193,18 +193,18 @@ def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path
     forget_runs(tmp_path)
     update = Progress.update
 
-    def cancel(self, losses, denoised=None, picture=None):
-        assert picture.shape == (3, 64, 64)
+    def cancel(self, losses, denoised=None, image=None):
+        assert image.shape == (3, 64, 64)
         if len(losses) == 3:
             raise Cancelled
-        update(self, losses, denoised, picture)
+        update(self, losses, denoised, image)
 
     monkeypatch.setattr(Progress, "update", cancel)
     with pytest.raises(Cancelled):
         optimised(Setting(), vision)
     monkeypatch.setattr(Progress, "update", update)
     resumed = optimised(Setting(), vision)
-    assert equal(whole, resumed) and torch.equal(whole.pictures, resumed.pictures)
+    assert equal(whole, resumed) and torch.equal(whole.images, resumed.images)
     monkeypatch.setattr(Session, "run", None)
     assert equal(whole, optimised(Setting(), vision))
     fewer = optimised(Setting(), vision, iterations=2)
@@ -219,7 +219,7 @@ def test_prodigy_goes_on_exactly_where_it_was_stopped(vision, tmp_path, monkeypa
     assert len(set(whole.losses)) > 2, "it moves"
     forget_runs(tmp_path)
 
-    def cancel(self, losses, denoised=None, picture=None):
+    def cancel(self, losses, denoised=None, image=None):
         if len(losses) == 4:
             raise Cancelled
 
@@ -271,7 +271,7 @@ def test_the_background_stays(vision):
         keep = Background(source, mask, weight)
         found = optimised(Setting(), vision, background=keep, steps=1, iterations=15, keep="last")
         assert len(found.parts[0]) == 2
-        return float((found.pictures[-1:] - source)[:, 32:].square().mean())
+        return float((found.images[-1:] - source)[:, 32:].square().mean())
 
     assert error(100.0) < 0.7 * error(0.0)
 
@@ -344,5 +344,5 @@ def test_the_artifact_tells_where_it_comes_from(vision):
     assert tuned.header["method"] == "siso" and tuned.header["base"] and tuned.header["settings"]["rank"] == 2
     assert f"best: iteration {found.best + 1} of 3" in found.report()
     assert background(None, None, 1.0) is None
-    with pytest.raises(ValueError, match="mask was connected without a picture"):
+    with pytest.raises(ValueError, match="mask was connected without an image"):
         background(None, torch.zeros(1, 64, 64), 1.0)

@@ -13,7 +13,7 @@ from .methods import Setting, run_node
 from .test_contract import forget_runs, own_user_folder, stored  # noqa: F401  (a fixture)
 from .test_likeness_optimisation import equal, optimised, same, vision  # noqa: F401  (a fixture)
 
-STILL = {"rate": 1e-9}  # no picture is better than the first by 3 %
+STILL = {"rate": 1e-9}  # no image is better than the first by 3 %
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_another_patience_goes_on_with_what_is_there(vision, monkeypatch, tmp_pa
     with monkeypatch.context() as patched:
         patched.setattr(Siso, "update", lambda self: made.append(self.step) or update(self))
         longer = optimised(Setting(), vision, **STILL, patience=0, iterations=6)
-    assert made == [3, 4, 5] and torch.equal(longer.pictures[:3], short.pictures)
+    assert made == [3, 4, 5] and torch.equal(longer.images[:3], short.images)
     forget_runs(tmp_path)
     assert equal(longer, optimised(Setting(), vision, **STILL, patience=0, iterations=6)), "as if it never had stopped"
 
@@ -87,7 +87,7 @@ def test_pictures_are_stored_once_and_the_store_has_room_for_them(vision, tmp_pa
     assert stores[-1].limit_bytes >= path.stat().st_size > stores[-1].limit_bytes / 4
     served()
     again = optimised(Setting(), vision, iterations=2)
-    assert equal(found, again) and torch.equal(found.pictures, again.pictures) and found.parts == again.parts
+    assert equal(found, again) and torch.equal(found.images, again.images) and found.parts == again.parts
 
 
 def test_of_the_last_lora_it_is_not_said_that_it_changes_nothing(vision, caplog, monkeypatch):  # noqa: F811

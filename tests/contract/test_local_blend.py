@@ -1,4 +1,4 @@
-"""Replace Subject away from the word: the picture itself stays, by the word's own attention or by a mask."""
+"""Replace Subject away from the word: the image itself stays, by the word's own attention or by a mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_mask_keeps_the_picture_itself_elsewhere(clip):
 
 
 def test_the_local_blend_keeps_the_picture_where_the_word_is_not_looked_at(clip):
-    """The kept part grows with the share; 1 keeps everything that an Euler step decides, and so the whole picture."""
+    """The kept part grows with the share; 1 keeps everything that an Euler step decides, and so the whole image."""
     setting = Setting()
     free, little, much, whole = (play(*swapped(setting, clip, blend=share)) for share in (0.0, 0.2, 0.8, 1.0))
     kept = [int(((found[1] - found[0]).abs().amax(0) < 1e-3).sum()) for found in (free, little, much)]

@@ -172,7 +172,7 @@ def test_half_precision_gets_a_map_of_its_own_kind():
 
 @pytest.mark.parametrize("window", [{"x": 0.6, "width": 0.6}, {"height": 0.0}])
 def test_a_window_outside_the_picture_is_refused(window):
-    with pytest.raises(ValueError, match="not inside the picture"):
+    with pytest.raises(ValueError, match="not inside the image"):
         mapped(Setting(), **window)
 
 

@@ -165,7 +165,7 @@ REFUSED = {
     "anchor without an empty prompt": ({"anchor_weight": 0.1}, "connect the empty prompt"),
     "a step that was not saved": ({"step": 7}, "was not saved"),
     "another family's prompt": ({"positive": tiny_models.prompt("sdxl", 1)}, "has width 768, the prompt 2048|width"),
-    "no picture": ({"latent": None}, "Connect either a LATENT, or an IMAGE"),
+    "no image": ({"latent": None}, "Connect either a LATENT, or an IMAGE"),
     "empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
 }
 

@@ -1,4 +1,4 @@
-"""ReNoise inversion in ComfyUI: stock samplers come back to the picture in a few steps, and edits start from it."""
+"""ReNoise inversion in ComfyUI: stock samplers come back to the image in a few steps, and edits start from it."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def test_cancelled_it_stops_at_once(monkeypatch):
 REFUSED = {
     "rising levels": ({"sigmas": torch.tensor([0.0, 1.0])}, "do not flip"),
     "levels that end in noise": ({"sigmas": torch.tensor([4.0, 1.0])}, "still noisy"),
-    "two pictures": ({"latent": {"samples": torch.zeros(2, 4, 8, 8)}}, "ImageFromBatch"),
-    "no picture": ({"latent": None}, "Connect either a LATENT"),
+    "two images": ({"latent": {"samples": torch.zeros(2, 4, 8, 8)}}, "ImageFromBatch"),
+    "no image": ({"latent": None}, "Connect either a LATENT"),
     "another model's latent": ({"latent": {"samples": torch.zeros(1, 16, 8, 8)}}, "use its own VAE"),
 }
 
@@ -208,8 +208,8 @@ def test_an_edit_begins_at_the_inverted_picture(kind, vision):  # noqa: F811
     with torch.inference_mode():
         stock = autoencoder().decode(play(setting, start, sampler, levels))
     found = edited(setting, vision, start, levels)
-    assert float((found.pictures[:1] - stock).abs().max()) < 1 / 254
-    assert float((found.pictures[-1:] - stock).abs().max()) > 1 / 255
+    assert float((found.images[:1] - stock).abs().max()) < 1 / 254
+    assert float((found.images[-1:] - stock).abs().max()) > 1 / 255
 
 
 def test_the_background_of_an_edit_stays(vision):  # noqa: F811
@@ -219,19 +219,19 @@ def test_the_background_of_an_edit_stays(vision):  # noqa: F811
     start, sampler, levels, _ = invert(setting)
     with torch.inference_mode():
         source = autoencoder().decode(play(setting, start, sampler, levels))
-    mask = torch.zeros(1, 16, 16)  # smaller than the picture
+    mask = torch.zeros(1, 16, 16)  # smaller than the image
     mask[:, :8] = 1
 
     def error(weight: float) -> float:
         found = edited(setting, vision, start, levels, Background(source, mask, weight), iterations=20)
-        return float((found.pictures[-1:] - source)[:, 32:].square().mean())
+        return float((found.images[-1:] - source)[:, 32:].square().mean())
 
     assert error(100.0) < 0.8 * error(0.0)
 
 
 BACKGROUNDS = {
-    "another size": ({"picture": torch.zeros(1, 96, 64, 3)}, "pictures of 64 x 64 are made"),
-    "two pictures": ({"picture": torch.zeros(2, 64, 64, 3)}, "2 of them"),
+    "another size": ({"picture": torch.zeros(1, 96, 64, 3)}, "images of 64 x 64 are made"),
+    "two images": ({"picture": torch.zeros(2, 64, 64, 3)}, "2 of them"),
     "a mask of another proportion": ({"mask": torch.ones(1, 64, 32)}, "another proportion"),
     "two masks": ({"mask": torch.zeros(2, 64, 64)}, "2 masks came with 1 images"),
     "an empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty.*Open in MaskEditor"),
@@ -271,7 +271,7 @@ def test_what_was_sampled_from_an_inverted_latent_is_not_taken_for_it(monkeypatc
 
 
 def test_an_edit_is_computed_as_exactly_as_its_inversion(vision, monkeypatch):  # noqa: F811
-    """fp16 models invert in fp16 or fp32: an optimisation in bf16 would begin at another picture."""
+    """fp16 models invert in fp16 or fp32: an optimisation in bf16 would begin at another image."""
 
     def asked(session, _body):
         raise Cancelled(session.exact)

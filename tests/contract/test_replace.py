@@ -230,7 +230,7 @@ def test_a_longer_negative_prompt_may_have_an_area(clip):
 
 
 def adapter(model, strength: float = 0.5):
-    """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to a picture's tokens."""
+    """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to an image's tokens."""
     from comfy.ldm.modules.attention import optimized_attention
 
     from likeness.core.attention.host.layers import attention_layers
@@ -349,7 +349,7 @@ def test_sdxl_and_its_pooled_vectors():
 
 
 def test_what_lies_on_the_inverted_prompt_holds_for_both_pictures():
-    """SDXL's sizes: the reconstruction is that prompt's own picture, and the edit moves too."""
+    """SDXL's sizes: the reconstruction is that prompt's own image, and the edit moves too."""
     setting, clip = Setting("sdxl"), tiny_models.clip_xl()
     ((rows, options),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
     source = [[rows, {**options, "width": 4096, "height": 256, "crop_w": 512}]]
@@ -379,7 +379,7 @@ def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
     refused("has 76 tokens, 75 fit.*by 1", prompt="a cat " + 73 * "x ", replacement="big dog")
     refused("leaves only 2 unused: shorten the prompt by 3", prompt="a cat " + 71 * "x ", embedding=subject())
     refused("no token sequence of its own", prompt="a photo of a (cat:1.2)", word="(cat")
-    refused("holds 2 pictures", latent={"samples": torch.ones(2, 4, 8, 8)})
+    refused("holds 2 images", latent={"samples": torch.ones(2, 4, 8, 8)})
     refused("connect the model", embedding=subject(base={"family": "SDXL"}))
     refused("width 1024", embedding=subject(width=1024))
     refused("CLIP is empty.*Load CLIP", clip=None)
@@ -400,7 +400,7 @@ def test_what_does_not_belong_together_is_refused_when_sampling_starts(clip):
 
     setting = Setting()
     model, positive, negative, latent = swapped(setting, clip)
-    with pytest.raises(ValueError, match=r"holds 1 picture\(s\).*works on two"):
+    with pytest.raises(ValueError, match=r"holds 1 image\(s\).*works on two"):
         play(model, positive, negative, {"samples": latent["samples"][:1]})
     with pytest.raises(ValueError, match="not from Replace Subject"):
         play(model, setting.target, negative, latent)

@@ -69,7 +69,7 @@ def optimised(sana, sana_prompts, vision, clip=None, **changes):
 
 @pytest.fixture(scope="module")
 def learned(sana, sana_prompts, vision, tmp_path_factory):
-    """An optimisation, with the pictures of the model as it is before and after."""
+    """An optimisation, with the images of the model as it is before and after."""
     import folder_paths
 
     before = folder_paths.get_user_directory()
@@ -81,7 +81,7 @@ def learned(sana, sana_prompts, vision, tmp_path_factory):
 
 
 class Learned:
-    """A LoRA of Sana, and the picture without it before and after."""
+    """A LoRA of Sana, and the image without it before and after."""
 
     def __init__(self, sana, sana_prompts, vision) -> None:
         self.before = pictured(sana.model, sana.vae, sana_prompts, levels(sana.model))
@@ -94,7 +94,7 @@ class Learned:
 def test_the_pictures_become_more_alike_and_the_model_stays_as_it_is(learned):
     assert learned.found.losses[learned.found.best] < learned.found.losses[0] - 1e-3
     assert torch.equal(learned.before, learned.after) and learned.same
-    assert float((learned.before - learned.found.pictures[:1]).abs().max()) < 1 / 254
+    assert float((learned.before - learned.found.images[:1]).abs().max()) < 1 / 254
 
 
 def test_the_lora_in_stock_nodes_makes_the_kept_picture(sana, sana_prompts, learned, caplog):
@@ -106,7 +106,7 @@ def test_the_lora_in_stock_nodes_makes_the_kept_picture(sana, sana_prompts, lear
     blocks, both, projections = 2, 2, 3
     assert len(tuned.patches) == blocks * both * projections == len(learned.found.lora) // 2
     again = pictured(tuned, sana.vae, sana_prompts, levels(sana.model))
-    torch.testing.assert_close(again, learned.found.picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again, learned.found.image, atol=1e-4, rtol=0)
     assert float((again - learned.before).abs().max()) > 1e-3
 
 

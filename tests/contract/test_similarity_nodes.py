@@ -1,4 +1,4 @@
-"""Likeness To Pictures, Load Instance Retrieval and Optimize LoRA as nodes: what goes in, and what is said of it."""
+"""Likeness To Images, Load Instance Retrieval and Optimize LoRA as nodes: what goes in, and what is said of it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
     _, encoder, lora, *_ = run_node(LikenessOptimizeLora, **inputs, clip=clip, prompt="a cat", optimizer="AdamW")
     assert not isinstance(encoder, ExecutionBlocker)
     assert any(name.startswith("lora_te_") for name in lora)
-    with pytest.raises(ValueError, match="mask was connected without a picture"):
+    with pytest.raises(ValueError, match="mask was connected without an image"):
         run_node(LikenessOptimizeLora, **inputs, mask=torch.zeros(1, 64, 64))
 
 
@@ -108,7 +108,7 @@ def test_a_border_that_is_not_seen_is_told(vision, caplog):
         parts(vision=vision, image=torch.rand(1, 64, 66, 3))
         assert not caplog.text
         parts(vision=vision, image=torch.rand(1, 64, 96, 3))
-    assert "Only the central 64 x 64 pixels of the subject's 96 x 64 picture" in caplog.text
+    assert "Only the central 64 x 64 pixels of the subject's 96 x 64 image" in caplog.text
 
 
 def test_a_picture_that_holds_no_numbers_is_refused(vision):

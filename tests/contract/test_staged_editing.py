@@ -52,7 +52,7 @@ def test_the_background_is_the_source_and_the_place_is_not(parts):
     torch.testing.assert_close(outside(found.latent), outside(source), atol=1e-4, rtol=1e-4)
     inside = (found.latent - source)[..., 2:6, 3:9]
     assert float(inside.abs().max()) > 0.1
-    assert found.picture.shape == SOURCE.shape and len(found.pictures) == 2
+    assert found.image.shape == SOURCE.shape and len(found.images) == 2
     other = edited(parts, about=subject(parts[0], 1))
     assert float((other.latent - found.latent)[..., 2:6, 3:9].abs().max()) > 1e-4
     assert torch.equal(outside(other.latent), outside(found.latent))
@@ -69,7 +69,7 @@ def test_every_loop_keeps_the_first_background(parts):
     found = edited(parts, loops=Loops(3, 3))
     with torch.inference_mode():
         source = autoencoder().encode(SOURCE)
-    assert len(found.pictures) == 4 and "loop 3" in found.report
+    assert len(found.images) == 4 and "loop 3" in found.report
     torch.testing.assert_close(outside(found.latent), outside(source), atol=1e-4, rtol=1e-4)
     assert torch.equal(found.latent, edited(parts, loops=Loops(3, 3)).latent)
     assert not parts[0].model.wrappers.get("sampler_sample")
@@ -80,9 +80,9 @@ def test_soft_masks_and_pasted_pixels(parts):
     soft[:, 8:16] = 0.5
     assert not torch.equal(edited(parts, mask=soft).latent, edited(parts).latent)
     assert torch.equal(edited(parts, mask=soft, published=True).latent, edited(parts, published=True).latent)
-    pixels = edited(parts, paste=True).picture
+    pixels = edited(parts, paste=True).image
     assert torch.equal(pixels[:, :16], SOURCE[:, :16])
-    assert torch.equal(pixels[:, 16:48, 24:72], edited(parts).picture[:, 16:48, 24:72])
+    assert torch.equal(pixels[:, 16:48, 24:72], edited(parts).image[:, 16:48, 24:72])
 
 
 def test_a_white_mask_of_another_size_is_white_as_published_too(parts):
@@ -123,7 +123,7 @@ def test_a_large_picture_is_warned_of(parts, caplog, monkeypatch):
 def test_what_is_refused(parts):
     with pytest.raises(ValueError, match="have 16 channels, the model's 4"):
         edited(parts, vae=autoencoder(16))
-    with pytest.raises(ValueError, match="one picture at a time"):
+    with pytest.raises(ValueError, match="one image at a time"):
         edited(parts, source=SOURCE.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="mask is empty"):
         edited(parts, mask=0 * MASK)

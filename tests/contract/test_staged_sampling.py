@@ -78,11 +78,11 @@ def by_stock_nodes(parts, published=False):
 def test_as_stock_nodes_make_it(parts, published):
     found = staged(parts, loops=Loops(1, 1), published_level=published)
     wanted = by_stock_nodes(parts, published)
-    for one, other in zip(found.pictures.split(1), wanted, strict=True):
+    for one, other in zip(found.images.split(1), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4 if published else 0, rtol=0)
-    assert torch.equal(found.picture, found.pictures[-1:])
+    assert torch.equal(found.image, found.images[-1:])
     assert "5 steps and 1 times 2" in found.report
-    assert float((found.pictures[0] - found.pictures[1]).abs().max()) > 1e-3
+    assert float((found.images[0] - found.images[1]).abs().max()) > 1e-3
 
 
 def test_a_loop_has_the_noise_of_its_levels(parts):
@@ -103,7 +103,7 @@ def test_a_loop_has_the_noise_of_its_levels(parts):
 
 
 class Lossless:
-    """An autoencoder whose pictures [B, 8 h, 8 w, 3] hold the latents [B, 4, h, w] and nothing else."""
+    """An autoencoder whose images [B, 8 h, 8 w, 3] hold the latents [B, 4, h, w] and nothing else."""
 
     def __init__(self):
         values = torch.randn(8 * 8 * 3, 4, generator=torch.Generator().manual_seed(5))
@@ -122,7 +122,7 @@ class Lossless:
 
 
 def test_nine_loops_keep_the_contrast_and_at_the_published_level_a_quarter_is_lost(parts):
-    """With a perfect denoiser of pictures that may have any contrast: what it sees best of the noisy latent x is
+    """With a perfect denoiser of images that may have any contrast: what it sees best of the noisy latent x is
     c z, of the clean one z and c = <x, z> / <z, z>.
     """
     setting, vae = parts[0], Lossless()
@@ -141,7 +141,7 @@ def test_nine_loops_keep_the_contrast_and_at_the_published_level_a_quarter_is_lo
     for published in (False, True):
         settings = {"steps": 50, "published_level": published}
         found = staged(parts, start=pictures, model=model, vae=vae, loops=Loops(9, 9), **settings)
-        contrast = found.pictures.flatten(1).std(1).view(10, -1).mean(1)
+        contrast = found.images.flatten(1).std(1).view(10, -1).mean(1)
         left[published] = float(contrast[-1] / contrast[0])
     assert abs(1 - left[False]) <= 0.03, left
     assert left[True] == pytest.approx(0.966**9, abs=0.03), left  # of the signal each loop starts with
@@ -152,20 +152,20 @@ def test_the_same_seed_gives_the_same_and_the_model_stays_as_it_is(parts):
     one, again, other = staged(parts), staged(parts), staged(parts, seed=8)
     assert torch.equal(one.latent, again.latent) and not torch.equal(one.latent, other.latent)
     assert not setting.model.wrappers.get("sampler_sample") and not setting.model.additional_models
-    assert len(one.pictures) == 3
+    assert len(one.images) == 3
     assert staged(parts, seed=2**64 - 1).latent.shape == LATENT.shape
 
 
 def test_it_ends_when_two_pictures_are_alike(parts, vision):
     soon = staged(parts, vision, loops=Loops(1, 4, threshold=-1.0))
     never = staged(parts, vision, loops=Loops(1, 4, threshold=1.1))
-    assert len(soon.pictures) == 2 and len(never.pictures) == 5
+    assert len(soon.images) == 2 and len(never.images) == 5
     assert "like the one before" in soon.report
-    torch.testing.assert_close(soon.picture, never.pictures[1:2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(soon.image, never.images[1:2], atol=1e-5, rtol=0)
 
 
 def test_nothing_is_asked_twice(parts, vision):
-    """Subject features are there already, every picture is looked at once."""
+    """Subject features are there already, every image is looked at once."""
     asked = []
     modules = {"UNet": parts[0].model.model.diffusion_model, "vision": vision.model}
     hooks = [
@@ -177,7 +177,7 @@ def test_nothing_is_asked_twice(parts, vision):
     finally:
         for hook in hooks:
             hook.remove()
-    assert len(found.pictures) == 4 and asked.count("UNet") == 3 * 2 and asked.count("vision") == 4
+    assert len(found.images) == 4 and asked.count("UNet") == 3 * 2 and asked.count("vision") == 4
 
 
 def test_the_best_picture_is_the_one_most_like_the_subject(parts, vision):
@@ -185,20 +185,20 @@ def test_the_best_picture_is_the_one_most_like_the_subject(parts, vision):
 
     found = staged(parts, vision, loops=Loops(3, 3), keep_best=True)
     with torch.inference_mode():
-        wanted = embed(vision, parts[2].pictures)
-        scores = [float(torch.cosine_similarity(embed(vision, each), wanted)) for each in found.pictures.split(1)]
+        wanted = embed(vision, parts[2].images)
+        scores = [float(torch.cosine_similarity(embed(vision, each), wanted)) for each in found.images.split(1)]
     best = scores.index(max(scores))
-    assert torch.equal(found.picture, found.pictures[best : best + 1])
-    assert "best: picture" in found.report
+    assert torch.equal(found.image, found.images[best : best + 1])
+    assert "best: image" in found.report
 
 
 def test_from_a_picture_of_another_model_and_rectangular(parts):
     start = torch.rand(2, 67, 101, 3, generator=torch.Generator().manual_seed(4))
     whole = start[:, :64, :96]
     found = staged(parts, start=start, latent=torch.zeros(2, 4, 8, 12), loops=Loops(1, 1))
-    assert torch.equal(found.pictures[:2], whole) and found.picture.shape == whole.shape
+    assert torch.equal(found.images[:2], whole) and found.image.shape == whole.shape
     nothing = staged(parts, start=start, loops=Loops(0, 0))
-    assert len(nothing.pictures) == 2 and "0 steps and 0 times" in nothing.report
+    assert len(nothing.images) == 2 and "0 steps and 0 times" in nothing.report
 
 
 def test_of_the_latent_only_the_size_counts(parts):
@@ -260,7 +260,7 @@ def test_the_nodes(parts, vision, monkeypatch):
             latent={"samples": LATENT}, loop_negative=setting.source, **given
         ).result
         wanted = staged(parts, loops=Loops(3, 3))
-        assert torch.equal(image, wanted.picture) and torch.equal(latent["samples"], wanted.latent)
+        assert torch.equal(image, wanted.image) and torch.equal(latent["samples"], wanted.latent)
         assert loops.shape[0] == 4 and report == wanted.report
         picture, mask = torch.rand(1, 67, 96, 3), torch.zeros(1, 67, 96)
         mask[:, 20:40, 30:60] = 1.0

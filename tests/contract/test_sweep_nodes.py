@@ -10,11 +10,11 @@ import torch
 from .methods import run_node
 
 WEIGHTS, ENDS = "0.3, 0.5, 0.7", "0.2, 0.6"
-SIDE = 200  # px, between the smallest and the largest of a sheet: pictures are not resized
+SIDE = 200  # px, between the smallest and the largest of a sheet: images are not resized
 
 
 def shades(weights, ends) -> list[torch.Tensor]:
-    """For each pair one flat picture: red is the base weight, green the end percent."""
+    """For each pair one flat image: red is the base weight, green the end percent."""
     made = []
     for weight, end in zip(weights, ends, strict=True):
         picture = torch.zeros(1, SIDE, SIDE, 3)
@@ -140,8 +140,8 @@ def test_many_pictures_are_shown_smaller():
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"text": [0.1]}, "1 values of text score came for 6 pairs: score pictures one by one"),
-        ({"images": [torch.zeros(1, 8, 8, 3)]}, "1 pictures came for 6 pairs"),
+        ({"text": [0.1]}, "1 values of text score came for 6 pairs: score images one by one"),
+        ({"images": [torch.zeros(1, 8, 8, 3)]}, "1 images came for 6 pairs"),
         ({"base_weight": [0.3]}, "1 base weights came with 6"),
         ({"distance": [float("nan")] * 6}, "distance.*not a number"),
     ],

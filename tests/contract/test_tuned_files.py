@@ -117,7 +117,7 @@ def test_names_that_leave_the_folder_are_refused(name):
 def test_another_lora_is_not_saved_as_ours():
     from likeness.nodes.tuned_files import LikenessSaveTuned
 
-    with pytest.raises(ValueError, match="was not made by Fine-Tune On Picture"):
+    with pytest.raises(ValueError, match="was not made by Fine-Tune On Image"):
         run_node(LikenessSaveTuned, lora={"x": torch.zeros(1)}, filename_prefix="a")
 
 

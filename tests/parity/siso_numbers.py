@@ -14,5 +14,5 @@ def part(official: dict, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def picture(official: dict, name: str) -> torch.Tensor:
-    """As ComfyUI has pictures."""
+    """As ComfyUI has images."""
     return official[name].movedim(1, -1)

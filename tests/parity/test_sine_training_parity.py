@@ -1,4 +1,4 @@
-"""SINE's fine-tuning against the numbers of the authors' code: the boxes and the pictures in them."""
+"""SINE's fine-tuning against the numbers of the authors' code: the boxes and the images in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from likeness.core.sine.patches import cut, draw_box, squashed
 
 from .unets import arrays
 
-LEVEL = 1 / 127.5  # one 8-bit level of a picture in -1..1
+LEVEL = 1 / 127.5  # one 8-bit level of an image in -1..1
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Finished runs of shipped graphs, and what is asked of their pictures."""
+"""Finished runs of shipped graphs, and what is asked of their images."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Result:
         return "\n".join(self.run.outputs[workflows.node_id(self.graph, title)]["text"])
 
 
-def check_pictures(pictures: list[np.ndarray], apart: float = 0.002) -> None:
-    """Neither black nor flat, nor the subject's picture itself, nor each other (mean distance of the pixels)."""
+def check_images(pictures: list[np.ndarray], apart: float = 0.002) -> None:
+    """Neither black nor flat, nor the subject's image itself, nor each other (mean distance of the pixels)."""
     for index, picture in enumerate(pictures):
         assert picture.shape == (workflows.SIZE, workflows.SIZE, 3)
         assert picture.std() > 0.03

@@ -33,7 +33,7 @@ WIDGETS = {
     "no steps": ({"steps": 0}, "smaller than min"),
     "more tokens than the prompt leaves": ({"tokens": 75}, r"the last 75 rows.*leaves only \d+ unused: shorten"),
     "empty prompt without one": ({"init": "empty prompt", "negative": None}, "'negative': connect the empty prompt"),
-    "no picture": ({"image": None}, "either a LATENT, or an IMAGE"),
+    "no image": ({"image": None}, "either a LATENT, or an IMAGE"),
     "no VAE": ({"vae": None}, "without a VAE: connect"),
     "a range that is none": ({"start_percent": 0.9, "end_percent": 0.1}, "give a start below the end"),
 }

@@ -11,13 +11,13 @@ from likeness.toolbox.graph import convert, with_ancestors
 from likeness.toyworld import workflows
 
 from .. import live
-from .results import UNWANTED, Result, check_pictures, distance, pixels, run_graph
+from .results import UNWANTED, Result, check_images, distance, pixels, run_graph
 
 CELL = 8  # pixels of a latent's cell
 
 
 def drawn(identity, background: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of the small world in 0..1, and where its subject is."""
+    """An image of the small world in 0..1, and where its subject is."""
     from likeness.toyworld import world
 
     picture, coverage = world.render(identity, background, seed)
@@ -40,7 +40,7 @@ def test_the_steps_by_stock_nodes_give_the_very_same_pictures(results):
     assert len(together) == len(alone)
     for one, other in zip(together, alone, strict=True):
         assert np.array_equal(one, other)
-    check_pictures(alone)
+    check_images(alone)
     assert np.array_equal(results["ezigen_generate"].pictures("Result")[0], alone[-1])
 
 
@@ -54,7 +54,7 @@ def test_the_prompt_alone_has_the_same_layout(results):
 
 
 def test_the_subject_is_more_alike_than_by_the_prompt_alone(server):
-    """Four pictures of more steps; identity by the measuring encoder, on the subject alone."""
+    """Four images of more steps; identity by the measuring encoder, on the subject alone."""
     wanted = {title: 10 for title in ("Sample in stages", "Without the subject")}
     settings = {(title, "steps"): steps for title, steps in wanted.items()}
     result = run_graph(server, "ezigen_generate", {**settings, ("Size of the results", "batch_size"): 4})
@@ -75,7 +75,7 @@ def test_what_is_looked_at_is_the_subject_alone_on_white(results):
 
 
 def test_a_painted_subject_is_cut_out(server):
-    """As the graph is shipped, with what the MaskEditor saves: the picture with the painted part transparent."""
+    """As the graph is shipped, with what the MaskEditor saves: the image with the painted part transparent."""
     picture, mask = subject_drawn()
     painted = np.dstack([picture * 255, np.where(mask, 0, 255)]).astype(np.uint8)
     Image.fromarray(painted, "RGBA").save(server.base / "input" / "painted.png")
@@ -109,7 +109,7 @@ def test_the_loops_begin_with_the_other_models_picture(results):
     result = results["ezigen_any_picture"]
     scene, loops = result.pictures("Scene of the other model")[0], result.pictures("First sampling and loops")
     assert np.array_equal(scene, loops[0]) and len(loops) == 7
-    check_pictures(loops)
+    check_images(loops)
     assert "0 steps and 6 times 3" in result.text("Report")
 
 
@@ -140,7 +140,7 @@ def grown(mask: np.ndarray, pixels_wide: int) -> np.ndarray:
 def test_three_methods_work_together(results):
     result = results["ezigen_with_hiper_and_sine"]
     pictures = [result.pictures(title)[0] for title in ("Prompt alone", "With the rows", "Guided too", "All three")]
-    check_pictures(pictures, apart=5e-4)
+    check_images(pictures, apart=5e-4)
     table = result.text("Score").splitlines()
     assert len([line for line in table if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
     trained = {entry["node"]: entry["step"] for entry in result.run.of_type("likeness.progress")}
@@ -163,7 +163,7 @@ def test_the_adapter_is_kept_alone(server, results):
 
 @pytest.fixture(scope="module")
 def rounded(server, results) -> np.ndarray:
-    """The picture to change after one way through the autoencoder."""
+    """The image to change after one way through the autoencoder."""
     prompt = {
         "load": {"class_type": "LoadImage", "inputs": {"image": workflows.EDITED_PICTURE}},
         "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": workflows.CHECKPOINT}},

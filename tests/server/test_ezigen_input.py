@@ -45,10 +45,10 @@ def test_sampling(server, graph, case):
 
 
 def test_a_subject_without_white_around_it(server, graph):
-    """Nothing painted, nothing found: the whole picture, which is not white, would be the subject."""
+    """Nothing painted, nothing found: the whole image, which is not white, would be the subject."""
     picture = workflows.node_id(graph, "Picture of the subject")
     said = refused(server, changed(server, graph, SUBJECT, image=[picture, 0]))
-    assert "The mask is empty, and the subject's picture has no white background: paint the subject" in said
+    assert "The mask is empty, and the subject's image has no white background: paint the subject" in said
 
 
 def test_a_picture_on_white_needs_no_mask_and_another_without_one_is_warned_of(server, graph):

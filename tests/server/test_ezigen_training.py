@@ -14,7 +14,7 @@ from likeness.toolbox.server import PromptError
 from likeness.toyworld import workflows
 
 from .. import live
-from .results import UNWANTED, check_pictures, distance
+from .results import UNWANTED, check_images, distance
 from .test_training import equal
 
 NAME, TITLES = "ezigen_train_adapter", ("Prompt alone", "Adapter as it was", "Trained adapter")
@@ -57,11 +57,11 @@ def job(server, object_info) -> Job:
 def test_the_graph_trains_and_shows_what_that_changed(results):
     result = results[NAME]
     alone, before, after = (result.pictures(title)[0] for title in TITLES)
-    check_pictures([alone, before])
+    check_images([alone, before])
     assert 1e-4 < distance(before, after) < distance(alone, before), "ten steps change a little"
     report = result.text("Report")
     count = workflows.TRAINING_SUBJECTS
-    folder = f"{count} subjects, {count * workflows.TRAINING_PICTURES} captioned pictures"
+    folder = f"{count} subjects, {count * workflows.TRAINING_PICTURES} captioned images"
     assert folder in report and f"{live.STEPS} steps of 1" in report and "left out" not in report
     assert "113 tensors" not in result.text("Save the adapter") and "50 tensors" in result.text("Save the adapter")
     progress = result.run.of_type("likeness.progress")[-1]

@@ -1,4 +1,4 @@
-"""Subject Mask and Caption Picture in the server, with random models as their libraries write them."""
+"""Subject Mask and Caption Image in the server, with random models as their libraries write them."""
 
 from __future__ import annotations
 

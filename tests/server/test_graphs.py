@@ -1,4 +1,4 @@
-"""Every shipped graph runs in the small world, and its pictures are what they should be, by numbers."""
+"""Every shipped graph runs in the small world, and its images are what they should be, by numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from likeness.toolbox.graph import convert
 from likeness.toyworld import workflows
 
 from .. import live
-from .results import SAID, UNWANTED, Result, check_pictures, distance, pixels
+from .results import SAID, UNWANTED, Result, check_images, distance, pixels
 
 
 @pytest.mark.parametrize("name", live.NAMES)
@@ -26,7 +26,7 @@ def test_train_and_edit(results, server):
     result = results["hiper_train_and_edit"]
     titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
     pictures = [result.pictures(title)[0] for title in titles]
-    check_pictures([pixels(Image.open(server.base / "input" / workflows.PICTURE)), *pictures])
+    check_images([pixels(Image.open(server.base / "input" / workflows.PICTURE)), *pictures])
     assert "DINO" in result.text("Score") and "best" in result.text("Score")
     progress = result.run.of_type("likeness.progress")
     assert progress[-1]["step"] == progress[-1]["steps"] == live.STEPS
@@ -35,21 +35,21 @@ def test_train_and_edit(results, server):
 
 def test_load_and_reuse(results):
     result = results["hiper_load_and_reuse"]
-    check_pictures([result.pictures(f"Result {index}")[0] for index in (1, 2, 3)])
+    check_images([result.pictures(f"Result {index}")[0] for index in (1, 2, 3)])
     assert "tokens of width 768" in result.text("What it is")
 
 
 def test_pick_the_step(results):
     result = results["hiper_pick_the_step"]
     steps, best = result.pictures("All steps"), result.pictures("Best step")
-    check_pictures(steps, apart=2e-4)  # after so few steps they are alike, but not the same
+    check_images(steps, apart=2e-4)  # after so few steps they are alike, but not the same
     rows = [line for line in result.text("Score").splitlines() if line.rstrip().endswith("best")]
     assert len(rows) == 1 and len(best) == 1
     assert np.array_equal(best[0], steps[int(rows[0].split()[0])])
 
 
 def test_a_real_photograph_goes_through_the_whole_graph(server):
-    """A cat of 451 x 300 pixels, cut to size inside the graph: what is learned brings the picture nearer to it."""
+    """A cat of 451 x 300 pixels, cut to size inside the graph: what is learned brings the image nearer to it."""
     from PIL import Image
     from skimage.data import chelsea
 
@@ -66,7 +66,7 @@ def test_a_real_photograph_goes_through_the_whole_graph(server):
     run = server.run(convert(graph, object_info))
     result = Result(server, graph, run, "")
     titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
-    check_pictures([result.pictures(title)[0] for title in titles])
+    check_images([result.pictures(title)[0] for title in titles])
     side = min(photograph.size)
     left, top = (photograph.width - side) // 2, (photograph.height - side) // 2
     cut = photograph.crop((left, top, left + side, top + side)).resize((workflows.SIZE, workflows.SIZE))

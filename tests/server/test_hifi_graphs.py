@@ -9,9 +9,9 @@ from PIL import Image
 from likeness.toyworld import workflows
 
 from .. import live
-from .results import check_pictures, distance, pixels
+from .results import check_images, distance, pixels
 
-BARELY = 2e-4  # mean distance of pictures that differ by ten steps of training
+BARELY = 2e-4  # mean distance of images that differ by ten steps of training
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def test_ways_back(results, source):
 
 
 def test_a_swapped_word(results, source):
-    """With the local blend the border of the picture stays nearer to what it was; five steps show little of it."""
+    """With the local blend the border of the image stays nearer to what it was; five steps show little of it."""
     result = results["invert_and_edit"]
     again, edited = result.pictures("Picture and edit")
     plain = result.pictures("Edit without control")[0]
-    check_pictures([again, edited, plain], apart=0.005)
+    check_images([again, edited, plain], apart=0.005)
     assert distance(again, source) < 0.06
     edge = np.ones(again.shape[:2], dtype=bool)
     edge[8:-8, 8:-8] = False
@@ -52,7 +52,7 @@ def test_a_swapped_word(results, source):
 def test_train_subject(results, source):
     result = results["hifi_train_subject"]
     titles = ("Prompt alone", "One embedding", "Step-wise embedding")
-    check_pictures([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
+    check_images([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
     assert f"others at each of {live.EXACT_STEPS} denoising steps" in result.text("Save the subject")
     assert result.pictures("Maps")[0].std() > 0.05
     steps = [event["steps"] for event in result.run.of_type("likeness.progress")]
@@ -64,8 +64,8 @@ def test_reference_guided(results):
     unguided, guided, again = (
         result.pictures(title)[0] for title in ("Unguided", "Guided by the reference", "The same again")
     )
-    check_pictures([unguided, guided], apart=0.005)
-    assert np.abs(guided - again).max() <= 1 / 255, "stock nodes must sample the same picture"
+    check_images([unguided, guided], apart=0.005)
+    assert np.abs(guided - again).max() <= 1 / 255, "stock nodes must sample the same image"
     choice = result.text("Which and how").splitlines()
     assert len(choice) == 3 and sum(line.endswith("(taken)") for line in choice) == 1
     overlay = result.pictures("Laid over")[0]
@@ -80,13 +80,13 @@ def test_replace_subject(results, server):
     once_more, replaced = result.pictures("Picture and replaced subject")
     picture = pixels(Image.open(server.base / "input" / workflows.STYLE_PICTURE))
     assert np.abs(again - once_more).max() <= 1 / 255 and distance(again, picture) < 0.08
-    check_pictures([again, swapped, replaced], apart=BARELY)
+    check_images([again, swapped, replaced], apart=BARELY)
 
 
 def test_ablation(results):
     result = results["hifi_ablation"]
     titles = ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference")
-    check_pictures([result.pictures(title)[0] for title in titles], apart=2e-5)
+    check_images([result.pictures(title)[0] for title in titles], apart=2e-5)
     rows = [line for line in result.text("Score").splitlines() if line.strip()[:1].isdigit()]
     assert len(rows) == len(titles)
     learned = {

@@ -10,10 +10,10 @@ from likeness.toolbox.graph import convert
 from likeness.toyworld import workflows
 
 from .. import live
-from .results import Result, check_pictures, distance, pixels
+from .results import Result, check_images, distance, pixels
 
-BARELY = 2e-4  # mean distance of pictures that differ by a model after ten steps of tuning
-THUMBNAIL = 192  # px of a picture on the sweep's sheet
+BARELY = 2e-4  # mean distance of images that differ by a model after ten steps of tuning
+THUMBNAIL = 192  # px of an image on the sweep's sheet
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def source(server) -> np.ndarray:
 def test_edit(results, source):
     result = results["sine_edit"]
     titles = ("Base model alone", "Tuned model alone", "Guided edit")
-    check_pictures([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
+    check_images([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
     assert "DINO" in result.text("Score") and "best" in result.text("Score")
     progress = result.run.of_type("likeness.progress")
     assert progress[-1]["step"] == progress[-1]["steps"] == live.STEPS
@@ -49,7 +49,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_results_of_a_graph_differ(results, source, name):
-    check_pictures([source, *(results[name].pictures(title)[0] for title in PAIRS[name])], apart=BARELY)
+    check_images([source, *(results[name].pictures(title)[0] for title in PAIRS[name])], apart=BARELY)
 
 
 def test_a_saved_model_edits_as_the_one_it_was_saved_from(results):
@@ -67,7 +67,7 @@ def test_a_stock_loader_and_the_map_edit_as_the_guider_did(results):
 
 
 def test_sweep_lays_every_pair_into_its_cell(results):
-    """Columns v 0.3, 0.7 and rows K 400, 200: the second cell has the settings of the edit graph, and its picture."""
+    """Columns v 0.3, 0.7 and rows K 400, 200: the second cell has the settings of the edit graph, and its image."""
     grid = results["sine_sweep"].pictures("Grid")[0]
     edit = Image.fromarray((results["sine_edit"].pictures("Guided edit")[0] * 255).round().astype(np.uint8))
     wanted = pixels(edit.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
@@ -91,13 +91,13 @@ def test_sweep_maps_every_node_over_the_pairs(results):
 
 
 def test_one_training_serves_all_graphs(results):
-    """The sweep, the faces and the edit are tuned on the same picture with the same settings."""
+    """The sweep, the faces and the edit are tuned on the same image with the same settings."""
     for name in ("sine_sweep", "sine_faces"):
         assert all(entry["resumed"] == live.STEPS for entry in results[name].run.of_type("likeness.progress"))
 
 
 def test_guidance_brings_the_edit_nearer_to_the_picture(server, source):
-    """With a model that has learned the picture in some seconds."""
+    """With a model that has learned the image in some seconds."""
     object_info = server.object_info()
     settings = {
         ("LikenessFineTune", "steps"): 80,

@@ -37,7 +37,7 @@ def sampled(prompt: dict, **guidance) -> dict:
 
 
 def tuned_on(prompt: dict, side: int, **changes) -> dict:
-    """A fine-tuning on a grey picture of this side, to the saver."""
+    """A fine-tuning on a grey image of this side, to the saver."""
     prompt = with_node(prompt, "picture", "EmptyImage", width=side, height=side, batch_size=1, color=8421504)
     inputs = {"model": MODEL, "vae": VAE, "image": ["picture", 0], "positive": ["trained", 0], "prompt": "trained"}
     values = {"method": "LoRA", "patches": True, "steps": 2, "learning_rate": 1e-3, "rank": 4, "resolution": 96}
@@ -76,7 +76,7 @@ def test_a_tuned_model_of_another_noise_schedule(server, loaded):
 
 
 TUNING = {
-    "a picture smaller than the cells": (8, {}, "less than the 24 x 24 cells"),
+    "an image smaller than the cells": (8, {}, "less than the 24 x 24 cells"),
     "no prompt for the model": (96, {"positive": None}, "Connect either a CLIP"),
     "no steps": (96, {"steps": 0}, "smaller than min"),
 }

@@ -1,4 +1,4 @@
-"""The shipped graphs of SISO's editing in the small world: the picture comes back, and what is not masked stays."""
+"""The shipped graphs of SISO's editing in the small world: the image comes back, and what is not masked stays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def source(server) -> np.ndarray:
 def test_the_picture_comes_back_by_stock_nodes(result, source):
     assert not [word for word in UNWANTED if word in result.log]
     assert distance(result.pictures("Picture again")[0], source) < 0.06
-    assert "the picture's latent is missed by" in result.text("How near it comes")
+    assert "the image's latent is missed by" in result.text("How near it comes")
 
 
 def test_the_edit_becomes_more_alike(result):
@@ -50,7 +50,7 @@ def test_the_background_changes_less_than_the_subject(result, server):
 
 
 def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """The picture to change, and where its subject is."""
+    """The image to change, and where its subject is."""
     from likeness.toyworld import world
 
     return world.render(workflows.edited(), workflows.STYLE_BACKGROUND, workflows.EDITED_SEED)

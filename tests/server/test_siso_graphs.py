@@ -14,7 +14,7 @@ from likeness.toyworld import workflows
 
 from .. import live
 from ..vision.test_retrieval import published
-from .results import UNWANTED, check_pictures, distance, run_graph
+from .results import UNWANTED, check_images, distance, run_graph
 
 RETRIEVAL = ("Retrieval model", "Like it in retrieval too")
 NAMES = ("siso_generate", "siso_sdxl_turbo", "siso_references")
@@ -63,7 +63,7 @@ def test_the_saved_file_holds_the_parts_that_were_learned(server, ran, name):
 
 def test_the_stock_loader_shows_the_subject_in_three_prompts(ran):
     assert "not loaded" not in ran["siso_reuse"].log
-    check_pictures([ran["siso_reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
+    check_images([ran["siso_reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
 
 
 def test_several_references_are_not_one(ran):

@@ -45,7 +45,7 @@ def test_pairs_are_of_subjects_that_training_may_see() -> None:
         captions.append(scene.caption)
     assert pairs.pair(7)[0].caption == captions[7]
     background_only = [c for c in captions if c.split()[4] in world.CLASSES]
-    assert 5 < len(background_only) < 40  # the class without its colour: the picture must tell it
+    assert 5 < len(background_only) < 40  # the class without its colour: the image must tell it
 
 
 def test_a_subject_is_encoded_alone_on_white(narrow) -> None:

@@ -1,4 +1,4 @@
-"""The scene generator: same seed, same bytes; held-out combinations stay out; words and pictures agree."""
+"""The scene generator: same seed, same bytes; held-out combinations stay out; words and images agree."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_the_file(whole, data):
     assert stored.widths() == [16, 32, 16, 16]
     made_with = stored.header["settings"]
     assert (stored.header["steps"], made_with["batch"], made_with["seed"], made_with["precision"]) == (12, 4, 5, "no")
-    assert made_with["data"] == ["balls: 3 subjects, 6 captioned pictures, 6 with a mask"]
+    assert made_with["data"] == ["balls: 3 subjects, 6 captioned images, 6 with a mask"]
     assert len(stored.base) == 4 and all(name.endswith("attn1.to_q.weight") for name in stored.base)
     assert {value.dtype for value in stored.tensors.values()} == {torch.float32}
     assert not torch.equal(stored.tensors["learnable_weights"], torch.ones(4))

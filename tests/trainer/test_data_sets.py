@@ -86,7 +86,7 @@ def coco(tmp_path_factory) -> Path:
     picture.paste(RED, BALL)
     for number in INSTANCES:
         picture.save(folder / "train2014" / f"{number}.png")
-    (folder / "train2014" / "5.png").write_bytes(b"not a picture")
+    (folder / "train2014" / "5.png").write_bytes(b"not an image")
     instances = [
         {"image_id": number, "category_id": category, "area": area, "segmentation": segmentation}
         for number, found in INSTANCES.items()
@@ -115,7 +115,7 @@ def test_coco_pairs(coco):
     pair = found.pair(0, dice())
     assert (pair.caption, pair.classes) == ("a dog and its red ball", ["dog", "sports ball"])
     assert pair.target.shape == (3, SIZE, SIZE) and pair.subjects.shape == (2, 3, SIZE, SIZE)
-    # The dog is a third of the picture wide and half as high: 21 of 32 pixels wide on white.
+    # The dog is a third of the image wide and half as high: 21 of 32 pixels wide on white.
     dog = pair.subjects[0]
     assert (dog[:, :, 6:25] == colour(BLUE)).all()
     assert (dog[:, :, [*range(5), *range(27, SIZE)]] == 1).all()
@@ -131,7 +131,7 @@ def test_coco_takes_the_larger_half_of_many(coco):
 
 def test_coco_skips_and_counts_what_is_dead(coco):
     found = Coco(coco, SIZE)
-    pair = found.pair(2, dice())  # picture 5 is no picture, and the larger instance of picture 6 has no outline
+    pair = found.pair(2, dice())  # image 5 is no image, and the larger instance of image 6 has no outline
     assert (pair.caption, pair.classes) == ("x", ["sports ball"])
     assert len(found.skipped) == 2
     assert found.skipped[0].startswith("5.png") and found.skipped[1].startswith("a dog in 6.png")
@@ -160,10 +160,10 @@ def test_coco_without_captions(coco, tmp_path):
     with pytest.raises(ValueError, match="no captions of train2014: annotations/captions_train2014.json was expected"):
         source(tmp_path, SIZE)
     (tmp_path / "annotations" / "captions_train2014.json").write_text('{"annotations": []}')
-    with pytest.raises(ValueError, match="no pictures of train2014"):
+    with pytest.raises(ValueError, match="no images of train2014"):
         source(tmp_path, SIZE)
     (tmp_path / "train2014").mkdir()
-    with pytest.raises(ValueError, match="no captioned picture with a usable instance"):
+    with pytest.raises(ValueError, match="no captioned image with a usable instance"):
         source(tmp_path, SIZE)
     (tmp_path / "annotations" / "captions_train2014.json").write_text("[{]")
     with pytest.raises(ValueError, match="no JSON"):

@@ -1,4 +1,4 @@
-"""A diffusers folder of Stable Diffusion's parts with tiny random networks, and tiny sets of pictures."""
+"""A diffusers folder of Stable Diffusion's parts with tiny random networks, and tiny sets of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy
 import torch
 from PIL import Image, ImageDraw
 
-SIZE = 32  # of pictures; latents are 8 x 8
+SIZE = 32  # of images; latents are 8 x 8
 START, END = "<|startoftext|>", "<|endoftext|>"
 COLOURS = ("red", "green", "blue", "orange", "purple", "teal")
 

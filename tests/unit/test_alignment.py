@@ -64,7 +64,7 @@ def test_the_literal_form_shrinks_into_the_target():
 
 
 def test_frames_of_different_shape():
-    """A subject of a wide picture laid on one of a tall picture keeps its proportions."""
+    """A subject of a wide image laid on one of a tall image keeps its proportions."""
     wide, tall = torch.zeros(48, 96), torch.zeros(96, 48)
     wide[16:32, 30:60] = 1
     tall[40:56, 9:39] = 1

@@ -61,7 +61,7 @@ def test_hidden_places_are_not_there_and_dropped_ones_are_zero():
 
 
 class TinyNetwork:
-    """A Network whose prediction is its first channel's adapter on the picture's cells."""
+    """A Network whose prediction is its first channel's adapter on the image's cells."""
 
     def __init__(self, made: Adapter) -> None:
         self.adapter, self.asked = made, []

@@ -87,7 +87,7 @@ def test_a_squashed_picture_keeps_its_mean_and_its_range():
 
 def test_a_picture_smaller_than_the_grid_is_refused():
     check_size(64, 200, 64)
-    with pytest.raises(ValueError, match="200 x 63 pixels.*64 x 64 cells.*larger picture"):
+    with pytest.raises(ValueError, match="200 x 63 pixels.*64 x 64 cells.*larger image"):
         check_size(63, 200, 64)
 
 

@@ -123,7 +123,7 @@ def test_subject_crop_gradient_stays_on_the_subject():
 
 
 def test_subject_crop_refuses_an_empty_or_unfit_mask():
-    with pytest.raises(ValueError, match="picture 1 is empty"):
+    with pytest.raises(ValueError, match="image 1 is empty"):
         subject_crop(noise(2, 20, 20, 3), torch.cat([box_mask(4, 9, 4, 9), torch.zeros(1, 20, 20)]), 8)
     with pytest.raises(ValueError, match="does not fit"):
         subject_crop(noise(1, 20, 20, 3), torch.ones(1, 10, 10), 8)

@@ -1,4 +1,4 @@
-"""The likeness optimisation on a picture of three numbers: what is kept, when it ends, what is refused."""
+"""The likeness optimisation on an image of three numbers: what is kept, when it ends, what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from likeness.core.vision.instance_retrieval import from_published
 
 
 def fit(losses=None, **settings) -> Siso:
-    """A picture that is its own parameter; with `losses`, its loss is what they say."""
+    """An image that is its own parameter; with `losses`, its loss is what they say."""
     parameter = torch.nn.Parameter(torch.full((1, 3, 1, 1), 0.2))
     wanted = torch.tensor([0.9, 0.1, 0.5]).view(1, 3, 1, 1)
     numbers = iter(losses or [])
@@ -27,7 +27,7 @@ def test_the_loss_falls_and_the_best_is_of_one_iteration():
     for _ in range(30):
         run.update()
     assert run.losses[-1] < 0.2 * run.losses[0]
-    torch.testing.assert_close(run.best["x"].clamp(0, 1), run.picture)
+    torch.testing.assert_close(run.best["x"].clamp(0, 1), run.image)
     assert run.losses[run.best_step] == min(run.losses)
     assert run.parts[0] == pytest.approx([0.49 + 0.01 + 0.09, 0.02], abs=1e-6)
 
@@ -45,7 +45,7 @@ def test_resumed_it_goes_on_bit_for_bit():
         second.update()
     assert second.losses == whole.losses and second.parts == whole.parts
     assert torch.equal(second.parameters["x"], whole.parameters["x"]) and torch.equal(second.best["x"], whole.best["x"])
-    assert torch.equal(second.picture, whole.picture)
+    assert torch.equal(second.image, whole.image)
     assert (second.plateau.best, second.plateau.count) == (whole.plateau.best, whole.plateau.count)
 
 
@@ -101,7 +101,7 @@ def test_a_mask_must_leave_a_background():
     inside = one.clone()
     inside[..., 2:] = 0
     assert float(background_error(inside, 0 * one, half)) == 0.0
-    with pytest.raises(ValueError, match="covers the whole picture"):
+    with pytest.raises(ValueError, match="covers the whole image"):
         background_error(one, one, torch.ones(1, 1, 4, 4))
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures of subjects: what makes a pair, what is left out, and that draws depend on their number alone."""
+"""Folders of images of subjects: what makes a pair, what is left out, and that draws depend on their number alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RED, GRAY = (250, 10, 10), (90, 90, 90)
 
 
 def draw(folder: Path, name: str, *, caption: str | None = "a dog on grass", mask: bool = True, left: int = 40) -> Path:
-    """A red square of 16 x 16 at (8, left) on a gray picture of 32 x 64."""
+    """A red square of 16 x 16 at (8, left) on a gray image of 32 x 64."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = numpy.full((32, 64, 3), GRAY, numpy.uint8)
     pixels[8:24, left : left + 16] = RED
@@ -37,7 +37,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for number in range(6):
-        draw(tmp_path / "dog_1", f"{number}", caption=f"a dog, picture {number}", left=4 * number)
+        draw(tmp_path / "dog_1", f"{number}", caption=f"a dog, image {number}", left=4 * number)
     draw(tmp_path / "old_cup3", "a", caption="a cup")
     draw(tmp_path / "9", "b", caption="something else")
     (tmp_path / "9" / "class.txt").write_text("teddy  bear\n")
@@ -48,7 +48,7 @@ def test_a_pair(folder):
     pairs = PairFolder(folder, 24)
     assert len(pairs) == 8 and not pairs.skipped
     found = [pairs.pair(index, generator(index)) for index in range(len(pairs))]
-    assert {pair.caption for pair in found} >= {"a cup", "something else", "a dog, picture 3"}
+    assert {pair.caption for pair in found} >= {"a cup", "something else", "a dog, image 3"}
     assert {noun for pair in found for noun in pair.classes} == {"dog", "old cup", "teddy bear"}
     for pair in found:
         assert pair.target.shape == (3, 24, 24) and pair.subjects.shape == (len(pair.classes), 3, 24, 24)
@@ -69,7 +69,7 @@ def test_the_target_is_a_square_around_the_subject(folder):
 
 
 def test_the_subjects_are_other_pictures(folder):
-    """The picture itself is never among them unless it is the only one; their number goes from one to the largest."""
+    """The image itself is never among them unless it is the only one; their number goes from one to the largest."""
     pairs = PairFolder(folder, 16)
     counts = set()
     for seed in range(40):
@@ -108,14 +108,14 @@ def test_transparency_counts_as_a_mask(tmp_path):
     pair = PairFolder(tmp_path, 32).pair(0, generator())
     torch.testing.assert_close(pair.subjects[0, :, 16, 16], torch.tensor(RED) / 255, atol=0.02, rtol=0)
     assert float(pair.subjects[0, :, 0].min()) > 0.99
-    assert float(pair.target[:, 2, 2].min()) > 0.99  # the picture too is put on white
+    assert float(pair.target[:, 2, 2].min()) > 0.99  # the image too is put on white
 
 
 def test_dead_files_are_left_out_and_counted_once(folder):
     whole = PairFolder(folder, 16)
     cut_off = folder / "dog_1" / "2.png"
     cut_off.write_bytes(cut_off.read_bytes()[:90])
-    (folder / "dog_1" / "4.mask.png").write_bytes(b"no picture at all")
+    (folder / "dog_1" / "4.mask.png").write_bytes(b"no image at all")
     empty = numpy.zeros((32, 64), numpy.uint8)
     Image.fromarray(empty).save(folder / "dog_1" / "5.mask.png")
     Image.fromarray(empty[:, :20]).save(folder / "9" / "b.mask.png")
@@ -124,23 +124,23 @@ def test_dead_files_are_left_out_and_counted_once(folder):
     captions = [pairs.pair(number, generator(number)).caption for number in range(8) for _ in range(3)]
     again = PairFolder(folder, 16)
     assert captions == [again.pair(number, generator(number)).caption for number in range(8) for _ in range(3)]
-    assert set(captions) == {"a cup", *(f"a dog, picture {number}" for number in (0, 1, 3, 5))}
+    assert set(captions) == {"a cup", *(f"a dog, image {number}" for number in (0, 1, 3, 5))}
     assert len(pairs.skipped) == 4 and {line.partition(":")[0] for line in pairs.skipped} == {
         *("dog_1/2.png", "dog_1/4.png", "dog_1/5.png", "9/b.png")
     }
-    assert "left out 4" in pairs.describe() and "its mask is 20 x 32, the picture 64 x 32" in pairs.describe()
+    assert "left out 4" in pairs.describe() and "its mask is 20 x 32, the image 64 x 32" in pairs.describe()
 
 
 def test_a_folder_of_dead_files_is_refused(tmp_path):
     draw(tmp_path / "dog", "a").write_bytes(b"")
     pairs = PairFolder(tmp_path, 16)
-    with pytest.raises(ValueError, match=r"no pair of pictures can be read.*dog/a\.png"):
+    with pytest.raises(ValueError, match=r"no pair of images can be read.*dog/a\.png"):
         pairs.pair(0, generator())
 
 
 def test_what_is_missing_is_said(tmp_path):
     cases = {
-        "nothing": (lambda folder: None, "holds no pictures of subjects"),
+        "nothing": (lambda folder: None, "holds no images of subjects"),
         "loose": (lambda folder: draw(folder, "a"), "lie in no subject's folder"),
         "texts": (lambda folder: draw(folder / "dog", "a", caption=None), r"no captions: dog/a\.txt was expected"),
         "masks": (lambda folder: draw(folder / "dog", "a", mask=False), r"no masks: dog/a\.mask\.png was expected"),
@@ -182,7 +182,7 @@ def test_hostile_contents(folder, tmp_path_factory):
     pairs = PairFolder(folder, 16)
     assert {picture.caption for picture in pairs.targets} == {
         *("a cup", "something else"),
-        *(f"a dog, picture {number}" for number in (3, 4, 5)),
+        *(f"a dog, image {number}" for number in (3, 4, 5)),
     }
     assert sum("leads out of the folder" in line for line in pairs.skipped) == 3
     assert any("1.txt" in line for line in pairs.skipped) and any("longer than" in line for line in pairs.skipped)

@@ -67,7 +67,7 @@ def test_any_text_gives_numbers_in_range_or_one_sentence():
 
 def test_pairs_run_row_by_row():
     assert pairs([0.3, 0.7], [0.2, 0.6]) == [(0.3, 0.2), (0.7, 0.2), (0.3, 0.6), (0.7, 0.6)]
-    with pytest.raises(ValueError, match="20 base weights x 20 end percents are 400 pictures"):
+    with pytest.raises(ValueError, match="20 base weights x 20 end percents are 400 images"):
         pairs([i / 20 for i in range(20)], [i / 20 for i in range(20)])
 
 
@@ -112,5 +112,5 @@ def test_percents_are_the_papers_timesteps():
 def test_one_picture_for_each_pair():
     single = [torch.zeros(1, 4, 4, 3)] * 3
     assert len(one_for_each(single, 3)) == len(one_for_each([torch.zeros(3, 4, 4, 3)], 3)) == 3
-    with pytest.raises(ValueError, match="6 pictures came for 3 pairs"):
+    with pytest.raises(ValueError, match="6 images came for 3 pairs"):
         one_for_each([torch.zeros(2, 4, 4, 3)] * 3, 3)

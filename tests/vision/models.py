@@ -13,7 +13,7 @@ CLIP_SIDE, DINO_SIDE = 32, 28
 
 
 def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> Tensor:
-    """Smooth random pictures [count, height, width, 3] in 0..1: noise would vanish in a resize."""
+    """Smooth random images [count, height, width, 3] in 0..1: noise would vanish in a resize."""
     coarse = torch.rand((count, 3, 5, 5), generator=torch.Generator().manual_seed(seed))
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
     return fine.clamp(0.0, 1.0).movedim(1, -1).contiguous()

@@ -93,12 +93,12 @@ def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
     request = Request("red dog", box_threshold=0.4)
     best = subject_masks(images, request, folder, small_sam)
     every = subject_masks(images, Request("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
-    assert best.mask.shape == (2, 48, 64) and best.picture.shape == (2, 48, 64, 3)
+    assert best.mask.shape == (2, 48, 64) and best.image.shape == (2, 48, 64, 3)
     assert set(best.mask.unique().tolist()) <= {0.0, 1.0}
     assert bool((every.mask >= best.mask).all()) and float(every.mask.sum()) > float(best.mask.sum())
-    assert re.search(r"picture 0: red dog 1\.00 at .* \d+ found, taken: number 0 \(best\); mask", best.info)
-    assert "picture 1:" in best.info and "sam_small.pth (vit_b)" in best.info
-    assert float((best.picture - images).abs().mean()) > 0.01
+    assert re.search(r"image 0: red dog 1\.00 at .* \d+ found, taken: number 0 \(best\); mask", best.info)
+    assert "image 1:" in best.info and "sam_small.pth (vit_b)" in best.info
+    assert float((best.image - images).abs().mean()) > 0.01
     assert "memory leak" not in caplog.text
 
 
@@ -124,7 +124,7 @@ def test_a_subject_that_is_not_there(folder, small_sam, monkeypatch):
 
     monkeypatch.setattr(sam, "load_sam", refuse)
     with pytest.raises(
-        ValueError, match=r"No 'cat' above the box_threshold of 1 was found in picture 0 \(best score [01]\.\d+"
+        ValueError, match=r"No 'cat' above the box_threshold of 1 was found in image 0 \(best score [01]\.\d+"
     ):
         subject_masks(pictures(1, 48, 64), Request("cat", 1.0), folder, small_sam)
 
@@ -233,7 +233,7 @@ def test_blip_writes_too(tmp_path):
 
 def test_a_model_without_words_is_said(tmp_path):
     finders.blip2_folder(tmp_path / "blip2", seed=0)
-    with pytest.raises(ValueError, match="has no words for picture 0: write the caption yourself"):
+    with pytest.raises(ValueError, match="has no words for image 0: write the caption yourself"):
         captions(pictures(1), tmp_path / "blip2", 5)
 
 

@@ -233,7 +233,7 @@ def test_text_only_model_is_refused(tmp_path):
     from transformers import CLIPTextModel
 
     seeded(lambda: CLIPTextModel(clip_config().text_config)).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="takes no pictures"):
+    with pytest.raises(ValueError, match="takes no images"):
         load_vision(tmp_path / "text")
 
 

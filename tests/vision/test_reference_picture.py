@@ -1,4 +1,4 @@
-"""The reference picture: which one is chosen, and how it is laid on another."""
+"""The reference image: which one is chosen, and how it is laid on another."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_most_similar_picture_is_taken(vision):
 
 
 def test_bad_input_of_the_choice(vision):
-    with pytest.raises(ValueError, match="2 generated pictures were given, one is expected"):
+    with pytest.raises(ValueError, match="2 generated images were given, one is expected"):
         choose_reference(pictures(3), pictures(2), vision, None)
     with pytest.raises(ValueError, match="1 masks came with 3 candidates: give one for each"):
         choose_reference(pictures(3), pictures(1), vision, torch.ones(1, 40, 40))

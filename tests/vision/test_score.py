@@ -70,7 +70,7 @@ def test_identity_with_masks_ignores_the_background(vision):
     assert result["best"] == 0 and result["dino"] == pytest.approx(1.0, abs=1e-5)
     assert "subject crops on white" in result["report"]
     whole = run(images=same, reference=subject, dino=vision["dino"])
-    assert whole["dino"] < 0.999 and "whole pictures" in whole["report"]
+    assert whole["dino"] < 0.999 and "whole images" in whole["report"]
 
 
 def test_the_moved_subject_is_still_the_same(vision):
@@ -165,7 +165,7 @@ def test_the_sheet_shows_the_pictures_with_text_below(vision):
     assert sheet.shape[0] == 1 and sheet.shape[3] == 3 and sheet.dtype == torch.float32
     assert float(sheet.min()) >= 0.0 and float(sheet.max()) <= 1.0
     assert sheet.shape[1] > 192 and sheet.shape[2] > 3 * 144
-    assert float((sheet[0, 8 + 192 + 8 :] > 0.8).float().mean()) > 0.005, "no text under the pictures"
+    assert float((sheet[0, 8 + 192 + 8 :] > 0.8).float().mean()) > 0.005, "no text under the images"
     shown = result["ui"]
     assert shown["text"][0] == result["report"] and len(shown["images"]) == 1
 
@@ -204,7 +204,7 @@ REFUSED = {
     "reference mask alone": ({"reference_mask": masks(1), "clip": "clip", "prompt": "a"}, "without a reference"),
     "no text tower": ({"prompt": "a cat", "clip": "dino"}, "vision model only"),
     "mask batch": ({"reference": 1, "mask": masks(3)}, "3 masks were given for 2 images"),
-    "reference batch": ({"reference": 3}, "3 reference pictures were given for 2 images"),
+    "reference batch": ({"reference": 3}, "3 reference images were given for 2 images"),
     "reference mask batch": ({"reference": 1, "reference_mask": masks(2)}, "2 reference masks were given"),
     "empty mask": ({"reference": 1, "mask": masks(2) * 0}, "mask 0 is empty"),
     "empty reference mask": ({"reference": 1, "reference_mask": masks(1) * 0.3}, "reference_mask 0 is empty"),

@@ -1,5 +1,5 @@
 """A diffusers folder of SD2.1-base (or of another Stable Diffusion of that shape): its parts, frozen, and what they
-make of pictures and captions.
+make of images and captions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...core.fit.fit import step_generator
 from .data import Item
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-AT_ONCE = 4  # pictures in the autoencoder: its activations at 512 pixels are the largest of all
+AT_ONCE = 4  # images in the autoencoder: its activations at 512 pixels are the largest of all
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Base:
             part.requires_grad_(False).eval()
 
     def cell(self) -> int:
-        """Pixels that the sides of pictures must be multiples of."""
+        """Pixels that the sides of images must be multiples of."""
         vae, unet = (len(part.config.block_out_channels) - 1 for part in (self.vae, self.unet))
         return 2 ** (vae + unet)
 
@@ -105,10 +105,10 @@ class Encoder:
     @torch.no_grad()
     def samples(self, items: Sequence[Item]) -> list[Sample]:
         """Of one batch of a process, in float32 on the networks' device."""
-        pictures = torch.cat([torch.cat([item.target[None], item.subjects]) for item in items])
+        images = torch.cat([torch.cat([item.target[None], item.subjects]) for item in items])
         counts = [1 + len(item.subjects) for item in items]
-        noise = torch.cat([self._noise(item, pictures.shape[-1]) for item in items])
-        latents = self._latents(pictures, noise).split(counts)
+        noise = torch.cat([self._noise(item, images.shape[-1]) for item in items])
+        latents = self._latents(images, noise).split(counts)
         texts = [text for item in items for text in (item.caption, *map(subject_prompt, item.classes))]
         contexts = self._contexts(texts).split(counts)
         return [Sample(z[0], rows[0], z[1:], rows[1:]) for z, rows in zip(latents, contexts, strict=True)]
@@ -119,10 +119,10 @@ class Encoder:
         generator = step_generator(self.seed, item.number, "adapter latents")
         return torch.randn((1 + len(item.subjects), config.latent_channels, side, side), generator=generator)
 
-    def _latents(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        """Drawn from the autoencoder's posterior, as published; pictures [B, 3, S, S] of bytes."""
+    def _latents(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Drawn from the autoencoder's posterior, as published; images [B, 3, S, S] of bytes."""
         vae, found = self.base.vae, []
-        for part, own in zip(pictures.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
+        for part, own in zip(images.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
             scaled = part.to(vae.device).to(vae.dtype) / 127.5 - 1
             posterior = vae.encode(scaled).latent_dist
             z = posterior.mean.float()

@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """A pair as it travels between processes: pictures of bytes, [3, S, S] and [R, 3, S, S]."""
+    """A pair as it travels between processes: images of bytes, [3, S, S] and [R, 3, S, S]."""
 
     number: int
     target: Tensor
@@ -45,7 +45,7 @@ class Item:
     """What could not be read on the way to it."""
 
 
-def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, pictures: int = 0, draws: int = DRAWS) -> Source:
+def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, images: int = 0, draws: int = DRAWS) -> Source:
     """The set in a folder, told by what lies in it. ValueError, with what was expected, when there is none."""
     if not path.is_dir():
         raise ValueError(
@@ -55,7 +55,7 @@ def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, pictures: in
     if any((path / name).is_file() for name in ANNOTATIONS):
         return YoutubeVis(path, size, draws)
     if (path / "annotations").is_dir():
-        return Coco(path, size, max_subjects, pictures)
+        return Coco(path, size, max_subjects, images)
     return PairFolder(path, size, max_subjects)
 
 
@@ -75,12 +75,12 @@ class Samples(Dataset[Item]):
         before = len(chosen.skipped)
         begin = self.ends[which - 1] if which else 0
         pair = chosen.pair(place - begin, step_generator(self.seed, number, "pair"))
-        target, subjects = (_bytes(pictures) for pictures in (pair.target, pair.subjects))
+        target, subjects = (_bytes(images) for images in (pair.target, pair.subjects))
         return Item(number, target, pair.caption, subjects, pair.classes, chosen.skipped[before:])
 
 
-def _bytes(pictures: Tensor) -> Tensor:
-    return (pictures * 255).round().to(torch.uint8)
+def _bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)

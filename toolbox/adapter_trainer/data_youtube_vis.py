@@ -10,7 +10,7 @@ box, 1.1 x 1.3 to 1.1 x 2.9 as wide, black where the frame ends. The caption is 
 class. A draw that breaks one of these is made again: the largest connected part of the subject's mask is more than 0.9
 of it; both masks cover 0.01 to 0.64 of their frames; the subject's box is 0.1 of the frame in a direction, and the
 target's widened box not more than 0.8 in both. Deviations, each with its reason:
-- the masks are read from the data set's file of annotations; theirs come from pictures of another edition of it;
+- the masks are read from the data set's file of annotations; theirs come from images of another edition of it;
 - the two frames are never the same one, where the target would hold nothing but the subject's own pixels;
 - parts of a mask are measured in pixels, theirs by the area within their outlines;
 - the sentences are our own, with an article before the class.

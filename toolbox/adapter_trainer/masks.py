@@ -1,4 +1,4 @@
-"""Masks as data sets store them, cut-outs of pictures, and how to read both."""
+"""Masks as data sets store them, cut-outs of images, and how to read both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINER = 4  # parts of a pixel that polygons are drawn in
 
 
 def pixels(path: Path) -> Pixels:
-    """An RGB picture [H, W, 3]."""
+    """An RGB image [H, W, 3]."""
     with Image.open(path) as image:
         return numpy.asarray(image.convert("RGB"))
 
@@ -117,7 +117,7 @@ def on_white(image: Pixels, mask: Mask) -> Pixels:
 
 
 def placed(image: Pixels, inner: tuple[float, float], size: int, colour: int = 255) -> Tensor:
-    """[3, size, size] in 0..1: a picture stretched to inner (width, height) in the middle of a square of one colour."""
+    """[3, size, size] in 0..1: an image stretched to inner (width, height) in the middle of a square of one colour."""
     width, height = (min(size, max(1, round(length))) for length in inner)
     square = Image.new("RGB", (size, size), (colour,) * 3)
     part = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""Attention maps as one picture: a line for each row of the prompt and one for their mean, a column for each level."""
+"""Attention maps as one image: a line for each row of the prompt and one for their mean, a column for each level."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..maps import stretched
 from .maps import Maps
 
 TILE, SHEET = 192, 4096  # px, the longer side of a map at most, and of all maps together about
-TITLE = "attention to the last {} rows of the prompt, from noise (0) to picture (1)"
+TITLE = "attention to the last {} rows of the prompt, from noise (0) to image (1)"
 SHADES = ((24, 24, 27), (67, 30, 120), (190, 55, 90), (250, 150, 40), (255, 250, 190))  # from dark to light
 
 

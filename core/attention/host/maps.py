@@ -1,4 +1,4 @@
-"""Reading a MODEL's cross-attention: the maps of a prompt's last rows at several noise levels of one picture."""
+"""Reading a MODEL's cross-attention: the maps of a prompt's last rows at several noise levels of one image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Maps:
     percents: list[float]
 
     def mask(self) -> Tensor:
-        """The mean over levels and rows, in 0..1, at the picture's size: [1, H, W]."""
+        """The mean over levels and rows, in 0..1, at the image's size: [1, H, W]."""
         mean = self.values.mean((0, 1))[None, None]
         return stretched(torch.nn.functional.interpolate(mean, scale_factor=SCALE, mode="bilinear")[0])
 

@@ -1,7 +1,7 @@
-"""Replacing a subject in a picture (HiFi Tuner, Alg. 3; prompt-to-prompt's word swap) on a MODEL, for any sampler.
+"""Replacing a subject in an image (HiFi Tuner, Alg. 3; prompt-to-prompt's word swap) on a MODEL, for any sampler.
 
 Source and edit are the two rows of one latent batch, with a CONDITIONING whose tables have two rows as well: ComfyUI
-gives each picture its own. Where the positive prompt is evaluated, the edit's attention is corrected by the source's of
+gives each image its own. Where the positive prompt is evaluated, the edit's attention is corrected by the source's of
 the same call; nothing is stored, and nothing is counted.
 """
 
@@ -40,9 +40,9 @@ from .swapped_prompt import KEY, ROOM, Learned, edited_prompt, encoded, paired, 
 
 @dataclass(frozen=True)
 class Control:
-    """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished picture. blend:
+    """What a MODEL is told. prompts: source and edit. The percents say until when: 1 is the finished image. blend:
     the share of the most attention from which on a place may change; 0 lets all of them. mask [1, 1, H, W]: where the
-    picture may change; with both, where both allow it.
+    image may change; with both, where both allow it.
     """
 
     prompts: tuple[str, str]
@@ -80,7 +80,7 @@ class SubjectSwap:
 def replaced_subject(
     model: Any, clip: Any, wanted: SubjectSwap, source: Conditioning | None = None
 ) -> tuple[Any, Conditioning]:
-    """A clone of the MODEL and the positive prompt for both pictures. ValueError before anything runs.
+    """A clone of the MODEL and the positive prompt for both images. ValueError before anything runs.
 
     source: the prompt as it was inverted with; sizes and ControlNets on it hold for both.
     """
@@ -121,19 +121,19 @@ def _usable(mask: Tensor | None) -> Tensor | None:
     if len(inside) != 1 or not 0 < float(inside.mean()) < 1:
         found = f"{len(inside)} masks" if len(inside) != 1 else "an empty mask" if not inside.any() else "a full mask"
         raise ValueError(
-            f"There is {found}, expected one that is white where the picture may change and black elsewhere: connect "
+            f"There is {found}, expected one that is white where the image may change and black elsewhere: connect "
             "the subject's mask, grown a little, or none."
         )
     return inside
 
 
 def twice(latent: dict[str, Any]) -> dict[str, Any]:
-    """The starting noise for both pictures. ValueError unless it is one."""
+    """The starting noise for both images. ValueError unless it is one."""
     samples = latent["samples"]
     if samples.shape[0] != 1:
         raise ValueError(
-            f"The latent holds {samples.shape[0]} pictures, expected the one noise that Invert Picture found: replace "
-            "the subject in one picture at a time."
+            f"The latent holds {samples.shape[0]} images, expected the one noise that Invert Image found: replace "
+            "the subject in one image at a time."
         )
     return {**latent, "samples": torch.cat([samples, samples])}
 
@@ -177,8 +177,8 @@ class _Sampling:
         """The uuids of the prompt that belongs to this control; guiders have different names and orders."""
         if noise.shape[0] != 2:
             raise ValueError(
-                f"The latent holds {noise.shape[0]} picture(s); a model from Replace Subject works on two, the "
-                "picture and its edit: connect the latent of Replace Subject, and for anything else the model in "
+                f"The latent holds {noise.shape[0]} image(s); a model from Replace Subject works on two, the "
+                "image and its edit: connect the latent of Replace Subject, and for anything else the model in "
                 "front of it."
             )
         marked = [entry for entries in conds.values() for entry in entries if KEY in entry]
@@ -193,7 +193,7 @@ class _Sampling:
             _check_rows(self.control.rows, _rows(entry))
             if "area" in entry and self.control.blend > 0:
                 raise ValueError(
-                    "A prompt, the negative one included, holds in an area, whose maps do not show the whole picture: "
+                    "A prompt, the negative one included, holds in an area, whose maps do not show the whole image: "
                     "take the area off, or give Replace Subject a mask in place of blend."
                 )
         return frozenset(entry["uuid"] for entry in ours)
@@ -215,7 +215,7 @@ def _check_rows(expected: int, rows: int, longest: int | None = None) -> None:
 
 
 class _Run:
-    """One sampling: the control's numbers, where both pictures stand in a batch, and where the word was looked at."""
+    """One sampling: the control's numbers, where both images stand in a batch, and where the word was looked at."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class _Run:
                 continue
             if batch != 2 * len(chunks):
                 raise ValueError(
-                    f"{batch} rows came for {len(chunks)} prompts, Replace Subject needs the picture and its edit in "
+                    f"{batch} rows came for {len(chunks)} prompts, Replace Subject needs the image and its edit in "
                     "one call: take off the node that splits the batch or multiplies its rows (context windows, "
                     "regional attention)."
                 )

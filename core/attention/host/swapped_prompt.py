@@ -50,11 +50,11 @@ def edited_prompt(prompt: str, word: str, new: str) -> str:
     if found == 0:
         raise ValueError(
             f"The word '{word}' is not in the prompt '{shortened(prompt)}': write it as it stands there ('cats' is "
-            "another word), or put it into the prompt that the picture is inverted with."
+            "another word), or put it into the prompt that the image is inverted with."
         )
     if found > 1:
         raise ValueError(
-            f"The word '{word}' is {found} times in the prompt '{shortened(prompt)}': describe the picture so that "
+            f"The word '{word}' is {found} times in the prompt '{shortened(prompt)}': describe the image so that "
             "it is there once, or name more of the words around it."
         )
     return pattern.sub(lambda _match: new.strip(), prompt)
@@ -86,12 +86,12 @@ def encoded(
     first, second = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in prompts)
     if source is None:
         return first, second
-    rows = single_prompt(source, "prompt that the picture was inverted with")
+    rows = single_prompt(source, "prompt that the image was inverted with")
     ours = first[0][0]
     if rows.shape != ours.shape or float((rows.to(ours) - ours).abs().max()) > CLOSE * float(ours.abs().max()):
         raise ValueError(
             f"The positive prompt is not '{shortened(prompts[0])}' as this CLIP encodes it: write the very text that "
-            "the picture was inverted with into 'prompt', and connect the same CLIP; patches of the rows (embeddings, "
+            "the image was inverted with into 'prompt', and connect the same CLIP; patches of the rows (embeddings, "
             "Conditioning Concat) do not belong here."
         )
     more = {name: value for name, value in source[0][1].items() if name != "pooled_output"}

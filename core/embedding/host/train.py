@@ -28,7 +28,7 @@ from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
-from ...session.sampling import sample_picture
+from ...session.sampling import sample_image
 from ...session.session import GuiderDenoiser, Session
 from .. import hiper
 from ..artifact import Embedding
@@ -196,7 +196,7 @@ def preview_images(
     size = (1, *shape[1:])
 
     def sampled(prompt: Conditioning) -> Tensor:
-        return sample_picture(
+        return sample_image(
             model, how.vae, prompt, how.negative, size, steps=how.steps, cfg=how.cfg, seed=how.seed
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""EZIGen's adapter on a MODEL: a subject's pictures encoded by the MODEL itself, and the adapter that reads them.
+"""EZIGen's adapter on a MODEL: a subject's images encoded by the MODEL itself, and the adapter that reads them.
 
 Everything stands in one wrapper on a clone of the MODEL; what a run needs is put into that run's own options when it
 starts. So it works in every sampler, with other nodes' patches, and nothing of it is left behind.
@@ -43,29 +43,29 @@ log = logging.getLogger("likeness")
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A subject as one MODEL sees it. pictures [R, S, S, 3]: what was encoded. base: which model it was."""
+    """A subject as one MODEL sees it. images [R, S, S, 3]: what was encoded. base: which model it was."""
 
     tokens: SubjectTokens
-    pictures: Tensor
+    images: Tensor
     base: dict[str, str]
 
     def with_more(self, other: Subject) -> Subject:
-        """This one's pictures and another's, for the adapter to look at together. ValueError for another model's."""
+        """This one's images and another's, for the adapter to look at together. ValueError for another model's."""
         if self.base != other.base:
             raise ValueError("The subjects were encoded with different models: encode both with the one you sample.")
         layers = tuple(torch.cat(pair, 1) for pair in zip(self.tokens.layers, other.tokens.layers, strict=True))
-        size = max(self.pictures.shape[1], other.pictures.shape[1])
-        shown = torch.cat([_resized(each.pictures, size) for each in (self, other)])
+        size = max(self.images.shape[1], other.images.shape[1])
+        shown = torch.cat([_resized(each.images, size) for each in (self, other)])
         return Subject(SubjectTokens(layers), shown, self.base)
 
 
 def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Tensor:
-    """A subject's pictures as the adapter was trained on them: alone on white, square -> [R, size, size, 3].
+    """A subject's images as the adapter was trained on them: alone on white, square -> [R, size, size, 3].
 
     image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is; an
     empty one, as Load Image gives when nothing was painted, counts as none, and one that is white in all four corners
-    as the surroundings, which is what Load Image gives for a transparent picture. Without alpha and mask the whole
-    picture is taken, with white beside it where it is not square.
+    as the surroundings, which is what Load Image gives for a transparent image. Without alpha and mask the whole
+    image is taken, with white beside it where it is not square.
     """
     paintable = mask is not None
     if mask is None or not bool((mask > 0.5).any()):
@@ -92,11 +92,11 @@ def _of_subject(mask: Tensor) -> Tensor:
 def _say_not_white(paintable: bool) -> None:
     if paintable:
         raise ValueError(
-            "The mask is empty, and the subject's picture has no white background: paint the subject (right-click the "
-            "picture, 'Open in MaskEditor'), or disconnect the mask to take the picture as it is."
+            "The mask is empty, and the subject's image has no white background: paint the subject (right-click the "
+            "image, 'Open in MaskEditor'), or disconnect the mask to take the image as it is."
         )
     log.warning(
-        "The subject's picture has no white background: its surroundings will be taken for a part of the subject. "
+        "The subject's image has no white background: its surroundings will be taken for a part of the subject. "
         "Connect a mask."
     )
 
@@ -106,8 +106,8 @@ def _dark_corners(image: Tensor) -> bool:
     return bool((corners.amin(-1) < WHITE).sum() > len(image))
 
 
-def _resized(pictures: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.interpolate(pictures.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
+def _resized(images: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.interpolate(images.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
 
 
 def adapter_missing(name: str) -> str:
@@ -133,13 +133,13 @@ def check_model(model: Any) -> list[Place]:
 
 
 def encode_subject(
-    model: Any, vae: Any, positive: Conditioning, pictures: Tensor, seed: int, timestep: int = SUBJECT_TIMESTEP
+    model: Any, vae: Any, positive: Conditioning, images: Tensor, seed: int, timestep: int = SUBJECT_TIMESTEP
 ) -> Subject:
-    """pictures [R, S, S, 3], as prepared() gives them; positive: the subject's class, "a dog"."""
+    """images [R, S, S, 3], as prepared() gives them; positive: the subject's class, "a dog"."""
     check_model(model)
     single_prompt(positive, "subject's prompt")
-    latents = vae.encode(pictures)
-    return Subject(joined(captured(model, positive, latents, seed, timestep)), pictures.cpu(), fingerprint(model))
+    latents = vae.encode(images)
+    return Subject(joined(captured(model, positive, latents, seed, timestep)), images.cpu(), fingerprint(model))
 
 
 def captured(model: Any, positive: Conditioning, latents: Tensor, seed: int, timestep: int) -> list[Tensor]:
@@ -282,7 +282,7 @@ class _Injection:
             return float("inf")
         if layout_steps(steps, self.ratio) == 0:
             return float(scheme.percent_to_sigma(1.0 - self.ratio))
-        falling = sigmas.sort(descending=True).values  # SIGMAS may be turned round, to walk a picture up
+        falling = sigmas.sort(descending=True).values  # SIGMAS may be turned round, to walk an image up
         return float(falling[layout_steps(steps, self.ratio)]) * (1 + 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two pictures in a row are alike."""
+"""EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two images in a row are alike."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, and the largest one ove
 # On the CPU a sampler's own noise is drawn like what a latent is noised with: with one seed for both, the first step
 # would add the very noise that is there already, and the latent would have a quarter more of it than its level.
 STEP_SEEDS = 1000
-LARGE = 1024  # pixels of a picture's short side, above which the models of these adapters have not enough to see
+LARGE = 1024  # pixels of an image's short side, above which the models of these adapters have not enough to see
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
 class StagedSettings:
-    """What decides the pictures, next to model, subject and prompts. keep_best: of all loops the picture that is most
+    """What decides the images, next to model, subject and prompts. keep_best: of all loops the image that is most
     like the subject, instead of the last one. published_level: see ezigen/staged.py.
     """
 
@@ -71,11 +71,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Staged:
-    """latent [B, C, h, w] as in a LATENT, and its picture; pictures: of the first sampling and of every loop."""
+    """latent [B, C, h, w] as in a LATENT, and its image; images: of the first sampling and of every loop."""
 
     latent: Tensor
-    picture: Tensor
-    pictures: Tensor
+    image: Tensor
+    images: Tensor
     report: str
 
 
@@ -116,15 +116,15 @@ def staged(
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # and its steps' noise as a stock sampler draws it, for the same layout
         found = sampler.sample(first, noise, sigmas, prompts.negative, latent, seed % SEEDS)
-        pictures = [vae.decode(found).cpu()]
+        images = [vae.decode(found).cpu()]
     else:
-        pictures = [whole_cells(start[..., :3].float().cpu(), vae)]
-        found = vae.encode(pictures[0]).cpu()
+        images = [whole_cells(start[..., :3].float().cpu(), vae)]
+        found = vae.encode(images[0]).cpu()
     told, similarity, done = [], 0.0, 0
-    latents, looks = [found], Looks(vision, pictures[0])
+    latents, looks = [found], Looks(vision, images[0])
     while loops.go_on(done, similarity):
         done += 1
-        z = found if done == 1 and start is not None else vae.encode(pictures[-1]).cpu()
+        z = found if done == 1 and start is not None else vae.encode(images[-1]).cpu()
         noise = stock_noise(latents[-1], seed, done)
         if settings.published_level:
             signal, more = _published(model, settings.split_ratio, appearance[0])
@@ -133,12 +133,12 @@ def staged(
         nothing = torch.zeros_like(x)
         found = sampler.sample(later, nothing, appearance, prompts.loop_negative, x, of_steps)
         latents.append(found)
-        pictures.append(vae.decode(found).cpu())
-        similarity = looks.at(pictures[-1])
+        images.append(vae.decode(found).cpu())
+        similarity = looks.at(images[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
-    chosen = _best(looks, subject, told) if settings.keep_best else len(pictures) - 1
+    chosen = _best(looks, subject, told) if settings.keep_best else len(images) - 1
     told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
-    return Staged(latents[chosen], pictures[chosen], torch.cat(pictures), "\n".join(told))
+    return Staged(latents[chosen], images[chosen], torch.cat(images), "\n".join(told))
 
 
 def _check(models: StagedModels, settings: StagedSettings, start: Tensor | None) -> None:
@@ -147,19 +147,19 @@ def _check(models: StagedModels, settings: StagedSettings, start: Tensor | None)
     if models.vision is None and (loops.least != loops.most or settings.keep_best):
         raise ValueError(
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
-            "picture is best: connect a CLIP_VISION, or set both numbers the same and keep the last picture."
+            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
         )
     check_vae(models.model, models.vae)
     if start is not None:
         warn_of_size(start)
 
 
-def warn_of_size(picture: Tensor) -> None:
-    """Say when a picture [B, H, W, C] is far larger than what the models draw."""
-    height, width = picture.shape[1:3]
+def warn_of_size(image: Tensor) -> None:
+    """Say when an image [B, H, W, C] is far larger than what the models draw."""
+    height, width = image.shape[1:3]
     if min(height, width) > LARGE:
         log.warning(
-            "The picture has %d x %d pixels and is sampled at that size: more than SD2.1-base and SD1.x can draw, and "
+            "The image has %d x %d pixels and is sampled at that size: more than SD2.1-base and SD1.x can draw, and "
             "it takes very much memory. Scale it down first, to 512 on its short side.",
             width,
             height,
@@ -173,11 +173,11 @@ def noised(model: Any, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return model.get_model_object("process_latent_out")(x)
 
 
-def whole_cells(picture: Tensor, vae: Any) -> Tensor:
+def whole_cells(image: Tensor, vae: Any) -> Tensor:
     """[B, H, W, C] without the last pixels that make no whole cell of a latent."""
     side = vae.spacial_compression_encode()
-    height, width = (length // side * side for length in picture.shape[1:3])
-    return picture[:, :height, :width]
+    height, width = (length // side * side for length in image.shape[1:3])
+    return image[:, :height, :width]
 
 
 def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, float]:
@@ -192,26 +192,26 @@ def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
 
 
 class Looks:
-    """What a vision model, if there is one, sees in pictures [B, H, W, 3] that come in a row; it sees each once."""
+    """What a vision model, if there is one, sees in images [B, H, W, 3] that come in a row; it sees each once."""
 
     def __init__(self, vision: Any | None, first: Tensor) -> None:
         self.vision = vision
         self.seen = [] if vision is None else [embed(vision, first)]
 
-    def at(self, picture: Tensor) -> float:
+    def at(self, image: Tensor) -> float:
         """How alike it is to the one before; of a batch, those that are least alike count."""
         if self.vision is None:
             return 0.0
-        self.seen.append(embed(self.vision, picture))
+        self.seen.append(embed(self.vision, image))
         return float(F.cosine_similarity(self.seen[-2], self.seen[-1]).min())
 
 
 def _best(looks: Looks, subject: Subject, told: list[str]) -> int:
-    """The number of the picture that is most like the subject's, and a line about it."""
-    wanted = F.normalize(embed(looks.vision, subject.pictures), dim=1)
+    """The number of the image that is most like the subject's, and a line about it."""
+    wanted = F.normalize(embed(looks.vision, subject.images), dim=1)
     scores = [float((F.normalize(seen, dim=1) @ wanted.T).mean()) for seen in looks.seen]
     best = max(range(len(scores)), key=scores.__getitem__)
-    told.append(f"best: picture {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
+    told.append(f"best: image {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
     return best
 
 

@@ -1,4 +1,4 @@
-"""EZIGen's editing with a MODEL: in a masked place of a picture another subject, the rest held by an inversion."""
+"""EZIGen's editing with a MODEL: in a masked place of an image another subject, the rest held by an inversion."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What decides the edit. published: the background two steps noisier than the picture, and the mask's pure white
+    """What decides the edit. published: the background two steps noisier than the image, and the mask's pure white
     alone (see ezigen/staged.py). paste: outside of the mask the source's own pixels in the end.
     """
 
@@ -54,11 +54,11 @@ class EditSettings:
 
 @dataclass(frozen=True)
 class Edited:
-    """latent [1, C, h, w] as in a LATENT, its picture, the pictures of all loops with the source first."""
+    """latent [1, C, h, w] as in a LATENT, its image, the images of all loops with the source first."""
 
     latent: Tensor
-    picture: Tensor
-    pictures: Tensor
+    image: Tensor
+    images: Tensor
     report: str
 
 
@@ -93,28 +93,28 @@ def edited(
     source = whole_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
     steps = Steps(model, 2 * (len(down) - 1) * loops.most, node_id)
-    pictures, kept, similarity, done, found = [source], None, 0.0, 0, None
+    images, kept, similarity, done, found = [source], None, 0.0, 0, None
     told, looks = [], Looks(vision, source)
     while loops.go_on(done, similarity):
         done += 1
-        latent = vae.encode(pictures[-1])
+        latent = vae.encode(images[-1])
         start, backgrounds = _inverted(plain, prompts.inverse, latent, up, down, settings.published, steps)
         kept = backgrounds if kept is None else kept  # those of every loop are the source's own
         run = _Pasting(kept, _latent_mask(mask, settings.published, start), settings, done, steps)
         found = _sampled(adapted, prompts, run, start, down, settings.cfg)
-        pictures.append(vae.decode(found).cpu())
-        similarity = looks.at(pictures[-1])
+        images.append(vae.decode(found).cpu())
+        similarity = looks.at(images[-1])
         told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
-    picture = pictures[-1]
+    image = images[-1]
     if settings.paste:
-        picture = _pasted_pixels(picture, source, mask)
-    return Edited(vae.encode(source).cpu() if found is None else found, picture, torch.cat(pictures), "\n".join(told))
+        image = _pasted_pixels(image, source, mask)
+    return Edited(vae.encode(source).cpu() if found is None else found, image, torch.cat(images), "\n".join(told))
 
 
 def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSettings) -> None:
     loops = settings.loops
     if len(source) != 1 or len(mask) != 1:
-        raise ValueError(f"{len(source)} pictures and {len(mask)} masks were given: edit one picture at a time.")
+        raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
     if not bool((mask > (WHITE if settings.published else 0.5)).any()):
         grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
         raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
@@ -127,7 +127,7 @@ def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSetti
 
 
 def _reversed(down: Tensor, lowest: Tensor) -> Tensor:
-    """The levels of the steps upwards; a network knows no clean picture, so the source counts as of its lowest."""
+    """The levels of the steps upwards; a network knows no clean image, so the source counts as of its lowest."""
     return torch.cat([lowest, down.flip(0)[1:]])
 
 
@@ -136,9 +136,9 @@ def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:
     return resize_mask(chosen, like.shape[-2], like.shape[-1])[:, None].to(like)
 
 
-def _pasted_pixels(picture: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    part = mask[..., None].to(picture)
-    return part * picture + (1 - part) * source.to(picture)
+def _pasted_pixels(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    part = mask[..., None].to(image)
+    return part * image + (1 - part) * source.to(image)
 
 
 def _inverted(

@@ -1,7 +1,7 @@
-"""Training EZIGen's adapter in a MODEL on a folder of pictures: from what the node got to a LIKENESS_ADAPTER.
+"""Training EZIGen's adapter in a MODEL on a folder of images: from what the node got to a LIKENESS_ADAPTER.
 
-What never changes is computed once and kept on the CPU: the latent of every picture, the rows of every prompt. What is
-left of a step is the UNet, once for the subject's pictures and once, with a gradient, for the picture to be drawn.
+What never changes is computed once and kept on the CPU: the latent of every image, the rows of every prompt. What is
+left of a step is the UNet, once for the subject's images and once, with a gradient, for the image to be drawn.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RUN_BYTES_PER_WEIGHT = 16  # itself, two moments, and the result, in float32
 KEPT_RUNS = 3.5
 CHECKED = 10  # samples that the report's errors are of
 WORTH, LEFT_OUT = "worth", "left out"  # what a result holds beside the adapter
-ADAPTER_SHARE = 0.15  # of a block's activations, for each picture that its adapter looks at
+ADAPTER_SHARE = 0.15  # of a block's activations, for each image that its adapter looks at
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how the training runs, next to TrainingSettings. size: of all pictures, in pixels."""
+    """How long and how the training runs, next to TrainingSettings. size: of all images, in pixels."""
 
     size: int = 512
     steps: int = 1000
@@ -160,9 +160,9 @@ def report(folder: str, steps: int, batch: int, losses: list[float], worth: list
         f"no subject, {alone:.5f} by the model alone",
     ]
     if within >= without:
-        lines.append("The subject's pictures do not help yet: train longer.")
+        lines.append("The subject's images do not help yet: train longer.")
     elif within >= alone:
-        lines.append("The adapter uses the subject's pictures, and is not yet better than the model alone: train on.")
+        lines.append("The adapter uses the subject's images, and is not yet better than the model alone: train on.")
     return "\n".join(lines)
 
 
@@ -188,7 +188,7 @@ def check(trainee: Trainee, size: int) -> list[Place]:
     check_vae(trainee.model, trainee.vae)
     cell = trainee.vae.spacial_compression_encode()
     if size % cell:
-        raise ValueError(f"The pictures' size is {size}: give a multiple of {cell}.")
+        raise ValueError(f"The images' size is {size}: give a multiple of {cell}.")
     if trainee.start is not None:
         with torch.device("meta"):
             Adapter([place.layer for place in found]).check(trainee.start.tensors)
@@ -196,7 +196,7 @@ def check(trainee: Trainee, size: int) -> list[Place]:
 
 
 class Encoded:
-    """The latents of a folder's pictures and the rows of their prompts, on the CPU; samples by number in the run."""
+    """The latents of a folder's images and the rows of their prompts, on the CPU; samples by number in the run."""
 
     def __init__(self, trainee: Trainee, places: list[Place], folder: PairFolder, seed: int) -> None:
         """Encodes them. ValueError when nothing in the folder can be read, or it is too large for the memory."""
@@ -205,17 +205,17 @@ class Encoded:
         self._check_memory(trainee)
         process = trainee.model.get_model_object("latent_format").process_in
 
-        def latent(picture: Tensor | None) -> Tensor | None:
+        def latent(image: Tensor | None) -> Tensor | None:
             mm.throw_exception_if_processing_interrupted()
-            if picture is None:
+            if image is None:
                 return None
-            return process(trainee.vae.encode(picture.movedim(0, -1)[None]))[0].float().cpu()
+            return process(trainee.vae.encode(image.movedim(0, -1)[None]))[0].float().cpu()
 
         self.targets = {each.path: latent(folder.target(each)) for each in folder.targets}
         self.cut_outs = {each.path: latent(folder.cut_out(each)) for each in folder.cut_outs}
         self.rows: dict[str, Tensor] = {}
-        for picture in folder.targets:
-            for text in (picture.caption, subject_prompt(picture.class_noun)):
+        for image in folder.targets:
+            for text in (image.caption, subject_prompt(image.class_noun)):
                 if text not in self.rows:
                     mm.throw_exception_if_processing_interrupted()
                     self.rows[text] = self._encode(trainee.clip, text)
@@ -223,14 +223,14 @@ class Encoded:
 
     def sample(self, number: int) -> Sample:
         """The one with this number in the run. ValueError when no pair of the folder can be read."""
-        picture, latent, subjects = self.folder.drawn(
+        image, latent, subjects = self.folder.drawn(
             index_of(self.seed, number, len(self.folder)),
             pair_generator(self.seed, number),
             lambda each: self.targets[each.path],
             lambda each: self.cut_outs[each.path],
         )
-        about = self.rows[subject_prompt(picture.class_noun)].expand(len(subjects), -1, -1)
-        return Sample(*detached([latent, self.rows[picture.caption], torch.stack(subjects), about]))
+        about = self.rows[subject_prompt(image.class_noun)].expand(len(subjects), -1, -1)
+        return Sample(*detached([latent, self.rows[image.caption], torch.stack(subjects), about]))
 
     def conditioning(self) -> Conditioning:
         """One of the prompts, for a session to begin with."""
@@ -252,10 +252,10 @@ class Encoded:
         folder, cells = self.folder, (self.folder.size // trainee.vae.spacial_compression_encode()) ** 2
         channels = trainee.model.get_model_object("latent_format").latent_channels
         prompts = {each.caption for each in folder.targets} | {each.class_noun for each in folder.targets}
-        pictures = len(folder.targets) + len(folder.cut_outs)
-        needed = 4.0 * (pictures * channels * cells + len(prompts) * CHUNK * self._width)
+        images = len(folder.targets) + len(folder.cut_outs)
+        needed = 4.0 * (images * channels * cells + len(prompts) * CHUNK * self._width)
         free = mm.get_free_memory(torch.device("cpu"))
-        log.info("Adapter: encoding %d pictures and %d prompts (%.2f GB)", pictures, len(prompts), needed / GB)
+        log.info("Adapter: encoding %d images and %d prompts (%.2f GB)", images, len(prompts), needed / GB)
         if needed > free:
             raise ValueError(
                 f"{folder.path.name} would take {needed / GB:.1f} GB of memory once encoded, and {free / GB:.1f} GB "
@@ -270,7 +270,7 @@ def _context_width(trainee: Trainee, places: list[Place]) -> int:
 
 
 def _memory(model: Any, places: list[Place], latent: Tensor, plan: Plan, batch: int) -> float:
-    """Bytes that training needs beside what the gradient of one picture through the bare UNet does."""
+    """Bytes that training needs beside what the gradient of one image through the bare UNet does."""
     weights = sum(4 * place.layer.width**2 for place in places)
     held = activations(model, latent, plan.checkpointing)
     return BYTES_PER_WEIGHT * weights + held * (batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1)
@@ -318,11 +318,11 @@ def _header(
     trainee: Trainee, plan: Plan, settings: TrainingSettings, folder: PairFolder, steps: int, losses: list[float]
 ) -> dict[str, Any]:
     before = 0 if trainee.start is None else int(trainee.start.header.get("steps", 0))
-    pictures = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(folder)}
+    images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(folder)}
     return {
         "method": METHOD,
         "base": base_sample(trainee.model),
         "steps": before + steps,
-        "settings": {**asdict(settings), **pictures, "steps": steps},
+        "settings": {**asdict(settings), **images, "steps": steps},
         "losses": curve(losses),
     }

@@ -27,7 +27,7 @@ def inverted(
     iterations: int,
     node_id: str | None = None,
 ) -> Trajectory:
-    """The trajectory of a picture along SIGMAS, with the prompt that describes it and no guidance."""
+    """The trajectory of an image along SIGMAS, with the prompt that describes it and no guidance."""
     single_prompt(positive, "prompt")
     check_way(model, sigmas)
     samples = source.encoded(model).latent
@@ -44,18 +44,18 @@ def inverted(
 
 
 def check_way(model: Any, sigmas: Tensor) -> None:
-    """ValueError when a picture cannot be walked up along these levels with this model."""
+    """ValueError when an image cannot be walked up along these levels with this model."""
     check_sigmas(sigmas)
     sampling = model.get_model_object("model_sampling")
     if not _adds_noise(sampling):
         raise ValueError(
-            "This model mixes noise into the picture (SD3, FLUX and other flow models), and samplers start it from "
-            "pure noise, not from an inverted picture: use SD1.x, SD2.x or SDXL."
+            "This model mixes noise into the image (SD3, FLUX and other flow models), and samplers start it from "
+            "pure noise, not from an inverted image: use SD1.x, SD2.x or SDXL."
         )
     if float(sigmas[-1]) > 1.01 * float(sampling.sigma_min):
         raise ValueError(
-            f"The SIGMAS end at {float(sigmas[-1]):.4g}, where a picture is still noisy; the inversion begins at the "
-            f"clean picture, at 0 or {float(sampling.sigma_min):.4g}: connect them uncut, as BasicScheduler gives them."
+            f"The SIGMAS end at {float(sigmas[-1]):.4g}, where an image is still noisy; the inversion begins at the "
+            f"clean image, at 0 or {float(sampling.sigma_min):.4g}: connect them uncut, as BasicScheduler gives them."
         )
 
 
@@ -87,9 +87,9 @@ def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory)
     if any(trajectory.header.get(part) != origin[part] for part in ("base", "patches")):
         raise ValueError(
             "The trajectory was made with another model (another checkpoint, LoRA or model sampling): connect the very "
-            "model that the picture was inverted with."
+            "model that the image was inverted with."
         )
     if trajectory.header.get("prompt") != origin["prompt"]:
         raise ValueError(
-            "The trajectory was made with another prompt: connect the very prompt that the picture was inverted with."
+            "The trajectory was made with another prompt: connect the very prompt that the image was inverted with."
         )

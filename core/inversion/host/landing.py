@@ -51,14 +51,14 @@ class Landing(Playback):
         target = next(iter(self.targets.values()))
         if noise.shape[1:] != target.shape[1:] or noise.shape[0] < (self.rows or 1):
             raise ValueError(
-                f"The latent to sample is {tuple(noise.shape)}, this model lands on the latents of an inverted picture "
+                f"The latent to sample is {tuple(noise.shape)}, this model lands on the latents of an inverted image "
                 f"{tuple(target.shape)}: sample the latent that came with it, or connect the model from before."
             )
         strange = [s for s in sigmas.tolist()[:-1] if not any(abs(s - level) <= CLOSE * level for level in self.levels)]
         if strange:
             log.warning(
                 "The sampling has noise levels that the inversion had not (%.4g): connect the SIGMAS of Invert "
-                "Picture, or the picture will be met only roughly.",
+                "Image, or the image will be met only roughly.",
                 strange[0],
             )
         options = executor.class_obj.model_options  # this run's own

@@ -48,7 +48,7 @@ class Nulls:
 
 @dataclass(frozen=True)
 class WayBack:
-    """What a sampler needs to come back to an inverted picture. losses: None where nothing was optimised."""
+    """What a sampler needs to come back to an inverted image. losses: None where nothing was optimised."""
 
     model: Any
     negative: Conditioning
@@ -142,11 +142,11 @@ def null_text(
     check_trajectory(model, positive, trajectory)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
-            f"The trajectory holds {trajectory.latents.shape[1]} pictures; each needs negatives of its own: invert one "
-            "picture at a time."
+            f"The trajectory holds {trajectory.latents.shape[1]} images; each needs negatives of its own: invert one "
+            "image at a time."
         )
     if settings.cfg == 1.0:
-        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the image is sampled with.")
     warn_of_guidance(model)
     first = positive if start == "prompt" else negative
     single_prompt(first, "negative prompt")

@@ -49,7 +49,7 @@ class ReNoised:
         kind = "ancestral steps with their noises" if len(self.replay.noises) else "steps without noise"
         return (
             f"{len(self.replay.sigmas) - 1} {kind}, noise levels {levels}\n"
-            f"sampled again, the picture's latent is missed by {100 * self.error:.1f} % of its size"
+            f"sampled again, the image's latent is missed by {100 * self.error:.1f} % of its size"
         )
 
 
@@ -77,7 +77,7 @@ def renoised(
     settings: ReNoiseSettings,
     node_id: str | None = None,
 ) -> ReNoised:
-    """The noise that a picture would have come from by these few steps, with the prompt that describes it and no
+    """The noise that an image would have come from by these few steps, with the prompt that describes it and no
     guidance; ValueError, before any work, for what cannot be inverted.
     """
     single_prompt(positive, "prompt")
@@ -85,11 +85,11 @@ def renoised(
     samples = source.encoded(model).latent
     if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
         raise ValueError(
-            f"The picture's latent is {tuple(samples.shape)}, expected one picture of 4 x 4 cells or more: pick one "
-            "picture of the batch (ImageFromBatch), or scale it up."
+            f"The image's latent is {tuple(samples.shape)}, expected one image of 4 x 4 cells or more: pick one "
+            "image of the batch (ImageFromBatch), or scale it up."
         )
     levels = sigmas.detach().float().cpu().clone()
-    levels[-1] = 0.0  # where inversion begins: at the clean picture
+    levels[-1] = 0.0  # where inversion begins: at the clean image
     steps = Steps(model, len(levels) - 1, node_id)
     found: list[tuple[Tensor, Replay, float]] = []
 
@@ -105,8 +105,8 @@ def renoised(
     start, replay, error = found[0]
     if not bool(torch.isfinite(start).all()):
         raise ValueError(
-            "The inversion ran away: what this model predicts for the picture is too unlike noise to be corrected. "
-            "Check that the prompt describes the picture and that the VAE is the model's own, or lower kl_weight and "
+            "The inversion ran away: what this model predicts for the image is too unlike noise to be corrected. "
+            "Check that the prompt describes the image and that the VAE is the model's own, or lower kl_weight and "
             "correlation_weight, down to 0."
         )
     start = model.get_model_object("latent_format").process_out(start)
@@ -135,7 +135,7 @@ def replay_of(latent: dict[str, Any]) -> Replay | None:
     if stored is not None and stored.samples != digest(latent["samples"]):
         raise ValueError(
             "The latent is not the one that Invert For Few Steps gave, but was made from it: connect that node's "
-            "latent as it is, not sampled, scaled or cut. To begin at another picture, decode the latent and "
-            "invert its picture (VAE Decode, Invert For Few Steps)."
+            "latent as it is, not sampled, scaled or cut. To begin at another image, decode the latent and "
+            "invert its image (VAE Decode, Invert For Few Steps)."
         )
     return stored

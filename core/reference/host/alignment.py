@@ -1,4 +1,4 @@
-"""HiFi Tuner (arXiv 2312.00079), section 3.3: the subject's picture that serves as reference, and laid on another."""
+"""HiFi Tuner (arXiv 2312.00079), section 3.3: the subject's image that serves as reference, and laid on another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DRAW = "connect a mask of the subject (Subject Mask, or draw one)"
 
 @dataclass(frozen=True)
 class Choice:
-    """index: of the best candidate. similarity: its cosine with the generated picture. info: all of them."""
+    """index: of the best candidate. similarity: its cosine with the generated image. info: all of them."""
 
     index: int
     similarity: float
@@ -45,12 +45,12 @@ class Laid:
 
 
 def choose_reference(images: Tensor, picture: Tensor, vision: Any, masks: Tensor | None) -> Choice:
-    """The candidate [B, H, W, C] that is most like the generated picture [1, h, w, C]: cosine of whole pictures'
+    """The candidate [B, H, W, C] that is most like the generated image [1, h, w, C]: cosine of whole images'
     embeddings (the paper: the class token of DINO ViT-S/16).
     """
     if len(picture) != 1:
         raise ValueError(
-            f"{len(picture)} generated pictures were given, one is expected: take one of them (ImageFromBatch)."
+            f"{len(picture)} generated images were given, one is expected: take one of them (ImageFromBatch)."
         )
     if masks is not None and len(masks) != len(images):
         raise ValueError(
@@ -61,14 +61,14 @@ def choose_reference(images: Tensor, picture: Tensor, vision: Any, masks: Tensor
     similarities = F.cosine_similarity(candidates, wanted).tolist()
     best = max(range(len(similarities)), key=similarities.__getitem__)
     lines = [
-        f"picture {number}: {value:.4f}" + (" (taken)" if number == best else "")
+        f"image {number}: {value:.4f}" + (" (taken)" if number == best else "")
         for number, value in enumerate(similarities)
     ]
     return Choice(best, similarities[best], "\n".join([*lines, f"by {describe(vision)}"]))
 
 
 def lay_on(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: float) -> Laid:
-    """The reference picture [1, H, W, C] with its mask, transformed so that its subject covers the target's mask."""
+    """The reference image [1, H, W, C] with its mask, transformed so that its subject covers the target's mask."""
     for name, tensor in (("picture", image), ("mask", mask), ("target_mask", target)):
         if tensor.ndim > 2 and len(tensor) != 1:
             raise ValueError(
@@ -96,7 +96,7 @@ def lay_on(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: 
 
 
 def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """One mask as [H, W] of 0 and 1, at its picture's size. ValueError when it is empty, full, or of another
+    """One mask as [H, W] of 0 and 1, at its image's size. ValueError when it is empty, full, or of another
     proportion."""
     own = (mask.shape[-2], mask.shape[-1])
     plane = checked_mask(mask, 1, size or own, name=name, empty=DRAW, full=DRAW)[None]
@@ -107,7 +107,7 @@ def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 
 def _overlay(picture: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """The transformed picture; red where only the reference's subject is, blue only the target's, green both."""
+    """The transformed image; red where only the reference's subject is, blue only the target's, green both."""
     one, other = ours[0] > 0.5, theirs > 0.5
     shown = picture.clone()
     for where, colour in ((one & ~other, ONLY_REFERENCE), (other & ~one, ONLY_TARGET), (one & other, BOTH)):

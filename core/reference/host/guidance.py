@@ -35,7 +35,7 @@ TIMES = ("start_percent", "end_percent")
 
 @dataclass(frozen=True)
 class Guided:
-    """A finished picture, as in a LATENT, and the model and negatives that make it again from the same noise."""
+    """A finished image, as in a LATENT, and the model and negatives that make it again from the same noise."""
 
     samples: Tensor
     model: Any
@@ -128,7 +128,7 @@ def guided_by_reference(
     settings: ReferenceSettings,
     node_id: str | None = None,
 ) -> Guided:
-    """Sample (or resume, or serve from disk) a picture along the trajectory's noise levels, guided by its reference.
+    """Sample (or resume, or serve from disk) an image along the trajectory's noise levels, guided by its reference.
 
     positive may have an entry for each step; negative is the empty prompt; noise a NOISE. ValueError, before any work,
     for what does not fit together.
@@ -137,12 +137,12 @@ def guided_by_reference(
     check_base(trajectory.header.get("base", {}), model)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
-            f"The trajectory holds {trajectory.latents.shape[1]} pictures, a generation is guided by one reference: "
-            "invert one picture."
+            f"The trajectory holds {trajectory.latents.shape[1]} images, a generation is guided by one reference: "
+            "invert one image."
         )
     single_prompt(negative, "negative prompt")
     if settings.cfg == 1.0 and settings.inner_steps:
-        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the picture is sampled with.")
+        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the image is sampled with.")
     warn_of_guidance(model)
     sampling = model.get_model_object("model_sampling")
     chosen = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
@@ -200,7 +200,7 @@ def plain_prompt(
     plain = [{name: value for name, value in options.items() if name not in (*TIMES, TAIL)} for _, options in entries]
     limited = sorted({name for options in plain for name in LIMITS if name in options})
     if limited:
-        raise ValueError(f"The prompt is limited by {', '.join(limited)}: connect a prompt for the whole picture.")
+        raise ValueError(f"The prompt is limited by {', '.join(limited)}: connect a prompt for the whole image.")
     first = digest(describe(plain[0]))
     if any(options is not plain[0] and digest(describe(options)) != first for options in plain):
         raise ValueError(

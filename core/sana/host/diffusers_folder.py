@@ -117,7 +117,7 @@ def noise_shift(folder: Path) -> float:
 
 
 def samples(folder: Path) -> tuple[float, int, int]:
-    """Scale of the autoencoder's samples, their channels, and how many times smaller than pictures they are."""
+    """Scale of the autoencoder's samples, their channels, and how many times smaller than images they are."""
     table = _table(folder / "vae" / "config.json")
     try:
         levels = len(table["encoder_block_out_channels"])
@@ -176,7 +176,7 @@ class Gemma(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """encode and decode as ComfyUI's VAE calls them; pictures [B, 3, H, W] in -1..1."""
+    """encode and decode as ComfyUI's VAE calls them; images [B, 3, H, W] in -1..1."""
 
     def __init__(self, dc: Any) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Autoencoder(nn.Module):
         return self.dc.encode(pixels, return_dict=False)[0]
 
     def decode(self, samples: Tensor, **_more: Any) -> Tensor:
-        """The pictures of samples."""
+        """The images of samples."""
         return self.dc.decode(samples, return_dict=False)[0]
 
 

@@ -28,7 +28,7 @@ DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = [torch.bfloat16, torch.float32]  # as the authors run it; Gemma overflows in fp16
 LORA_LAYERS = ("to_q", "to_k", "to_v")
 INSTRUCTED = "likeness_instruction"  # a tokenizer option
-# Measured on the published widths: values alive for each pixel of a picture while it is coded, and values that a block
+# Measured on the published widths: values alive for each pixel of an image while it is coded, and values that a block
 # keeps for each token and channel for its backward. ComfyUI asks for one pass; the gradient session takes 4 of them.
 ENCODING, DECODING, KEPT, PASSES = 1200, 1350, 30, 4
 

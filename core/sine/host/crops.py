@@ -1,4 +1,4 @@
-"""The pictures of a fine-tuning as latents: whole, or as patches with their boxes, encoded ahead."""
+"""The images of a fine-tuning as latents: whole, or as patches with their boxes, encoded ahead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..patches import Box, box_of, check_size, cut, squashed
 @dataclass(frozen=True)
 class Cutting:
     """How samples are made. resolution: pixels of a training square; cells: of the grid, 0 for no patches; crops:
-    patches prepared ahead; whole_image: probability of the whole picture instead of a patch.
+    patches prepared ahead; whole_image: probability of the whole image instead of a patch.
     """
 
     resolution: int
@@ -27,8 +27,8 @@ class Cutting:
     whole_image: float = 0.0
 
 
-def check_pictures(image: Tensor, mask: Tensor | None, cutting: Cutting) -> None:
-    """ValueError for pictures and masks that no samples can be made from."""
+def check_images(image: Tensor, mask: Tensor | None, cutting: Cutting) -> None:
+    """ValueError for images and masks that no samples can be made from."""
     check_image(image)
     if cutting.cells:
         check_size(image.shape[1], image.shape[2], cutting.cells)
@@ -39,9 +39,9 @@ def check_pictures(image: Tensor, mask: Tensor | None, cutting: Cutting) -> None
 def make_samples(
     model: Any, vae: Any, image: Tensor, mask: Tensor | None, cutting: Cutting, seed: int, steps: int
 ) -> Samples:
-    """Samples in the scale of a LATENT for `steps` updates: patches one after the other, or the whole pictures.
+    """Samples in the scale of a LATENT for `steps` updates: patches one after the other, or the whole images.
 
-    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. Picture i % B gives the i-th sample.
+    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. Image i % B gives the i-th sample.
     """
     cell = vae.spacial_compression_encode()
     size = cutting.cells * cell or cutting.resolution

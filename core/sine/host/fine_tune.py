@@ -1,4 +1,4 @@
-"""Fine-tuning a MODEL (and a CLIP) on a picture: from what the node got to tuned models, an artifact and its losses."""
+"""Fine-tuning a MODEL (and a CLIP) on an image: from what the node got to tuned models, an artifact and its losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ...session.stores import run_store
 from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
-from .crops import Cutting, check_pictures, make_samples
+from .crops import Cutting, check_images, make_samples
 from .position_map import apply_fine_tune, position_map_of, with_same_map
 
 METHOD = "sine"
@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class FineTuneData:
-    """Pictures [B, H, W, 3], a mask [B or 1, H, W] or None, and the prompt they are learned under."""
+    """Images [B, H, W, 3], a mask [B or 1, H, W] or None, and the prompt they are learned under."""
 
     image: Tensor
     prompt: str
@@ -78,7 +78,7 @@ class FineTuneData:
 
 @dataclass(frozen=True)
 class PriorImages:
-    """Pictures of the subject's class; their prompt as text when the text encoder trains, else as CONDITIONING."""
+    """Images of the subject's class; their prompt as text when the text encoder trains, else as CONDITIONING."""
 
     image: Tensor
     prompt: str
@@ -219,7 +219,7 @@ def _check(
 ) -> PriorImages | None:
     """Refuse what cannot work before anything is loaded; the prior, if it is used at all."""
     single_prompt(positive, "training prompt")
-    check_pictures(data.image, data.mask, plan.cutting)
+    check_images(data.image, data.mask, plan.cutting)
     modules = _modules(model, data)
     if plan.method == FULL:
         check_trainable_weights(modules.values())
@@ -231,14 +231,14 @@ def _check(
     if not settings.prior_weight:
         return None
     if prior is None:
-        raise ValueError("prior_weight is set but no pictures are connected to 'prior_image': connect them, or use 0.")
+        raise ValueError("prior_weight is set but no images are connected to 'prior_image': connect them, or use 0.")
     if data.clip is not None and not prior.prompt:
         raise ValueError("prior_weight is set but 'prior_prompt' is empty: name the class, such as 'photo of a dog'.")
     if data.clip is None and prior.positive is None:
         raise ValueError("prior_weight is set but nothing is connected to 'prior_positive': encode the class's name.")
     if data.clip is None:
         single_prompt(prior.positive or [], "prior prompt")
-    check_pictures(prior.image, None, Cutting(plan.cutting.resolution))
+    check_images(prior.image, None, Cutting(plan.cutting.resolution))
     return prior
 
 
@@ -280,13 +280,13 @@ def _count(modules: dict[str, nn.Module], plan: Plan) -> int:
 
 
 def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
-    """The pictures for so many updates, and those of the prior."""
+    """The images for so many updates, and those of the prior."""
     cutting, seed = job.plan.cutting, job.settings.seed
     samples = make_samples(job.model, job.vae, job.data.image, job.data.mask, cutting, seed, steps)
     if job.prior is None:
         return samples, None
     others = make_samples(job.model, job.vae, job.prior.image, None, Cutting(cutting.resolution), seed, steps)
-    if cutting.cells:  # beside patches they carry the box of the whole picture
+    if cutting.cells:  # beside patches they carry the box of the whole image
         whole = others.x0.new_tensor([[0, 0, cutting.cells, cutting.cells]])
         others = replace(others, boxes=whole.expand(others.x0.shape[0], -1))
     return samples, others
@@ -337,7 +337,7 @@ def _header(
 ) -> dict[str, Any]:
     chosen = {"rank": plan.rank} if plan.method == LORA else {}
     patches = {"crops": plan.cutting.crops, "whole_image": plan.cutting.whole_image} if plan.cutting.cells else {}
-    pictures = {"pictures": data.image.shape[0], "masked": data.mask is not None}
+    images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
         "method": METHOD,
         "base": base,
@@ -347,7 +347,7 @@ def _header(
             **asdict(settings),
             **chosen,
             **patches,
-            **pictures,
+            **images,
             "resolution": plan.cutting.resolution,
             "steps": steps,
         },

@@ -177,7 +177,7 @@ def _check_pair(tuned: Any, base: Any) -> None:
         raise ValueError(
             f"The tuned model's noise schedule ({type(a).__name__}, {float(a.sigma_min):.4g} to "
             f"{float(a.sigma_max):.4g}) is not the base model's ({type(b).__name__}, {float(b.sigma_min):.4g} to "
-            f"{float(b.sigma_max):.4g}): at one noise level they would see different pictures. Apply the same model "
+            f"{float(b.sigma_max):.4g}): at one noise level they would see different images. Apply the same model "
             "sampling node (or none) to both."
         )
 

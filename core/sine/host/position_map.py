@@ -1,6 +1,6 @@
 """SINE's position map on a MODEL: added behind the first convolution, where the map's own models were trained with it.
 
-Every evaluation gets the part of the map for what it shows: the whole picture, the area of a regional prompt, a window
+Every evaluation gets the part of the map for what it shows: the whole image, the area of a regional prompt, a window
 of ComfyUI's context windows, or a tile that the user gave.
 """
 
@@ -29,7 +29,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class PositionMap:
-    """The patch itself. window: (y, x, height, width) of the sampled latent as fractions of the whole picture."""
+    """The patch itself. window: (y, x, height, width) of the sampled latent as fractions of the whole image."""
 
     cells: int
     interpolation: str
@@ -54,14 +54,14 @@ class PositionMap:
         return h + torch.cat([part.expand(h.shape[0] // len(parts), -1, -1, -1) for part in parts])
 
     def _windows(self, options: dict[str, Any]) -> list[Box]:
-        """What each chunk of the batch shows, as a part of the whole picture."""
+        """What each chunk of the batch shows, as a part of the whole image."""
         shown = _inside(self.window, _context_window(options))
         areas = options.get(AREAS, {})
         return [_inside(shown, areas.get(identity, WHOLE)) for identity in options.get("uuids", [None])]
 
 
 def _inside(outer: Box, part: Box) -> Box:
-    """A part of `outer`, given in fractions of it, as fractions of the whole picture."""
+    """A part of `outer`, given in fractions of it, as fractions of the whole image."""
     return (
         outer[0] + part[0] * outer[2],
         outer[1] + part[1] * outer[3],
@@ -72,14 +72,14 @@ def _inside(outer: Box, part: Box) -> Box:
 
 def _context_window(options: dict[str, Any]) -> Box:
     """The window that ComfyUI's context windows cut along the height (dim 2) or the width (dim 3)."""
-    window, picture = options.get("context_window"), options.get(PICTURE)
+    window, image = options.get("context_window"), options.get(PICTURE)
     dim = getattr(window, "dim", None)
-    if window is None or dim not in (2, 3) or picture is None:
+    if window is None or dim not in (2, 3) or image is None:
         return WHOLE
     shown = list(window.index_list)
     anchor = getattr(window, "causal_anchor_index", None)  # newer ComfyUI shows the one before the window too
     shown += [anchor] if anchor is not None and anchor >= 0 else []
-    first, last, whole = min(shown), max(shown) + 1, picture[dim - 2]
+    first, last, whole = min(shown), max(shown) + 1, image[dim - 2]
     start, length = first / whole, (last - first) / whole
     return (start, 0.0, length, 1.0) if dim == 2 else (0.0, start, 1.0, length)
 
@@ -96,7 +96,7 @@ def _map(channels: int, patch: PositionMap, window: Box, size: tuple[int, int], 
 def with_position_map(model: Any, cells: int, interpolation: str, window: Box = WHOLE) -> Any:
     """A clone of the MODEL that gets the map; an earlier map is replaced.
 
-    window: (y, x, height, width) of what will be sampled, as fractions of the whole picture. Raises ValueError for
+    window: (y, x, height, width) of what will be sampled, as fractions of the whole image. Raises ValueError for
     models without ComfyUI's UNet (the map is defined on its first convolution), or numbers out of range.
     """
     blocks = getattr(model.model.diffusion_model, "input_blocks", None)
@@ -111,7 +111,7 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
     y, x, height, width = window
     if min(window) < 0 or min(height, width) <= 0 or y + height > 1 + 1e-6 or x + width > 1 + 1e-6:
         raise ValueError(
-            f"The window (x {x:g}, y {y:g}, width {width:g}, height {height:g}) is not inside the picture: "
+            f"The window (x {x:g}, y {y:g}, width {width:g}, height {height:g}) is not inside the image: "
             "x + width and y + height end at 1."
         )
     patched = without_position_map(model)

@@ -1,4 +1,4 @@
-"""A sweep over K and v as one picture: the results in a labelled grid, and their measures as curves.
+"""A sweep over K and v as one image: the results in a labelled grid, and their measures as curves.
 
 The grid is that of SINE's figures 7, 9 and 19 to 21, the curves are those of its figure 8 (arXiv 2212.04489).
 """
@@ -29,7 +29,7 @@ from ...vision.host.sheets import (
 )
 from ..sweep import Grid, timestep
 
-WIDEST = 4096  # px of a whole grid, as long as its pictures stay above SMALLEST
+WIDEST = 4096  # px of a whole grid, as long as its images stay above SMALLEST
 FINE = 2  # the plot is drawn larger by this factor and then reduced, which smooths its lines
 PANEL, LEFT, RIGHT, TOP, BOTTOM = (330, 210), 62, 24, 34, 44  # px of the plotting area and of the room around it
 LEGEND = 110  # px
@@ -38,10 +38,10 @@ FIRST, MIDDLE, LAST = (99, 110, 250), (45, 212, 191), (250, 204, 21)  # colours 
 MOST_TICKS = 9
 
 
-def grid_sheet(pictures: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Pictures [H, W, C] in 0..1 -> [1, h, w, 3]: one row for each K, one column for each v, named at the edges."""
+def grid_sheet(images: Sequence[Tensor], grid: Grid) -> Tensor:
+    """Images [H, W, C] in 0..1 -> [1, h, w, 3]: one row for each K, one column for each v, named at the edges."""
     largest = max(SMALLEST, min(LARGEST, WIDEST // len(grid.base_weights)))
-    tiles = [[None if at is None else thumbnail(pictures[at], largest) for at in row] for row in grid.places]
+    tiles = [[None if at is None else thumbnail(images[at], largest) for at in row] for row in grid.places]
     rows = [(f"end {end:g}", f"K {timestep(end)}") for end in grid.end_percents]
     return labelled_grid(tiles, rows, [f"v {weight:g}" for weight in grid.base_weights], size=FONT_SIZE + 2)
 
@@ -61,7 +61,7 @@ def measures(
             continue
         if len(values) != count:
             raise ValueError(
-                f"{len(values)} values of {title} came for {count} pairs: score pictures one by one, not as a batch."
+                f"{len(values)} values of {title} came for {count} pairs: score images one by one, not as a batch."
             )
         if not all(math.isfinite(value) for value in values):
             raise ValueError(f"{title} holds a value that is not a number: check what is connected there.")

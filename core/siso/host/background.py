@@ -1,4 +1,4 @@
-"""What an editing keeps: the background of a picture, outside of a mask."""
+"""What an editing keeps: the background of an image, outside of a mask."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ NOTHING_KEPT = "paint the subject only, so that a background is left to keep, or
 
 @dataclass(frozen=True)
 class Background:
-    """A picture [1, H, W, 3] to keep outside of a mask [1, h, w] of the same proportion, for editing."""
+    """An image [1, H, W, 3] to keep outside of a mask [1, h, w] of the same proportion, for editing."""
 
-    picture: Tensor
+    image: Tensor
     mask: Tensor
     weight: float
 
     def check(self, vae: Any, latent: Tensor) -> None:
-        """ValueError when the picture is not of the size that a latent [1, C, h, w] is decoded to, or the mask does not
-        fit the picture, or leaves nothing to keep or nothing to change.
+        """ValueError when the image is not of the size that a latent [1, C, h, w] is decoded to, or the mask does not
+        fit the image, or leaves nothing to keep or nothing to change.
         """
-        height, width = self.picture.shape[1:3]
+        height, width = self.image.shape[1:3]
         cell = vae.spacial_compression_decode()
         made = (latent.shape[-2] * cell, latent.shape[-1] * cell)
-        if len(self.picture) != 1 or (height, width) != made:
+        if len(self.image) != 1 or (height, width) != made:
             raise ValueError(
-                f"The picture to keep is {width} x {height} ({len(self.picture)} of them), and pictures of "
+                f"The image to keep is {width} x {height} ({len(self.image)} of them), and images of "
                 f"{made[1]} x {made[0]} are made: scale it to that (ImageScale), as it was before it was encoded."
             )
         checked_mask(self.mask, 1, (height, width), empty=NOTHING_CHANGES, full=NOTHING_KEPT)
@@ -48,27 +48,27 @@ class Background:
             )
 
     def outside(self) -> Tensor:
-        """Ones and zeros [1, 1, H, W] in the picture's size, 1 on the background."""
+        """Ones and zeros [1, 1, H, W] in the image's size, 1 on the background."""
         mask = detached(self.mask).float().reshape(1, 1, *self.mask.shape[-2:])
-        size = self.picture.shape[1:3]
+        size = self.image.shape[1:3]
         if mask.shape[-2:] != size:
             mask = F.interpolate(mask, size, mode="bilinear", antialias=True)
         return (mask <= 0.5).float()
 
     def term(self) -> Term:
-        """The loss outside of the mask, on the device of the pictures: the VAE's may be another than the model's."""
-        source = detached(self.picture)[..., :3].movedim(-1, 1)
+        """The loss outside of the mask, on the device of the images: the VAE's may be another than the model's."""
+        source = detached(self.image)[..., :3].movedim(-1, 1)
         mask = 1 - self.outside()
 
-        def loss(picture: Tensor) -> Tensor:
-            return self.weight * background_error(picture, source.to(picture.device), mask.to(picture.device))
+        def loss(image: Tensor) -> Tensor:
+            return self.weight * background_error(image, source.to(image.device), mask.to(image.device))
 
         return loss
 
 
-def background(picture: Tensor | None, mask: Tensor | None, weight: float) -> Background | None:
+def background(image: Tensor | None, mask: Tensor | None, weight: float) -> Background | None:
     """The background that is to stay; None without a mask. ValueError when one of the two is missing."""
-    if (picture is None) != (mask is None):
-        given, missing = ("picture", "mask") if mask is None else ("mask", "picture ('image')")
-        raise ValueError(f"A {given} was connected without a {missing}: connect both to keep a background, or neither.")
-    return None if picture is None or mask is None else Background(picture, mask, weight)
+    if (image is None) != (mask is None):
+        given, missing = ("An image", "a mask") if mask is None else ("A mask", "an image")
+        raise ValueError(f"{given} was connected without {missing}: connect both to keep a background, or neither.")
+    return None if image is None or mask is None else Background(image, mask, weight)

@@ -1,4 +1,4 @@
-"""Optimising a LoRA on a MODEL against the likeness of the pictures it makes (SISO)."""
+"""Optimising a LoRA on a MODEL against the likeness of the images it makes (SISO)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ log = logging.getLogger("likeness")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a picture is made in every iteration. latent [1, C, h, w] as in a LATENT: where it starts; zeros for noise
-    alone. grad_steps: how many of the last steps have a gradient. replay: of an inverted picture, whose latent is where
+    """How an image is made in every iteration. latent [1, C, h, w] as in a LATENT: where it starts; zeros for noise
+    alone. grad_steps: how many of the last steps have a gradient. replay: of an inverted image, whose latent is where
     the sampling starts, with no noise but the recorded one.
     """
 
@@ -68,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Generator:
-    """What makes the pictures: a MODEL, a VAE, and a prompt. clip: its text encoder is optimised too, from `prompt`;
+    """What makes the images: a MODEL, a VAE, and a prompt. clip: its text encoder is optimised too, from `prompt`;
     else positive is fixed. negative: only with a cfg above 1.
     """
 
@@ -217,7 +217,7 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
     if not any(part.weight > 0 for part in similarity.parts):
         raise ValueError("The similarity has no part with a weight above 0: nothing would be learned.")
     if sampling.latent.shape[0] != 1:
-        raise ValueError(f"The latent holds {sampling.latent.shape[0]} pictures: one is optimised at a time.")
+        raise ValueError(f"The latent holds {sampling.latent.shape[0]} images: one is optimised at a time.")
     if not 1 <= sampling.grad_steps <= len(sampling.sigmas) - 1:
         raise ValueError(
             f"grad_steps is {sampling.grad_steps}, and the sampling has {len(sampling.sigmas) - 1} steps: give a "

@@ -1,4 +1,4 @@
-"""What an optimisation against likeness leaves: LoRA, pictures and their losses; and where its runs are kept."""
+"""What an optimisation against likeness leaves: LoRA, images and their losses; and where its runs are kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: itself and the best one, each 
 
 @dataclass(frozen=True)
 class Optimised:
-    """lora: tensors for stock loaders, of the kept iteration. picture [1, H, W, 3]: the best; pictures [N, H, W, 3]:
+    """lora: tensors for stock loaders, of the kept iteration. image [1, H, W, 3]: the best; images [N, H, W, 3]:
     of every iteration; losses and parts (a number for each term) likewise.
     """
 
     lora: dict[str, Tensor]
-    picture: Tensor
-    pictures: Tensor
+    image: Tensor
+    images: Tensor
     losses: list[float]
     parts: list[list[float]]
     keep: Keep = "best"
@@ -53,18 +53,18 @@ class Optimised:
         return told if warned is None else f"{told}\n{warned}"
 
     def warning(self) -> str | None:
-        """What to try when no picture was better than the first."""
+        """What to try when no image was better than the first."""
         if self.best > 0 or len(self.losses) < 2:
             return None
         so = ", so the LoRA changes nothing" if self.keep == "best" else ""
         return (
-            f"No picture was more like the subject than the first{so}: try another learning rate (ten times lower, or "
+            f"No image was more like the subject than the first{so}: try another learning rate (ten times lower, or "
             "higher), a prompt that names the subject's class, or another seed."
         )
 
 
 def both_loras(fit: Siso, trained: Trained, adapters: Mapping[str, LowRank]) -> Result:
-    """The LoRA of the best picture and that of the last iteration; which one is wanted may change later."""
+    """The LoRA of the best image and that of the last iteration; which one is wanted may change later."""
     kinds = {"best": fit.best, "last": fit.parameters}
     return {
         f"{kind}.{name}": value

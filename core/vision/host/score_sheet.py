@@ -1,4 +1,4 @@
-"""A batch of pictures in a grid, each with its scores written under it, as one IMAGE."""
+"""A batch of images in a grid, each with its scores written under it, as one IMAGE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_COLUMNS = 6
 
 
 def score_sheet(images: Tensor, captions: list[list[str]], best: int, footer: list[str]) -> Tensor:
-    """[B, H, W, 3] in 0..1 and lines of text per picture -> [1, h, w, 3]. The best has a frame; the footer is below.
+    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3]. The best has a frame; the footer is below.
 
     ASCII text only: other characters are shown as '?', since PIL's own font may lack them.
     """

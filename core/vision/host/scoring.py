@@ -1,4 +1,4 @@
-"""Scoring a batch of pictures with whichever models are connected: checks first, then measures, ranking and words."""
+"""Scoring a batch of images with whichever models are connected: checks first, then measures, ranking and words."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .extras.lpips_files import SMALLEST, Lpips, load_lpips
 from .vision import describe, embed, preprocess_of, text_missing
 
 OUTSIDE = 0.05  # outside the subject is what lies below this mask value: a soft edge belongs to the edit
-NOT_MEASURED = -1.0  # cosines of real pictures are above it, the other measures are never negative
-LPIPS_BYTES_PER_PIXEL = 2000.0  # of both pictures' activations, for ComfyUI's memory management
+NOT_MEASURED = -1.0  # cosines of real images are above it, the other measures are never negative
+LPIPS_BYTES_PER_PIXEL = 2000.0  # of both images' activations, for ComfyUI's memory management
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "psnr": "PSNR", "lpips": "LPIPS"}
 UNITS = {"psnr": " dB"}
 OVERALL = "overall"
 RANKINGS = (OVERALL, "identity", *TITLES)
-CROPPED, WHOLE = "subject crops on white", "whole pictures"
+CROPPED, WHOLE = "subject crops on white", "whole images"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. Pictures [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads' file."""
+    """What to measure. Images [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads' file."""
 
     images: Tensor
     reference: Tensor | None = None
@@ -61,7 +61,7 @@ class Request:
 
 @dataclass
 class Scores:
-    """values: one number per picture for each measure that was taken. order: picture indices, best first."""
+    """values: one number per image for each measure that was taken. order: image indices, best first."""
 
     values: dict[str, list[float]]
     order: list[int]
@@ -74,17 +74,17 @@ class Scores:
         return self.order[0]
 
     def of_best(self, name: str) -> float:
-        """The best picture's value, NOT_MEASURED when there is none."""
+        """The best image's value, NOT_MEASURED when there is none."""
         return self.values[name][self.best] if name in self.values else NOT_MEASURED
 
-    def lines(self, picture: int) -> list[str]:
-        """The scores of one picture, for its caption."""
-        title = f"picture {picture}" + (" (best)" if picture == self.best and len(self.order) > 1 else "")
-        return [title, *(f"{TITLES[n]} {_number(n, v[picture])}{UNITS.get(n, '')}" for n, v in self.values.items())]
+    def lines(self, image: int) -> list[str]:
+        """The scores of one image, for its caption."""
+        title = f"image {image}" + (" (best)" if image == self.best and len(self.order) > 1 else "")
+        return [title, *(f"{TITLES[n]} {_number(n, v[image])}{UNITS.get(n, '')}" for n, v in self.values.items())]
 
     def report(self) -> str:
-        """A table with one row per picture, the order, the models, and what was not measured."""
-        rows = ["picture" + "".join(f"{TITLES[name]:>9}" for name in self.values)]
+        """A table with one row per image, the order, the models, and what was not measured."""
+        rows = ["  image" + "".join(f"{TITLES[name]:>9}" for name in self.values)]
         for i in range(len(self.order)):
             numbers = "".join(f"{_number(name, values[i]):>9}" for name, values in self.values.items())
             rows.append(f"{i:>7}{numbers}" + ("  best" if i == self.best else ""))
@@ -104,11 +104,11 @@ def check(request: Request) -> None:
     _check_shapes(request)
     prompt = request.prompt.strip()
     if request.dino is not None and request.reference is None:
-        raise ValueError("A dino model is connected without a reference: connect the subject's picture to reference.")
+        raise ValueError("A dino model is connected without a reference: connect the subject's image to reference.")
     if request.clip is not None and request.reference is None and not prompt:
         raise ValueError("A clip model is connected without anything to compare with: give a reference or a prompt.")
     if request.reference_mask is not None and request.reference is None:
-        raise ValueError("A reference_mask is connected without a reference: connect the picture it belongs to.")
+        raise ValueError("A reference_mask is connected without a reference: connect the image it belongs to.")
     if prompt and request.clip is None:
         raise ValueError(
             "A prompt was given without a clip model: connect one with a text encoder, or empty the prompt."
@@ -131,12 +131,12 @@ def check(request: Request) -> None:
 
 
 def _check_shapes(request: Request) -> None:
-    for name, pictures in (("images", request.images), ("reference", request.reference)):
-        if pictures is not None:
-            check_image(pictures, name)
-    _check_count("reference pictures", request.reference, "images", request.images)
+    for name, images in (("images", request.images), ("reference", request.reference)):
+        if images is not None:
+            check_image(images, name)
+    _check_count("reference images", request.reference, "images", request.images)
     _check_count("masks", request.mask, "images", request.images)
-    _check_count("reference masks", request.reference_mask, "reference pictures", request.reference)
+    _check_count("reference masks", request.reference_mask, "reference images", request.reference)
 
 
 def _check_count(name: str, given: Tensor | None, of: str, expected: Tensor | None) -> None:
@@ -155,11 +155,11 @@ def _check_lpips(request: Request) -> None:
     if not request.same_size:
         theirs = request.reference.shape[1:3]
         raise ValueError(
-            f"The pictures are {width}x{height} and the reference is {theirs[1]}x{theirs[0]}: LPIPS needs one size, so "
+            f"The images are {width}x{height} and the reference is {theirs[1]}x{theirs[0]}: LPIPS needs one size, so "
             "resize one of them, or set lpips to none."
         )
     if min(height, width) < SMALLEST:
-        raise ValueError(f"The pictures are {width}x{height}: LPIPS needs at least {SMALLEST} pixels on each side.")
+        raise ValueError(f"The images are {width}x{height}: LPIPS needs at least {SMALLEST} pixels on each side.")
 
 
 def score(request: Request) -> Scores:
@@ -183,7 +183,7 @@ def score(request: Request) -> Scores:
         values["clip_t"] = measures.cosine(embed(request.clip, images), text)
         models["clip_t"] = f"{describe(request.clip)}, on {WHOLE}"
     if reference is not None and request.same_size and (outside is None or _has_outside(outside)):
-        place = "over the whole picture" if outside is None else "outside the mask"
+        place = "over the whole image" if outside is None else "outside the mask"
         values["psnr"] = measures.psnr(images, reference, outside)
         models["psnr"] = f"against the reference, {place}"
         if lpips is not None:
@@ -194,25 +194,25 @@ def score(request: Request) -> Scores:
     return Scores(table, measures.order(ranked), rule, models, _notes(request, outside))
 
 
-def _fitted(mask: Tensor | None, pictures: Tensor | None, name: str) -> Tensor | None:
-    """A mask for each picture, in the pictures' size. ValueError when it marks nothing."""
-    if mask is None or pictures is None:
+def _fitted(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
+    """A mask for each image, in the images' size. ValueError when it marks nothing."""
+    if mask is None or images is None:
         return None
-    sized = measures.resize_mask(mask.float().cpu(), *pictures.shape[1:3])
+    sized = measures.resize_mask(mask.float().cpu(), *images.shape[1:3])
     empty = [i for i, one in enumerate(sized) if not bool((one >= measures.SUBJECT).any())]
     if empty:
         raise ValueError(f"{name} {empty[0]} is empty: mark the subject white in it, or disconnect it.")
-    return sized.expand(pictures.shape[:3])
+    return sized.expand(images.shape[:3])
 
 
-def _seen(vision: Any, pictures: Tensor, mask: Tensor | None) -> Tensor:
+def _seen(vision: Any, images: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return embed(vision, pictures)
-    return embed(vision, measures.subject_crop(pictures, mask, preprocess_of(vision).size), crop=False)
+        return embed(vision, images)
+    return embed(vision, measures.subject_crop(images, mask, preprocess_of(vision).size), crop=False)
 
 
 def _outside(mask: Tensor | None, reference_mask: Tensor | None, request: Request) -> Tensor | None:
-    """1 where neither the picture's nor the reference's subject is; None without any mask or without a comparison.
+    """1 where neither the image's nor the reference's subject is; None without any mask or without a comparison.
 
     ValueError when nothing lies outside and the request cannot do without it.
     """
@@ -224,7 +224,7 @@ def _outside(mask: Tensor | None, reference_mask: Tensor | None, request: Reques
     others = set(request.measured()) - {"psnr", "lpips"}
     if not _has_outside(outside) and (request.lpips is not None or request.rank_by == "psnr" or not others):
         raise ValueError(
-            "A mask covers a whole picture, so nothing lies outside to compare by PSNR or LPIPS: mark only the subject."
+            "A mask covers a whole image, so nothing lies outside to compare by PSNR or LPIPS: mark only the subject."
         )
     return outside
 
@@ -256,18 +256,18 @@ def _notes(request: Request, outside: Tensor | None) -> list[str]:
     if identity and request.mask is not None and request.reference_mask is None:
         notes.append("the reference was seen whole: connect reference_mask unless it is already cut out on white")
     if identity and request.mask is None and request.reference_mask is not None:
-        notes.append("the pictures were seen whole: connect mask, so that only the subject is compared")
+        notes.append("the images were seen whole: connect mask, so that only the subject is compared")
     if request.reference is None and request.mask is not None:
         notes.append("mask was not used, since there is no reference")
     if request.reference is not None and not request.same_size:
         notes.append("PSNR and LPIPS need a reference of the same size")
     if outside is not None and not _has_outside(outside):
-        notes.append("PSNR was not measured, since a mask covers a whole picture")
+        notes.append("PSNR was not measured, since a mask covers a whole image")
     return notes
 
 
 def ranking(values: dict[str, list[float]], rank_by: str) -> tuple[list[float], str]:
-    """(one number per picture, higher is better; the rule in words). rank_by: one of RANKINGS that was measured."""
+    """(one number per image, higher is better; the rule in words). rank_by: one of RANKINGS that was measured."""
     if rank_by in TITLES:
         sign = -1.0 if rank_by == "lpips" else 1.0
         return [sign * v for v in values[rank_by]], TITLES[rank_by] + (", lowest first" if sign < 0 else "")

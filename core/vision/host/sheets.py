@@ -1,4 +1,4 @@
-"""What sheets of pictures share: colours, the font, thumbnails, a labelled grid, and the way back to an IMAGE."""
+"""What sheets of images share: colours, the font, thumbnails, a labelled grid, and the way back to an IMAGE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SMALLEST, LARGEST = 192, 512  # px, longer side of a picture on a sheet
+SMALLEST, LARGEST = 192, 512  # px, longer side of an image on a sheet
 MARGIN, FONT_SIZE = 8, 14
 PAPER, INK, FRAME = (24, 24, 27), (228, 228, 231), (34, 197, 94)
 
@@ -17,7 +17,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def thumbnail(image: Tensor, largest: int = LARGEST) -> Image.Image:
-    """[H, W, C] in 0..1 -> a picture whose longer side lies between SMALLEST and `largest`."""
+    """[H, W, C] in 0..1 -> an image whose longer side lies between SMALLEST and `largest`."""
     pixels = (image[..., :3].float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().numpy()
     picture = Image.fromarray(pixels)
     longer = max(picture.size)
@@ -40,7 +40,7 @@ def plain(text: str) -> str:
 
 
 def as_image(sheet: Image.Image) -> Tensor:
-    """A picture -> [1, h, w, 3] in 0..1."""
+    """An image -> [1, h, w, 3] in 0..1."""
     return torch.from_numpy(np.asarray(sheet.convert("RGB")).astype(np.float32) / 255.0)[None]
 
 

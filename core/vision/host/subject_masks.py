@@ -1,4 +1,4 @@
-"""The subject in pictures, by its name: a detector's boxes, segment-anything's masks, and captions of pictures."""
+"""The subject in images, by its name: a detector's boxes, segment-anything's masks, and captions of images."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Request:
 
 @dataclass(frozen=True)
 class SubjectMasks:
-    """mask [B, H, W] of 0 and 1; picture [B, H, W, 3]: what was found, drawn on the pictures; info: in words."""
+    """mask [B, H, W] of 0 and 1; image [B, H, W, 3]: what was found, drawn on the images; info: in words."""
 
     mask: Tensor
-    picture: Tensor
+    image: Tensor
     info: str
 
 
@@ -58,9 +58,9 @@ def _folders(wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def subject_masks(image: Tensor, request: Request, detector: Path, segmenter: Path) -> SubjectMasks:
-    """Masks of the subject in pictures [B, H, W, C] in 0..1.
+    """Masks of the subject in images [B, H, W, C] in 0..1.
 
-    ValueError when a picture does not show it, before segment-anything is built; what is wrong with its package or its
+    ValueError when an image does not show it, before segment-anything is built; what is wrong with its package or its
     file is said before anything is looked for.
     """
     if not request.subject.replace(".", "").strip():
@@ -85,7 +85,7 @@ def subject_masks(image: Tensor, request: Request, detector: Path, segmenter: Pa
         mask = cutter(picture, each.boxes[taken]).any(0)
         if not bool(mask.any()):
             raise ValueError(
-                f"In picture {number} segment-anything found nothing in the box of the {request.subject.strip()}: draw "
+                f"In image {number} segment-anything found nothing in the box of the {request.subject.strip()}: draw "
                 "the mask by hand (MaskEditor), or choose another sam file."
             )
         masks.append(mask.float())
@@ -95,7 +95,7 @@ def subject_masks(image: Tensor, request: Request, detector: Path, segmenter: Pa
 
 
 def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:
-    """What each of the pictures [B, H, W, C] shows, in words. ValueError when the model has nothing to say."""
+    """What each of the images [B, H, W, C] shows, in words. ValueError when the model has nothing to say."""
     device = mm.get_torch_device()
     dtype = torch.float16 if mm.should_use_fp16(device, prioritize_performance=False) else torch.float32
     captioner = caption.load_captioner(folder, dtype)
@@ -105,7 +105,7 @@ def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:
         mm.throw_exception_if_processing_interrupted()
         words.append(writer(_pixels(each), max_tokens))
         if not words[-1]:
-            raise ValueError(f"{captioner.description} has no words for picture {number}: write the caption yourself.")
+            raise ValueError(f"{captioner.description} has no words for image {number}: write the caption yourself.")
     return words
 
 
@@ -133,7 +133,7 @@ def _check_found(found: list[Found], request: Request) -> None:
     missing = [(number, each.highest) for number, each in enumerate(found) if not len(each.boxes)]
     if not missing:
         return
-    where = ", ".join(f"picture {number} (best score {highest:.2f})" for number, highest in missing)
+    where = ", ".join(f"image {number} (best score {highest:.2f})" for number, highest in missing)
     raise ValueError(
         f"No '{request.subject.strip()}' above the box_threshold of {request.box_threshold:g} was found in {where}, "
         "counted from 0: name it with another word, lower box_threshold below that score, or draw the mask by hand."
@@ -148,11 +148,11 @@ def _line(number: int, found: Found, taken: list[int], area: float, choose: str)
     several = ""
     if len(found.boxes) > 1:
         several = f"; {len(found.boxes)} found, taken: number {', '.join(map(str, taken))} ({choose})"
-    return f"picture {number}: {finds}{several}; mask {100 * area:.1f} % of the picture"
+    return f"image {number}: {finds}{several}; mask {100 * area:.1f} % of the image"
 
 
 def _drawn(picture: np.ndarray, mask: Tensor, found: Found, taken: list[int]) -> Tensor:
-    """The picture with the mask tinted, and all boxes: those that were taken in the tint's colour."""
+    """The image with the mask tinted, and all boxes: those that were taken in the tint's colour."""
     tinted = torch.from_numpy(picture.astype(np.float32))
     tinted[mask] = (1 - TINT) * tinted[mask] + TINT * torch.tensor(FRAME, dtype=torch.float32)
     sheet = Image.fromarray(tinted.round().byte().numpy())

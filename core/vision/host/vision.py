@@ -29,7 +29,7 @@ from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
 BYTES_PER_PIXEL = 600.0  # activations of one forward pass, generously, for ComfyUI's memory management
-BATCH = 8  # pictures per forward pass when only measuring
+BATCH = 8  # images per forward pass when only measuring
 
 
 class VisionModel:
@@ -119,7 +119,7 @@ def looking(vision: Any) -> Iterator[None]:
 
 
 def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
-    """Embeddings [B, D] of pictures [B, H, W, 3], of ComfyUI's CLIP_VISION objects and ours, on the model's device.
+    """Embeddings [B, D] of images [B, H, W, 3], of ComfyUI's CLIP_VISION objects and ours, on the model's device.
 
     crop False squashes instead of cutting out the centre: for subject crops, which are square and have no border.
     Differentiable inside looking(). CLIP: the projected image embedding. DINOv2: the class token after the last layer
@@ -133,7 +133,7 @@ def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preproc
 
 
 def embed(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
-    """features() without a gradient, a few pictures at a time -> [B, D] on the CPU."""
+    """features() without a gradient, a few images at a time -> [B, D] on the CPU."""
     _load(vision, min(BATCH, pixels.shape[0]))
     found = []
     with torch.no_grad():
@@ -144,14 +144,14 @@ def embed(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
 
 
 def preprocess_of(vision: Any) -> Preprocess:
-    """What the model wants its pictures to be."""
+    """What the model wants its images to be."""
     if isinstance(vision, VisionModel):
         return vision.preprocess
     return Preprocess(vision.image_size, vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
 
 
 def published_preprocess(vision: Any) -> Preprocess:
-    """As SISO's scripts prepare pictures: DINOv2's whole, at the side that it was trained on (518 px).
+    """As SISO's scripts prepare images: DINOv2's whole, at the side that it was trained on (518 px).
 
     The folders of DINOv2 say 224 of 256 px, which shows less and more coarsely.
     """
@@ -176,5 +176,5 @@ def describe(vision: Any) -> str:
     return f"{kind} from CLIP_VISION ({type(vision.model).__name__}, width {sizes}, {vision.image_size} px)"
 
 
-def _load(vision: Any, pictures: int) -> None:
-    load_fully([vision.patcher], BYTES_PER_PIXEL * pictures * vision.image_size**2)
+def _load(vision: Any, images: int) -> None:
+    load_fully([vision.patcher], BYTES_PER_PIXEL * images * vision.image_size**2)

@@ -88,15 +88,13 @@ def test_forward(official, network, case):
 
 
 def test_forward_of_four_subjects(official, network):
-    """Four pictures: joined for one sample, and as a batch with places of which some are not there."""
+    """Four images: joined for one sample, and as a batch with places of which some are not there."""
     timesteps = torch.full((2,), TIMESTEP)
     with torch.inference_mode():
         captured = network.capture(official["i.ref.x"], torch.ones(4), official["i.ref.ctx"])
         found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], joined(captured))
         assert relative(found, official["o.main.four_subjects"]) < 2e-5
-        mixed = [
-            torch.cat([each[:1], each]) for each in captured
-        ]  # one picture for the first sample, four for the other
+        mixed = [torch.cat([each[:1], each]) for each in captured]  # one image for the first sample, four for the other
         found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], batched(mixed, [1, 4]))
     assert relative(found[:1], official["o.main.subject"][:1]) < 2e-5
     assert relative(found[1:], official["o.main.four_subjects"][1:]) < 2e-5

@@ -21,13 +21,13 @@ from .transformers_folder import check_complete, kind_of, read_model, read_proce
 BY_TOKEN = ("grounding-dino", "mm-grounding-dino")
 BY_TEXT = ("owlvit", "owlv2")
 DETECTORS = BY_TOKEN + BY_TEXT
-SQUARE = "owlv2"  # pads its pictures to a square, below or to the right: its boxes are fractions of that
+SQUARE = "owlv2"  # pads its images to a square, below or to the right: its boxes are fractions of that
 BYTES_PER_PIXEL = 3000.0  # of the model's own input, generously, for ComfyUI's memory management
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in one picture, best first. boxes [N, 4] in pixels, scores [N], labels: the words of each.
+    """What was found in one image, best first. boxes [N, 4] in pixels, scores [N], labels: the words of each.
 
     highest: the best score of all boxes, kept or not.
     """
@@ -62,20 +62,20 @@ class Detector(nn.Module):
         words = " ".join(subject.lower().replace(".", " ").split())
         return f"{words}." if self.kind in BY_TOKEN else f"a photo of a {words}"
 
-    def forward(self, picture: np.ndarray, subject: str, box_threshold: float, text_threshold: float) -> Found:
-        """Boxes in a picture, uint8 [H, W, 3], with a score above box_threshold.
+    def forward(self, image: np.ndarray, subject: str, box_threshold: float, text_threshold: float) -> Found:
+        """Boxes in an image, uint8 [H, W, 3], with a score above box_threshold.
 
         text_threshold: from which score on a word of the text belongs to a box's label.
         """
         from torchvision import ops
 
         text = self.wording(subject)
-        inputs = self.processor(images=picture, text=[text], return_tensors="pt").to(_device(self.model))
+        inputs = self.processor(images=image, text=[text], return_tensors="pt").to(_device(self.model))
         with offline():
             output = self.model(**inputs)
         each = output.logits[0].float().sigmoid().cpu()  # [queries, tokens or texts]; tokens beyond the text have 0
         scores = each.amax(1)
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         longer = max(height, width)
         across, down = (longer, longer) if self.kind == SQUARE else (width, height)
         size = torch.tensor([across, down, across, down])

@@ -18,7 +18,7 @@ from ....files import read_weights
 from ... import measures
 from .offline import reason
 
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in -1..1, from the authors' code
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in -1..1, from the authors' code
 SMALLEST = 32  # px; below it the last pooling has nothing left
 HEAD = re.compile(r"lins?\.?(\d)\.model\.1\.weight")
 LAYER = re.compile(r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))")
@@ -50,7 +50,7 @@ class Lpips(nn.Module):
         self.description = ""
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """The compared feature maps of pictures [B, H, W, 3] in 0..1."""
+        """The compared feature maps of images [B, H, W, 3] in 0..1."""
         x = pixels[..., :3].movedim(-1, 1).float() * 2.0 - 1.0
         x = (x - torch.tensor(SHIFT).to(x).view(3, 1, 1)) / torch.tensor(SCALE).to(x).view(3, 1, 1)
         kept = []
@@ -61,7 +61,7 @@ class Lpips(nn.Module):
         return kept
 
     def forward(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-        """LPIPS of each pair of pictures -> [B]; weight as in vision/measures.py."""
+        """LPIPS of each pair of images -> [B]; weight as in vision/measures.py."""
         heads = [getattr(self, f"head{i}") for i in range(len(self.compared))]
         return measures.lpips(self.features(a), self.features(b), heads, weight)
 

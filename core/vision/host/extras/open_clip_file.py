@@ -59,7 +59,7 @@ def load_open_clip(path: Path) -> Tower:
         otherwise = " (or use a transformers folder)"
         raise missing(path.name, "open_clip", error, "open_clip_torch", otherwise) from error
     weights = path if path.is_file() else _weights_in(path)
-    name, model_config, picture_config = _configuration(weights, open_clip)
+    name, model_config, image_config = _configuration(weights, open_clip)
     with offline():
         model = _build(path.name, open_clip, model_config)
         _fill(path.name, model, weights)
@@ -68,7 +68,7 @@ def load_open_clip(path: Path) -> Tower:
             model.eval().requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
         )
     tower.text_missing = _text_missing(model_config)
-    tower.preprocess = _preprocess(model, picture_config)
+    tower.preprocess = _preprocess(model, image_config)
     return tower
 
 
@@ -80,7 +80,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(name to show, architecture, picture settings) from the sidecar or, without one, from the file's name."""
+    """(name to show, architecture, image settings) from the sidecar or, without one, from the file's name."""
     sidecar = weights.with_name(CONFIG)
     if sidecar.is_file():
         try:

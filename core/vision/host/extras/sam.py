@@ -31,12 +31,12 @@ class Segmenter(nn.Module):
         super().__init__()
         self.sam, self._predictor, self.description = sam, predictor, description
 
-    def forward(self, picture: np.ndarray, boxes: Tensor) -> Tensor:
-        """One mask [N, H, W] (bool, on the CPU) for each box [N, 4] in a picture, uint8 [H, W, 3]."""
+    def forward(self, image: np.ndarray, boxes: Tensor) -> Tensor:
+        """One mask [N, H, W] (bool, on the CPU) for each box [N, 4] in an image, uint8 [H, W, 3]."""
         predictor = self._predictor(self.sam)
         with offline():
-            predictor.set_image(picture)
-            at = predictor.transform.apply_boxes_torch(boxes.to(predictor.device), picture.shape[:2])
+            predictor.set_image(image)
+            at = predictor.transform.apply_boxes_torch(boxes.to(predictor.device), image.shape[:2])
             masks, _, _ = predictor.predict_torch(None, None, at, multimask_output=False)
         return masks[:, 0].cpu()
 

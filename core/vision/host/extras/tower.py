@@ -11,7 +11,7 @@ from ...preprocess import Preprocess
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model sees in pictures. embedding [B, D]; tokens of the last layer and of the one before, or None."""
+    """What a model sees in images. embedding [B, D]; tokens of the last layer and of the one before, or None."""
 
     embedding: Tensor
     last: Tensor | None
@@ -22,7 +22,7 @@ class Tower(nn.Module):
     """A vision model, with or without a text encoder. forward(pixel_values [B, 3, s, s]) -> Seen, differentiable.
 
     description: which model, and which of its outputs is the embedding. text_missing: why there is no text encoder, as
-    the end of a sentence; None when there is one. trained_side: of the pictures that a DINOv2 was trained on last, and
+    the end of a sentence; None when there is one. trained_side: of the images that a DINOv2 was trained on last, and
     its position table is for; preprocess has what its folder says, which is smaller.
     """
 
@@ -32,5 +32,5 @@ class Tower(nn.Module):
     trained_side: int | None = None
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """Text embeddings [B, D] in the space of the picture embeddings."""
+        """Text embeddings [B, D] in the space of the image embeddings."""
         raise NotImplementedError

@@ -59,7 +59,7 @@ def load_transformers(folder: Path) -> Tower:
     """Load a folder with config.json and model.safetensors.
 
     Raises ValueError with the remedy when the weights are missing, pickled or incomplete, or the model takes no
-    pictures; RuntimeError when transformers is not installed.
+    images; RuntimeError when transformers is not installed.
     """
     config = read_config(folder)
     name = WITH_PROJECTION if config.get("architectures") == [WITH_PROJECTION] else "AutoModel"
@@ -107,7 +107,7 @@ def read_model(
 
 
 def read_processor(folder: Path) -> Any:
-    """What prepares pictures and texts for the model of a folder. ValueError when its files are not there."""
+    """What prepares images and texts for the model of a folder. ValueError when its files are not there."""
     transformers = library(folder)
     with offline():
         try:
@@ -116,7 +116,7 @@ def read_processor(folder: Path) -> Any:
             )
         except Exception as error:  # as above
             raise ValueError(
-                f"The folder {folder.name} lacks what prepares pictures and words ({reason(error)}): copy the model's "
+                f"The folder {folder.name} lacks what prepares images and words ({reason(error)}): copy the model's "
                 "whole folder, with preprocessor_config.json and the tokenizer's files."
             ) from error
 
@@ -187,7 +187,7 @@ def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
     vision = getattr(model, "vision_model", model)
     if getattr(vision, "main_input_name", "") != "pixel_values":
         raise ValueError(
-            f"The folder {folder.name} holds a {type(model).__name__}, which takes no pictures: choose another."
+            f"The folder {folder.name} holds a {type(model).__name__}, which takes no images: choose another."
         )
     check_complete(folder, {name for name in missing if not name.startswith("pooler.")})
     return not missing
