@@ -23,9 +23,14 @@ def start(base: Path, frontend: Path | None = None) -> Server:
     if not (workflows.MODELS / "checkpoints" / workflows.CHECKPOINT).is_file():
         raise RuntimeError("The small world's models are missing: run the tests with `python3 toolbox/test.py`.")
     server = Server(environment_from_variables(), base, workflows.NODE_FOLDERS, workflows.MODELS, frontend)
-    picture = workflows.draw_subject(base / "input")
-    shutil.copy(picture, picture.with_name("example.png"))  # what a shipped graph names; every ComfyUI brings one
+    draw(base / "input")
     return server
+
+
+def draw(folder: Path) -> None:
+    """Write all images that graphs load."""
+    picture = workflows.draw_subject(folder)
+    shutil.copy(picture, picture.with_name("example.png"))  # what a shipped graph names; every ComfyUI brings one
 
 
 def lowered(

@@ -31,7 +31,7 @@ KNOWN_NOISE = (
     r"Cannot read properties of undefined \(reading 'id'\)[\s\S]*Proxy\.set",
 )
 PATIENCE = 120_000  # milliseconds
-SETTLE = 1_200  # milliseconds; the page loads its start-up graph after it says that it is ready
+SETTLE = 1_000  # milliseconds; the page loads its start-up graph after it says that it is ready
 FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 COMPLAINTS = "[role=dialog], .p-toast-message-error, [data-testid=error-overlay]"
 NODE = "app.graph._nodes.find(node => String(node.id) === id)"  # in the page, where `id` is known

@@ -7,7 +7,7 @@ import pytest
 from likeness.toyworld import workflows
 
 from .. import inprocess
-from .test_bad_input import refused, with_node
+from .test_training_input import refused, with_node
 
 SAM = "random_vit_b.pth"
 

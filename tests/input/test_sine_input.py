@@ -8,7 +8,7 @@ import pytest
 
 from likeness.toyworld import workflows
 
-from .test_bad_input import refused, with_node
+from .test_training_input import refused, with_node
 
 MODEL, CLIP, VAE = (["model", index] for index in range(3))
 

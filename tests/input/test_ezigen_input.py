@@ -10,7 +10,7 @@ from likeness.toolbox.graph import convert
 from likeness.toyworld import workflows
 
 from .. import live
-from .test_bad_input import refused, with_node
+from .test_training_input import refused, with_node
 
 SAMPLER, SUBJECT, ADAPTER = "Sample in stages", "Look at the subject", "Adapter"
 
