@@ -27,6 +27,10 @@ class Background:
     mask: Tensor
     weight: float
 
+    def described(self) -> dict[str, Any]:
+        """For the key of a run, under the names that stored runs have."""
+        return {"picture": self.image, "mask": self.mask, "weight": self.weight}
+
     def check(self, vae: Any, latent: Tensor) -> None:
         """ValueError when the image is not of the size that a latent [1, C, h, w] is decoded to, or the mask does not
         fit the image, or leaves nothing to keep or nothing to change.

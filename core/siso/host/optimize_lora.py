@@ -123,10 +123,10 @@ class SisoJob(Job):
         decides = {
             name: value for name, value in asdict(self.settings).items() if name not in ("threshold", "patience")
         }
-        kept = [] if self.background is None else [asdict(self.background)]
         parts = [part.described() for part in self.similarity.parts]
         what = [self.method, self.plan.rank, decides, asdict(self.sampling), parts]
-        return digest([*what, [self.base, *self.generator.described()], *kept])
+        background = [] if self.background is None else [self.background.described()]
+        return digest([*what, [self.base, *self.generator.described()], *background])
 
     def store(self) -> RunStore:
         layers = trained_layers(*self.generator.networks())
