@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..core.session.folders import register_folders
+from ..core.session.texts import keep_log_plain
 
 
 class LikenessExtension(ComfyExtension):
@@ -12,6 +13,7 @@ class LikenessExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         register_folders()
+        keep_log_plain()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from . import (

@@ -9,10 +9,11 @@ from ..core.ezigen.host import adapter as host
 from ..core.ezigen.staged import SPLIT_RATIO
 from ..core.session import folders
 from ..core.session.outputs import numbered_path
+from .node import Node
 from .types import Adapter, Subject, advanced, schema, seed_input
 
 
-class LikenessLoadAdapter(io.ComfyNode):
+class LikenessLoadAdapter(Node):
     """A file or folder of models/likeness_adapters -> LIKENESS_ADAPTER."""
 
     @classmethod
@@ -53,7 +54,7 @@ class LikenessLoadAdapter(io.ComfyNode):
         return io.NodeOutput(adapter, adapter.describe())
 
 
-class LikenessExtractAdapter(io.ComfyNode):
+class LikenessExtractAdapter(Node):
     """LIKENESS_ADAPTER -> a safetensors file of its tensors alone."""
 
     @classmethod
@@ -97,7 +98,7 @@ class LikenessExtractAdapter(io.ComfyNode):
         return io.NodeOutput(adapter, name, ui=ui.PreviewText(f"{name}\n{adapter.describe()}"))
 
 
-class LikenessEncodeSubject(io.ComfyNode):
+class LikenessEncodeSubject(Node):
     """MODEL + images of a subject -> LIKENESS_SUBJECT."""
 
     @classmethod
@@ -161,7 +162,7 @@ class LikenessEncodeSubject(io.ComfyNode):
         return io.NodeOutput(found if subject is None else subject.with_more(found), images)
 
 
-class LikenessApplyAdapter(io.ComfyNode):
+class LikenessApplyAdapter(Node):
     """MODEL + adapter + subject -> MODEL."""
 
     @classmethod

@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, choose_reference, lay_on
 from ..core.session.outputs import nothing
+from .node import Node
 from .types import advanced, schema
 
 
-class LikenessChooseReference(io.ComfyNode):
+class LikenessChooseReference(Node):
     """Images of the subject + a generated one -> the one that is most like it."""
 
     @classmethod
@@ -51,7 +52,7 @@ class LikenessChooseReference(io.ComfyNode):
         return io.NodeOutput(images[taken], mask, choice.index, choice.similarity, choice.info)
 
 
-class LikenessAlign(io.ComfyNode):
+class LikenessAlign(Node):
     """An image and its subject's mask + the mask of the same subject elsewhere -> the image, laid on it."""
 
     @classmethod

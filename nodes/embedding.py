@@ -10,6 +10,7 @@ from ..core.prompt.conditioning import apply_embedding
 from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
+from .node import Node
 from .types import Embedding, LossMap, advanced, schema, seed_input
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
@@ -71,7 +72,7 @@ def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
     return Hold(negative, weight, anchor == ANCHORS[1])
 
 
-class LikenessTrainEmbedding(io.ComfyNode):
+class LikenessTrainEmbedding(Node):
     """MODEL + one image + the prompt that describes it -> the last n rows of that prompt, learned."""
 
     @classmethod
@@ -103,7 +104,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
                 io.Float.Input(
                     "learning_rate",
                     default=hiper.LEARNING_RATE,
-                    min=1e-6,
+                    min=1e-9,
                     max=1.0,
                     step=1e-4,
                     round=1e-6,
@@ -243,7 +244,7 @@ class LikenessTrainEmbedding(io.ComfyNode):
         return io.NodeOutput(embedding, loss, previews)
 
 
-class LikenessApplyEmbedding(io.ComfyNode):
+class LikenessApplyEmbedding(Node):
     """CONDITIONING + learned rows -> CONDITIONING."""
 
     @classmethod

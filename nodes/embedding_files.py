@@ -7,10 +7,11 @@ from comfy_api.latest import io, ui
 from ..core.embedding.artifact import load_embedding, save_embedding
 from ..core.session import folders
 from ..core.session.outputs import numbered_path
+from .node import Node
 from .types import Embedding, schema
 
 
-class LikenessSaveEmbedding(io.ComfyNode):
+class LikenessSaveEmbedding(Node):
     """LIKENESS_EMBEDDING -> a safetensors file in models/likeness_embeddings."""
 
     @classmethod
@@ -48,7 +49,7 @@ class LikenessSaveEmbedding(io.ComfyNode):
         return io.NodeOutput(embedding, name, ui=ui.PreviewText(f"{name}\n{embedding.describe()}"))
 
 
-class LikenessLoadEmbedding(io.ComfyNode):
+class LikenessLoadEmbedding(Node):
     """A file of models/likeness_embeddings -> LIKENESS_EMBEDDING."""
 
     @classmethod

@@ -9,10 +9,11 @@ from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import Cutting
 from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, Plan, PriorImages, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
+from .node import Node
 from .types import LoraModel, LossMap, advanced, schema, seed_input
 
 
-class LikenessFineTune(io.ComfyNode):
+class LikenessFineTune(Node):
     """MODEL + VAE + image + prompt -> the same model, over-fitted to the image."""
 
     @classmethod
@@ -66,7 +67,7 @@ class LikenessFineTune(io.ComfyNode):
                 io.Float.Input(
                     "learning_rate",
                     default=sine.LEARNING_RATE,
-                    min=1e-8,
+                    min=1e-9,
                     max=1.0,
                     step=1e-6,
                     round=1e-9,

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guided, guider, subject_model
+from .node import Node
 from .types import Subjects, advanced, fraction, schema
 
 
@@ -73,7 +74,7 @@ def _more() -> list[io.Input]:
     ]
 
 
-class LikenessSubjectModel(io.ComfyNode):
+class LikenessSubjectModel(Node):
     """A further tuned model for the guidance, with its own weight and window."""
 
     @classmethod
@@ -107,7 +108,7 @@ class LikenessSubjectModel(io.ComfyNode):
         return io.NodeOutput([*(subjects or []), this])
 
 
-class LikenessGuidance(io.ComfyNode):
+class LikenessGuidance(Node):
     """Base MODEL + tuned MODEL -> MODEL, for every sampler."""
 
     @classmethod
@@ -149,7 +150,7 @@ class LikenessGuidance(io.ComfyNode):
         return io.NodeOutput(guided(model, [first, *(subjects or [])], allow_over_one))
 
 
-class LikenessGuider(io.ComfyNode):
+class LikenessGuider(Node):
     """The same as a GUIDER."""
 
     @classmethod

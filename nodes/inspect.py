@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..core.attention.host.map_sheet import map_sheet
 from ..core.attention.host.maps import inspected
+from .node import Node
 from .types import schema, seed_input
 
 
-class LikenessInspect(io.ComfyNode):
+class LikenessInspect(Node):
     """MODEL + prompt + image -> attention maps of the prompt's last rows over the denoising."""
 
     @classmethod

@@ -10,10 +10,11 @@ from ..core.inversion.host.ddim import inverted, start_latent
 from ..core.inversion.host.null_text import way_back
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
+from .node import Node
 from .types import LossMap, Trajectory, advanced, cfg_input, encoded_or_image, schema
 
 
-class LikenessInvert(io.ComfyNode):
+class LikenessInvert(Node):
     """MODEL + image + its prompt + SIGMAS -> the noise that the image would have come from."""
 
     @classmethod
@@ -70,7 +71,7 @@ class LikenessInvert(io.ComfyNode):
         return io.NodeOutput(trajectory, start_latent(model, trajectory), sigmas)
 
 
-class LikenessNullText(io.ComfyNode):
+class LikenessNullText(Node):
     """MODEL + trajectory -> negative and MODEL with which guided sampling comes back to the image."""
 
     @classmethod
@@ -117,7 +118,7 @@ class LikenessNullText(io.ComfyNode):
                     io.Float.Input(
                         "learning_rate",
                         default=published.LEARNING_RATE,
-                        min=1e-5,
+                        min=1e-9,
                         max=1.0,
                         step=1e-3,
                         round=1e-6,

@@ -15,10 +15,11 @@ from ..core.vision.host.subject_masks import (
     detectors,
     subject_masks,
 )
+from .node import Node
 from .types import advanced, schema
 
 
-class LikenessSubjectMask(io.ComfyNode):
+class LikenessSubjectMask(Node):
     """IMAGE + what it shows, in words -> MASK."""
 
     @classmethod
@@ -60,7 +61,7 @@ class LikenessSubjectMask(io.ComfyNode):
         return io.NodeOutput(found.mask, found.image, found.info)
 
 
-class LikenessCaption(io.ComfyNode):
+class LikenessCaption(Node):
     """IMAGE -> what it shows, in words."""
 
     @classmethod

@@ -12,10 +12,11 @@ from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
+from .node import Node
 from .types import LoraModel, LossMap, Similarity, advanced, cfg_input, schema, seed_input
 
 
-class LikenessOptimizeLora(io.ComfyNode):
+class LikenessOptimizeLora(Node):
     """MODEL + VAE + prompt + LIKENESS_SIMILARITY -> a LoRA with which the prompt's images show the subject."""
 
     @classmethod

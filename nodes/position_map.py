@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
+from .node import Node
 from .types import advanced, fraction, schema
 
 
-class LikenessPositionMap(io.ComfyNode):
+class LikenessPositionMap(Node):
     """MODEL -> MODEL with SINE's position map."""
 
     @classmethod

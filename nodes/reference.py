@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from ..core.reference import guidance as published
 from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
 from ..core.session.outputs import loss_map, nothing
+from .node import Node
 from .types import LossMap, Trajectory, advanced, cfg_input, fraction, schema
 
 
-class LikenessReferenceGuide(io.ComfyNode):
+class LikenessReferenceGuide(Node):
     """MODEL + prompt + noise + inverted reference + its mask -> the guided image, and what samples it again."""
 
     @classmethod
@@ -62,7 +63,7 @@ class LikenessReferenceGuide(io.ComfyNode):
                     io.Float.Input(
                         "learning_rate",
                         default=published.LEARNING_RATE,
-                        min=1e-5,
+                        min=1e-9,
                         max=1.0,
                         step=1e-3,
                         round=1e-6,

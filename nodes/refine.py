@@ -9,10 +9,11 @@ from ..core.embedding.host.refine import SavedStep, refine_embedding
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
 from .embedding import ANCHORS, anchor_inputs, held, image_inputs
+from .node import Node
 from .types import Embedding, LossMap, schema, seed_input
 
 
-class LikenessRefineEmbedding(io.ComfyNode):
+class LikenessRefineEmbedding(Node):
     """LIKENESS_EMBEDDING + SIGMAS -> rows of its own for each denoising step."""
 
     @classmethod
@@ -43,7 +44,7 @@ class LikenessRefineEmbedding(io.ComfyNode):
                 io.Float.Input(
                     "learning_rate",
                     default=hifi_tuner.LEARNING_RATE,
-                    min=1e-6,
+                    min=1e-9,
                     max=1.0,
                     step=1e-4,
                     round=1e-6,

@@ -7,12 +7,13 @@ from comfy_api.latest import io
 from ..core.inversion import renoise as published
 from ..core.inversion.host.renoise import renoised
 from ..core.session.images import ImageSource
+from .node import Node
 from .types import advanced, encoded_or_image, schema, seed_input
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
 
-class LikenessRenoise(io.ComfyNode):
+class LikenessRenoise(Node):
     """MODEL + image + its prompt + a few SIGMAS -> the noise, and the SAMPLER that comes back from it."""
 
     @classmethod

@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..core.attention.host.prompt_to_prompt import Learned, SubjectSwap, replaced_subject, twice
 from ..core.attention.prompt_to_prompt import END_PERCENT
+from .node import Node
 from .types import Embedding, advanced, fraction, schema
 
 
-class LikenessReplaceSubject(io.ComfyNode):
+class LikenessReplaceSubject(Node):
     """MODEL + an inverted image + a word swap -> MODEL, prompts and noise for the image and its edit."""
 
     @classmethod

@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..core.sana.host import sana as host
 from ..core.session import folders
+from .node import Node
 from .types import advanced, schema
 
 
-class LikenessLoadSana(io.ComfyNode):
+class LikenessLoadSana(Node):
     """A folder of models/diffusers -> MODEL, CLIP, VAE."""
 
     @classmethod

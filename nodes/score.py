@@ -5,15 +5,17 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..core.session import folders
+from ..core.session.inputs import Names
 from ..core.vision.host import scoring
 from ..core.vision.host.score_sheet import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
+from .node import Node
 from .types import schema
 
 NO_LPIPS = "none"
 
 
-class LikenessLoadVision(io.ComfyNode):
+class LikenessLoadVision(Node):
     """An entry of models/likeness_vision -> CLIP_VISION."""
 
     @classmethod
@@ -50,7 +52,7 @@ class LikenessLoadVision(io.ComfyNode):
         return io.NodeOutput(load_vision(folders.resolve(folders.VISION, name)))
 
 
-class LikenessScore(io.ComfyNode):
+class LikenessScore(Node):
     """Images, and what they should resemble -> numbers, ranking, table and a sheet of images with their scores."""
 
     @classmethod
@@ -111,7 +113,7 @@ def _score_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "lpips",
-            options=[NO_LPIPS, *folders.names(folders.LPIPS)],
+            options=Names([NO_LPIPS, *folders.names(folders.LPIPS)]),
             default=NO_LPIPS,
             tooltip="LPIPS heads (alex.pth or vgg.pth) in models/likeness_lpips; torchvision's alexnet*.pth or "
             "vgg16*.pth must lie beside them. Needs a reference of the same size.",

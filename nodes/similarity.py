@@ -8,10 +8,11 @@ from ..core.session import folders
 from ..core.siso.host import similarity as host
 from ..core.vision.host.extras.retrieval import retrieval_missing
 from ..core.vision.host.vision import load_instance_retrieval
+from .node import Node
 from .types import Similarity, schema
 
 
-class LikenessLoadRetrieval(io.ComfyNode):
+class LikenessLoadRetrieval(Node):
     """A file of models/ir_features -> CLIP_VISION."""
 
     @classmethod
@@ -49,7 +50,7 @@ class LikenessLoadRetrieval(io.ComfyNode):
         return io.NodeOutput(load_instance_retrieval(folders.resolve(folders.RETRIEVAL, name)))
 
 
-class LikenessSimilarity(io.ComfyNode):
+class LikenessSimilarity(Node):
     """CLIP_VISION + images of the subject -> LIKENESS_SIMILARITY."""
 
     @classmethod

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..core.ezigen import staged as published
 from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
+from .node import Node
 from .types import Adapter, Subject, advanced, cfg_input, schema, seed_input
 
 LOOPS = "A loop does the last part of the steps once more, from the result before. "
@@ -72,7 +73,7 @@ def _numbers(cfg: float) -> list[io.Input]:
     ]
 
 
-class LikenessStagedSampler(io.ComfyNode):
+class LikenessStagedSampler(Node):
     """MODEL + adapter + subject + prompts -> images of the subject, and a report."""
 
     @classmethod
@@ -176,7 +177,7 @@ class LikenessStagedSampler(io.ComfyNode):
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
-class LikenessStagedEdit(io.ComfyNode):
+class LikenessStagedEdit(Node):
     """An image + mask + subject -> the image with the subject in the masked place."""
 
     @classmethod

@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from ..core.session.outputs import nothing
 from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
+from .node import Node
 from .types import schema
 
 
-class LikenessSweep(io.ComfyNode):
+class LikenessSweep(Node):
     """Two texts with numbers -> all pairs, as two lists."""
 
     @classmethod
@@ -57,7 +58,7 @@ class LikenessSweep(io.ComfyNode):
         return io.NodeOutput([weight for weight, _ in found], [end for _, end in found])
 
 
-class LikenessSweepPlot(io.ComfyNode):
+class LikenessSweepPlot(Node):
     """The results of a sweep -> a grid of images and a plot of their measures."""
 
     @classmethod

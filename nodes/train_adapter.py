@@ -9,10 +9,11 @@ from ..core.ezigen.subject_pairs import PairFolder
 from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
 from ..core.session import folders
 from ..core.session.outputs import loss_map
+from .node import Node
 from .types import Adapter, LossMap, advanced, schema, seed_input
 
 
-class LikenessTrainAdapter(io.ComfyNode):
+class LikenessTrainAdapter(Node):
     """MODEL + CLIP + VAE + a folder of images -> LIKENESS_ADAPTER."""
 
     @classmethod

@@ -11,10 +11,11 @@ from ..core.session.fingerprint import check_base
 from ..core.session.outputs import nothing, numbered_path
 from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
+from .node import Node
 from .types import LoraModel, schema
 
 
-class LikenessSaveTuned(io.ComfyNode):
+class LikenessSaveTuned(Node):
     """LORA_MODEL -> a safetensors file in models/loras."""
 
     @classmethod
@@ -56,7 +57,7 @@ class LikenessSaveTuned(io.ComfyNode):
         return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{summary(tuned)}"))
 
 
-class LikenessLoadTuned(io.ComfyNode):
+class LikenessLoadTuned(Node):
     """A file of models/loras + MODEL (+ CLIP) -> the tuned ones, with map and prompt."""
 
     @classmethod

@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
+from .inputs import Names
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -63,7 +65,7 @@ def first_folder(kind: Kind) -> str:
     return roots(kind)[0]
 
 
-def names(kind: Kind) -> list[str]:
+def names(kind: Kind) -> Names:
     """All entries, sorted: files with the kind's extensions, and folders that hold a marker (not looked into).
 
     Only names that resolve() accepts: lists are made while ComfyUI starts, and nothing odd on a disk may stop that.
@@ -78,7 +80,7 @@ def names(kind: Kind) -> list[str]:
             outermost = next((folder for folder in folders if folder in entries), None)
             if outermost or _is_listed(kind, name):
                 found.add(outermost or name)
-    return sorted(name for name in found if "\\" not in name and _plain_parts(name))
+    return Names(sorted(name for name in found if "\\" not in name and _plain_parts(name)))
 
 
 def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
@@ -126,11 +128,11 @@ def state(kind: Kind, name: str | None) -> str:
     return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
 
 
-def image_folders() -> list[str]:
+def image_folders() -> Names:
     """Folders in ComfyUI's input folder that hold folders, sorted: sets of images by subject look so."""
     root = Path(folder_paths.get_input_directory())
     found = [folder for first in _subfolders(root) for folder in (first, *_subfolders(first)) if _subfolders(folder)]
-    return sorted(folder.relative_to(root).as_posix() for folder in found)
+    return Names(sorted(folder.relative_to(root).as_posix() for folder in found))
 
 
 def resolve_image_folder(name: str) -> Path:

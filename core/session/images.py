@@ -10,15 +10,21 @@ from torch import Tensor
 
 from ..denoiser import latent_mask
 
+SMALLEST = 8  # px, one cell of the latents of most models
 SAME_PROPORTION = 0.02  # relative: masks and images are cut and scaled apart, each rounded to whole pixels
 PAINT = "paint the subject (white) or disconnect the mask"
 
 
 def check_image(image: Tensor, name: str = "image") -> None:
-    """ValueError for anything but colour images [B, H, W, 3 or more] of finite numbers."""
+    """ValueError for anything but colour images [B, H, W, 3 or more] of finite numbers, SMALLEST pixels or more."""
     if image.ndim != 4 or image.shape[0] == 0 or image.shape[-1] < 3:
         raise ValueError(
             f"{name} has shape {tuple(image.shape)}, expected [batch, height, width, 3], with colour: connect an IMAGE."
+        )
+    if min(image.shape[1:3]) < SMALLEST:
+        raise ValueError(
+            f"{name} has {image.shape[2]} x {image.shape[1]} pixels, expected {SMALLEST} or more on each side: connect a "
+            "larger image."
         )
     if not bool(torch.isfinite(image).all()):
         raise ValueError(

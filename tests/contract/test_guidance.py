@@ -365,7 +365,7 @@ def test_bad_input_is_refused_before_sampling():
     setting, tuned = Setting(), other_loader(1)
     refused("add up to 1.3", setting, tuned, subjects=subject(setting, tuned, 1.0))
     patch(setting, tuned, subjects=subject(setting, tuned, 1.0), allow_over_one=True)
-    refused("K is timestep 1001", setting, tuned, k_timestep=1001)
+    refused("'k_timestep' is 1001, expected a number from -1 to 1000", setting, tuned, k_timestep=1001)
     refused("begin at 0.7 and end at 0.6", setting, tuned, start_percent=0.7)
     refused("no prompt", setting, tuned, tuned_positive=[])
     refused("works on SDXL latents", setting, tiny_models.sdxl())

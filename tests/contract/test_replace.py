@@ -382,7 +382,7 @@ def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
     refused("holds 2 images", latent={"samples": torch.ones(2, 4, 8, 8)})
     refused("connect the model", embedding=subject(base={"family": "SDXL"}))
     refused("width 1024", embedding=subject(width=1024))
-    refused("CLIP is empty.*Load CLIP", clip=None)
+    refused("expected a CLIP.*Load CLIP", clip=None)
     for prompt, word in (("a photo of a (cat:1.2), on the grass", "cat"), ("A photo of a Black Cat.", "black cat")):
         swapped(setting, clip, prompt=prompt, word=word)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...session import folders
+from ...session.inputs import Names
 from . import diffusers_folder as sana
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -120,10 +121,10 @@ class Loaded:
     plain_clip: Any
 
 
-def sana_names() -> list[str]:
+def sana_names() -> Names:
     """Folders in models/diffusers that hold Sana."""
     names = folders.names(folders.DIFFUSERS)
-    return [name for name in names if sana.pipeline_of(folders.resolve(folders.DIFFUSERS, name)) == sana.PIPELINE]
+    return Names(n for n in names if sana.pipeline_of(folders.resolve(folders.DIFFUSERS, n)) == sana.PIPELINE)
 
 
 def sana_state(name: str | None) -> str:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ...session import folders
+from ...session.inputs import Names
 from .. import boxes as geometry
 from .extras import caption, grounding, sam
 from .extras.grounding import Found
@@ -43,18 +44,18 @@ class SubjectMasks:
     info: str
 
 
-def detectors() -> list[str]:
+def detectors() -> Names:
     """Folders in models/likeness_vision that hold a detector."""
     return _folders(grounding.is_detector)
 
 
-def captioners() -> list[str]:
+def captioners() -> Names:
     """Folders in models/likeness_vision that hold a captioning model."""
     return _folders(caption.is_captioner)
 
 
-def _folders(wanted: Callable[[Path], bool]) -> list[str]:
-    return [name for name in folders.names(folders.VISION) if wanted(folders.resolve(folders.VISION, name))]
+def _folders(wanted: Callable[[Path], bool]) -> Names:
+    return Names(name for name in folders.names(folders.VISION) if wanted(folders.resolve(folders.VISION, name)))
 
 
 def subject_masks(image: Tensor, request: Request, detector: Path, segmenter: Path) -> SubjectMasks:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...session import folders
+from ...session.inputs import Names
 from ...session.weights import gradients, load_fully, out_of_place, thawed
 from ..preprocess import Preprocess
 from .extras.caption import is_captioner
@@ -82,14 +83,14 @@ class VisionModel:
         return self.model.state_dict()
 
 
-def vision_names() -> list[str]:
+def vision_names() -> Names:
     """Entries of models/likeness_vision without those that other nodes load: detectors and captioning models."""
 
     def others(name: str) -> bool:
         path = folders.resolve(folders.VISION, name)
         return is_detector(path) or is_captioner(path)
 
-    return [name for name in folders.names(folders.VISION) if not others(name)]
+    return Names(name for name in folders.names(folders.VISION) if not others(name))
 
 
 def load_vision(path: Path) -> VisionModel:

@@ -1,0 +1,175 @@
+"""One place for what comes into a node: every value is checked by the type that the node's schema gives its input.
+
+ComfyUI checks the widgets of a prompt in part (0.3.75 does not look at the choices of a V3 combo, NaN passes each
+range), and a value that comes by a link not at all. Each check raises ValueError with what was given, what is expected
+and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .images import check_image
+
+MAX_TEXT = 100_000  # characters; the longest prompts that people write have some thousands
+SHOWN = 60  # characters of a value in a message
+
+
+class Names(list[str]):
+    """The choices of a combo that were on the disk when it was listed: folders.resolve() tells what is there now."""
+
+
+def check_input(name: str, kind: str, value: Any, options: Mapping[str, Any]) -> Any:
+    """The value of an input of this type (ComfyUI's or the pack's name of it), as the node gets it.
+
+    options: min, max and options of a widget. ValueError for what the node could not use.
+    """
+    if kind in _WIDGETS:
+        return _WIDGETS[kind](name, value, options)
+    check = _TENSORS.get(kind)
+    if check is not None:
+        check(name, value)
+    elif not all(hasattr(value, attribute) for attribute in _OBJECTS.get(kind, ())):
+        remedy = _LOADERS.get(kind) if value is None else None
+        raise _unfit(name, value, f"a {kind}", remedy or f"connect a node that gives {kind}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short and ASCII, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if value is None:
+        return "nothing"
+    if isinstance(value, (str, Real)):
+        text = value if isinstance(value, str) else str(value)
+        text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        return ascii(text) if isinstance(value, str) else text
+    return f"a {ascii(type(value).__name__)[1:-1]}"
+
+
+def _unfit(name: str, value: Any, expected: str, remedy: str) -> ValueError:
+    return ValueError(f"'{name}' is {shown(value)}, expected {expected}: {remedy}.")
+
+
+def _choice(name: str, value: Any, options: Mapping[str, Any]) -> Any:
+    choices = options.get("options")
+    if isinstance(choices, Names) or not choices:
+        return _text(name, value, options)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise _unfit(name, value, "one of " + ", ".join(map(ascii, choices)), "choose one of these")
+    return value
+
+
+def _text(name: str, value: Any, _options: Mapping[str, Any]) -> str:
+    if not isinstance(value, str):
+        raise _unfit(name, value, "a text", "connect a STRING")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"'{name}' has {len(value)} characters, expected {MAX_TEXT} at most: shorten it.")
+    return value
+
+
+def _flag(name: str, value: Any, _options: Mapping[str, Any]) -> bool:
+    if not isinstance(value, bool) and not (isinstance(value, Real) and value in (0, 1)):
+        raise _unfit(name, value, "true or false", "connect a BOOLEAN")
+    return bool(value)
+
+
+def _number(name: str, value: Any, options: Mapping[str, Any]) -> float:
+    low, high = options.get("min"), options.get("max")
+    span = "a number" if low is None or high is None else f"a number from {low:g} to {high:g}"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise _unfit(name, value, span, "give a finite number")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise _unfit(name, value, span, "change it")
+    return float(value)
+
+
+def _integer(name: str, value: Any, options: Mapping[str, Any]) -> int:
+    number = _number(name, value, options)
+    if number != int(number):
+        raise _unfit(name, value, "a whole number", "round it")
+    return int(value)
+
+
+def _images(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise _unfit(name, value, "images [batch, height, width, 3]", "connect an IMAGE")
+    check_image(value, name)
+
+
+def _mask(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.ndim not in (2, 3) or not value.numel():
+        raise _unfit(name, value, "a mask [batch, height, width]", "connect a MASK")
+    _check_finite(name, value, "make the mask again")
+
+
+def _latent(name: str, value: Any) -> None:
+    samples = value.get("samples") if isinstance(value, Mapping) else None
+    if getattr(samples, "is_nested", False):
+        return  # of a model for several media at once: the node says what it can do with it
+    if not isinstance(samples, Tensor) or samples.ndim < 3 or not samples.numel():
+        raise _unfit(name, samples, "a latent [batch, channels, height, width]", "connect a LATENT")
+    _check_finite(name, samples, "encode the image again, with the VAE in fp32")
+
+
+def _conditioning(name: str, value: Any) -> None:
+    expected, remedy = "a list of prompts, each with its tokens [1, tokens, width]", "connect a CONDITIONING"
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise _unfit(name, value if value != [] else None, expected, remedy)
+    for entry in value:
+        pair = isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[1], Mapping)
+        if not pair or not isinstance(entry[0], Tensor) or entry[0].ndim != 3 or not entry[0].numel():
+            raise _unfit(name, entry[0] if pair else entry, expected, remedy)
+        _check_finite(name, entry[0], "encode the prompt again, with the text encoder in fp32")
+
+
+def _sigmas(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.ndim != 1 or len(value) < 2:
+        raise _unfit(name, value, "two noise levels or more [steps + 1]", "connect SIGMAS, from a scheduler")
+    _check_finite(name, value, "take them from a scheduler")
+    if bool((value < 0).any()) or bool((value.diff() > 0).any()):
+        raise ValueError(
+            f"'{name}' does not fall to 0 or more, as noise levels of a sampling do: leave out FlipSigmas."
+        )
+
+
+def _check_finite(name: str, value: Tensor, remedy: str) -> None:
+    if not bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all()):
+        raise ValueError(f"'{name}' holds NaN or infinite numbers, expected finite ones: {remedy}.")
+
+
+_WIDGETS: dict[str, Callable[[str, Any, Mapping[str, Any]], Any]] = {
+    "COMBO": _choice, "STRING": _text, "BOOLEAN": _flag, "FLOAT": _number, "INT": _integer,
+}  # fmt: skip
+_TENSORS: dict[str, Callable[[str, Any], None]] = {
+    "IMAGE": _images, "MASK": _mask, "LATENT": _latent, "CONDITIONING": _conditioning, "SIGMAS": _sigmas,
+}  # fmt: skip
+# A checkpoint without one gives nothing in its place.
+_LOADERS = {
+    "CLIP": "the loaded file has none, connect Load CLIP",
+    "VAE": "the loaded file has none, connect Load VAE",
+}
+# What the nodes ask of objects, so that another pack's own version of one will do.
+_OBJECTS: dict[str, tuple[str, ...]] = {
+    "MODEL": ("clone", "model", "get_model_object", "load_device"),
+    "CLIP": ("tokenize", "clone", "patcher"),
+    "VAE": ("encode", "decode"),
+    "CLIP_VISION": ("encode_image",),
+    "NOISE": ("generate_noise",),
+    "SAMPLER": ("sample",),
+    "LORA_MODEL": ("keys", "values"),
+    "LIKENESS_ADAPTER": ("tensors", "header"),
+    "LIKENESS_EMBEDDING": ("rows", "header"),
+    "LIKENESS_SIMILARITY": ("parts",),
+    "LIKENESS_SUBJECT": ("tokens", "base"),
+    "LIKENESS_SUBJECTS": ("__iter__",),
+    "LIKENESS_TRAJECTORY": ("latents", "sigmas"),
+}

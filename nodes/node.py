@@ -1,0 +1,59 @@
+"""What all nodes of the pack share: their inputs are checked by their own schema, and no text can break a log."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core.session.inputs import check_input
+from ..core.session.texts import ascii_only
+
+CHECKED = "_likeness_checked"
+
+
+class Node(io.ComfyNode):
+    """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        method = cls.__dict__.get("execute")
+        if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
+            cls.execute = classmethod(_checked(method.__func__))
+
+
+def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    signature, schemas = inspect.signature(execute), list[io.Schema]()
+
+    @functools.wraps(execute)
+    def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
+        with ascii_only():
+            if not schemas:
+                schemas.append(cls.define_schema())  # once: it looks for files
+            given = signature.bind(cls, *arguments, **named).arguments
+            return execute(given.pop("cls"), **checked(schemas[0], given))
+
+    setattr(run, CHECKED, True)
+    return run
+
+
+def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a node, each checked. ValueError, with the name of the input, for the first that does not fit."""
+    widgets = {widget.id: widget for widget in schema.inputs}
+    found = {}
+    for name, value in given.items():
+        widget = widgets[name]
+        if value is None and widget.optional:
+            found[name] = None
+        elif schema.is_input_list:
+            found[name] = [_value(widget, each) for each in value]
+        else:
+            found[name] = _value(widget, value)
+    return found
+
+
+def _value(widget: io.Input, value: Any) -> Any:
+    return check_input(widget.id, widget.get_io_type(), value, vars(widget))
