@@ -1,4 +1,4 @@
-"""The nodes: what they are called, what goes in and out. The work is done in core."""
+"""Node definitions: names, inputs and outputs. The work is done in core."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..core.session.folders import register_folders
 
 
 class LikenessExtension(ComfyExtension):
-    """What ComfyUI asks for the list of nodes."""
+    """The extension that gives ComfyUI the list of nodes."""
 
     async def on_load(self) -> None:
         register_folders()
