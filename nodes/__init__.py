@@ -1,4 +1,4 @@
-"""The nodes: what they are called, what goes in and out. The work is done in core."""
+"""Node definitions: names, inputs and outputs. The work is done in core."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..core.session.texts import keep_log_plain
 
 
 class LikenessExtension(ComfyExtension):
-    """What ComfyUI asks for the list of nodes."""
+    """The extension that gives ComfyUI the list of nodes."""
 
     async def on_load(self) -> None:
         register_folders()

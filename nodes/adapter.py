@@ -1,4 +1,4 @@
-"""A subject from one image without training: EZIGen's adapter, and the images it reads."""
+"""Subjects from a single image without training: EZIGen's adapter and the reference images it attends to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .types import Adapter, Subject, advanced, schema, seed_input
 
 
 class LikenessLoadAdapter(Node):
-    """A file or folder of models/likeness_adapters -> LIKENESS_ADAPTER."""
+    """A file or folder in models/likeness_adapters -> LIKENESS_ADAPTER."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,26 +22,28 @@ class LikenessLoadAdapter(Node):
             node_id="LikenessLoadAdapter",
             display_name="Load Subject Adapter",
             category="likeness/adapter",
-            description="Loads EZIGen's adapter from models/likeness_adapters: the authors' checkpoint as it was "
-            "published, a file of Extract Adapter, or one that was trained here.",
+            description="Loads an EZIGen adapter from models/likeness_adapters: the authors' published checkpoint, a "
+            "file saved by Extract Subject Adapter, or an adapter trained with this pack.",
             search_aliases=["ezigen", "subject adapter", "zero-shot", "reference unet"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=folders.names(folders.ADAPTERS),
-                    tooltip="A file in models/likeness_adapters, or the folder of a published checkpoint "
-                    "(checkpoint-200000) there. Press R to refresh the list.",
+                    tooltip="A file in models/likeness_adapters, or a published checkpoint folder there "
+                    "(checkpoint-200000). Press R to refresh the list.",
                 )
             ],
             outputs=[
-                Adapter.Output(display_name="adapter", tooltip="For Apply Subject Adapter."),
-                io.String.Output(display_name="info", tooltip="Its blocks and widths, and the steps of its training."),
+                Adapter.Output(display_name="adapter", tooltip="The adapter, for Apply Subject Adapter."),
+                io.String.Output(
+                    display_name="info", tooltip="Its blocks and widths, and the number of training steps."
+                ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, name) -> bool | str:
-        known = name is None or name in folders.names(folders.ADAPTERS)  # None: it comes by a link
+        known = name is None or name in folders.names(folders.ADAPTERS)  # None: it comes from a link
         return True if known else host.adapter_missing(name)
 
     @classmethod
@@ -55,7 +57,7 @@ class LikenessLoadAdapter(Node):
 
 
 class LikenessExtractAdapter(Node):
-    """LIKENESS_ADAPTER -> a safetensors file of its tensors alone."""
+    """LIKENESS_ADAPTER -> a safetensors file with only the adapter's tensors."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -63,26 +65,25 @@ class LikenessExtractAdapter(Node):
             node_id="LikenessExtractAdapter",
             display_name="Extract Subject Adapter",
             category="likeness/adapter",
-            description="Saves an adapter alone, in models/likeness_adapters: of the published checkpoint of 3.7 GB, "
-            "0.1 or 0.2 GB are the adapter; the rest is the UNet that you have already.",
+            description="Saves the adapter alone to models/likeness_adapters. It is 0.1 or 0.2 GB of the published "
+            "3.7 GB checkpoint; the rest is the UNet you already have.",
             search_aliases=["ezigen", "save adapter", "convert checkpoint"],
             inputs=[
-                Adapter.Input("adapter", tooltip="From Load Subject Adapter, or trained here."),
+                Adapter.Input("adapter", tooltip="An adapter from Load Subject Adapter or Train Subject Adapter."),
                 io.Combo.Input(
                     "dtype",
                     options=list(host.DTYPES),
                     default="float16",
-                    tooltip="Precision of the file. float32 keeps every bit and is twice as large.",
+                    tooltip="Precision of the saved file. float32 is lossless and twice as large.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="likeness/adapter",
-                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is "
-                    "overwritten.",
+                    tooltip="File name, optionally with subfolders. A number is appended, so nothing is overwritten.",
                 ),
             ],
             outputs=[
-                Adapter.Output(display_name="adapter", tooltip="The adapter, passed on."),
+                Adapter.Output(display_name="adapter", tooltip="The adapter, passed through."),
                 io.String.Output(
                     display_name="name", tooltip="The name under which Load Subject Adapter lists the file."
                 ),
@@ -107,17 +108,17 @@ class LikenessEncodeSubject(Node):
             node_id="LikenessEncodeSubject",
             display_name="Encode Subject",
             category="likeness/adapter",
-            description="Shows a subject's images to the model itself and keeps what its self-attentions see "
-            "(EZIGen). The adapter reads that. Done once for an image, in one model call.",
+            description="Runs a subject's images through the model once and records its self-attention features, "
+            "which the adapter attends to (EZIGen).",
             search_aliases=["ezigen", "reference", "subject features"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled. LoRAs on it count, patches do not."),
+                io.Model.Input("model", tooltip="The model to sample with. LoRAs on it apply, patches do not."),
                 io.Vae.Input("vae", tooltip="Encodes the images."),
-                io.Conditioning.Input("positive", tooltip='The subject\'s class, encoded: "a photo of a dog".'),
+                io.Conditioning.Input("positive", tooltip='A prompt of the subject\'s class: "a photo of a dog".'),
                 io.Image.Input(
                     "image",
-                    tooltip="The subject, one image or a batch of several. Transparency counts as a mask. Without a "
-                    "mask it must stand on white already.",
+                    tooltip="One or more images of the subject. An alpha channel is used as the mask; without a mask "
+                    "the background must already be white.",
                 ),
                 io.Int.Input(
                     "size",
@@ -125,17 +126,17 @@ class LikenessEncodeSubject(Node):
                     min=64,
                     max=2048,
                     step=8,
-                    tooltip="Side of the square that the subject is brought to: 512 for SD1.x and SD2.1-base.",
+                    tooltip="Side in pixels of the square that the subject is scaled to. 512 for SD1.x and SD2.1-base.",
                 ),
-                seed_input("Of the little noise that is put on the images."),
+                seed_input("Seed of the small amount of noise added to the images."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White on the subject: it is cut out square and put on white, as the adapter was trained. "
-                    "An empty one counts as none; one that is white in all four corners, as Load Image gives for a "
-                    "transparent image, is turned over.",
+                    tooltip="White on the subject, which is then cropped to a square on white, as in the adapter's "
+                    "training. An empty mask is ignored; one that is white in all four corners (Load Image with a "
+                    "transparent image) is inverted.",
                 ),
-                Subject.Input("subject", optional=True, tooltip="Another subject to add these images to."),
+                Subject.Input("subject", optional=True, tooltip="An encoded subject to add these images to."),
                 *advanced(
                     io.Float.Input(
                         "margin",
@@ -143,13 +144,13 @@ class LikenessEncodeSubject(Node):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="White around a masked subject, as a part of its longer side.",
+                        tooltip="White border around a masked subject, as a fraction of its longer side.",
                     )
                 ),
             ],
             outputs=[
-                Subject.Output(display_name="subject", tooltip="For Apply Subject Adapter."),
-                io.Image.Output(display_name="seen", tooltip="The images as they were encoded: check the cut-out."),
+                Subject.Output(display_name="subject", tooltip="The encoded subject, for Apply Subject Adapter."),
+                io.Image.Output(display_name="seen", tooltip="The images as they were encoded, to check the crop."),
             ],
         )
 
@@ -171,12 +172,12 @@ class LikenessApplyAdapter(Node):
             node_id="LikenessApplyAdapter",
             display_name="Apply Subject Adapter",
             category="likeness/adapter",
-            description="Lets a model look at an encoded subject while it samples (EZIGen), in the last part of the "
-            "steps: the text lays the image out, then the subject appears in it. For every sampler.",
+            description="Makes a model attend to an encoded subject in the last part of the steps (EZIGen): the "
+            "prompt sets the layout, then the subject appears in it. Works with any sampler.",
             search_aliases=["ezigen", "subject driven", "zero-shot", "reference only"],
             inputs=[
-                io.Model.Input("model", tooltip="The very model that encoded the subject. It is not changed."),
-                Adapter.Input("adapter", tooltip="From Load Subject Adapter: SD2.1-base for the published one."),
+                io.Model.Input("model", tooltip="The same model that encoded the subject. It is not changed."),
+                Adapter.Input("adapter", tooltip="From Load Subject Adapter. The published adapter is for SD2.1-base."),
                 Subject.Input("subject", tooltip="From Encode Subject."),
                 io.Float.Input(
                     "split_ratio",
@@ -185,9 +186,9 @@ class LikenessApplyAdapter(Node):
                     max=1.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="In which last part of this sampling's steps the subject is looked at. 0.4 is published; "
-                    "more is more alike and less free, 1 is from the first step. With a denoise below 1 or a part of "
-                    "the steps it is a part of what is left.",
+                    tooltip="Fraction of the steps, counted from the end, in which the adapter is active. EZIGen uses "
+                    "0.4; higher gives more likeness and less freedom, 1 starts at the first step. With denoise below "
+                    "1 or a partial run, it is a fraction of the remaining steps.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -196,15 +197,15 @@ class LikenessApplyAdapter(Node):
                     max=2.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="How much of what the adapter adds is taken. 1 is published, 0 is the model alone.",
+                    tooltip="Scale of the adapter's output. 1 is EZIGen's value, 0 is the model alone.",
                 ),
                 *advanced(
                     io.Combo.Input(
                         "apply_to",
                         options=list(host.APPLY_TO),
                         default=host.APPLY_TO[0],
-                        tooltip="both: the negative prompt sees the subject too, as published. positive only: the "
-                        "guidance then also pulls towards the subject, more strongly.",
+                        tooltip="both: the negative prompt sees the subject too, as in EZIGen. positive only: "
+                        "guidance also pulls towards the subject, which is stronger.",
                     )
                 ),
             ],

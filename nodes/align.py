@@ -1,4 +1,4 @@
-"""Which image of the subject serves as the reference, and the transform that lays it on a generated one."""
+"""Choose the subject image that serves as the reference, and align it with a generated image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .types import advanced, schema
 
 
 class LikenessChooseReference(Node):
-    """Images of the subject + a generated one -> the one that is most like it."""
+    """Images of the subject + a generated image -> the most similar one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,28 +19,29 @@ class LikenessChooseReference(Node):
             node_id="LikenessChooseReference",
             display_name="Choose Reference",
             category="likeness/reference",
-            description="Of several images of the subject, takes the one that is most like a generated image, by a "
-            "vision model (HiFi Tuner uses DINO ViT-S/16).",
+            description="Chooses the subject image that is most similar to a generated image, as judged by a vision "
+            "model (HiFi Tuner uses DINO ViT-S/16).",
             search_aliases=["dino", "most similar", "nearest image", "hifi tuner"],
             inputs=[
-                io.Image.Input("images", tooltip="The images of the subject to choose from, as a batch."),
-                io.Image.Input("picture", tooltip="The generated image, one."),
+                io.Image.Input("images", tooltip="A batch of subject images to choose from."),
+                io.Image.Input("picture", tooltip="One generated image."),
                 io.ClipVision.Input(
                     "vision",
-                    tooltip="The model that compares, from Load Vision Model: dino-vits16 as published, or another.",
+                    tooltip="The vision model for the comparison, from Load Vision Model. The paper uses dino-vits16; "
+                    "others work too.",
                 ),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="Masks of the images to choose from, one for each, passed on."
+                    "masks", optional=True, tooltip="One mask per image; the chosen image's mask is passed through."
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The image that was taken."),
-                io.Mask.Output(display_name="mask", tooltip="Its mask. Nothing behind it runs without masks."),
-                io.Int.Output(display_name="index", tooltip="Its place in the batch, counted from 0."),
+                io.Image.Output(display_name="image", tooltip="The chosen image."),
+                io.Mask.Output(display_name="mask", tooltip="Its mask. Nodes connected here do not run without masks."),
+                io.Int.Output(display_name="index", tooltip="Index of the chosen image in the batch, counted from 0."),
                 io.Float.Output(
-                    display_name="similarity", tooltip="How alike the two are (cosine, 1 = the same to the model)."
+                    display_name="similarity", tooltip="Cosine similarity of the two (1 = identical to the model)."
                 ),
-                io.String.Output(display_name="info", tooltip="The similarities of all images, and the model."),
+                io.String.Output(display_name="info", tooltip="The similarities of all images, and the vision model."),
             ],
         )
 
@@ -53,7 +54,7 @@ class LikenessChooseReference(Node):
 
 
 class LikenessAlign(Node):
-    """An image and its subject's mask + the mask of the same subject elsewhere -> the image, laid on it."""
+    """A reference image and its mask + the mask of the subject in another image -> the reference, aligned to it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -61,12 +62,12 @@ class LikenessAlign(Node):
             node_id="LikenessAlign",
             display_name="Align Reference",
             category="likeness/reference",
-            description="Moves, turns and scales an image so that its subject lies on that of another image (HiFi "
-            "Tuner, Algorithm 4). What comes into view from outside repeats the border.",
+            description="Translates, rotates and scales an image so that its subject covers the subject of another "
+            "image (HiFi Tuner, Algorithm 4). Areas from outside the image repeat its border.",
             search_aliases=["align", "warp", "transform mask", "similarity transform", "hifi tuner"],
             inputs=[
-                io.Image.Input("image", tooltip="The reference image, one."),
-                io.Mask.Input("mask", tooltip="White on its subject."),
+                io.Image.Input("image", tooltip="One reference image."),
+                io.Mask.Input("mask", tooltip="White on the subject of the reference image."),
                 io.Mask.Input(
                     "target_mask", tooltip="White on the subject of the generated image; the result has its size."
                 ),
@@ -75,8 +76,8 @@ class LikenessAlign(Node):
                         "form",
                         options=list(FORMS),
                         default=SYMMETRIC,
-                        tooltip="symmetric: the two masks cover each other. as printed: the paper's sum over the "
-                        "reference's points alone, which shrinks it to somewhere inside the target.",
+                        tooltip="symmetric: each mask has to cover the other. as printed: the paper's sum over the "
+                        "reference's points only, which shrinks the reference to somewhere inside the target.",
                     ),
                     io.Float.Input(
                         "max_degrees",
@@ -85,20 +86,20 @@ class LikenessAlign(Node):
                         max=180.0,
                         step=1.0,
                         round=0.1,
-                        tooltip="How far it may start turned. 180 finds every angle, and may lay a subject upside down "
-                        "where that covers the mask a little better; 0 starts upright. For symmetric.",
+                        tooltip="Largest initial rotation in degrees. 180 finds any angle but may turn the subject "
+                        "upside down if that covers the mask slightly better; 0 starts upright. Only for symmetric.",
                     ),
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The image, laid on the other."),
-                io.Mask.Output(display_name="mask", tooltip="White on its subject there."),
-                io.Float.Output(display_name="iou", tooltip="How well the two cover each other: 1 = exactly."),
+                io.Image.Output(display_name="image", tooltip="The aligned image."),
+                io.Mask.Output(display_name="mask", tooltip="White on the subject of the aligned image."),
+                io.Float.Output(display_name="iou", tooltip="Overlap of the two masks (1 = exact)."),
                 io.Image.Output(
                     display_name="overlay",
-                    tooltip="Green where both subjects are, red where only the reference's is, blue only the other.",
+                    tooltip="Green for both subjects, red for the reference only, blue for the target only.",
                 ),
-                io.String.Output(display_name="matrix", tooltip="Scale, angle, and the matrix of the transform."),
+                io.String.Output(display_name="matrix", tooltip="Scale, angle and matrix of the transform."),
             ],
         )
 

@@ -1,4 +1,4 @@
-"""Train and apply an embedding of a subject (HiPer)."""
+"""Train and apply subject embeddings (HiPer)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANCHORS = ("in the loss", "decoupled")
 
 
 def anchor_inputs(weight: float) -> list[io.Input]:
-    """HiFi Tuner's regulariser, with this default weight."""
+    """HiFi Tuner's regularizer, with this default weight."""
     return [
         *advanced(
             io.Float.Input(
@@ -29,39 +29,34 @@ def anchor_inputs(weight: float) -> list[io.Input]:
                 step=0.001,
                 round=1e-6,
                 optional=True,
-                tooltip="Holds the rows near those of the empty prompt connected to 'negative' (HiFi Tuner; 0.01 is "
-                "usual), which keeps the prompt obeyed. 0 is off, as in HiPer.",
+                tooltip="Weight of the regularizer that keeps the learned token embeddings close to those of the "
+                "empty prompt connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still "
+                "followed. 0 turns it off, as in HiPer.",
             ),
             io.Combo.Input(
                 "anchor",
                 options=list(ANCHORS),
                 default=ANCHORS[0],
                 optional=True,
-                tooltip="How the anchor holds: as a term of the loss, as published, or as a pull beside the gradient, "
-                "which Adam does not rescale; that form wants a larger weight (0.1 to 1).",
+                tooltip="How the regularizer is applied: as a term of the loss, as in the paper, or decoupled from "
+                "the gradient, so that Adam does not rescale it. The decoupled form needs a larger weight (0.1 to 1).",
             ),
         ),
     ]
 
 
 def image_inputs(vae: str) -> list[io.Input]:
-    """What is learned from; vae: the tooltip of that input."""
+    """The inputs for the training images; vae: the tooltip of that input."""
     return [
-        io.Latent.Input(
-            "latent", optional=True, tooltip="The image(s) to learn from, encoded. Instead of image and VAE."
-        ),
-        io.Image.Input(
-            "image", optional=True, tooltip="The image(s) to learn from, at the model's size. Needs the VAE."
-        ),
+        io.Latent.Input("latent", optional=True, tooltip="The training image(s), encoded. Use this or image and VAE."),
+        io.Image.Input("image", optional=True, tooltip="The training image(s), at the model's size. Needs the VAE."),
         io.Vae.Input("vae", optional=True, tooltip=vae),
-        io.Mask.Input(
-            "mask", optional=True, tooltip="White where the subject is: the rest of the image is not learned."
-        ),
+        io.Mask.Input("mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."),
     ]
 
 
 def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
-    """The anchor that the inputs ask for."""
+    """The regularizer that the inputs ask for, None for weight 0."""
     if weight == 0.0:
         return None
     if negative is None:
@@ -73,7 +68,7 @@ def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
 
 
 class LikenessTrainEmbedding(Node):
-    """MODEL + one image + the prompt that describes it -> the last n rows of that prompt, learned."""
+    """MODEL + one image + the prompt that describes it -> learned token embeddings for the end of that prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -81,25 +76,24 @@ class LikenessTrainEmbedding(Node):
             node_id="LikenessTrainEmbedding",
             display_name="Train Subject Embedding (HiPer)",
             category="likeness/embedding",
-            description="Learns a subject from one image as a few token vectors at the end of the prompt (HiPer, "
-            "akin to textual inversion). The model itself stays as it is.",
+            description="Learns a subject from one image as a few token embeddings at the end of the prompt (HiPer, "
+            "similar to textual inversion). The model's weights do not change.",
             search_aliases=["hiper", "textual inversion", "personalize", "subject"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
+                io.Model.Input("model", tooltip="The model to train the embedding for. It is not changed."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The source prompt: a plain description of the image, such as 'a standing cat'. It "
-                    "must leave "
-                    "as many unused rows as there are tokens.",
+                    tooltip="The source prompt: a plain description of the image, such as 'a standing cat'. It must "
+                    "leave at least as many unused tokens as 'tokens' asks for.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=hiper.STEPS,
                     min=1,
                     max=100_000,
-                    tooltip="Number of updates. 300 to 1000 is usual; many more cost the ability to edit. Asking for "
-                    "more later goes on where this run ended. Asking for fewer gives that step when it was kept, else "
-                    "the longer run with a warning.",
+                    tooltip="Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to "
+                    "resume the run. A lower value returns that step if it was saved, else the longer run with a "
+                    "warning.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -115,28 +109,26 @@ class LikenessTrainEmbedding(Node):
                     default=hiper.TOKENS,
                     min=1,
                     max=75,
-                    tooltip="How many rows of the prompt hold the subject. 3 to 8: more keep more of the image and "
-                    "leave "
-                    "less room for the edit.",
+                    tooltip="Number of token embeddings that hold the subject, 3 to 8. More keep more of the image "
+                    "and leave less room for the edit.",
                 ),
                 io.Int.Input(
                     "save_every",
                     default=hiper.SAVE_EVERY,
                     min=1,
                     max=100_000,
-                    tooltip="Keep the embedding at every so many steps, to choose the best later.",
+                    tooltip="Interval in steps at which the embedding is saved, to choose the best one later.",
                 ),
                 io.Combo.Input(
                     "init",
                     options=[SOURCE, EMPTY],
                     default=SOURCE,
-                    tooltip="Where the rows start: the source prompt's own unused rows (HiPer), or those of the "
-                    "empty prompt "
-                    "connected to 'negative' (HiFi Tuner).",
+                    tooltip="Initial values of the embedding: the source prompt's own unused tokens (HiPer), or those "
+                    "of the empty prompt connected to 'negative' (HiFi Tuner).",
                 ),
                 seed_input(
-                    "Decides timesteps, noise and the previews' noise. The same seed gives the same bytes on a "
-                    "CPU; on a GPU up to rounding."
+                    "Seed of the timesteps, the noise and the previews. The same seed gives bit-identical results on "
+                    "a CPU; on a GPU, up to rounding."
                 ),
                 *advanced(
                     io.Float.Input(
@@ -145,7 +137,7 @@ class LikenessTrainEmbedding(Node):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="First part of the denoising that is trained on: 0 is pure noise.",
+                        tooltip="Start of the part of the denoising process to train on. 0 is pure noise.",
                     ),
                     io.Float.Input(
                         "end_percent",
@@ -153,14 +145,14 @@ class LikenessTrainEmbedding(Node):
                         min=0.0,
                         max=1.0,
                         step=0.01,
-                        tooltip="Last part of the denoising that is trained on: 1 is the finished image.",
+                        tooltip="End of the part of the denoising process to train on. 1 is the finished image.",
                     ),
                     io.Int.Input(
                         "preview_steps",
                         default=20,
                         min=0,
                         max=1000,
-                        tooltip="Sampling steps of each preview image; 0 makes none. Needs the VAE.",
+                        tooltip="Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
                     ),
                     io.Float.Input(
                         "preview_cfg",
@@ -168,31 +160,31 @@ class LikenessTrainEmbedding(Node):
                         min=1.0,
                         max=100.0,
                         step=0.1,
-                        tooltip="Guidance of the preview images. Without a negative prompt they are made at 1.",
+                        tooltip="Guidance scale of the preview images. Without a negative prompt it is 1.",
                     ),
                 ),
-                *image_inputs("Encodes the image and makes the previews."),
+                *image_inputs("Encodes the image and decodes the previews."),
                 io.Conditioning.Input(
                     "target",
                     optional=True,
-                    tooltip="The prompt of the edit. Only for the previews, never for the loss.",
+                    tooltip="The edit prompt. It is used for previews only, never for the loss.",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The empty prompt: guides the previews, starts the rows when init asks for it, and is what "
-                    "the anchor holds them to.",
+                    tooltip="The empty prompt. It guides the previews, initializes the embedding if init asks for it, "
+                    "and is what the regularizer pulls the embedding towards.",
                 ),
                 *anchor_inputs(0.0),
             ],
             outputs=[
-                Embedding.Output(display_name="embedding", tooltip="The learned rows at every saved step."),
+                Embedding.Output(display_name="embedding", tooltip="The learned embedding at every saved step."),
                 LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Image.Output(
                     display_name="previews",
-                    tooltip="With a target: first the target alone, then for each saved step [source + rows] and "
-                    "[target + 0.8 rows]. Without: [source + rows] for each saved step. Nothing runs behind it "
-                    "without a VAE or with preview_steps 0.",
+                    tooltip="With a target: first the target alone, then [source + embedding] and [target + 0.8 "
+                    "embedding] for each saved step. Without: [source + embedding] for each saved step. Nodes "
+                    "connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -245,7 +237,7 @@ class LikenessTrainEmbedding(Node):
 
 
 class LikenessApplyEmbedding(Node):
-    """CONDITIONING + learned rows -> CONDITIONING."""
+    """CONDITIONING + learned embedding -> CONDITIONING."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -253,12 +245,12 @@ class LikenessApplyEmbedding(Node):
             node_id="LikenessApplyEmbedding",
             display_name="Apply Subject Embedding",
             category="likeness/embedding",
-            description="Puts the learned subject into any prompt, in place of its last unused rows. Use it last, "
-            "right before the sampler.",
+            description="Adds the learned subject to any prompt, in place of its last unused token embeddings. Use it "
+            "last, right before the sampler.",
             search_aliases=["hiper", "subject"],
             inputs=[
                 io.Conditioning.Input(
-                    "conditioning", tooltip="The prompt of the new image, from the same text encoder."
+                    "conditioning", tooltip="The prompt of the new image, encoded with the same text encoder."
                 ),
                 Embedding.Input("embedding", tooltip="A trained or loaded subject embedding."),
                 io.Float.Input(
@@ -267,21 +259,20 @@ class LikenessApplyEmbedding(Node):
                     min=0.0,
                     max=4.0,
                     step=0.01,
-                    tooltip="1 is what was trained, 0.8 leaves more room for the edit (HiPer's own value), 0 "
-                    "switches it off.",
+                    tooltip="Strength of the embedding. 1 is as trained, 0.8 (HiPer's value) leaves more room for the "
+                    "edit, 0 turns it off.",
                 ),
                 io.Int.Input(
                     "step",
                     default=0,
                     min=0,
                     max=100_000,
-                    tooltip="Which saved step to use; 0 takes the recommended one (the last one up to 1000).",
+                    tooltip="Saved step to use. 0 selects the recommended one (the last one up to 1000).",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Connect the model to check that the embedding was trained on it. Nothing else is done "
-                    "with it.",
+                    tooltip="Connect the model to check that the embedding was trained on it. It has no other effect.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The prompt with the subject in it.")],

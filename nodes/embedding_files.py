@@ -1,4 +1,4 @@
-"""Save and load an embedding of a subject."""
+"""Save and load subject embeddings."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ class LikenessSaveEmbedding(Node):
                 io.String.Input(
                     "filename_prefix",
                     default="likeness/subject",
-                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is "
-                    "overwritten.",
+                    tooltip="File name, optionally with subfolders. A number is appended, so nothing is overwritten.",
                 ),
             ],
             outputs=[
-                Embedding.Output(display_name="embedding", tooltip="The embedding, passed on."),
+                Embedding.Output(display_name="embedding", tooltip="The embedding, passed through."),
                 io.String.Output(
                     display_name="name", tooltip="The name under which Load Subject Embedding lists the file."
                 ),
@@ -50,7 +49,7 @@ class LikenessSaveEmbedding(Node):
 
 
 class LikenessLoadEmbedding(Node):
-    """A file of models/likeness_embeddings -> LIKENESS_EMBEDDING."""
+    """A file in models/likeness_embeddings -> LIKENESS_EMBEDDING."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,20 +57,20 @@ class LikenessLoadEmbedding(Node):
             node_id="LikenessLoadEmbedding",
             display_name="Load Subject Embedding",
             category="likeness/embedding",
-            description="Loads a learned subject from models/likeness_embeddings: a .safetensors of this pack, or "
-            "the .pt of the HiPer authors' script.",
+            description="Loads a learned subject from models/likeness_embeddings: a .safetensors file of this pack, "
+            "or a .pt file of HiPer's reference code.",
             search_aliases=["hiper", "hifi tuner", "textual inversion", "load embedding"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=folders.names(folders.EMBEDDINGS),
-                    tooltip="A file of models/likeness_embeddings. Press R to refresh the list after saving one.",
+                    tooltip="A file in models/likeness_embeddings. Press R to refresh the list after saving one.",
                 )
             ],
             outputs=[
                 Embedding.Output(display_name="embedding", tooltip="The loaded subject embedding."),
                 io.String.Output(
-                    display_name="info", tooltip="Method, tokens, base model, saved steps and loss of the file."
+                    display_name="info", tooltip="Method, number of tokens, base model, saved steps and loss."
                 ),
             ],
         )

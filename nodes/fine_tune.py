@@ -14,7 +14,7 @@ from .types import LoraModel, LossMap, advanced, schema, seed_input
 
 
 class LikenessFineTune(Node):
-    """MODEL + VAE + image + prompt -> the same model, over-fitted to the image."""
+    """MODEL + VAE + image + prompt -> the same model, overfitted to the image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,47 +22,48 @@ class LikenessFineTune(Node):
             node_id="LikenessFineTune",
             display_name="Fine-Tune On Image (SINE)",
             category="likeness/fine_tune",
-            description="Teaches a model one image under one fixed prompt, whole or in patches with a position map "
-            "(SINE), so that Subject Guidance can edit that image. As a LoRA or as a fine-tune of all weights.",
+            description="Fine-tunes a model on one image with one fixed prompt, on the whole image or on patches with "
+            "a position map (SINE), so that Subject Guidance can edit the image. Trains a LoRA or all weights.",
             search_aliases=["sine", "dreambooth", "train lora", "finetune", "single image"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to teach. It is not changed."),
+                io.Model.Input("model", tooltip="The model to fine-tune. It is not changed."),
                 io.Vae.Input("vae", tooltip="The model's own VAE."),
                 io.Image.Input(
                     "image",
-                    tooltip="The image to learn, at any size and shape: it is squashed to a square. Several images "
-                    "of one subject may come as a batch; then patches are best off.",
+                    tooltip="The training image, of any size and shape; it is squashed to a square. For a batch of "
+                    "images of one subject, turn patches off.",
                 ),
                 io.String.Input(
                     "prompt",
                     default=PROMPT,
                     multiline=True,
                     tooltip="The training prompt: a rare word and the subject's class. It is stored with the weights "
-                    "and must be used, word for word, with the tuned model. With 'positive' connected, write the text "
-                    "behind it here.",
+                    "and must be used verbatim with the fine-tuned model. If 'positive' is connected, enter the text "
+                    "it was encoded from.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=[LORA, FULL],
                     default=LORA,
-                    tooltip="LoRA trains small factors beside the attention layers. 'full weights' is the paper's: "
-                    "learning rate 0.000001, 10000 steps with patches, 800 without; needs 16 bytes of VRAM for every "
-                    "weight.",
+                    tooltip="LoRA trains low-rank factors of the attention layers. 'full weights' is the paper's "
+                    "method: learning rate 0.000001, 10000 steps with patches, 800 without; it needs 16 bytes of VRAM "
+                    "per weight.",
                 ),
                 io.Boolean.Input(
                     "patches",
                     default=True,
-                    tooltip="Learn from random patches with a position map: the tuned model can then draw the image "
-                    "at any size and shape. Off: the whole image at the training size (400 to 800 steps).",
+                    tooltip="Trains on random patches with a position map, so that the fine-tuned model can draw the "
+                    "image at any size and shape. Off: trains on the whole image at the training size (400 to 800 "
+                    "steps).",
                 ),
                 io.Int.Input(
                     "steps",
                     default=1000,
                     min=1,
                     max=1_000_000,
-                    tooltip="Number of updates. Asking for more later goes on where this run ended. Asking for fewer "
-                    "gives that step of a LoRA when it was kept (every 500), else the longer run with a warning; full "
-                    "weights are trained anew.",
+                    tooltip="Number of updates. Raise it later to resume the run. A lower value returns that step of "
+                    "a LoRA if it was saved (every 500), else the longer run with a warning; full weights are trained "
+                    "again.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -71,15 +72,15 @@ class LikenessFineTune(Node):
                     max=1.0,
                     step=1e-6,
                     round=1e-9,
-                    tooltip="AdamW's learning rate: 0.0001 for a LoRA. Set it to 0.000001, the paper's, when you "
-                    "choose full weights: the default is 100 times that.",
+                    tooltip="AdamW's learning rate: 0.0001 for a LoRA. For full weights set the paper's 0.000001; the "
+                    "default is 100 times higher.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=16,
                     min=1,
                     max=512,
-                    tooltip="Rank of the LoRA: more can hold more of the image. Not used by full weights.",
+                    tooltip="Rank of the LoRA. A higher rank can hold more of the image. Not used with full weights.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -87,26 +88,26 @@ class LikenessFineTune(Node):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Side of one training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
+                    tooltip="Side of the training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
                 ),
                 seed_input(
-                    "Decides patches, timesteps, noise and the LoRA's start. The same seed gives the same "
-                    "bytes on a CPU; on a GPU up to rounding."
+                    "Seed of the patches, timesteps, noise and LoRA initialization. The same seed gives bit-identical "
+                    "results on a CPU; on a GPU, up to rounding."
                 ),
                 *_advanced(),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Connect it to train the text encoder too, as the paper does. Instead of 'positive'.",
+                    tooltip="Connect it to train the text encoder too, as in the paper. Use this or 'positive'.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The training prompt, encoded; the text encoder stays as it is. Instead of 'clip'. Its "
-                    "text must stand in 'prompt' too, word for word: that is what Load Fine-Tune encodes.",
+                    tooltip="The encoded training prompt; the text encoder is not trained. Use this or 'clip'. "
+                    "'prompt' must contain the same text verbatim, since Load Fine-Tune encodes it.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="White where the subject is: the rest of the image is not learned."
+                    "mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."
                 ),
                 io.Image.Input(
                     "prior_image",
@@ -116,18 +117,19 @@ class LikenessFineTune(Node):
                 io.Conditioning.Input(
                     "prior_positive",
                     optional=True,
-                    tooltip="The class's prompt, encoded, when no 'clip' is connected.",
+                    tooltip="The encoded class prompt, if no 'clip' is connected.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The tuned model, with its position map when patches were used."
+                    display_name="model", tooltip="The fine-tuned model, with its position map if patches were used."
                 ),
                 io.Clip.Output(
-                    display_name="clip", tooltip="The tuned text encoder. Nothing runs behind it without 'clip'."
+                    display_name="clip",
+                    tooltip="The fine-tuned text encoder. Nodes connected here do not run without 'clip'.",
                 ),
                 LoraModel.Output(
-                    display_name="lora", tooltip="What was learned, for Save Fine-Tune and the stock LoRA nodes."
+                    display_name="lora", tooltip="The trained weights, for Save Fine-Tune and the stock LoRA nodes."
                 ),
                 LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
             ],
@@ -177,7 +179,7 @@ class LikenessFineTune(Node):
 
 
 def _advanced() -> list[io.Input]:
-    """The inputs for experiments."""
+    """The advanced inputs."""
     inputs = [
         io.Float.Input(
             "whole_image",
@@ -185,8 +187,8 @@ def _advanced() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.05,
-            tooltip="Probability of the whole image instead of a patch: 0 in the authors' code, 0.1 in their "
-            "diffusers script.",
+            tooltip="Probability of training on the whole image instead of a patch: 0 in the reference code, 0.1 in "
+            "its diffusers script.",
         ),
         io.Float.Input(
             "recon_weight",
@@ -194,29 +196,29 @@ def _advanced() -> list[io.Input]:
             min=0.0,
             max=100.0,
             step=0.1,
-            tooltip="Weight of the second term of the patch loss, which pushes on the layout at high noise: 1 in the "
-            "authors' code, 0 in the paper. Not used without patches.",
+            tooltip="Weight of the second term of the patch loss, which emphasizes the layout at high noise: 1 in the "
+            "reference code, 0 in the paper. Not used without patches.",
         ),
         io.Int.Input(
             "cells",
             default=0,
             min=0,
             max=MAX_CELLS,
-            tooltip="Cells per side of the position map's grid; 0 is twice the training square (128 for 512 pixels).",
+            tooltip="Cells per side of the position map's grid. 0 is twice the training square (128 for 512 pixels).",
         ),
         io.Combo.Input(
             "interpolation",
             options=list(INTERPOLATIONS),
             default=INTERPOLATIONS[0],
-            tooltip="How the map is stretched: bilinear for photographs, nearest for paintings in the authors' "
-            "configurations.",
+            tooltip="Interpolation of the position map. The reference code uses bilinear for photographs and nearest "
+            "for paintings.",
         ),
         io.Int.Input(
             "crops",
             default=1000,
             min=1,
             max=100_000,
-            tooltip="Patches encoded before training; they repeat after so many steps.",
+            tooltip="Number of patches encoded before training. They repeat after that many steps.",
         ),
         io.Float.Input(
             "prior_weight",
@@ -224,19 +226,19 @@ def _advanced() -> list[io.Input]:
             min=0.0,
             max=10.0,
             step=0.1,
-            tooltip="Weight of the loss on other images of the class (DreamBooth's prior preservation). The paper "
-            "found more artifacts with it; 0 switches it off.",
+            tooltip="Weight of the loss on other images of the class (DreamBooth's prior preservation). 0 turns it "
+            "off; the paper found more artifacts with it.",
         ),
         io.String.Input(
             "prior_prompt",
             default="",
-            tooltip="The class's prompt, such as 'photo of a dog', when 'clip' is connected.",
+            tooltip="The class prompt, such as 'photo of a dog', if 'clip' is connected.",
         ),
         io.Boolean.Input(
             "checkpointing",
             default=False,
-            tooltip="Compute parts of the network twice instead of keeping them: less VRAM, more time, the same "
-            "result.",
+            tooltip="Gradient checkpointing: recomputes activations instead of storing them. Less VRAM, more time, "
+            "the same result.",
         ),
     ]
     return advanced(*inputs)

@@ -1,4 +1,4 @@
-"""Guide an edit by models that were tuned on one image (SINE): as a MODEL for any sampler, and as a GUIDER."""
+"""Guide an edit with models fine-tuned on one image (SINE), as a MODEL for any sampler or as a GUIDER."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def _tuned() -> list[io.Input]:
     return [
         io.Model.Input(
             "tuned",
-            tooltip="The model that was fine-tuned on the image: of another loader, or the same model with a LoRA.",
+            tooltip="The model that was fine-tuned on the image: from another loader, or the same model with a LoRA.",
         ),
         io.Conditioning.Input(
             "tuned_positive",
-            tooltip="The prompt the tuned model was trained with, such as 'photo of a sks dog', from its own CLIP.",
+            tooltip="The fine-tuned model's training prompt, such as 'photo of a sks dog', from its own CLIP.",
         ),
     ]
 
@@ -27,8 +27,8 @@ def _base_weight() -> io.Input:
     return fraction(
         "base_weight",
         BASE_WEIGHT,
-        "v: the base model's part of the guided prediction, against 1 - v for the tuned model. Higher obeys "
-        "the edit prompt more, lower keeps more of the image. 0.5 to 0.8 is usual.",
+        "v: the base model's weight in the guided prediction; the fine-tuned model gets 1 - v. Higher follows the "
+        "edit prompt more, lower keeps more of the image. 0.5 to 0.8 is usual.",
     )
 
 
@@ -37,22 +37,22 @@ def _window() -> list[io.Input]:
         fraction(
             "end_percent",
             END_PERCENT,
-            "Until which part of the sampling the tuned model takes part: 0.6 is K = 400. Later keeps more of the "
-            "image's details.",
+            "Point in the sampling at which the fine-tuned model stops guiding: 0.6 is K = 400. Later keeps more of "
+            "the image's details.",
         ),
         *advanced(
             fraction(
                 "start_percent",
                 0.0,
-                "From which part of the sampling on the tuned model takes part: 0 is pure noise, as published.",
+                "Point in the sampling at which the fine-tuned model starts guiding: 0 is pure noise, as in the paper.",
             ),
             io.Int.Input(
                 "k_timestep",
                 default=-1,
                 min=-1,
                 max=LAST_TIMESTEP + 1,
-                tooltip="K as a training timestep, as the paper gives it: 0 guides to the end, 1000 never. Takes the "
-                "place of end_percent; -1 leaves it to that.",
+                tooltip="K as a training timestep, as in the paper: 0 guides to the end, 1000 never. It overrides "
+                "end_percent; -1 uses end_percent.",
             ),
         ),
     ]
@@ -64,18 +64,18 @@ def _more() -> list[io.Input]:
             io.Boolean.Input(
                 "allow_over_one",
                 default=False,
-                tooltip="Allow the tuned models' weights to add up to more than 1: the base model then gets less than "
-                "nothing.",
+                tooltip="Allows the weights of the fine-tuned models to add up to more than 1, which makes the base "
+                "model's weight negative.",
             )
         ),
         Subjects.Input(
-            "subjects", optional=True, tooltip="Further tuned models, from Subject Model: a style beside the content."
+            "subjects", optional=True, tooltip="More fine-tuned models from Subject Model, such as a style."
         ),
     ]
 
 
 class LikenessSubjectModel(Node):
-    """A further tuned model for the guidance, with its own weight and window."""
+    """Another fine-tuned model for the guidance, with its own weight and window."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -83,21 +83,22 @@ class LikenessSubjectModel(Node):
             node_id="LikenessSubjectModel",
             display_name="Subject Model",
             category="likeness/guidance",
-            description="Adds a further tuned model to a guidance (SINE): a style beside the content, for example. The "
-            "base model keeps 1 minus the sum of all weights.",
+            description="Adds another fine-tuned model to a guidance (SINE), such as a style in addition to the "
+            "content. The base model keeps 1 minus the sum of all weights.",
             search_aliases=["sine", "style transfer"],
             inputs=[
-                io.Model.Input("model", tooltip="The tuned model."),
+                io.Model.Input("model", tooltip="The fine-tuned model."),
                 io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
                 fraction(
                     "weight",
                     1 - BASE_WEIGHT,
-                    "Its part of the guided prediction (beta). SINE's style transfer: content 0.4, style 0.5.",
+                    "Weight of this model in the guided prediction (beta). SINE's style transfer: content 0.4, style "
+                    "0.5.",
                 ),
                 *_window(),
-                Subjects.Input("subjects", optional=True, tooltip="Tuned models so far, to add this one to."),
+                Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
             ],
-            outputs=[Subjects.Output(display_name="subjects", tooltip="The tuned models, for a guidance.")],
+            outputs=[Subjects.Output(display_name="subjects", tooltip="The fine-tuned models, for a guidance node.")],
         )
 
     @classmethod
@@ -109,7 +110,7 @@ class LikenessSubjectModel(Node):
 
 
 class LikenessGuidance(Node):
-    """Base MODEL + tuned MODEL -> MODEL, for every sampler."""
+    """Base MODEL + fine-tuned MODEL -> MODEL, for any sampler."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -117,19 +118,19 @@ class LikenessGuidance(Node):
             node_id="LikenessGuidance",
             display_name="Subject Guidance (SINE)",
             category="likeness/guidance",
-            description="Lets a model that was tuned on one image guide the base model while the image's layout "
-            "is decided (SINE): the edit prompt is obeyed, the image is kept. For KSampler and any guider; "
-            f"published with cfg {CFG}.",
+            description="Guides the base model with a model fine-tuned on one image while the layout is decided "
+            "(SINE): the result follows the edit prompt and keeps the image. For KSampler and any guider; the paper "
+            f"uses cfg {CFG}.",
             search_aliases=["sine", "edit", "single image", "model merge"],
             inputs=[
-                io.Model.Input("model", tooltip="The base model. It gets the edit prompt and the negative prompt."),
+                io.Model.Input("model", tooltip="The base model. It receives the edit prompt and the negative prompt."),
                 *_tuned(),
                 _base_weight(),
                 *_window(),
                 *_more(),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The guided model: sample it with the edit prompt.")
+                io.Model.Output(display_name="model", tooltip="The guided model. Sample it with the edit prompt.")
             ],
         )
 
@@ -151,7 +152,7 @@ class LikenessGuidance(Node):
 
 
 class LikenessGuider(Node):
-    """The same as a GUIDER."""
+    """Subject Guidance as a GUIDER."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -159,8 +160,8 @@ class LikenessGuider(Node):
             node_id="LikenessGuider",
             display_name="Subject Guider",
             category="likeness/guidance",
-            description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The images "
-            "are the same, bit for bit.",
+            description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The images are "
+            "bit-identical.",
             search_aliases=["sine", "edit", "single image"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model."),
@@ -174,13 +175,13 @@ class LikenessGuider(Node):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the guided prediction is preferred to the negative prompt's. 7.5 to 10.",
+                    tooltip="Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.",
                 ),
                 _base_weight(),
                 *_window(),
                 *_more(),
             ],
-            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="The guider, for SamplerCustomAdvanced.")],
         )
 
     @classmethod

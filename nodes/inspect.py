@@ -1,4 +1,4 @@
-"""Look at where the rows of a prompt are looked at (HiFi Tuner, figure 3)."""
+"""Inspect which parts of an image attend to the tokens of a prompt (HiFi Tuner, figure 3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .types import schema, seed_input
 
 
 class LikenessInspect(Node):
-    """MODEL + prompt + image -> attention maps of the prompt's last rows over the denoising."""
+    """MODEL + prompt + image -> attention maps of the prompt's last tokens over the denoising process."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,40 +19,41 @@ class LikenessInspect(Node):
             node_id="LikenessInspect",
             display_name="Inspect Attention",
             category="likeness/embedding",
-            description="Shows where in an image the last rows of a prompt, the learned ones, are looked at: a row of "
-            "maps for each of them, from noise on the left to the image on the right.",
+            description="Shows which parts of an image attend to the last tokens of a prompt, the learned ones: one "
+            "row of maps per token, from noise on the left to the image on the right.",
             search_aliases=["attention map", "daam", "heatmap", "hifi tuner"],
             inputs=[
-                io.Model.Input("model", tooltip="The model. It is not changed."),
+                io.Model.Input("model", tooltip="The model to inspect. It is not changed."),
                 io.Conditioning.Input(
-                    "conditioning", tooltip="A prompt with the embedding in it, from Apply Subject Embedding."
+                    "conditioning", tooltip="A prompt that contains the embedding, from Apply Subject Embedding."
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="The image to look at, encoded. Noise of each level is added; of several "
-                    "images the first is shown.",
+                    tooltip="The encoded image to inspect. Noise of each level is added to it; only the first image "
+                    "of a batch is used.",
                 ),
                 io.Int.Input(
                     "tokens",
                     default=5,
                     min=1,
                     max=77,
-                    tooltip="How many rows, from the end of the prompt: as many as the embedding has.",
+                    tooltip="Number of tokens to show, counted from the end of the prompt: as many as the embedding "
+                    "has.",
                 ),
                 io.Int.Input(
-                    "columns", default=8, min=1, max=50, tooltip="At how many noise levels to look, evenly spread."
+                    "columns", default=8, min=1, max=50, tooltip="Number of noise levels to show, evenly spaced."
                 ),
-                seed_input("Decides the noise, the same at every level."),
+                seed_input("Seed of the noise, which is the same at every level."),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="maps",
-                    tooltip="One row for each of the prompt's rows and one for their mean, one column for each level. "
-                    "Every row is stretched to its own lightest place, whose attention is written beside it.",
+                    tooltip="One row per token and one for their mean, one column per noise level. Each row is "
+                    "normalized by itself, with its highest attention written beside it.",
                 ),
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="The mean over rows and levels, from 0 to 1, at the image's size.",
+                    tooltip="The mean over tokens and noise levels, from 0 to 1, at the image's size.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

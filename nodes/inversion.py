@@ -1,4 +1,4 @@
-"""Invert an image, and make guided sampling come back to it (DDIM inversion, null-text inversion)."""
+"""Invert an image, and make guided sampling reconstruct it (DDIM inversion, null-text inversion)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .types import LossMap, Trajectory, advanced, cfg_input, encoded_or_image, s
 
 
 class LikenessInvert(Node):
-    """MODEL + image + its prompt + SIGMAS -> the noise that the image would have come from."""
+    """MODEL + image + its prompt + SIGMAS -> the noise from which sampling reconstructs the image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -23,23 +23,22 @@ class LikenessInvert(Node):
             node_id="LikenessInvert",
             display_name="Invert Image",
             category="likeness/inversion",
-            description="Finds the noise that an image would have come from (DDIM inversion), so that sampling from "
-            "it gives the image again. Sample with the same SIGMAS, no added noise, and the euler sampler.",
+            description="Finds the noise from which sampling reconstructs an image (DDIM inversion). Sample it with "
+            "the same SIGMAS, no added noise and the euler sampler.",
             search_aliases=["ddim inversion", "unsampler", "invert", "null text"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
                 io.Conditioning.Input("positive", tooltip="A plain description of the image."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The noise levels of the sampling, from BasicScheduler: ddim_uniform with 50 steps is "
-                    "usual.",
+                    tooltip="Noise levels of the sampling, from BasicScheduler. ddim_uniform with 50 steps is usual.",
                 ),
                 io.Combo.Input(
                     "label",
                     options=list(LABELS),
                     default=LABELS[0],
-                    tooltip="At which noise level the model is asked in each step. published: as null-text inversion "
-                    "does it; current: as flipped sigmas do it; fixed point: most exact, and several calls a step.",
+                    tooltip="Noise level at which the model is evaluated in each step. published: as in null-text "
+                    "inversion; current: as with flipped sigmas; fixed point: most exact, several calls per step.",
                 ),
                 *advanced(
                     io.Int.Input(
@@ -47,17 +46,17 @@ class LikenessInvert(Node):
                         default=ITERATIONS,
                         min=1,
                         max=50,
-                        tooltip="Further calls of the model in each step, for 'fixed point'.",
+                        tooltip="Additional model calls per step. Only for 'fixed point'.",
                     )
                 ),
                 *encoded_or_image(),
             ],
             outputs=[
-                Trajectory.Output(display_name="trajectory", tooltip="All latents on the way, for Null-Text."),
+                Trajectory.Output(display_name="trajectory", tooltip="All latents of the inversion, for Null-Text."),
                 io.Latent.Output(
                     display_name="latent", tooltip="The noise. Sample it without adding noise (DisableNoise)."
                 ),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, passed on for the sampler."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, passed through for the sampler."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -72,7 +71,7 @@ class LikenessInvert(Node):
 
 
 class LikenessNullText(Node):
-    """MODEL + trajectory -> negative and MODEL with which guided sampling comes back to the image."""
+    """MODEL + trajectory -> negative and MODEL with which guided sampling reconstructs the image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,39 +79,40 @@ class LikenessNullText(Node):
             node_id="LikenessNullText",
             display_name="Null-Text",
             category="likeness/inversion",
-            description="Lets sampling with guidance come back to an inverted image: by a negative prompt of its own "
-            "for every step (null-text inversion), or by two ways that need no optimisation.",
+            description="Makes guided sampling reconstruct an inverted image: with its own negative prompt for every "
+            "step (null-text inversion), or with one of two methods that need no optimization.",
             search_aliases=["null text inversion", "negative prompt inversion", "direct inversion", "pnp", "pivotal"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
-                io.Conditioning.Input("positive", tooltip="The very prompt that the image was inverted with."),
+                io.Conditioning.Input("positive", tooltip="The same prompt that the image was inverted with."),
                 io.Conditioning.Input("negative", tooltip="The empty prompt."),
                 Trajectory.Input("trajectory", tooltip="From Invert Image."),
                 io.Combo.Input(
                     "method",
                     options=list(published.METHODS),
                     default=published.METHODS[0],
-                    tooltip="null-text: optimises a negative for each step. negative prompt: the prompt is its own "
-                    "negative, at once, a little less exact. direct: the output model puts the first latent back on "
-                    "the inverted image after each step, at once and exact, for euler.",
+                    tooltip="null-text: optimizes a negative for each step. negative prompt: the prompt is its own "
+                    "negative; immediate, slightly less exact. direct: the output model puts the first latent of a "
+                    "batch back on the inversion's trajectory after each step; immediate and exact, for euler.",
                 ),
                 cfg_input(
                     published.CFG,
-                    "The guidance that the image will be sampled with; set the same there. For null-text.",
+                    "Guidance scale that the image will be sampled with; use the same value there. Only for null-text.",
                 ),
                 io.Combo.Input(
                     "start",
                     options=list(published.STARTS),
                     default=published.STARTS[0],
-                    tooltip="Where null-text begins. prompt: at the prompt itself, where little is left to correct. "
-                    "empty prompt: as published; five times as many updates, and negatives nearer to an empty prompt.",
+                    tooltip="Starting point of null-text. prompt: the prompt itself, where little is left to correct. "
+                    "empty prompt: as in the paper; five times as many updates, with negatives closer to an empty "
+                    "prompt.",
                 ),
                 io.Int.Input(
                     "inner_steps",
                     default=published.INNER_STEPS,
                     min=1,
                     max=1000,
-                    tooltip="Updates for each sampling step, at most. For null-text.",
+                    tooltip="Maximum number of updates per sampling step. Only for null-text.",
                 ),
                 *advanced(
                     io.Float.Input(
@@ -122,7 +122,7 @@ class LikenessNullText(Node):
                         max=1.0,
                         step=1e-3,
                         round=1e-6,
-                        tooltip="Adam's learning rate at the first step; it falls by 1 % with every step.",
+                        tooltip="Adam's learning rate at the first step. It falls by 1 % with every step.",
                     ),
                     io.Float.Input(
                         "epsilon",
@@ -131,28 +131,28 @@ class LikenessNullText(Node):
                         max=1.0,
                         step=1e-5,
                         round=1e-7,
-                        tooltip="A step ends early when its loss is below this (it is allowed more later on).",
+                        tooltip="A step ends early once its loss is below this value. The limit rises for later steps.",
                     ),
                     io.Int.Input(
                         "patience",
                         default=0,
                         min=0,
                         max=1000,
-                        tooltip="A step also ends after so many updates that made it worse, with the best one. 0 is "
-                        "the published rule: never.",
+                        tooltip="A step also ends after this many updates in a row without improvement, and keeps its "
+                        "best negative. 0 never does, as in the reference code.",
                     ),
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="One negative for each step, as time windows: for any sampler."
+                    display_name="negative", tooltip="One negative per step, as time windows, for any sampler."
                 ),
                 LossMap.Output(
-                    display_name="loss", tooltip="The loss of every update, for Plot Loss Graph. Only of null-text."
+                    display_name="loss", tooltip="The loss of every update, for Plot Loss Graph. Only with null-text."
                 ),
-                io.String.Output(display_name="report", tooltip="Updates and losses of every step."),
+                io.String.Output(display_name="report", tooltip="Number of updates and losses of every step."),
                 io.Model.Output(
-                    display_name="model", tooltip="The model to sample with. Another than the input only for direct."
+                    display_name="model", tooltip="The model to sample with; it differs from the input only for direct."
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -1,4 +1,4 @@
-"""The subject's mask by its name, and a caption of an image."""
+"""Mask a subject by its name, and caption images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .types import advanced, schema
 
 
 class LikenessSubjectMask(Node):
-    """IMAGE + what it shows, in words -> MASK."""
+    """IMAGE + the name of a subject in it -> MASK."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,16 +28,16 @@ class LikenessSubjectMask(Node):
             node_id="LikenessSubjectMask",
             display_name="Subject Mask",
             category="likeness/mask",
-            description="Finds the subject in images by its name (Grounding DINO) and cuts it out "
-            "(segment-anything). Nothing is downloaded; masks of other nodes serve as well.",
+            description="Finds the subject in images by name (Grounding DINO) and segments it (segment-anything). "
+            "Nothing is downloaded; masks from other nodes work as well.",
             search_aliases=["grounding dino", "segment anything", "sam", "grounded sam", "owl", "mask by text"],
             inputs=_mask_inputs(),
             outputs=[
-                io.Mask.Output(display_name="mask", tooltip="White on the subject, one mask for each image."),
+                io.Mask.Output(display_name="mask", tooltip="White on the subject, one mask per image."),
                 io.Image.Output(
-                    display_name="picture", tooltip="The images with the mask, and all boxes with their scores."
+                    display_name="picture", tooltip="The images with the mask, the boxes and their scores."
                 ),
-                io.String.Output(display_name="info", tooltip="What was found in each image, and what was taken."),
+                io.String.Output(display_name="info", tooltip="The detections in each image, and which were used."),
             ],
         )
 
@@ -62,7 +62,7 @@ class LikenessSubjectMask(Node):
 
 
 class LikenessCaption(Node):
-    """IMAGE -> what it shows, in words."""
+    """IMAGE -> a caption."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -70,11 +70,11 @@ class LikenessCaption(Node):
             node_id="LikenessCaption",
             display_name="Caption Image",
             category="likeness/mask",
-            description="Describes images in words (BLIP-2, BLIP, GIT), as a prompt to invert them with. Nothing is "
+            description="Captions images (BLIP-2, BLIP, GIT), to use as the prompt of an inversion. Nothing is "
             "downloaded.",
             search_aliases=["blip", "blip2", "caption", "image to text", "describe", "interrogate"],
             inputs=[
-                io.Image.Input("image", tooltip="The images to describe."),
+                io.Image.Input("image", tooltip="The images to caption."),
                 io.Combo.Input(
                     "model",
                     options=captioners(),
@@ -86,11 +86,11 @@ class LikenessCaption(Node):
                     default=30,
                     min=1,
                     max=256,
-                    tooltip="Length of a caption, at most; 30 tokens are about 20 words.",
+                    tooltip="Maximum length of a caption; 30 tokens are about 20 words.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="caption", tooltip="The first image's caption."),
+                io.String.Output(display_name="caption", tooltip="The caption of the first image."),
                 io.String.Output(
                     display_name="captions", is_output_list=True, tooltip="The captions of all images, as a list."
                 ),
@@ -109,11 +109,11 @@ class LikenessCaption(Node):
 
 def _mask_inputs() -> list[io.Input]:
     return [
-        io.Image.Input("image", tooltip="The images to look at."),
+        io.Image.Input("image", tooltip="The images to search."),
         io.String.Input(
             "subject",
             default="",
-            tooltip="What to look for, in one or two plain words: 'dog', 'red mug'.",
+            tooltip="The subject to look for, in one or two plain words: 'dog', 'red mug'.",
         ),
         io.Combo.Input(
             "detector",
@@ -124,7 +124,7 @@ def _mask_inputs() -> list[io.Input]:
         io.Combo.Input(
             "sam",
             options=folders.names(folders.SAMS),
-            tooltip="A file of segment-anything in models/sams, such as sam_vit_b_01ec64.pth. Needs the package: pip "
+            tooltip="A segment-anything file in models/sams, such as sam_vit_b_01ec64.pth. Needs a package: pip "
             "install segment-anything.",
         ),
         io.Float.Input(
@@ -134,8 +134,8 @@ def _mask_inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             round=0.001,
-            tooltip="Score from which on the subject counts as found. Lower it when it is missed (OWL models: to 0.1 "
-            "or so), raise it when other things are taken for it.",
+            tooltip="Minimum score for the subject to count as found. Lower it if the subject is missed (about 0.1 "
+            "for OWL models), raise it if other things are mistaken for it.",
         ),
         *advanced(
             io.Float.Input(
@@ -145,13 +145,13 @@ def _mask_inputs() -> list[io.Input]:
                 max=1.0,
                 step=0.01,
                 round=0.001,
-                tooltip="Score from which on a word of the subject is written beside a box. The mask is the same.",
+                tooltip="Minimum score for a word of the subject to be shown beside a box. The mask is the same.",
             ),
             io.Combo.Input(
                 "choose",
                 options=list(boxes.CHOICES),
                 default=boxes.BEST,
-                tooltip="When several are found: the one with the best score, the largest one, or all of them.",
+                tooltip="If several are found: the one with the best score, the largest one, or all of them.",
             ),
         ),
     ]

@@ -1,4 +1,4 @@
-"""Optimise a LoRA against the likeness of the images that it makes (SISO)."""
+"""Optimize a LoRA for the similarity of its images to a subject (SISO)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class LikenessOptimizeLora(Node):
             node_id="LikenessOptimizeLora",
             display_name="Optimize LoRA (SISO)",
             category="likeness/similarity",
-            description="Makes an image again and again from the same noise, and after each one moves a LoRA so that "
-            "the next is more like the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the LoRA works "
-            "in other prompts and with more steps too.",
+            description="Generates an image again and again from the same noise, and after each one updates a LoRA so "
+            "that the next is more similar to the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the "
+            "LoRA also works with other prompts and more steps.",
             search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
             inputs=[*_inputs(), *_advanced_inputs(), *_optional_inputs()],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder with the LoRA; with 'clip' connected."),
-                LoraModel.Output(display_name="lora", tooltip="The LoRA, for Save LoRA Weights and stock loaders."),
-                io.Image.Output(display_name="best", tooltip="The image that is most like the subject."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder with the LoRA, if 'clip' is connected."),
+                LoraModel.Output(display_name="lora", tooltip="The LoRA, for Save Fine-Tune and the stock LoRA nodes."),
+                io.Image.Output(display_name="best", tooltip="The image most similar to the subject."),
                 io.Image.Output(display_name="images", tooltip="The images of all iterations."),
                 LossMap.Output(display_name="loss", tooltip="The loss of every iteration, for Plot Loss Graph."),
-                io.String.Output(display_name="report", tooltip="Which iteration was best, and its likenesses."),
+                io.String.Output(display_name="report", tooltip="The best iteration and its similarities."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -90,24 +90,24 @@ class LikenessOptimizeLora(Node):
 
 def _inputs() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="The model to learn for. It is not changed."),
-        io.Vae.Input("vae", tooltip="Decodes every image, with a gradient."),
-        io.Conditioning.Input("positive", tooltip="A plain prompt: 'a photo of a dog'."),
-        Similarity.Input("similarity", tooltip="From Likeness To Images."),
+        io.Model.Input("model", tooltip="The model to optimize the LoRA for. It is not changed."),
+        io.Vae.Input("vae", tooltip="Decodes every image, with gradients."),
+        io.Conditioning.Input("positive", tooltip="A plain prompt such as 'a photo of a dog'."),
+        Similarity.Input("similarity", tooltip="The similarity to optimize, from Likeness To Images."),
         io.Latent.Input(
             "latent",
-            tooltip="The size of the images (Empty Latent Image), or for editing the noise of an inverted image.",
+            tooltip="The image size (Empty Latent Image), or for editing the noise of an inverted image.",
         ),
         io.Sigmas.Input(
             "sigmas",
-            tooltip="The noise levels of the sampling: one step for turbo models, 20 or more for others.",
+            tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others.",
         ),
         io.Int.Input(
             "iterations",
             default=siso.ITERATIONS,
             min=1,
             max=10_000,
-            tooltip="Images made, at most. Asking for more later goes on; asking for fewer gives what is there.",
+            tooltip="Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -116,18 +116,18 @@ def _inputs() -> list[io.Input]:
             max=1.0,
             step=1e-5,
             round=1e-8,
-            tooltip="AdamW's learning rate: 0.0002 for SDXL-turbo and FLUX.1-schnell is published, 0.0008 for Sana. "
-            "With Prodigy: 1.",
+            tooltip="AdamW's learning rate. SISO uses 0.0002 for SDXL-turbo and FLUX.1-schnell, 0.0008 for Sana. Set "
+            "it to 1 for Prodigy.",
         ),
-        cfg_input(1.0, "Guidance while optimising: 1 for turbo models. Above 1 it needs the negative prompt."),
+        cfg_input(1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."),
         io.Int.Input(
             "grad_steps",
             default=1,
             min=1,
             max=1000,
-            tooltip="How many of the last steps have a gradient. More cost memory; 1 to 3 are usual.",
+            tooltip="Number of last sampling steps with gradients, usually 1 to 3. More need more memory.",
         ),
-        seed_input("Decides the noise, the same in every iteration, and the LoRA's first numbers."),
+        seed_input("Seed of the noise, which is the same in every iteration, and of the LoRA initialization."),
     ]
 
 
@@ -137,65 +137,65 @@ def _advanced_inputs() -> list[io.Input]:
 
     return advanced(
         io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA."),
-        number("weight_decay", 1e-2, 1.0, "The optimizer's weight decay; 0.0001 for FLUX and Sana."),
+        number("weight_decay", 1e-2, 1.0, "Weight decay of the optimizer. 0.0001 for FLUX and Sana."),
         number(
             "text_rate",
             2e-4,
             1.0,
-            "Learning rate of the text encoder, with 'clip' connected; 0.000005 for FLUX. Prodigy takes learning_rate.",
+            "Learning rate of the text encoder, if 'clip' is connected. 0.000005 for FLUX. Prodigy uses learning_rate.",
         ),
-        number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder; 0.001 for FLUX."),
-        number("threshold", siso.THRESHOLD, 100.0, "An improvement is a loss lower by so many percent."),
+        number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder. 0.001 for FLUX."),
+        number("threshold", siso.THRESHOLD, 100.0, "Decrease of the loss, in percent, that counts as an improvement."),
         io.Int.Input(
             "patience",
             default=siso.PATIENCE,
             min=0,
             max=10_000,
-            tooltip="Stop after so many iterations without an improvement; 0 never stops early. With a "
-            "higher one a stopped run goes on.",
+            tooltip="Stops after this many iterations without an improvement; 0 never stops early. A higher value "
+            "resumes a stopped run.",
         ),
         io.Combo.Input(
             "keep",
             options=list(get_args(siso.Keep)),
             default="best",
-            tooltip="The LoRA of the best image, or of the last iteration as the authors' script writes it; "
-            "both are stored.",
+            tooltip="Returns the LoRA of the best image, or that of the last iteration, as the reference code does. "
+            "Both are stored.",
         ),
         io.Boolean.Input(
             "checkpointing",
             default=False,
-            tooltip="Of the model, the decoder and the vision models: much less memory, about a third more time, "
-            "the same result.",
+            tooltip="Gradient checkpointing of the model, the decoder and the vision models: much less memory, about "
+            "a third more time, the same result.",
         ),
-        number("background_weight", siso.BACKGROUND, 1000.0, "How much the background counts, with a mask."),
+        number("background_weight", siso.BACKGROUND, 1000.0, "Weight of the background loss. Needs a mask."),
     )
 
 
 def _optional_inputs() -> list[io.Input]:
     return [
-        io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, for a cfg above 1."),
+        io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, for cfg above 1."),
         io.Clip.Input(
             "clip",
             optional=True,
-            tooltip="Connect it to optimise the CLIP text encoders too, as published for SDXL-turbo and FLUX. It "
-            "encodes 'prompt', which must give what 'positive' is.",
+            tooltip="Connect it to optimize the CLIP text encoders too, as SISO does for SDXL-turbo and FLUX. It "
+            "encodes 'prompt', which must match 'positive'.",
         ),
         io.String.Input(
             "prompt",
             default="",
             optional=True,
-            tooltip="The words that 'positive' was encoded from. The LoRA's file tells them; without 'clip' they do "
-            "nothing else.",
+            tooltip="The text that 'positive' was encoded from. It is stored in the LoRA file and has no other effect "
+            "without 'clip'.",
         ),
-        io.Image.Input("image", optional=True, tooltip="For editing: the image whose background stays."),
-        io.Mask.Input("mask", optional=True, tooltip="White where the image may change. Not empty."),
+        io.Image.Input("image", optional=True, tooltip="For editing: the image whose background is kept."),
+        io.Mask.Input("mask", optional=True, tooltip="White where the image may change. It must not be empty."),
         *advanced(
             io.Combo.Input(
                 "optimizer",
                 options=list(get_args(siso.OptimizerName)),
                 default="AdamW",
                 optional=True,
-                tooltip="AdamW is published. Prodigy finds the step size itself, with learning_rate 1; it needs the "
+                tooltip="SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the "
                 "prodigyopt package.",
             )
         ),

@@ -1,4 +1,4 @@
-"""Tell a patch-tuned model where in the image it is (SINE)."""
+"""Tell a model fine-tuned on patches where in the image it is (SINE)."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ class LikenessPositionMap(Node):
             node_id="LikenessPositionMap",
             display_name="Position Map",
             category="likeness/fine_tune",
-            description="Gives a model that was fine-tuned on patches of an image the map of positions it was trained "
-            "with (SINE). Fine-Tune On Image and Load Fine-Tune attach it by themselves; needed for files that "
-            "other loaders load, and for tiles.",
+            description="Gives a model that was fine-tuned on patches of an image its position map (SINE). Fine-Tune "
+            "On Image and Load Fine-Tune attach it automatically; use this node for files from other loaders and for "
+            "tiles.",
             search_aliases=["sine", "patch", "tile"],
             inputs=[
-                io.Model.Input("model", tooltip="A model that was tuned on patches."),
+                io.Model.Input("model", tooltip="A model that was fine-tuned on patches."),
                 io.Int.Input(
                     "cells",
                     default=CELLS,
                     min=2,
                     max=MAX_CELLS,
-                    tooltip="Cells per side of the map, as in the training: 128 for SINE's own checkpoints and for "
-                    "training at 512.",
+                    tooltip="Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
+                    "training at 512 pixels.",
                 ),
                 io.Combo.Input(
                     "interpolation",
                     options=list(INTERPOLATIONS),
                     default=INTERPOLATIONS[0],
-                    tooltip="As in the training. SINE's own: bilinear for photographs, nearest for paintings.",
+                    tooltip="Interpolation of the map, as in training. SINE uses bilinear for photographs and nearest "
+                    "for paintings.",
                 ),
                 *advanced(*(fraction(name, default, TILE + what) for name, default, what in WINDOW)),
             ],
@@ -50,12 +51,12 @@ class LikenessPositionMap(Node):
         return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
 
 
-TILE = "Only for one tile of a larger image that is sampled by itself: "
+TILE = "Only for sampling one tile of a larger image by itself: "
 WINDOW = (
-    ("x", 0.0, "where it begins, 0 is the left edge of the whole image."),
-    ("y", 0.0, "where it begins, 0 is the upper edge of the whole image."),
-    ("width", 1.0, "how wide it is, 1 is the whole image."),
-    ("height", 1.0, "how high it is, 1 is the whole image."),
+    ("x", 0.0, "the left edge of the tile, where 0 is the left edge of the whole image."),
+    ("y", 0.0, "the upper edge of the tile, where 0 is the upper edge of the whole image."),
+    ("width", 1.0, "the width of the tile, where 1 is the whole image."),
+    ("height", 1.0, "the height of the tile, where 1 is the whole image."),
 )
 
 

@@ -12,7 +12,7 @@ from .types import LossMap, Trajectory, advanced, cfg_input, fraction, schema
 
 
 class LikenessReferenceGuide(Node):
-    """MODEL + prompt + noise + inverted reference + its mask -> the guided image, and what samples it again."""
+    """MODEL + prompt + noise + inverted reference + its mask -> the guided image, and what reproduces it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -20,9 +20,9 @@ class LikenessReferenceGuide(Node):
             node_id="LikenessReferenceGuide",
             display_name="Reference Guide (HiFi Tuner)",
             category="likeness/reference",
-            description="Samples an image whose subject takes up the details of an inverted reference image (HiFi "
-            "Tuner): in part of the sampling the negative prompt inside the mask is optimised until the steps meet the "
-            "reference.",
+            description="Samples an image whose subject takes on the details of an inverted reference image (HiFi "
+            "Tuner). In part of the sampling, the negative prompt inside the mask is optimized until the steps match "
+            "the reference.",
             search_aliases=["hifi tuner", "subject driven", "null text", "reference"],
             inputs=[
                 io.Model.Input(
@@ -30,34 +30,35 @@ class LikenessReferenceGuide(Node):
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The prompt of the image to make, with the subject's embedding in it (step-wise too).",
+                    tooltip="The prompt of the new image, with the subject embedding in it (or a step-wise one).",
                 ),
                 io.Conditioning.Input("negative", tooltip="The empty prompt."),
                 io.Noise.Input("noise", tooltip="The noise that the unguided image was sampled from (RandomNoise)."),
                 Trajectory.Input(
                     "trajectory",
-                    tooltip="The reference, aligned to the unguided image's subject, from Invert Image. Its noise "
-                    "levels are those of the sampling.",
+                    tooltip="The reference, aligned with the subject of the unguided image, from Invert Image. Its "
+                    "noise levels are used for the sampling.",
                 ),
-                io.Mask.Input("mask", tooltip="White where the aligned reference shows the subject."),
-                cfg_input(published.CFG, "The guidance of the sampling."),
+                io.Mask.Input("mask", tooltip="White on the subject of the aligned reference."),
+                cfg_input(published.CFG, "Guidance scale of the sampling."),
                 io.Int.Input(
                     "inner_steps",
                     default=published.INNER_STEPS,
                     min=0,
                     max=1000,
-                    tooltip="Updates in each step (J): more is nearer to the reference. 0 only transplants its layout.",
+                    tooltip="Updates per step (J). More come closer to the reference; 0 only transplants its layout.",
                 ),
                 fraction(
                     "start_percent",
                     published.START_PERCENT,
-                    "Where in the sampling the reference comes in, and its latent is transplanted. 0.21 is "
-                    "t_s = 40 of 50 steps; earlier keeps more of the reference.",
+                    "Point in the sampling at which the reference starts to guide and its latent is transplanted. "
+                    "0.21 is t_s = 40 of 50 steps; earlier keeps more of the reference.",
                 ),
                 fraction(
                     "end_percent",
                     published.END_PERCENT,
-                    "Where it is let go. 0.82 is t_e = 10 of 50 steps; later keeps more of its details.",
+                    "Point in the sampling at which the reference stops guiding. 0.82 is t_e = 10 of 50 steps; later "
+                    "keeps more of its details.",
                 ),
                 *advanced(
                     io.Float.Input(
@@ -67,18 +68,18 @@ class LikenessReferenceGuide(Node):
                         max=1.0,
                         step=1e-3,
                         round=1e-6,
-                        tooltip="Adam's learning rate of the negative rows.",
+                        tooltip="Adam's learning rate for the negative token embeddings.",
                     )
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="The finished image, for VAE Decode."),
+                io.Latent.Output(display_name="latent", tooltip="The latent of the finished image, for VAE Decode."),
                 io.Model.Output(
-                    display_name="model", tooltip="Samples the same image again: it makes the transplant on the way."
+                    display_name="model", tooltip="The model with the transplant, to sample the same image again."
                 ),
                 io.Conditioning.Output(
                     display_name="negative",
-                    tooltip="The negatives that were found, for the same: one for each step, inside the mask.",
+                    tooltip="The optimized negatives, one per step inside the mask, to sample the same image again.",
                 ),
                 LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
                 io.String.Output(display_name="report", tooltip="The guided steps and their losses."),

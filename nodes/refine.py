@@ -1,4 +1,4 @@
-"""Refine an embedding of a subject for each denoising step (HiFi Tuner)."""
+"""Refine a subject embedding for each denoising step (HiFi Tuner)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .types import Embedding, LossMap, schema, seed_input
 
 
 class LikenessRefineEmbedding(Node):
-    """LIKENESS_EMBEDDING + SIGMAS -> rows of its own for each denoising step."""
+    """LIKENESS_EMBEDDING + SIGMAS -> separate token embeddings for each denoising step."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,24 +22,24 @@ class LikenessRefineEmbedding(Node):
             node_id="LikenessRefineEmbedding",
             display_name="Refine Subject Embedding (HiFi Tuner)",
             category="likeness/embedding",
-            description="Goes on training an embedding for each denoising step on its own, from the noisiest one on "
-            "(HiFi Tuner), so that early steps hold shape and late ones detail.",
+            description="Trains an embedding further for each denoising step separately, starting from the noisiest "
+            "(HiFi Tuner), so that early steps hold shape and late steps hold detail.",
             search_aliases=["hifi tuner", "step-wise", "textual inversion", "subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the embedding was trained on. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The source prompt that the embedding was trained with."),
-                Embedding.Input("embedding", tooltip="From Train Subject Embedding, or loaded."),
+                Embedding.Input("embedding", tooltip="From Train Subject Embedding or Load Subject Embedding."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The noise levels of the sampling, from BasicScheduler: one table of rows is learned for "
-                    "each of its steps. Other samplings take the rows of the nearest level.",
+                    tooltip="Noise levels of the sampling, from BasicScheduler. Separate token embeddings are learned "
+                    "for each of its steps; other schedules use those of the nearest level.",
                 ),
                 io.Int.Input(
                     "inner_steps",
                     default=hifi_tuner.INNER_STEPS,
                     min=1,
                     max=1000,
-                    tooltip="Updates for each denoising step. 10 is published.",
+                    tooltip="Updates per denoising step. The paper uses 10.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -48,19 +48,21 @@ class LikenessRefineEmbedding(Node):
                     max=1.0,
                     step=1e-4,
                     round=1e-6,
-                    tooltip="Adam's learning rate, as in the training before.",
+                    tooltip="Adam's learning rate, as in the embedding's training.",
                 ),
                 io.Int.Input(
                     "step",
                     default=0,
                     min=0,
                     max=100_000,
-                    tooltip="Which saved step of the embedding to begin with; 0 takes the recommended one.",
+                    tooltip="Saved step of the embedding to start from. 0 selects the recommended one.",
                 ),
-                seed_input("Decides images and noise of the updates."),
+                seed_input("Seed of the image and the noise of each update."),
                 *image_inputs("Encodes the image."),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="The empty prompt that the anchor holds the rows to."
+                    "negative",
+                    optional=True,
+                    tooltip="The empty prompt, which the regularizer pulls the embedding towards.",
                 ),
                 *anchor_inputs(0.0),
             ],

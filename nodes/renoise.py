@@ -1,4 +1,4 @@
-"""Invert an image for a sampling of few steps (ReNoise)."""
+"""Invert an image for few-step sampling (ReNoise)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
 
 class LikenessRenoise(Node):
-    """MODEL + image + its prompt + a few SIGMAS -> the noise, and the SAMPLER that comes back from it."""
+    """MODEL + image + its prompt + a few SIGMAS -> the noise, and the SAMPLER that reconstructs the image from it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,27 +22,27 @@ class LikenessRenoise(Node):
             node_id="LikenessRenoise",
             display_name="Invert For Few Steps (ReNoise)",
             category="likeness/inversion",
-            description="Finds the noise that an image would have come from in a few steps of a turbo model "
-            "(ReNoise), and the noises that an ancestral sampler has to add on the way back. Sample with this sampler "
-            "and these SIGMAS and no other noise, or edit with Optimize LoRA.",
+            description="Finds the noise from which a turbo model reconstructs an image in a few steps (ReNoise), and "
+            "the noise that an ancestral sampler has to add on the way. Sample with this sampler, these SIGMAS and no "
+            "other noise, or edit with Optimize LoRA.",
             search_aliases=["renoise", "turbo inversion", "siso", "invert", "unsampler", "ddim inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
                 io.Conditioning.Input("positive", tooltip="A plain description of the image: 'a photo of a dog'."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The noise levels to come back along. Published: BasicScheduler, simple, 4 steps, then "
-                    "SplitSigmas at 1, its low_sigmas. Fewer keep more of the image.",
+                    tooltip="Noise levels of the sampling. The reference code's are BasicScheduler with simple and 4 "
+                    "steps, then low_sigmas of SplitSigmas at 1. Fewer steps keep more of the image.",
                 ),
                 io.Combo.Input(
                     "sampler",
                     options=list(SAMPLERS),
                     default=ANCESTRAL,
-                    tooltip="euler_ancestral: as published for SDXL-turbo. euler: as published for SD-turbo, with "
-                    "correlation_weight 0.",
+                    tooltip="euler_ancestral: the reference code's for SDXL-turbo. euler: the reference code's for "
+                    "SD-turbo, with correlation_weight 0.",
                 ),
                 seed_input(
-                    "Decides the noises that are added on the way back, and chance in the correction.",
+                    "Seed of the noise that the sampler adds, and of the randomness in the correction.",
                     default=published.SEED,
                 ),
                 *_advanced_inputs(),
@@ -51,14 +51,14 @@ class LikenessRenoise(Node):
             outputs=[
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="Where the sampling starts. Sample it without adding noise (DisableNoise), or connect it "
-                    "to Optimize LoRA.",
+                    tooltip="The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
+                    "connect it to Optimize LoRA.",
                 ),
                 io.Sampler.Output(
-                    display_name="sampler", tooltip="The sampler, adding the very noises that were found."
+                    display_name="sampler", tooltip="The sampler, which adds exactly the noise that was found."
                 ),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for sampler or Optimize LoRA."),
-                io.String.Output(display_name="report", tooltip="The steps, and how near they come to the image."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for the sampler or Optimize LoRA."),
+                io.String.Output(display_name="report", tooltip="The steps, and how well they match the image."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -94,14 +94,14 @@ def _advanced_inputs() -> list[io.Input]:
                 default=published.ITERATIONS,
                 min=1,
                 max=100,
-                tooltip="How often a step is tried again from the latent that it gave.",
+                tooltip="Number of iterations per step, each from the latent that the previous one found.",
             ),
             io.Int.Input(
                 "averaged",
                 default=published.AVERAGED,
                 min=1,
                 max=100,
-                tooltip="Over how many of the last tries the predicted noise is averaged.",
+                tooltip="Number of last iterations whose predicted noise is averaged.",
             ),
             io.Float.Input(
                 "kl_weight",
@@ -110,7 +110,7 @@ def _advanced_inputs() -> list[io.Input]:
                 max=10.0,
                 step=0.005,
                 round=1e-6,
-                tooltip="How strongly patches of the predicted noise are made to look like noise.",
+                tooltip="Strength of the correction that makes patches of the predicted noise look like noise.",
             ),
             io.Float.Input(
                 "correlation_weight",
@@ -119,7 +119,7 @@ def _advanced_inputs() -> list[io.Input]:
                 max=1000.0,
                 step=1.0,
                 round=1e-4,
-                tooltip="How strongly neighbours in the predicted noise are made independent. 0 for SD-turbo.",
+                tooltip="Strength of the correction that decorrelates neighbors in the predicted noise (SD-turbo: 0).",
             ),
         ),
     ]

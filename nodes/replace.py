@@ -1,4 +1,4 @@
-"""Replace the subject of an image and leave the rest where it is (HiFi Tuner; prompt-to-prompt)."""
+"""Replace the subject of an image and keep the rest (HiFi Tuner; prompt-to-prompt)."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ class LikenessReplaceSubject(Node):
             node_id="LikenessReplaceSubject",
             display_name="Replace Subject (Prompt-to-Prompt)",
             category="likeness/reference",
-            description="Exchanges a word of the prompt that an image was inverted with, while everything else looks "
-            "where it looked in the image. Sample without adding noise, with the euler sampler and the SIGMAS of the "
+            description="Replaces a word of the prompt that an image was inverted with, while the other words keep "
+            "their attention maps. Sample without adding noise, with the euler sampler and the SIGMAS of the "
             "inversion: the first image is the reconstruction, the second the edit.",
             search_aliases=["prompt to prompt", "p2p", "hifi tuner", "word swap", "edit"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                io.Latent.Input("latent", tooltip="The noise from Invert Image, of one image."),
+                io.Latent.Input("latent", tooltip="The noise of one image, from Invert Image."),
                 io.Conditioning.Input(
-                    "negative", tooltip="From Null-Text, so that the image comes back with guidance. Passed on."
+                    "negative", tooltip="From Null-Text, for reconstruction with guidance. Passed through."
                 ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="a photo of a cat on the grass",
-                    tooltip="The very prompt that the image was inverted with; at most 75 tokens.",
+                    tooltip="The same prompt that the image was inverted with, at most 75 tokens.",
                 ),
                 io.String.Input(
                     "word",
                     default="cat",
-                    tooltip="The word, or words in a row, that go: as they stand in the prompt, once.",
+                    tooltip="The word or consecutive words to replace, as written in the prompt, where they occur "
+                    "once.",
                 ),
-                io.String.Input("replacement", default="dog", tooltip="What takes their place: one or more words."),
+                io.String.Input("replacement", default="dog", tooltip="The new word or words."),
                 fraction(
                     "end_percent",
                     END_PERCENT,
-                    "Until which part of the sampling the image's attention is kept: 1 is to the end (HiFi "
-                    "Tuner), 0.8 prompt-to-prompt's. Earlier gives the new subject more freedom of shape.",
+                    "Point in the sampling until which the image's attention is kept: 1 is to the end (HiFi Tuner), "
+                    "0.8 is prompt-to-prompt's. Lower gives the new subject more freedom of shape.",
                 ),
                 io.Float.Input(
                     "scale",
@@ -54,62 +55,62 @@ class LikenessReplaceSubject(Node):
                     min=0.0,
                     max=4.0,
                     step=0.01,
-                    tooltip="Strength of the embedding: 1 is what was trained, 0 leaves it out.",
+                    tooltip="Strength of the embedding: 1 is as trained, 0 leaves it out.",
                 ),
                 *advanced(
                     fraction(
                         "self_percent",
                         0.0,
-                        "Until which part of the sampling self-attention is taken over too "
-                        "(prompt-to-prompt, 0.4 there): keeps shapes, also the old subject's. 0 is off.",
+                        "Point in the sampling until which self-attention is kept too (0.4 in prompt-to-prompt). This "
+                        "keeps shapes, including the old subject's. 0 is off.",
                     ),
                     io.Boolean.Input(
                         "renormalise",
                         default=False,
-                        tooltip="Bring the mixed attention of each place back to a sum of 1. The papers do not.",
+                        tooltip="Renormalizes the mixed attention of each position to a sum of 1. The papers do not.",
                     ),
                     io.Int.Input(
                         "step",
                         default=0,
                         min=0,
                         max=100_000,
-                        tooltip="Which saved step of the embedding to use; 0 takes the recommended one.",
+                        tooltip="Saved step of the embedding to use. 0 selects the recommended one.",
                     ),
                     fraction(
                         "blend",
                         0.0,
-                        "Keep the image itself wherever the word, old or new, gets less than this share of "
-                        "the most attention (prompt-to-prompt's local blend, 0.3 there). Needs the euler sampler. 0 is "
+                        "Keeps the source image wherever both the old and the new word get less than this fraction of "
+                        "the highest attention (local blend, 0.3 in prompt-to-prompt). Needs the euler sampler. 0 is "
                         "off.",
                     ),
                 ),
                 Embedding.Input(
                     "embedding",
                     optional=True,
-                    tooltip="A trained subject to put into the edit; its rows look where they like. Replace the word "
-                    "by its class.",
+                    tooltip="A trained subject to insert into the edit; its attention is not constrained. Use its "
+                    "class as the replacement.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the image may change: the subject, grown to where the new one will be. "
-                    "Elsewhere the image itself is kept; with blend too, where both allow it. Needs the euler "
+                    tooltip="White where the image may change: the subject, grown to where the new one will be. The "
+                    "rest keeps the source image; with blend, a change must be allowed by both. Needs the euler "
                     "sampler.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The prompt as Invert Image got it, when something is on it: sizes (SDXL), a ControlNet. "
-                    "They then hold for both images.",
+                    tooltip="The prompt given to Invert Image, if it carries sizes (SDXL) or a ControlNet. They then "
+                    "apply to both images.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="Sample both images with this one."),
+                io.Model.Output(display_name="model", tooltip="The model to sample both images with."),
                 io.Conditioning.Output(
-                    display_name="positive", tooltip="The prompt and the edited prompt, for the two images."
+                    display_name="positive", tooltip="The original and the edited prompt, for the two images."
                 ),
-                io.Conditioning.Output(display_name="negative", tooltip="As it came, for the sampler."),
-                io.Latent.Output(display_name="latent", tooltip="The noise twice: for the image and for its edit."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative, passed through."),
+                io.Latent.Output(display_name="latent", tooltip="The noise twice, for the image and for its edit."),
             ],
         )
 

@@ -1,4 +1,4 @@
-"""Load Sana, which ComfyUI does not know, as MODEL, CLIP and VAE."""
+"""Load Sana, which ComfyUI does not support, as MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .types import advanced, schema
 
 
 class LikenessLoadSana(Node):
-    """A folder of models/diffusers -> MODEL, CLIP, VAE."""
+    """A folder in models/diffusers -> MODEL, CLIP, VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,7 +26,7 @@ class LikenessLoadSana(Node):
                 io.Combo.Input(
                     "name",
                     options=host.sana_names(),
-                    tooltip="A folder in models/diffusers with model_index.json and the folders transformer, vae, "
+                    tooltip="A folder in models/diffusers with model_index.json and the subfolders transformer, vae, "
                     "text_encoder, tokenizer and scheduler, such as Sana_1600M_512px_diffusers. Press R to refresh "
                     "the list.",
                 ),
@@ -35,14 +35,14 @@ class LikenessLoadSana(Node):
                         "dtype",
                         options=list(host.DTYPES),
                         default="default",
-                        tooltip="Precision of the diffusion model. default: bf16 where the device is fast in it, else "
-                        "fp32, which the authors of SISO use.",
+                        tooltip="Precision of the diffusion model. default: bf16 if the device is fast at it, else "
+                        "fp32, as in SISO's reference code.",
                     ),
                     io.Boolean.Input(
                         "instruction",
                         default=True,
-                        tooltip="Put the published instruction to describe details before every prompt that is not "
-                        "empty. Off: prompts as they are.",
+                        tooltip="Prepends Sana's published instruction, which asks for details, to every non-empty "
+                        "prompt. Off: encodes prompts as they are.",
                     ),
                 ),
             ],
@@ -51,12 +51,12 @@ class LikenessLoadSana(Node):
                 io.Clip.Output(display_name="clip", tooltip="The text encoder (Gemma), for prompts."),
                 io.Vae.Output(
                     display_name="vae",
-                    tooltip="The autoencoder. Its samples are 32 times smaller than images: start from "
+                    tooltip="The autoencoder. Its latents are 32 times smaller than images; start from "
                     "EmptyHunyuanImageLatent.",
                 ),
                 io.Clip.Output(
                     display_name="plain_clip",
-                    tooltip="The same text encoder without the instruction, for a negative prompt that is not empty.",
+                    tooltip="The same text encoder without the instruction, for a non-empty negative prompt.",
                 ),
             ],
         )

@@ -1,4 +1,4 @@
-"""Load a vision model, and score images: identity, text, background."""
+"""Load a vision model, and score images for identity, text and background."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_LPIPS = "none"
 
 
 class LikenessLoadVision(Node):
-    """An entry of models/likeness_vision -> CLIP_VISION."""
+    """A folder or file in models/likeness_vision -> CLIP_VISION."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -38,7 +38,7 @@ class LikenessLoadVision(Node):
             outputs=[
                 io.ClipVision.Output(
                     display_name="vision",
-                    tooltip="The model, for Score Likeness and for every node that takes a CLIP_VISION.",
+                    tooltip="The vision model, for Score Likeness and any node that takes a CLIP_VISION.",
                 )
             ],
         )
@@ -53,7 +53,7 @@ class LikenessLoadVision(Node):
 
 
 class LikenessScore(Node):
-    """Images, and what they should resemble -> numbers, ranking, table and a sheet of images with their scores."""
+    """Images + what they should resemble -> scores, ranking, table and a sheet of the images with their scores."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -61,8 +61,9 @@ class LikenessScore(Node):
             node_id="LikenessScore",
             display_name="Score Likeness",
             category="likeness/score",
-            description="Measures how well images keep a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and keep "
-            "what lies outside the subject (PSNR, LPIPS), with whichever models are connected, and ranks the batch.",
+            description="Measures how well images preserve a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and "
+            "preserve everything outside the subject (PSNR, LPIPS), with whichever models are connected, and ranks "
+            "the batch.",
             search_aliases=["dino score", "clip score", "similarity", "psnr", "lpips", "metrics", "rank"],
             inputs=_score_inputs(),
             outputs=_score_outputs(),
@@ -108,66 +109,65 @@ def _score_inputs() -> list[io.Input]:
             "prompt",
             default="",
             multiline=True,
-            tooltip="What the images should show, for CLIP-T. Needs a clip model with a text encoder. Empty: not "
-            "measured.",
+            tooltip="The prompt that the images should follow, for CLIP-T. Needs a clip model with a text encoder. If "
+            "empty, CLIP-T is not measured.",
         ),
         io.Combo.Input(
             "lpips",
             options=Names([NO_LPIPS, *folders.names(folders.LPIPS)]),
             default=NO_LPIPS,
             tooltip="LPIPS heads (alex.pth or vgg.pth) in models/likeness_lpips; torchvision's alexnet*.pth or "
-            "vgg16*.pth must lie beside them. Needs a reference of the same size.",
+            "vgg16*.pth must be in the same folder. Needs a reference of the same size.",
         ),
         io.Combo.Input(
             "rank_by",
             options=list(scoring.RANKINGS),
             default=scoring.OVERALL,
-            tooltip="What decides the best image. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as they are "
-            "measured; PSNR when none of them is.",
+            tooltip="The score that decides the best image. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as "
+            "they are measured; PSNR if none of them is.",
         ),
         io.Image.Input(
             "reference",
             optional=True,
-            tooltip="The subject's own image: one for all, or one for each image. For PSNR and LPIPS the image "
-            "before the edit, in the same size.",
+            tooltip="An image of the subject: one for all images, or one per image. For PSNR and LPIPS, the image "
+            "before the edit, at the same size.",
         ),
         io.Mask.Input(
             "mask",
             optional=True,
-            tooltip="White on the subject in the images. Identity is then measured on the subject alone, "
-            "on white, and PSNR and LPIPS outside of it. Other sizes are resized.",
+            tooltip="White on the subject in the images. Identity is then measured on the subject alone, on white, "
+            "and PSNR and LPIPS outside it. Masks of other sizes are resized.",
         ),
         io.Mask.Input(
             "reference_mask",
             optional=True,
-            tooltip="White on the subject in the reference. Leave it out when the reference is already cut out on "
-            "white.",
+            tooltip="White on the subject in the reference. Not needed if the reference is already cut out on white.",
         ),
         io.ClipVision.Input(
             "dino",
             optional=True,
-            tooltip="Model for identity, usually DINOv2, from Load Vision Model or Load CLIP Vision.",
+            tooltip="Vision model for identity, usually DINOv2, from Load Vision Model or Load CLIP Vision.",
         ),
         io.ClipVision.Input(
             "clip",
             optional=True,
-            tooltip="Model for CLIP-I and CLIP-T. CLIP-T needs its text encoder: use Load Vision Model.",
+            tooltip="Vision model for CLIP-I and CLIP-T. CLIP-T needs its text encoder: use Load Vision Model.",
         ),
     ]
 
 
 def _score_outputs() -> list[io.Output]:
-    best = "of the best image; -1 when it was not measured."
+    best = "of the best image; -1 if not measured."
     return [
         io.Float.Output(display_name="dino", tooltip=f"DINO identity (cosine, 1 = the same) {best}"),
         io.Float.Output(display_name="clip_i", tooltip=f"CLIP identity (cosine, 1 = the same) {best}"),
         io.Float.Output(display_name="clip_t", tooltip=f"CLIP agreement with the prompt (cosine) {best}"),
         io.Float.Output(display_name="psnr", tooltip=f"PSNR outside the mask in dB (100 = equal) {best}"),
         io.Float.Output(display_name="lpips", tooltip=f"LPIPS outside the mask (0 = equal) {best}"),
-        io.String.Output(display_name="report", tooltip="A table of all images, with the models that were used."),
+        io.String.Output(display_name="report", tooltip="A table of all images' scores, with the models used."),
         io.Int.Output(display_name="best", tooltip="Index of the best image in the batch, counted from 0."),
         io.String.Output(display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
-        io.Image.Output(display_name="picture", tooltip="The images in a grid with their scores under them."),
+        io.Image.Output(display_name="picture", tooltip="A grid of the images with their scores."),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a generated image is to be like (SISO)."""
+"""Define what generated images should be similar to (SISO)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .types import Similarity, schema
 
 
 class LikenessLoadRetrieval(Node):
-    """A file of models/ir_features -> CLIP_VISION."""
+    """A file in models/ir_features -> CLIP_VISION."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,24 +21,24 @@ class LikenessLoadRetrieval(Node):
             node_id="LikenessLoadRetrieval",
             display_name="Load Instance Retrieval",
             category="likeness/similarity",
-            description="Loads the instance-retrieval model that SISO uses beside DINOv2: the weights of the Google "
-            "Universal Image Embedding challenge's first place, which you download yourself. DINOv2 alone does nearly "
-            "as well.",
+            description="Loads the instance-retrieval model that SISO uses alongside DINOv2: the first-place weights "
+            "of the Google Universal Image Embedding challenge, which you download yourself. DINOv2 alone works "
+            "nearly as well.",
             search_aliases=["siso", "ir features", "instance retrieval"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=folders.names(folders.RETRIEVAL),
-                    tooltip="A file of models/ir_features: the published .pth (read without running code in it), or "
-                    "its tensors as safetensors. Press R to refresh the list.",
+                    tooltip="A file in models/ir_features: the published .pth (loaded without executing code), or its "
+                    "tensors as safetensors. Press R to refresh the list.",
                 )
             ],
-            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The model, for Likeness To Images.")],
+            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The vision model, for Likeness To Images.")],
         )
 
     @classmethod
     def validate_inputs(cls, name) -> bool | str:
-        known = name is None or name in folders.names(folders.RETRIEVAL)  # None: it comes by a link
+        known = name is None or name in folders.names(folders.RETRIEVAL)  # None: it comes from a link
         return True if known else retrieval_missing(name)
 
     @classmethod
@@ -59,19 +59,19 @@ class LikenessSimilarity(Node):
             node_id="LikenessSimilarity",
             display_name="Likeness To Images",
             category="likeness/similarity",
-            description="Says what generated images are to be like: the subject's images, as a vision model sees "
-            "them. SISO adds up DINOv2 (large) and instance retrieval, each with weight 1.",
+            description="Defines what generated images should be similar to: the subject's images, as a vision model "
+            "sees them. SISO adds up DINOv2 (large) and instance retrieval, each with weight 1.",
             search_aliases=["siso", "dino loss", "similarity loss", "reward"],
             inputs=[
                 io.ClipVision.Input(
                     "vision",
-                    tooltip="DINOv2 large from Load CLIP Vision or Load Vision Model, or Load Instance Retrieval. CLIP "
-                    "and SigLIP work too; they are not in the paper.",
+                    tooltip="DINOv2 large from Load CLIP Vision or Load Vision Model, or the model of Load Instance "
+                    "Retrieval. CLIP and SigLIP work too, but are not in the paper.",
                 ),
                 io.Image.Input(
                     "image",
-                    tooltip="The subject, one image or a batch: of several the mean likeness counts. Only the "
-                    "central square of an image is seen.",
+                    tooltip="One or more images of the subject; their mean similarity counts. Only the central square "
+                    "of each image is used.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -79,17 +79,19 @@ class LikenessSimilarity(Node):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much this likeness counts. 1 for DINOv2 and for instance retrieval is published.",
+                    tooltip="Weight of this similarity. SISO uses 1 for DINOv2 and for instance retrieval.",
                 ),
-                Similarity.Input("similarity", optional=True, tooltip="Another likeness to add this one to."),
+                Similarity.Input("similarity", optional=True, tooltip="Another similarity to add this one to."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White on the subject: then it is cut out and put on white, and nothing of it is lost at "
-                    "the border. Not in the paper, which shows the whole image.",
+                    tooltip="White on the subject, which is then cut out and put on white, so that nothing is lost at "
+                    "the border. Not in the paper, which uses the whole image.",
                 ),
             ],
-            outputs=[Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to add another to.")],
+            outputs=[
+                Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to combine with another.")
+            ],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Subject-driven generation and editing in stages (EZIGen): layout by text, appearance by the subject, in loops."""
+"""Staged subject-driven sampling and editing (EZIGen): layout from text, appearance from the subject, in loops."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from ..core.ezigen.host import staged_edit as editing
 from .node import Node
 from .types import Adapter, Subject, advanced, cfg_input, schema, seed_input
 
-LOOPS = "A loop does the last part of the steps once more, from the result before. "
-LARGE = " It is sampled at its own size: scale it to 512 on the short side first."
+LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
+LARGE = " It is sampled at its own size, so scale its short side to 512 first."
 
 
 def _subject() -> list[io.Input]:
-    """The inputs that both nodes have: what is sampled with."""
+    """The inputs shared by both nodes: models and subject."""
     return [
-        io.Model.Input("model", tooltip="The plain model, which encoded the subject: SD2.1-base as published."),
-        io.Vae.Input("vae", tooltip="Every loop goes through images."),
-        Adapter.Input("adapter", tooltip="From Load Subject Adapter."),
-        Subject.Input("subject", tooltip="From Encode Subject."),
+        io.Model.Input("model", tooltip="The plain model that encoded the subject. EZIGen uses SD2.1-base."),
+        io.Vae.Input("vae", tooltip="Encodes and decodes the images of every loop."),
+        Adapter.Input("adapter", tooltip="The adapter, from Load Subject Adapter."),
+        Subject.Input("subject", tooltip="The subject, from Encode Subject."),
     ]
 
 
 def _numbers(cfg: float) -> list[io.Input]:
-    """The inputs that both nodes have: how it is sampled."""
+    """The inputs shared by both nodes: sampling settings."""
     return [
-        seed_input("Of all noise, in every loop another."),
+        seed_input("Seed of all noise; every loop draws new noise from it."),
         io.Int.Input(
-            "steps", default=published.STEPS, min=2, max=1000, tooltip="Of a whole sampling. 50 is published."
+            "steps", default=published.STEPS, min=2, max=1000, tooltip="Steps of a full sampling. EZIGen uses 50."
         ),
-        cfg_input(cfg, f"Guidance; {cfg:g} is published."),
+        cfg_input(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
         io.Float.Input(
             "split_ratio",
             default=published.SPLIT_RATIO,
@@ -39,21 +39,22 @@ def _numbers(cfg: float) -> list[io.Input]:
             max=0.99,
             step=0.05,
             round=0.001,
-            tooltip="The last part of the steps, in which the subject is looked at. More is more alike and less free.",
+            tooltip="Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more "
+            "likeness and less freedom.",
         ),
         io.Int.Input(
             "min_loops",
             default=published.MIN_LOOPS,
             min=0,
             max=100,
-            tooltip=LOOPS + "Equal numbers here and in max_loops give a fixed count, which needs no vision model.",
+            tooltip="Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
         ),
         io.Int.Input(
             "max_loops",
             default=published.MIN_LOOPS,
             min=0,
             max=100,
-            tooltip=LOOPS + "3 to 9 is published, for which a vision model must be connected.",
+            tooltip="Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
         ),
         io.Float.Input(
             "threshold",
@@ -62,13 +63,13 @@ def _numbers(cfg: float) -> list[io.Input]:
             max=1.0,
             step=0.005,
             round=0.0001,
-            tooltip="The loops end when two images in a row are this alike to the vision model. 0.99 is published "
-            "for CLIP ViT-B/32, and seldom reached.",
+            tooltip="Similarity of two consecutive images, as the vision model sees them, at which the loops end. "
+            "EZIGen uses 0.99 with CLIP ViT-B/32, which is seldom reached.",
         ),
         io.ClipVision.Input(
             "vision",
             optional=True,
-            tooltip="Says when two images are alike. Not needed for a fixed number of loops.",
+            tooltip="Measures the similarity of consecutive images. Not needed for a fixed number of loops.",
         ),
     ]
 
@@ -82,54 +83,57 @@ class LikenessStagedSampler(Node):
             node_id="LikenessStagedSampler",
             display_name="Staged Sampler (EZIGen)",
             category="likeness/adapter",
-            description="Samples a subject in stages (EZIGen): the text lays the image out, the subject appears in "
-            "it, and both last steps are done again until two images in a row are alike.",
+            description="Samples images of a subject in stages (EZIGen): the prompt sets the layout, the last steps "
+            "add the subject and are repeated until two consecutive images are similar.",
             search_aliases=["ezigen", "decoupled guidance", "subject driven"],
             inputs=[
                 *_subject(),
-                io.Conditioning.Input("positive", tooltip="The scene, with the subject's class in it."),
-                io.Conditioning.Input("negative", tooltip=f'Of the first sampling; published: "{published.NEGATIVE}"'),
-                io.Latent.Input("latent", tooltip="An empty latent: its size and number of images count."),
+                io.Conditioning.Input("positive", tooltip="The prompt of the scene, including the subject's class."),
+                io.Conditioning.Input(
+                    "negative", tooltip=f'For the first sampling. EZIGen uses "{published.NEGATIVE}"'
+                ),
+                io.Latent.Input("latent", tooltip="An empty latent that sets the size and the number of images."),
                 *_numbers(published.CFG),
                 io.Conditioning.Input(
-                    "loop_negative", optional=True, tooltip="Of the loops: connect the empty prompt, as published."
+                    "loop_negative", optional=True, tooltip="Negative prompt of the loops; EZIGen uses an empty one."
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="An image to begin the loops with, of any model, in place of the first sampling." + LARGE,
+                    tooltip="An image to start the loops from, of any model, instead of the first sampling." + LARGE,
                 ),
                 *advanced(
                     io.Combo.Input(
                         "sampler",
                         options=list(host.SAMPLERS),
                         default=host.SAMPLER,
-                        tooltip="ddpm is published; its fresh noise lets the appearance move between loops.",
+                        tooltip="EZIGen uses ddpm, whose fresh noise lets the appearance change between loops.",
                     ),
                     io.Combo.Input(
                         "scheduler",
                         options=list(host.SCHEDULERS),
                         default=host.SCHEDULER,
-                        tooltip="ddim_uniform is published; the number of steps must divide 1000 then.",
+                        tooltip="EZIGen uses ddim_uniform, for which the number of steps must divide 1000.",
                     ),
                     io.Boolean.Input(
                         "exact_noise_level",
                         default=True,
-                        tooltip="Loops begin at the very level of their first step. Off: as the authors' code does it, "
-                        "a little too noisy: by its formula 3 % of the image's signal are lost in every loop.",
+                        tooltip="Starts each loop at exactly the noise level of its first step. Off: as in the "
+                        "reference code, slightly too noisy; by its formula every loop loses 3 % of the image's "
+                        "signal.",
                     ),
                     io.Boolean.Input(
                         "keep_best",
                         default=False,
-                        tooltip="Of all loops the image that is most like the subject, in place of the last one.",
+                        tooltip="Returns the image most similar to the subject, of all loops, instead of the last one.",
                     ),
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The result."),
-                io.Image.Output(display_name="loops", tooltip="The first sampling, and every loop after it."),
-                io.Latent.Output(display_name="latent", tooltip="The result, before decoding."),
-                io.String.Output(display_name="report", tooltip="How alike the loops were, and the number of steps."),
+                io.Image.Output(display_name="image", tooltip="The final image."),
+                io.Image.Output(display_name="loops", tooltip="The image of the first sampling, and of every loop."),
+                io.Latent.Output(display_name="latent", tooltip="The final latent, before decoding."),
+                io.String.Output(display_name="report", tooltip="Similarities of the loops, and the number of steps."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -178,7 +182,7 @@ class LikenessStagedSampler(Node):
 
 
 class LikenessStagedEdit(Node):
-    """An image + mask + subject -> the image with the subject in the masked place."""
+    """An image + mask + subject -> the image with the subject in the masked area."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -186,35 +190,36 @@ class LikenessStagedEdit(Node):
             node_id="LikenessStagedEdit",
             display_name="Staged Edit (EZIGen)",
             category="likeness/adapter",
-            description="Puts a subject into a masked place of an image (EZIGen). The image is inverted, and "
-            "outside of the mask its own latents are put back behind every step.",
+            description="Puts a subject into a masked area of an image (EZIGen). The image is inverted, and outside "
+            "the mask its own latents are restored after every step.",
             search_aliases=["ezigen", "subject swap", "inpaint subject"],
             inputs=[
                 *_subject(),
-                io.Conditioning.Input("positive", tooltip='What stands in the place afterwards: "a photo of a dog".'),
-                io.Conditioning.Input("negative", tooltip="The empty prompt, as published; the inversion uses it too."),
-                io.Image.Input("image", tooltip="The image to edit, of any proportion." + LARGE),
-                io.Mask.Input("mask", tooltip="White where the subject goes. Grey mixes both."),
+                io.Conditioning.Input("positive", tooltip='The prompt of the edited area: "a photo of a dog".'),
+                io.Conditioning.Input("negative", tooltip="The empty prompt, as in EZIGen; the inversion uses it too."),
+                io.Image.Input("image", tooltip="The image to edit, of any aspect ratio." + LARGE),
+                io.Mask.Input("mask", tooltip="White where the subject goes. Gray blends it with the image."),
                 *_numbers(published.EDIT_CFG),
                 io.Boolean.Input(
                     "paste",
                     default=False,
-                    tooltip="Put the image's own pixels back outside of the mask in the end.",
+                    tooltip="Pastes the source image's own pixels outside the mask at the end.",
                 ),
                 *advanced(
                     io.Boolean.Input(
                         "exact_background",
                         default=True,
-                        tooltip="Behind every step the background of its very level, and the image itself in the "
-                        "end. Off: as the authors' code does it, which leaves noise in the background.",
+                        tooltip="After every step, restores the background of exactly that noise level, and at the "
+                        "end the source image itself. Off: as in the reference code, which leaves noise in the "
+                        "background.",
                     )
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The edited image."),
-                io.Image.Output(display_name="loops", tooltip="The image, and the result of every loop."),
-                io.Latent.Output(display_name="latent", tooltip="The result, before decoding and pasting."),
-                io.String.Output(display_name="report", tooltip="How alike the loops were."),
+                io.Image.Output(display_name="loops", tooltip="The source image, and the result of every loop."),
+                io.Latent.Output(display_name="latent", tooltip="The final latent, before decoding and pasting."),
+                io.String.Output(display_name="report", tooltip="Similarities of the loops."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -12,7 +12,7 @@ from .types import schema
 
 
 class LikenessSweep(Node):
-    """Two texts with numbers -> all pairs, as two lists."""
+    """Two lists of numbers as text -> all pairs, as two lists."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -20,33 +20,33 @@ class LikenessSweep(Node):
             node_id="LikenessSweep",
             display_name="Sweep Guidance",
             category="likeness/guidance",
-            description="Gives all pairs of the two settings of model-based guidance as lists: everything behind it "
-            "runs once for each pair. Plot Guidance Sweep collects the results.",
+            description="Outputs all pairs of the two guidance settings as lists, so that everything downstream runs "
+            "once per pair. Plot Guidance Sweep collects the results.",
             search_aliases=["sine", "xy plot", "grid search", "sweep"],
             inputs=[
                 io.String.Input(
                     "base_weights",
                     default="0.3, 0.5, 0.7, 0.9",
-                    tooltip="Values for base_weight (v), from 0 to 1 with commas between them. Higher obeys the edit "
+                    tooltip="Values for base_weight (v), from 0 to 1, separated by commas. Higher follows the edit "
                     "prompt more, lower keeps more of the image.",
                 ),
                 io.String.Input(
                     "end_percents",
                     default="0.2, 0.4, 0.6, 0.8",
-                    tooltip="Values for end_percent (K), from 0 to 1 with commas between them. 0.6 is the paper's "
-                    "K = 400. Higher keeps more of the image.",
+                    tooltip="Values for end_percent (K), from 0 to 1, separated by commas. 0.6 is the paper's K = "
+                    "400. Higher keeps more of the image.",
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     display_name="base_weight",
                     is_output_list=True,
-                    tooltip="The base weight of each pair, for Subject Guidance and for the plot.",
+                    tooltip="The base_weight of each pair, for Subject Guidance and Plot Guidance Sweep.",
                 ),
                 io.Float.Output(
                     display_name="end_percent",
                     is_output_list=True,
-                    tooltip="The end percent of each pair, for Subject Guidance and for the plot.",
+                    tooltip="The end_percent of each pair, for Subject Guidance and Plot Guidance Sweep.",
                 ),
             ],
         )
@@ -59,7 +59,7 @@ class LikenessSweep(Node):
 
 
 class LikenessSweepPlot(Node):
-    """The results of a sweep -> a grid of images and a plot of their measures."""
+    """The results of a sweep -> a grid of images and a plot of their metrics."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,40 +67,40 @@ class LikenessSweepPlot(Node):
             node_id="LikenessSweepPlot",
             display_name="Plot Guidance Sweep",
             category="likeness/guidance",
-            description="Collects what a sweep has made: the images in a grid, one row for each end percent and one "
-            "column for each base weight, and their measures as curves.",
+            description="Collects the results of a sweep: the images in a grid, with one row per end_percent and one "
+            "column per base_weight, and their metrics as curves.",
             search_aliases=["sine", "xy plot", "grid", "sweep"],
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="The results, one image for each pair of the sweep."),
-                io.Float.Input("base_weight", force_input=True, tooltip="The list of that name, from Sweep Guidance."),
-                io.Float.Input("end_percent", force_input=True, tooltip="The list of that name, from Sweep Guidance."),
+                io.Float.Input("base_weight", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
+                io.Float.Input("end_percent", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
                 io.Float.Input(
                     "distance",
                     optional=True,
                     force_input=True,
-                    tooltip="A distance to the source image, such as lpips of Score Likeness: lower is nearer.",
+                    tooltip="A distance to the source image, such as lpips from Score Likeness. Lower is closer.",
                 ),
                 io.Float.Input(
                     "identity",
                     optional=True,
                     force_input=True,
-                    tooltip="A likeness to the source image, such as dino or clip_i of Score Likeness. Drawn as the "
-                    "distance 1 - identity.",
+                    tooltip="A similarity to the source image, such as dino or clip_i from Score Likeness. It is "
+                    "plotted as the distance 1 - identity.",
                 ),
                 io.Float.Input(
                     "text",
                     optional=True,
                     force_input=True,
-                    tooltip="How well each image meets the edit prompt: clip_t of Score Likeness.",
+                    tooltip="The similarity of each image to the edit prompt: clip_t from Score Likeness.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="All images, with their settings at the edges."),
+                io.Image.Output(display_name="grid", tooltip="All images, labeled with their settings."),
                 io.Image.Output(
                     display_name="plot",
-                    tooltip="The measures over v for each K, and over K for each v. Nothing runs behind it when none "
-                    "was measured.",
+                    tooltip="The metrics over v for each K, and over K for each v. Nodes connected here do not run if "
+                    "nothing was measured.",
                 ),
             ],
         )

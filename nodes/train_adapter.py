@@ -1,4 +1,4 @@
-"""Train EZIGen's adapter on a folder of images of subjects."""
+"""Train EZIGen's adapter on a folder of subject images."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class LikenessTrainAdapter(Node):
             node_id="LikenessTrainAdapter",
             display_name="Train Subject Adapter (EZIGen)",
             category="likeness/adapter",
-            description="Trains EZIGen's adapter on a folder of images of many subjects, so that it reads subjects "
-            "of that kind better. The model itself stays as it is. For large sets there is a command-line trainer.",
+            description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on "
+            "subjects of that kind. The model's weights do not change. A command-line trainer exists for large "
+            "datasets.",
             search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
             inputs=[*_inputs(), *_advanced_inputs(), _start()],
             outputs=[
                 Adapter.Output(
-                    display_name="adapter", tooltip="For Apply Subject Adapter, and Extract Subject Adapter to save it."
+                    display_name="adapter", tooltip="For Apply Subject Adapter; Extract Subject Adapter saves it."
                 ),
                 LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What of the folder was used and what was left out, and the error with the subject's "
-                    "images beside that without.",
+                    tooltip="The files used and skipped, and the error with and without the subject's images.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -82,7 +82,7 @@ def _inputs() -> list[io.Input]:
         io.Combo.Input(
             "folder",
             options=folders.image_folders(),
-            tooltip="A folder in ComfyUI's input folder with a folder for each subject: images, each with <name>.txt "
+            tooltip="A folder in ComfyUI's input folder with one subfolder per subject: images, each with <name>.txt "
             "(its caption) and <name>.mask.png (white on the subject). Press R to refresh the list.",
         ),
         io.Int.Input(
@@ -91,23 +91,22 @@ def _inputs() -> list[io.Input]:
             min=64,
             max=2048,
             step=8,
-            tooltip="Side of the squares that images and subjects are brought to: what the model was made for.",
+            tooltip="Side in pixels of the squares that images and subjects are scaled to: the model's native size.",
         ),
         io.Int.Input(
             "steps",
             default=2000,
             min=1,
             max=10_000_000,
-            tooltip="Number of updates. From the published adapter a few thousand; the published one itself took "
-            "200,000. More later goes on where this run ended.",
+            tooltip="Number of updates: a few thousand when starting from the published adapter, which itself took "
+            "200,000. Raise it later to resume the run.",
         ),
         io.Int.Input(
             "batch",
             default=1,
             min=1,
             max=256,
-            tooltip="Images learned from in one update. 1 is published; more make the loss quieter and take as many "
-            "times the memory.",
+            tooltip="Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -116,9 +115,9 @@ def _inputs() -> list[io.Input]:
             max=1.0,
             step=1e-5,
             round=1e-8,
-            tooltip="AdamW's learning rate: 0.0001 is published; 0.00001 to 0.00005 when going on from an adapter.",
+            tooltip="AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
         ),
-        seed_input("Decides which images come when, timesteps and noise."),
+        seed_input("Seed of the order of the images, the timesteps and the noise."),
     ]
 
 
@@ -131,22 +130,22 @@ def _advanced_inputs() -> list[io.Input]:
             max=1.0,
             step=0.05,
             round=0.001,
-            tooltip="In which part of the samples the subject is not shown. 0.1 is what the authors meant; 0.8 is what "
-            "their released code does, by a comparison the wrong way round.",
+            tooltip="Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code "
+            "drops 0.8 because of an inverted comparison.",
         ),
         io.Int.Input(
             "max_subjects",
             default=MAX_SUBJECTS,
             min=1,
             max=MAX_SUBJECTS,
-            tooltip="Up to so many other images of a subject are shown beside each image. 4 is published; 1 costs "
-            "less, and is enough when you will only ever show one.",
+            tooltip="Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
+            "and is enough if you will only ever use one.",
         ),
         io.Boolean.Input(
             "checkpointing",
             default=False,
-            tooltip="Compute parts of the network twice instead of keeping them: less VRAM, more time, the same "
-            "result.",
+            tooltip="Gradient checkpointing: recomputes activations instead of storing them. Less VRAM, more time, "
+            "the same result.",
         ),
     ]
     return advanced(*inputs)
@@ -156,8 +155,8 @@ def _start() -> io.Input:
     return Adapter.Input(
         "adapter",
         optional=True,
-        tooltip="An adapter to go on from. Without one it starts as published, from copies of the model's "
-        "self-attentions, and needs the long training.",
+        tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of the model's "
+        "self-attention layers, and needs the full number of steps.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Save and load a fine-tuning."""
+"""Save and load fine-tuned weights."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ class LikenessSaveTuned(Node):
             node_id="LikenessSaveTuned",
             display_name="Save Fine-Tune",
             category="likeness/fine_tune",
-            description="Saves what Fine-Tune On Image or Optimize LoRA learned into models/loras, with its prompt "
-            "and position map. The stock Load LoRA takes the file too, without map.",
+            description="Saves the result of Fine-Tune On Image or Optimize LoRA to models/loras, with its prompt and "
+            "position map. The stock Load LoRA also reads the file, without the map.",
             search_aliases=["sine", "siso", "save lora"],
             inputs=[
-                LoraModel.Input("lora", tooltip="The output of Fine-Tune On Image, or of Optimize LoRA."),
+                LoraModel.Input("lora", tooltip="The output of Fine-Tune On Image or Optimize LoRA."),
                 io.String.Input(
                     "filename_prefix",
                     default="likeness/tuned",
-                    tooltip="Name of the file, with sub-folders if you like; a number is added, nothing is "
-                    "overwritten.",
+                    tooltip="File name, optionally with subfolders. A number is appended, so nothing is overwritten.",
                 ),
             ],
             outputs=[
-                LoraModel.Output(display_name="lora", tooltip="The fine-tune, passed on."),
+                LoraModel.Output(display_name="lora", tooltip="The fine-tune, passed through."),
                 io.String.Output(display_name="name", tooltip="The name under which Load Fine-Tune lists the file."),
             ],
             is_output_node=True,
@@ -58,7 +57,7 @@ class LikenessSaveTuned(Node):
 
 
 class LikenessLoadTuned(Node):
-    """A file of models/loras + MODEL (+ CLIP) -> the tuned ones, with map and prompt."""
+    """A file in models/loras + MODEL (+ CLIP) -> the fine-tuned ones, with position map and prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,43 +65,45 @@ class LikenessLoadTuned(Node):
             node_id="LikenessLoadTuned",
             display_name="Load Fine-Tune",
             category="likeness/fine_tune",
-            description="Loads a saved fine-tune: the weights, the position map they need, and the prompt they were "
-            "trained with.",
+            description="Loads a saved fine-tune: the weights, the position map they need and the training prompt.",
             search_aliases=["sine", "siso", "load lora", "position map"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=folders.names(folders.LORAS),
-                    tooltip="A file of models/loras. Press R to refresh the list after saving one.",
+                    tooltip="A file in models/loras. Press R to refresh the list after saving one.",
                 ),
-                io.Model.Input("model", tooltip="The model that the fine-tune was made from. It is not changed."),
+                io.Model.Input("model", tooltip="The base model of the fine-tune. It is not changed."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="1 is what was trained; 0 gives the model back as it is, without position map.",
+                    tooltip="Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
+                    "position map.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder: it gets its own trained weights, and encodes the training prompt.",
+                    tooltip="The text encoder. It gets its own trained weights and encodes the training prompt.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The tuned model, with its position map."),
+                io.Model.Output(display_name="model", tooltip="The fine-tuned model, with its position map."),
                 io.Clip.Output(
-                    display_name="clip", tooltip="The tuned text encoder. Nothing runs behind it without 'clip'."
+                    display_name="clip",
+                    tooltip="The fine-tuned text encoder. Nodes connected here do not run without 'clip'.",
                 ),
                 io.String.Output(display_name="prompt", tooltip="The training prompt."),
                 io.Conditioning.Output(
                     display_name="positive",
-                    tooltip="The training prompt encoded by the tuned text encoder, for Subject Guidance. Nothing "
-                    "runs behind it without 'clip', or for a file that the stock Save LoRA wrote: it has no prompt.",
+                    tooltip="The training prompt, encoded by the fine-tuned text encoder, for Subject Guidance. Nodes "
+                    "connected here do not run without 'clip', or for a file of the stock Save LoRA, which has no "
+                    "prompt.",
                 ),
                 io.String.Output(
-                    display_name="info", tooltip="Method, base model, prompt, map, settings and loss of the file."
+                    display_name="info", tooltip="Method, base model, prompt, position map, settings and loss."
                 ),
             ],
         )
