@@ -23,8 +23,8 @@ def check_image(image: Tensor, name: str = "image") -> None:
         )
     if min(image.shape[1:3]) < SMALLEST:
         raise ValueError(
-            f"{name} has {image.shape[2]} x {image.shape[1]} pixels, expected {SMALLEST} or more on each side: connect a "
-            "larger image."
+            f"{name} has {image.shape[2]} x {image.shape[1]} pixels, expected {SMALLEST} or more on each side: connect "
+            "a larger image."
         )
     if not bool(torch.isfinite(image).all()):
         raise ValueError(
