@@ -38,7 +38,7 @@ class Executor:
         import execution
 
         self.base, self._lines = base, list[str]()
-        sizes = {"lru": 0, "ram": 0.0}
+        sizes = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
         self._executor = execution.PromptExecutor(_Client(), cache_type=execution.CacheType.CLASSIC, cache_args=sizes)
 
     def object_info(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ and what to do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from .images import check_image
 
 MAX_TEXT = 100_000  # characters; the longest prompts that people write have some thousands
+MAX_NUMBER = 1e300  # beyond it, a whole number fits no float
 SHOWN = 60  # characters of a value in a message
 
 
@@ -85,7 +85,7 @@ def _number(name: str, value: Any, options: Mapping[str, Any]) -> float:
     low, high = options.get("min"), options.get("max")
     span = "a number" if low is None or high is None else f"a number from {low:g} to {high:g}"
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not number or not -MAX_NUMBER <= value <= MAX_NUMBER:
         raise _unfit(name, value, span, "give a finite number")
     if (low is not None and value < low) or (high is not None and value > high):
         raise _unfit(name, value, span, "change it")
@@ -131,14 +131,17 @@ def _conditioning(name: str, value: Any) -> None:
         _check_finite(name, entry[0], "encode the prompt again, with the text encoder in fp32")
 
 
+def _subjects(name: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or not all(hasattr(each, "weight") for each in value):
+        raise _unfit(name, value, "fine-tuned models with their weights", "connect Subject Model")
+
+
 def _sigmas(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.ndim != 1 or len(value) < 2:
         raise _unfit(name, value, "two noise levels or more [steps + 1]", "connect SIGMAS, from a scheduler")
     _check_finite(name, value, "take them from a scheduler")
     if bool((value < 0).any()) or bool((value.diff() > 0).any()):
-        raise ValueError(
-            f"'{name}' does not fall to 0 or more, as noise levels of a sampling do: leave out FlipSigmas."
-        )
+        raise _unfit(name, value, "falling noise levels of 0 or more", "connect a scheduler's, do not flip or cut them")
 
 
 def _check_finite(name: str, value: Tensor, remedy: str) -> None:
@@ -151,6 +154,7 @@ _WIDGETS: dict[str, Callable[[str, Any, Mapping[str, Any]], Any]] = {
 }  # fmt: skip
 _TENSORS: dict[str, Callable[[str, Any], None]] = {
     "IMAGE": _images, "MASK": _mask, "LATENT": _latent, "CONDITIONING": _conditioning, "SIGMAS": _sigmas,
+    "LIKENESS_SUBJECTS": _subjects,
 }  # fmt: skip
 # A checkpoint without one gives nothing in its place.
 _LOADERS = {
@@ -170,6 +174,5 @@ _OBJECTS: dict[str, tuple[str, ...]] = {
     "LIKENESS_EMBEDDING": ("rows", "header"),
     "LIKENESS_SIMILARITY": ("parts",),
     "LIKENESS_SUBJECT": ("tokens", "base"),
-    "LIKENESS_SUBJECTS": ("__iter__",),
     "LIKENESS_TRAJECTORY": ("latents", "sigmas"),
 }

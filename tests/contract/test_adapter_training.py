@@ -389,4 +389,4 @@ def test_the_node(job, input_folder):
     with pytest.raises(ValueError, match="holds no images of subjects"):
         run_node(LikenessTrainAdapter, folder="plain", **inputs)
     with pytest.raises(ValueError, match="multiple of 8"):
-        run_node(LikenessTrainAdapter, folder="sets/mine", **{**inputs, "size": 60})
+        run_node(LikenessTrainAdapter, folder="sets/mine", **{**inputs, "size": 100})

@@ -367,7 +367,7 @@ def test_bad_input_is_refused_before_sampling():
     patch(setting, tuned, subjects=subject(setting, tuned, 1.0), allow_over_one=True)
     refused("'k_timestep' is 1001, expected a number from -1 to 1000", setting, tuned, k_timestep=1001)
     refused("begin at 0.7 and end at 0.6", setting, tuned, start_percent=0.7)
-    refused("no prompt", setting, tuned, tuned_positive=[])
+    refused("'tuned_positive' is nothing, expected a list of prompts", setting, tuned, tuned_positive=[])
     refused("works on SDXL latents", setting, tiny_models.sdxl())
     refused("already carries a guidance", setting, patch(setting, tuned))
     flow = run_node(ModelSamplingSD3, model=tuned, shift=3.0)[0]

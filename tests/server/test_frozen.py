@@ -15,6 +15,7 @@ from .. import live, tiny_sana
 
 FOLDER = workflows.ROOT / KEPT
 FROZEN = {name: load(FOLDER / f"{name}.json") for name in json.loads((FOLDER / "index.json").read_text())}
+FIRST_SAVED = "likeness/subject_00001_.safetensors"  # what the graph names that loads a subject
 PLACEHOLDER = "likeness/frozen.safetensors"  # in place of what another graph saves
 
 
@@ -40,7 +41,9 @@ def in_server(server, object_info, name: str) -> Graph:
 @pytest.fixture
 def saved_files(server):
     """Empty files in the place of those that other graphs save."""
-    paths = [server.base / "models" / folder / PLACEHOLDER for folder in ("likeness_embeddings", "loras")]
+    models = server.base / "models"
+    paths = [models / "likeness_embeddings" / PLACEHOLDER, models / "loras" / PLACEHOLDER]
+    paths += [path for path in [models / "likeness_embeddings" / FIRST_SAVED] if not path.exists()]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

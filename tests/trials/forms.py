@@ -1,0 +1,110 @@
+"""Malformed values by the type of an input. The next one that somebody meets is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAN, INF = float("nan"), float("inf")
+
+
+def _with(shape: tuple[int, ...], value: float) -> Tensor:
+    tensor = torch.full(shape, 0.5)
+    tensor.view(-1)[0] = value
+    return tensor
+
+
+class Other:
+    """An object of no use."""
+
+
+IMAGES = {
+    "nothing like it": "a dog",
+    "a list": [[0.5]],
+    "no batch": torch.rand(64, 64, 3),
+    "five axes": torch.rand(1, 1, 64, 64, 3),
+    "an empty batch": torch.zeros(0, 64, 64, 3),
+    "no pixels": torch.zeros(1, 0, 64, 3),
+    "one channel": torch.rand(1, 64, 64, 1),
+    "channels first": torch.rand(1, 64, 64, 1).movedim(-1, 1),
+    "one pixel": torch.rand(1, 1, 1, 3),
+    "too narrow": torch.rand(1, 96, 4, 3),
+    "NaN": _with((1, 64, 64, 3), NAN),
+    "infinite": _with((1, 64, 64, 3), INF),
+    "bytes": torch.full((1, 64, 64, 3), 128, dtype=torch.uint8),
+}
+MASKS = {
+    "nothing like it": "a dog",
+    "one axis": torch.ones(64),
+    "four axes": torch.ones(1, 64, 64, 1),
+    "no pixels": torch.ones(1, 0, 64),
+    "an empty batch": torch.ones(0, 64, 64),
+    "NaN": _with((1, 64, 64), NAN),
+}
+LATENTS = {
+    "nothing like it": "a dog",
+    "a tensor": torch.zeros(1, 4, 8, 8),
+    "no samples": {},
+    "samples of no kind": {"samples": [1]},
+    "two axes": {"samples": torch.zeros(4, 8)},
+    "an empty batch": {"samples": torch.zeros(0, 4, 8, 8)},
+    "NaN": {"samples": _with((1, 4, 8, 8), NAN)},
+}
+PROMPTS = {
+    "nothing like it": "a dog",
+    "empty": [],
+    "no pairs": [torch.zeros(1, 77, 768)],
+    "no tokens": [[None, {}]],
+    "two axes": [[torch.zeros(77, 768), {}]],
+    "an empty table": [[torch.zeros(1, 0, 768), {}]],
+    "no options": [[torch.zeros(1, 77, 768), None]],
+    "NaN": [[_with((1, 77, 768), NAN), {}]],
+}
+SIGMAS = {
+    "nothing like it": "a dog",
+    "a list": [1.0, 0.0],
+    "one level": torch.tensor([1.0]),
+    "none": torch.tensor([]),
+    "two axes": torch.ones(2, 2),
+    "rising": torch.tensor([0.0, 1.0, 14.0]),
+    "negative": torch.tensor([1.0, -1.0]),
+    "NaN": torch.tensor([14.0, NAN, 0.0]),
+    "infinite": torch.tensor([INF, 1.0, 0.0]),
+}
+NUMBERS = {"a text": "five", "nothing": None, "NaN": NAN, "infinite": -INF, "a list": [1], "beyond all": 10**400}
+OBJECTS = {"a text": "a dog", "a number": 5, "an object of no use": Other(), "a tensor": torch.zeros(2)}
+BY_TYPE: dict[str, dict[str, Any]] = {
+    "IMAGE": IMAGES,
+    "MASK": MASKS,
+    "LATENT": LATENTS,
+    "CONDITIONING": PROMPTS,
+    "SIGMAS": SIGMAS,
+    "FLOAT": NUMBERS,
+    "INT": {**NUMBERS, "half": 1.5},
+    "BOOLEAN": {"a text": "yes", "two": 2, "NaN": NAN, "a list": [True]},
+    "COMBO": {"unknown": "zzz", "a number": 5, "a list": ["LoRA"], "a lone surrogate": "\ud800"},
+    "STRING": {"a number": 5, "a list": ["a"], "a megabyte": "x" * 2**20},
+}
+TEXTS = {
+    "a lone surrogate": "\ud800",
+    "Chinese": "\u4e00\u53ea\u72d7\u5728\u8349\u5730\u4e0a",
+    "right to left": "\u0643\u0644\u0628",
+    "emoji": "\U0001f415" * 5,
+    "a zero byte": "a\0b",
+    "escapes": "\x1b[31m%s%n{0}",
+    "empty": "",
+    "only blanks": " \t\r\n ",
+    "long": "dog " * 5000,
+}
+
+
+def malformed(kind: str, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(what it is, the value) of all that an input of this type must refuse. options: of its widget."""
+    yield from BY_TYPE.get(kind, OBJECTS).items()
+    if kind in ("INT", "FLOAT"):
+        for name, bound, sign in (("below the range", "min", -1), ("above the range", "max", 1)):
+            if options.get(bound) is not None:
+                yield name, options[bound] + sign

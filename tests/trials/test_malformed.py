@@ -1,0 +1,82 @@
+"""Every input of every node refuses every malformed form of its type with a sentence of the pack's own, before work."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from .. import inprocess
+from .forms import malformed
+
+inprocess.start()
+from likeness.core.session import inputs as checks  # noqa: E402
+from likeness.nodes import LikenessExtension  # noqa: E402
+
+NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(LikenessExtension().get_node_list())}
+ROOT = Path(__file__).parents[2]
+WELL_FORMED: dict[str, Any] = {
+    "IMAGE": torch.full((1, 64, 64, 3), 0.5),
+    "MASK": torch.ones(1, 64, 64),
+    "LATENT": {"samples": torch.zeros(1, 4, 8, 8)},
+    "CONDITIONING": [[torch.zeros(1, 77, 768), {}]],
+    "SIGMAS": torch.tensor([14.0, 1.0, 0.0]),
+    "STRING": "a dog",
+    "BOOLEAN": True,
+}
+
+
+def well_formed(widget: Any) -> Any:
+    """What passes the checks of this input, no more."""
+    kind = widget.get_io_type()
+    if kind in WELL_FORMED:
+        return WELL_FORMED[kind]
+    if kind in ("INT", "FLOAT"):
+        return widget.min if getattr(widget, "min", None) is not None else 1
+    if kind == "COMBO":
+        return widget.options[0] if widget.options else "a name"
+    return [] if kind == "LIKENESS_SUBJECTS" else SimpleNamespace(**dict.fromkeys(checks._OBJECTS[kind]))
+
+
+def pairs(node: Any) -> list[tuple[str, str, Any]]:
+    """(input, form, value)."""
+    found = []
+    for widget in node.GET_SCHEMA().inputs:
+        options = vars(widget)
+        listed = isinstance(options.get("options"), checks.Names)
+        for form, value in malformed(widget.get_io_type(), options):
+            file = listed and isinstance(value, str)  # of that name: looked for when the node runs
+            if not file and not (value is None and widget.optional):
+                found.append((widget.id, form, value))
+    return found
+
+
+def test_the_table_is_large():
+    assert len(NODES) == 37 and sum(len(pairs(node)) for node in NODES.values()) > 2000
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_malformed_input_is_refused_with_a_sentence(name):
+    node, schema = NODES[name].PREPARE_CLASS_CLONE({}), NODES[name].GET_SCHEMA()
+    usual = {widget.id: well_formed(widget) for widget in schema.inputs}
+    usual = {key: [value] for key, value in usual.items()} if schema.is_input_list else usual
+    bad = []
+    for entry, form, value in pairs(NODES[name]):
+        given = {entry: [value] if schema.is_input_list else value}
+        others = {key: each for key, each in usual.items() if key != entry}
+        try:
+            node.execute(**given, **others)
+            bad.append(f"{entry}, {form}: accepted")
+        except ValueError as error:
+            own = Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(ROOT)
+            text = str(error)
+            if not own or entry not in text or "expected" not in text or ": " not in text or not text.isascii():
+                bad.append(f"{entry}, {form}: {text}")
+        except Exception as error:
+            bad.append(f"{entry}, {form}: {type(error).__name__}: {error}")
+    assert not bad, "\n".join(bad)
