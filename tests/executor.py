@@ -45,7 +45,11 @@ class Executor:
         """Of all nodes, as far as toolbox/graph.py asks for it."""
         import nodes
 
-        return {name: {"input": each.INPUT_TYPES()} for name, each in nodes.NODE_CLASS_MAPPINGS.items()}
+        known = nodes.NODE_CLASS_MAPPINGS.items()
+        return {
+            name: {"input": each.INPUT_TYPES(), "output_node": bool(getattr(each, "OUTPUT_NODE", False))}
+            for name, each in known
+        }
 
     def run(self, prompt: dict[str, Any], **_: Any) -> Run:
         """Execute a prompt. PromptError when it is refused, in whole or in part, or when a node raises."""

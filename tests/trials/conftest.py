@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 
-from likeness.toolbox.graph import active_nodes, convert
+from likeness.toolbox.graph import active_nodes
 from likeness.toyworld import workflows
 
 from .. import live
 from ..executor import executor
+from ..server.results import Results
 
 
 def own_nodes() -> dict[str, Any]:
@@ -20,22 +22,20 @@ def own_nodes() -> dict[str, Any]:
 
 
 class Recorded:
-    """Nodes by id, and the inputs that they were executed with."""
+    """The inputs with which nodes were executed in shipped graphs with few steps."""
 
     def __init__(self, server: Any) -> None:
-        self.server, self.inputs = server, dict[str, dict[str, Any]]()
+        self.inputs, self._results = dict[str, dict[str, Any]](), Results(server)
 
     def run(self, name: str) -> None:
-        """Execute a shipped graph with few steps, and note what each of our nodes gets."""
-        info = self.server.object_info()
-        graph = live.lowered(name, info)
-        prompt = convert(graph, info)
+        """Run a shipped graph, and note what each of our nodes gets."""
         with pytest.MonkeyPatch.context() as patch:
             for identity, node in own_nodes().items():
                 patch.setattr(node, "execute", classmethod(self._noting(identity, node.execute.__func__)))
-            self.server.run(prompt)
+            assert self._results[name].run.status == "execution_success"
 
     def _noting(self, identity: str, execute: Any) -> Any:
+        @functools.wraps(execute)
         def run(cls: type, **inputs: Any) -> Any:
             self.inputs[identity] = inputs
             return execute(cls, **inputs)

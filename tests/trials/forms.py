@@ -108,3 +108,39 @@ def malformed(kind: str, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, bound, sign in (("below the range", "min", -1), ("above the range", "max", 1)):
             if options.get(bound) is not None:
                 yield name, options[bound] + sign
+
+
+UNFIT: dict[str, dict[str, Any]] = {
+    "CONDITIONING": {
+        "another width": [[torch.zeros(1, 77, 96), {}]],
+        "one token": [[torch.zeros(1, 1, 768), {}]],
+        "two prompts in one": [[torch.zeros(2, 77, 768), {}]],
+    },
+    "LATENT": {
+        "another model's channels": {"samples": torch.zeros(1, 16, 12, 12)},
+        "a video's axis": {"samples": torch.zeros(1, 4, 1, 12, 12)},
+        "three axes": {"samples": torch.zeros(4, 12, 12)},
+        "one cell": {"samples": torch.zeros(1, 4, 1, 1)},
+    },
+    "IMAGE": {
+        "8 pixels": torch.full((1, 8, 8, 3), 0.5),
+        "an odd size": torch.full((1, 65, 71, 3), 0.5),
+        "with transparency": torch.full((1, 96, 96, 4), 0.5),
+        "three of them": torch.rand(3, 96, 96, 3, generator=torch.Generator().manual_seed(0)),
+        "very wide": torch.full((1, 16, 512, 3), 0.5),
+    },
+    "MASK": {
+        "another proportion": torch.ones(1, 40, 90),
+        "three of them": torch.ones(3, 96, 96),
+        "all black": torch.zeros(1, 96, 96),
+        "all white": torch.ones(1, 96, 96),
+        "without a batch": torch.ones(96, 96),
+        "one pixel": torch.ones(1, 1, 1),
+    },
+    "SIGMAS": {
+        "beyond the schedule": torch.tensor([1e6, 1.0, 0.0]),
+        "never at 0": torch.tensor([14.0, 7.0, 1.0]),
+        "equal ones": torch.tensor([1.0, 1.0, 0.0]),
+    },
+}
+"""Well-formed values that do not fit a small SD1.5: a result, or a sentence."""
