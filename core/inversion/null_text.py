@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, predicted_noise
-from ..fit.fit import adam_state, finite_or_raise, restore_adam, undone_if_cut
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, rollback_on_interrupt
 
 Method = Literal["null-text", "negative prompt", "direct"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -126,7 +126,7 @@ class NullText:
         if value < best_loss:
             best, best_loss, worse = before, value, 0
         finished, following = self._finished(value, i, worse), self.x
-        with undone_if_cut(self.optimizer):
+        with rollback_on_interrupt(self.optimizer):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             finite_or_raise(torch.as_tensor(self.u.grad).square().sum(), self.step, "gradient")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...denoiser import timestep_range
 from ...fit.fit import Fit, curve
 from ...fit.runs import digest
-from ...fit.train import Keeping, Result
+from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
     Conditioning,
     apply_embedding,
@@ -108,8 +108,8 @@ class EmbeddingJob(Job):
         return self.schedule.steps
 
     @property
-    def keeping(self) -> Keeping:
-        return Keeping(self.schedule.save_every)
+    def retention(self) -> Retention:
+        return Retention(self.schedule.save_every)
 
     def key(self) -> str:
         put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
@@ -160,7 +160,9 @@ def train_embedding(
     anchor = None if start.hold is None else start.hold.anchor(rows, settings.tokens)
     job = EmbeddingJob(model, positive, images, settings, schedule, rows, first, anchor)
     done = run(job, node_id)
-    embedding = Embedding({step: result[""] for step, result in done.kept.items()}, job.header(done.step, done.losses))
+    embedding = Embedding(
+        {step: result[""] for step, result in done.results.items()}, job.header(done.step, done.losses)
+    )
     return embedding, done.losses
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...session.weights import OWN_GUIDANCE, POST_CFG, Playback
+from ...session.weights import GUIDANCE_PREFIX, POST_CFG, Playback
 from ..rectify import CLOSE, landing, step_at
 
-KEY = f"{OWN_GUIDANCE}.landing"
+KEY = f"{GUIDANCE_PREFIX}.landing"
 log = logging.getLogger("likeness")
 
 

@@ -105,8 +105,8 @@ class NullTextJob(Job):
         parts = [self.base, put_on, self.trajectory.latents, self.trajectory.sigmas]
         return digest([self.method, asdict(self.settings), *parts])
 
-    def answered(self, stored: Run) -> bool:
-        return stored.step in stored.kept and len(stored.last["nulls"]) == self.trajectory.steps
+    def is_complete(self, stored: Run) -> bool:
+        return stored.step in stored.results and len(stored.last["nulls"]) == self.trajectory.steps
 
     def end(self, done: Run) -> int:
         return done.step

@@ -22,7 +22,7 @@ from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import checked_mask
 from ...session.job import Job, run
-from ...session.sampling import noisy
+from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import Reference, ReferenceGuide, ReferenceSettings
@@ -92,7 +92,7 @@ class ReferenceJob(Job):
         sampling = self.model.get_model_object("model_sampling")
         latent_format = self.model.get_model_object("latent_format")
         levels = self.trajectory.sigmas
-        noise = noisy(sampling, self.noise, torch.zeros_like(self.noise), levels)
+        noise = noisy_start(sampling, self.noise, torch.zeros_like(self.noise), levels)
         parts = [noise, self.trajectory.latents, levels, self.negative[0][0], self.mask]
         start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
         contexts = [context.to(x0.device) for context in detached(self.contexts)]

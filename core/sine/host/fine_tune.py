@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...denoiser import Prompt
 from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
-from ...fit.train import Keeping, Result
+from ...fit.train import Result, Retention
 from ...lora.artifact import Tuned, weight_differences
 from ...lora.host.apply import encode_prompt
 from ...lora.low_rank import TEXT_LAYERS, attention_layers, beside, factors, new_adapters
@@ -113,10 +113,10 @@ class FineTuneJob(Job):
         return self.plan.method == FULL
 
     @property
-    def keeping(self) -> Keeping:
+    def retention(self) -> Retention:
         if self.one_result:
-            return Keeping(LAST, 1)
-        return Keeping(KEEP_EVERY, max(2, KEPT_BYTES // (4 * self._numbers)))
+            return Retention(LAST, 1)
+        return Retention(KEEP_EVERY, max(2, KEPT_BYTES // (4 * self._numbers)))
 
     @functools.cached_property
     def _numbers(self) -> int:

@@ -76,14 +76,14 @@ def both_loras(fit: Siso, trained: Trained, adapters: Mapping[str, LowRank]) -> 
 def lora_of(run: Run, keep: Keep) -> dict[str, Tensor]:
     """The one that is to be kept, of a run's end."""
     prefix = f"{keep}."
-    return {name[len(prefix) :]: value for name, value in run.kept[run.step].items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: value for name, value in run.results[run.step].items() if name.startswith(prefix)}
 
 
 def answers(run: Run, iterations: int, settings: SisoSettings) -> bool:
     """Whether a stored run needs no further iteration: enough were made, or it ended by itself, as the settings of now
     count it.
     """
-    return run.step in run.kept and (run.step >= iterations or settings.end(settings.plateau(run.losses)))
+    return run.step in run.results and (run.step >= iterations or settings.end(settings.plateau(run.losses)))
 
 
 def run_bytes(vae: Any, latent: Tensor, iterations: int, trained: Trained, rank: int) -> int:
