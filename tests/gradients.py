@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.lora.host.layers import trained_layers
-from ..core.lora.low_rank import beside, new_adapters
+from ..core.lora.low_rank import attached_lora, new_adapters
 from ..core.prompt.conditioning import Conditioning
 from ..core.session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
 from ..core.session.session import GuiderDenoiser, Session
@@ -142,7 +142,7 @@ def check_lora(
         slots: list[tuple[nn.Module, str]] = [
             (adapter, name) for adapter in adapters.values() for name in ("down", "up")
         ]
-        with beside(layers, adapters), _as_one(slots) as (start, put):
+        with attached_lora(layers, adapters), _as_one(slots) as (start, put):
             predict = _prediction(denoiser, x, sigma, text)
 
             def function(vector: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ...prompt.conditioning import (
     detached,
     single_prompt,
     start_rows,
-    unmarked,
+    without_tail,
 )
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
@@ -190,7 +190,7 @@ def preview_images(
     All images start from the same noise. Shape [1, C, h, w] of the latent; returns [images, H, W, 3].
     """
     prompts = [] if target is None else [target]
-    source = unmarked(source)  # the tokens learned take the place of those that they started from
+    source = without_tail(source)  # the tokens learned take the place of those that they started from
     for _, rows in sorted(embedding.rows.items()):
         prompts.append(apply_embedding(source, rows, 1.0))
         if target is not None:

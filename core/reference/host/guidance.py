@@ -17,7 +17,7 @@ from ...fit.train import Result
 from ...inversion.host.landing import Landing, landed
 from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
-from ...prompt.windows import active, windows
+from ...prompt.windows import active_entries, windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import checked_mask
@@ -189,7 +189,7 @@ def plain_prompt(
     positive: Conditioning, sigmas: list[float], sigma_of: Callable[[float], float]
 ) -> tuple[Conditioning, list[Tensor]]:
     """A prompt that may change from step to step, as one entry without a window, and its rows at each step."""
-    found = [active(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
+    found = [active_entries(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
     for step, entries in enumerate(found):
         if len(entries) != 1:
             raise ValueError(

@@ -19,7 +19,7 @@ from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
 from ...inversion.trajectory import check_sigmas
 from ...lora.host.layers import trained_layers
-from ...lora.low_rank import beside, factors, new_adapters
+from ...lora.low_rank import attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
@@ -164,7 +164,7 @@ class SisoJob(Job):
             _check_prompt(text, generator)
         trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
         adapters = new_adapters(trained.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
-        with beside(trained.layers, adapters), _recomputing(generator, self.similarity, plan):
+        with attached_lora(trained.layers, adapters), _recomputing(generator, self.similarity, plan):
             images = ImageSampling(generator, self.sampling, denoiser, x0, text)
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
