@@ -87,7 +87,7 @@ class Bench(subjects.Bench):
 
     def embedding(self, case: Case, masked: bool, weight: float) -> Any:
         """Eq. 6, or a part of it."""
-        from ..core.embedding.host.train import Hold, Schedule, Start, train_embedding
+        from ..core.embedding.host.train import RegularizerOptions, Schedule, TrainingPrompts, train_embedding
 
         how = self.settings
         return train_embedding(
@@ -96,13 +96,13 @@ class Bench(subjects.Bench):
             self.subject(case, masked),
             HiPerSettings(how.tokens, how.learning_rate, case.seed),
             Schedule(how.steps, how.steps),
-            Start(self.empty, hold=Hold(self.empty, weight) if weight else None),
+            TrainingPrompts(self.empty, regularizer=RegularizerOptions(self.empty, weight) if weight else None),
         )[0]
 
     def refined(self, case: Case, embedding: Any) -> Any:
         """Algorithm 1."""
         from ..core.embedding.host.refine import SavedStep, refine_embedding
-        from ..core.embedding.host.train import Hold
+        from ..core.embedding.host.train import RegularizerOptions
 
         how = self.settings
         return refine_embedding(
@@ -112,7 +112,7 @@ class Bench(subjects.Bench):
             SavedStep(embedding),
             self.levels,
             StepWiseSettings(how.inner_steps, how.learning_rate, case.seed),
-            Hold(self.empty, how.anchor_weight),
+            RegularizerOptions(self.empty, how.anchor_weight),
         )[0]
 
     def tuned(self, case: Case) -> Any:
