@@ -141,7 +141,7 @@ class Bench(subjects.Bench):
 
     def guided(self, case: Case, model: Any, positive: list, images: Any) -> Any:
         """Algorithm 2 for each of the images, from its own noise; one without a subject to align with stays."""
-        from ..core.inversion.host.ddim import inverted
+        from ..core.inversion.host.ddim import invert_image
         from ..core.reference.host.alignment import MAX_DEGREES
         from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
         from ..core.session.images import ImageSource
@@ -159,7 +159,8 @@ class Bench(subjects.Bench):
                 matrix = align(ours.clone(), wanted.clone(), max_degrees=MAX_DEGREES).matrix
             moved = warp(reference, matrix, (SIDE, SIDE)).movedim(1, -1)
             mask = (warp(ours[None, None], matrix, (SIDE, SIDE), "zeros")[0] > 0.5).float()
-            trajectory = inverted(model, caption, ImageSource(None, moved, self.world.vae), self.levels, "published", 0)
+            source = ImageSource(None, moved, self.world.vae)
+            trajectory = invert_image(model, caption, source, self.levels, "published", 0)
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
             moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
             how = ReferenceSettings(self.settings.cfg)

@@ -14,7 +14,7 @@ from ...denoiser import latent_mask
 from ...fit.fit import Fit
 from ...fit.runs import digest
 from ...fit.train import Result
-from ...inversion.host.landing import Landing, landed
+from ...inversion.host.landing import Landing, attach_landing
 from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
 from ...prompt.windows import active_entries, windows
@@ -155,7 +155,7 @@ def guided_by_reference(
     done = run(job, node_id)
     result = done.last
     target = trajectory.latents[chosen[0]]
-    again = landed(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
+    again = attach_landing(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, chosen, trajectory.sigmas.tolist(), sampling)
     return Guided(result["samples"], again, conditioning, done.losses, chosen, trajectory.steps)
 

@@ -317,7 +317,7 @@ class ImageSampling:
         for step in range(steps):
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
                 sigma = self._sigmas[step]
-                x = self._replay.stepped(x, (x - self._predicted(x, sigma, prompt)) / sigma, step)
+                x = self._replay.step(x, (x - self._predicted(x, sigma, prompt)) / sigma, step)
         latent_format = self._generator.model.get_model_object("latent_format")
         samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
         return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
