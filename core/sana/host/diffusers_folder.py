@@ -18,7 +18,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ...vision.host.extras.install import missing
+from ...vision.host.extras.install import missing_package
 from ...vision.host.extras.offline import offline, reason
 from ...vision.host.extras.transformers_folder import check_complete, read_model
 
@@ -71,7 +71,7 @@ def library(folder: Path) -> Any:
             getattr(diffusers, name)  # it is imported now
     except (ImportError, AttributeError, RuntimeError) as error:
         why = f"0.35 or newer; {reason(error)}"
-        raise missing(folder.name, "diffusers", why, "-U diffusers") from error
+        raise missing_package(folder.name, "diffusers", why, "-U diffusers") from error
     return diffusers
 
 
