@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..core.denoiser import Prompt
-from ..core.lora.low_rank import attention_layers, beside, factors, new_adapters
+from ..core.lora.low_rank import attached_lora, attention_layers, factors, new_adapters
 from ..core.sine.fine_tune import FineTune, FineTuneSettings, Samples
 from ..core.sine.position_map import position_map
 from . import frame, hosting
@@ -71,7 +71,7 @@ def measured(model: Any, prompt: list, full: bool, how: Settings) -> dict[str, d
             t, noise = fit.draw(fit.samples, generator)
             return fit.loss(fit.prompt(), x0, t, noise, box, None, 1.0)[0]
 
-        with beside(layers, adapters) if layers else contextlib.nullcontext():
+        with attached_lora(layers, adapters) if layers else contextlib.nullcontext():
             found["step"] = by_turns(fit.update, frame.update(bare_loss, adam), how.rounds)
             ours, plain = held_for_backward(our_loss), held_for_backward(bare_loss)
             found["bytes held for backward"] = {"ours": ours, "bare": plain, "ratio": ours / plain}

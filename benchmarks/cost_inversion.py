@@ -106,7 +106,7 @@ class Bench:
 
     def replays(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Sampling with what the nodes give out, beside stock sampling."""
-        from ..core.inversion.host.landing import Landing, landed
+        from ..core.inversion.host.landing import Landing, attach_landing
         from ..core.reference.host.guidance import guided_steps, masked_negative
 
         model, negative, mask, path = self.model, self.negative, self.mask, self.trajectory
@@ -114,14 +114,14 @@ class Bench:
         levels, null = self.sigmas.tolist(), negative[0][0]
         times = windows(levels, sampling.percent_to_sigma)
         nulls = step_wise(negative, [null] * self.settings.steps, times)
-        direct = landed(model, Landing(dict(enumerate(path[1:])), tuple(levels), rows=1))
+        direct = attach_landing(model, Landing(dict(enumerate(path[1:])), tuple(levels), rows=1))
         window = guided_steps(levels, START_PERCENT, END_PERCENT, sampling.percent_to_sigma)
         masked = masked_negative(negative, null.repeat(len(window), 1, 1), mask, window, levels, sampling)
         begin, end = times[window[0]][0], times[window[-1]][1]
         first, last = ({"start_percent": 0.0, "end_percent": begin}, {"start_percent": end, "end_percent": 1.0})
         middle = [{"start_percent": begin, "end_percent": end, "mask": where[0]} for where in (mask, 1 - mask)]
         stock = [[null, {**negative[0][1], **times}] for times in (first, *middle, last)]
-        guided = landed(model, Landing({window[0] - 1: path[window[0]]}, tuple(levels), mask))
+        guided = attach_landing(model, Landing({window[0] - 1: path[window[0]]}, tuple(levels), mask))
         for name, ours, bare in (
             ("null-text replay", (model, nulls), negative),
             ("direct replay", (direct, negative), negative),

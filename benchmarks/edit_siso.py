@@ -58,13 +58,13 @@ class Bench(effect_siso.Bench):
     @torch.inference_mode()
     def inverted(self, edit: Exchange) -> Any:
         """The noise of the source."""
-        from ..core.inversion.host.renoise import renoised
+        from ..core.inversion.host.renoise import renoise_image
         from ..core.session.images import ImageSource
 
         latent = {"samples": self.world.vae.encode(self.image(edit.source))}
         levels = self.sigmas(self.settings.steps, "simple")[self.settings.skipped :]
         prompt = self.conditioning(edit.source.class_prompt())
-        return renoised(self.world.model, prompt, ImageSource(latent), levels, ReNoiseSettings())
+        return renoise_image(self.world.model, prompt, ImageSource(latent), levels, ReNoiseSettings())
 
     @torch.inference_mode()
     def edited(self, edit: Exchange, start: Any, weight: float) -> Any:

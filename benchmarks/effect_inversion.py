@@ -123,8 +123,8 @@ class Bench(subjects.Bench):
 
     def row(self, scene: Scene) -> dict[str, Any]:
         """All ways back to one scene."""
-        from ..core.inversion.host.ddim import inverted, start_latent
-        from ..core.inversion.host.null_text import way_back
+        from ..core.inversion.host.ddim import invert_image, start_latent
+        from ..core.inversion.host.null_text import prepare_reconstruction
 
         model, cfg, positive = self.world.model, self.settings.cfg, self.conditioning(scene.caption)
 
@@ -136,14 +136,14 @@ class Bench(subjects.Bench):
             row: dict[str, Any] = {ROUND_TRIP: psnr(self.world.vae.decode(latent["samples"]))}
         for label in reversed(LABELS):
             trajectory, cost = self.measured(
-                inverted, model, positive, latent, None, None, self.levels, label, ITERATIONS
+                invert_image, model, positive, latent, None, None, self.levels, label, ITERATIONS
             )
             start = start_latent(model, trajectory)["samples"]
             row[f"{label}, unguided"] = {"psnr": psnr(self.again(model, positive, self.empty, start, 1.0)), **cost}
         row["plain"] = {"psnr": psnr(self.again(model, positive, self.empty, start, cfg))}
         for name, (method, first) in WAYS.items():
             found, cost = self.measured(
-                way_back, model, positive, self.empty, trajectory, method, NullTextSettings(cfg), first
+                prepare_reconstruction, model, positive, self.empty, trajectory, method, NullTextSettings(cfg), first
             )
             image = self.again(found.model, positive, found.negative, start, cfg)
             row[name] = {"psnr": psnr(image), "updates": len(found.losses or []), **cost}

@@ -137,15 +137,15 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def inverted(self, wanted: Replacement) -> Inverted:
         """The published inversion of the source image, and a way back to it."""
-        from ..core.inversion.host.ddim import inverted, start_latent
-        from ..core.inversion.host.null_text import way_back
+        from ..core.inversion.host.ddim import invert_image, start_latent
+        from ..core.inversion.host.null_text import prepare_reconstruction
         from ..core.session.images import ImageSource
 
         model, prompt, empty = self.world.model, self.conditioning(wanted.prompt), self.conditioning("")
         latent = {"samples": self.world.vae.encode(self.image(wanted.case))}
-        trajectory = inverted(model, prompt, ImageSource(latent), self.levels, "published", 0)
+        trajectory = invert_image(model, prompt, ImageSource(latent), self.levels, "published", 0)
         null_text, method = NullTextSettings(self.settings.cfg), cast(Method, self.settings.method)
-        way = way_back(model, prompt, empty, trajectory, method, null_text, "empty prompt")
+        way = prepare_reconstruction(model, prompt, empty, trajectory, method, null_text, "empty prompt")
         return Inverted(start_latent(model, trajectory), way.model, way.negative)
 
     @torch.inference_mode()

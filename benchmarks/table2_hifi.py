@@ -87,7 +87,7 @@ class Bench(subjects.Bench):
 
     def embedding(self, case: Case, masked: bool, weight: float) -> Any:
         """Eq. 6, or a part of it."""
-        from ..core.embedding.host.train import Hold, Schedule, Start, train_embedding
+        from ..core.embedding.host.train import RegularizerOptions, Schedule, TrainingPrompts, train_embedding
 
         how = self.settings
         return train_embedding(
@@ -96,13 +96,13 @@ class Bench(subjects.Bench):
             self.subject(case, masked),
             HiPerSettings(how.tokens, how.learning_rate, case.seed),
             Schedule(how.steps, how.steps),
-            Start(self.empty, hold=Hold(self.empty, weight) if weight else None),
+            TrainingPrompts(self.empty, regularizer=RegularizerOptions(self.empty, weight) if weight else None),
         )[0]
 
     def refined(self, case: Case, embedding: Any) -> Any:
         """Algorithm 1."""
         from ..core.embedding.host.refine import SavedStep, refine_embedding
-        from ..core.embedding.host.train import Hold
+        from ..core.embedding.host.train import RegularizerOptions
 
         how = self.settings
         return refine_embedding(
@@ -112,7 +112,7 @@ class Bench(subjects.Bench):
             SavedStep(embedding),
             self.levels,
             StepWiseSettings(how.inner_steps, how.learning_rate, case.seed),
-            Hold(self.empty, how.anchor_weight),
+            RegularizerOptions(self.empty, how.anchor_weight),
         )[0]
 
     def tuned(self, case: Case) -> Any:
@@ -141,7 +141,7 @@ class Bench(subjects.Bench):
 
     def guided(self, case: Case, model: Any, positive: list, images: Any) -> Any:
         """Algorithm 2 for each of the images, from its own noise; one without a subject to align with stays."""
-        from ..core.inversion.host.ddim import inverted
+        from ..core.inversion.host.ddim import invert_image
         from ..core.reference.host.alignment import MAX_DEGREES
         from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
         from ..core.session.images import ImageSource
@@ -159,7 +159,8 @@ class Bench(subjects.Bench):
                 matrix = align(ours.clone(), wanted.clone(), max_degrees=MAX_DEGREES).matrix
             moved = warp(reference, matrix, (SIDE, SIDE)).movedim(1, -1)
             mask = (warp(ours[None, None], matrix, (SIDE, SIDE), "zeros")[0] > 0.5).float()
-            trajectory = inverted(model, caption, ImageSource(None, moved, self.world.vae), self.levels, "published", 0)
+            source = ImageSource(None, moved, self.world.vae)
+            trajectory = invert_image(model, caption, source, self.levels, "published", 0)
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
             moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
             how = ReferenceSettings(self.settings.cfg)

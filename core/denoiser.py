@@ -1,12 +1,12 @@
-"""The one view that a method has of a diffusion model: ComfyUI's coordinates (x, sigma, denoised).
+"""The interface between a method and a diffusion model, in ComfyUI's coordinates (x, sigma, denoised).
 
 Here x = x0 + sigma * eps for eps- and v-prediction models (x = z_t / sqrt(alpha_bar_t) in the papers' notation, sigma =
 sqrt((1 - alpha_bar_t) / alpha_bar_t)) and x = (1 - sigma) * x0 + sigma * eps for flow models. D(x, sigma, c) is the
-model's estimate of x0. For all of them
+model's estimate of x0. In every case
 
     eps_theta - eps = (x0 - D) / sigma        (for flow models: v_theta - v)
 
-so a loss on the predicted noise needs neither the prediction type nor alpha_bar.
+so a loss on the predicted noise depends on neither the prediction type nor alpha_bar.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """What an algorithm may ask of a model. Differentiable in x and in context."""
+    """The model as an algorithm sees it. Differentiable in x and in context."""
 
     sigmas: Tensor
-    """[T] float32, ascending: the noise level of the integer timestep t = 0 .. T-1."""
+    """[T] float32, ascending: the noise level at each integer timestep t = 0 .. T-1."""
 
     def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The noisy sample of x0 [B, C, h, w] at noise level sigma [B]."""
+        """x0 [B, C, h, w] with noise added at noise level sigma [B]."""
         ...
 
     def denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, rows, width]."""
+        """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, tokens, width]."""
         ...
 
 
 class PlacedDenoiser(Denoiser, Protocol):
-    """A Denoiser that can also be told a vector of the prompt and which part of an image it is looking at."""
+    """A Denoiser that also takes a pooled prompt vector and the position of each sample within a larger image."""
 
     def denoised(
         self,
@@ -44,13 +44,13 @@ class PlacedDenoiser(Denoiser, Protocol):
         pooled: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> Tensor:
-        """As in Denoiser; pooled [1, width] of the prompt (SDXL), boxes [B, 4] as y0, x0, y1, x1 in cells."""
+        """As in Denoiser; pooled [1, width] for the prompt (SDXL), boxes [B, 4] as y0, x0, y1, x1 in latent cells."""
         ...
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the text encoder says: rows [1, n, d], and for SDXL a vector [1, p]."""
+    """The text encoder's output: token embeddings [1, n, d] and, for SDXL, a pooled vector [1, p]."""
 
     context: Tensor
     pooled: Tensor | None = None
@@ -59,9 +59,9 @@ class Prompt:
 def noise_error(
     denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, **more: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """eps_theta(x_t, t, context) - eps, and the denoised estimate it came from; both [B, C, h, w].
+    """eps_theta(x_t, t, context) - eps and the denoised estimate it is computed from; both [B, C, h, w].
 
-    more: pooled and boxes, for a PlacedDenoiser.
+    more: pooled and boxes for a PlacedDenoiser.
     """
     x = denoiser.noised(x0, noise, sigma)
     denoised = denoiser.denoised(x, sigma, context, **more)
@@ -69,20 +69,20 @@ def noise_error(
 
 
 def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-    """eps(x, sigma, c) = (x - D) / sigma for x [B, C, h, w] and one level sigma > 0."""
+    """eps(x, sigma, c) = (x - D) / sigma for x [B, C, h, w] and a single noise level sigma > 0."""
     return (x - denoiser.denoised(x, sigma.expand(x.shape[0]), context)) / sigma
 
 
 def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
-    """x of level `sigma` in the scale of level `to`: what a VP latent does when its timestep is relabelled."""
+    """x at level `sigma`, rescaled to level `to`: what relabelling its timestep does to a VP latent."""
     return x * ((1 + to**2) / (1 + sigma**2)).sqrt()
 
 
 def timestep_range(count: int, start_percent: float, end_percent: float) -> tuple[int, int]:
-    """The integer timesteps (lowest, highest) that a window of the sampling process covers.
+    """The integer timesteps (lowest, highest) covered by a window of the sampling process.
 
     Percent 0 is pure noise (t = count - 1), percent 1 the finished image (t = 0), as everywhere in ComfyUI.
-    Raises ValueError when the window is empty or leaves 0..1.
+    Raises ValueError when the window is empty or outside 0..1.
     """
     if not 0.0 <= start_percent < end_percent <= 1.0:
         raise ValueError(
@@ -94,17 +94,17 @@ def timestep_range(count: int, start_percent: float, end_percent: float) -> tupl
 
 
 def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of error [B, C, h, w] over the elements where mask [B, 1, h, w] is 1 (over all of them without a mask)."""
+    """Mean of error [B, C, h, w] over the elements where mask [B, 1, h, w] is 1; over all of them without a mask."""
     if mask is None:
         return error.mean()
     return (error * mask).sum() / (mask.sum() * error.shape[1])
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """An image mask [B, H, W] in 0..1 as a binary mask [B, 1, height, width] at latent resolution.
+    """Resample an image mask [B, H, W] in 0..1 to a binary mask [B, 1, height, width] at latent resolution.
 
-    A latent cell belongs to the subject when half of its area does. Where that leaves nothing of a thin subject, any
-    touched cell counts. Raises ValueError for a mask without a single set pixel.
+    A latent cell is set when at least half of its area is. If a subject is too thin for that, every cell it touches is
+    set. Raises ValueError for a mask without a single set pixel.
     """
     mask = mask.float().reshape(-1, 1, *mask.shape[-2:])
     if not bool((mask > 0.5).flatten(1).any(1).all()):
@@ -112,5 +112,5 @@ def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
     size = (height, width)
     area = (torch.nn.functional.interpolate(mask, size=size, mode="area") >= 0.5).float()
     touched = (torch.nn.functional.adaptive_max_pool2d(mask, size) > 0.5).float()
-    found = area.flatten(1).any(1).view(-1, 1, 1, 1)
-    return torch.where(found, area, touched)
+    covered = area.flatten(1).any(1).view(-1, 1, 1, 1)
+    return torch.where(covered, area, touched)

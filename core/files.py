@@ -1,7 +1,7 @@
-"""Reading and writing files of weights that may come from anyone.
+"""Read and write weight files, which may come from untrusted sources.
 
-Written as safetensors, to a temporary name and renamed, so a file is whole or absent. Read with limits: size, header,
-memory, finite values; of a pickle only plain tensors, never code.
+Files are written as safetensors under a temporary name and then renamed, so a file is either complete or absent.
+Reading checks size, header, memory and finite values; pickles are read as plain tensors only, and no code in them runs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 HEADER_KEY = "likeness"
-FORMAT = 1  # of the headers of artifacts
-MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of what people are shown, losses, size of a number
-TABLE = "state_dict"  # under which some programs save the tensors, beside other things
-MAX_HEADER = 4 << 20  # bytes of JSON in front of the tensors
+FORMAT = 1  # version of the artifact header
+MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of a displayed string, losses, magnitude of a number
+TABLE = "state_dict"  # key under which some programs save the tensors, next to other data
+MAX_HEADER = 4 << 20  # bytes of JSON before the tensors
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -38,10 +38,10 @@ TYPES = {
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write tensors and a JSON header to path; an existing file is replaced in one step or left as it was.
+    """Write tensors and a JSON header to path; an existing file is replaced atomically or left unchanged.
 
-    One tensor at a time goes to the CPU, so a model's whole training state needs no second copy in memory. Raises
-    OSError, before anything is written, when the disk is too full.
+    Tensors move to the CPU one at a time, so saving a model's whole training state needs no second copy in memory.
+    Raises OSError, before anything is written, when the disk is too full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.numel() * value.element_size() for value in tensors.values())
@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
         with temporary.open("wb") as file:
             _write_safetensors(file, tensors, json.dumps(header, sort_keys=True))
             file.flush()
-            os.fsync(file.fileno())  # the name must not become visible before the contents are on disk
+            os.fsync(file.fileno())  # the contents must be on disk before the name becomes visible
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
 
 
 def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: str) -> None:
-    """The format is eight bytes of length, a JSON table of contents, and the numbers in order."""
+    """The format is an eight-byte length, a JSON table of contents, and the tensor data in order."""
     contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: header}}
     end = 0
     for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -80,8 +80,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON header (empty when there is none) of a safetensors file.
 
-    choose: which of the names to read; it may refuse the file before anything else is read. Raises ValueError, with
-    the remedy, for a file that is too large, malformed, or holds numbers that are not finite.
+    choose: selects the names to read; it may reject the file before anything else is read. Raises ValueError, with the
+    remedy, for a file that is too large or malformed, or that contains non-finite numbers.
     """
     size = path.stat().st_size
     if size > max_bytes:
@@ -89,10 +89,10 @@ def read_tensors(
             f"{path.name} has {size} bytes, more than the {max_bytes} such a file can need: it is not one of ours."
         )
     _check_header_length(path, size)
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         names = list(file.keys())
     chosen = choose(names)
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in chosen}
     for name, value in tensors.items():
@@ -101,18 +101,18 @@ def read_tensors(
 
 
 def read_weights(path: Path, max_bytes: int, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor]:
-    """The tensors of another program's file by name: safetensors, or a pickle of a table, perhaps below "state_dict".
+    """The tensors, by name, of another program's file: safetensors, or a pickled dict, optionally under "state_dict".
 
-    choose: which of the names to take. The tensors may be views of the file. Raises ValueError, with the remedy, for a
-    file that cannot be read as a table of plain tensors, or whose tensors would need more memory than it has bytes.
+    choose: selects the names to read. The tensors may be views of the file. Raises ValueError, with the remedy, for a
+    file that is not a dict of plain tensors, or whose tensors claim more memory than the file holds.
     """
     if path.suffix.lower() == ".safetensors":
-        with torch.inference_mode(False):  # nodes run in it, and its tensors cannot become parameters
+        with torch.inference_mode(False):  # nodes run in inference mode, whose tensors cannot become parameters
             return read_tensors(path, max_bytes, choose)[0]
     table = read_plain(path, max_bytes)
     table = table.get(TABLE, table) if isinstance(table, dict) else None
-    named = isinstance(table, dict) and all(isinstance(name, str) for name in table)
-    if table is None or not named or not any(isinstance(value, Tensor) for value in table.values()):
+    keyed = isinstance(table, dict) and all(isinstance(name, str) for name in table)
+    if table is None or not keyed or not any(isinstance(value, Tensor) for value in table.values()):
         raise ValueError(f"{path.name} holds no table of weights: choose a state dict, or a .safetensors file.")
     tensors = {name: table[name] for name in choose([name for name in table if isinstance(table[name], Tensor)])}
     for name, value in tensors.items():
@@ -121,7 +121,7 @@ def read_weights(path: Path, max_bytes: int, choose: Callable[[list[str]], list[
 
 
 def read_plain(path: Path, max_bytes: int) -> Any:
-    """What a pickle of plain values and tensors holds; no code in it is run. ValueError for any other file."""
+    """The content of a pickle of plain values and tensors; no code in it is run. ValueError for any other file."""
     size = path.stat().st_size
     if size > max_bytes:
         raise ValueError(
@@ -130,7 +130,7 @@ def read_plain(path: Path, max_bytes: int) -> Any:
     try:
         with torch.inference_mode(False):  # as above
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many types here; none of them may look like a crash of the node
+    except Exception as error:  # torch raises many types here; none of them should look like a crash of the node
         raise ValueError(
             f"{path.name} cannot be read as weights, it is not a plain tensor file ({type(error).__name__}): download "
             "it again, from its authors, or use a .safetensors file."
@@ -138,20 +138,20 @@ def read_plain(path: Path, max_bytes: int) -> Any:
 
 
 def check_tensor(path: Path, value: Tensor, name: str = "") -> None:
-    """ValueError unless these are finite numbers that take as much room as they claim: a few bytes can be shown as
-    billions of equal numbers.
+    """ValueError unless a tensor holds finite numbers and is backed by as much storage as its shape claims: a few bytes
+    can be expanded to a view of billions of numbers.
     """
     where = f" in '{name[:80]}'" if name else ""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"{path.name} holds something else than plain numbers{where}: save it again as safetensors.")
-    numbers = value.float() if value.element_size() == 1 else value  # of 8-bit floats torch cannot tell
+    numbers = value.float() if value.element_size() == 1 else value  # torch has no isfinite for 8-bit floats
     if value.is_floating_point() and not bool(torch.isfinite(numbers).all()):
         raise ValueError(f"{path.name} holds NaN or infinite numbers{where}: copy or train it again.")
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file
@@ -171,7 +171,7 @@ def _check_header_length(path: Path, size: int) -> None:
 def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata.get(HEADER_KEY, "{}"))
-    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, or too deep
+    except (ValueError, RecursionError) as error:  # not JSON, a number with thousands of digits, or nested too deeply
         raise ValueError(
             f"{path.name} has a damaged header ({type(error).__name__}): copy or train it again."
         ) from error
@@ -181,9 +181,9 @@ def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def check_header(path: Path, header: dict[str, Any], kind: str, what: str) -> None:
-    """ValueError unless this is the header of an artifact of this kind, with losses and words that can be shown.
+    """ValueError unless this is the header of an artifact of this kind, with losses and strings safe to display.
 
-    what: the artifact and the nodes that make it, in words.
+    what: the artifact and the nodes that produce it, in words.
     """
     if header.get("kind") != kind:
         raise ValueError(f"{path.name} is not {what}.")
@@ -192,15 +192,15 @@ def check_header(path: Path, header: dict[str, Any], kind: str, what: str) -> No
             f"{path.name} has format {header.get('format')}, this version reads up to {FORMAT}: update the pack."
         )
     losses, method = header.get("losses", []), header.get("method", "")
-    right = (
+    checks = (
         isinstance(losses, list) and len(losses) <= MAX_LOSSES and all(map(is_number, losses)),
         isinstance(method, str) and len(method) <= MAX_WORD,
         all(isinstance(header.get(part, {}), dict) for part in ("base", "settings")),
     )
-    if not all(right):
+    if not all(checks):
         raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number that a float can hold."""
+    """Whether this is a finite number within the range of a float."""
     return isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER

@@ -5,7 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.embedding import hiper
-from ..core.embedding.host.train import Hold, Previews, Schedule, Start, preview_images, train_embedding
+from ..core.embedding.host.train import (
+    Previews,
+    RegularizerOptions,
+    Schedule,
+    TrainingPrompts,
+    preview_images,
+    train_embedding,
+)
 from ..core.prompt.conditioning import apply_embedding
 from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
@@ -55,7 +62,7 @@ def image_inputs(vae: str) -> list[io.Input]:
     ]
 
 
-def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
+def held(negative: list | None, weight: float, anchor: str) -> RegularizerOptions | None:
     """The regularizer that the inputs ask for, None for weight 0."""
     if weight == 0.0:
         return None
@@ -64,7 +71,7 @@ def held(negative: list | None, weight: float, anchor: str) -> Hold | None:
             f"anchor_weight is {weight} but nothing is connected to 'negative': connect the empty prompt there, or "
             "set anchor_weight to 0."
         )
-    return Hold(negative, weight, anchor == ANCHORS[1])
+    return RegularizerOptions(negative, weight, anchor == ANCHORS[1])
 
 
 class LikenessTrainEmbedding(Node):
@@ -225,7 +232,7 @@ class LikenessTrainEmbedding(Node):
             images,
             hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
             Schedule(steps, save_every, start_percent, end_percent),
-            Start(negative if init == EMPTY else None, target, held(negative, anchor_weight, anchor)),
+            TrainingPrompts(negative if init == EMPTY else None, target, held(negative, anchor_weight, anchor)),
             cls.hidden.unique_id,
         )
         loss = loss_map(losses)

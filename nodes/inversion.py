@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..core.inversion import null_text as published
 from ..core.inversion.ddim import ITERATIONS, LABELS
-from ..core.inversion.host.ddim import inverted, start_latent
-from ..core.inversion.host.null_text import way_back
+from ..core.inversion.host.ddim import invert_image, start_latent
+from ..core.inversion.host.null_text import prepare_reconstruction
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from .node import Node
@@ -66,7 +66,7 @@ class LikenessInvert(Node):
         cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
-        trajectory = inverted(model, positive, ImageSource(latent, image, vae), sigmas, label, iterations, node)
+        trajectory = invert_image(model, positive, ImageSource(latent, image, vae), sigmas, label, iterations, node)
         return io.NodeOutput(trajectory, start_latent(model, trajectory), sigmas)
 
 
@@ -175,7 +175,7 @@ class LikenessNullText(Node):
     ) -> io.NodeOutput:
         settings = published.NullTextSettings(cfg, inner_steps, learning_rate, epsilon, patience)
         node = cls.hidden.unique_id
-        found = way_back(model, positive, negative, trajectory, method, settings, start, node)
+        found = prepare_reconstruction(model, positive, negative, trajectory, method, settings, start, node)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput(found.negative, loss, found.report, found.model)
 

@@ -9,7 +9,7 @@ from ..core.vision import boxes
 from ..core.vision.host.subject_masks import (
     BOX_THRESHOLD,
     TEXT_THRESHOLD,
-    Request,
+    MaskRequest,
     captioners,
     captions,
     detectors,
@@ -57,7 +57,7 @@ class LikenessSubjectMask(Node):
         choose=boxes.BEST,
     ) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
-        found = subject_masks(image, Request(subject, box_threshold, text_threshold, choose), finder, cutter)
+        found = subject_masks(image, MaskRequest(subject, box_threshold, text_threshold, choose), finder, cutter)
         return io.NodeOutput(found.mask, found.image, found.info)
 
 

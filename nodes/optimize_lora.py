@@ -7,7 +7,7 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..core.inversion.host.renoise import replay_of
-from ..core.lora.host.apply import apply_tuned
+from ..core.lora.host.apply import apply_lora
 from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
@@ -82,7 +82,7 @@ class LikenessOptimizeLora(Node):
         )
         found = host.optimize_lora(job, cls.hidden.unique_id)
         lora = found.tuned()
-        tuned, encoder = apply_tuned(lora, model, clip, 1.0)
+        tuned, encoder = apply_lora(lora, model, clip, 1.0)
         encoder = nothing() if encoder is None else encoder
         loss = loss_map(found.losses)
         return io.NodeOutput(tuned, encoder, lora, found.image, found.images, loss, found.report())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.inversion import renoise as published
-from ..core.inversion.host.renoise import renoised
+from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
 from .node import Node
 from .types import advanced, encoded_or_image, schema, seed_input
@@ -82,7 +82,7 @@ class LikenessRenoise(Node):
         settings = published.ReNoiseSettings(
             sampler == ANCESTRAL, iterations, averaged, kl_weight, correlation_weight, seed
         )
-        found = renoised(model, positive, ImageSource(latent, image, vae), sigmas, settings, cls.hidden.unique_id)
+        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, settings, cls.hidden.unique_id)
         return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.lora.artifact import Tuned, save_tuned
+from ..core.lora.artifact import FineTunedWeights, save_fine_tune
 from ..core.lora.host.apply import encode_prompt
 from ..core.session import folders
 from ..core.session.fingerprint import check_base
@@ -44,14 +44,14 @@ class LikenessSaveTuned(Node):
 
     @classmethod
     def execute(cls, lora, filename_prefix) -> io.NodeOutput:
-        tuned = lora if isinstance(lora, Tuned) else None
+        tuned = lora if isinstance(lora, FineTunedWeights) else None
         if tuned is None:
             raise ValueError(
                 "This LORA_MODEL was not made by Fine-Tune On Image or Optimize LoRA, so nothing is known of its "
                 "prompt and base: save it with the stock Save LoRA node."
             )
         path = numbered_path(folders.first_folder(folders.LORAS), filename_prefix, ".safetensors")
-        save_tuned(path, tuned)
+        save_fine_tune(path, tuned)
         name = folders.listed_name(folders.LORAS, path)
         return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{summary(tuned)}"))
 

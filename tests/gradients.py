@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.lora.host.layers import trained_layers
-from ..core.lora.low_rank import beside, new_adapters
+from ..core.lora.low_rank import attached_lora, new_adapters
 from ..core.prompt.conditioning import Conditioning
 from ..core.session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
 from ..core.session.session import GuiderDenoiser, Session
 from ..core.session.weights import DECODER, checkpointed, layers_checkpointed
-from ..core.vision.host.vision import features, looking
+from ..core.vision.host.vision import features, vision_encoding
 
 LORA_RANK = 4
 LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient
@@ -142,7 +142,7 @@ def check_lora(
         slots: list[tuple[nn.Module, str]] = [
             (adapter, name) for adapter in adapters.values() for name in ("down", "up")
         ]
-        with beside(layers, adapters), _as_one(slots) as (start, put):
+        with attached_lora(layers, adapters), _as_one(slots) as (start, put):
             predict = _prediction(denoiser, x, sigma, text)
 
             def function(vector: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def check_clip_text(clip: Any, text: str = "a photo of a cat") -> GradientCheck:
 def check_vision(vision: Any, pixels: Tensor, *, checkpointing: bool = False) -> GradientCheck:
     """d (randomly weighted features) / d (pixels), against finite differences."""
     recomputed = layers_checkpointed(vision.model) if checkpointing else contextlib.nullcontext()
-    with looking(vision), recomputed:
+    with vision_encoding(vision), recomputed:
         point = pixels.detach().clone().float().to(vision.load_device)
         width = features(vision, point).shape[1]
         weight = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(point)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..inversion.rectify import landing
+from ..inversion.rectify import landing_prediction
 from .maps import probabilities
 
 END_PERCENT = 1.0  # Algorithm 3; prompt-to-prompt: 0.8
@@ -126,4 +126,4 @@ def blended(x: Tensor, denoised: Tensor, sigma: float, following: float, mask: T
     the mask."""
     source, edit = x + (following - sigma) * (x - denoised) / sigma
     wanted = torch.where(mask.to(x.device), edit, source)
-    return torch.stack([denoised[0], landing(x[1], sigma, wanted, following)])
+    return torch.stack([denoised[0], landing_prediction(x[1], sigma, wanted, following)])

@@ -1,1 +1,1 @@
-"""HiPer and HiFi Tuner, Algorithm 1: learning a subject as token embeddings."""
+"""HiPer and HiFi Tuner (eq. 6 and Algorithm 1): learning a subject as token embeddings."""

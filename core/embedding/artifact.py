@@ -1,7 +1,7 @@
-"""The LIKENESS_EMBEDDING artifact: text rows learned from a subject, with what is needed to use them rightly.
+"""The LIKENESS_EMBEDDING artifact: token embeddings learned from a subject, with the metadata needed to use them.
 
-One table of rows [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the
-number of denoising steps for a step-wise one, whose header says in "windows" when each of them holds.
+One tensor [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the number of
+denoising steps for a step-wise one, whose header gives the time window of each in "windows".
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..files import FORMAT, check_header, check_tensor, read_plain, read_tensors
 from ..prompt.windows import PercentRange
 
 KIND = "embedding"
-MAX_BYTES = 512 << 20  # 50 denoising steps of 77 rows of width 2048, saved 16 times over
+MAX_BYTES = 512 << 20  # 16 saved steps, each with 50 denoising steps of 77 tokens of width 2048
 STEP_KEY = "step_{:06d}"
-RECOMMENDED_STEP = 1000  # HiPer trains 1500 steps and uses this one; later ones lose editability
+RECOMMENDED_STEP = 1000  # HiPer trains 1500 steps and uses this one; later steps lose editability
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Embedding:
 
     @property
     def denoising_steps(self) -> int:
-        """T."""
+        """T, the number of denoising steps."""
         return next(iter(self.rows.values())).shape[0]
 
     @property
     def windows(self) -> list[PercentRange]:
-        """When each of the T tables holds, in percent of the sampling; none for T = 1."""
+        """The time window of each of the T steps, in percent of the sampling; empty for T = 1."""
         return [(start, end) for start, end in self.header["windows"]] if self.denoising_steps > 1 else []
 
     @property
@@ -64,25 +64,25 @@ class Embedding:
 
     @property
     def recommended_step(self) -> int:
-        """The last saved step that is not beyond the published one."""
+        """The last saved step up to the published one."""
         early = [step for step in self.rows if step <= RECOMMENDED_STEP]
         return max(early) if early else min(self.rows)
 
     def at(self, step: int) -> Tensor:
-        """The rows [T, n, d] of a saved step; 0 means the recommended one. ValueError for a step that was not saved."""
-        chosen = step or self.recommended_step
-        if chosen not in self.rows:
+        """The tokens [T, n, d] of a saved step, 0 for the recommended one. ValueError for a step that was not saved."""
+        number = step or self.recommended_step
+        if number not in self.rows:
             saved = ", ".join(map(str, sorted(self.rows)))
             raise ValueError(f"Step {step} of the embedding was not saved: choose 0 (recommended) or one of {saved}.")
-        return self.rows[chosen]
+        return self.rows[number]
 
     def describe(self) -> str:
-        """A few lines for people: method, size, base model, steps, last loss."""
+        """A short summary for display: method, size, base model, steps, losses."""
         base = self.header.get("base", {})
         losses = self.header.get("losses") or []
-        of_each = f", others at each of {self.denoising_steps} denoising steps" if self.denoising_steps > 1 else ""
+        step_wise = f", others at each of {self.denoising_steps} denoising steps" if self.denoising_steps > 1 else ""
         lines = [
-            f"{self.header.get('method', 'unknown method')}: {self.tokens} tokens of width {self.width}{of_each}",
+            f"{self.header.get('method', 'unknown method')}: {self.tokens} tokens of width {self.width}{step_wise}",
             f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
             f"saved steps: {', '.join(map(str, sorted(self.rows)))}; recommended {self.recommended_step}",
         ]
@@ -92,7 +92,7 @@ class Embedding:
 
 
 def _tile(windows: Any, count: int) -> bool:
-    """Whether these are `count` pairs of numbers that go from 0 to 1 without a gap."""
+    """Whether these are `count` pairs of numbers that cover 0 to 1 without gaps."""
     if not isinstance(windows, (list, tuple)) or len(windows) != count:
         return False
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in windows):
@@ -104,14 +104,13 @@ def _tile(windows: Any, count: int) -> bool:
 
 
 def save_embedding(path: Path, embedding: Embedding) -> None:
-    """Write the embedding as one safetensors file."""
+    """Write the embedding to a safetensors file."""
     tensors = {STEP_KEY.format(step): rows for step, rows in embedding.rows.items()}
     write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": KIND})
 
 
 def load_embedding(path: Path) -> Embedding:
-    """Read one of our files, or a tensor that the official HiPer script saved (.pt, read without running any code in
-    it).
+    """Read a file of this pack, or a tensor saved by HiPer's reference code (.pt, read without running code in it).
 
     Raises ValueError for anything else.
     """
@@ -130,8 +129,8 @@ def load_embedding(path: Path) -> Embedding:
 
 def _load_official(path: Path) -> Embedding:
     value = read_plain(path, MAX_BYTES)
-    table = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (2, 3)
-    if not table or value.ndim == 3 and value.shape[0] != 1:
+    is_table = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (2, 3)
+    if not is_table or value.ndim == 3 and value.shape[0] != 1:
         raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")
     check_tensor(path, value)
     value = value.detach().float().reshape(1, *value.shape[-2:])

@@ -1,15 +1,16 @@
-"""HiPer (Han et al. 2023, arXiv 2303.08767), its objective: argmin_h E || eps_theta(z_t, t, [c, h]) - eps ||^2.
+"""The objective of HiPer (Han et al. 2023, arXiv 2303.08767): argmin_h E || eps_theta(z_t, t, [c, h]) - eps ||^2.
 
-The text encoder's output for the source prompt is a table of rows (77 x 768 for SD1.x). HiPer freezes the model and the
-head c of the table, and optimises only its last n rows h, on one image. Any other prompt that carries the learned
-rows at its end then shows the subject.
+The text encoder's output for the source prompt is a sequence of token embeddings (77 x 768 for SD1.x). HiPer freezes
+the model and the leading tokens c, and optimises only the last n tokens h, on one image. Any other prompt that ends
+with the learned tokens then shows the subject.
 
-Source: train.py and inference.py of the authors. Deviations, each with its reason:
-- x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs one random draw kept for the whole run;
-- the noise is drawn in float32, theirs in float16; h and Adam stay in float32 as theirs;
-- a mask restricts the loss to the subject (HiFi Tuner eq. 6); without a mask the loss is theirs;
+Source: the authors' train.py and inference.py. Deviations, each with its reason:
+- x0 is the mean of the autoencoder's posterior, as ComfyUI encodes it; the reference code uses one random sample for
+  the whole run;
+- the noise is drawn in float32, in the reference code in float16; h and Adam are float32 in both;
+- a mask restricts the loss to the subject (HiFi Tuner eq. 6); without a mask the loss is that of the reference code;
 - several images are allowed, one drawn per update;
-- the last state is kept too, theirs is lost unless it falls on a saving step.
+- the last state is saved too; the reference code loses it unless it falls on a saving step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from ..denoiser import Denoiser, masked_mean, noise_error
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
 from ..prompt.conditioning import with_tail
 
-TOKENS = 5  # train.py --n_hiper: more rows hold more identity and leave less room for the edit
-LEARNING_RATE = 5e-3  # README and script.sh; the argument's own default is 1e-3
+TOKENS = 5  # train.py --n_hiper: more tokens capture more identity and leave less room for the edit
+LEARNING_RATE = 5e-3  # README and script.sh; the argument's default is 1e-3
 STEPS = 1000  # the checkpoint that inference.py uses, of 1500 trained
 SAVE_EVERY = 100
 SCALE = 0.8  # inference.py multiplies h by it (towards zero, not towards the padding)
@@ -32,7 +33,7 @@ SCALE = 0.8  # inference.py multiplies h by it (towards zero, not towards the pa
 
 @dataclass(frozen=True)
 class HiPerSettings:
-    """What decides the result of a run, next to the model, the image and the prompt."""
+    """What determines the result of a run, besides the model, the image and the prompt."""
 
     tokens: int = TOKENS
     learning_rate: float = LEARNING_RATE
@@ -42,7 +43,7 @@ class HiPerSettings:
 
 
 class HiPer:
-    """The optimisation of the tail rows; a Fit (see fit/fit.py)."""
+    """The optimisation of the last n tokens; a Fit (see fit/fit.py)."""
 
     def __init__(
         self,
@@ -53,8 +54,8 @@ class HiPer:
         settings: HiPerSettings,
         mask: Tensor | None = None,
     ) -> None:
-        """x0 [B, C, h, w] in the model's latent space; context [1, rows, d] of the source prompt; start [n, d], the
-        rows that h begins with; mask [B or 1, 1, h, w] of ones and zeros."""
+        """x0 [B, C, h, w] in the model's latent space; context [1, tokens, d] of the source prompt; start [n, d], the
+        initial h; mask [B or 1, 1, h, w] of ones and zeros."""
         self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
         self.h = start.detach().to(device=x0.device, dtype=torch.float32).clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.h], lr=settings.learning_rate)
@@ -65,7 +66,7 @@ class HiPer:
         return len(self.losses)
 
     def draw(self) -> tuple[int, Tensor, Tensor]:
-        """Image index, timestep [1] and noise [1, C, h, w] of the next update."""
+        """Image index, timestep [1] and noise [1, C, h, w] for the next update."""
         generator = step_generator(self.settings.seed, self.step)
         index = int(torch.randint(self.x0.shape[0], (1,), generator=generator))
         t = torch.randint(self.settings.t_low, self.settings.t_high + 1, (1,), generator=generator)
@@ -73,7 +74,7 @@ class HiPer:
         return index, t, noise
 
     def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """|| eps_theta - eps ||^2 (a mean) for one draw, and the denoised estimate."""
+        """|| eps_theta - eps ||^2 (a mean) for one draw, with the denoised estimate."""
         x0 = self.x0[index : index + 1]
         sigma = self.denoiser.sigmas[t].to(x0)
         error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.h))

@@ -1,1 +1,1 @@
-"""Shared: one optimization at a time, its state on disk, stopped, resumed and served again. Torch only."""
+"""Shared: optimization runs that can be interrupted, resumed from disk, and reused without training. Torch only."""

@@ -1,9 +1,8 @@
-"""What every optimisation of the pack has in common: one update at a time, and a state made of tensors only.
+"""The interface of every optimisation in the pack: one update at a time, and a state made of tensors only.
 
-A run that is stopped and resumed must equal one that was never stopped, bit for bit. So a Fit owns everything an
-update depends on (parameters, Adam moments, losses) and can hand it out and take it back as named tensors. What is
-random in an update is drawn from the seed and the number of the update alone, so that one stopped half-way leaves no
-trace.
+A run that is stopped and resumed must match an uninterrupted one bit for bit. So a Fit owns everything an update
+depends on (parameters, Adam moments, losses) and can save and restore it as named tensors. Randomness in an update
+depends only on the seed and the update's number, so an update that is interrupted halfway leaves no trace.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 
 class Fit(Protocol):
-    """One optimization in progress. One that may end by itself also has a property `done`."""
+    """One optimization in progress. A Fit that can finish early also has a property `done`."""
 
     losses: list[float]
     """The loss of every update so far."""
@@ -29,37 +28,37 @@ class Fit(Protocol):
         ...
 
     def update(self) -> Tensor:
-        """Make one update; returns the current denoised estimate [1, C, h, w], detached, for the preview."""
+        """Make one update; return the current denoised estimate [1, C, h, w], detached, for the preview."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next update depends on, detached; to be stored or copied before that update."""
+        """Everything the next update depends on, detached; store or copy it before that update."""
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what state() gave; the tensors are the fit's from then on."""
+        """Load a state returned by state(); the fit takes ownership of the tensors."""
         ...
 
 
 def step_generator(seed: int, step: int, purpose: str = "") -> torch.Generator:
-    """The random generator of one update; different for every seed, step and purpose."""
-    mixed = hashlib.sha256(f"{seed} {step}{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
+    """The random generator for one update; different for every seed, step and purpose."""
+    sha = hashlib.sha256(f"{seed} {step}{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(sha[:8], "little") >> 1)
 
 
 def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of an Adam-like optimiser, themselves and no copies, as tensors adam.<parameter index>.<name>."""
-    packed = {}
+    """The moments of an Adam-like optimiser, not copied, as tensors adam.<parameter index>.<name>."""
+    tensors = {}
     for index, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            packed[f"adam.{index}.{name}"] = torch.as_tensor(value).detach()
-    return packed
+            tensors[f"adam.{index}.{name}"] = torch.as_tensor(value).detach()
+    return tensors
 
 
-def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
+def restore_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Inverse of adam_state()."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in packed.items():
+    for key, value in tensors.items():
         if key.startswith("adam."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
@@ -67,7 +66,7 @@ def restore_adam(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) ->
 
 
 def group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The numbers in its parameter groups, which some optimisers (Prodigy) move, as tensors group.<index>.<name>."""
+    """Numbers in the parameter groups, which some optimisers (Prodigy) change, as tensors group.<index>.<name>."""
     return {
         f"group.{index}.{name}": torch.tensor(float(value), dtype=torch.float64)
         for index, group in enumerate(optimizer.param_groups)
@@ -76,9 +75,9 @@ def group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_groups(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
+def restore_groups(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Inverse of group_state()."""
-    for key, value in packed.items():
+    for key, value in tensors.items():
         if key.startswith("group."):
             _, index, name = key.split(".", 2)
             group = optimizer.param_groups[int(index)]
@@ -86,10 +85,10 @@ def restore_groups(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) 
 
 
 @contextlib.contextmanager
-def undone_if_cut(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """For updates that ask the model once more after their step: when that is cancelled, the step is taken back.
+def rollback_on_interrupt(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo an optimizer step when the block is interrupted, for updates that run the model again after their step.
 
-    The parameters and moments are as before; whatever else an update changes it must change behind this block.
+    Parameters and moments are restored; an update must change anything else only after this block.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = [parameter.detach().clone() for parameter in parameters]
@@ -105,7 +104,7 @@ def undone_if_cut(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
-    """A loss (or gradient) as a number; RuntimeError when it is not finite, before the update could spoil anything."""
+    """A loss (or gradient norm) as a float; RuntimeError when it is not finite, before the update is applied."""
     value = float(number.detach())
     if not torch.isfinite(number.detach()):
         raise RuntimeError(
@@ -116,7 +115,7 @@ def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
 
 
 def curve(losses: Iterable[float], points: int = 200) -> list[float]:
-    """At most `points` means of consecutive losses: what a plot of this width can show."""
+    """At most `points` means of consecutive losses: the resolution of a plot of this width."""
     values = torch.tensor(list(losses), dtype=torch.float64)
     if len(values) <= points:
         return [float(v) for v in values]

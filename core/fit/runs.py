@@ -1,7 +1,7 @@
-"""Runs on disk: what was trained once is not trained again, and what was stopped goes on where it stopped.
+"""Runs on disk: a finished training is not repeated, and an interrupted one resumes where it stopped.
 
-A run is one safetensors file named by the sha256 of everything that decides its result except the number of steps. It
-holds the state after its last update, and the rows kept on the way.
+A run is one safetensors file, named by the sha256 of everything that determines its result except the number of steps.
+It holds the state after the last update and the intermediate results saved along the way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("likeness")
 
 
 def digest(value: Any) -> str:
-    """sha256 of a nest of plain values and tensors; equal nests give equal digests on every machine."""
+    """sha256 of nested plain values and tensors; equal input gives equal digests on every machine."""
     sha = hashlib.sha256()
     _feed(sha, value)
     return sha.hexdigest()
@@ -55,7 +55,7 @@ def _name(value: Any) -> str:
 
 
 class RunStore:
-    """A folder of runs, the oldest removed when it grows beyond a limit."""
+    """A folder of runs; the oldest are removed when it exceeds a size limit."""
 
     def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
@@ -64,9 +64,10 @@ class RunStore:
         return self.folder / f"{key}.safetensors"
 
     def load(self, key: str, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor] | None:
-        """The tensors of a run, all or the chosen ones; or None. A damaged file is removed and counts as absent.
+        """The tensors of a run, all or those selected by `choose`; or None. A damaged file is removed and counts as
+        absent.
 
-        A file above the limit is the store's own, too: save() leaves the newest run whatever its size.
+        A file above the limit is valid too: save() keeps the newest run whatever its size.
         """
         path = self.path(key)
         if not path.is_file():
@@ -77,8 +78,8 @@ class RunStore:
         except ValueError as error:
             log.warning("A stored run could not be read and starts anew: %s", str(error))
             tensors = None
-        # What is read is a view of the file, and Windows neither replaces nor removes a file while one of them lives,
-        # as it does in the error above.
+        # The tensors are views of the file; the error above may still hold some, and Windows cannot replace or remove a
+        # file while a view of it exists.
         if tensors is None:
             path.unlink(missing_ok=True)
             return None
@@ -90,9 +91,9 @@ class RunStore:
         self._remove_oldest(keep=self.path(key))
 
     def _remove_oldest(self, keep: Path) -> None:
-        for left in self.folder.glob("*.tmp"):  # of a process that was killed while writing
-            if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
-                left.unlink(missing_ok=True)
+        for temporary in self.folder.glob("*.tmp"):  # left by a process that was killed while writing
+            if time.time() - temporary.stat().st_mtime > LEFTOVER_SECONDS:
+                temporary.unlink(missing_ok=True)
         runs = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
         size = sum(path.stat().st_size for path in runs)
         for path in runs:

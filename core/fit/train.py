@@ -1,4 +1,4 @@
-"""Running a Fit to a number of steps, with its state on disk: stopped, resumed and served again without training."""
+"""Run a Fit for a number of steps with its state on disk, so that it can be interrupted, resumed and reused."""
 
 from __future__ import annotations
 
@@ -14,128 +14,128 @@ from .fit import Fit
 from .runs import RunStore, digest
 
 log = logging.getLogger("likeness")
-SAVE_SECONDS = 30.0  # at most this much work is lost to a power cut; an interrupt loses none
-SAVE_SHARE = 10.0  # and saving takes at most one part in so many of the time: a model's whole state takes a while
+SAVE_SECONDS = 30.0  # a power cut loses at most this much work; an interrupt loses none
+SAVE_SHARE = 10.0  # saving takes at most 1/SAVE_SHARE of the time: a full model's state is slow to write
 LOSSES = "fit.losses"
 
 Result = dict[str, Tensor]
-"""What a run makes, as named tensors on the CPU; a result of one tensor may call it ''."""
+"""The result of a run as named tensors on the CPU; a single tensor may be named ''."""
 
 
 @dataclass
 class Run:
-    """A stored run: the fit's state after its last update, and the result as it was at the kept steps."""
+    """A stored run: the fit's state after its last update, and the results at the saved steps."""
 
     state: dict[str, Tensor]
     losses: list[float]
-    kept: dict[int, Result] = field(default_factory=dict)
+    results: dict[int, Result] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         return len(self.losses)
 
-    def answers(self, steps: int) -> bool:
-        """Whether a request for `steps` can be served without the model."""
-        return self.step >= steps and (steps in self.kept or self.step in self.kept)
+    def can_serve(self, steps: int) -> bool:
+        """Whether a request for `steps` can be answered without the model."""
+        return self.step >= steps and (steps in self.results or self.step in self.results)
 
     def end(self, steps: int) -> int:
-        """The step that a request for `steps` gets: this very one if it was kept, else all that was done so far."""
-        return steps if steps in self.kept else self.step
+        """The step returned for a request for `steps`: that exact step if it was saved, otherwise the last one."""
+        return steps if steps in self.results else self.step
 
-    def told_end(self, steps: int) -> int:
-        """As end(), with a warning when more was done than is asked for and that very step was not kept."""
+    def end_with_warning(self, steps: int) -> int:
+        """As end(), with a warning when the run is longer than requested and the requested step was not saved."""
         end = self.end(steps)
         if end > steps:
-            kept = ", ".join(str(step) for step in sorted(self.kept) if step < end) or "none"
+            saved = ", ".join(str(step) for step in sorted(self.results) if step < end) or "none"
             log.warning(
                 "%d steps were asked for, but this run had gone to step %d and did not keep step %d: you get step %d. "
                 "Ask for a step that was kept (%s), or choose another seed to train exactly %d steps.",
-                *(steps, end, steps, end, kept, steps),
+                *(steps, end, steps, end, saved, steps),
             )
         return end
 
     def up_to(self, end: int, every: int) -> dict[int, Result]:
-        """The results that a run which ended at this step would have kept, by step."""
-        return {s: result for s, result in self.kept.items() if s == end or (s < end and s % every == 0)}
+        """The results, by step, that a run ending at this step would have saved."""
+        return {s: result for s, result in self.results.items() if s == end or (s < end and s % every == 0)}
 
     @property
     def last(self) -> Result:
         """The result at the last step."""
-        return self.kept[self.step]
+        return self.results[self.step]
 
 
-def _kept_name(step: int, name: str) -> str:
+def _tensor_name(step: int, name: str) -> str:
     return f"kept.{step:06d}" + (f".{name}" if name else "")
 
 
 def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collection[str] = ()) -> Run | None:
-    """The run kept under this key, or None; its results alone when it is not to be continued (whole=False), and what
-    else of the fit's state is asked for.
+    """The run stored under this key, or None. whole=False is for a run that is not to be continued: it loads only the
+    results and the tensors of the fit's state that `more` names.
     """
-    chosen = {LOSSES, *(f"fit.{name}" for name in more)}
+    required = {LOSSES, *(f"fit.{name}" for name in more)}
 
     def choose(names: list[str]) -> list[str]:
-        return [name for name in names if whole or name in chosen or name.startswith("kept.")]
+        return [name for name in names if whole or name in required or name.startswith("kept.")]
 
     tensors = store.load(key, choose)
     if tensors is None:
         return None
     state = {name[4:]: value for name, value in tensors.items() if name.startswith("fit.")}
-    kept: dict[int, Result] = {}
+    results: dict[int, Result] = {}
     for name, value in tensors.items():
         if name.startswith("kept."):
             step, _, part = name[5:].partition(".")
-            kept.setdefault(int(step), {})[part] = value
-    return Run(state, tensors[LOSSES].tolist(), kept)
+            results.setdefault(int(step), {})[part] = value
+    return Run(state, tensors[LOSSES].tolist(), results)
 
 
 def stored_last(store: RunStore, key: str, steps: int) -> tuple[str, Run | None]:
-    """A stored run that keeps its last result only, and its name: a request for fewer steps than were done is a run of
-    its own, named by its number of steps too.
+    """The key and the stored run of a method that saves only its last result: a request for fewer steps than the stored
+    run has is a separate run, keyed by its number of steps too.
     """
     run = stored_run(store, key, whole=False)
-    if run is not None and (run.step <= steps or steps in run.kept):
+    if run is not None and (run.step <= steps or steps in run.results):
         return key, run
-    own = digest([key, steps])
-    shorter = stored_run(store, own, whole=False)
+    shorter_key = digest([key, steps])
+    shorter = stored_run(store, shorter_key, whole=False)
     if run is None and shorter is None:
         return key, None
-    return own, shorter
+    return shorter_key, shorter
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """At which steps of a run a result is kept (every so many, and the last), and how many of them at most."""
+class Retention:
+    """At which steps of a run the result is saved (every `every` steps, and the last), and at most how many."""
 
     every: int
     most: int | None = None
 
 
 class Checkpointer:
-    """A run on disk while it is trained: its results so far, and the fit's state often enough."""
+    """Saves a run while it is trained: its results so far and, periodically, the fit's state."""
 
-    def __init__(self, store: RunStore, key: str, header: dict[str, Any], keeping: Keeping) -> None:
-        self.store, self.key, self.header, self.keeping = store, key, header, keeping
-        self.kept: dict[int, Result] = {}
+    def __init__(self, store: RunStore, key: str, header: dict[str, Any], retention: Retention) -> None:
+        self.store, self.key, self.header, self.retention = store, key, header, retention
+        self.results: dict[int, Result] = {}
         self._saved_at, self._pause = time.monotonic(), SAVE_SECONDS
 
     def resume(self, fit: Fit) -> None:
-        """Bring the fit to where the stored run ended, if there is one."""
+        """Restore the fit to the end of the stored run, if there is one."""
         run = stored_run(self.store, self.key)
         if run is None:
             return
-        self.kept = run.kept
+        self.results = run.results
         if run.state:
             fit.restore(run.state)
 
     def keep(self, step: int, result: Result) -> None:
-        """Keep a result; of large ones the oldest goes."""
-        self.kept[step] = result
-        for old in sorted(self.kept)[: 0 if self.keeping.most is None else -self.keeping.most]:
-            del self.kept[old]
+        """Save the result of a step; drop the oldest beyond the limit."""
+        self.results[step] = result
+        for old in sorted(self.results)[: 0 if self.retention.most is None else -self.retention.most]:
+            del self.results[old]
 
     def save_if_due(self, fit: Fit) -> None:
-        """Store the run when that was long ago, for what it costs."""
+        """Store the run if the last save is long enough ago, relative to its cost."""
         if time.monotonic() - self._saved_at > self._pause:
             begin = time.monotonic()
             self.save(fit)
@@ -143,20 +143,21 @@ class Checkpointer:
             self._pause = max(SAVE_SECONDS, SAVE_SHARE * (self._saved_at - begin))
 
     def save(self, fit: Fit) -> None:
-        """Store the run. A full disk must neither stop a healthy run nor take the place of an interrupt."""
+        """Store the run. A full disk must neither stop a healthy run nor mask an interrupt."""
         tensors = {f"fit.{name}": value for name, value in fit.state().items()}
-        tensors |= {_kept_name(step, name): value for step, part in self.kept.items() for name, value in part.items()}
+        for step, result in self.results.items():
+            tensors |= {_tensor_name(step, name): value for name, value in result.items()}
         try:
             self.store.save(self.key, tensors, self.header)
         except OSError as problem:
             log.warning("The work so far could not be stored (%s).", problem)
 
     def rescue(self, fit: Fit, result: Callable[[], Result]) -> None:
-        """Store what there is of a run that was cut off. Why it was is what the user must see, not a fault in here."""
+        """Store an interrupted run. The user must see what interrupted it, not an error raised here."""
         if not fit.step:
             return
         try:
-            if fit.step not in self.kept and self.keeping.most != 1:  # a model's whole weights are not worth the wait
+            if fit.step not in self.results and self.retention.most != 1:  # whole weights take too long to write
                 self.keep(fit.step, result())
             self.save(fit)
         except Exception as problem:
@@ -170,23 +171,23 @@ def train(
     checkpointer: Checkpointer,
     on_update: Callable[[Tensor], None],
 ) -> Run:
-    """Bring the fit to `steps` updates, or until its `done` says so, resuming what is stored.
+    """Run the fit to `steps` updates, or until its `done` is true, resuming from the stored state.
 
-    result() gives the fit's current result; it is also kept where the run stopped. on_update gets what each update
-    returned; whatever it raises (an interrupt) ends the run, with its work saved.
+    result() returns the fit's current result; it is also saved where the run stops. on_update receives what each update
+    returns; if it raises (an interrupt), the run ends with its work saved.
     """
     checkpointer.resume(fit)
     try:
         while fit.step < steps and not getattr(fit, "done", False):
-            shown = fit.update()
-            if fit.step % checkpointer.keeping.every == 0 or fit.step == steps:
+            preview = fit.update()
+            if fit.step % checkpointer.retention.every == 0 or fit.step == steps:
                 checkpointer.keep(fit.step, result())
             checkpointer.save_if_due(fit)
-            on_update(shown)
+            on_update(preview)
     except BaseException:
         checkpointer.rescue(fit, result)
         raise
-    if fit.step not in checkpointer.kept:
+    if fit.step not in checkpointer.results:
         checkpointer.keep(fit.step, result())
     checkpointer.save(fit)
-    return Run({}, list(fit.losses), dict(checkpointer.kept))
+    return Run({}, list(fit.losses), dict(checkpointer.results))

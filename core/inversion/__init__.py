@@ -1,1 +1,1 @@
-"""Inverting an image: DDIM, null-text, ReNoise and latent rectification."""
+"""Image inversion: DDIM, null-text, ReNoise and latent rectification."""

@@ -1,14 +1,14 @@
-"""DDIM inversion (Song et al. 2021, arXiv 2010.02502, eq. 13 run backwards): the noise that an image came from.
+"""DDIM inversion (Song et al. 2021, arXiv 2010.02502, eq. 13 run backwards): from an image to its initial noise.
 
 With eta 0 a DDIM step is an Euler step in ComfyUI's coordinates, x' = x + (sigma' - sigma) eps(x, sigma), and inversion
-walks the same levels upwards. What differs between implementations is where eps is asked for, because the exact
-answer, at the noisier end of the step, is not known yet:
+goes through the same levels upwards. Implementations differ in where they evaluate eps, because the latent at the
+noisier end of the step, which would give the exact inverse, is not known yet:
 
-- published: at the noisier level sigma', for the cleaner latent brought to that level's scale, as null-text inversion
-  (Mokady et al. 2023, arXiv 2211.09794) and prompt-to-prompt do it;
-- current: at the latent's own level, as flipping the sigmas of an Euler sampler does it;
-- fixed point: published first, then for the found x' itself, several times: its solution is the exact inverse of the
-  sampler's step.
+- published: at the noisier level sigma', for the cleaner latent rescaled to that level, as in null-text inversion
+  (Mokady et al. 2023, arXiv 2211.09794) and prompt-to-prompt;
+- current: at the latent's own level, like an Euler sampler with flipped sigmas;
+- fixed point: published first, then several times for the resulting x' itself; the fixed point is the exact inverse of
+  the sampler's step.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def invert(
 ) -> Tensor:
     """The trajectory [T + 1, B, C, h, w] of x0 [B, C, h, w]: entry i is the latent before step i of sampling `sigmas`.
 
-    sigmas [T + 1] descending, as a sampler takes them; the last may be 0. context [B or 1, rows, width] of the prompt
-    that describes the image; no guidance. on_step(number of steps done, latent) may raise to stop.
+    sigmas [T + 1] descending, as for a sampler; the last may be 0. context [B or 1, tokens, width] of the prompt that
+    describes the image; no guidance. on_step(number of steps done, latent) may raise to stop.
     """
     sigmas = sigmas.to(x0)
     lowest = denoiser.sigmas[0].to(x0)
     x = x0
-    found = [x]
+    latents = [x]
     for i in range(len(sigmas) - 2, -1, -1):
         low, high = sigmas[i + 1], sigmas[i]
-        at = torch.maximum(low, lowest) if label == "current" else high
-        eps = predicted_noise(denoiser, rescaled(x, low, at), at, context)
+        level = torch.maximum(low, lowest) if label == "current" else high
+        eps = predicted_noise(denoiser, rescaled(x, low, level), level, context)
         following = x + (high - low) * eps
         for _ in range(iterations if label == "fixed point" else 0):
             following = x + (high - low) * predicted_noise(denoiser, following, high, context)
         x = following
-        found.append(x)
-        on_step(len(found) - 1, x)
-    return torch.stack(found[::-1])
+        latents.append(x)
+        on_step(len(latents) - 1, x)
+    return torch.stack(latents[::-1])

@@ -1,13 +1,13 @@
 """ReNoise inversion (Garibi et al. 2024, arXiv 2403.14602), Algorithm 1, as SISO uses it for few-step models.
 
-A model of a few steps predicts so much in each that inverting with the prediction at the cleaner level goes astray. So
-each level is tried several times: from the latent found last, predict again, invert again, and average the last
-predictions. Two corrections keep the noise usable:
+The steps of a few-step model are so large that inverting with the prediction at the cleaner level is inaccurate. So
+each step is inverted several times, each time with the prediction for the latest estimate, and the last predictions are
+averaged. Two corrections keep the noise usable:
 
-- the predictions are made to look like noise: patch by patch of the distribution of a prediction for really noised
-  latents (KL), and without correlation between neighbours;
-- for samplers that add noise in each step (ancestral ones) the added noise itself is changed, so that the step comes
-  back.
+- the predictions are regularized to look like noise: in each patch with the distribution of a prediction for truly
+  noised latents (KL), and without correlation between neighbours;
+- for ancestral samplers, which add noise in each step, the added noise is corrected so that the step returns to the
+  known latent.
 
 In ComfyUI's coordinates, x = x0 + sigma n, an ancestral step from sigma to sigma_next < sigma is
 
@@ -15,11 +15,12 @@ In ComfyUI's coordinates, x = x0 + sigma n, an ancestral step from sigma to sigm
 
 with sigma_down^2 = sigma_next^2 - sigma_up^2 (Karras et al. 2022, arXiv 2206.00364).
 
-Source: the authors' code as SISO's script calls it, with its settings. Its inversion step differs from the sampler's,
-sigma_down there being sigma_next^2 / sigma, which is the same number. Deviations, each with its reason:
-- predictions that their loop makes after the last averaged one are left out: they are not used;
-- the levels may be any that a sampler takes, and the last one is 0 also for DDIM, where their code ends at sigma(0);
-- the noises are drawn with the latent's own size: theirs is 512 px always.
+Source: the authors' code as SISO's script calls it, with its settings. Its inversion step writes sigma_down as
+sigma_next^2 / sigma, which is the same number as the sampler's. Deviations, each with its reason:
+- predictions after the last averaged one are omitted, because the reference code does not use them;
+- the noise levels may be any that a sampler accepts, and the last is 0 also for DDIM, where the reference code ends at
+  sigma(0);
+- the noises have the latent's own size; in the reference code they always have the size for 512 px.
 """
 
 from __future__ import annotations
@@ -39,42 +40,42 @@ KL_CLIP = 100.0
 PATCH, SMALLEST = 4, 8
 CORRECTION_STEPS, CORRECTION_LENGTH = 10, 1.8
 ITERATIONS, AVERAGED = 9, 2
-LOW_ITERATIONS, LOW_TIMESTEP = 5, 250  # in steps that come from a timestep below
+LOW_ITERATIONS, LOW_TIMESTEP = 5, 250  # LOW_ITERATIONS for steps from a timestep below LOW_TIMESTEP
 SEED = 7865
 
 
-def ancestral(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+def ancestral_sigmas(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
     """sigma_down and sigma_up of a step between two levels, following < sigma."""
     up = (following**2 * (sigma**2 - following**2).abs() / sigma**2).sqrt()
     return following**2 / sigma, up
 
 
-def stepped(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
+def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
     """The ancestral step from sigma to following."""
-    down, up = ancestral(sigma, following)
+    down, up = ancestral_sigmas(sigma, following)
     return x + (down - sigma) * eps + up * noise
 
 
-def unstepped(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
-    """The x before a step that led to x."""
-    down, up = ancestral(sigma, following)
+def inverse_ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
+    """The latent before an ancestral step that led to x."""
+    down, up = ancestral_sigmas(sigma, following)
     return x - (down - sigma) * eps - up * noise
 
 
 def patch_kl(eps: Tensor, like: Tensor) -> Tensor:
-    """How much the patches of eps [1, C, h, w] differ in mean and variance from those of `like`: a sum over channels
-    and patches of 4 x 4."""
-    one, other = (F.unfold(each.transpose(0, 1), PATCH, stride=PATCH) for each in (eps, like))
-    mean0, var0 = one.mean(1), one.var(1) + 0.0
-    mean1, var1 = other.mean(1), other.var(1) + 0.0
+    """The KL loss between the 4 x 4 patches of eps [1, C, h, w] and those of `like`, from their means and variances,
+    summed over channels and patches."""
+    patches0, patches1 = (F.unfold(each.transpose(0, 1), PATCH, stride=PATCH) for each in (eps, like))
+    mean0, var0 = patches0.mean(1), patches0.var(1) + 0.0
+    mean1, var1 = patches1.mean(1), patches1.var(1) + 0.0
     tiny = 1e-6
     ratio = ((var1 + tiny) / (var0 + tiny)).log()
     return (ratio + (var0 + (mean0 - mean1) ** 2) / (var1 + tiny) - 1).abs().sum()
 
 
 def autocorrelation(eps: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Squared correlations of eps [1, C, h, w] with itself, shifted in both directions, at this size and at halves of
-    it down to 8. Shifts are drawn from the generator; without one they are 1."""
+    """Squared correlations of eps [1, C, h, w] with itself, shifted along both axes, at full size and at repeated
+    halvings down to 8. Shifts are drawn from the generator; without one they are 1."""
     total = eps.new_zeros(())
     for channel in eps[0]:
         noise = channel[None, None]
@@ -89,15 +90,15 @@ def autocorrelation(eps: Tensor, generator: torch.Generator | None = None) -> Te
     return total
 
 
-def regularised(
+def regularize(
     eps: Tensor,
     like: Tensor,
     generator: torch.Generator,
     kl_weight: float = KL_WEIGHT,
     correlation_weight: float = CORRELATION_WEIGHT,
 ) -> Tensor:
-    """A prediction made to look like noise; `like` is one for really noised latents."""
-    with torch.inference_mode(False), torch.enable_grad():  # predictions come without a gradient; the losses have one
+    """Regularize a prediction to look like noise; `like` is a prediction for truly noised latents."""
+    with torch.inference_mode(False), torch.enable_grad():  # predictions have no gradient; the losses need one
         eps, like = eps.detach().clone(), like.detach().clone()
         for _ in range(OUTER_STEPS):
             if kl_weight:
@@ -114,24 +115,25 @@ def regularised(
 def corrected_noise(
     noise: Tensor, x: Tensor, eps: Tensor, expected: Tensor, sigma: Tensor, following: Tensor
 ) -> Tensor:
-    """The noise to add in the step from x, so that it leads near the expected latent: it moves by at most 18.
+    """The noise to add in the step from x so that it leads close to the expected latent; it changes by at most 18 in
+    norm.
 
-    A step to level 0 adds none, and leaves it as it is.
+    A step to level 0 adds no noise, and the noise is returned unchanged.
     """
-    down, up = ancestral(sigma, following)
+    down, up = ancestral_sigmas(sigma, following)
     if not float(up):
         return noise
     required = (expected - x - (down - sigma) * eps) / up
     for _ in range(CORRECTION_STEPS):
-        away = noise - required
-        noise = noise - CORRECTION_LENGTH * away / away.norm()
+        difference = noise - required
+        noise = noise - CORRECTION_LENGTH * difference / difference.norm()
     return noise
 
 
 @dataclass(frozen=True)
 class ReNoiseSettings:
-    """ancestral: for samplers that add noise in each step, as SDXL-turbo's; else the steps are DDIM's, which for
-    SD-turbo go without correlation_weight. averaged: how many of the last predictions of a step are."""
+    """ancestral: for samplers that add noise in each step, as for SDXL-turbo; otherwise the steps are DDIM's, as for
+    SD-turbo, with correlation_weight 0. averaged: how many of the last predictions of a step are averaged."""
 
     ancestral: bool = True
     iterations: int = ITERATIONS
@@ -143,17 +145,17 @@ class ReNoiseSettings:
 
 @dataclass(frozen=True)
 class Replay:
-    """How an inverted image is sampled again: along sigmas [T + 1], adding noises [T, C, h, w] step by step, or none
-    [0, C, h, w]."""
+    """What is needed to sample an inverted image again: sigmas [T + 1], and the noise to add in each step as noises
+    [T, C, h, w], or [0, C, h, w] for none."""
 
     sigmas: Tensor
     noises: Tensor
 
-    def stepped(self, x: Tensor, eps: Tensor, step: int) -> Tensor:
-        """The latent after a step; eps was predicted for x."""
+    def step(self, x: Tensor, eps: Tensor, step: int) -> Tensor:
+        """The latent after a step from x, with eps predicted for x."""
         sigma, following = self.sigmas[step : step + 2].to(x)
         if len(self.noises):
-            return stepped(x, eps, self.noises[step : step + 1].to(x), sigma, following)
+            return ancestral_step(x, eps, self.noises[step : step + 1].to(x), sigma, following)
         return x + (following - sigma) * eps
 
 
@@ -165,9 +167,9 @@ def renoise(
     settings: ReNoiseSettings,
     on_step: Callable[[int, Tensor], None] = lambda _step, _x: None,
 ) -> tuple[Tensor, Replay]:
-    """The latent [1, C, h, w] from which sampling `sigmas` comes back to x0, and how.
+    """The latent [1, C, h, w] from which sampling `sigmas` returns to x0, and the Replay to sample it with.
 
-    sigmas [T + 1] descending, the last is 0. context [1, rows, width] of the prompt that describes x0; no guidance.
+    sigmas [T + 1] descending; the last is 0. context [1, tokens, width] of the prompt that describes x0; no guidance.
     on_step(number of steps done, latent) may raise to stop.
     """
     generator = torch.Generator().manual_seed(settings.seed)
@@ -181,18 +183,18 @@ def renoise(
     for step in range(len(sigmas) - 2, -1, -1):
         sigma, following = sigmas[step], sigmas[step + 1]
         like = predicted_noise(denoiser, denoiser.noised(x0, noise, sigma.view(1)), sigma, context)
-        # Below, as published, few latents are tried and all predictions are averaged.
+        # At low levels there are fewer iterations and all predictions are averaged, as in the reference code.
         count = min(LOW_ITERATIONS, settings.iterations) if sigma < low else settings.iterations + 1
         first = 0 if sigma < low else max(count - settings.averaged, 0)
-        before = _before(x, sigma, following, noises[step], settings.ancestral)
-        found, guess = [], x if settings.ancestral else rescaled(x, following, sigma)
+        invert_step = _inverse_step(x, sigma, following, noises[step], settings.ancestral)
+        predictions, guess = [], x if settings.ancestral else rescaled(x, following, sigma)
         for index in range(count):
             eps = predicted_noise(denoiser, guess, sigma, context)
             if index >= first:
-                found.append(eps)
-                eps = _as_noise(eps, like, generator, settings)
-            guess = before(eps)
-        guess = before(_as_noise(torch.stack(found).mean(0), like, generator, settings))
+                predictions.append(eps)
+                eps = _regularize(eps, like, generator, settings)
+            guess = invert_step(eps)
+        guess = invert_step(_regularize(torch.stack(predictions).mean(0), like, generator, settings))
         if settings.ancestral:
             eps = predicted_noise(denoiser, guess, sigma, context)
             noises[step] = corrected_noise(noises[step], guess, eps, x, sigma, following)
@@ -201,12 +203,14 @@ def renoise(
     return x, Replay(sigmas, torch.cat(noises)[: None if settings.ancestral else 0])
 
 
-def _as_noise(eps: Tensor, like: Tensor, generator: torch.Generator, settings: ReNoiseSettings) -> Tensor:
-    return regularised(eps, like, generator, settings.kl_weight, settings.correlation_weight)
+def _regularize(eps: Tensor, like: Tensor, generator: torch.Generator, settings: ReNoiseSettings) -> Tensor:
+    return regularize(eps, like, generator, settings.kl_weight, settings.correlation_weight)
 
 
-def _before(x: Tensor, sigma: Tensor, following: Tensor, noise: Tensor, ancestral: bool) -> Callable[[Tensor], Tensor]:
-    """eps -> the latent before the step that led to x."""
+def _inverse_step(
+    x: Tensor, sigma: Tensor, following: Tensor, noise: Tensor, ancestral: bool
+) -> Callable[[Tensor], Tensor]:
+    """A function from eps to the latent before the step that led to x."""
     if ancestral:
-        return lambda eps: unstepped(x, eps, noise, sigma, following)
+        return lambda eps: inverse_ancestral_step(x, eps, noise, sigma, following)
     return lambda eps: x + (sigma - following) * eps

@@ -1,4 +1,4 @@
-"""The LIKENESS_TRAJECTORY: the latents that an inversion went through, with what is needed to use them rightly."""
+"""The LIKENESS_TRAJECTORY: the latents of an inversion, with the metadata needed to use them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Trajectory:
     """latents [T + 1, B, C, h, w] float32 on the CPU, in the model's latent space and ComfyUI's coordinates: entry i is
-    what a sampler has before step i. sigmas [T + 1], descending. header: base, label, prompt (JSON values).
+    a sampler's latent before step i. sigmas [T + 1], descending. header: base, label, prompt (JSON values).
     """
 
     latents: Tensor
@@ -25,9 +25,9 @@ class Trajectory:
 
 
 def check_sigmas(sigmas: Tensor) -> None:
-    """ValueError for levels that no trajectory can be walked along."""
-    falling = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
-    if not falling or float(sigmas[-1]) < 0 or not bool(torch.isfinite(sigmas).all()):
+    """ValueError for noise levels that a trajectory cannot have."""
+    descending = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
+    if not descending or float(sigmas[-1]) < 0 or not bool(torch.isfinite(sigmas).all()):
         raise ValueError(
             f"The SIGMAS are {[round(float(s), 4) for s in sigmas.flatten()[:6]]}{' ...' if sigmas.numel() > 6 else ''}"
             ", expected two or more falling noise levels, as BasicScheduler gives them: do not flip or cut them."

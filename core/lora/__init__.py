@@ -1,1 +1,1 @@
-"""Shared: low-rank weights beside the layers of any model, and the file that keeps them."""
+"""Shared: LoRA adapters for the layers of any model, and their file format."""

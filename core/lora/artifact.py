@@ -1,11 +1,11 @@
-"""The artifact of a fine-tuning: weights as a LoRA file of ComfyUI names them, with what is needed to use them rightly.
+"""The artifact of a fine-tuning: weights under ComfyUI's LoRA names, with the metadata needed to use them correctly.
 
-It is a plain table of tensors, so every stock node for LoRAs takes it: low-rank factors ("<path>.lora_up.weight",
+It is a plain dict of tensors, so every stock LoRA node accepts it: low-rank factors ("<path>.lora_up.weight",
 "<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight") or differences of
-whole weights ("<path>.diff", "<path>.diff_b"). Paths are ComfyUI's, those of the field's training scripts
-("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....", "text_encoder...."). One more
-tensor (NEEDS) says that something else belongs to it, such as a position map; stock nodes log its name as not loaded,
-which is the warning that is due: such weights misbehave without it.
+full weights ("<path>.diff", "<path>.diff_b"). Paths are ComfyUI's, those of common training scripts ("lora_unet_...",
+"lora_te_..."), or diffusers' ("transformer....", "text_encoder...."). An extra tensor (NEEDS) marks a further
+requirement, such as a position map, without which the weights misbehave; stock nodes log its name as not loaded, which
+is the right warning.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ..files import FORMAT, MAX_WORD, check_header, is_number, read_tensors, rea
 KIND = "fine_tune"
 MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
 MAX_PROMPT = 10_000  # characters
-MAX_SETTINGS = 64  # of a header
-NEEDS = "likeness.needs_"  # how the names of tensors begin that say what else the weights need
-OFFICIAL_MARKER = "head_position_encode._float_tensor"  # of the authors' own patch-tuned checkpoints
-MODEL = ("diffusion_model.", "lora_unet_", "transformer.")  # how the names of a part's tensors begin
-TEXT = ("text_encoders.", "lora_te", "text_encoder.")
+MAX_SETTINGS = 64  # entries in a header
+NEEDS = "likeness.needs_"  # name prefix of tensors that mark what else the weights need
+OFFICIAL_MARKER = "head_position_encode._float_tensor"  # in the reference code's patch-trained checkpoints
+MODEL_PREFIXES = ("diffusion_model.", "lora_unet_", "transformer.")  # name prefixes of the tensors of each part
+TEXT_PREFIXES = ("text_encoders.", "lora_te", "text_encoder.")
 KEY = re.compile(
     r"(diffusion_model\.|text_encoders\.|lora_unet_|lora_te[12]?_|transformer\.|text_encoder\.)[\w.]{1,300}"
     r"\.(lora_up\.weight|lora_down\.weight|lora_A\.weight|lora_B\.weight|alpha|diff|diff_b)"
 )
-OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # every other program's LoRAs begin so too
+OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # prefixes that other programs' LoRAs use too
 PAIRS = (("lora_up", "lora_down"), ("lora_B", "lora_A"))
 
 
-class Tuned(dict[str, Tensor]):
+class FineTunedWeights(dict[str, Tensor]):
     """Named tensors on the CPU, and a header: method, base, prompt, settings, losses (JSON values)."""
 
     def __init__(self, tensors: dict[str, Tensor], header: dict[str, Any] | None = None) -> None:
@@ -45,23 +45,23 @@ class Tuned(dict[str, Tensor]):
 
     @property
     def prompt(self) -> str:
-        """The prompt that it was trained with; empty when that is not recorded."""
+        """The training prompt; empty when it is not recorded."""
         return self.header.get("prompt", "")
 
     @property
     def full(self) -> bool:
-        """Whether it holds differences of whole weights."""
+        """Whether it holds differences of full weights."""
         return any(name.endswith((".diff", ".diff_b")) for name in self)
 
     def part(self, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors for the diffusion model (MODEL) or for the text encoder (TEXT)."""
+        """The tensors of the diffusion model (MODEL_PREFIXES) or of the text encoder (TEXT_PREFIXES)."""
         return {name: value for name, value in self.items() if name.startswith(prefixes)}
 
     def describe(self, *needs: str) -> str:
-        """A few lines for people: method, base model, prompt, what else it needs, steps, last loss."""
+        """A short summary for display: method, base model, prompt, what else it needs, settings, losses."""
         base, settings = self.header.get("base", {}), self.header.get("settings", {})
         what = "all weights (differences)" if self.full else f"LoRA of rank {self._rank()}"
-        parts = "UNet and text encoder" if self.part(TEXT) else "UNet"
+        parts = "UNet and text encoder" if self.part(TEXT_PREFIXES) else "UNet"
         lines = [
             f"{self.header.get('method', 'unknown method')}: {what} of the {parts}",
             f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
@@ -81,11 +81,11 @@ class Tuned(dict[str, Tensor]):
 
 
 def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """after - before of all weights that changed, in float16: what a model in half precision could not tell apart.
+    """after - before for all weights that changed, in float16; differences that are zero in float16 are dropped.
 
-    Names: "<path>.weight" becomes "<path>.diff", "<path>.bias" becomes "<path>.diff_b", as LoRA files have them.
+    Names: "<path>.weight" becomes "<path>.diff", "<path>.bias" becomes "<path>.diff_b", as in LoRA files.
     """
-    found = {}
+    differences = {}
     for name, value in after.items():
         difference = (value.detach().float().cpu() - before[name].float()).to(torch.float16)
         if not bool(difference.any()):
@@ -96,21 +96,21 @@ def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> d
             name = name[: -len("bias")] + "diff_b"
         else:
             name += ".diff"
-        found[name] = difference
-    return found
+        differences[name] = difference
+    return differences
 
 
-def save_tuned(path: Path, tuned: Tuned) -> None:
+def save_fine_tune(path: Path, tuned: FineTunedWeights) -> None:
     """Write the artifact as one safetensors file."""
     write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND})
 
 
-def load_tuned(path: Path, needs: Collection[str] = ()) -> Tuned:
-    """Read one of our files, or one that the stock Save LoRA node made of our LORA_MODEL (it has no header).
+def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
+    """Read a file of this pack, or one that the stock Save LoRA node wrote from our LORA_MODEL (without a header).
 
-    needs: the names of further tensors that the caller knows what to do with.
+    needs: the names of further tensors that the caller handles.
 
-    Raises ValueError for anything else; for the authors' own checkpoints it says how to use them.
+    Raises ValueError for anything else; for the reference code's checkpoints, the message says how to use them.
     """
     if path.suffix.lower() != ".safetensors":
         _refuse_pickle(path)
@@ -124,7 +124,7 @@ def load_tuned(path: Path, needs: Collection[str] = ()) -> Tuned:
         if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
     _check_pairs(path, tensors)
-    return Tuned(tensors, header)
+    return FineTunedWeights(tensors, header)
 
 
 def _check_names(path: Path, names: list[str], needs: Collection[str]) -> list[str]:
@@ -155,7 +155,7 @@ def _refuse_official(path: Path, names: list[str]) -> None:
 def _refuse_pickle(path: Path) -> None:
     try:
         names = list(read_weights(path, MAX_BYTES))
-    except ValueError:  # whatever it is, the answer below is the same
+    except ValueError:  # whatever the file is, the error below is the same
         names = []
     _refuse_official(path, names)
     raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")
@@ -163,20 +163,20 @@ def _refuse_pickle(path: Path) -> None:
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if not header:
-        return  # written by a stock node
+        return  # saved by a stock node
     check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
     prompt = header.get("prompt", "")
-    right = (
+    checks = (
         isinstance(prompt, str) and len(prompt) <= MAX_PROMPT,
         _plain(header.get("settings", {}), (str, bool, int, float)),
         _plain(header.get("base", {}), (str,)),
     )
-    if not all(right):
+    if not all(checks):
         raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
 
 
 def _plain(table: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether this is a short table of short values of these kinds: people are shown it as it is."""
+    """Whether this is a short dict of short values of these types: it is displayed as it is."""
     return (
         isinstance(table, dict)
         and len(table) <= MAX_SETTINGS

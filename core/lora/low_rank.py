@@ -1,8 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3: h = W x + (alpha / r) B A x, beside the layer instead of in its
-weight.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3: h = W x + (alpha / r) B A x, added to the layer's output rather than
+merged into its weight.
 
-Added to the layer's output, the two factors train without a gradient, or a copy, of W: least memory, and right for
-weights in any storage format.
+This way the two factors train without a gradient or a copy of W, which needs the least memory and works for weights in
+any storage format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..fit.fit import step_generator
 
 @dataclass(frozen=True)
 class Rows:
-    """Some output rows of a linear layer that does the work of several, as FLUX's query, key and value together."""
+    """A range of output rows of a fused linear layer, such as FLUX's combined query, key and value."""
 
     layer: nn.Module
     start: int
@@ -28,16 +28,16 @@ class Rows:
 
     @property
     def weight(self) -> Tensor:
-        whole: Tensor = self.layer.weight  # ty: ignore[invalid-assignment]
-        return whole[self.start : self.start + self.count]
+        full: Tensor = self.layer.weight  # ty: ignore[invalid-assignment]
+        return full[self.start : self.start + self.count]
 
 
 Layer = nn.Module | Rows
 
 
 class LowRank(nn.Module):
-    """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so nothing
-    changes.
+    """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so the output is
+    unchanged at first.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class LowRank(nn.Module):
         alpha: float | None = None,
         deviation: float | None = None,
     ) -> None:
-        """deviation: A is drawn from a normal distribution with it, instead of evenly as a linear layer is."""
+        """deviation: draw A from a normal distribution with this standard deviation, instead of uniformly as torch
+        initialises a linear layer.
+        """
         super().__init__()
         weight: Tensor = layer.weight  # ty: ignore[invalid-assignment]
         if weight.ndim not in (2, 4):
@@ -66,7 +68,7 @@ class LowRank(nn.Module):
         self.stride, self.padding = getattr(layer, "stride", 1), getattr(layer, "padding", 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(alpha / r) B A x in the precision of x: the float32 factors are cast, not the much larger activations."""
+        """(alpha / r) B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if self.down.ndim == 2:
             return self.scale * F.linear(F.linear(x, down), up)
@@ -74,8 +76,8 @@ class LowRank(nn.Module):
         return self.scale * F.conv2d(hidden, up[:, :, None, None])
 
     def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """As a LoRA file of ComfyUI names them, with path the layer's own path in the model. values: "up" and "down" of
-        another moment than now."""
+        """The factors under ComfyUI's LoRA names; path is the layer's path in the model. values: "up" and "down" to use
+        instead of the current ones."""
         up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
         up = up if down.ndim == 2 else up[:, :, None, None]
         alpha = torch.tensor(self.scale * down.shape[0])
@@ -83,34 +85,34 @@ class LowRank(nn.Module):
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
     def peft_tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """As tensors(), in the names of PEFT, which know no alpha: the scale goes into B."""
+        """As tensors(), under PEFT's names, which have no alpha: the scale is folded into B."""
         up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
         named = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": self.scale * up}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
 
 @contextlib.contextmanager
-def beside(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iterator[None]:
-    """While active, every named layer's output has its adapter's added."""
+def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iterator[None]:
+    """While active, each adapter's output is added to the output of the layer with the same name."""
 
     def hook(adapter: LowRank, start: int | None, count: int):
         def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            more = adapter(inputs[0]).to(output.dtype)
+            delta = adapter(inputs[0]).to(output.dtype)
             if start is None:
-                return output + more
+                return output + delta
             return torch.cat(
-                [output[..., :start], output[..., start : start + count] + more, output[..., start + count :]], -1
+                [output[..., :start], output[..., start : start + count] + delta, output[..., start + count :]], -1
             )
 
         return add
 
     handles = []
     for name, adapter in adapters.items():
-        place = layers[name]
-        if isinstance(place, Rows):
-            handles.append(place.layer.register_forward_hook(hook(adapter, place.start, place.count)))
+        layer = layers[name]
+        if isinstance(layer, Rows):
+            handles.append(layer.layer.register_forward_hook(hook(adapter, layer.start, layer.count)))
         else:
-            handles.append(place.register_forward_hook(hook(adapter, None, 0)))
+            handles.append(layer.register_forward_hook(hook(adapter, None, 0)))
     try:
         yield
     finally:
@@ -118,21 +120,21 @@ def beside(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iter
             handle.remove()
 
 
-# What the field trains by default, in the UNet and in CLIP; at rank 16 that is 3.2 M and 1.2 M numbers for SD1.x.
+# The usual default targets in the UNet and in CLIP; at rank 16 that is 3.2 M and 1.2 M parameters for SD1.x.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT = "text_encoders."  # how the names of a text encoder's parameters begin
+TEXT_PREFIX = "text_encoders."  # name prefix of a text encoder's parameters
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = UNET_LAYERS) -> dict[str, nn.Module]:
-    """The query, key, value and output projections below a module, by path."""
+    """The query, key, value and output projections in a module, by path."""
     return {f"{prefix}.{name}": part for name, part in module.named_modules() if name.endswith(ends)}
 
 
 def new_adapters(
     layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None
 ) -> dict[str, LowRank]:
-    """One adapter for each layer, drawn from the seed and the layer's name alone."""
+    """One adapter per layer, initialised from the seed and the layer's name only."""
     return {
         name: LowRank(layer, rank, step_generator(seed, 0, f"lora {name}"), None, deviation).requires_grad_(True)
         for name, layer in layers.items()
@@ -140,5 +142,5 @@ def new_adapters(
 
 
 def factors(adapters: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
-    """All that is trained in a table of adapters, by name."""
+    """All trainable parameters of the adapters, by name."""
     return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

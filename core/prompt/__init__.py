@@ -1,1 +1,1 @@
-"""Shared: what is done to a CONDITIONING's token embeddings, whoever learned them. Torch only outside of host."""
+"""Shared: operations on the token embeddings of a CONDITIONING, independent of the method. Torch only outside host."""

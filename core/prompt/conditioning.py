@@ -1,7 +1,7 @@
-"""Putting learned rows into a CONDITIONING: a list of [rows of text [B, 77 * k, d], dict of options].
+"""Insert learned token embeddings into a CONDITIONING: a list of [token embeddings [B, 77 * k, d], dict of options].
 
-Deep inside, a learned embedding is only a replacement of the last n rows. What can go wrong is around it: the rows
-must fit the text encoder, and there must be n rows of padding to replace, or words of the prompt are lost.
+Applying a learned embedding only replaces the last n token embeddings of a prompt. They must match the text encoder's
+width, and the prompt must end in at least n padding tokens, or words are lost.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from .windows import Conditioning, PercentRange, step_wise
 
-TAIL = "likeness.tail"  # option of a prompt: the rows that an embedding has put into it
-CHUNK = 77  # rows of one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
+TAIL = "likeness.tail"  # option of a prompt: the token embeddings that a learned embedding has inserted
+CHUNK = 77  # tokens in one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
 
 
 def with_tail(context: Tensor, h: Tensor) -> Tensor:
-    """[c, h]: context [B, rows, d] with its last n rows replaced by h [n, d]."""
+    """[c, h]: context [B, tokens, d] with its last n tokens replaced by h [n, d]."""
     return torch.cat([context[:, : -h.shape[0]], h.to(context).expand(context.shape[0], -1, -1)], dim=1)
 
 
 def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
-    """How many rows behind the end-of-text row are padding; None when the conditioning does not tell.
+    """Number of padding tokens after the end-of-text token; None when it cannot be determined.
 
-    CONDITIONING carries no token count. But a CLIP text encoder's pooled output is its final row at the end of the
-    text, so where the rows are that final layer (SD1.x without clip skip), the end is the row that equals it.
-    rows [B, 77, d], pooled [B, d].
+    CONDITIONING has no token count. But a CLIP text encoder's pooled output is its last layer's embedding of the
+    end-of-text token, so if the token embeddings are from that layer (SD1.x without clip skip), the token equal to the
+    pooled output is the end. rows [B, 77, d], pooled [B, d].
     """
     if pooled is None or rows.shape[1] != CHUNK or pooled.shape[-1] != rows.shape[-1]:
         return None
@@ -40,7 +40,7 @@ def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
 
 
 def check_room(conditioning: Conditioning, tokens: int) -> bool:
-    """Refuse an embedding that would overwrite words of the prompt. False when the conditioning does not tell."""
+    """ValueError for an embedding that would overwrite words of the prompt. False when this cannot be determined."""
     known = True
     for rows, options in conditioning:
         if tokens >= min(CHUNK - 1, rows.shape[1]):
@@ -59,11 +59,11 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
 def apply_embedding(
     conditioning: Conditioning, rows: Tensor, scale: float, windows: Sequence[PercentRange] = ()
 ) -> Conditioning:
-    """A new conditioning whose last n rows are scale * rows [T, n, d]; areas, masks and time windows stay as they are.
+    """A new conditioning whose last n tokens are scale * rows [T, n, d]; areas, masks and time windows are unchanged.
 
-    Step-wise rows (T > 1, HiFi Tuner Algorithm 1) come with a window each, and every entry becomes T of them. Scale 0
-    switches the embedding off and returns the prompt's own rows. Raises ValueError when the widths differ, when the
-    rows would overwrite words or those of another embedding, or when there is not a window for each step.
+    Step-wise embeddings (T > 1, HiFi Tuner Algorithm 1) have one window per step, and every entry becomes T entries.
+    Scale 0 disables the embedding and returns the prompt unchanged. Raises ValueError when the widths differ, when the
+    tokens would overwrite words or another embedding, or when there is not one window per step.
     """
     if len(rows) > 1 and len(rows) != len(windows):
         raise ValueError(
@@ -71,9 +71,9 @@ def apply_embedding(
         )
     for text, _ in conditioning:
         if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
-            found = "nothing" if text is None else f"rows of width {text.shape[-1]}"
+            content = "nothing" if text is None else f"rows of width {text.shape[-1]}"
             raise ValueError(
-                f"The embedding has width {rows.shape[-1]}, the prompt {found}: it belongs to another model family. "
+                f"The embedding has width {rows.shape[-1]}, the prompt {content}: it belongs to another model family. "
                 "Widths are 768 (SD1.x), 1024 (SD2.x) and 2048 (SDXL)."
             )
     if scale == 0.0:
@@ -82,9 +82,9 @@ def apply_embedding(
     applied: Conditioning = []
     for text, options in conditioning:
         _check_tail(text, options.get(TAIL))
-        tables = [with_tail(text, scale * of_step) for of_step in rows]
-        one = [[tables[0], options.copy()]]
-        applied += one if len(tables) == 1 else step_wise(one, tables, windows)
+        contexts = [with_tail(text, scale * step_rows) for step_rows in rows]
+        entry = [[contexts[0], options.copy()]]
+        applied += entry if len(contexts) == 1 else step_wise(entry, contexts, windows)
     for text, options in applied:
         options[TAIL] = text[:, -rows.shape[1] :]
     return applied
@@ -99,13 +99,13 @@ def _check_tail(text: Tensor, tail: Tensor | None) -> None:
         )
 
 
-def unmarked(conditioning: Conditioning) -> Conditioning:
-    """The same prompts for an embedding that is to take the place of the one they hold."""
+def without_tail(conditioning: Conditioning) -> Conditioning:
+    """The same prompts without the TAIL option, so that another embedding may replace the one they contain."""
     return [[text, {name: value for name, value in options.items() if name != TAIL}] for text, options in conditioning]
 
 
 def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
-    """The rows [1, N, d] of a conditioning that is one plain prompt; ValueError when it is restricted or combined."""
+    """The token embeddings [1, N, d] of a single plain prompt; ValueError when it is restricted or combined."""
     if len(conditioning) != 1:
         raise ValueError(
             f"The {role} has {len(conditioning)} prompts, expected one: connect a Text Encode node directly."
@@ -113,17 +113,17 @@ def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
     rows, options = conditioning[0]
     if rows is None or rows.ndim != 3 or rows.shape[0] != 1:
         raise ValueError(f"The {role} has no single table of text rows: connect a Text Encode node directly.")
-    found = sorted({"area", "mask", "start_percent", "end_percent"} & options.keys())
-    if found:
+    limits = sorted({"area", "mask", "start_percent", "end_percent"} & options.keys())
+    if limits:
         raise ValueError(
-            f"The {role} is limited by {', '.join(found)}: outside of it the model would predict nothing. "
+            f"The {role} is limited by {', '.join(limits)}: outside of it the model would predict nothing. "
             "Train with a plain prompt; apply areas, masks and time ranges to the prompt that uses the embedding."
         )
     return rows
 
 
 def detached(value: Any) -> Any:
-    """A nest of dicts, lists and tensors with every inference tensor replaced by an ordinary copy."""
+    """Nested dicts, lists and tensors with every inference tensor replaced by a normal copy."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, dict):
@@ -134,7 +134,7 @@ def detached(value: Any) -> Any:
 
 
 def start_rows(context: Tensor, empty: Tensor | None, tokens: int) -> Tensor:
-    """The rows [n, d] to start from: the source prompt's own padding, or the empty prompt's (HiFi Tuner phi_s)."""
+    """The initial token embeddings [n, d]: the source prompt's padding, or the empty prompt's (HiFi Tuner phi_s)."""
     source = context if empty is None else empty
     if source.shape[-1] != context.shape[-1]:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""One conditioning for each sampling step: entries with windows that meet between two steps.
+"""A different conditioning for each sampling step: entries whose time windows meet between two steps.
 
-ComfyUI evaluates every entry whose window holds the current noise level, both ends included, and averages them; where
-none holds it, the prediction is zero without a word. So the windows tile the whole process and are cut between the
-steps' own levels: every sampler, also one that evaluates between its steps, then finds exactly one of them. Not in the
-middle of their logarithms, where some samplers (dpm_2) evaluate, but a little below: such an evaluation belongs to the
-step that it is made for.
+ComfyUI evaluates every entry whose window contains the current noise level, both ends included, and averages them; if
+no window contains it, the prediction is silently zero. So the windows tile the whole process, with cuts between the
+steps' noise levels: every sampler, including those that evaluate between steps, then uses exactly one window. The cut
+is slightly below the geometric mean of two levels, where some samplers (dpm_2) evaluate, so that such an evaluation
+uses the window of its own step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 Conditioning = list[list[Any]]
-TOLERANCE = 1e-4  # of sigma; neighbouring timesteps are 30 times as far apart or more
-LOWER = 0.45  # of the way from the lower level to the higher, in logarithms
-PercentRange = tuple[float, float]  # start and end in percent of the sampling, 0 pure noise
+TOLERANCE = 1e-4  # relative to sigma; neighbouring timesteps are at least 30 times as far apart
+LOWER = 0.45  # position of a cut from the lower level to the higher, in log sigma
+PercentRange = tuple[float, float]  # start and end in percent of the sampling, 0 is pure noise
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class SigmaRange:
 
 
 def windows(sigmas: Sequence[float], sigma_of: Callable[[float], float]) -> list[PercentRange]:
-    """A window for each of the T steps of sigmas [T + 1], descending, the last may be 0.
+    """A window for each of the T steps of sigmas [T + 1], descending; the last may be 0.
 
-    sigma_of(percent) is the model's own falling map from percent to noise level.
+    sigma_of(percent) is the model's decreasing map from percent to noise level.
     """
     cuts = [_percent(a**LOWER * b ** (1 - LOWER), sigma_of) for a, b in zip(sigmas[:-2], sigmas[1:-1], strict=True)]
     return list(zip([0.0, *cuts], [*cuts, 1.0], strict=True))
@@ -54,22 +54,22 @@ def _percent(sigma: float, sigma_of: Callable[[float], float]) -> float:
 
 
 def step_wise(conditioning: Conditioning, rows: Sequence[Tensor], steps: Sequence[PercentRange]) -> Conditioning:
-    """Each entry once for every step, with that step's rows [1, n, d]; its own window is kept inside the step's.
+    """Each entry once per step, with that step's token embeddings [1, n, d], in the intersection of both windows.
 
-    rows are for the whole table of a prompt; entries whose window does not meet a step's are left out there.
+    rows: one whole prompt per step. Entries whose window does not overlap a step's window are dropped there.
     """
-    found: Conditioning = []
+    entries: Conditioning = []
     for _, options in conditioning:
         start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
-        for table, (first, last) in zip(rows, steps, strict=True):
+        for context, (first, last) in zip(rows, steps, strict=True):
             begin, stop = max(start, first), min(end, last)
             if begin < stop:
-                found.append([table, {**options, "start_percent": begin, "end_percent": stop}])
-    return found
+                entries.append([context, {**options, "start_percent": begin, "end_percent": stop}])
+    return entries
 
 
-def active(conditioning: Conditioning, sigma: float, sigma_of: Callable[[float], float]) -> Conditioning:
-    """The entries that ComfyUI evaluates at a noise level."""
+def active_entries(conditioning: Conditioning, sigma: float, sigma_of: Callable[[float], float]) -> Conditioning:
+    """The entries that ComfyUI evaluates at noise level sigma."""
     return [
         entry
         for entry in conditioning

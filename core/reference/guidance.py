@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, predicted_noise
-from ..fit.fit import adam_state, finite_or_raise, restore_adam, undone_if_cut
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, rollback_on_interrupt
 
 CFG = 7.5
 INNER_STEPS = 10  # J
@@ -135,7 +135,7 @@ class ReferenceGuide:
         value = finite_or_raise(loss, self.step)
         denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()
         last = (self.step + 1) % self.settings.inner_steps == 0
-        with undone_if_cut(self.optimizer):
+        with rollback_on_interrupt(self.optimizer):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             finite_or_raise(torch.as_tensor(self.phi_h.grad).square().sum(), self.step, "gradient")

@@ -1,1 +1,1 @@
-"""Shared: everything between a method and ComfyUI: models, memory, gradients, progress, folders, run keys."""
+"""Shared: the layer between a method and ComfyUI: models, memory, gradients, progress, folders, run keys."""

@@ -1,8 +1,8 @@
-"""Turning whatever hangs on a MODEL or in a CONDITIONING into plain values and tensors, for the key of a run.
+"""Convert everything attached to a MODEL or CONDITIONING to plain values and tensors, for the key of a run.
 
-LoRAs, patches of other packs, ControlNets and hooks all change what a training learns. They are told apart by their
-numbers: weights, hint images, and the values that a patch's function has closed over. What cannot be told apart with
-certainty must come out different, never equal: then a run is trained again, which costs time but is right.
+LoRAs, other packs' patches, ControlNets and hooks all change what a training learns. They are distinguished by their
+numbers: weights, hint images, and the values in the closures of patch functions. Anything that cannot be identified
+with certainty must compare as different, never as equal: the run is then trained again, which takes time but is right.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ SAMPLED_TENSORS = 16
 SAMPLED_ELEMENTS = 1 << 16
 DEPTH = 24
 PATCHER = ("patches", "injections", "weight_wrapper_patches")
-PASSING = ("original_forward",)  # a bypass LoRA's note while it is injected: says nothing of what it does
-LOADED = ("model_loaded_weight_memory", "comfy_cast_weights")  # marks of ComfyUI's networks and of their layers
+TRANSIENT = ("original_forward",)  # set by a bypass LoRA while it is injected; independent of what it does
+COMFY_MARKS = ("model_loaded_weight_memory", "comfy_cast_weights")  # attributes of ComfyUI's networks and their layers
 OWN_ROOM = re.compile(rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.(host\b|\w+$)")
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
 def sampled(tensors: dict[str, Tensor]) -> dict[str, Tensor | str]:
-    """The beginnings of 16 of these tensors, as float32 whatever they are stored in, and of 16 packed weights as bytes.
+    """The first elements of 16 of these tensors, as float32 whatever their dtype, and of 16 packed weights as bytes.
 
-    Empty tensors say nothing: they are equal to none.
+    Meta tensors carry no values, so they compare as unequal to everything.
     """
     names = sorted(name for name, value in tensors.items() if not value.is_meta)
     numbers = [name for name in names if tensors[name].is_floating_point()]
     packed = [name for name in names if name.endswith("weight") and not tensors[name].is_floating_point()]
-    found: dict[str, Tensor | str] = {name: unlike_any() for name, value in tensors.items() if value.is_meta}
+    samples: dict[str, Tensor | str] = {name: unique_value() for name, value in tensors.items() if value.is_meta}
     for kind in (numbers, packed):
         for name in kind[:: max(1, len(kind) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]:
             start = tensors[name].detach().flatten()[:SAMPLED_ELEMENTS].cpu()
-            found[name] = start.float() if start.is_floating_point() else start
-    return found
+            samples[name] = start.float() if start.is_floating_point() else start
+    return samples
 
 
 def contents(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state, with the weights themselves where it shows empty tensors, as other packs' GGUF layers do.
+    """A module's state dict, with the parameters themselves where it has meta tensors, as in other packs' GGUF layers.
 
-    What such layers make up beside them belongs to no layer, and is left out.
+    Further entries of such layers that belong to no layer are excluded.
     """
-    layers, held = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
-    found = {}
+    layers, parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
+    state = {}
     for name, value in module.state_dict().items():
         if not value.is_meta:
-            found[name] = value
-        elif name in held:
-            found[name] = held[name].data.as_subclass(Tensor)
+            state[name] = value
+        elif name in parameters:
+            state[name] = parameters[name].data.as_subclass(Tensor)
         elif name.rpartition(".")[0] in layers:
-            found[name] = value
-    return found
+            state[name] = value
+    return state
 
 
 def contents_of_file(patcher: Any) -> dict[str, Tensor]:
-    """The contents of a ModelPatcher's model as they are in its file: without what a LoRA has written into them."""
-    found, backups = contents(patcher.model), getattr(patcher, "backup", {})
-    for name in found.keys() & backups.keys():
-        before = backups[name].weight
-        packed = getattr(before, "state_dict", None)  # ComfyUI's quantised tensors; a state shows their bytes
-        found[name] = before if packed is None else packed(name).get(name, before)
-    return found
+    """The contents of a ModelPatcher's model as in its file, without any LoRA merged into them."""
+    state, backups = contents(patcher.model), getattr(patcher, "backup", {})
+    for name in state.keys() & backups.keys():
+        original = backups[name].weight
+        packed = getattr(original, "state_dict", None)  # ComfyUI's quantised tensors; a state dict has their bytes
+        state[name] = original if packed is None else packed(name).get(name, original)
+    return state
 
 
 def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Plain values, tensors and nests of them that are equal when `value` is; no memory addresses."""
+    """Nested plain values and tensors that are equal when `value` is; without memory addresses."""
     if isinstance(value, PLAIN):
         return value.hex() if isinstance(value, bytes) else value
     if isinstance(value, Tensor):
@@ -81,7 +81,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if id(value) in above:
         return "..."
     if len(above) > DEPTH:
-        return unlike_any()
+        return unique_value()
     inside = (*above, id(value))
     if isinstance(value, (torch.dtype, torch.device, enum.Enum, slice, range)):
         return str(value)
@@ -103,8 +103,8 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if inspect.ismethod(value):
         return [_name(value.__func__), describe(value.__self__, inside)]
     if inspect.isfunction(value):
-        closed = [_cell(cell) for cell in value.__closure__ or ()]
-        parts = [value.__code__, closed, value.__defaults__, value.__kwdefaults__]
+        closure = [_cell(cell) for cell in value.__closure__ or ()]
+        parts = [value.__code__, closure, value.__defaults__, value.__kwdefaults__]
         return [_name(value), describe(parts, inside)]
     if isinstance(value, types.CodeType):
         return [value.co_code.hex(), list(value.co_names), describe(value.co_consts, inside)]
@@ -112,36 +112,36 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return [type(value).__name__, value.__name__]
     if isinstance(getattr(value, "model", None), nn.Module) and hasattr(value, "patches"):  # a ModelPatcher
         parts = {part: getattr(value, part, None) or {} for part in PATCHER}
-        own = [_kind(value.model, inside), sampled(contents_of_file(value))]
-        return ["model", own, describe(parts, inside)]
+        model = [_kind(value.model, inside), sampled(contents_of_file(value))]
+        return ["model", model, describe(parts, inside)]
     if not hasattr(value, "__dict__"):
-        return unlike_any()
-    parts = {name: part for name, part in vars(value).items() if name not in PASSING}
+        return unique_value()
+    parts = {name: part for name, part in vars(value).items() if name not in TRANSIENT}
     return [_name(type(value)), describe(parts, inside)]
 
 
 def _kind(module: nn.Module, inside: tuple[int, ...]) -> Any:
-    """The classes of a module and of those in it, with their settings; not those of what ComfyUI loads, which is known
-    by its weights, and where it notes how it has loaded them.
+    """The classes of a module and its children, with their settings. Models loaded by ComfyUI give their classes only:
+    their weights identify them, and their attributes record how they are loaded.
 
-    The bases are part of it: ComfyUI makes the classes of its samplings as it goes, all of one name, and the prediction
-    type is nothing but a base of them.
+    The base classes are included: ComfyUI creates its sampling classes at run time, all with the same name, and the
+    prediction type is only one of their bases.
     """
     bases = [_name(base) for base in type(module).__mro__]
-    if any(hasattr(module, mark) for mark in LOADED):
+    if any(hasattr(module, mark) for mark in COMFY_MARKS):
         return [bases]
     settings = {name: value for name, value in vars(module).items() if name[0] != "_" and "comfy" not in name}
     settings.pop("training", None)
     return [bases, describe(settings, inside), [_kind(part, (*inside, id(part))) for part in module.children()]]
 
 
-def unlike_any() -> str:
-    """For what cannot be told apart: equal to nothing, so that the run is trained again."""
+def unique_value() -> str:
+    """For anything that cannot be identified: a value equal to no other, so that the run is trained again."""
     return uuid.uuid4().hex
 
 
 def _name(value: Any) -> str:
-    """Module and name. The room of one of our own files is left out: a run is found again when a file has moved."""
+    """Module and name. For the pack's own modules the room is left out, so that moving a file does not change keys."""
     module = OWN_ROOM.sub(r"\1.core.\2", getattr(value, "__module__", None) or "")
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 

@@ -1,6 +1,4 @@
-"""ComfyUI's encoders and decoders with a gradient: the same arithmetic, without rounding, clamping or tiling on
-the way.
-"""
+"""ComfyUI's encoders and decoders with gradients: the same arithmetic, without rounding, clamping or tiling."""
 
 from __future__ import annotations
 
@@ -26,9 +24,9 @@ def decoding(vae: Any, latent_shape: tuple[int, ...]) -> Iterator[None]:
 
 
 def decode(vae: Any, samples: Tensor) -> Tensor:
-    """Images [B, H, W, 3], not clamped, of samples [B, C, h, w] in a LATENT's scale. Only inside decoding().
+    """Images [B, H, W, 3], not clamped, from samples [B, C, h, w] in a LATENT's scale. Call only inside decoding().
 
-    Not vae.decode(): that clamps (no gradient where a pixel is saturated) and falls back to tiles without saying so.
+    Not vae.decode(): it clamps, which has no gradient at saturated pixels, and silently falls back to tiled decoding.
     """
     pixels = vae.first_stage_model.decode(samples.to(vae.device, vae.vae_dtype)).float()
     return ((pixels + 1.0) / 2.0).movedim(1, -1)
@@ -44,26 +42,26 @@ def text_encoding(clip: Any) -> Iterator[None]:
 
 
 def encode_tokens(clip: Any, tokens: dict[str, list[list[tuple[Any, float]]]]) -> Tensor:
-    """Text rows [1, 77 * k, d] of tokens as clip.tokenize() gives them, where a tensor [d] may stand for a token id."""
+    """Text embeddings [1, 77 * k, d] of tokens from clip.tokenize(), in which a tensor [d] may replace a token id."""
     return clip.cond_stage_model.encode_token_weights(tokens)[0]
 
 
 class TextEncoder:
-    """A CLIP for use inside a gradient session that loads its patcher: prompts as the stock Text Encode gives them."""
+    """A CLIP for use inside a gradient session, which loads its patcher; encodes like the stock Text Encode node."""
 
     def __init__(self, clip: Any) -> None:
         self._clip, self.patcher = clip, fixed_clone(clip.patcher)
 
     def tokens(self, text: str) -> Any:
-        """A prompt ready for encode()."""
+        """The prompt's tokens, for encode()."""
         return detached(self._clip.tokenize(text))
 
     def encode(self, tokens: Any) -> Prompt:
-        """Rows and pooled vector, with a gradient to the encoder's weights."""
+        """Token embeddings and pooled vector, with gradients to the encoder's weights."""
         model = self.patcher.model
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
             model.set_clip_options({"layer": self._clip.layer_idx})
         model.set_clip_options({"execution_device": self.patcher.load_device})  # newer ComfyUI asks for it
-        rows, pooled = model.encode_token_weights(tokens)[:2]
-        return Prompt(rows, pooled)
+        context, pooled = model.encode_token_weights(tokens)[:2]
+        return Prompt(context, pooled)

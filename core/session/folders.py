@@ -1,9 +1,9 @@
-"""The pack's model folders, and names from widgets turned into paths that cannot leave them.
+"""The pack's model folders, and the conversion of widget names to paths that cannot leave them.
 
 A name is what a combo shows: the path below the model folder, with "/" on every system. Names come from graphs that
-anyone may have written, so only plain relative ones of an expected kind are taken. What ComfyUI itself lists can be
-used: links in the folders are the owner's, and are followed. Folders of images lie in ComfyUI's input folder, which
-others may fill: no link leads out of it.
+anyone may have written, so only plain relative names of an expected kind are accepted. Symbolic links in the model
+folders are the owner's and are followed, as ComfyUI does. Image folders lie in ComfyUI's input folder, which others may
+write to, so links must not lead out of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .inputs import Names
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of model files. folder: its name below models/; markers: files that make a folder one entry."""
+    """A kind of model file. folder: its name below models/; markers: files whose presence makes a folder an entry."""
 
     folder: str
     extensions: tuple[str, ...]
@@ -28,7 +28,7 @@ class Kind:
     hidden_prefixes: tuple[str, ...] = ()  # companions of an entry, not entries themselves
 
     def expected(self) -> str:
-        """What an entry looks like, for error messages."""
+        """Description of a valid entry, for error messages."""
         files = ["a " + " or ".join(self.extensions) + " file"] if self.extensions else []
         return ", or ".join(files + ([f"a folder with {' or '.join(self.markers)}"] if self.markers else []))
 
@@ -36,20 +36,20 @@ class Kind:
 EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
 LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
-SAMS = Kind("sams", (".safetensors", ".pth"))  # the folder that other packs use for segment-anything too
+SAMS = Kind("sams", (".safetensors", ".pth"))  # other packs use this folder for segment-anything too
 RETRIEVAL = Kind("ir_features", (".safetensors", ".pth"))
 ADAPTERS = Kind(
     "likeness_adapters",
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt"),
     ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
 )
-LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only to say what they are
+LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only for a clear error message
 DIFFUSERS = Kind("diffusers", (), ("model_index.json",))  # ComfyUI's own
 KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS, RETRIEVAL, ADAPTERS)
 
 
 def register_folders() -> None:
-    """Make the folders known to ComfyUI, so that extra_model_paths.yaml can add to them. May be called repeatedly."""
+    """Register the folders with ComfyUI, so that extra_model_paths.yaml can extend them. May be called repeatedly."""
     for kind in KINDS:
         folder_paths.add_model_folder_path(kind.folder, os.path.join(folder_paths.models_dir, kind.folder))
 
@@ -61,30 +61,30 @@ def roots(kind: Kind) -> list[str]:
 
 
 def first_folder(kind: Kind) -> str:
-    """Where new files of this kind are written: a folder that extra_model_paths.yaml names, else models/<kind>."""
+    """Where new files of this kind are written: a folder from extra_model_paths.yaml, else models/<kind>."""
     return roots(kind)[0]
 
 
 def names(kind: Kind) -> Names:
-    """All entries, sorted: files with the kind's extensions, and folders that hold a marker (not looked into).
+    """All entries, sorted: files with the kind's extensions, and folders that contain a marker (not searched further).
 
-    Only names that resolve() accepts: lists are made while ComfyUI starts, and nothing odd on a disk may stop that.
+    Only names that resolve() accepts: the lists are built while ComfyUI starts, which odd file names must not prevent.
     """
-    found: set[str] = set()
+    entries: set[str] = set()
     for root in roots(kind):
-        listed = [name.replace(os.sep, "/") for name in folder_paths.recursive_search(root, [".git"])[0]]
-        files = [name for name in listed if not f"/{name}".count("/.")]
-        entries = {folder for folder, _, file in (name.rpartition("/") for name in files) if file in kind.markers}
+        paths = [name.replace(os.sep, "/") for name in folder_paths.recursive_search(root, [".git"])[0]]
+        files = [name for name in paths if not f"/{name}".count("/.")]
+        marked = {folder for folder, _, file in (name.rpartition("/") for name in files) if file in kind.markers}
         for name in files:
-            folders = accumulate(name.split("/")[:-1], "{}/{}".format) if entries else ()
-            outermost = next((folder for folder in folders if folder in entries), None)
+            folders = accumulate(name.split("/")[:-1], "{}/{}".format) if marked else ()
+            outermost = next((folder for folder in folders if folder in marked), None)
             if outermost or _is_listed(kind, name):
-                found.add(outermost or name)
-    return Names(sorted(name for name in found if "\\" not in name and _plain_parts(name)))
+                entries.add(outermost or name)
+    return Names(sorted(name for name in entries if "\\" not in name and _plain_parts(name)))
 
 
 def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
-    """The name under which names() lists a path. ValueError when it lies in none of the kind's folders."""
+    """The name under which names() lists a path. ValueError when the path is in none of the kind's folders."""
     real = Path(os.path.realpath(path))
     for root in map(os.path.realpath, roots(kind)):
         if real.is_relative_to(root):
@@ -93,33 +93,33 @@ def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
 
 
 def resolve(kind: Kind, name: str) -> Path:
-    """The path of an entry: of the first folder that has such a one, as in names().
+    """The path of an entry, in the first folder that has a valid one, as in names().
 
-    ValueError for a name that is not a plain relative path, or of another kind; FileNotFoundError when nothing of that
-    name is there.
+    ValueError for a name that is not a plain relative path or is of another kind; FileNotFoundError when there is
+    nothing with that name.
     """
-    shown, parts = _shown(name), _plain_parts(name)
+    quoted, parts = _quoted(name), _plain_parts(name)
     if not parts:
         raise ValueError(
-            f"The model name {shown} is not a plain name below models/{kind.folder}: choose one from the list."
+            f"The model name {quoted} is not a plain name below models/{kind.folder}: choose one from the list."
         )
     paths = [path for root in roots(kind) if os.path.exists(path := Path(root, *parts))]
     for path in paths:
         folder = path.is_dir()
-        if any((path / marker).is_file() for marker in kind.markers) if folder else _is_of(kind, path.name):
+        if any((path / marker).is_file() for marker in kind.markers) if folder else _has_extension(kind, path.name):
             return path
     if paths:
         raise ValueError(
-            f"{shown} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
+            f"{quoted} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
         )
     raise FileNotFoundError(
-        f"There is no {shown} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
+        f"There is no {quoted} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
     )
 
 
 def state(kind: Kind, name: str | None) -> str:
-    """Changes when the files of an entry do, for a node's fingerprint. None: the name comes by a link, and ComfyUI does
-    not tell it yet.
+    """A string that changes when the files of an entry change, for a node's fingerprint. None: the name comes from a
+    link, whose value ComfyUI does not know yet.
     """
     if name is None:
         return ""
@@ -129,10 +129,12 @@ def state(kind: Kind, name: str | None) -> str:
 
 
 def image_folders() -> Names:
-    """Folders in ComfyUI's input folder that hold folders, sorted: sets of images by subject look so."""
+    """Folders in ComfyUI's input folder that contain folders, sorted: the layout of image sets with one folder for each
+    subject.
+    """
     root = Path(folder_paths.get_input_directory())
-    found = [folder for first in _subfolders(root) for folder in (first, *_subfolders(first)) if _subfolders(folder)]
-    return Names(sorted(folder.relative_to(root).as_posix() for folder in found))
+    parents = [folder for first in _subfolders(root) for folder in (first, *_subfolders(first)) if _subfolders(folder)]
+    return Names(sorted(folder.relative_to(root).as_posix() for folder in parents))
 
 
 def resolve_image_folder(name: str) -> Path:
@@ -140,17 +142,17 @@ def resolve_image_folder(name: str) -> Path:
     parts = _plain_parts(name)
     path = Path(folder_paths.get_input_directory(), *parts)
     if not parts or not _in_input(path):
-        raise ValueError(f"{_shown(name)} is not a plain name in ComfyUI's input folder: choose one from the list.")
+        raise ValueError(f"{_quoted(name)} is not a plain name in ComfyUI's input folder: choose one from the list.")
     if not path.is_dir():
         raise ValueError(
-            f"There is no folder {_shown(name)} in ComfyUI's input folder: put it there and press R to refresh the "
+            f"There is no folder {_quoted(name)} in ComfyUI's input folder: put it there and press R to refresh the "
             "list."
         )
     return path
 
 
 def image_folder_state(name: str | None) -> str:
-    """As state(), of such a folder."""
+    """As state(), for a folder of images."""
     if name is None:
         return ""
     path = resolve_image_folder(name)
@@ -170,20 +172,20 @@ def _in_input(path: Path) -> bool:
 
 
 def _plain_parts(name: str) -> tuple[str, ...]:
-    """The parts of a relative path; none when it is anything else."""
+    """The parts of a plain relative path; empty for anything else."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     hostile = "\0" in name or ".." in parts or name.startswith(("/", "\\", "~")) or PureWindowsPath(name).drive
     return () if hostile else parts
 
 
-def _shown(name: str) -> str:
+def _quoted(name: str) -> str:
     return ascii(name if len(name) <= 80 else name[:77] + "...")
 
 
-def _is_of(kind: Kind, file: str) -> bool:
+def _has_extension(kind: Kind, file: str) -> bool:
     return os.path.splitext(file.lower())[1] in kind.extensions
 
 
 def _is_listed(kind: Kind, name: str) -> bool:
     file = name.rpartition("/")[2].lower()
-    return _is_of(kind, file) and not file.startswith(kind.hidden_prefixes or "\0")
+    return _has_extension(kind, file) and not file.startswith(kind.hidden_prefixes or "\0")

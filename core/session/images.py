@@ -1,4 +1,4 @@
-"""What comes in: images, masks and VAEs, by one rule and one wording for every node."""
+"""Checks of a node's images, masks and VAE, with the same rules and wording for every node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..denoiser import latent_mask
 
 SMALLEST = 8  # px, one cell of the latents of most models
-SAME_PROPORTION = 0.02  # relative: masks and images are cut and scaled apart, each rounded to whole pixels
+SAME_PROPORTION = 0.02  # relative: masks and images are cropped and scaled separately, each rounded to whole pixels
 PAINT = "paint the subject (white) or disconnect the mask"
 
 
@@ -43,10 +43,10 @@ def checked_mask(
     empty: str | None = PAINT,
     full: str | None = None,
 ) -> Tensor:
-    """A MASK [h, w], [1, h, w] or one for each of the images, as [R, h, w] on the CPU, R 1 or `images`.
+    """A MASK [h, w], [1, h, w] or one per image, as [R, h, w] on the CPU, with R = 1 or `images`.
 
-    size: height and width of the image that it belongs to, or of its latent. empty, full: what to do about a mask
-    without any white, or without any black; None where such a mask is right. ValueError for what does not fit.
+    size: height and width of the image the mask belongs to, or of its latent. empty, full: the remedy for a mask
+    without any white, or without any black; None where such a mask is valid. ValueError for a mask that does not fit.
     """
     mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
     if len(mask) not in (1, images):
@@ -70,7 +70,7 @@ def checked_mask(
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What is learned from: latent [B, C, h, w] as in a LATENT; mask [B or 1, 1, h, w] of ones and zeros, or None."""
+    """The training data: latent [B, C, h, w] as in a LATENT; mask [B or 1, 1, h, w] of ones and zeros, or None."""
 
     latent: Tensor
     mask: Tensor | None
@@ -78,7 +78,7 @@ class TrainingImages:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where a node's image(s) come from: a LATENT, or an IMAGE with its VAE; and a MASK."""
+    """The source of a node's image(s): a LATENT, or an IMAGE with its VAE; and an optional MASK."""
 
     latent: dict[str, Tensor] | None = None
     image: Tensor | None = None
@@ -86,7 +86,7 @@ class ImageSource:
     mask: Tensor | None = None
 
     def encoded(self, model: Any) -> TrainingImages:
-        """Checked against the model; ValueError says what is missing or does not fit."""
+        """The training images, checked against the model; ValueError says what is missing or does not fit."""
         samples = self._samples()
         channels = model.get_model_object("latent_format").latent_channels
         if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
@@ -103,11 +103,11 @@ class ImageSource:
 
     def _samples(self) -> Tensor:
         if (self.latent is None) == (self.image is None):
-            given = "neither" if self.latent is None else "both"
-            raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given} came in.")
+            connected = "neither" if self.latent is None else "both"
+            raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {connected} came in.")
         if self.latent is not None:
             return self.latent["samples"]
-        assert self.image is not None  # one of the two is there
+        assert self.image is not None  # exactly one of the two is connected
         if self.vae is None:
             raise ValueError(
                 "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the image to a LATENT."
@@ -116,8 +116,10 @@ class ImageSource:
 
 
 def check_vae(model: Any, vae: Any) -> None:
-    """ValueError when the VAE is another model's."""
+    """ValueError when the VAE belongs to another model."""
     channels = model.get_model_object("latent_format").latent_channels
-    given = getattr(vae, "latent_channels", channels)
-    if given != channels:
-        raise ValueError(f"The VAE's latents have {given} channels, the model's {channels}: use the model's own VAE.")
+    vae_channels = getattr(vae, "latent_channels", channels)
+    if vae_channels != channels:
+        raise ValueError(
+            f"The VAE's latents have {vae_channels} channels, the model's {channels}: use the model's own VAE."
+        )

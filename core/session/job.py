@@ -1,6 +1,7 @@
-"""One way to run a training: look the run up, serve it, or resume and train it; show it, store it, hand it over.
+"""Run a training: return a stored run, or resume and train it, with progress and storage.
 
-A method subclasses Job: its Fit (the mathematics), the key of its run, and what is kept of it. run() does the rest.
+A method subclasses Job to define its Fit (the mathematics), the key of its run, and which results are saved; run() does
+the rest.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from torch import Tensor
 
 from ..fit.fit import Fit
 from ..fit.runs import RunStore
-from ..fit.train import Checkpointer, Keeping, Result, Run, stored_last, stored_run, train
+from ..fit.train import Checkpointer, Result, Retention, Run, stored_last, stored_run, train
 from .fingerprint import fingerprint
 from .progress import Progress
 from .session import GuiderDenoiser, Session
 from .stores import run_store
 
-LAST = 1 << 62  # save_every of a run whose only result is its last
+LAST = 1 << 62  # Retention.every for a run that saves only its last result
 log = logging.getLogger("likeness")
 
-Opened = contextlib.AbstractContextManager[tuple[Fit, Callable[[], Result]]]
+FitContext = contextlib.AbstractContextManager[tuple[Fit, Callable[[], Result]]]
 
 
 class Job(abc.ABC):
-    """One training, described completely: two equal jobs give equal results."""
+    """The complete description of a training: two equal jobs give equal results."""
 
     method: ClassVar[str]
     """The name of the method, in the log and in the run's header."""
     state: ClassVar[Collection[str]] = ()
-    """Names of tensors of the fit's state that the result needs too."""
+    """Names of the tensors of the fit's state that the result also needs."""
     shows_image: ClassVar[bool] = False
     """update() returns an image [1, 3, H, W] in 0..1 instead of a denoised latent."""
 
@@ -43,7 +44,7 @@ class Job(abc.ABC):
 
         @property
         def steps(self) -> int:
-            """Updates asked for; the fit may say that it is done before."""
+            """Number of updates requested; the fit may finish earlier."""
 
         @property
         def model(self) -> Any:
@@ -51,43 +52,43 @@ class Job(abc.ABC):
 
         @property
         def settings(self) -> Any:
-            """A dataclass: what decides an update, for the header of the run."""
+            """A dataclass of what determines an update, for the header of the run."""
 
     @functools.cached_property
     def base(self) -> dict[str, str]:
-        """The fingerprint of the MODEL, for the key and for the header of what is made."""
+        """The fingerprint of the MODEL, for the run's key and the artifact's header."""
         return fingerprint(self.model)
 
     @property
     def one_result(self) -> bool:
-        """Whether the run keeps its last result only, because it is large."""
+        """Whether the run saves only its last result, because results are large."""
         return False
 
     @property
-    def keeping(self) -> Keeping:
-        """At which steps a result is kept, and how many of them."""
-        return Keeping(LAST, 1 if self.one_result else None)
+    def retention(self) -> Retention:
+        """At which steps a result is saved, and how many."""
+        return Retention(LAST, 1 if self.one_result else None)
 
     @abc.abstractmethod
     def key(self) -> str:
-        """The digest of everything that decides the result, except the number of steps."""
+        """The digest of everything that determines the result, except the number of steps."""
 
     def store(self) -> RunStore:
-        """Where the run is kept."""
+        """The store for the run."""
         return run_store()
 
-    def answered(self, stored: Run) -> bool:
-        """Whether a stored run needs no further update."""
-        return stored.answers(self.steps)
+    def is_complete(self, stored: Run) -> bool:
+        """Whether a stored run needs no further updates."""
+        return stored.can_serve(self.steps)
 
     def end(self, done: Run) -> int:
-        """The step whose result this request gets."""
-        return done.told_end(self.steps)
+        """The step whose result is returned."""
+        return done.end_with_warning(self.steps)
 
     def begin(self, done: int) -> Job:
-        """Called once before the model is loaded, when something is left to do: make what session() and fit() share.
+        """Called once before the model is loaded, if updates are to be made; prepares what session() and fit() share.
 
-        done: the updates that are stored already.
+        done: number of updates already stored.
         """
         return self
 
@@ -96,34 +97,34 @@ class Job(abc.ABC):
         """The session that the fit runs in."""
 
     @abc.abstractmethod
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Opened:
-        """A context manager inside the session: gives the fit, and a function that returns its present result."""
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> FitContext:
+        """A context manager, entered inside the session: the fit, and a function that returns its current result."""
 
 
 def run(job: Job, node_id: str | None = None) -> Run:
-    """Serve, resume or train; the losses and results up to the step that this request gets.
+    """Return a stored run, or resume or train it; its losses and results up to the step that is returned.
 
-    Whatever ends a training early (an interrupt, an error) ends it here too, with its work stored.
+    An interrupt or error during training is raised here too, after the work so far is stored.
     """
     key, store = job.key(), job.store()
     if job.one_result:
-        key, done = stored_last(store, key, job.steps)
+        key, stored = stored_last(store, key, job.steps)
     else:
-        done = stored_run(store, key, whole=False, more=job.state)
+        stored = stored_run(store, key, whole=False, more=job.state)
     progress = Progress(job.model, job.steps, node_id)
-    progress.start(0 if done is None else done.step)
-    if done is None or not job.answered(done):
-        done = _trained(job, 0 if done is None else done.step, store, key, progress)
-    end = job.end(done)
-    losses = done.losses[:end]
+    progress.start(0 if stored is None else stored.step)
+    if stored is None or not job.is_complete(stored):
+        stored = _train(job, 0 if stored is None else stored.step, store, key, progress)
+    end = job.end(stored)
+    losses = stored.losses[:end]
     progress.finish(losses)
     if losses:
         log.info("%s: %d steps, loss %.4f to %.4f", job.method, end, losses[0], losses[-1])
-    return Run(done.state, losses, done.up_to(end, job.keeping.every))
+    return Run(stored.state, losses, stored.up_to(end, job.retention.every))
 
 
-def _trained(job: Job, done: int, store: RunStore, key: str, progress: Progress) -> Run:
-    finished: list[Run] = []
+def _train(job: Job, done: int, store: RunStore, key: str, progress: Progress) -> Run:
+    runs: list[Run] = []
     if not done:
         log.info("%s: no run is stored for exactly this model, these inputs and settings: it is trained.", job.method)
     job = job.begin(done)
@@ -131,16 +132,16 @@ def _trained(job: Job, done: int, store: RunStore, key: str, progress: Progress)
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         with job.fit(denoiser, x0) as (fit, result):
 
-            def show(shown: Tensor) -> None:
+            def show(preview: Tensor) -> None:
                 if job.shows_image:
-                    progress.update(fit.losses, image=shown[0])
+                    progress.update(fit.losses, image=preview[0])
                 else:
-                    progress.update(fit.losses, shown)
+                    progress.update(fit.losses, preview)
 
             header = {"method": job.method, "settings": asdict(job.settings)}
-            trained = train(fit, job.steps, result, Checkpointer(store, key, header, job.keeping), show)
+            finished = train(fit, job.steps, result, Checkpointer(store, key, header, job.retention), show)
             state = {name: value.cpu() for name, value in fit.state().items() if name in job.state}
-            finished.append(Run(state, trained.losses, trained.kept))
+            runs.append(Run(state, finished.losses, finished.results))
 
     job.session().run(body)
-    return finished[0]
+    return runs[0]

@@ -1,7 +1,7 @@
-"""What a gradient session needs beside the models' weights: estimates, and what is said when it is too much.
+"""Memory of a gradient session beyond the models' weights: estimates, and messages when it does not fit.
 
-The estimates are of what autograd keeps between a forward and a backward pass, counted on the layers' shapes; they are
-made to be rather too high than too low.
+The estimates cover what autograd stores between the forward and the backward pass, based on the layers' shapes, and err
+on the high side.
 """
 
 from __future__ import annotations
@@ -19,18 +19,15 @@ from torch import Tensor, nn
 log = logging.getLogger("likeness")
 GB = 2**30
 
-# Backward keeps every activation, estimates of ComfyUI's kind are for one forward pass: so many times as much for a
-# decoder, or a model that makes its own estimate.
+# ComfyUI's estimates are for one forward pass, while backward needs every activation: the factor for a decoder, or a
+# model with its own estimate.
 ACTIVATION_FACTOR, ACTIVATION_FACTOR_CHECKPOINTED = 4.0, 1.5
-# For ComfyUI's UNets and transformers, of what it takes a pass to need where attention is computed in one kernel.
-# Counted on the published widths (benchmarks.memory_similarity): 9 and 2 for SD1.x, 20 and 3 for SDXL, 25 and 3 for
-# FLUX.1.
-HELD, HELD_CHECKPOINTED = 25.0, 3.0
-PASS = 0.01 * 2**20  # bytes for each byte of a latent's pixel
-BYTES_PER_WEIGHT = 16  # of a trained one, in float32: itself, its gradient, Adam's two moments
-BYTES_PER_FEATURE = (
-    72.0  # of a transformer layer, for each token and channel in float32 (41 where all is in one kernel)
-)
+# The factor for ComfyUI's UNets and transformers, relative to its estimate for one pass with fused attention. Measured
+# at the published widths (benchmarks.memory_similarity): 9 and 2 for SD1.x, 20 and 3 for SDXL, 25 and 3 for FLUX.1.
+NETWORK_FACTOR, NETWORK_FACTOR_CHECKPOINTED = 25.0, 3.0
+BYTES_PER_PASS = 0.01 * 2**20  # for each byte of a latent's pixel
+BYTES_PER_WEIGHT = 16  # of a trained weight in float32: the weight, its gradient, Adam's two moments
+BYTES_PER_FEATURE = 72.0  # of a transformer layer, per token and channel in float32 (41 with fused attention)
 ADVICE = (
     "switch checkpointing on, make the image smaller, let fewer steps have a gradient, disconnect the text encoder, "
     "or load the model as fp8"
@@ -38,27 +35,27 @@ ADVICE = (
 
 
 def factor(checkpointing: bool) -> float:
-    """Of ComfyUI's estimate for one pass without a gradient."""
+    """The factor on ComfyUI's estimate for one pass without gradients."""
     return ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
 
 
 def activations(model: Any, latent: Tensor, checkpointing: bool) -> float:
-    """Bytes that one prediction of a MODEL for a latent [1, C, h, w] holds for its backward."""
+    """Bytes that one prediction of a MODEL for a latent [1, C, h, w] stores for its backward pass."""
     base = model.model
     if type(base).memory_required is not comfy.model_base.BaseModel.memory_required:
         return factor(checkpointing) * base.memory_required([1, *latent.shape[1:]])
-    size = mm.dtype_size(model.get_model_object("manual_cast_dtype") or base.get_dtype())  # as a session has set it
-    held = HELD_CHECKPOINTED if checkpointing else HELD
-    return held * PASS * base.memory_usage_factor * size * math.prod(latent.shape[2:])
+    size = mm.dtype_size(model.get_model_object("manual_cast_dtype") or base.get_dtype())  # as set by the session
+    network_factor = NETWORK_FACTOR_CHECKPOINTED if checkpointing else NETWORK_FACTOR
+    return network_factor * BYTES_PER_PASS * base.memory_usage_factor * size * math.prod(latent.shape[2:])
 
 
 def decoding_memory(vae: Any, latent: Tensor, checkpointing: bool) -> float:
-    """Bytes that a decoding with a gradient holds."""
+    """Bytes that decoding with gradients stores for its backward pass."""
     return factor(checkpointing) * vae.memory_used_decode(tuple(latent.shape), vae.vae_dtype)
 
 
 def vision_memory(vision: Any, checkpointing: bool) -> float:
-    """Bytes that a CLIP_VISION holds for the gradient of one image."""
+    """Bytes that a CLIP_VISION stores for the gradient of one image."""
     patches = next((part for part in vision.model.modules() if isinstance(part, nn.Conv2d)), None)
     if patches is None:
         return 0.0
@@ -70,14 +67,14 @@ def vision_memory(vision: Any, checkpointing: bool) -> float:
 
 
 def size_on(models: Iterable[Any], device: Any) -> float:
-    """Bytes of weights of the ModelPatchers that are computed on a device: others (--lowvram, --cpu-vae) need none."""
+    """Bytes of the weights of the ModelPatchers that run on a device; others (--lowvram, --cpu-vae) need none there."""
     return sum(model.model_size() for model in models if model.load_device == device)
 
 
 def check_room(models: list[Any], needed: float, device: Any) -> None:
-    """Say what to change, before any work, when models (ModelPatchers) and what they need exceed the device's memory.
+    """Report, before any work, that models (ModelPatchers) and the memory they need exceed the device's memory.
 
-    RuntimeError when the weights alone do; a warning when the estimate does, since it may be too high.
+    RuntimeError when the weights alone do not fit; a warning when only the estimate does not, since it may be too high.
     """
     total, weights = mm.get_total_memory(device), size_on(models, device)
     if weights > total:
@@ -95,11 +92,11 @@ def check_room(models: list[Any], needed: float, device: Any) -> None:
 
 
 @contextlib.contextmanager
-def told_when_out_of_memory() -> Iterator[None]:
-    """Turn an out-of-memory error into one that says what to change, of the same kind: ComfyUI unloads on it."""
+def explain_out_of_memory() -> Iterator[None]:
+    """Make an out-of-memory error say what to change; its type stays the same, since ComfyUI unloads models on it."""
     try:
         yield
     except mm.OOM_EXCEPTION as error:
-        if mm.OOM_EXCEPTION is Exception:  # ComfyUI's stand-in where torch knows no such error
+        if mm.OOM_EXCEPTION is Exception:  # ComfyUI's fallback where torch has no such error
             raise
         raise type(error)(f"The gradient does not fit into memory ({str(error)[:200]}): {ADVICE}.") from error

@@ -1,4 +1,4 @@
-"""Outputs that are not there, losses for the stock graph, and files that go out."""
+"""Blocked outputs, loss maps for the stock loss graph, and paths of output files."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 from comfy_execution.graph_utils import ExecutionBlocker
 
-MAX_PREFIX = 200  # characters; file systems stop at 255 for one name
+MAX_PREFIX = 200  # characters; file systems limit a name to 255
 
 
 def nothing() -> ExecutionBlocker:
-    """The value of an output that was not made: what stands behind it is silently not run."""
+    """The value of an unused output: nodes connected to it are silently skipped."""
     return ExecutionBlocker(None)
 
 
 def loss_map(losses: Sequence[float]) -> dict[str, list[float]]:
-    """A LOSS_MAP of one loss at least. The stock Plot Loss Graph divides by the span: it gets two different ones."""
-    found = [float(loss) for loss in losses]
-    if max(found) == min(found):
-        found.append(found[-1] + 1e-6 * max(1.0, abs(found[-1])))
-    return {"loss": found}
+    """A LOSS_MAP of at least one loss. The stock Plot Loss Graph divides by the range, so equal losses get one more."""
+    values = [float(loss) for loss in losses]
+    if max(values) == min(values):
+        values.append(values[-1] + 1e-6 * max(1.0, abs(values[-1])))
+    return {"loss": values}
 
 
 def numbered_path(folder: str, prefix: str, suffix: str) -> Path:
-    """A new file <prefix>_<number>_<suffix> inside `folder`; prefix may name sub-folders and ComfyUI's %date% tokens.
+    """Path of a new file <prefix>_<number>_<suffix> in `folder`; prefix may contain sub-folders and ComfyUI's %date%
+    tokens.
 
-    ValueError for anything that would leave the folder, through links too.
+    ValueError for anything that would leave the folder, also through links.
     """
     parts = PurePosixPath(prefix.replace("\\", "/")).parts
     hostile = "\0" in prefix or ".." in parts or PurePosixPath(prefix).is_absolute() or PureWindowsPath(prefix).anchor

@@ -1,4 +1,4 @@
-"""Telling the user how an optimisation goes: progress bar, latent preview, and the loss curve of the page's widget."""
+"""Progress of an optimisation for the user: progress bar, latent preview, and the loss curve of the node's widget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERVAL = 1.0  # seconds between two images or curves
 
 
 class Steps:
-    """How far one or more samplings or inversions are that share a bar, with a preview of every so many steps."""
+    """Progress of one or more samplings or inversions that share a bar, with a preview every `every` steps."""
 
     def __init__(self, model: Any, total: int, node_id: str | None, every: int = 1) -> None:
         self._bar, self._total, self._done = comfy.utils.ProgressBar(total, node_id=node_id), total, 0
@@ -28,26 +28,26 @@ class Steps:
         self._every = every
 
     def step(self, latent: Tensor | None = None) -> None:
-        """One step more; latent [B, C, h, w] in the model's own space. Raises ComfyUI's interrupt."""
+        """Count one step; latent [B, C, h, w] in the model's own space. Raises ComfyUI's interrupt."""
         mm.throw_exception_if_processing_interrupted()
         self._done += 1
-        shown = latent if self._done % self._every == 0 else None
-        self._bar.update_absolute(self._done, self._total, _preview(self._previewer, shown))
+        preview = _preview(self._previewer, latent if self._done % self._every == 0 else None)
+        self._bar.update_absolute(self._done, self._total, preview)
 
     def callback(self, _step: int, denoised: Tensor, _x: Tensor, _total: int) -> None:
-        """As ComfyUI's samplers call it."""
+        """step() with the signature of ComfyUI's sampler callbacks."""
         self.step(denoised)
 
 
 def _preview(previewer: Any | None, latent: Tensor | None) -> Any | None:
-    """What a progress bar shows of a latent; None without a previewer or a latent."""
+    """A latent's preview image for the progress bar; None without a previewer or a latent."""
     if previewer is None or latent is None:
         return None
     return previewer.decode_latent_to_preview_image("JPEG", latent[:1].float())
 
 
 class Progress:
-    """Progress of one node's run. Raises ComfyUI's interrupt from update() when the user cancels."""
+    """Progress of one node's run. update() raises ComfyUI's interrupt when the user cancels."""
 
     def __init__(self, model: Any, total: int, node_id: str | None) -> None:
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
@@ -55,13 +55,13 @@ class Progress:
         self._total, self._node, self._resumed, self._last = total, node_id, 0, 0.0
 
     def start(self, step: int) -> None:
-        """Say how many steps were already there: of a stored run that is continued, or served as it is."""
+        """Set how many steps a stored run already has, whether it is resumed or returned as it is."""
         self._resumed = step
 
     def update(self, losses: list[float], denoised: Tensor | None = None, image: Tensor | None = None) -> None:
         """Show the state after an update; images and curves at most once a second, and at the end.
 
-        image: one [3, H, W] in 0..1 that is there already, instead of a latent.
+        image: an image [3, H, W] in 0..1 to show instead of a latent.
         """
         mm.throw_exception_if_processing_interrupted()
         step, now = len(losses), time.monotonic()
@@ -77,7 +77,7 @@ class Progress:
         self.curve(losses)
 
     def finish(self, losses: list[float]) -> None:
-        """Show the end of a run, also of one that was served from disk."""
+        """Show the end of a run, also of one returned from disk."""
         mm.throw_exception_if_processing_interrupted()
         self._bar.update_absolute(max(len(losses), self._total), self._total)
         self.curve(losses)

@@ -1,4 +1,4 @@
-"""Sampling an image for a preview, with ComfyUI's own sampler."""
+"""Sample preview images with ComfyUI's own sampler."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..prompt.conditioning import Conditioning
 
-SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together DDIM with eta 0, which the papers use
+SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together: DDIM with eta 0, as in the papers
 
 
-def noisy(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:
-    """What ComfyUI's samplers start from: a latent in the model's own space, under noise of the first of the levels."""
+def noisy_start(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:
+    """The input to ComfyUI's samplers: a latent in the model's own space, noised to the first of the levels."""
     first, highest = float(sigmas[0]), float(sampling.sigma_max)
-    whole = first > highest or math.isclose(first, highest, rel_tol=1e-5)
-    return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, whole)
+    full_noise = first > highest or math.isclose(first, highest, rel_tol=1e-5)
+    return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, full_noise)
 
 
 def sample_image(
@@ -32,8 +32,8 @@ def sample_image(
     cfg: float,
     seed: int,
 ) -> Tensor:
-    """One image [1, H, W, 3] in 0..1 from fresh noise of a LATENT's shape [1, C, h, w]. Without a negative
-    prompt cfg is 1.
+    """One image [1, H, W, 3] in 0..1 from fresh noise with a LATENT's shape [1, C, h, w]; without a negative prompt,
+    cfg is 1.
     """
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     latent = torch.zeros(shape)

@@ -1,7 +1,7 @@
-"""The one gradient session: every optimization of the pack runs inside a sampler that a guider calls.
+"""The gradient session: every optimization of the pack runs inside a sampler called by a guider.
 
 ComfyUI itself loads the model and everything attached to it, processes the conditioning, runs hooks and wrappers, and
-cleans up. Inside, the model is thawed and seen as a Denoiser. An interrupt passes through untouched.
+cleans up. Inside the session, the model is differentiable and wrapped as a Denoiser. Interrupts propagate unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..prompt.conditioning import Conditioning, detached
-from .memory import BYTES_PER_WEIGHT, activations, check_room, size_on, told_when_out_of_memory
+from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .weights import (
     check_fully_loaded,
     checkpointed,
@@ -31,12 +31,12 @@ from .weights import (
     trainable_clone,
 )
 
-BESIDE = "likeness.beside"
-BOXES = "likeness.boxes"  # transformer_options: [B, 4] in cells, one box for each sample of a training batch
+COMPANIONS = "likeness.beside"  # key of the session's other models among the clone's additional models
+BOXES = "likeness.boxes"  # transformer_options: [B, 4] in latent cells, one box per sample of a training batch
 
 
 class GuiderDenoiser:
-    """A Denoiser over a running guider, for one of its prompts."""
+    """A Denoiser backed by a running guider, for one of the guider's prompts."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class GuiderDenoiser:
         leaves: dict[str, nn.Parameter] | None = None,
         role: str = "positive",
     ) -> None:
-        """leaves: the weights that the session trains, by name. role: which of the guider's prompts."""
+        """leaves: the weights that the session trains, by name. role: the name of the prompt in the guider."""
         self._guider, self._extra_args, self._role = guider, extra_args, role
         self.leaves = leaves or {}
         self._entry = guider.conds[role][0]
@@ -63,32 +63,32 @@ class GuiderDenoiser:
         pooled: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> Tensor:
-        """As in PlacedDenoiser; without a context the prompt's own rows are used, without pooled its own vector."""
+        """As in PlacedDenoiser; context and pooled default to the prompt's own token embeddings and vector."""
         mm.throw_exception_if_processing_interrupted()
         extra_args = self._extra_args
         if boxes is not None:
             options = extra_args["model_options"]
-            placed = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
-            extra_args = {**extra_args, "model_options": {**options, "transformer_options": placed}}
+            with_boxes = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
+            extra_args = {**extra_args, "model_options": {**options, "transformer_options": with_boxes}}
         with self._prompt(context, None if pooled is None else self._vector(pooled, x), x.device):
             return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
 
     def _vector(self, pooled: Tensor, x: Tensor) -> Tensor | None:
-        """What this model makes of the text encoder's pooled output; None for models that do not use it."""
-        given = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **self._entry}
-        given |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": self._role}
-        return self._guider.inner_model.encode_adm(**given)
+        """The model's vector conditioning from the text encoder's pooled output; None for models without one."""
+        inputs = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **self._entry}
+        inputs |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": self._role}
+        return self._guider.inner_model.encode_adm(**inputs)
 
     @contextlib.contextmanager
     def _prompt(self, context: Tensor | None, vector: Tensor | None, device: torch.device) -> Iterator[None]:
         conds = self._guider.conds
-        exchanged = dict(self._entry["model_conds"])
+        model_conds = dict(self._entry["model_conds"])
         if context is not None:
-            exchanged["c_crossattn"] = exchanged["c_crossattn"]._copy_with(context.to(device))
+            model_conds["c_crossattn"] = model_conds["c_crossattn"]._copy_with(context.to(device))
         if vector is not None:
-            exchanged["y"] = comfy.conds.CONDRegular(vector.to(device))
+            model_conds["y"] = comfy.conds.CONDRegular(vector.to(device))
         if context is not None or vector is not None:
-            self._guider.conds = {"positive": [{**self._entry, "model_conds": exchanged}]}
+            self._guider.conds = {"positive": [{**self._entry, "model_conds": model_conds}]}
         else:
             self._guider.conds = {"positive": conds[self._role]}
         try:
@@ -97,22 +97,22 @@ class GuiderDenoiser:
             self._guider.conds = conds
 
     def of(self, role: str) -> GuiderDenoiser:
-        """The same model's predictions for another of the guider's prompts, with all that hangs on that prompt."""
+        """The same model's predictions for another of the guider's prompts, with everything attached to that prompt."""
         return GuiderDenoiser(self._guider, self._extra_args, self.leaves, role)
 
     @property
     def model(self) -> nn.Module:
-        """The loaded model that the predictions come from."""
+        """The loaded model."""
         return self._guider.inner_model
 
     @property
     def context(self) -> Tensor:
-        """The prompt's rows as the model gets them, [1, rows, width]."""
+        """The prompt's token embeddings as the model receives them, [1, tokens, width]."""
         return self._entry["model_conds"]["c_crossattn"].cond
 
 
 class _Body(comfy.samplers.Sampler):
-    """A sampler that, instead of sampling, runs a function."""
+    """A sampler that runs a function instead of sampling."""
 
     def __init__(self, run: Callable[..., None]) -> None:
         self._run = run
@@ -127,7 +127,7 @@ class _Body(comfy.samplers.Sampler):
 def predicting(
     model: Any, positive: Conditioning, latent: Tensor, body: Callable[[GuiderDenoiser, Tensor], None]
 ) -> None:
-    """Run body(denoiser, x0) with a MODEL's own predictions for one prompt, without guidance and without gradients.
+    """Run body(denoiser, x0) with a MODEL's own predictions for one prompt, without guidance or gradients.
 
     Arguments as in Session; the model may be partly offloaded.
     """
@@ -141,14 +141,14 @@ def predicting(
 
 @dataclass(frozen=True)
 class Session:
-    """Gradients through a MODEL, for as long as run() takes.
+    """Gradients through a MODEL for the duration of run().
 
     model: a ModelPatcher; it is not changed, and its output afterwards is bit-identical. positive: one prompt. latent
-    [B, C, h, w] as it comes in a LATENT. negative: another prompt, for denoiser.of("negative"). text: a text encoder's
-    ModelPatcher that runs too. others: further ones (a VAE, vision models), which get gradients to their inputs;
-    more_memory: bytes that they need for that. exact: an fp16 model computes in float32 instead of bf16, for results
-    that an fp16 sampling shall meet. all_weights: every weight of the diffusion model (and of the text encoder) becomes
-    a float32 leaf for the time of the session, in denoiser.leaves.
+    [B, C, h, w] as in a LATENT. negative: another prompt, for denoiser.of("negative"). text: the ModelPatcher of a text
+    encoder that also runs. others: further ModelPatchers (a VAE, vision models) that need gradients to their inputs;
+    more_memory: bytes they need for that. exact: an fp16 model computes in float32 instead of bf16, for results that
+    must match an fp16 sampling. all_weights: every weight of the diffusion model (and of the text encoder) becomes a
+    float32 leaf during the session, in denoiser.leaves.
     """
 
     model: Any
@@ -165,12 +165,12 @@ class Session:
     def run(self, body: Callable[[GuiderDenoiser, Tensor], None]) -> None:
         """Run body(denoiser, x0); x0 is the latent in the model's own latent space, on the model's device.
 
-        What body wants to keep it must detach and move to the CPU itself. Raises RuntimeError before body starts when
-        the model is partly offloaded, or has no backward (some quantised formats).
+        body must itself detach results and move them to the CPU. Raises RuntimeError before body starts when the model
+        is partly offloaded or has no backward pass (some quantised formats).
         """
 
         def inside(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
-            with self._opened(guider, extra_args, x0) as denoiser:
+            with self._denoiser(guider, extra_args, x0) as denoiser:
                 body(denoiser, x0)
 
         with gradients():
@@ -179,48 +179,48 @@ class Session:
             guider = self._guider(clone)
             self._load(clone, latent)
             try:
-                with told_when_out_of_memory():
+                with explain_out_of_memory():
                     noise = torch.zeros_like(latent)
                     guider.sample(noise, latent, _Body(inside), _ends(clone), disable_pbar=True)
             finally:
                 mm.soft_empty_cache()
 
     @property
-    def _beside(self) -> list[Any]:
-        """What is loaded beside the model."""
+    def _companions(self) -> list[Any]:
+        """The ModelPatchers loaded together with the model."""
         return [*([] if self.text is None else [self.text]), *self.others]
 
     def _clone(self) -> Any:
-        """The model in a form that has a backward, with what is loaded beside it attached."""
+        """A clone of the model with a backward pass, with its companions attached."""
         clone = trainable_clone(self.model, self.all_weights, self.exact)
-        if self._beside:
-            clone.set_additional_models(BESIDE, self._beside)  # ComfyUI must not unload one to make room for the other
+        if self._companions:  # ComfyUI must not unload one to make room for the other
+            clone.set_additional_models(COMPANIONS, self._companions)
         return clone
 
     def _guider(self, clone: Any) -> Any:
         guider = comfy.samplers.CFGGuider(clone)
-        given = {"positive": self.positive, "negative": self.negative}
-        guider.inner_set_conds({role: detached(prompt) for role, prompt in given.items() if prompt is not None})
+        prompts = {"positive": self.positive, "negative": self.negative}
+        guider.inner_set_conds({role: detached(prompt) for role, prompt in prompts.items() if prompt is not None})
         return guider
 
     def _load(self, clone: Any, latent: Tensor) -> None:
         """Load every model whole, with room for what the gradient needs."""
-        together = [clone] if self.text is None else [clone, self.text]
-        # Thawed, every weight is there twice; a text encoder whose weights are all trained is counted in _memory().
-        copies = size_on(self.others if self.all_weights else self._beside, clone.load_device)
-        needed = _memory(together, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
-        check_room([clone, *self._beside], needed, clone.load_device)
-        load_fully([clone, *self._beside], needed)
+        trained = [clone] if self.text is None else [clone, self.text]
+        # thawed() holds every weight twice; a text encoder whose weights are all trained is counted in _memory().
+        copies = size_on(self.others if self.all_weights else self._companions, clone.load_device)
+        needed = _memory(trained, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
+        check_room([clone, *self._companions], needed, clone.load_device)
+        load_fully([clone, *self._companions], needed)
 
     @contextlib.contextmanager
-    def _opened(self, guider: Any, extra_args: dict[str, Any], x0: Tensor) -> Iterator[GuiderDenoiser]:
-        """Inside the sampler: whole, thawed, safe for a backward, checkpointed, and probed."""
-        for loaded in (guider.model_patcher, *guider.loaded_models):
-            if hasattr(loaded, "model_size"):
-                check_fully_loaded(loaded)
-        parts = self._parts(guider)
+    def _denoiser(self, guider: Any, extra_args: dict[str, Any], x0: Tensor) -> Iterator[GuiderDenoiser]:
+        """Inside the sampler: the model fully loaded, thawed, safe for backward, checkpointed, and probed."""
+        for patcher in (guider.model_patcher, *guider.loaded_models):
+            if hasattr(patcher, "model_size"):
+                check_fully_loaded(patcher)
+        parts = self._modules(guider)
         with contextlib.ExitStack() as stack:
-            leaves = stack.enter_context(thawed(parts, self._trained(guider)))
+            leaves = stack.enter_context(thawed(parts, self._trained_modules(guider)))
             for part in parts:
                 stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
@@ -231,12 +231,12 @@ class Session:
             _probe(denoiser, x0[:1])
             yield denoiser
 
-    def _parts(self, guider: Any) -> list[nn.Module]:
+    def _modules(self, guider: Any) -> list[nn.Module]:
         """All modules that run."""
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
-        return [part for part in (*owners, *(each.model for each in self._beside)) if isinstance(part, nn.Module)]
+        return [part for part in (*owners, *(each.model for each in self._companions)) if isinstance(part, nn.Module)]
 
-    def _trained(self, guider: Any) -> dict[str, nn.Module]:
+    def _trained_modules(self, guider: Any) -> dict[str, nn.Module]:
         """The modules whose weights are trained, by prefix."""
         if not self.all_weights:
             return {}
@@ -245,14 +245,14 @@ class Session:
 
 
 def _ends(clone: Any) -> Tensor:
-    """Noise levels that any sampler accepts; nothing is sampled."""
+    """Valid noise levels for any sampler; nothing is sampled."""
     return torch.tensor([float(clone.get_model_object("model_sampling").sigma_max), 0.0])
 
 
 def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
-    """Bytes that a session needs beside the loaded weights; the diffusion model is the first of the models."""
+    """Bytes that a session needs on top of the loaded weights; the diffusion model is the first of the models."""
     first = models[0]
-    # Beside the activations: thawing, or casting to another precision, holds every weight a second time.
+    # Besides the activations: thawing, or casting to another precision, holds every weight a second time.
     memory = first.model_size() + activations(first, latent, checkpointing)
     if all_weights:
         memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
@@ -260,7 +260,7 @@ def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights:
 
 
 def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-    """One small backward before any work: quantised layers and some attention kernels have none."""
+    """One small backward pass before any work: quantised layers and some attention kernels have none."""
     context = denoiser.context.detach().clone().requires_grad_(True)
     sigma = denoiser.sigmas[denoiser.sigmas.shape[0] // 2].to(x0).view(1)
     try:

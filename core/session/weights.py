@@ -1,7 +1,7 @@
-"""Making a loaded ComfyUI model differentiable for a while, and leaving it exactly as it was.
+"""Make a loaded ComfyUI model temporarily differentiable, and restore it exactly.
 
-ComfyUI runs nodes under torch.inference_mode(), so its weights are inference tensors, which autograd refuses to save.
-Which ones are depends on who loaded the model first; therefore every weight is looked at, every time.
+ComfyUI runs nodes under torch.inference_mode(), so weights may be inference tensors, which autograd cannot save for
+backward. Which weights are depends on which node loaded the model first, so every weight is checked every time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-OWN_GUIDANCE = "likeness.guidance"  # how the keys begin of what this pack puts on a MODEL for sampling alone
+GUIDANCE_PREFIX = "likeness.guidance"  # key prefix of everything the pack attaches to a MODEL for sampling only
 POST_CFG = "sampler_post_cfg_function"
 GUIDANCE = (
     "sampler_cfg_function",
@@ -30,22 +30,22 @@ GUIDANCE = (
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)
 log = logging.getLogger("likeness")
-IN_PLACE = ("CLIPLayer", "DoubleStreamBlock", "SingleStreamBlock")  # ComfyUI's blocks that add to their input in place
+IN_PLACE = ("CLIPLayer", "DoubleStreamBlock", "SingleStreamBlock")  # ComfyUI's blocks that modify their input in place
 NORMS = ("layer_norm1", "layer_norm2", "img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")  # inside them
 CHECKPOINTED = (
-    *("ResBlock", "SpatialTransformer", "DoubleStreamBlock", "SingleStreamBlock"),  # of ComfyUI's models
-    "SanaTransformerBlock",  # of diffusers
+    *("ResBlock", "SpatialTransformer", "DoubleStreamBlock", "SingleStreamBlock"),  # ComfyUI's models
+    "SanaTransformerBlock",  # diffusers
 )
 DECODER = (
-    *("ResnetBlock", "AttnBlock", "Upsample", "Block"),  # of ComfyUI's KL autoencoders and TAESD
-    *("ResBlock", "EfficientViTBlock", "DCUpBlock2d"),  # of diffusers' deep compression autoencoder
+    *("ResnetBlock", "AttnBlock", "Upsample", "Block"),  # ComfyUI's KL autoencoders and TAESD
+    *("ResBlock", "EfficientViTBlock", "DCUpBlock2d"),  # diffusers' deep compression autoencoder
 )
 
 
 @contextlib.contextmanager
 def gradients() -> Iterator[None]:
-    """Leave inference mode and record gradients; some models also need to be told that a training runs."""
-    had_flag = hasattr(mm, "in_training")  # newer ComfyUI: several families avoid fused kernels when it is set
+    """Leave inference mode and record gradients; also set ComfyUI's training flag, which some models need."""
+    had_flag = hasattr(mm, "in_training")  # newer ComfyUI: some model families avoid fused kernels when it is set
     before = getattr(mm, "in_training", False)
     try:
         if had_flag:
@@ -61,72 +61,72 @@ def gradients() -> Iterator[None]:
 def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Equal, ordinary stand-ins for all inference parameters and buffers; the originals come back on exit.
+    """Replace all inference parameters and buffers by equal normal tensors; the originals are restored on exit.
 
-    Those that ComfyUI casts anyway stay: autograd sees only what they are cast to. Bringing back the very same objects
-    keeps ModelPatcher's backups and the other nodes that share the module valid.
-    trained: modules, by prefix, whose weights become float32 leaves to be trained; yields them by their full names.
+    Weights that ComfyUI casts in every forward are left alone, since autograd sees only the result of the cast. The
+    original objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
+    trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         leaves = _leaves(trained or {}, replaced)
         for module in modules:
-            computed = getattr(module, "manual_cast_dtype", None)
+            dtype = getattr(module, "manual_cast_dtype", None)
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
                     for name, value in store.items():
-                        if value is not None and value.is_inference() and not _cast(part, name, value, computed):
+                        if value is not None and value.is_inference() and not _is_cast(part, name, value, dtype):
                             replaced.append((store, name, value))
-                            store[name] = _ordinary(value, store is part._parameters)  # ty: ignore[invalid-assignment]
+                            store[name] = _normal(value, store is part._parameters)  # ty: ignore[invalid-assignment]
         yield leaves
     finally:
         for store, name, value in replaced:
             store[name] = value
 
 
-def _cast(part: nn.Module, name: str, value: Tensor, computed: torch.dtype | None) -> bool:
-    """Whether a layer casts this weight into a new tensor in every forward: nothing is computed in fp8, and a model
-    that computes in another precision than it is stored in (computed) casts all of its half precision weights.
+def _is_cast(part: nn.Module, name: str, value: Tensor, compute_dtype: torch.dtype | None) -> bool:
+    """Whether a layer casts this weight to a new tensor in every forward: always in fp8, and in half precision when the
+    model's compute dtype differs.
     """
     casts = isinstance(part, comfy.ops.CastWeightBiasOp) and part.comfy_cast_weights and name in ("weight", "bias")
     if not casts or type(value) is not nn.Parameter:
         return False
     half = value.dtype in (torch.float16, torch.bfloat16)
-    return value.dtype in FP8 or (half and computed is not None and computed != value.dtype)
+    return value.dtype in FP8 or (half and compute_dtype is not None and compute_dtype != value.dtype)
 
 
 def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> dict[str, nn.Parameter]:
-    """Put a leaf in the place of every weight; a weight that is used in two places stays one."""
+    """Replace every weight by a leaf; a shared weight gets a single leaf."""
     leaves: dict[str, nn.Parameter] = {}
-    known: dict[int, nn.Parameter] = {}
+    by_id: dict[int, nn.Parameter] = {}
     for prefix, module in trained.items():
         for path, part in module.named_modules():
             store: dict[str, Any] = part._parameters
             for name, value in store.items():
                 if value is None:
                     continue
-                if id(value) not in known:
-                    known[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
-                    leaves[".".join(word for word in (prefix, path, name) if word)] = known[id(value)]
+                if id(value) not in by_id:
+                    by_id[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
+                    leaves[".".join(word for word in (prefix, path, name) if word)] = by_id[id(value)]
                 replaced.append((store, name, value))
-                store[name] = known[id(value)]
+                store[name] = by_id[id(value)]
     return leaves
 
 
-def _ordinary(value: Tensor, parameter: bool) -> Tensor:
+def _normal(value: Tensor, parameter: bool) -> Tensor:
     copy = value.detach().clone()
     return nn.Parameter(copy, requires_grad=False) if parameter else copy
 
 
 @contextlib.contextmanager
 def out_of_place(module: nn.Module) -> Iterator[None]:
-    """Keep ComfyUI's CLIP layers and FLUX blocks from overwriting what backward needs.
+    """Keep ComfyUI's CLIP layers and FLUX blocks from overwriting tensors that backward needs.
 
-    They add to their input in place. Plain autograd notices and raises; checkpointing does not notice and gives
-    wrong gradients. Handing each layer norm a copy of its input makes the saved tensor a private one.
+    They add to their input in place. Plain autograd detects this and raises; checkpointing does not and gives wrong
+    gradients. Each layer norm gets a copy of its input, so the tensor it saves is never modified.
     """
 
-    def private(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].clone(), *inputs[1:])
 
     handles = []
@@ -135,7 +135,7 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
             for name in NORMS if type(part).__name__ in IN_PLACE else ():
                 norm = getattr(part, name, None)
                 if isinstance(norm, nn.Module):
-                    handles.append(norm.register_forward_pre_hook(private))
+                    handles.append(norm.register_forward_pre_hook(copy_input))
         yield
     finally:
         for handle in handles:
@@ -144,19 +144,18 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def private_skips(unet: nn.Module) -> Iterator[None]:
-    """Keep a ControlNet from overwriting what backward needs.
+    """Keep a ControlNet from overwriting tensors that backward needs.
 
-    ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Handing
-    every block a copy of its input makes the skip connections nobody else's. Other models are left
-    alone.
+    ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Every block
+    gets a copy of its input, so nothing else uses the skip connections. Models without a UNet are left alone.
     """
 
-    def private(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].clone(), *inputs[1:])
 
     blocks = [*getattr(unet, "input_blocks", [])][1:]
     blocks += [block for block in [getattr(unet, "middle_block", None)] if block is not None]
-    handles = [block[0].register_forward_pre_hook(private) for block in blocks]
+    handles = [block[0].register_forward_pre_hook(copy_input) for block in blocks]
     try:
         yield
     finally:
@@ -166,7 +165,7 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
-    """Recompute the blocks of these classes in backward instead of keeping activations: less memory, more time."""
+    """Recompute blocks of these classes in backward instead of storing their activations: less memory, more time."""
     names = set(class_names)
     with _checkpointed([part for part in module.modules() if type(part).__name__ in names]):
         yield
@@ -174,59 +173,59 @@ def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -
 
 @contextlib.contextmanager
 def layers_checkpointed(module: nn.Module) -> Iterator[None]:
-    """The same for every row of equal layers that a vision model has, whatever library it comes from."""
-    rows: list[list[nn.Module]] = []
+    """The same for every stack of equal layers in a vision model, whichever library it comes from."""
+    stacks: list[list[nn.Module]] = []
     inner: set[int] = set()
     for part in module.modules():
         layers = list(part.children()) if isinstance(part, nn.ModuleList) and id(part) not in inner else []
         if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
-            rows.append(layers)
+            stacks.append(layers)
             inner |= {id(below) for layer in layers for below in layer.modules()}
-    with _checkpointed([layer for layers in rows for layer in layers]):
+    with _checkpointed([layer for layers in stacks for layer in layers]):
         yield
 
 
 @contextlib.contextmanager
 def _checkpointed(parts: list[nn.Module]) -> Iterator[None]:
-    own = [(part, "forward" in part.__dict__, part.forward) for part in parts]  # other packs may have set theirs
+    originals = [(part, "forward" in part.__dict__, part.forward) for part in parts]  # other packs may have set it
     try:
         for part in parts:
-            part.forward = _recomputed(part.forward, type(part).__name__ in IN_PLACE)  # type: ignore[method-assign]
+            part.forward = _recompute(part.forward, type(part).__name__ in IN_PLACE)  # type: ignore[method-assign]
         yield
     finally:
-        for part, was_set, forward in own:
+        for part, was_set, forward in originals:
             part.__dict__.pop("forward", None)
             if was_set:
                 part.forward = forward  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Tensor], in_place: bool) -> Callable[..., Tensor]:
-    def fresh(*args: Any, **kwargs: Any) -> Tensor:
-        """A block that overwrites its inputs gets copies of them, so that they are the same when it runs again."""
-        copies = [_copied(value) for value in args]
-        return forward(*copies, **{name: _copied(value) for name, value in kwargs.items()})
+def _recompute(forward: Callable[..., Tensor], in_place: bool) -> Callable[..., Tensor]:
+    def forward_copies(*args: Any, **kwargs: Any) -> Tensor:
+        """A block that overwrites its inputs gets copies of them, so that they are unchanged when it is recomputed."""
+        copies = [_copy(value) for value in args]
+        return forward(*copies, **{name: _copy(value) for name, value in kwargs.items()})
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        # The dict says which block is running and changes as the model goes on: recomputing needs it as it is now.
+        # transformer_options names the running block and changes as the model runs: recomputing needs it as it is now.
         fixed = tuple(dict(a) if isinstance(a, dict) else a for a in args)
         fixed_kw: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        return checkpoint(fresh if in_place else forward, *fixed, use_reentrant=False, **fixed_kw)
+        return checkpoint(forward_copies if in_place else forward, *fixed, use_reentrant=False, **fixed_kw)
 
     return run
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _differentiable_attention(_chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
 def fixed_clone(patcher: Any) -> Any:
-    """A clone of a ModelPatcher whose weights stay where they are.
+    """A clone of a ModelPatcher whose weights stay in place.
 
-    Raises RuntimeError when ComfyUI streams this model's weights and cannot give a fixed copy of them.
+    Raises RuntimeError when ComfyUI streams this model's weights and cannot make a fixed copy of them.
     """
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return patcher.clone()
@@ -240,43 +239,43 @@ def fixed_clone(patcher: Any) -> Any:
 
 
 class Playback:
-    """Base of functions after CFG that only play back what was recorded: no guidance that anybody is warned of."""
+    """Base class of post-CFG functions that only replay a recorded trajectory, for which no guidance warning is due."""
 
 
-def is_own_guidance(key: Any) -> bool:
-    """Whether a wrapper or attachment of this key belongs to sampling alone."""
-    return isinstance(key, str) and key.startswith(OWN_GUIDANCE)
+def is_pack_guidance(key: Any) -> bool:
+    """Whether a wrapper or attachment with this key is the pack's guidance, which applies to sampling only."""
+    return isinstance(key, str) and key.startswith(GUIDANCE_PREFIX)
 
 
 def warn_of_guidance(model: Any) -> None:
-    """Say that other nodes' guidance is not part of an optimisation that a sampling is meant to follow exactly."""
-    given = {name: model.model_options.get(name) for name in GUIDANCE}
-    given[POST_CFG] = [each for each in given[POST_CFG] or [] if not isinstance(each, Playback)]
-    carried = [name for name, value in given.items() if value]
-    carried += sorted(filter(is_own_guidance, model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})))
-    if carried:
+    """Warn that other nodes' guidance is left out of an optimisation whose result a sampling should match exactly."""
+    options = {name: model.model_options.get(name) for name in GUIDANCE}
+    options[POST_CFG] = [each for each in options[POST_CFG] or [] if not isinstance(each, Playback)]
+    names = [name for name, value in options.items() if value]
+    names += sorted(filter(is_pack_guidance, model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})))
+    if names:
         log.warning(
             "The model carries guidance (%s), which is left out here: sampled with it, the result will "
             "not be met. Connect the model from before those nodes, to the sampler too.",
-            ", ".join(carried),
+            ", ".join(names),
         )
 
 
 def drop_all_guidance(clone: Any) -> None:
-    """Guidance belongs to sampling; a loss, and an inversion, is on the model's own prediction."""
+    """Remove all guidance from a clone: losses and inversions use the model's own prediction."""
     for name in GUIDANCE:
         clone.model_options.pop(name, None)
     for by_key in clone.wrappers.values():
-        for key in filter(is_own_guidance, list(by_key)):
+        for key in filter(is_pack_guidance, list(by_key)):
             del by_key[key]
-    for key in filter(is_own_guidance, list(clone.additional_models)):
+    for key in filter(is_pack_guidance, list(clone.additional_models)):
         clone.remove_additional_models(key)
 
 
 def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
-    """A clone of a MODEL whose forward can be differentiated: fixed weights, attention with a backward, safe precision.
+    """A clone of a MODEL with a differentiable forward: fixed weights, attention with a backward pass, safe precision.
 
-    cast: its weights will be float32 whatever it computes in. exact: it computes in float32 where its fp16 is no good.
+    cast: the weights will be float32 whatever the compute dtype. exact: compute in float32 where fp16 is unsafe.
     """
     clone = fixed_clone(model)
     drop_all_guidance(clone)
@@ -284,39 +283,39 @@ def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     options["optimized_attention_override"] = _differentiable_attention
     dtype = model.model_dtype()
     if dtype == torch.float16 and not mm.is_device_cpu(model.load_device):
-        # Gradients of a diffusion loss vanish in fp16; bf16 has the range, at the same speed and memory.
-        coarse = mm.should_use_bf16(model.load_device) and not exact
-        clone.set_model_compute_dtype(torch.bfloat16 if coarse else torch.float32)
+        # Gradients of a diffusion loss underflow in fp16; bf16 has the range, at the same speed and memory.
+        use_bf16 = mm.should_use_bf16(model.load_device) and not exact
+        clone.set_model_compute_dtype(torch.bfloat16 if use_bf16 else torch.float32)
     elif cast and dtype != torch.float32 and model.get_model_object("manual_cast_dtype") is None:
         clone.set_model_compute_dtype(dtype)
     return clone
 
 
 def check_trainable_weights(modules: Iterable[nn.Module]) -> None:
-    """ValueError when weights are stored in a quantised format: such numbers cannot be moved in small steps."""
+    """ValueError when weights are stored in a quantised format, which cannot take small updates."""
     trainable = (torch.float32, torch.float16, torch.bfloat16)
     values = [value for module in modules for value in module.parameters() if not _plain(value, trainable)]
-    found = {str(value.dtype) if _plain(value) else type(value).__name__ for value in values}
-    if found:
+    formats = {str(value.dtype) if _plain(value) else type(value).__name__ for value in values}
+    if formats:
         raise ValueError(
-            f"All weights cannot be trained from {', '.join(sorted(found))}: load the model in fp16, bf16 or fp32, or "
-            "train a LoRA."
+            f"All weights cannot be trained from {', '.join(sorted(formats))}: load the model in fp16, bf16 or fp32, "
+            "or train a LoRA."
         )
 
 
-def packed(layer: nn.Module) -> bool:
-    """Whether a layer's weight is not the numbers that it computes with: quantised, or scaled when it is used."""
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer's stored weight differs from the one it computes with: quantised, or scaled when used."""
     weight = getattr(layer, "weight", None)
     return weight is not None and (not _plain(weight, FLOATS) or getattr(layer, "scale_weight", None) is not None)
 
 
-def _plain(value: Tensor, kinds: Sequence[torch.dtype] | None = None) -> bool:
-    """A tensor of torch's own, of one of these kinds: quantised ones of other classes may say any kind."""
-    return type(value) in (nn.Parameter, Tensor) and (kinds is None or value.dtype in kinds)
+def _plain(value: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> bool:
+    """Whether this is a plain torch tensor of one of these dtypes; quantised subclasses may report any dtype."""
+    return type(value) in (nn.Parameter, Tensor) and (dtypes is None or value.dtype in dtypes)
 
 
 def load_fully(models: list[Any], memory_required: float) -> None:
-    """Load every model whole. RuntimeError when one does not fit: offloaded weights give silently wrong gradients."""
+    """Load every model fully. RuntimeError when one does not fit: offloaded weights give silently wrong gradients."""
     mm.load_models_gpu(models, memory_required=memory_required, force_full_load=True)
     for model in models:
         check_fully_loaded(model)

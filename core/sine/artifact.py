@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..lora.artifact import Tuned, load_tuned
+from ..lora.artifact import FineTunedWeights, read_fine_tune
 from .position_map import MARKER, needed_map
 
 
-def load_fine_tune(path: Path) -> Tuned:
-    """As load_tuned(), for files that may need a position map. ValueError when the map is impossible."""
-    tuned = load_tuned(path, (MARKER,))
+def load_fine_tune(path: Path) -> FineTunedWeights:
+    """As read_fine_tune(), for files that may need a position map. ValueError when the map is impossible."""
+    tuned = read_fine_tune(path, (MARKER,))
     needed_map(tuned, path.name)
     return tuned
 
 
-def summary(tuned: Tuned) -> str:
+def summary(tuned: FineTunedWeights) -> str:
     """A few lines for people, the position map among them."""
     needed = needed_map(tuned)
     return tuned.describe(f"position map: {f'{needed[0]} cells, {needed[1]}' if needed else 'none'}")

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fit.fit import adam_state, finite_or_raise, group_state, restore_adam, restore_groups
-from ..lora.low_rank import TEXT
+from ..lora.low_rank import TEXT_PREFIX
 from ..vision.measures import cosine
 
 ITERATIONS = 50
@@ -101,7 +101,7 @@ class SisoSettings:
 
     learning_rate: float = 2e-4
     weight_decay: float = 1e-2
-    text_rate: float = 2e-4  # of parameters whose name begins with TEXT
+    text_rate: float = 2e-4  # of parameters whose name begins with TEXT_PREFIX
     text_decay: float = 1e-2
     threshold: float = THRESHOLD
     patience: int = PATIENCE
@@ -134,8 +134,8 @@ class Siso:
         settings name.
         """
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
-        text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT)]
-        rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT)]
+        text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT_PREFIX)]
+        rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT_PREFIX)]
         groups = [
             {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
             {"params": text, "lr": settings.text_rate, "weight_decay": settings.text_decay},

@@ -1,7 +1,7 @@
-"""Which of a detector's boxes are the subject. Boxes are [N, 4] tensors (left, top, right, bottom), in pixels.
+"""Select the subject among a detector's boxes. Boxes are [N, 4] tensors (left, top, right, bottom) in pixels.
 
-torchvision, which comes with ComfyUI, has the arithmetic; it is imported where it is needed, so that one that does not
-fit its torch stops these nodes alone.
+The arithmetic is torchvision's, which comes with ComfyUI; it is imported lazily, so that a build that does not match
+torch only breaks these nodes.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from torch import Tensor
 
 BEST, LARGEST, ALL = "best", "largest", "all"
 CHOICES = (BEST, LARGEST, ALL)
-SAME = 0.8  # intersection over union from which two boxes are one detection
+SAME = 0.8  # intersection over union from which two boxes count as one detection
 
 
-def distinct(boxes: Tensor, scores: Tensor) -> list[int]:
+def suppress_overlaps(boxes: Tensor, scores: Tensor) -> list[int]:
     """Indices of the boxes, best first, without those that overlap a better one (non-maximum suppression)."""
-    from torchvision.ops import box_iou  # its nms is a compiled operator, which not every build has
+    from torchvision.ops import box_iou  # torchvision's nms is a compiled operator, which not every build has
 
-    overlaps, kept = box_iou(boxes, boxes), []
+    overlaps, indices = box_iou(boxes, boxes), []
     for index in scores.argsort(descending=True, stable=True).tolist():
-        if all(float(overlaps[index, other]) < SAME for other in kept):
-            kept.append(index)
-    return kept
+        if all(float(overlaps[index, other]) < SAME for other in indices):
+            indices.append(index)
+    return indices
 
 
-def chosen(boxes: Tensor, scores: Tensor, rule: str) -> list[int]:
-    """Which of some boxes are the subject: the one with the best score, the largest one, or all of them."""
+def select_boxes(boxes: Tensor, scores: Tensor, rule: str) -> list[int]:
+    """Indices of the boxes that are the subject: the one with the best score, the largest one, or all."""
     from torchvision.ops import box_area
 
     if rule == ALL:

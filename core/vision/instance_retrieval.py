@@ -1,12 +1,12 @@
-"""Instance-retrieval features (Shao and Cui 2022, arXiv 2210.08473): a ViT-H/14 whose patches overlap, and a linear
-layer to 64 numbers that tell one object from another of its kind.
+"""Instance-retrieval features (Shao and Cui 2022, arXiv 2210.08473): a ViT-H/14 with overlapping patches, and a linear
+layer to 64 features that distinguish individual objects of the same kind.
 
-First place of the Google Universal Image Embedding challenge: a CLIP vision tower fine-tuned on images of products
-and landmarks. SISO (arXiv 2503.16025) uses it as its second feature. The network is CLIP's, but for the stride of 12
-pixels instead of 14, so that an image of 290 pixels makes 24 x 24 patches.
+First place in the Google Universal Image Embedding challenge: a CLIP vision tower fine-tuned on images of products and
+landmarks. SISO (arXiv 2503.16025) uses it as its second feature. The network is CLIP's, except for a stride of 12
+pixels instead of 14, so that an image of 290 pixels gives 24 x 24 patches.
 
-The published weights are a .pth of two parts, the tower ("backbone.") and the layer ("fc1."); a third, the classifier
-of its training ("fc2."), is not needed.
+The published weights are a .pth with two parts, the tower ("backbone.") and the layer ("fc1."); a third, the classifier
+used in training ("fc2."), is not needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PREFIX, UNUSED, BLOCKS = "module.", "fc2.", "backbone.transformer.resblocks."
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); names as in the published file."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); parameter names as in the published file."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
 
 
 class InstanceRetrieval(nn.Module):
-    """Images [B, 3, 290, 290], as PREPROCESS makes them -> features [B, 64]."""
+    """Images [B, 3, 290, 290] from PREPROCESS -> features [B, 64]."""
 
     def __init__(self, backbone: Backbone, features: int) -> None:
         super().__init__()
@@ -73,20 +73,20 @@ class InstanceRetrieval(nn.Module):
 
 
 def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:
-    """The network that a published file holds, frozen; ValueError when these are not its weights.
+    """The network of a published file, frozen; ValueError when these are not its weights.
 
-    heads: of the attention, which the weights do not tell; by default they are 80 wide as in ViT-H.
+    heads: number of attention heads, which the weights do not determine; by default each is 80 wide as in ViT-H.
     """
-    named = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
-    named = {name: value for name, value in named.items() if not name.startswith(UNUSED)}
+    state = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
     try:
-        width, _, *patch = named["backbone.conv1.weight"].shape
-        tokens, out = named["backbone.positional_embedding"].shape[0], named["backbone.proj"].shape[1]
-        features = named["fc1.weight"].shape[0]
+        width, _, *patch = state["backbone.conv1.weight"].shape
+        tokens, out = state["backbone.positional_embedding"].shape[0], state["backbone.proj"].shape[1]
+        features = state["fc1.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
         raise _other_weights(f"{error} is missing or has another shape") from error
-    blocks = {name.removeprefix(BLOCKS).split(".")[0] for name in named if name.startswith(BLOCKS)}
-    layers = len(blocks)  # as many as there are names of, so that no name decides how much is built
+    blocks = {name.removeprefix(BLOCKS).split(".")[0] for name in state if name.startswith(BLOCKS)}
+    layers = len(blocks)  # the number of blocks in the file, so that a large index in a name cannot make it larger
     if not blocks or blocks != {str(index) for index in range(layers)}:
         raise _other_weights(
             f"{BLOCKS}* are numbered {', '.join(sorted(blocks)[:5]) or 'nothing'}, expected 0, 1, 2 ..."
@@ -99,8 +99,8 @@ def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> I
         )
     model = InstanceRetrieval(Backbone(width, layers, heads or max(1, width // HEAD_WIDTH), out, tokens), features)
     try:
-        model.load_state_dict({name: value.float() for name, value in named.items()})
-    except RuntimeError as error:  # names each missing, unknown and misshapen tensor
+        model.load_state_dict({name: value.float() for name, value in state.items()})
+    except RuntimeError as error:  # lists each missing, unexpected or misshapen tensor
         raise _other_weights(" ".join(str(error).split())[:300]) from error
     return model.eval().requires_grad_(False)
 

@@ -1,7 +1,7 @@
-"""Measures of likeness: cosine identity, PSNR, LPIPS, ranking, and intervals for comparisons.
+"""Similarity measures: cosine identity, PSNR, LPIPS, ranking, and confidence intervals for comparisons.
 
 Images are ComfyUI's: [B, H, W, 3] in 0..1. Masks are [B, H, W] in 0..1, 1 on the subject. Torch only, differentiable
-where that makes sense.
+where applicable.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PSNR_OF_EQUAL = 100.0  # dB; stands for the infinite PSNR of equal images
+PSNR_OF_EQUAL = 100.0  # dB; used in place of the infinite PSNR of equal images
 LPIPS_EPS = 1e-10
-SUBJECT = 0.5  # a pixel belongs to the subject from this mask value on
+SUBJECT = 0.5  # lowest mask value of a pixel that belongs to the subject
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of each row of a [B, D] with the row of b [B or 1, D] -> [B] in -1..1. ValueError when widths differ."""
+    """Cosine similarity of the rows of a [B, D] and b [B or 1, D] -> [B] in -1..1. ValueError when widths differ."""
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(
             f"Features of {a.shape[-1]} and {b.shape[-1]} numbers cannot be compared: take both from one model."
@@ -29,7 +29,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_square(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared difference over pixels and channels -> [B]; weight [B or 1, H, W] says how much a pixel counts."""
+    """Mean squared difference over pixels and channels -> [B]; weight [B or 1, H, W] is the weight of each pixel."""
     square = (a.float() - b.float()).square().mean(-1)
     if weight is None:
         return square.mean((1, 2))
@@ -38,7 +38,7 @@ def mean_square(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """10 log10(1 / mean square) in dB -> [B], at most PSNR_OF_EQUAL. weight = mask: inside it; 1 - mask: outside."""
+    """10 log10(1 / mean square) in dB -> [B], at most PSNR_OF_EQUAL. weight: mask for inside, 1 - mask for outside."""
     lowest = 10.0 ** (-PSNR_OF_EQUAL / 10.0)
     return -10.0 * torch.log10(mean_square(a, b, weight).clamp_min(lowest))
 
@@ -48,20 +48,20 @@ def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], wei
 
     a, b: the feature maps [B, C_l, h_l, w_l] of the L layers. heads: w_l >= 0, each [C_l].
       d = sum_l mean_hw sum_c w_lc * (a_lc / |a_l| - b_lc / |b_l|)^2
-    The weight is squeezed into w_l as in the published code ("lin" heads), which the paper's w_l^2 amounts to.
-    weight [B or 1, H, W]: the mean over h, w becomes a weighted mean, with weights averaged down to each layer's size.
+    The channel weight is w_l as in the reference code ("lin" heads), equivalent to w_l^2 in the paper.
+    weight [B or 1, H, W]: the mean over h, w becomes a weighted mean, with the weights averaged to each layer's size.
     """
     total = a[0].new_zeros(a[0].shape[0])
     for a_l, b_l, w_l in zip(a, b, heads, strict=True):
         difference = (_unit(a_l) - _unit(b_l)).square()
-        per_place = (difference * w_l.view(1, -1, 1, 1)).sum(1)
+        distance = (difference * w_l.view(1, -1, 1, 1)).sum(1)
         if weight is None:
-            total = total + per_place.mean((1, 2))
+            total = total + distance.mean((1, 2))
         else:
-            _, height, width = per_place.shape
-            local = functional.adaptive_avg_pool2d(weight.to(per_place)[:, None], (height, width))[:, 0]
-            local = local.expand(per_place.shape)
-            total = total + (per_place * local).sum((1, 2)) / local.sum((1, 2))
+            _, height, width = distance.shape
+            local = functional.adaptive_avg_pool2d(weight.to(distance)[:, None], (height, width))[:, 0]
+            local = local.expand(distance.shape)
+            total = total + (distance * local).sum((1, 2)) / local.sum((1, 2))
     return total
 
 
@@ -70,20 +70,20 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask [B, h, w] at another size, antialiased, in 0..1."""
+    """A mask [B, h, w] resized with antialiasing, in 0..1."""
     if mask.shape[1:] == (height, width):
         return mask.float()
-    sized = functional.interpolate(mask[:, None].float(), (height, width), mode="bilinear", antialias=True)
-    return sized[:, 0].clamp(0.0, 1.0)
+    resized = functional.interpolate(mask[:, None].float(), (height, width), mode="bilinear", antialias=True)
+    return resized[:, 0].clamp(0.0, 1.0)
 
 
 def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06) -> Tensor:
-    """The subject alone on white, cut out square and resized -> [B, size, size, 3].
+    """The subject on white, cropped to a square and resized -> [B, size, size, 3].
 
-    Identity is measured on this: on the whole image a matching background looks like a matching subject. The square
-    is centred on the subject's bounding box, `margin` of its longer side wider on every side. images [B, H, W, 3],
-    masks [B, H, W]. Differentiable with respect to images, and therefore not clamped: bicubic resizing overshoots 0..1
-    a little. ValueError when a mask has no pixel of 0.5 or more.
+    Identity is measured on these crops: on whole images a matching background would raise the similarity. The square is
+    centred on the subject's bounding box and extends beyond it by `margin` of its longer side on every side. images
+    [B, H, W, 3], masks [B, H, W]. Differentiable with respect to images, and therefore not clamped: bicubic resizing
+    slightly overshoots 0..1. ValueError when a mask has no pixel of 0.5 or more.
     """
     if images.shape[:3] != masks.shape:
         raise ValueError(
@@ -103,7 +103,7 @@ def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06)
 
 
 def _window(image: Tensor, top: int, left: int, side: int) -> Tensor:
-    """A square of [C, H, W], white where it reaches beyond the image."""
+    """A square of an image [C, H, W], padded with white beyond the image."""
     height, width = image.shape[1:]
     inside = image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
     padding = (max(-left, 0), max(left + side - width, 0), max(-top, 0), max(top + side - height, 0))
@@ -117,7 +117,7 @@ def order(values: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of paired differences with its two-sided interval, and the share of pairs that are greater than 0."""
+    """The mean of paired differences with its two-sided interval, and the share of differences greater than 0."""
 
     mean: float
     low: float
@@ -135,8 +135,8 @@ def paired_interval(
 ) -> Interval:
     """Bootstrap interval of the mean of paired differences (percentile method, Efron 1979).
 
-    Resamples whole pairs, so the pairs may differ in difficulty. ValueError for fewer than two pairs or for values that
-    are not finite.
+    Whole pairs are resampled, so they may differ in difficulty. ValueError for fewer than two pairs or non-finite
+    values.
     """
     d = torch.tensor(list(differences), dtype=torch.float64)
     if d.numel() < 2 or not bool(torch.isfinite(d).all()):

@@ -1,4 +1,4 @@
-"""From ComfyUI images to what a vision model takes: resize, centre crop, normalise; differentiable, never rounded."""
+"""Preprocess ComfyUI images for vision models: resize, centre crop, normalise; differentiable, without rounding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How one model wants its images.
+    """The preprocessing of one model.
 
-    size: the square it takes, in pixels. shorter_side: length of the shorter side before the centre crop to `size`;
-    None squashes the image into the square instead. mode: "bicubic" or "bilinear". published: as SISO's script does
-    it, without antialiasing, and the longer side cut to whole pixels instead of rounded.
+    size: side of the square input, in pixels. shorter_side: length of the shorter side before the centre crop to
+    `size`; None squashes the image to the square instead. mode: "bicubic" or "bilinear". published: as in SISO's
+    script, without antialiasing, and with the longer side truncated to whole pixels instead of rounded.
     """
 
     size: int
@@ -29,16 +29,16 @@ class Preprocess:
     published: bool = False
 
     def __call__(self, pixels: Tensor, crop: bool = True) -> Tensor:
-        """[B, H, W, 3 or 4] in 0..1 (alpha is dropped) -> [B, 3, size, size], normalised. crop False squashes.
+        """[B, H, W, 3 or 4] in 0..1 (alpha is dropped) -> [B, 3, size, size], normalised. crop=False squashes.
 
-        Unlike ComfyUI's encode_image this neither clamps nor rounds to 8 bits, since both have no gradient; values
+        Unlike ComfyUI's encode_image, this neither clamps nor rounds to 8 bits, since both have zero gradient; values
         differ from it by up to half a grey level.
         """
         x = pixels[..., :3].movedim(-1, 1).float()
         height, width = x.shape[2:]
         if crop and self.shorter_side is not None:
-            whole = int if self.published else round
-            longer = whole(self.shorter_side * max(height, width) / min(height, width))
+            to_integer = int if self.published else round
+            longer = to_integer(self.shorter_side * max(height, width) / min(height, width))
             shorter, longer = max(self.shorter_side, self.size), max(longer, self.size)
             target = (shorter, longer) if height <= width else (longer, shorter)
         else:

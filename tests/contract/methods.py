@@ -185,9 +185,9 @@ def _apply_tuned(setting: Setting, tuned, strength: float):
 
 
 def _save_tuned(tuned, folder: Path) -> Path:
-    from likeness.core.lora.artifact import save_tuned
+    from likeness.core.lora.artifact import save_fine_tune
 
-    save_tuned(folder / "tuned.safetensors", tuned)
+    save_fine_tune(folder / "tuned.safetensors", tuned)
     return folder / "tuned.safetensors"
 
 

@@ -93,14 +93,14 @@ def test_predictions_are_made_to_look_like_noise():
     with pytest.MonkeyPatch.context() as patch:
         from likeness.core.inversion import renoise
 
-        regularised = renoise.regularised
+        regularize = renoise.regularize
 
         def compared(eps, like, generator, *weights):
-            after = regularised(eps, like, generator, *weights)
+            after = regularize(eps, like, generator, *weights)
             found.append([renoise.patch_kl(eps, like), renoise.patch_kl(after, like)])
             return after
 
-        patch.setattr(renoise, "regularised", compared)
+        patch.setattr(renoise, "regularize", compared)
         setting = Setting()
         assert bool(torch.isfinite(invert(setting, kl_weight=0.01)[0]["samples"]).all())
     assert len(found) == 2 * 3 + 5 + 1 and all(float(after) < float(before) for before, after in found)

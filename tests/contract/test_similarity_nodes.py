@@ -183,9 +183,9 @@ def test_a_text_encoder_that_learns_is_counted_twice(vision, monkeypatch):
 
 
 def test_running_out_of_memory_says_what_to_change():
-    from likeness.core.session.memory import mm, told_when_out_of_memory
+    from likeness.core.session.memory import explain_out_of_memory, mm
 
-    with pytest.raises(mm.OOM_EXCEPTION, match="switch checkpointing on"), told_when_out_of_memory():
+    with pytest.raises(mm.OOM_EXCEPTION, match="switch checkpointing on"), explain_out_of_memory():
         raise mm.OOM_EXCEPTION("no room")
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from likeness.core.inversion.renoise import (
+    ancestral_step,
     autocorrelation,
     corrected_noise,
+    inverse_ancestral_step,
     patch_kl,
-    regularised,
-    stepped,
-    unstepped,
+    regularize,
 )
 from likeness.core.siso.siso import Plateau, background_error, unlikeness
 from likeness.core.vision.instance_retrieval import PREPROCESS, from_published
@@ -90,7 +90,7 @@ def test_renoise_measures_of_noise(official):
     assert float(autocorrelation(e)) == pytest.approx(float(official["rn.ac_noshift"]), rel=1e-4)
     drawn = autocorrelation(e, torch.Generator().manual_seed(3))
     assert float(drawn) == pytest.approx(float(official["rn.ac_seed3"]), rel=1e-4)
-    found = regularised(e, like, torch.Generator().manual_seed(3))
+    found = regularize(e, like, torch.Generator().manual_seed(3))
     torch.testing.assert_close(found, official["rn.reg_seed3"], atol=1e-4, rtol=0)
 
 
@@ -100,10 +100,10 @@ def test_renoise_steps(official, timestep):
     sigma, following = official["rn.sigmas"][index : index + 2]
     e, like, noise = official["rn.e"], official["rn.opt"], official[f"rn.noise{index}"]
     torch.testing.assert_close(
-        stepped(e, like, noise, sigma, following), official[f"rn.step.{timestep}"], atol=1e-4, rtol=0
+        ancestral_step(e, like, noise, sigma, following), official[f"rn.step.{timestep}"], atol=1e-4, rtol=0
     )
     torch.testing.assert_close(
-        unstepped(e, like, noise, sigma, following), official[f"rn.inv.{timestep}"], atol=1e-4, rtol=0
+        inverse_ancestral_step(e, like, noise, sigma, following), official[f"rn.inv.{timestep}"], atol=1e-4, rtol=0
     )
     fixed = corrected_noise(noise, e, like, 0.5 * e, sigma, following)
     torch.testing.assert_close(fixed, official[f"rn.noise_fixed.{timestep}"][index], atol=1e-4, rtol=0)

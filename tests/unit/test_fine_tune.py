@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from likeness.core.denoiser import Prompt, noise_error
-from likeness.core.fit.train import Checkpointer, Keeping, train
+from likeness.core.fit.train import Checkpointer, Retention, train
 from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prior, Samples, recon_term
 from likeness.core.sine.patches import box_of, check_size, cut, squashed
 
@@ -205,7 +205,7 @@ def run(store, steps: int, cancel_at: int | None = None, keep: int | None = None
     def result():
         return {"shift.a": fit.denoiser.shift.detach().clone(), "shift.b": -fit.denoiser.shift.detach()}
 
-    return fit, train(fit, steps, result, Checkpointer(store, "key", {}, Keeping(3, keep)), on_update)
+    return fit, train(fit, steps, result, Checkpointer(store, "key", {}, Retention(3, keep)), on_update)
 
 
 @pytest.mark.parametrize("keep", [None, 2, 1])
@@ -219,9 +219,9 @@ def test_cancelled_and_resumed_equals_uninterrupted(tmp_path, cancel_at, keep):
         run(store, 8, cancel_at, keep)
     fit, resumed = run(store, 8, keep=keep)
     assert resumed.losses == whole.losses and len(fit.denoiser.asked) == 2 * (8 - cancel_at)
-    assert resumed.kept[8].keys() == {"shift.a", "shift.b"}
-    assert all(torch.equal(resumed.kept[8][name], whole.kept[8][name]) for name in resumed.kept[8])
+    assert resumed.results[8].keys() == {"shift.a", "shift.b"}
+    assert all(torch.equal(resumed.results[8][name], whole.results[8][name]) for name in resumed.results[8])
     a, b = (each.optimizer.state_dict()["state"][0] for each in (fit, whole_fit))
     assert all(torch.equal(a[name], b[name]) for name in a)
     if keep is not None:
-        assert len(resumed.kept) <= keep
+        assert len(resumed.results) <= keep

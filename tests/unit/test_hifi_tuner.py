@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from likeness.core.embedding.hifi_tuner import Anchor, AnchoredHiPer, StepWise, StepWiseSettings
+from likeness.core.embedding.hifi_tuner import RegularizedHiPer, Regularizer, StepWise, StepWiseSettings
 from likeness.core.embedding.hiper import HiPer, HiPerSettings
 from likeness.core.prompt.conditioning import with_tail
 
@@ -20,18 +20,18 @@ def world():
     return denoiser, denoiser.mean(torch.randn(1, 4, WIDTH, generator=generator)), context
 
 
-def eq6(weight: float, decoupled: bool = False, steps: int = 200) -> AnchoredHiPer:
+def eq6(weight: float, decoupled: bool = False, steps: int = 200) -> RegularizedHiPer:
     denoiser, x0, context = world()
     start = context[0, -TOKENS:]
     settings = HiPerSettings(tokens=TOKENS, learning_rate=0.05, t_low=300)
-    fit = AnchoredHiPer(denoiser, x0, context, start, settings, Anchor(start.clone(), weight, decoupled))
+    fit = RegularizedHiPer(denoiser, x0, context, start, settings, Regularizer(start.clone(), weight, decoupled))
     for _ in range(steps):
         fit.update()
     return fit
 
 
-def drift(fit: AnchoredHiPer) -> float:
-    return float((fit.h.detach() - fit.anchor.rows).norm())
+def drift(fit: RegularizedHiPer) -> float:
+    return float((fit.h.detach() - fit.regularizer.rows).norm())
 
 
 def test_without_weight_it_is_hiper():
@@ -53,14 +53,14 @@ def test_the_first_loss_has_both_terms():
     start = context[0, -TOKENS:]
     settings = HiPerSettings(tokens=TOKENS)
     plain = HiPer(denoiser, x0, context, start, settings)
-    held = AnchoredHiPer(denoiser, x0, context, start, settings, Anchor(start + 2.0, 0.25))
+    held = RegularizedHiPer(denoiser, x0, context, start, settings, Regularizer(start + 2.0, 0.25))
     torch.testing.assert_close(held.loss(*held.draw())[0], plain.loss(*plain.draw())[0] + 0.25 * 4.0)
 
 
-def step_wise(inner: int = 4, learning_rate: float = 0.02, anchor: Anchor | None = None) -> StepWise:
+def step_wise(inner: int = 4, learning_rate: float = 0.02, regularizer: Regularizer | None = None) -> StepWise:
     denoiser, x0, context = world()
     settings = StepWiseSettings(inner, learning_rate)
-    return StepWise(denoiser, x0, context, context[0, -TOKENS:], SIGMAS, settings, anchor)
+    return StepWise(denoiser, x0, context, context[0, -TOKENS:], SIGMAS, settings, regularizer)
 
 
 def test_every_step_takes_over_from_the_one_before_and_is_asked_at_its_own_level():
@@ -97,8 +97,8 @@ def test_refining_explains_the_picture_better():
 
 
 def test_stopped_and_resumed_is_never_stopped():
-    anchor = Anchor(world()[2][0, -TOKENS:], 0.1)
-    whole, stopped, resumed = step_wise(anchor=anchor), step_wise(anchor=anchor), step_wise(anchor=anchor)
+    regularizer = Regularizer(world()[2][0, -TOKENS:], 0.1)
+    whole, stopped, resumed = (step_wise(regularizer=regularizer) for _ in range(3))
     for _ in range(16):
         whole.update()
     for _ in range(6):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from likeness.core.lora.low_rank import Rows, attention_layers, beside, factors, new_adapters
+from likeness.core.lora.low_rank import Rows, attached_lora, attention_layers, factors, new_adapters
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ def test_only_attention_layers_are_chosen_and_nothing_changes_at_first():
     net, x = block(), torch.randn(1, 4, 4, 5, generator=torch.Generator().manual_seed(2))
     layers = attention_layers(net, "net")
     assert sorted(layers) == ["net.to_k", "net.to_q"]
-    with beside(layers, new_adapters(layers, 2, 0)):
+    with attached_lora(layers, new_adapters(layers, 2, 0)):
         assert torch.equal(net(x), block()(x))
 
 
@@ -45,7 +45,7 @@ def test_exported_factors_merged_into_the_weights_give_the_same_output():
     net, x = block(), torch.randn(1, 4, 4, 5, generator=torch.Generator().manual_seed(2))
     layers = attention_layers(net, "net")
     adapters = trained(layers)
-    with beside(layers, adapters):
+    with attached_lora(layers, adapters):
         expected = net(x)
     assert not torch.allclose(expected, net(x))
     for name, layer in layers.items():
@@ -73,7 +73,7 @@ def test_factors_stay_in_float32_and_the_output_keeps_its_precision():
     layers = attention_layers(net, "net")
     adapters = trained(layers)
     x = torch.randn(1, 4, 4, 5, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    with beside(layers, adapters):
+    with attached_lora(layers, adapters):
         out = net(x)
         out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16
@@ -89,7 +89,7 @@ def test_adapters_of_some_rows_of_a_layer_are_those_of_the_weight_merged_in_rows
     net, x = nn.Linear(5, 11), torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
     layers = {"q": Rows(net, 0, 3), "v": Rows(net, 6, 3)}
     adapters = trained(layers)
-    with beside(layers, adapters):
+    with attached_lora(layers, adapters):
         expected = net(x)
     plain = net(x)
     assert torch.equal(expected[:, 3:6], plain[:, 3:6]) and torch.equal(expected[:, 9:], plain[:, 9:])

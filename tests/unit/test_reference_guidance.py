@@ -7,7 +7,7 @@ import torch
 
 from likeness.core.inversion.ddim import invert
 from likeness.core.inversion.null_text import NullText, NullTextSettings
-from likeness.core.inversion.rectify import landing, step_at
+from likeness.core.inversion.rectify import landing_prediction, step_at
 from likeness.core.reference.guidance import Reference, ReferenceGuide, ReferenceSettings
 
 from ..toy import GaussianDenoiser
@@ -192,9 +192,9 @@ def test_a_landing_is_where_an_euler_step_ends():
     generator = torch.Generator().manual_seed(0)
     x, target = torch.randn(2, 1, 4, 6, 5, generator=generator)
     for sigma, following in ((14.6, 9.0), (0.5, 0.03), (0.03, 0.0)):
-        denoised = landing(x, sigma, target, following)
+        denoised = landing_prediction(x, sigma, target, following)
         torch.testing.assert_close(x + (following - sigma) * (x - denoised) / sigma, target, atol=1e-5, rtol=0)
-    torch.testing.assert_close(landing(x, 0.5, target, 0.0), target)
+    torch.testing.assert_close(landing_prediction(x, 0.5, target, 0.0), target)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.inversion.renoise import ReNoiseSettings, Replay, ancestral, corrected_noise, regularised, renoise
+from likeness.core.inversion.renoise import (
+    ReNoiseSettings,
+    Replay,
+    ancestral_sigmas,
+    corrected_noise,
+    regularize,
+    renoise,
+)
 
 from ..toy import GaussianDenoiser
 
@@ -36,7 +43,7 @@ def sampled(x: torch.Tensor, replay: Replay) -> torch.Tensor:
     denoiser = Gaussian()
     for step, sigma in enumerate(replay.sigmas[:-1]):
         eps = (x - denoiser.denoised(x, sigma.view(1), CONTEXT)) / sigma
-        x = replay.stepped(x, eps, step)
+        x = replay.step(x, eps, step)
     return x
 
 
@@ -95,13 +102,13 @@ def test_a_noise_moves_by_at_most_18():
 
 def test_levels_of_an_ancestral_step_are_those_of_the_sampler():
     sigma, following = SIGMAS[:2]
-    down, up = ancestral(sigma, following)
+    down, up = ancestral_sigmas(sigma, following)
     assert float(down**2 + up**2) == pytest.approx(float(following**2), rel=1e-5)
 
 
 def test_predictions_without_a_gradient_are_corrected_too():
     """Nodes run in inference mode."""
-    plain = regularised(picture(1), picture(2), torch.Generator().manual_seed(0), 0.01)
+    plain = regularize(picture(1), picture(2), torch.Generator().manual_seed(0), 0.01)
     with torch.inference_mode():
-        inferred = regularised(picture(1), picture(2), torch.Generator().manual_seed(0), 0.01)
+        inferred = regularize(picture(1), picture(2), torch.Generator().manual_seed(0), 0.01)
     assert torch.equal(plain, inferred) and not torch.equal(plain, picture(1))

@@ -7,7 +7,7 @@ import torch
 
 from likeness.core.fit import train as training
 from likeness.core.fit.runs import RunStore
-from likeness.core.fit.train import Checkpointer, Keeping, stored_run, train
+from likeness.core.fit.train import Checkpointer, Retention, stored_run, train
 
 from .test_hiper import make
 
@@ -25,13 +25,13 @@ def go(store: RunStore, steps: int = STEPS, cancel_at: int | None = None):
         if fit.step == cancel_at:
             raise Cancelled
 
-    checkpointer = Checkpointer(store, "key", {}, Keeping(EVERY))
+    checkpointer = Checkpointer(store, "key", {}, Retention(EVERY))
     run = train(fit, steps, lambda: {"": fit.h.detach().clone()[None]}, checkpointer, on_update)
     return fit, run
 
 
 def results(run, steps: int = STEPS):
-    end = run.told_end(steps)
+    end = run.end_with_warning(steps)
     kept = run.up_to(end, EVERY)
     return end, {step: result[""] for step, result in kept.items()}
 
@@ -108,7 +108,7 @@ def test_saving_takes_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
     def on_update(_denoised):
         store.now += 10.0
 
-    train(fit, 60, lambda: {"": fit.h.detach().clone()}, Checkpointer(store, "key", {}, Keeping(100)), on_update)
+    train(fit, 60, lambda: {"": fit.h.detach().clone()}, Checkpointer(store, "key", {}, Retention(100)), on_update)
     assert store.saves[0] == 40.0, "the first after half a minute"
     pauses = [after - before - 20.0 for before, after in zip(store.saves, store.saves[1:-1], strict=False)]
     assert pauses and all(pause >= 200.0 for pause in pauses)
@@ -120,7 +120,7 @@ def test_a_full_disk_does_not_cost_the_result(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(RunStore, "save", full)
     fit, run = go(RunStore(tmp_path))
-    assert run.step == STEPS and torch.equal(run.kept[STEPS][""][0], fit.h.detach())
+    assert run.step == STEPS and torch.equal(run.results[STEPS][""][0], fit.h.detach())
     assert "could not be stored (disk full)" in caplog.text
 
 
@@ -128,7 +128,7 @@ def test_results_alone_are_read_when_nothing_is_to_be_continued(tmp_path):
     store = RunStore(tmp_path)
     go(store)
     run = stored_run(store, "key", whole=False)
-    assert run.state.keys() == {"losses"} and sorted(run.kept) == [4, 8, 10] and run.answers(STEPS)
+    assert run.state.keys() == {"losses"} and sorted(run.results) == [4, 8, 10] and run.can_serve(STEPS)
 
 
 def test_runs_of_the_first_release_are_still_served(tmp_path):
@@ -139,6 +139,6 @@ def test_runs_of_the_first_release_are_still_served(tmp_path):
     del tensors["kept.000006"]
     store.save("key", tensors, {})
     old = stored_run(store, "key")
-    assert sorted(old.kept) == [4] and old.kept[4].keys() == {""} and not old.answers(5)
+    assert sorted(old.results) == [4] and old.results[4].keys() == {""} and not old.can_serve(5)
     again, run = go(store, steps=5)
-    assert run.step == 6 and torch.equal(run.kept[6][""][0], fit.h.detach()) and again.denoiser.calls == 0
+    assert run.step == 6 and torch.equal(run.results[6][""][0], fit.h.detach()) and again.denoiser.calls == 0

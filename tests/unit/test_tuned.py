@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from likeness.core.files import HEADER_KEY, write_tensors
-from likeness.core.lora.artifact import KIND, MODEL, TEXT, Tuned, save_tuned, weight_differences
+from likeness.core.lora.artifact import (
+    KIND,
+    MODEL_PREFIXES,
+    TEXT_PREFIXES,
+    FineTunedWeights,
+    save_fine_tune,
+    weight_differences,
+)
 from likeness.core.sine.artifact import load_fine_tune, summary
 from likeness.core.sine.position_map import MARKER, marker, needed_map
 
@@ -36,8 +43,8 @@ HEADER = {
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    tuned = Tuned({**tensors(), **marker(64, "nearest")}, HEADER)
-    save_tuned(tmp_path / "a.safetensors", tuned)
+    tuned = FineTunedWeights({**tensors(), **marker(64, "nearest")}, HEADER)
+    save_fine_tune(tmp_path / "a.safetensors", tuned)
     loaded = load_fine_tune(tmp_path / "a.safetensors")
     assert loaded.keys() == tuned.keys() and all(torch.equal(loaded[name], tuned[name]) for name in tuned)
     assert needed_map(loaded) == (64, "nearest") and loaded.prompt == HEADER["prompt"] and not loaded.full
@@ -61,16 +68,16 @@ PEFT = (
 def test_names_that_other_programs_read_are_ours_with_our_header_only(tmp_path, names):
     paths, ends = names
     found = {path + end: torch.ones((3, 5) if end == ends[0] else (6, 3)) for path in paths for end in ends}
-    save_tuned(tmp_path / "a.safetensors", Tuned(found, HEADER))
+    save_fine_tune(tmp_path / "a.safetensors", FineTunedWeights(found, HEADER))
     loaded = load_fine_tune(tmp_path / "a.safetensors")
-    assert set(loaded.part(MODEL)) == {paths[0] + end for end in ends}
-    assert set(loaded.part(TEXT)) == {paths[1] + end for end in ends}
+    assert set(loaded.part(MODEL_PREFIXES)) == {paths[0] + end for end in ends}
+    assert set(loaded.part(TEXT_PREFIXES)) == {paths[1] + end for end in ends}
     assert "rank 3 of the UNet and text encoder" in summary(loaded).replace("LoRA of ", "")
     save_file(found, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="not a fine-tune of this pack.*stock Load LoRA"):
         load_fine_tune(tmp_path / "b.safetensors")
     del found[paths[0] + ends[1]]
-    save_tuned(tmp_path / "c.safetensors", Tuned(found, HEADER))
+    save_fine_tune(tmp_path / "c.safetensors", FineTunedWeights(found, HEADER))
     with pytest.raises(ValueError, match="no matching pair"):
         load_fine_tune(tmp_path / "c.safetensors")
 
@@ -99,7 +106,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(OSError, match="GB are free"):
-        save_tuned(tmp_path / "a.safetensors", Tuned(tensors(), HEADER))
+        save_fine_tune(tmp_path / "a.safetensors", FineTunedWeights(tensors(), HEADER))
     assert not list(tmp_path.iterdir())
 
 
@@ -119,7 +126,7 @@ def test_differences_are_named_as_lora_files_name_them():
     found = weight_differences(before, after)
     assert sorted(found) == ["diffusion_model.a.diff", "diffusion_model.a.diff_b", "diffusion_model.p.diff"]
     assert all(value.dtype == torch.float16 and float(value[0]) == 0.25 for value in found.values())
-    assert Tuned(found).full and "all weights" in Tuned(found).describe()
+    assert FineTunedWeights(found).full and "all weights" in FineTunedWeights(found).describe()
 
 
 def raw(path, header: dict) -> None:

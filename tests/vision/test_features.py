@@ -14,8 +14,8 @@ from likeness.core.vision.host.vision import (
     features,
     load_instance_retrieval,
     load_vision,
-    looking,
     text_missing,
+    vision_encoding,
 )
 from likeness.core.vision.preprocess import Preprocess
 from likeness.tests.gradients import check_vision
@@ -64,7 +64,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(kind, tmp_path):
             features(vision, point).sum()
         return sum(kept)
 
-    with looking(vision):
+    with vision_encoding(vision):
         plain = run()
         with layers_checkpointed(vision.model):
             assert run() < 0.7 * plain
@@ -95,7 +95,7 @@ def test_rounding_is_absent(tmp_path):
     nudged = image + 1e-4  # far below one grey level
     with torch.inference_mode():
         assert torch.equal(vision.encode_image(image).image_embeds, vision.encode_image(image).image_embeds)
-        with looking(vision):
+        with vision_encoding(vision):
             assert float((features(vision, image) - features(vision, nudged)).abs().max()) > 1e-6
 
 

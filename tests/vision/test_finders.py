@@ -14,7 +14,7 @@ from torchvision.ops import clip_boxes_to_image
 from likeness.core.vision import boxes as geometry
 from likeness.core.vision.host import subject_masks as finding
 from likeness.core.vision.host.extras import caption, grounding, sam
-from likeness.core.vision.host.subject_masks import Request, captions, subject_masks
+from likeness.core.vision.host.subject_masks import MaskRequest, captions, subject_masks
 from likeness.core.vision.host.vision import load_vision
 
 from . import finders
@@ -90,9 +90,9 @@ def test_owl_boxes_are_the_librarys(tmp_path, version):
 
 def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
     images = pictures(2, 48, 64)
-    request = Request("red dog", box_threshold=0.4)
+    request = MaskRequest("red dog", box_threshold=0.4)
     best = subject_masks(images, request, folder, small_sam)
-    every = subject_masks(images, Request("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
+    every = subject_masks(images, MaskRequest("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
     assert best.mask.shape == (2, 48, 64) and best.image.shape == (2, 48, 64, 3)
     assert set(best.mask.unique().tolist()) <= {0.0, 1.0}
     assert bool((every.mask >= best.mask).all()) and float(every.mask.sum()) > float(best.mask.sum())
@@ -106,7 +106,7 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
     from segment_anything import SamPredictor, sam_model_registry
 
     images = pictures(1, 48, 64)
-    found = subject_masks(images, Request("dog", 0.4), folder, small_sam)
+    found = subject_masks(images, MaskRequest("dog", 0.4), folder, small_sam)
     network = sam_model_registry["vit_b"]()
     network.load_state_dict(torch.load(small_sam, weights_only=True))
     predictor = SamPredictor(network.eval())
@@ -126,13 +126,13 @@ def test_a_subject_that_is_not_there(folder, small_sam, monkeypatch):
     with pytest.raises(
         ValueError, match=r"No 'cat' above the box_threshold of 1 was found in image 0 \(best score [01]\.\d+"
     ):
-        subject_masks(pictures(1, 48, 64), Request("cat", 1.0), folder, small_sam)
+        subject_masks(pictures(1, 48, 64), MaskRequest("cat", 1.0), folder, small_sam)
 
 
 @pytest.mark.parametrize(("subject", "expected"), [(" . ", "is empty"), ("dog " * 40, "tokens, .* takes 32: name it")])
 def test_subjects_that_cannot_be_looked_for(folder, small_sam, subject, expected):
     with pytest.raises(ValueError, match=expected):
-        subject_masks(pictures(1), Request(subject), folder, small_sam)
+        subject_masks(pictures(1), MaskRequest(subject), folder, small_sam)
 
 
 def test_the_variant_is_told_from_the_weights(tmp_path):
@@ -151,7 +151,7 @@ def test_files_that_are_not_segment_anythings(tmp_path, small_sam):
     tensors = torch.load(small_sam, weights_only=True)
     cases = {
         "another network": ({"weight": torch.zeros(2)}, "does not hold a segment-anything model"),
-        "another width": ({**tensors, sam.TOLD_BY: torch.zeros(1, 4, 4, 384)}, "does not hold a segment-anything"),
+        "another width": ({**tensors, sam.VARIANT_KEY: torch.zeros(1, 4, 4, 384)}, "does not hold a segment-anything"),
         "lacking": ({k: v for k, v in tensors.items() if "neck" not in k}, "does not fit segment-anything's vit_b"),
         "no table": ([1, 2], "holds no table of weights"),
     }
@@ -176,7 +176,7 @@ class Runs:
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
-    torch.save({sam.TOLD_BY: Runs(tmp_path / "written")}, tmp_path / "evil.pth")
+    torch.save({sam.VARIANT_KEY: Runs(tmp_path / "written")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         sam.read_sam(tmp_path / "evil.pth")
     assert not (tmp_path / "written").exists()
@@ -192,10 +192,10 @@ def test_what_is_wrong_with_segment_anything_is_said_before_anything_is_looked_f
     tensors = torch.load(small_sam, weights_only=True)
     torch.save({k: v for k, v in tensors.items() if "neck" not in k}, tmp_path / "lacking.pth")
     with pytest.raises(ValueError, match="does not fit segment-anything's vit_b"):
-        subject_masks(pictures(1), Request("dog"), folder, tmp_path / "lacking.pth")
+        subject_masks(pictures(1), MaskRequest("dog"), folder, tmp_path / "lacking.pth")
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     with pytest.raises(RuntimeError, match="pip install segment-anything.*MASK from another node"):
-        subject_masks(pictures(1), Request("dog"), folder, small_sam)
+        subject_masks(pictures(1), MaskRequest("dog"), folder, small_sam)
 
 
 def test_captions_are_the_librarys(tmp_path):

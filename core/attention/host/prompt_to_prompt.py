@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...inversion.rectify import step_at
 from ...prompt.conditioning import Conditioning
-from ...prompt.host.entries import own_entries, table_of
+from ...prompt.host.entries import entries_by_prompt, table_of
 from ...prompt.windows import SigmaRange
 from ...session.fingerprint import check_base
 from ...session.weights import POST_CFG
@@ -155,7 +155,7 @@ class _Sampling:
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
-        ours = self._ours(own_entries(guider), noise)
+        ours = self._ours(entries_by_prompt(guider), noise)
         lengths = [_rows(entry) for entries in guider.conds.values() for entry in entries or []]
         run = _Run(self.control, ours, lengths, guider.inner_model.model_sampling, sigmas.tolist(), noise)
         own = extra_args["model_options"]  # a copy of this run's own

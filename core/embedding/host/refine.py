@@ -1,4 +1,4 @@
-"""Refining an embedding for each denoising step with a MODEL (HiFi Tuner, Algorithm 1)."""
+"""Refine an embedding for each denoising step with a MODEL (HiFi Tuner, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ...session.images import TrainingImages
 from ...session.job import Job, run
 from ...session.session import GuiderDenoiser, Session
 from ..artifact import Embedding
-from ..hifi_tuner import Anchor, StepWise, StepWiseSettings
-from .train import Hold, source_rows
+from ..hifi_tuner import Regularizer, StepWise, StepWiseSettings
+from .train import RegularizerOptions, source_rows
 
 METHOD = "hifi tuner, step-wise"
 
@@ -40,17 +40,17 @@ class RefiningJob(Job):
     rows: Tensor
     start: Tensor
     sigmas: Tensor
-    anchor: Anchor | None = None
+    regularizer: Regularizer | None = None
 
     @property
     def steps(self) -> int:
         return (len(self.sigmas) - 1) * self.settings.inner_steps
 
     def key(self) -> str:
-        put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
-        anchored = None if self.anchor is None else asdict(self.anchor)
-        what = [self.method, asdict(self.settings), self.base, put_on]
-        return digest([*what, self.start, self.sigmas, asdict(self.images), anchored])
+        attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
+        regularizer = None if self.regularizer is None else asdict(self.regularizer)
+        what = [self.method, asdict(self.settings), self.base, attached]
+        return digest([*what, self.start, self.sigmas, asdict(self.images), regularizer])
 
     def session(self) -> Session:
         return Session(self.model, self.positive, self.images.latent)
@@ -59,13 +59,13 @@ class RefiningJob(Job):
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
         context, start, mask = detached([self.rows, self.start[0], self.images.mask])
         mask = None if mask is None else mask.to(x0.device)
-        anchor = None if self.anchor is None else Anchor(**detached(asdict(self.anchor)))
+        regularizer = None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
         levels = self.sigmas[:-1].tolist()
-        fit = StepWise(denoiser, x0, context.to(x0.device), start, levels, self.settings, anchor, mask)
+        fit = StepWise(denoiser, x0, context.to(x0.device), start, levels, self.settings, regularizer, mask)
         yield fit, lambda: {"": fit.rows()}
 
     def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
-        """The header of the artifact. before: the settings of the embedding that was refined."""
+        """The header of the artifact. before: the settings of the original embedding."""
         sampling = self.model.get_model_object("model_sampling")
         return {
             "method": METHOD,
@@ -78,7 +78,7 @@ class RefiningJob(Job):
 
 @dataclass(frozen=True)
 class SavedStep:
-    """One saved step of an embedding, 0 for the recommended one."""
+    """A saved step of an embedding; 0 is the recommended one."""
 
     embedding: Embedding
     step: int = 0
@@ -91,12 +91,13 @@ def refine_embedding(
     saved: SavedStep,
     sigmas: Tensor,
     settings: StepWiseSettings,
-    hold: Hold | None,
+    options: RegularizerOptions | None,
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
-    """Refine (or resume, or serve from disk) one saved step of an embedding; returns it with the loss of every update.
+    """Refine one saved step of an embedding, resuming or reusing a stored run; returns the refined embedding and the
+    loss of every update.
 
-    sigmas [T + 1] as the sampler takes them. The result has one saved step, the number of the one that it came from.
+    sigmas [T + 1] as for the sampler. The result has one saved step, with the number of the original one.
     """
     embedding, step = saved.embedding, saved.step
     check_base(embedding.header.get("base", {}), model)
@@ -110,8 +111,8 @@ def refine_embedding(
             f"The embedding has width {embedding.width}, the prompt {rows.shape[-1]}: use the prompt and the text "
             "encoder that it was trained with."
         )
-    anchor = None if hold is None else hold.anchor(rows, embedding.tokens)
-    job = RefiningJob(model, positive, images, settings, rows, start, sigmas, anchor)
-    done = run(job, node_id)
-    header = job.header(embedding.header.get("settings", {}), done.losses)
-    return Embedding({step or embedding.recommended_step: done.last[""]}, header), done.losses
+    regularizer = None if options is None else options.build(rows, embedding.tokens)
+    job = RefiningJob(model, positive, images, settings, rows, start, sigmas, regularizer)
+    finished = run(job, node_id)
+    header = job.header(embedding.header.get("settings", {}), finished.losses)
+    return Embedding({step or embedding.recommended_step: finished.last[""]}, header), finished.losses

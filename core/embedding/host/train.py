@@ -1,4 +1,4 @@
-"""Learning an embedding from a MODEL: from what the node got to a LIKENESS_EMBEDDING, its losses and previews."""
+"""Train an embedding with a MODEL: from a node's inputs to a LIKENESS_EMBEDDING, its losses and previews."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...denoiser import timestep_range
 from ...fit.fit import Fit, curve
 from ...fit.runs import digest
-from ...fit.train import Keeping, Result
+from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
     Conditioning,
     apply_embedding,
@@ -22,7 +22,7 @@ from ...prompt.conditioning import (
     detached,
     single_prompt,
     start_rows,
-    unmarked,
+    without_tail,
 )
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
@@ -32,15 +32,15 @@ from ...session.sampling import sample_image
 from ...session.session import GuiderDenoiser, Session
 from .. import hiper
 from ..artifact import Embedding
-from ..hifi_tuner import Anchor, AnchoredHiPer
+from ..hifi_tuner import RegularizedHiPer, Regularizer
 
-METHOD, ANCHORED = "hiper", "hifi tuner"
+METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how the training runs, next to what decides the learned rows themselves."""
+    """Number of steps, saving interval, and the window of the sampling process to train on."""
 
     steps: int = hiper.STEPS
     save_every: int = hiper.SAVE_EVERY
@@ -49,33 +49,35 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Hold:
-    """HiFi Tuner's second term: the empty prompt, how strongly its rows hold, and whether outside of the gradient."""
+class RegularizerOptions:
+    """HiFi Tuner's regularizer: the empty prompt, the weight, and whether it is applied outside the gradient."""
 
     empty: Conditioning
     weight: float
     decoupled: bool = False
 
-    def anchor(self, context: Tensor, tokens: int) -> Anchor:
-        """For rows of this prompt's width."""
+    def build(self, context: Tensor, tokens: int) -> Regularizer:
+        """The Regularizer for the last `tokens` tokens of a prompt with this context."""
         empty = single_prompt(self.empty, "empty prompt").detach().float().cpu()
-        return Anchor(start_rows(context, empty, tokens), self.weight, self.decoupled)
+        return Regularizer(start_rows(context, empty, tokens), self.weight, self.decoupled)
 
 
 @dataclass(frozen=True)
-class Start:
-    """Prompts beside the source prompt. empty: the rows of this one are the start, instead of the source prompt's.
-    target: the embedding will be put into it; it is only checked, so that a misfit is refused before the work starts.
-    hold: HiFi Tuner eq. 6 instead of HiPer's objective.
+class TrainingPrompts:
+    """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
+    prompt that will get the embedding; it is only checked, so that a mismatch is reported before the training starts.
+    regularizer: use HiFi Tuner eq. 6 instead of HiPer's objective.
     """
 
     empty: Conditioning | None = None
     target: Conditioning | None = None
-    hold: Hold | None = None
+    regularizer: RegularizerOptions | None = None
 
 
 def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int) -> tuple[Tensor, Tensor]:
-    """The source prompt's rows [1, N, d] and the rows [n, d] to start from; refuses a prompt without n unused rows."""
+    """The source prompt's token embeddings [1, N, d] and the initial tokens [n, d]; ValueError for a prompt without n
+    padding tokens.
+    """
     rows = single_prompt(positive, "source prompt").detach().float().cpu()
     if not check_room(positive, tokens):
         log.warning(
@@ -90,7 +92,7 @@ def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int)
 
 @dataclass(frozen=True)
 class EmbeddingJob(Job):
-    """HiPer's training, or with an anchor HiFi Tuner's. rows [1, N, d] of the source prompt; start [n, d]."""
+    """HiPer's training, or HiFi Tuner's with a regularizer. rows [1, N, d] of the source prompt; start [n, d]."""
 
     method: ClassVar[str] = METHOD
 
@@ -101,21 +103,21 @@ class EmbeddingJob(Job):
     schedule: Schedule
     rows: Tensor
     start: Tensor
-    anchor: Anchor | None = None
+    regularizer: Regularizer | None = None
 
     @property
     def steps(self) -> int:
         return self.schedule.steps
 
     @property
-    def keeping(self) -> Keeping:
-        return Keeping(self.schedule.save_every)
+    def retention(self) -> Retention:
+        return Retention(self.schedule.save_every)
 
     def key(self) -> str:
-        put_on = [patches_digest(self.model), precision(self.model), describe(self.positive)]
-        anchored = [] if self.anchor is None else [asdict(self.anchor)]
+        attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
+        regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
-        return digest([*what, put_on, self.start, asdict(self.images), *anchored])
+        return digest([*what, attached, self.start, asdict(self.images), *regularizer])
 
     def session(self) -> Session:
         return Session(self.model, self.positive, self.images.latent)
@@ -124,20 +126,20 @@ class EmbeddingJob(Job):
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
         context, start, mask = detached([self.rows, self.start, self.images.mask])
         mask = None if mask is None else mask.to(x0.device)
-        given = (denoiser, x0, context.to(x0.device), start, self.settings)
-        if self.anchor is None:
-            fit = hiper.HiPer(*given, mask)
+        inputs = (denoiser, x0, context.to(x0.device), start, self.settings)
+        if self.regularizer is None:
+            fit = hiper.HiPer(*inputs, mask)
         else:
-            fit = AnchoredHiPer(*given, Anchor(**detached(asdict(self.anchor))), mask)
+            fit = RegularizedHiPer(*inputs, Regularizer(**detached(asdict(self.regularizer))), mask)
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
         """The header of the artifact."""
         settings = {**asdict(self.settings), "steps": steps, "save_every": self.schedule.save_every}
         settings["masked"] = self.images.mask is not None
-        if self.anchor is not None:
-            settings |= {"anchor_weight": self.anchor.weight, "decoupled": self.anchor.decoupled}
-        method = METHOD if self.anchor is None else ANCHORED
+        if self.regularizer is not None:
+            settings |= {"anchor_weight": self.regularizer.weight, "decoupled": self.regularizer.decoupled}
+        method = METHOD if self.regularizer is None else METHOD_REGULARIZED
         return {"method": method, "base": self.base, "settings": settings, "losses": curve(losses)}
 
 
@@ -147,26 +149,26 @@ def train_embedding(
     images: TrainingImages,
     settings: hiper.HiPerSettings,
     schedule: Schedule,
-    start: Start = Start(),
+    prompts: TrainingPrompts = TrainingPrompts(),
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
-    """Train (or resume, or serve from disk) an embedding; returns it with the loss of every step."""
-    rows, first = source_rows(positive, start.empty, settings.tokens)
-    if start.target is not None:
-        apply_embedding(start.target, first[None], hiper.SCALE)
+    """Train an embedding, resuming or reusing a stored run; returns it and the loss of every step."""
+    rows, initial = source_rows(positive, prompts.empty, settings.tokens)
+    if prompts.target is not None:
+        apply_embedding(prompts.target, initial[None], hiper.SCALE)
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
-    anchor = None if start.hold is None else start.hold.anchor(rows, settings.tokens)
-    job = EmbeddingJob(model, positive, images, settings, schedule, rows, first, anchor)
-    done = run(job, node_id)
-    embedding = Embedding({step: result[""] for step, result in done.kept.items()}, job.header(done.step, done.losses))
-    return embedding, done.losses
+    regularizer = None if prompts.regularizer is None else prompts.regularizer.build(rows, settings.tokens)
+    job = EmbeddingJob(model, positive, images, settings, schedule, rows, initial, regularizer)
+    finished = run(job, node_id)
+    saved = {step: result[""] for step, result in finished.results.items()}
+    return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
 
 
 @dataclass(frozen=True)
 class Previews:
-    """How preview images are sampled."""
+    """Sampling settings of preview images."""
 
     vae: Any
     negative: Conditioning | None
@@ -181,23 +183,26 @@ def preview_images(
     source: Conditioning,
     target: Conditioning | None,
     shape: tuple[int, ...],
-    how: Previews,
+    sampling: Previews,
 ) -> Tensor:
-    """[source, h] for each saved step; with a target first [target], then [source, h] and [target, 0.8 h] in turn.
+    """[source, h] for each saved step; with a target, first [target], then alternately [source, h] and [target, 0.8 h].
 
     All images start from the same noise. Shape [1, C, h, w] of the latent; returns [images, H, W, 3].
     """
     prompts = [] if target is None else [target]
-    source = unmarked(source)  # the tokens learned take the place of those that they started from
+    source = without_tail(source)  # the learned tokens replace those they started from
     for _, rows in sorted(embedding.rows.items()):
         prompts.append(apply_embedding(source, rows, 1.0))
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE))
     size = (1, *shape[1:])
 
-    def sampled(prompt: Conditioning) -> Tensor:
+    def sample(prompt: Conditioning) -> Tensor:
         return sample_image(
-            model, how.vae, prompt, how.negative, size, steps=how.steps, cfg=how.cfg, seed=how.seed
-        )  # fmt: skip
+            *(model, sampling.vae, prompt, sampling.negative, size),
+            steps=sampling.steps,
+            cfg=sampling.cfg,
+            seed=sampling.seed,
+        )
 
-    return torch.cat([sampled(prompt) for prompt in prompts])
+    return torch.cat([sample(prompt) for prompt in prompts])

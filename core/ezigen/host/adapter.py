@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
-from ...prompt.host.entries import own_entries
+from ...prompt.host.entries import entries_by_prompt
 from ...session.fingerprint import check_base, fingerprint, network_of_file
 from ...session.images import checked_mask
 from ...session.session import predicting
@@ -261,7 +261,7 @@ class _Injection:
     ) -> Any:
         options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
         before = options.get("patches", {})
-        own_entries(guider)  # for ids that tell the prompts apart
+        entries_by_prompt(guider)  # for ids that tell the prompts apart
         negative = (guider.conds.get("negative") or []) if self.apply_to == PROMPT_ONLY else []
         left_out = frozenset(entry["uuid"] for entry in negative)
         tokens = self.tokens.map(lambda features: features.to(noise.device))

@@ -12,7 +12,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
 from ...attention.host.layers import Key
-from ...session.weights import packed
+from ...session.weights import is_packed
 from ..adapter import Adapter, Layer, SubjectTokens
 
 PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
@@ -71,7 +71,7 @@ def new_adapter(base: Any) -> Adapter:
 def packed_places(model: Any, found: list[Place]) -> bool:
     """Whether self-attentions of a MODEL are quantised: their weights then cannot be read as numbers."""
     blocks = [model.model.diffusion_model.get_submodule(place.module) for place in found]
-    return any(packed(layer) for block in blocks for layer in block.attn1.modules())
+    return any(is_packed(layer) for block in blocks for layer in block.attn1.modules())
 
 
 def key_of(options: dict[str, Any]) -> Key:

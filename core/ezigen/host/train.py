@@ -26,7 +26,7 @@ from ...session.images import check_vae
 from ...session.job import Job, run
 from ...session.memory import BYTES_PER_WEIGHT, GB, activations
 from ...session.session import GuiderDenoiser, Session
-from ...session.stores import own_store
+from ...session.stores import dedicated_store
 from ..adapter import Adapter, SubjectTokens
 from ..artifact import StoredAdapter, trained
 from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
@@ -98,7 +98,7 @@ class AdapterJob(Job):
     def store(self) -> RunStore:
         """Apart from smaller runs, which these would push out; the newest three are kept."""
         count = sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in self.places)
-        return own_store("adapter_runs", RUN_BYTES_PER_WEIGHT * count, KEPT_RUNS)
+        return dedicated_store("adapter_runs", RUN_BYTES_PER_WEIGHT * count, KEPT_RUNS)
 
     def begin(self, done: int) -> AdapterJob:
         return replace(self, encoded=Encoded(self.trainee, self.places, self.folder, self.settings.seed))

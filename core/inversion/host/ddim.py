@@ -1,4 +1,4 @@
-"""Inverting an image with a MODEL: from what the node got to a LIKENESS_TRAJECTORY."""
+"""Invert an image with a MODEL: from a node's inputs to a LIKENESS_TRAJECTORY."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ddim import Label, invert
 from ..trajectory import Trajectory, check_sigmas
 
 
-def inverted(
+def invert_image(
     model: Any,
     positive: Conditioning,
     source: ImageSource,
@@ -27,24 +27,24 @@ def inverted(
     iterations: int,
     node_id: str | None = None,
 ) -> Trajectory:
-    """The trajectory of an image along SIGMAS, with the prompt that describes it and no guidance."""
+    """The trajectory of an image along SIGMAS, with the prompt that describes it and without guidance."""
     single_prompt(positive, "prompt")
-    check_way(model, sigmas)
+    check_invertible(model, sigmas)
     samples = source.encoded(model).latent
     steps = Steps(model, len(sigmas) - 1, node_id, every=10)
-    found: list[Tensor] = []
+    latents: list[Tensor] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         on_step = lambda _step, x: steps.step(x)  # noqa: E731
-        found.append(invert(denoiser, x0.float(), denoiser.context, sigmas, label, iterations, on_step).cpu())
+        latents.append(invert(denoiser, x0.float(), denoiser.context, sigmas, label, iterations, on_step).cpu())
 
     predicting(model, positive, samples, body)
     header = {**_origin(model, positive), "label": label}
-    return Trajectory(found[0], sigmas.detach().float().cpu(), header)
+    return Trajectory(latents[0], sigmas.detach().float().cpu(), header)
 
 
-def check_way(model: Any, sigmas: Tensor) -> None:
-    """ValueError when an image cannot be walked up along these levels with this model."""
+def check_invertible(model: Any, sigmas: Tensor) -> None:
+    """ValueError when an image cannot be inverted along these levels with this model."""
     check_sigmas(sigmas)
     sampling = model.get_model_object("model_sampling")
     if not _adds_noise(sampling):
@@ -60,7 +60,7 @@ def check_way(model: Any, sigmas: Tensor) -> None:
 
 
 def start_latent(model: Any, trajectory: Trajectory) -> dict[str, Tensor]:
-    """The noisiest latent as a LATENT, for samplers that add no noise of their own."""
+    """The noisiest latent as a LATENT, for samplers that add no noise."""
     return {"samples": model.get_model_object("latent_format").process_out(trajectory.latents[0])}
 
 
@@ -70,17 +70,17 @@ def _adds_noise(sampling: Any) -> bool:
 
 
 def _origin(model: Any, positive: Conditioning) -> dict[str, Any]:
-    """What a trajectory belongs to: the model with the LoRAs on its weights and its sampling, and the prompt's rows."""
-    rows, options = positive[0]
+    """Identifies a trajectory's model, with its LoRAs and its sampling, and the prompt's embeddings."""
+    context, options = positive[0]
     return {
         "base": fingerprint(model),
         "patches": digest([describe(model.patches), describe(model.get_model_object("model_sampling"))]),
-        "prompt": digest([rows, options.get("pooled_output")]),
+        "prompt": digest([context, options.get("pooled_output")]),
     }
 
 
 def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory) -> None:
-    """ValueError when a trajectory is of another model or prompt."""
+    """ValueError when a trajectory belongs to another model or prompt."""
     check_base(trajectory.header.get("base", {}), model)
     single_prompt(positive, "prompt")
     origin = _origin(model, positive)

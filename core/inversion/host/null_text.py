@@ -1,4 +1,4 @@
-"""The ways back to an inverted image with a MODEL: null-text optimization, and the two methods that need none."""
+"""Reconstruct an inverted image with a MODEL: null-text optimization, and two methods that need no optimization."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from ...session.weights import warn_of_guidance
 from ..null_text import Method, NullText, NullTextSettings, Start
 from ..trajectory import Trajectory
 from .ddim import check_trajectory
-from .landing import Landing, landed
+from .landing import Landing, attach_landing
 
 METHOD = "null-text"
 
 
 @dataclass(frozen=True)
-class Nulls:
-    """What null-text optimisation found: one negative for each step, its losses, and how many updates each took."""
+class NullTextResult:
+    """The result of null-text optimisation: one negative per step, the losses, and the number of updates per step."""
 
     conditioning: Conditioning
     losses: list[float]
     counts: list[int]
 
     def report(self) -> str:
-        """A line for each step: updates, first and last loss."""
+        """One line per step: number of updates, first and last loss."""
         lines, first = [], 0
         for step, count in enumerate(self.counts):
-            of_step = self.losses[first : first + count]
-            lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
+            losses = self.losses[first : first + count]
+            lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {losses[0]:.3g} to {losses[-1]:.3g}")
             first += count
         return "\n".join([*lines, f"{len(self.losses)} updates in all"])
 
 
 @dataclass(frozen=True)
-class WayBack:
-    """What a sampler needs to come back to an inverted image. losses: None where nothing was optimised."""
+class Reconstruction:
+    """What a sampler needs to reconstruct an inverted image. losses: None when nothing was optimised."""
 
     model: Any
     negative: Conditioning
@@ -56,7 +56,7 @@ class WayBack:
     report: str
 
 
-def way_back(
+def prepare_reconstruction(
     model: Any,
     positive: Conditioning,
     negative: Conditioning,
@@ -65,27 +65,27 @@ def way_back(
     settings: NullTextSettings,
     start: Start,
     node_id: str | None = None,
-) -> WayBack:
-    """By null-text optimisation, or by one of the two methods that need none (see null_text.py)."""
+) -> Reconstruction:
+    """The Reconstruction by null-text optimisation, or by one of the two methods without it (see null_text.py)."""
     if method == "null-text":
-        found = null_text(model, positive, negative, trajectory, settings, node_id, start)
-        return WayBack(model, found.conditioning, found.losses, found.report())
+        nulls = null_text(model, positive, negative, trajectory, settings, node_id, start)
+        return Reconstruction(model, nulls.conditioning, nulls.losses, nulls.report())
     check_trajectory(model, positive, trajectory)
     if method == "negative prompt":
-        same = [[rows, options.copy()] for rows, options in positive]
-        return WayBack(model, same, None, "The negative prompt of every step is the prompt itself; no updates.")
+        copy = [[context, options.copy()] for context, options in positive]
+        return Reconstruction(model, copy, None, "The negative prompt of every step is the prompt itself; no updates.")
     levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
     targets = dict(enumerate(trajectory.latents[1:]))
-    way = landed(model, Landing(targets, levels, rows=count))
+    pinned = attach_landing(model, Landing(targets, levels, rows=count))
     report = (
         f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"
     ) + f" will be put back on the trajectory after each of {trajectory.steps} steps; no updates."
-    return WayBack(way, negative, None, report)
+    return Reconstruction(pinned, negative, None, report)
 
 
 @dataclass(frozen=True)
 class NullTextJob(Job):
-    """One negative for each step. first: the prompt that the first negative starts from."""
+    """One negative per step. first: the prompt that the first negative starts from."""
 
     method: ClassVar[str] = METHOD
 
@@ -101,12 +101,12 @@ class NullTextJob(Job):
 
     def key(self) -> str:
         prompts = [describe(self.positive), describe(self.first)]
-        put_on = [patches_digest(self.model), precision(self.model), *prompts]
-        parts = [self.base, put_on, self.trajectory.latents, self.trajectory.sigmas]
+        attached = [patches_digest(self.model), precision(self.model), *prompts]
+        parts = [self.base, attached, self.trajectory.latents, self.trajectory.sigmas]
         return digest([self.method, asdict(self.settings), *parts])
 
-    def answered(self, stored: Run) -> bool:
-        return stored.step in stored.kept and len(stored.last["nulls"]) == self.trajectory.steps
+    def is_complete(self, stored: Run) -> bool:
+        return stored.step in stored.results and len(stored.last["nulls"]) == self.trajectory.steps
 
     def end(self, done: Run) -> int:
         return done.step
@@ -137,8 +137,8 @@ def null_text(
     settings: NullTextSettings,
     node_id: str | None = None,
     start: Start = "empty prompt",
-) -> Nulls:
-    """Optimise (or resume, or serve from disk) one negative for each step of a trajectory."""
+) -> NullTextResult:
+    """Optimise one negative per step of a trajectory, resuming or reusing a stored run."""
     check_trajectory(model, positive, trajectory)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
@@ -150,8 +150,8 @@ def null_text(
     warn_of_guidance(model)
     first = positive if start == "prompt" else negative
     single_prompt(first, "negative prompt")
-    done = run(NullTextJob(model, positive, first, trajectory, settings), node_id)
+    finished = run(NullTextJob(model, positive, first, trajectory, settings), node_id)
     sampling = model.get_model_object("model_sampling")
     steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
-    conditioning = step_wise(first, done.last["nulls"].split(1), steps)
-    return Nulls(conditioning, done.losses, done.last["counts"].tolist())
+    conditioning = step_wise(first, finished.last["nulls"].split(1), steps)
+    return NullTextResult(conditioning, finished.losses, finished.last["counts"].tolist())

@@ -1,4 +1,4 @@
-"""ReNoise inversion (see renoise.py) with a MODEL, and what plays it again in stock and in our own sampling."""
+"""ReNoise inversion (see renoise.py) with a MODEL, and its replay in stock samplers and in the pack's own sampling."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ...session.progress import Steps
 from ...session.session import GuiderDenoiser, predicting
 from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
-from .ddim import check_way
+from .ddim import check_invertible
 
-REPLAY = "likeness_replay"  # the entry of a LATENT that holds a StoredReplay
+REPLAY = "likeness_replay"  # key of the StoredReplay in a LATENT
 
 
 @dataclass(frozen=True)
 class StoredReplay(Replay):
-    """A Replay with the digest of the samples that it belongs to: stock nodes copy a LATENT's entries to whatever they
-    make of it.
+    """A Replay with the digest of the samples that it belongs to, since stock nodes copy a LATENT's entries to the
+    latents they derive from it.
     """
 
     samples: str
 
 
 @dataclass(frozen=True)
-class ReNoised:
-    """latent: where the sampling starts, as a LATENT with a Replay. sampler: a SAMPLER that comes back from it, without
-    other noise. error: by how much of its own size (root mean square) the latent is missed then.
+class ReNoiseResult:
+    """latent: the start of the sampling, as a LATENT with a Replay. sampler: a SAMPLER that reconstructs the image from
+    it, without other noise. error: root mean square error of the reconstructed latent, relative to the latent's own.
     """
 
     latent: dict[str, Any]
@@ -44,7 +44,7 @@ class ReNoised:
     replay: Replay
 
     def report(self) -> str:
-        """Steps, levels and the error."""
+        """Steps, noise levels and the error."""
         levels = ", ".join(f"{float(sigma):.3g}" for sigma in self.replay.sigmas)
         kind = "ancestral steps with their noises" if len(self.replay.noises) else "steps without noise"
         return (
@@ -54,34 +54,34 @@ class ReNoised:
 
 
 class RecordedNoises:
-    """The noises of a Replay as the noise_sampler of a k-diffusion sampler."""
+    """The noises of a Replay as a noise_sampler for k-diffusion samplers."""
 
     def __init__(self, replay: Replay) -> None:
         self.replay, self._levels = replay, tuple(replay.sigmas.tolist())
 
     def __call__(self, sigma: Tensor, _following: Tensor) -> Tensor:
-        near = [step for step, level in enumerate(self._levels) if abs(level - float(sigma)) <= CLOSE * level]
-        if not near:
+        steps = [step for step, level in enumerate(self._levels) if abs(level - float(sigma)) <= CLOSE * level]
+        if not steps:
             raise ValueError(
                 f"The sampling has the noise level {float(sigma):.4g}, the inversion had "
                 f"{[round(level, 4) for level in self._levels]}: connect the SIGMAS of Invert For Few Steps."
             )
-        return self.replay.noises[near[0]][None].to(sigma)
+        return self.replay.noises[steps[0]][None].to(sigma)
 
 
-def renoised(
+def renoise_image(
     model: Any,
     positive: Conditioning,
     source: ImageSource,
     sigmas: Tensor,
     settings: ReNoiseSettings,
     node_id: str | None = None,
-) -> ReNoised:
-    """The noise that an image would have come from by these few steps, with the prompt that describes it and no
-    guidance; ValueError, before any work, for what cannot be inverted.
+) -> ReNoiseResult:
+    """The noise from which these few steps would generate the image, with the prompt that describes it and without
+    guidance; ValueError, before any work, for an image or levels that cannot be inverted.
     """
     single_prompt(positive, "prompt")
-    check_way(model, sigmas)
+    check_invertible(model, sigmas)
     samples = source.encoded(model).latent
     if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
         raise ValueError(
@@ -89,20 +89,20 @@ def renoised(
             "image of the batch (ImageFromBatch), or scale it up."
         )
     levels = sigmas.detach().float().cpu().clone()
-    levels[-1] = 0.0  # where inversion begins: at the clean image
+    levels[-1] = 0.0  # inversion starts at the clean image
     steps = Steps(model, len(levels) - 1, node_id)
-    found: list[tuple[Tensor, Replay, float]] = []
+    results: list[tuple[Tensor, Replay, float]] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         x0 = x0.float()
         start, replay = renoise(
             denoiser, x0, denoiser.context, levels, settings, on_step=lambda _step, x: steps.step(x)
         )
-        error = float((_sampled(denoiser, start, replay) - x0).norm() / x0.norm().clamp_min(1e-6))
-        found.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
+        error = float((_sample(denoiser, start, replay) - x0).norm() / x0.norm().clamp_min(1e-6))
+        results.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
 
     predicting(model, positive, samples, body)
-    start, replay, error = found[0]
+    start, replay, error = results[0]
     if not bool(torch.isfinite(start).all()):
         raise ValueError(
             "The inversion ran away: what this model predicts for the image is too unlike noise to be corrected. "
@@ -111,25 +111,25 @@ def renoised(
         )
     start = model.get_model_object("latent_format").process_out(start)
     stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
-    return ReNoised({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay)
+    return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay)
 
 
-def _sampled(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:
+def _sample(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:
     for step, sigma in enumerate(replay.sigmas[:-1].to(x)):
-        x = replay.stepped(x, predicted_noise(denoiser, x, sigma, denoiser.context), step)
+        x = replay.step(x, predicted_noise(denoiser, x, sigma, denoiser.context), step)
     return x
 
 
 def replaying_sampler(replay: Replay) -> Any:
-    """ComfyUI's euler_ancestral with the recorded noises, or its euler where there are none."""
+    """ComfyUI's euler_ancestral with the recorded noises, or euler if there are none."""
     if not len(replay.noises):
         return comfy.samplers.sampler_object("euler")
     return comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": RecordedNoises(replay)})
 
 
 def replay_of(latent: dict[str, Any]) -> Replay | None:
-    """How a LATENT is to be sampled when it comes from an inversion; None for any other. ValueError when it has been
-    sampled, scaled or changed since.
+    """The Replay of a LATENT from an inversion; None for any other. ValueError when the latent has since been sampled,
+    scaled or changed.
     """
     stored = latent.get(REPLAY)
     if stored is not None and stored.samples != digest(latent["samples"]):

@@ -1,8 +1,8 @@
-"""Which layers of a MODEL and a CLIP a likeness optimisation trains, and how files name them.
+"""The layers of a MODEL and a CLIP that a likeness optimisation trains, and their names in files.
 
-The names are such that stock LoRA loaders and diffusers both read the file: for UNets the names that the field's
-training scripts write ("lora_unet_..."), for transformers diffusers' own ("transformer....lora_A"). ComfyUI's own maps
-between them say which of its layers is which, and which rows of a layer that does the work of three.
+Both stock LoRA loaders and diffusers can read these names: for UNets those of common training scripts
+("lora_unet_..."), for transformers those of diffusers ("transformer....lora_A"). ComfyUI's own maps between the two
+give the corresponding layers, and the rows of fused layers.
 """
 
 from __future__ import annotations
@@ -16,114 +16,115 @@ import comfy.model_base
 import comfy.utils
 from torch import Size, Tensor, nn
 
-from ..low_rank import TEXT, TEXT_LAYERS, UNET_LAYERS, Layer, LowRank, Rows
+from ..low_rank import TEXT_LAYERS, TEXT_PREFIX, UNET_LAYERS, Layer, LowRank, Rows
 
-# Of FLUX's two-stream blocks, and of its one-stream blocks (SISO's script; the suffixes hit the latter's q, k, v only).
+# In FLUX's double-stream and single-stream blocks (SISO's script; in the latter the suffixes match only q, k, v).
 FLUX_LAYERS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
-ENCODERS = ("clip_l", "clip_g", "clip_h")  # ComfyUI's names of the CLIP text encoders
-MODEL = "diffusion_model."
+ENCODERS = ("clip_l", "clip_g", "clip_h")  # ComfyUI's names for the CLIP text encoders
+MODEL_PREFIX = "diffusion_model."
 
 
 @runtime_checkable
-class NamesItsLayers(Protocol):
-    """A ComfyUI model that says itself what is to be trained: {name in a PEFT file: layer}."""
+class HasLoraLayers(Protocol):
+    """A ComfyUI model that declares its trainable layers itself: {name in a PEFT file: layer}."""
 
     def lora_layers(self) -> Mapping[str, nn.Module]: ...
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Layers by unique keys (a text encoder's begin with TEXT), and what files call each, in PEFT's manner or not."""
+class LoraLayers:
+    """Layers by unique key (TEXT_PREFIX starts a text encoder's), and their names in files; peft: in PEFT's format."""
 
     layers: dict[str, Layer]
     names: dict[str, str]
     peft: bool
 
     def numbers(self, rank: int) -> int:
-        """How many a LoRA of this rank has."""
+        """Number of parameters of a LoRA of this rank."""
         return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in map(_shape, self.layers.values()))
 
     def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors. values: the factors, by "<key>.up" and "<key>.down"."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for key, adapter in adapters.items():
             factors = {part: values[f"{key}.{part}"] for part in ("up", "down")}
             write = adapter.peft_tensors if self.peft else adapter.tensors
-            found |= write(self.names[key], factors)
-        return found
+            tensors |= write(self.names[key], factors)
+        return tensors
 
 
 def _shape(layer: Layer) -> Size:
     if isinstance(layer, Rows):
         return Size([layer.count, *_shape(layer.layer)[1:]])
-    return layer.state_dict()["weight"].shape  # quantised layers, too, tell the whole weight's here
+    return layer.state_dict()["weight"].shape  # the full weight's shape, also for quantised layers
 
 
-def trained_layers(base: Any, text: nn.Module | None = None) -> Trained:
-    """Of a ComfyUI model (a MODEL's .model) and, if given, of a text encoder (a CLIP's cond_stage_model).
+def trained_layers(base: Any, text: nn.Module | None = None) -> LoraLayers:
+    """The trained layers of a ComfyUI model (a MODEL's .model) and, if given, of a text encoder (a CLIP's
+    cond_stage_model).
 
-    ValueError when the pack knows no layers in one of them.
+    ValueError when one of them has no layers known to the pack.
     """
     unet = cast(nn.Module, base.diffusion_model)
     peft = True
-    if isinstance(base, NamesItsLayers):
-        found: dict[str, Layer] = dict(base.lora_layers())
+    if isinstance(base, HasLoraLayers):
+        by_name: dict[str, Layer] = dict(base.lora_layers())
     elif isinstance(base, comfy.model_base.Flux) and base.model_config.unet_config.get("image_model") == "flux":
-        found = _flux(unet, base.model_config.unet_config)
+        by_name = _flux(unet, base.model_config.unet_config)
     else:
-        found, peft = _unet(unet, base.model_config.unet_config), False
-    if not found:
+        by_name, peft = _unet(unet, base.model_config.unet_config), False
+    if not by_name:
         raise ValueError(
             f"No attention layers that a LoRA of this pack knows are in this {type(base.model_config).__name__} "
             "model: use SD1.x, SD2.x, SDXL, FLUX.1 or Sana."
         )
-    names = {MODEL + name: name for name in found}
-    layers = {MODEL + name: layer for name, layer in found.items()}
+    names = {MODEL_PREFIX + name: name for name in by_name}
+    layers = {MODEL_PREFIX + name: layer for name, layer in by_name.items()}
     for name, layer in ({} if text is None else _text(text, peft)).items():
-        names[TEXT + name], layers[TEXT + name] = name, layer
-    return Trained(layers, names, peft)
+        names[TEXT_PREFIX + name], layers[TEXT_PREFIX + name] = name, layer
+    return LoraLayers(layers, names, peft)
 
 
 def _unet(unet: nn.Module, config: dict[str, Any]) -> dict[str, Layer]:
     parts = dict(unet.named_modules())
-    found: dict[str, Layer] = {}
-    known = comfy.utils.unet_to_diffusers(config) if "num_res_blocks" in config else {}
-    for theirs, ours in known.items():
-        theirs, ours = theirs.removesuffix(".weight"), ours.removesuffix(".weight")
-        if theirs.endswith(UNET_LAYERS) and ours in parts:
-            found["lora_unet_" + theirs.replace(".", "_")] = parts[ours]
-    return found
+    layers: dict[str, Layer] = {}
+    keys = comfy.utils.unet_to_diffusers(config) if "num_res_blocks" in config else {}
+    for diffusers_name, comfy_name in keys.items():
+        diffusers_name, comfy_name = diffusers_name.removesuffix(".weight"), comfy_name.removesuffix(".weight")
+        if diffusers_name.endswith(UNET_LAYERS) and comfy_name in parts:
+            layers["lora_unet_" + diffusers_name.replace(".", "_")] = parts[comfy_name]
+    return layers
 
 
 def _flux(flux: nn.Module, config: dict[str, Any]) -> dict[str, Layer]:
     parts = dict(flux.named_modules())
-    found: dict[str, Layer] = {}
-    for theirs, place in comfy.utils.flux_to_diffusers(config).items():
-        theirs, end = theirs.rpartition(".")[::2]
-        if end == "weight" and theirs.endswith(FLUX_LAYERS):
-            ours, rows = place if isinstance(place, tuple) else (place, None)  # rows: (dimension, start, count)
-            layer = parts[ours.removesuffix(".weight")]
-            found[f"transformer.{theirs}"] = layer if rows is None else Rows(layer, *rows[1:])
-    return found
+    layers: dict[str, Layer] = {}
+    for name, target in comfy.utils.flux_to_diffusers(config).items():
+        name, end = name.rpartition(".")[::2]
+        if end == "weight" and name.endswith(FLUX_LAYERS):
+            key, rows = target if isinstance(target, tuple) else (target, None)  # rows: (dimension, start, count)
+            layer = parts[key.removesuffix(".weight")]
+            layers[f"transformer.{name}"] = layer if rows is None else Rows(layer, *rows[1:])
+    return layers
 
 
 def _text(encoder: nn.Module, peft: bool) -> dict[str, Layer]:
-    """The projections of its CLIP parts; another part (T5) stays as it is, as published."""
-    here = [name for name in ENCODERS if hasattr(encoder, name)]
-    if not here:
+    """The projections in the CLIP encoders; other encoders (T5) are not trained, as in the paper."""
+    clips = [name for name in ENCODERS if hasattr(encoder, name)]
+    if not clips:
         raise ValueError(
             "This text encoder has no CLIP part that a LoRA could be learned for: disconnect 'clip', and its prompt "
             "stays as it is."
         )
-    found: dict[str, Layer] = {}
-    for index, name in enumerate(here, 1):
-        number = f"{index}" if len(here) > 1 else ""
+    layers: dict[str, Layer] = {}
+    for index, name in enumerate(clips, 1):
+        number = f"{index}" if len(clips) > 1 else ""
         for path, part in getattr(encoder, name).transformer.named_modules():
             if path.endswith(TEXT_LAYERS):
                 kohya = f"lora_te{number}_" + path.replace(".", "_")
-                found[f"text_encoder.{path}" if peft else kohya] = part
-    return found
+                layers[f"text_encoder.{path}" if peft else kohya] = part
+    return layers

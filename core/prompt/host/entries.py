@@ -1,40 +1,40 @@
-"""Which entries of a sampling belong to which prompt."""
+"""The conditioning entries of a running sampling, by prompt."""
 
 from __future__ import annotations
 
 import uuid
 from typing import Any
 
-OURS = "likeness."  # how the names of our options of a prompt begin
+OPTION_PREFIX = "likeness."  # name prefix of the pack's options of a prompt
 
 
-def own_entries(guider: Any) -> dict[str, list[dict[str, Any]]]:
+def entries_by_prompt(guider: Any) -> dict[str, list[dict[str, Any]]]:
     """A running guider's prompts by name, each with the entries that are evaluated for it.
 
-    For an area of one prompt ComfyUI puts a copy into every other one: with that prompt's rows, but with the id and the
-    options of the first. Such a copy gets an id of its own here, so that an id says which prompt is evaluated, and our
-    options from the entry whose rows it has. The entries belong to the run.
+    When one prompt has an area, ComfyUI adds a copy to every other prompt, with the other prompt's token embeddings but
+    the id and options of the original. Here such a copy gets a new id, so that an id identifies the prompt, and the
+    pack's options of the entry whose token embeddings it has. The entries are changed in place; they belong to the run.
     """
     ids = {name: {entry["uuid"] for entry in entries or []} for name, entries in guider.original_conds.items()}
-    connected = set().union(*ids.values())
-    found: dict[str, list[dict[str, Any]]] = {}
+    all_ids = set().union(*ids.values())
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
     for name, entries in guider.conds.items():
-        found[name] = entries = entries or []
-        own = [entry for entry in entries if entry["uuid"] in ids.get(name, ())]
+        by_prompt[name] = entries = entries or []
+        originals = [entry for entry in entries if entry["uuid"] in ids.get(name, ())]
         for entry in entries:
-            if entry["uuid"] in connected.difference(ids.get(name, ())):
+            if entry["uuid"] in all_ids.difference(ids.get(name, ())):
                 entry["uuid"] = uuid.uuid4()
-                _take_options(entry, next((each for each in own if table_of(each) is table_of(entry)), {}))
-    return found
+                _take_options(entry, next((each for each in originals if table_of(each) is table_of(entry)), {}))
+    return by_prompt
 
 
 def table_of(entry: dict[str, Any]) -> Any:
-    """The rows that an entry is evaluated with, wrapped by ComfyUI, or None. The "cross_attn" of a copy is that of the
-    prompt whose area it has."""
+    """The token embeddings that an entry is evaluated with, wrapped by ComfyUI, or None. A copy's "cross_attn" is not
+    them: it comes from the prompt whose area the copy has."""
     return entry.get("model_conds", {}).get("c_crossattn")
 
 
 def _take_options(entry: dict[str, Any], source: dict[str, Any]) -> None:
-    for name in [name for name in entry if name.startswith(OURS)]:
+    for name in [name for name in entry if name.startswith(OPTION_PREFIX)]:
         del entry[name]
-    entry |= {name: value for name, value in source.items() if name.startswith(OURS)}
+    entry |= {name: value for name, value in source.items() if name.startswith(OPTION_PREFIX)}

@@ -14,15 +14,15 @@ from ...denoiser import latent_mask
 from ...fit.fit import Fit
 from ...fit.runs import digest
 from ...fit.train import Result
-from ...inversion.host.landing import Landing, landed
+from ...inversion.host.landing import Landing, attach_landing
 from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
-from ...prompt.windows import active, windows
+from ...prompt.windows import active_entries, windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import checked_mask
 from ...session.job import Job, run
-from ...session.sampling import noisy
+from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import Reference, ReferenceGuide, ReferenceSettings
@@ -92,7 +92,7 @@ class ReferenceJob(Job):
         sampling = self.model.get_model_object("model_sampling")
         latent_format = self.model.get_model_object("latent_format")
         levels = self.trajectory.sigmas
-        noise = noisy(sampling, self.noise, torch.zeros_like(self.noise), levels)
+        noise = noisy_start(sampling, self.noise, torch.zeros_like(self.noise), levels)
         parts = [noise, self.trajectory.latents, levels, self.negative[0][0], self.mask]
         start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
         contexts = [context.to(x0.device) for context in detached(self.contexts)]
@@ -155,7 +155,7 @@ def guided_by_reference(
     done = run(job, node_id)
     result = done.last
     target = trajectory.latents[chosen[0]]
-    again = landed(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
+    again = attach_landing(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, chosen, trajectory.sigmas.tolist(), sampling)
     return Guided(result["samples"], again, conditioning, done.losses, chosen, trajectory.steps)
 
@@ -189,7 +189,7 @@ def plain_prompt(
     positive: Conditioning, sigmas: list[float], sigma_of: Callable[[float], float]
 ) -> tuple[Conditioning, list[Tensor]]:
     """A prompt that may change from step to step, as one entry without a window, and its rows at each step."""
-    found = [active(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
+    found = [active_entries(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
     for step, entries in enumerate(found):
         if len(entries) != 1:
             raise ValueError(

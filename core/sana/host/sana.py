@@ -1,8 +1,9 @@
-"""Sana (Xie et al. 2024, arXiv 2410.10629) as ComfyUI's own objects: MODEL, CLIP and VAE of a diffusers folder.
+"""Sana (Xie et al. 2024, arXiv 2410.10629) as ComfyUI objects: MODEL, CLIP and VAE from a diffusers folder.
 
-ComfyUI has no Sana. So that stock samplers, loaders of LoRAs and all nodes of this pack run it, the folder's networks
-are put behind ComfyUI's interfaces: a flow model with shifted noise levels, a text encoder, an autoencoder with 32
-times smaller samples. They load whole or not at all, since their layers are not ComfyUI's and cannot be streamed.
+ComfyUI does not support Sana. The folder's networks are wrapped in ComfyUI's interfaces, so that stock samplers, LoRA
+loaders and all nodes of this pack can use it: a flow model with shifted noise levels, a text encoder, and an
+autoencoder with a downscaling of 32. They load fully or not at all, since their layers are not ComfyUI's and cannot be
+streamed.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ from ...session.inputs import Names
 from . import diffusers_folder as sana
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-PRECISIONS = [torch.bfloat16, torch.float32]  # as the authors run it; Gemma overflows in fp16
+PRECISIONS = [torch.bfloat16, torch.float32]  # as in the reference code; Gemma overflows in fp16
 LORA_LAYERS = ("to_q", "to_k", "to_v")
 INSTRUCTED = "likeness_instruction"  # a tokenizer option
-# Measured on the published widths: values alive for each pixel of an image while it is coded, and values that a block
-# keeps for each token and channel for its backward. ComfyUI asks for one pass; the gradient session takes 4 of them.
-ENCODING, DECODING, KEPT, PASSES = 1200, 1350, 30, 4
+# Measured at the published widths: live values per pixel while an image is encoded or decoded, and values per token and
+# channel that a block stores for backward. ComfyUI asks for one pass; the gradient session reserves 4 times as much.
+ENCODE_VALUES, DECODE_VALUES, BACKWARD_VALUES, PASSES = 1200, 1350, 30, 4
 
 
 class SanaLatents(comfy.latent_formats.LatentFormat):
-    """Samples of the deep compression autoencoder."""
+    """Latents of the deep compression autoencoder."""
 
     latent_channels = 32
-    spacial_downscale_ratio = 32  # newer ComfyUI asks for it (and spells it so)
+    spacial_downscale_ratio = 32  # read by newer ComfyUI (with this spelling)
 
     def __init__(self, scale_factor: float = 1.0, channels: int = 32, ratio: int = 32) -> None:
         self.scale_factor, self.latent_channels, self.spacial_downscale_ratio = scale_factor, channels, ratio
 
 
 class Sana(comfy.supported_models_base.BASE):
-    """What ComfyUI wants to know of a family."""
+    """The model configuration that ComfyUI expects for a model family."""
 
     unet_config: dict[str, Any] = {}
     unet_extra_config: dict[str, Any] = {}
@@ -54,8 +55,8 @@ class Sana(comfy.supported_models_base.BASE):
 
 
 class SanaModel(comfy.model_base.HiDream):
-    """The flow model. HiDream by name only: ComfyUI takes diffusers' names in LoRAs ("transformer....") for the classes
-    it knows, and for this one they are the names in the network, as here.
+    """The flow model. It derives from HiDream only because ComfyUI accepts diffusers' LoRA names ("transformer....")
+    for certain classes, and for HiDream, as here, they are the names in the network.
     """
 
     def __init__(self, config: Sana, network: nn.Module) -> None:
@@ -63,14 +64,14 @@ class SanaModel(comfy.model_base.HiDream):
         self.diffusion_model = network.eval()
 
     def memory_required(self, input_shape, cond_shapes=None) -> float:
-        """Bytes for one prediction of an input [B, C, h, w]."""
+        """Bytes for one prediction with an input [B, C, h, w]."""
         config: Any = self.diffusion_model.config
         tokens = input_shape[0] * input_shape[2] * input_shape[3] / config.patch_size**2
         width = config.num_attention_heads * config.attention_head_dim
-        return KEPT / PASSES * tokens * width * config.num_layers * mm.dtype_size(self.get_dtype())
+        return BACKWARD_VALUES / PASSES * tokens * width * config.num_layers * mm.dtype_size(self.get_dtype())
 
     def lora_layers(self) -> dict[str, nn.Module]:
-        """What SISO's script trains for Sana, by the names of diffusers' files."""
+        """The layers that SISO's script trains for Sana, by their names in diffusers' files."""
         parts = self.diffusion_model.named_modules()
         return {f"transformer.{path}": part for path, part in parts if path.endswith(LORA_LAYERS)}
 
@@ -78,42 +79,42 @@ class SanaModel(comfy.model_base.HiDream):
     encode_adm = comfy.model_base.BaseModel.encode_adm
 
 
-class Whole(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher that loads and unloads a network as a whole."""
+class FullLoadPatcher(comfy.model_patcher.ModelPatcher):
+    """A ModelPatcher that loads and unloads a network only as a whole."""
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=True) -> None:
         super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False) -> int:
-        return 0  # nothing was freed, so that ComfyUI takes it away altogether
+        return 0  # nothing freed, so ComfyUI unloads the model fully
 
 
 class SanaTokenizer:
-    """The tokenizer as ComfyUI's CLIP calls it. A prompt's weights, "(word:1.2)", are plain text to Gemma."""
+    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma."""
 
-    def __init__(self, words: sana.Words) -> None:
-        self._words = words
+    def __init__(self, tokenizer: sana.PromptTokenizer) -> None:
+        self._tokenizer = tokenizer
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, tokenizer_options: dict[str, Any] | None = None, **_more: Any
     ) -> dict[str, list[list[tuple]]]:
-        """The ids, each with the weight 1."""
-        ids = self._words.ids(text, (tokenizer_options or {}).get(INSTRUCTED, True))
+        """The token ids, each with weight 1."""
+        ids = self._tokenizer.ids(text, (tokenizer_options or {}).get(INSTRUCTED, True))
         end = (0,) if return_word_ids else ()
         return {"gemma2": [[(number, 1.0, *end) for number in ids]]}
 
     def untokenize(self, pairs: list[tuple]) -> list[tuple]:
-        """Pairs of an id's tuple and its piece of text."""
-        return list(zip(pairs, self._words.untokenized([pair[0] for pair in pairs]), strict=True))
+        """Pairs of a token tuple and its text."""
+        return list(zip(pairs, self._tokenizer.decode_each([pair[0] for pair in pairs]), strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing of it is saved with a model."""
+        """Empty: nothing is saved with a model."""
         return {}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """plain_clip: the same text encoder without the instruction, for a negative prompt that is not empty."""
+class SanaModels:
+    """plain_clip: the same text encoder without the instruction, for a non-empty negative prompt."""
 
     model: Any
     clip: Any
@@ -122,22 +123,22 @@ class Loaded:
 
 
 def sana_names() -> Names:
-    """Folders in models/diffusers that hold Sana."""
+    """Folders in models/diffusers that contain Sana."""
     names = folders.names(folders.DIFFUSERS)
     return Names(n for n in names if sana.pipeline_of(folders.resolve(folders.DIFFUSERS, n)) == sana.PIPELINE)
 
 
 def sana_state(name: str | None) -> str:
-    """As folders.state(), with the folders inside."""
+    """As folders.state(), including sub-folders."""
     if name is None:
         return ""
     files = sorted(path for path in folders.resolve(folders.DIFFUSERS, name).glob("*/*") if path.is_file())
     return " ".join(f"{f.parent.name}/{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
 
 
-def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> Loaded:
-    """All of a folder. ValueError, before anything large is read, when it is another model's, incomplete or pickled;
-    RuntimeError when diffusers is not installed.
+def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:
+    """Load all models of a folder. ValueError, before anything large is read, when it has another model, is incomplete
+    or pickled; RuntimeError when diffusers is not installed.
     """
     sana.check_folder(folder)
     sana.library(folder)
@@ -145,22 +146,22 @@ def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) ->
     plain.set_tokenizer_option(INSTRUCTED, False)
     clip = plain.clone()
     clip.set_tokenizer_option(INSTRUCTED, instruction)
-    return Loaded(model, clip, vae, plain)
+    return SanaModels(model, clip, vae, plain)
 
 
 def load_model(folder: Path, dtype: str, **_more: Any) -> Any:
-    """The MODEL alone, in one of DTYPES. Newer ComfyUI gives further wishes when it reads a model once more."""
-    device, chosen = mm.get_torch_device(), DTYPES[dtype]
-    if chosen is None:
-        found = mm.unet_dtype(device, supported_dtypes=PRECISIONS)
-        chosen = found if found in PRECISIONS else torch.float32
-    network = sana.load_network(folder, chosen)
-    config: Any = Sana({"disable_unet_model_creation": True, "dtype": chosen})
+    """The MODEL alone, in one of DTYPES. Newer ComfyUI passes further arguments when it reloads a model."""
+    device, model_dtype = mm.get_torch_device(), DTYPES[dtype]
+    if model_dtype is None:
+        default = mm.unet_dtype(device, supported_dtypes=PRECISIONS)
+        model_dtype = default if default in PRECISIONS else torch.float32
+    network = sana.load_network(folder, model_dtype)
+    config: Any = Sana({"disable_unet_model_creation": True, "dtype": model_dtype})
     config.sampling_settings = {"shift": sana.noise_shift(folder)}
-    config.latent_format = SanaLatents(*sana.samples(folder))
+    config.latent_format = SanaLatents(*sana.latent_spec(folder))
     with torch.inference_mode(False):
         model = SanaModel(config, network)
-    patcher: Any = Whole(model, load_device=device, offload_device=mm.unet_offload_device())
+    patcher: Any = FullLoadPatcher(model, load_device=device, offload_device=mm.unet_offload_device())
     patcher.cached_patcher_init = (load_model, (folder, dtype))
     return patcher
 
@@ -168,10 +169,10 @@ def load_model(folder: Path, dtype: str, **_more: Any) -> Any:
 def _clip(folder: Path) -> Any:
     device = mm.text_encoder_device()
     dtype = torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
-    words, encoder = sana.load_text(folder, dtype, mm.intermediate_device())
+    tokenizer, encoder = sana.load_text(folder, dtype, mm.intermediate_device())
     clip = comfy.sd.CLIP(no_init=True)
-    clip.cond_stage_model, clip.tokenizer = encoder, SanaTokenizer(words)
-    clip.patcher = Whole(encoder, load_device=device, offload_device=mm.text_encoder_offload_device())
+    clip.cond_stage_model, clip.tokenizer = encoder, SanaTokenizer(tokenizer)
+    clip.patcher = FullLoadPatcher(encoder, load_device=device, offload_device=mm.text_encoder_offload_device())
     clip.patcher.hook_mode, clip.patcher.is_clip = comfy.hooks.EnumHookMode.MinVram, True
     clip.layer_idx, clip.tokenizer_options = None, {}
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
@@ -179,15 +180,15 @@ def _clip(folder: Path) -> Any:
 
 
 def _vae(folder: Path) -> Any:
-    # ComfyUI's VAE sets up all its attributes for a pixel-space model, which has no weights; then the network comes.
+    # Initialise ComfyUI's VAE attributes with a pixel-space model, which has no weights; then replace the network.
     vae: Any = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae.vae_dtype = mm.vae_dtype(vae.device, PRECISIONS)
     network = sana.load_autoencoder(folder, vae.vae_dtype)
     vae.first_stage_model, vae.working_dtypes = network, PRECISIONS
-    _, vae.latent_channels, across = sana.samples(folder)
-    vae.upscale_ratio = vae.downscale_ratio = across
-    vae.memory_used_encode = lambda shape, dtype: ENCODING * shape[2] * shape[3] * mm.dtype_size(dtype)
-    vae.memory_used_decode = lambda shape, dtype: DECODING * shape[2] * shape[3] * across**2 * mm.dtype_size(dtype)
-    vae.patcher = Whole(network, load_device=vae.device, offload_device=mm.vae_offload_device())
+    _, vae.latent_channels, ratio = sana.latent_spec(folder)
+    vae.upscale_ratio = vae.downscale_ratio = ratio
+    vae.memory_used_encode = lambda shape, dtype: ENCODE_VALUES * shape[2] * shape[3] * mm.dtype_size(dtype)
+    vae.memory_used_decode = lambda shape, dtype: DECODE_VALUES * shape[2] * shape[3] * ratio**2 * mm.dtype_size(dtype)
+    vae.patcher = FullLoadPatcher(network, load_device=vae.device, offload_device=mm.vae_offload_device())
     vae.disable_offload, vae.size = True, None
     return vae

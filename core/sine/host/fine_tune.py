@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ...denoiser import Prompt
 from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
-from ...fit.train import Keeping, Result
-from ...lora.artifact import Tuned, weight_differences
+from ...fit.train import Result, Retention
+from ...lora.artifact import FineTunedWeights, weight_differences
 from ...lora.host.apply import encode_prompt
-from ...lora.low_rank import TEXT_LAYERS, attention_layers, beside, factors, new_adapters
+from ...lora.low_rank import TEXT_LAYERS, attached_lora, attention_layers, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
@@ -113,10 +113,10 @@ class FineTuneJob(Job):
         return self.plan.method == FULL
 
     @property
-    def keeping(self) -> Keeping:
+    def retention(self) -> Retention:
         if self.one_result:
-            return Keeping(LAST, 1)
-        return Keeping(KEEP_EVERY, max(2, KEPT_BYTES // (4 * self._numbers)))
+            return Retention(LAST, 1)
+        return Retention(KEEP_EVERY, max(2, KEPT_BYTES // (4 * self._numbers)))
 
     @functools.cached_property
     def _numbers(self) -> int:
@@ -180,7 +180,7 @@ def fine_tune(
     settings: FineTuneSettings,
     prior: PriorImages | None = None,
     node_id: str | None = None,
-) -> tuple[Any, Any | None, Tuned, list[float]]:
+) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or serve from disk); returns the tuned MODEL and CLIP, the artifact, and every step's loss."""
     positive = data.conditioning()
     prior = _check(model, data, positive, plan, settings, prior)
@@ -317,7 +317,7 @@ class _Trained:
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """While entered, the LoRAs count."""
-        return contextlib.nullcontext() if self.full else beside(self._layers, self._adapters)
+        return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
 
     def result(self) -> Result:
         """The tensors of the artifact, as they are now."""
@@ -326,10 +326,10 @@ class _Trained:
         return {key: value for name, adapter in self._adapters.items() for key, value in adapter.tensors(name).items()}
 
 
-def _artifact(model: Any, result: Result, header: dict[str, Any]) -> Tuned:
+def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWeights:
     found = position_map_of(model)
     needed = {} if found is None else marker(found.cells, found.interpolation)
-    return Tuned({**result, **needed}, header)
+    return FineTunedWeights({**result, **needed}, header)
 
 
 def _header(

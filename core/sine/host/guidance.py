@@ -20,15 +20,15 @@ from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
 from ...prompt.conditioning import Conditioning
-from ...prompt.host.entries import own_entries
+from ...prompt.host.entries import entries_by_prompt
 from ...prompt.windows import SigmaRange
-from ...session.weights import OWN_GUIDANCE
+from ...session.weights import GUIDANCE_PREFIX
 from ..guidance import LAST_TIMESTEP, base_share, check_weights, mixed, percent_of
 from .overlay import Overlay, check_separable
 from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
 
-KEY = OWN_GUIDANCE
+KEY = GUIDANCE_PREFIX
 COMPILED = "torch.compile"  # the key of ComfyUI's own wrapper
 WRAPPERS = (WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 log = logging.getLogger("likeness")
@@ -283,7 +283,7 @@ class _Sampling:
                 branch.prepare(sigmas, extra_args.get("seed"), noise, latent_image, denoise_mask)
                 branches.append(branch)
                 _warn(branch, base, [float(sigma) for sigma in sigmas[:-1]])
-            positive = frozenset(entry["uuid"] for entry in own_entries(guider).get("positive", []))
+            positive = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get("positive", []))
             options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
             options[KEY] = _Run(positive, tuple(branches))
             try:

@@ -15,8 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...lora.artifact import Tuned
-from ...lora.host.apply import apply_tuned
+from ...lora.artifact import FineTunedWeights
+from ...lora.host.apply import apply_lora
 from ...session.session import BOXES
 from ..position_map import INTERPOLATIONS, MAX_CELLS, needed_map, position_map
 
@@ -177,8 +177,8 @@ def with_same_map(model: Any, cells: int, interpolation: str) -> Any:
     return with_position_map(model, cells, interpolation, WHOLE if found is None else found.window)
 
 
-def apply_fine_tune(tuned: Tuned, model: Any, clip: Any | None, strength: float) -> tuple[Any, Any | None]:
-    """As apply_tuned(), with the position map that the weights need; strength 0 gives both back as they are."""
-    patched, encoder = apply_tuned(tuned, model, clip, strength)
+def apply_fine_tune(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: float) -> tuple[Any, Any | None]:
+    """As apply_lora(), with the position map that the weights need; strength 0 gives both back as they are."""
+    patched, encoder = apply_lora(tuned, model, clip, strength)
     needed = None if strength == 0.0 else needed_map(tuned)
     return patched if needed is None else with_same_map(patched, *needed), encoder

@@ -15,20 +15,20 @@ from torch import Tensor
 from ...denoiser import Prompt
 from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
-from ...fit.train import Keeping, Result, Run
+from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
 from ...inversion.trajectory import check_sigmas
 from ...lora.host.layers import trained_layers
-from ...lora.low_rank import beside, factors, new_adapters
+from ...lora.low_rank import attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
 from ...session.fingerprint import patches_digest, precision
 from ...session.job import LAST, Job, run
 from ...session.memory import activations, decoding_memory, vision_memory
-from ...session.sampling import noisy
+from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
-from ...session.stores import own_store
+from ...session.stores import dedicated_store
 from ...session.weights import DECODER, checkpointed, layers_checkpointed
 from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
 from .background import Background
@@ -115,8 +115,8 @@ class SisoJob(Job):
         return self.plan.iterations
 
     @property
-    def keeping(self) -> Keeping:
-        return Keeping(LAST, 2)
+    def retention(self) -> Retention:
+        return Retention(LAST, 2)
 
     def key(self) -> str:
         """All that decides the iterations, but not how many are made and which one is kept."""
@@ -131,13 +131,13 @@ class SisoJob(Job):
     def store(self) -> RunStore:
         layers = trained_layers(*self.generator.networks())
         size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
-        return own_store("picture_runs", size)
+        return dedicated_store("picture_runs", size)
 
     def begin(self, done: int) -> SisoJob:
         clip = self.generator.clip
         return self if clip is None else replace(self, text=TextEncoder(clip))
 
-    def answered(self, stored: Run) -> bool:
+    def is_complete(self, stored: Run) -> bool:
         return answers(stored, self.steps, self.settings)
 
     def end(self, done: Run) -> int:
@@ -164,7 +164,7 @@ class SisoJob(Job):
             _check_prompt(text, generator)
         trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
         adapters = new_adapters(trained.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
-        with beside(trained.layers, adapters), _recomputing(generator, self.similarity, plan):
+        with attached_lora(trained.layers, adapters), _recomputing(generator, self.similarity, plan):
             images = ImageSampling(generator, self.sampling, denoiser, x0, text)
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
@@ -303,7 +303,7 @@ class ImageSampling:
         if sampling.replay is None:
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
             self._replay = Replay(self._sigmas, noise[:0])
-            self._start = noisy(self._scheme, noise, x0, self._sigmas)
+            self._start = noisy_start(self._scheme, noise, x0, self._sigmas)
         else:
             self._replay = Replay(self._sigmas, detached(sampling.replay.noises).to(x0))
             self._start = x0
@@ -317,7 +317,7 @@ class ImageSampling:
         for step in range(steps):
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
                 sigma = self._sigmas[step]
-                x = self._replay.stepped(x, (x - self._predicted(x, sigma, prompt)) / sigma, step)
+                x = self._replay.step(x, (x - self._predicted(x, sigma, prompt)) / sigma, step)
         latent_format = self._generator.model.get_model_object("latent_format")
         samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
         return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)

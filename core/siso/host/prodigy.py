@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ...vision.host.extras.install import missing
+from ...vision.host.extras.install import missing_package
 
 # As the LoRA scripts of the field have it, SISO's among them.
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}
@@ -17,5 +17,5 @@ def prodigy() -> Callable[..., Any]:
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise missing("Prodigy", "prodigyopt", error, "prodigyopt", " (or choose AdamW)") from error
+        raise missing_package("Prodigy", "prodigyopt", error, "prodigyopt", " (or choose AdamW)") from error
     return functools.partial(Prodigy, **SAFEGUARDS)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ...fit.train import Result, Run
-from ...lora.artifact import Tuned
-from ...lora.host.layers import Trained
+from ...lora.artifact import FineTunedWeights
+from ...lora.host.layers import LoraLayers
 from ...lora.low_rank import LowRank
 from ..siso import Keep, Siso, SisoSettings
 
@@ -37,9 +37,9 @@ class Optimised:
         """The iteration with the lowest loss, from 0."""
         return min(range(len(self.losses)), key=self.losses.__getitem__)
 
-    def tuned(self) -> Tuned:
+    def tuned(self) -> FineTunedWeights:
         """The LoRA as the pack's and stock nodes take it."""
-        return Tuned(self.lora, self.header)
+        return FineTunedWeights(self.lora, self.header)
 
     def report(self) -> str:
         """The best iteration, and its loss beside the first one's, term by term."""
@@ -63,7 +63,7 @@ class Optimised:
         )
 
 
-def both_loras(fit: Siso, trained: Trained, adapters: Mapping[str, LowRank]) -> Result:
+def both_loras(fit: Siso, trained: LoraLayers, adapters: Mapping[str, LowRank]) -> Result:
     """The LoRA of the best image and that of the last iteration; which one is wanted may change later."""
     kinds = {"best": fit.best, "last": fit.parameters}
     return {
@@ -76,17 +76,17 @@ def both_loras(fit: Siso, trained: Trained, adapters: Mapping[str, LowRank]) -> 
 def lora_of(run: Run, keep: Keep) -> dict[str, Tensor]:
     """The one that is to be kept, of a run's end."""
     prefix = f"{keep}."
-    return {name[len(prefix) :]: value for name, value in run.kept[run.step].items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: value for name, value in run.results[run.step].items() if name.startswith(prefix)}
 
 
 def answers(run: Run, iterations: int, settings: SisoSettings) -> bool:
     """Whether a stored run needs no further iteration: enough were made, or it ended by itself, as the settings of now
     count it.
     """
-    return run.step in run.kept and (run.step >= iterations or settings.end(settings.plateau(run.losses)))
+    return run.step in run.results and (run.step >= iterations or settings.end(settings.plateau(run.losses)))
 
 
-def run_bytes(vae: Any, latent: Tensor, iterations: int, trained: Trained, rank: int) -> int:
+def run_bytes(vae: Any, latent: Tensor, iterations: int, trained: LoraLayers, rank: int) -> int:
     """Bytes of a run as long as this may become, with the image of every iteration."""
     cell = vae.spacial_compression_decode()
     images = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one has float32

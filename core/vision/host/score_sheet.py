@@ -1,4 +1,4 @@
-"""A batch of images in a grid, each with its scores written under it, as one IMAGE."""
+"""A batch of images in a grid, with their scores below each, as one IMAGE."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ MAX_COLUMNS = 6
 
 
 def score_sheet(images: Tensor, captions: list[list[str]], best: int, footer: list[str]) -> Tensor:
-    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3]. The best has a frame; the footer is below.
+    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer.
 
-    ASCII text only: other characters are shown as '?', since PIL's own font may lack them.
+    ASCII text only: other characters are replaced by '?', since PIL's default font may lack them.
     """
     face = font()
-    pictures = [thumbnail(image) for image in images]
-    width, height = pictures[0].size
+    thumbnails = [thumbnail(image) for image in images]
+    width, height = thumbnails[0].size
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     line = int(measure.textbbox((0, 0), "Ag", font=face)[3]) + 3
     cell_width = max(width, *(int(measure.textlength(plain(t), font=face)) for c in captions for t in c)) + 2 * MARGIN
     cell_height = height + line * max(len(caption) for caption in captions) + 3 * MARGIN
-    columns = min(len(pictures), MAX_COLUMNS)
-    rows = math.ceil(len(pictures) / columns)
+    columns = min(len(thumbnails), MAX_COLUMNS)
+    rows = math.ceil(len(thumbnails) / columns)
     sheet_width = max(columns * cell_width, SMALLEST)
     characters = max(int((sheet_width - 2 * MARGIN) / (measure.textlength("x" * 40, font=face) / 40)), 10)
     notes = [part for text in footer for part in textwrap.wrap(plain(text), characters)]
     sheet_height = rows * cell_height + len(notes) * line + 2 * MARGIN
     sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for i, (image, caption) in enumerate(zip(thumbnails, captions, strict=True)):
         x, y = (i % columns) * cell_width + MARGIN, (i // columns) * cell_height + MARGIN
-        sheet.paste(picture, (x, y))
-        if i == best and len(pictures) > 1:
+        sheet.paste(image, (x, y))
+        if i == best and len(thumbnails) > 1:
             draw.rectangle((x - 4, y - 4, x + width + 3, y + height + 3), outline=FRAME, width=3)
         for k, text in enumerate(caption):
             draw.text(

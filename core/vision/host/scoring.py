@@ -1,4 +1,4 @@
-"""Scoring a batch of images with whichever models are connected: checks first, then measures, ranking and words."""
+"""Score a batch of images with the connected models: checks first, then measures, ranking and a report."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .. import measures
 from .extras.lpips_files import SMALLEST, Lpips, load_lpips
 from .vision import describe, embed, preprocess_of, text_missing
 
-OUTSIDE = 0.05  # outside the subject is what lies below this mask value: a soft edge belongs to the edit
-NOT_MEASURED = -1.0  # cosines of real images are above it, the other measures are never negative
-LPIPS_BYTES_PER_PIXEL = 2000.0  # of both images' activations, for ComfyUI's memory management
+OUTSIDE = 0.05  # mask values below this are outside the subject: a soft edge belongs to the edit
+NOT_MEASURED = -1.0  # below the cosine similarity of real images; the other measures are never negative
+LPIPS_BYTES_PER_PIXEL = 2000.0  # activations of both images, for ComfyUI's memory management
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "psnr": "PSNR", "lpips": "LPIPS"}
 UNITS = {"psnr": " dB"}
 OVERALL = "overall"
@@ -30,7 +30,7 @@ CROPPED, WHOLE = "subject crops on white", "whole images"
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. Images [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads' file."""
+    """What to measure. Images [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads file."""
 
     images: Tensor
     reference: Tensor | None = None
@@ -47,21 +47,21 @@ class Request:
         return self.reference is not None and self.reference.shape[1:3] == self.images.shape[1:3]
 
     def measured(self) -> list[str]:
-        """The measures that this request can have, in the table's order."""
+        """The measures that this request's inputs allow, in the order of TITLES."""
         identity = self.reference is not None
-        wanted = {
+        available = {
             "dino": identity and self.dino is not None,
             "clip_i": identity and self.clip is not None,
             "clip_t": bool(self.prompt.strip()),
             "psnr": self.same_size,
             "lpips": self.lpips is not None,
         }
-        return [name for name, yes in wanted.items() if yes]
+        return [name for name, yes in available.items() if yes]
 
 
 @dataclass
 class Scores:
-    """values: one number per image for each measure that was taken. order: image indices, best first."""
+    """values: one number per image for each measure. order: image indices, best first. rule: how they are ranked."""
 
     values: dict[str, list[float]]
     order: list[int]
@@ -74,7 +74,7 @@ class Scores:
         return self.order[0]
 
     def of_best(self, name: str) -> float:
-        """The best image's value, NOT_MEASURED when there is none."""
+        """The best image's value; NOT_MEASURED if there is none."""
         return self.values[name][self.best] if name in self.values else NOT_MEASURED
 
     def lines(self, image: int) -> list[str]:
@@ -83,7 +83,7 @@ class Scores:
         return [title, *(f"{TITLES[n]} {_number(n, v[image])}{UNITS.get(n, '')}" for n, v in self.values.items())]
 
     def report(self) -> str:
-        """A table with one row per image, the order, the models, and what was not measured."""
+        """A table with one row per image, the order, the models, and the measures not taken."""
         rows = ["  image" + "".join(f"{TITLES[name]:>9}" for name in self.values)]
         for i in range(len(self.order)):
             numbers = "".join(f"{_number(name, values[i]):>9}" for name, values in self.values.items())
@@ -100,7 +100,7 @@ def _number(name: str, value: float) -> str:
 
 
 def check(request: Request) -> None:
-    """ValueError, with the remedy, for anything that cannot be scored."""
+    """ValueError, with the remedy, for a request that cannot be scored."""
     _check_shapes(request)
     prompt = request.prompt.strip()
     if request.dino is not None and request.reference is None:
@@ -126,8 +126,8 @@ def check(request: Request) -> None:
         )
     possible = {OVERALL, *measured} | ({"identity"} if {"dino", "clip_i"} & set(measured) else set())
     if request.rank_by not in possible:
-        listed = ", ".join(name for name in RANKINGS if name in possible)
-        raise ValueError(f"rank_by is {request.rank_by}, which is not measured here: choose one of {listed}.")
+        choices = ", ".join(name for name in RANKINGS if name in possible)
+        raise ValueError(f"rank_by is {request.rank_by}, which is not measured here: choose one of {choices}.")
 
 
 def _check_shapes(request: Request) -> None:
@@ -139,10 +139,10 @@ def _check_shapes(request: Request) -> None:
     _check_count("reference masks", request.reference_mask, "reference images", request.reference)
 
 
-def _check_count(name: str, given: Tensor | None, of: str, expected: Tensor | None) -> None:
-    if given is not None and expected is not None and given.shape[0] not in (1, expected.shape[0]):
+def _check_count(name: str, batch: Tensor | None, other: str, expected: Tensor | None) -> None:
+    if batch is not None and expected is not None and batch.shape[0] not in (1, expected.shape[0]):
         raise ValueError(
-            f"{given.shape[0]} {name} were given for {expected.shape[0]} {of}: give one for all, or one for each."
+            f"{batch.shape[0]} {name} were given for {expected.shape[0]} {other}: give one for all, or one for each."
         )
 
 
@@ -153,9 +153,9 @@ def _check_lpips(request: Request) -> None:
         raise ValueError("LPIPS was chosen without a reference: connect one to compare with, or set lpips to none.")
     height, width = request.images.shape[1:3]
     if not request.same_size:
-        theirs = request.reference.shape[1:3]
+        rows, columns = request.reference.shape[1:3]
         raise ValueError(
-            f"The images are {width}x{height} and the reference is {theirs[1]}x{theirs[0]}: LPIPS needs one size, so "
+            f"The images are {width}x{height} and the reference is {columns}x{rows}: LPIPS needs one size, so "
             "resize one of them, or set lpips to none."
         )
     if min(height, width) < SMALLEST:
@@ -163,12 +163,12 @@ def _check_lpips(request: Request) -> None:
 
 
 def score(request: Request) -> Scores:
-    """Check, measure, rank. Nothing is computed before everything has been checked and loaded."""
+    """Check, measure and rank. Everything is checked and loaded before anything is computed."""
     check(request)
     images = request.images[..., :3].float().cpu()
     reference = None if request.reference is None else request.reference[..., :3].float().cpu()
-    mask = _fitted(request.mask, images, "mask")
-    reference_mask = _fitted(request.reference_mask, reference, "reference_mask")
+    mask = _fit_mask(request.mask, images, "mask")
+    reference_mask = _fit_mask(request.reference_mask, reference, "reference_mask")
     outside = _outside(mask, reference_mask, request)
     lpips = None if request.lpips is None else load_lpips(request.lpips, folders.roots(folders.LPIPS))
 
@@ -176,45 +176,46 @@ def score(request: Request) -> Scores:
     models: dict[str, str] = {}
     for name, vision in (("dino", request.dino), ("clip_i", request.clip)):
         if vision is not None and reference is not None:
-            values[name] = measures.cosine(_seen(vision, images, mask), _seen(vision, reference, reference_mask))
+            a, b = _embed(vision, images, mask), _embed(vision, reference, reference_mask)
+            values[name] = measures.cosine(a, b)
             models[name] = f"{describe(vision)}, on {WHOLE if mask is None else CROPPED}"
     if request.clip is not None and request.prompt.strip():
         text = request.clip.encode_text([request.prompt.strip()]).cpu()
         values["clip_t"] = measures.cosine(embed(request.clip, images), text)
         models["clip_t"] = f"{describe(request.clip)}, on {WHOLE}"
     if reference is not None and request.same_size and (outside is None or _has_outside(outside)):
-        place = "over the whole image" if outside is None else "outside the mask"
+        region = "over the whole image" if outside is None else "outside the mask"
         values["psnr"] = measures.psnr(images, reference, outside)
-        models["psnr"] = f"against the reference, {place}"
+        models["psnr"] = f"against the reference, {region}"
         if lpips is not None:
             values["lpips"] = _lpips(lpips, images, reference.expand(images.shape), outside)
-            models["lpips"] = f"{lpips.description}, {place}"
+            models["lpips"] = f"{lpips.description}, {region}"
     table = {name: [float(value) for value in values[name]] for name in TITLES if name in values}
-    ranked, rule = ranking(table, request.rank_by)
-    return Scores(table, measures.order(ranked), rule, models, _notes(request, outside))
+    totals, rule = ranking(table, request.rank_by)
+    return Scores(table, measures.order(totals), rule, models, _notes(request, outside))
 
 
-def _fitted(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
-    """A mask for each image, in the images' size. ValueError when it marks nothing."""
+def _fit_mask(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
+    """One mask per image, at the images' size. ValueError for an empty mask."""
     if mask is None or images is None:
         return None
-    sized = measures.resize_mask(mask.float().cpu(), *images.shape[1:3])
-    empty = [i for i, one in enumerate(sized) if not bool((one >= measures.SUBJECT).any())]
+    resized = measures.resize_mask(mask.float().cpu(), *images.shape[1:3])
+    empty = [i for i, each in enumerate(resized) if not bool((each >= measures.SUBJECT).any())]
     if empty:
         raise ValueError(f"{name} {empty[0]} is empty: mark the subject white in it, or disconnect it.")
-    return sized.expand(images.shape[:3])
+    return resized.expand(images.shape[:3])
 
 
-def _seen(vision: Any, images: Tensor, mask: Tensor | None) -> Tensor:
+def _embed(vision: Any, images: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return embed(vision, images)
     return embed(vision, measures.subject_crop(images, mask, preprocess_of(vision).size), crop=False)
 
 
 def _outside(mask: Tensor | None, reference_mask: Tensor | None, request: Request) -> Tensor | None:
-    """1 where neither the image's nor the reference's subject is; None without any mask or without a comparison.
+    """1 outside the subjects of both the image and the reference; None without masks or without a comparison.
 
-    ValueError when nothing lies outside and the request cannot do without it.
+    ValueError when nothing lies outside although the request needs it.
     """
     if not request.same_size or (mask is None and reference_mask is None):
         return None
@@ -234,7 +235,9 @@ def _has_outside(outside: Tensor) -> bool:
 
 
 def _lpips(model: Lpips, images: Tensor, reference: Tensor, outside: Tensor | None) -> Tensor:
-    """The subject's place is first made equal, since a deep layer's field reaches from outside into it."""
+    """LPIPS per image. Inside the subject the images are first made equal, since deep layers' receptive fields extend
+    into it from outside.
+    """
     device = mm.get_torch_device()
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
     load_fully([patcher], LPIPS_BYTES_PER_PIXEL * images[0, ..., 0].numel())
@@ -267,7 +270,7 @@ def _notes(request: Request, outside: Tensor | None) -> list[str]:
 
 
 def ranking(values: dict[str, list[float]], rank_by: str) -> tuple[list[float], str]:
-    """(one number per image, higher is better; the rule in words). rank_by: one of RANKINGS that was measured."""
+    """(one number per image, higher is better; the rule in words). rank_by: one of the RANKINGS that are measured."""
     if rank_by in TITLES:
         sign = -1.0 if rank_by == "lpips" else 1.0
         return [sign * v for v in values[rank_by]], TITLES[rank_by] + (", lowest first" if sign < 0 else "")

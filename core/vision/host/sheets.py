@@ -1,4 +1,4 @@
-"""What sheets of images share: colours, the font, thumbnails, a labelled grid, and the way back to an IMAGE."""
+"""Drawing sheets of images: colours, font, thumbnails, a labelled grid, and conversion to an IMAGE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SMALLEST, LARGEST = 192, 512  # px, longer side of an image on a sheet
+SMALLEST, LARGEST = 192, 512  # px, range of the longer side of an image on a sheet
 MARGIN, FONT_SIZE = 8, 14
 PAPER, INK, FRAME = (24, 24, 27), (228, 228, 231), (34, 197, 94)
 
@@ -17,17 +17,17 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def thumbnail(image: Tensor, largest: int = LARGEST) -> Image.Image:
-    """[H, W, C] in 0..1 -> an image whose longer side lies between SMALLEST and `largest`."""
+    """[H, W, C] in 0..1 -> a PIL image whose longer side is between SMALLEST and `largest`."""
     pixels = (image[..., :3].float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().numpy()
-    picture = Image.fromarray(pixels)
-    longer = max(picture.size)
+    result = Image.fromarray(pixels)
+    longer = max(result.size)
     scale = min(max(longer, SMALLEST), largest) / longer
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+    size = (max(round(result.width * scale), 1), max(round(result.height * scale), 1))
+    return result if size == result.size else result.resize(size, Image.Resampling.LANCZOS)
 
 
 def font(size: int = FONT_SIZE) -> Font:
-    """PIL's own font, in this size where this Pillow can."""
+    """PIL's default font, at this size if Pillow supports it."""
     try:
         return ImageFont.load_default(size)
     except (TypeError, OSError, ImportError):  # Pillow before 10.1, or built without FreeType: one small bitmap font
@@ -35,12 +35,12 @@ def font(size: int = FONT_SIZE) -> Font:
 
 
 def plain(text: str) -> str:
-    """ASCII only, '?' for the rest: PIL's own font may lack it."""
+    """The text in ASCII, with '?' for other characters, which PIL's default font may lack."""
     return text.encode("ascii", "replace").decode("ascii")
 
 
 def as_image(sheet: Image.Image) -> Tensor:
-    """An image -> [1, h, w, 3] in 0..1."""
+    """A PIL image -> [1, h, w, 3] in 0..1."""
     return torch.from_numpy(np.asarray(sheet.convert("RGB")).astype(np.float32) / 255.0)[None]
 
 
@@ -51,24 +51,24 @@ def labelled_grid(
     title: str = "",
     size: int = FONT_SIZE,
 ) -> Tensor:
-    """[1, h, w, 3] in 0..1: tiles in rows and columns, with one line of text above each column, some lines beside each
-    row, and a title above all.
+    """[1, h, w, 3] in 0..1: tiles in rows and columns, with a line of text above each column, lines of text beside each
+    row, and a title on top.
 
     size: of the text, in pixels.
     """
     face, line = font(size), FONT_SIZE + 6
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
-    def wide(texts: Sequence[str]) -> int:
+    def text_width(texts: Sequence[str]) -> int:
         return max(int(measure.textlength(text, font=face)) for text in texts)
 
     present = [tile for row in tiles for tile in row if tile is not None]
-    width = max(wide(columns), *(tile.width for tile in present)) + MARGIN
+    width = max(text_width(columns), *(tile.width for tile in present)) + MARGIN
     height = max(max(tile.height for tile in present) + MARGIN, 2 * line)
-    left, above = wide([text for row in rows for text in row]) + 3 * MARGIN, line * bool(title)
+    left, above = text_width([text for row in rows for text in row]) + 3 * MARGIN, line * bool(title)
     top = above + line + 2 * MARGIN
-    whole = max(left + len(columns) * width + MARGIN, wide([title]) + 2 * MARGIN)
-    sheet = Image.new("RGB", (whole, top + len(rows) * height + MARGIN), PAPER)
+    sheet_width = max(left + len(columns) * width + MARGIN, text_width([title]) + 2 * MARGIN)
+    sheet = Image.new("RGB", (sheet_width, top + len(rows) * height + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill=INK, font=face)
     for column, text in enumerate(columns):
@@ -84,5 +84,5 @@ def labelled_grid(
 
 
 def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font) -> None:
-    """Write a text with its middle at x."""
+    """Draw text horizontally centred at x."""
     draw.text((x - draw.textlength(text, font=face) / 2, y), text, fill=INK, font=face)

@@ -1,7 +1,7 @@
-"""Vision models: loading them for a CLIP_VISION output, and features of any CLIP_VISION with a gradient.
+"""Load vision models as CLIP_VISION, and compute differentiable features with any CLIP_VISION.
 
-ComfyUI's own encode_image rounds pixels to 8 bits, so its gradient is zero everywhere; features() is the same network
-behind our own preprocessing.
+ComfyUI's own encode_image rounds pixels to 8 bits, so its gradient is zero everywhere; features() runs the same network
+with the pack's preprocessing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .extras.retrieval import load_retrieval
 from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
-BYTES_PER_PIXEL = 600.0  # activations of one forward pass, generously, for ComfyUI's memory management
-BATCH = 8  # images per forward pass when only measuring
+BYTES_PER_PIXEL = 600.0  # upper estimate of one forward pass's activations, for ComfyUI's memory management
+BATCH = 8  # images per forward pass without gradients
 
 
 class VisionModel:
-    """A CLIP_VISION whose network comes from transformers or open_clip. Weights are float32, in a ModelPatcher.
+    """A CLIP_VISION whose network comes from transformers or open_clip; float32 weights in a ModelPatcher.
 
-    Other nodes use encode_image(), load_device, patcher and image_size as with ComfyUI's own object.
+    encode_image(), load_device, patcher and image_size are compatible with ComfyUI's own object.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -54,16 +54,16 @@ class VisionModel:
         """[B, H, W, C] in 0..1 -> Output with image_embeds, last_hidden_state, penultimate_hidden_states."""
         _load(self, image.shape[0])
         with torch.no_grad():
-            seen = self.model(self.preprocess(image.to(self.load_device), crop))
+            result = self.model(self.preprocess(image.to(self.load_device), crop))
         output, device = comfy.clip_vision.Output(), mm.intermediate_device()
-        output["image_embeds"] = seen.embedding.to(device)
-        output["last_hidden_state"] = None if seen.last is None else seen.last.to(device)
-        output["penultimate_hidden_states"] = None if seen.penultimate is None else seen.penultimate.to(device)
+        output["image_embeds"] = result.embedding.to(device)
+        output["last_hidden_state"] = None if result.last is None else result.last.to(device)
+        output["penultimate_hidden_states"] = None if result.penultimate is None else result.penultimate.to(device)
         output["mm_projected"] = None
         return output
 
     def features(self, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
-        """See features(); call inside looking() or measure with embed()."""
+        """See features(); call inside vision_encoding(), or use embed() without gradients."""
         return self.model((preprocess or self.preprocess)(pixels.to(self.load_device), crop)).embedding
 
     def encode_text(self, texts: list[str]) -> Tensor:
@@ -75,22 +75,22 @@ class VisionModel:
             return self.model.encode_text(texts).float().to(mm.intermediate_device())
 
     def describe(self) -> str:
-        """Name, class, which output is the embedding, and the square it looks at."""
+        """Name, class, the output used as embedding, and the input size."""
         return f"{self.model.description}, {self.image_size} px"
 
     def get_sd(self) -> dict[str, Tensor]:
-        """The weights, as ComfyUI's own object offers them."""
+        """The weights, with the interface of ComfyUI's own object."""
         return self.model.state_dict()
 
 
 def vision_names() -> Names:
-    """Entries of models/likeness_vision without those that other nodes load: detectors and captioning models."""
+    """Entries of models/likeness_vision except detectors and captioning models, which other nodes load."""
 
-    def others(name: str) -> bool:
+    def is_excluded(name: str) -> bool:
         path = folders.resolve(folders.VISION, name)
         return is_detector(path) or is_captioner(path)
 
-    return Names(name for name in folders.names(folders.VISION) if not others(name))
+    return Names(name for name in folders.names(folders.VISION) if not is_excluded(name))
 
 
 def load_vision(path: Path) -> VisionModel:
@@ -106,13 +106,13 @@ def load_vision(path: Path) -> VisionModel:
 
 
 def load_instance_retrieval(path: Path) -> VisionModel:
-    """SISO's second feature, from its published file. ValueError for anything else."""
+    """SISO's second vision model, from its published file. ValueError for anything else."""
     return VisionModel(load_retrieval(path))
 
 
 @contextlib.contextmanager
-def looking(vision: Any) -> Iterator[None]:
-    """Load a CLIP_VISION whole and make it differentiable; features() may be called inside."""
+def vision_encoding(vision: Any) -> Iterator[None]:
+    """Load a CLIP_VISION fully and make it differentiable; features() may be called inside."""
     with gradients():
         _load(vision, 1)
         with thawed([vision.model]), out_of_place(vision.model):
@@ -120,11 +120,12 @@ def looking(vision: Any) -> Iterator[None]:
 
 
 def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
-    """Embeddings [B, D] of images [B, H, W, 3], of ComfyUI's CLIP_VISION objects and ours, on the model's device.
+    """Embeddings [B, D] of images [B, H, W, 3], with ComfyUI's CLIP_VISION objects or ours, on the model's device.
 
-    crop False squashes instead of cutting out the centre: for subject crops, which are square and have no border.
-    Differentiable inside looking(). CLIP: the projected image embedding. DINOv2: the class token after the last layer
-    norm. ComfyUI's SigLIP has no pooling layer: the mean of its tokens. preprocess: instead of the model's own.
+    crop=False squashes instead of cropping the centre, for subject crops, which are square and have no border.
+    Differentiable inside vision_encoding(). CLIP: the projected image embedding. DINOv2: the class token after the last
+    layer norm. ComfyUI's SigLIP, which has no pooling layer: the mean of its tokens. preprocess: replaces the model's
+    own.
     """
     if isinstance(vision, VisionModel):
         return vision.features(pixels, crop, preprocess)
@@ -134,31 +135,31 @@ def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preproc
 
 
 def embed(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
-    """features() without a gradient, a few images at a time -> [B, D] on the CPU."""
+    """features() without gradients, in batches -> [B, D] on the CPU."""
     _load(vision, min(BATCH, pixels.shape[0]))
-    found = []
+    embeddings = []
     with torch.no_grad():
-        for part in pixels.split(BATCH):
+        for batch in pixels.split(BATCH):
             mm.throw_exception_if_processing_interrupted()
-            found.append(features(vision, part, crop).float().cpu())
-    return torch.cat(found)
+            embeddings.append(features(vision, batch, crop).float().cpu())
+    return torch.cat(embeddings)
 
 
 def preprocess_of(vision: Any) -> Preprocess:
-    """What the model wants its images to be."""
+    """The model's preprocessing."""
     if isinstance(vision, VisionModel):
         return vision.preprocess
     return Preprocess(vision.image_size, vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
 
 
 def published_preprocess(vision: Any) -> Preprocess:
-    """As SISO's scripts prepare images: DINOv2's whole, at the side that it was trained on (518 px).
+    """The preprocessing in SISO's scripts: for DINOv2 at its training resolution (518 px), with the full shorter side.
 
-    The folders of DINOv2 say 224 of 256 px, which shows less and more coarsely.
+    DINOv2's folders specify a crop of 224 from 256 px, which shows less of the image at a lower resolution.
     """
-    wanted = replace(preprocess_of(vision), published=True)
+    published = replace(preprocess_of(vision), published=True)
     side = getattr(vision.model, "trained_side", None)
-    return wanted if side is None else replace(wanted, size=side, shorter_side=side)
+    return published if side is None else replace(published, size=side, shorter_side=side)
 
 
 def text_missing(vision: Any) -> str | None:
@@ -169,12 +170,12 @@ def text_missing(vision: Any) -> str | None:
 
 
 def describe(vision: Any) -> str:
-    """The model in a few words. ComfyUI's own object does not know its file, so its shape is named."""
+    """A short description of the model. ComfyUI's own object does not record its file, so its size is named."""
     if isinstance(vision, VisionModel):
         return vision.describe()
-    sizes = next(iter(vision.model.state_dict().values())).shape[-1]
+    width = next(iter(vision.model.state_dict().values())).shape[-1]
     kind = "DINOv2" if "Dino" in type(vision.model).__name__ else "CLIP vision"
-    return f"{kind} from CLIP_VISION ({type(vision.model).__name__}, width {sizes}, {vision.image_size} px)"
+    return f"{kind} from CLIP_VISION ({type(vision.model).__name__}, width {width}, {vision.image_size} px)"
 
 
 def _load(vision: Any, images: int) -> None:

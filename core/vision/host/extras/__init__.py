@@ -1,1 +1,1 @@
-"""Models of other libraries, wrapped. They are imported inside functions: the pack loads without them."""
+"""Wrappers for other libraries' models. The libraries are imported inside functions, so the pack loads without them."""

@@ -14,7 +14,7 @@ from .transformers_folder import check_complete, kind_of, read_model, read_proce
 
 CLASSES = ("ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq")  # endings of class names
 ALSO = ("GitForCausalLM",)
-BYTES = 1e9  # activations of one image, generously, for ComfyUI's memory management
+BYTES = 1e9  # upper estimate of the activations of one image, for ComfyUI's memory management
 
 
 class Captioner(nn.Module):
@@ -26,7 +26,7 @@ class Captioner(nn.Module):
         self.description = f"{name} ({type(model).__name__})"
 
     def forward(self, image: np.ndarray, max_tokens: int) -> str:
-        """The likeliest words for an image, uint8 [H, W, 3]: greedy, as BLIP-2's folder is used by default."""
+        """A caption for an image, uint8 [H, W, 3], by greedy decoding, the default for BLIP-2."""
         first = next(self.model.parameters())
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         try:
@@ -34,13 +34,13 @@ class Captioner(nn.Module):
                 inputs = self.processor(images=image, return_tensors="pt").to(first.device)
                 inputs["pixel_values"] = inputs["pixel_values"].to(first.dtype)
                 ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-                words = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a model that must be asked something first
+                text = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a model that needs a text prompt
             raise ValueError(
                 f"{self.description} gives no caption for an image alone ({reason(error)}): choose a captioning "
                 "model such as blip2-opt-2.7b or blip-image-captioning-base."
             ) from error
-        return " ".join(words.split())
+        return " ".join(text.split())
 
 
 def is_captioner(folder: Path) -> bool:

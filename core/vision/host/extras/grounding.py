@@ -1,7 +1,7 @@
-"""A transformers folder of a zero-shot object detector -> boxes of what a text names. Read from disk only.
+"""A transformers folder of a zero-shot object detector -> boxes of the object named by a text. Read from disk only.
 
-Grounding DINO (Liu et al. 2023, arXiv 2303.05499) gives a score for every token of the text, OWL-ViT and OWLv2 one for
-the text as a whole; in both cases a box counts as much as its best score.
+Grounding DINO (Liu et al. 2023, arXiv 2303.05499) gives one score per token of the text, OWL-ViT and OWLv2 one for the
+whole text; in both cases a box's score is its highest.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .transformers_folder import check_complete, kind_of, read_model, read_proce
 BY_TOKEN = ("grounding-dino", "mm-grounding-dino")
 BY_TEXT = ("owlvit", "owlv2")
 DETECTORS = BY_TOKEN + BY_TEXT
-SQUARE = "owlv2"  # pads its images to a square, below or to the right: its boxes are fractions of that
-BYTES_PER_PIXEL = 3000.0  # of the model's own input, generously, for ComfyUI's memory management
+SQUARE = "owlv2"  # pads images to a square, at the bottom or the right: its boxes are fractions of the square
+BYTES_PER_PIXEL = 3000.0  # of the model's input, an upper estimate, for ComfyUI's memory management
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found in one image, best first. boxes [N, 4] in pixels, scores [N], labels: the words of each.
+class Detections:
+    """The detections in one image, best first. boxes [N, 4] in pixels, scores [N], labels: the matched words of each.
 
-    highest: the best score of all boxes, kept or not.
+    highest: the best score among all boxes, including those below the threshold.
     """
 
     boxes: Tensor
@@ -48,8 +48,8 @@ class Detector(nn.Module):
         self.description = f"{name} ({type(model).__name__})"
 
     def check(self, subject: str) -> None:
-        """ValueError for a text that the model cannot take."""
-        tokens = len(self.processor.tokenizer(self.wording(subject))["input_ids"])
+        """ValueError for a text that is too long for the model."""
+        tokens = len(self.processor.tokenizer(self.query(subject))["input_ids"])
         config = self.model.config
         limit = getattr(config, "max_text_len", None) or config.text_config.max_position_embeddings
         if tokens > limit:
@@ -57,41 +57,41 @@ class Detector(nn.Module):
                 f"The subject has {tokens} tokens, {self.description} takes {limit}: name it in one or two words."
             )
 
-    def wording(self, subject: str) -> str:
-        """The subject as the model's authors ask for it."""
+    def query(self, subject: str) -> str:
+        """The subject in the prompt format of the model."""
         words = " ".join(subject.lower().replace(".", " ").split())
         return f"{words}." if self.kind in BY_TOKEN else f"a photo of a {words}"
 
-    def forward(self, image: np.ndarray, subject: str, box_threshold: float, text_threshold: float) -> Found:
+    def forward(self, image: np.ndarray, subject: str, box_threshold: float, text_threshold: float) -> Detections:
         """Boxes in an image, uint8 [H, W, 3], with a score above box_threshold.
 
-        text_threshold: from which score on a word of the text belongs to a box's label.
+        text_threshold: minimum score of a word of the text to be part of a box's label.
         """
         from torchvision import ops
 
-        text = self.wording(subject)
+        text = self.query(subject)
         inputs = self.processor(images=image, text=[text], return_tensors="pt").to(_device(self.model))
         with offline():
             output = self.model(**inputs)
-        each = output.logits[0].float().sigmoid().cpu()  # [queries, tokens or texts]; tokens beyond the text have 0
-        scores = each.amax(1)
+        probabilities = output.logits[0].float().sigmoid().cpu()  # [queries, tokens or texts]; 0 beyond the text
+        scores = probabilities.amax(1)
         height, width = image.shape[:2]
         longer = max(height, width)
-        across, down = (longer, longer) if self.kind == SQUARE else (width, height)
-        size = torch.tensor([across, down, across, down])
+        scale_x, scale_y = (longer, longer) if self.kind == SQUARE else (width, height)
+        size = torch.tensor([scale_x, scale_y, scale_x, scale_y])
         boxes = ops.box_convert(output.pred_boxes[0].float().cpu(), "cxcywh", "xyxy") * size
         boxes = ops.clip_boxes_to_image(boxes, (height, width))
         above = torch.nonzero((scores > box_threshold) & (ops.box_area(boxes) >= 1.0)).flatten()
-        kept = above[geometry.distinct(boxes[above], scores[above])]
-        labels = [self._label(inputs, each[index] > text_threshold, subject) for index in kept.tolist()]
-        return Found(boxes[kept], scores[kept], labels, float(scores.max()))
+        indices = above[geometry.suppress_overlaps(boxes[above], scores[above])]
+        labels = [self._label(inputs, probabilities[index] > text_threshold, subject) for index in indices.tolist()]
+        return Detections(boxes[indices], scores[indices], labels, float(scores.max()))
 
-    def _label(self, inputs: Any, reached: Tensor, subject: str) -> str:
-        """The words of the subject that a box reached."""
+    def _label(self, inputs: Any, matches: Tensor, subject: str) -> str:
+        """The words of the subject that a box matches."""
         if self.kind not in BY_TOKEN:
             return subject.strip()
         ids = inputs["input_ids"][0].cpu()
-        words = ids[reached[: len(ids)]]
+        words = ids[matches[: len(ids)]]
         return self.processor.tokenizer.decode(words, skip_special_tokens=True).replace(".", "").strip()
 
 
@@ -121,7 +121,7 @@ def load_detector(folder: Path) -> Detector:
 
 
 def input_pixels(detector: Detector) -> float:
-    """About how many pixels the detector looks at."""
+    """Approximate number of pixels in the detector's input."""
     size = getattr(detector.processor.image_processor, "size", None) or {}
     sides = [value for value in dict(size).values() if isinstance(value, int)]
     return float(max(sides, default=800)) ** 2

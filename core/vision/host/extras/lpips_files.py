@@ -1,8 +1,8 @@
 """LPIPS from the user's weight files: the linear heads, and the AlexNet or VGG16 they were trained on.
 
-The networks are torchvision's. Heads: the files of the LPIPS authors (alex.pth,
-vgg.pth), or the state dict of their whole model. Backbone: torchvision's file, recognised by its name (alexnet*.pth,
-vgg16*.pth) in models/likeness_lpips, or contained in the heads' file. Either may be a safetensors file.
+The networks are torchvision's. Heads: the LPIPS authors' files (alex.pth, vgg.pth), or the state dict of their whole
+model. Backbone: torchvision's file, recognised by its name (alexnet*.pth, vgg16*.pth) in models/likeness_lpips, or
+contained in the heads file. Either may be a safetensors file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ....files import read_weights
 from ... import measures
 from .offline import reason
 
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in -1..1, from the authors' code
-SMALLEST = 32  # px; below it the last pooling has nothing left
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for images in -1..1, from the reference code
+SMALLEST = 32  # px; below it the output of the last pooling is empty
 HEAD = re.compile(r"lins?\.?(\d)\.model\.1\.weight")
 LAYER = re.compile(r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))")
-MAX_BYTES = 2 << 30  # VGG16 with its classifier has 0.5 GB
+MAX_BYTES = 2 << 30  # VGG16 with its classifier is 0.5 GB
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
-# Widths of the five compared layers -> (name, torchvision's name of the network, indices of the compared ReLUs).
+# Widths of the five compared layers -> (name, torchvision's network name, indices of the compared ReLUs).
 Backbone = tuple[str, str, tuple[int, ...]]
 BACKBONES: dict[tuple[int, ...], Backbone] = {
     (64, 192, 384, 256, 256): ("AlexNet", "alexnet", (1, 4, 7, 9, 11)),
@@ -43,7 +43,7 @@ class Lpips(nn.Module):
         features = getattr(torchvision.models, backbone)(weights=None).features[: compared[-1] + 1]
         for layer in features:
             if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # the map before it is still needed for its gradient
+                layer.inplace = False  # the feature map before it is still needed for its gradient
         self.layers, self.compared = features, compared
         for i, head in enumerate(heads):
             self.register_buffer(f"head{i}", head)
@@ -53,61 +53,60 @@ class Lpips(nn.Module):
         """The compared feature maps of images [B, H, W, 3] in 0..1."""
         x = pixels[..., :3].movedim(-1, 1).float() * 2.0 - 1.0
         x = (x - torch.tensor(SHIFT).to(x).view(3, 1, 1)) / torch.tensor(SCALE).to(x).view(3, 1, 1)
-        kept = []
+        maps = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i in self.compared:
-                kept.append(x)
-        return kept
+                maps.append(x)
+        return maps
 
     def forward(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-        """LPIPS of each pair of images -> [B]; weight as in vision/measures.py."""
+        """LPIPS for each pair of images -> [B]; weight as in vision/measures.py."""
         heads = [getattr(self, f"head{i}") for i in range(len(self.compared))]
         return measures.lpips(self.features(a), self.features(b), heads, weight)
 
 
 def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
-    """Heads from `path`, the backbone from it or from the first fitting file in `folders`.
+    """Load the heads from `path`, and the backbone from the same file or the first matching file in `folders`.
 
-    Raises ValueError, saying what to put where, when the file holds no such heads, or the backbone is missing or
-    another.
+    Raises ValueError with the remedy when the file has no LPIPS heads, or the backbone is missing or does not match.
     """
     tensors = read_weights(path, MAX_BYTES)
-    found = {int(match[1]): value for name, value in tensors.items() if (match := HEAD.fullmatch(name))}
-    heads = [found[i].flatten().float() for i in sorted(found)]
+    by_layer = {int(match[1]): value for name, value in tensors.items() if (match := HEAD.fullmatch(name))}
+    heads = [by_layer[i].flatten().float() for i in sorted(by_layer)]
     widths = tuple(head.numel() for head in heads)
     if widths not in BACKBONES:
         raise ValueError(
             f"{path.name} holds LPIPS heads of widths {widths}, expected are AlexNet's (64, 192, 384, 256, 256) or "
             "VGG16's (64, 128, 256, 512, 512): choose the authors' alex.pth or vgg.pth."
         )
-    name, beginning, compared = BACKBONES[widths]
+    name, network, compared = BACKBONES[widths]
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = Lpips(beginning, compared, heads)
-        source = _fill(model, path, tensors, name, beginning, folders)
+        model = Lpips(network, compared, heads)
+        source = _load_backbone(model, path, tensors, name, network, folders)
     model.description = f"LPIPS {name} (heads {path.name}, backbone {source})"
     return model.eval().requires_grad_(False)
 
 
-def _fill(
-    model: Lpips, path: Path, tensors: dict[str, Tensor], name: str, beginning: str, folders: Iterable[str]
+def _load_backbone(
+    model: Lpips, path: Path, tensors: dict[str, Tensor], name: str, network: str, folders: Iterable[str]
 ) -> str:
     source, state = path, _backbone(tensors)
     if not state:
         files = (file for folder in folders for file in sorted(Path(folder).glob("*")))
-        fitting = [f for f in files if f.name.lower().startswith(beginning) and f.suffix.lower() in SUFFIXES]
-        if not fitting:
+        matches = [f for f in files if f.name.lower().startswith(network) and f.suffix.lower() in SUFFIXES]
+        if not matches:
             raise ValueError(
-                f"{path.name} needs the weights of {name}, which are not there: put torchvision's {beginning}*.pth "
+                f"{path.name} needs the weights of {name}, which are not there: put torchvision's {network}*.pth "
                 "into models/likeness_lpips."
             )
-        source, state = fitting[0], _backbone(read_weights(fitting[0], MAX_BYTES))
-    wanted = model.layers.state_dict()
+        source, state = matches[0], _backbone(read_weights(matches[0], MAX_BYTES))
+    keys = model.layers.state_dict()
     try:
-        model.layers.load_state_dict({key: state[key].float() for key in wanted})
+        model.layers.load_state_dict({key: state[key].float() for key in keys})
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{source.name} does not hold the convolutions of {name} ({reason(error)}): use torchvision's {beginning} "
+            f"{source.name} does not hold the convolutions of {name} ({reason(error)}): use torchvision's {network} "
             "file."
         ) from error
     return source.name

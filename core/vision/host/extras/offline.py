@@ -1,4 +1,4 @@
-"""Loading other libraries' models without any network access, and without touching the global random numbers."""
+"""Use other libraries' models without network access and without changing the global random state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Hub access off (huggingface_hub's own switch), ordinary tensors, no gradients, random state as it was before."""
+    """Hub access disabled (huggingface_hub's own switch), normal tensors, no gradients, random state restored."""
     import huggingface_hub.constants as hub
 
     before = hub.HF_HUB_OFFLINE
@@ -23,6 +23,6 @@ def offline() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, short enough to stand inside a sentence."""
+    """The first line of an error, shortened for use inside a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

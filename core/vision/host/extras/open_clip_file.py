@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ....files import read_weights
 from ...preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .install import missing
+from .install import missing_package
 from .offline import offline, reason
-from .tower import Seen, Tower
+from .tower import Tower, VisionOutput
 
 MAX_BYTES = 32 << 30
 CONFIG = "open_clip_config.json"
@@ -22,26 +22,26 @@ NAMING = (
 
 
 class OpenClipTower(Tower):
-    """An open_clip model; the embedding is the projected one, as its encode_image gives it, not normalised."""
+    """An open_clip model; the embedding is the projected output of its encode_image, not normalised."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.description = f"{name} (open_clip, image_embeds)"
 
-    def forward(self, pixel_values: Tensor) -> Seen:
+    def forward(self, pixel_values: Tensor) -> VisionOutput:
         transformer = getattr(self.model.visual, "transformer", None)
         blocks = list(getattr(transformer, "resblocks", []))[-2:]
-        kept: list[Tensor] = []
-        hooks = [block.register_forward_hook(lambda _module, _in, out: kept.append(out)) for block in blocks]
+        hidden: list[Tensor] = []
+        hooks = [block.register_forward_hook(lambda _module, _in, out: hidden.append(out)) for block in blocks]
         try:
             embedding = self.model.encode_image(pixel_values)
         finally:
             for hook in hooks:
                 hook.remove()
         if blocks and not getattr(transformer, "batch_first", True):
-            kept = [tokens.transpose(0, 1) for tokens in kept]
-        return Seen(embedding, kept[-1] if kept else None, kept[0] if len(kept) == 2 else None)
+            hidden = [tokens.transpose(0, 1) for tokens in hidden]
+        return VisionOutput(embedding, hidden[-1] if hidden else None, hidden[0] if len(hidden) == 2 else None)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
@@ -50,19 +50,19 @@ class OpenClipTower(Tower):
 def load_open_clip(path: Path) -> Tower:
     """Load a file named <model>__<tag>.safetensors, or a file or folder with its open_clip_config.json.
 
-    Raises ValueError with the remedy when the model cannot be told from the name, or the weights do not fit it;
+    Raises ValueError with the remedy when the model cannot be determined from the name, or the weights do not match it;
     RuntimeError when open_clip is not installed.
     """
     try:
         import open_clip
     except ImportError as error:
         otherwise = " (or use a transformers folder)"
-        raise missing(path.name, "open_clip", error, "open_clip_torch", otherwise) from error
+        raise missing_package(path.name, "open_clip", error, "open_clip_torch", otherwise) from error
     weights = path if path.is_file() else _weights_in(path)
     name, model_config, image_config = _configuration(weights, open_clip)
     with offline():
         model = _build(path.name, open_clip, model_config)
-        _fill(path.name, model, weights)
+        _load_weights(path.name, model, weights)
         length = model_config.get("text_cfg", {}).get("context_length", 77)
         tower = OpenClipTower(
             model.eval().requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
@@ -73,14 +73,14 @@ def load_open_clip(path: Path) -> Tower:
 
 
 def _weights_in(folder: Path) -> Path:
-    found = sorted(folder.glob("open_clip*.safetensors"))
-    if not found:
+    paths = sorted(folder.glob("open_clip*.safetensors"))
+    if not paths:
         raise ValueError(f"The folder {folder.name} has no open_clip*.safetensors (pickles are refused): put it there.")
-    return found[0]
+    return paths[0]
 
 
 def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(name to show, architecture, image settings) from the sidecar or, without one, from the file's name."""
+    """(display name, architecture, image settings) from the sidecar file or, without one, from the file name."""
     sidecar = weights.with_name(CONFIG)
     if sidecar.is_file():
         try:
@@ -94,40 +94,38 @@ def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], 
     config = open_clip.get_model_config(name)
     if config is None:
         raise ValueError(f"open_clip knows no model '{name}', so it is unknown what {weights.name} holds: {NAMING}.")
-    known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if known.get("quick_gelu"):
+    pretrained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if pretrained.get("quick_gelu"):
         config["quick_gelu"] = True
-    return f"{name} {tag}".strip(), config, known
+    return f"{name} {tag}".strip(), config, pretrained
 
 
-def _build(shown: str, open_clip: Any, config: dict[str, Any]) -> Any:
+def _build(file: str, open_clip: Any, config: dict[str, Any]) -> Any:
     config = dict(config)
     custom_text = config.pop("custom_text", False)
     hub_text = "hf_model_name" in config.get("text_cfg", {})
     if hub_text or "multimodal_cfg" in config:
         raise ValueError(
-            f"{shown} has a text encoder that open_clip fetches from the network: use a transformers folder of it."
+            f"{file} has a text encoder that open_clip fetches from the network: use a transformers folder of it."
         )
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
     try:
         return kind(**config)
-    except Exception as error:  # the settings are the user's file
-        raise ValueError(f"open_clip cannot build {shown} ({reason(error)}): check its {CONFIG}.") from error
+    except Exception as error:  # the settings come from the user's file
+        raise ValueError(f"open_clip cannot build {file} ({reason(error)}): check its {CONFIG}.") from error
 
 
-def _fill(shown: str, model: Any, weights: Path) -> None:
+def _load_weights(file: str, model: Any, weights: Path) -> None:
     tensors = read_weights(weights, MAX_BYTES)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{weights.name} does not fit the model of {shown} ({reason(error)}): {NAMING}.") from error
+        raise ValueError(f"{weights.name} does not fit the model of {file} ({reason(error)}): {NAMING}.") from error
 
 
 def _text_missing(config: dict[str, Any]) -> str | None:
-    named = config.get("text_cfg", {}).get("hf_tokenizer_name")
-    return (
-        f"its tokenizer ({named}) does not come with open_clip; a transformers folder of it has one" if named else None
-    )
+    name = config.get("text_cfg", {}).get("hf_tokenizer_name")
+    return f"its tokenizer ({name}) does not come with open_clip; a transformers folder of it has one" if name else None
 
 
 def _preprocess(model: Any, settings: dict[str, Any]) -> Preprocess:

@@ -1,4 +1,4 @@
-"""The published file of the instance-retrieval model -> Tower (see core/instance_retrieval.py)."""
+"""The published file of the instance-retrieval model -> Tower (see core/vision/instance_retrieval.py)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ....files import read_weights
 from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published
-from .tower import Seen, Tower
+from .tower import Tower, VisionOutput
 
 MAX_BYTES = 8 << 30
 SOURCE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
 
 
 def retrieval_missing(name: object) -> str:
-    """What to do when the file of this name is not there."""
+    """The error message for a missing file of this name."""
     return (
         f"There is no {str(name)[:80]!r} in models/ir_features. The weights of the instance-retrieval model are on "
         f"Kaggle ({SOURCE}, about 2.5 GB, with a Kaggle account): read their licence there, since some of the data "
@@ -25,15 +25,15 @@ def retrieval_missing(name: object) -> str:
 
 
 class RetrievalTower(Tower):
-    """Its 64 numbers as the embedding."""
+    """The instance-retrieval model; its 64 features are the embedding."""
 
     def __init__(self, model: InstanceRetrieval, name: str) -> None:
         super().__init__()
         self.model, self.preprocess = model, PREPROCESS
         self.description = f"{name} (instance retrieval, {model.fc1.out_features} numbers)"
 
-    def forward(self, pixel_values: Tensor) -> Seen:
-        return Seen(self.model(pixel_values), None, None)
+    def forward(self, pixel_values: Tensor) -> VisionOutput:
+        return VisionOutput(self.model(pixel_values), None, None)
 
 
 def load_retrieval(path: Path) -> RetrievalTower:

@@ -1,7 +1,7 @@
-"""A segment-anything file (Kirillov et al. 2023, arXiv 2304.02643) -> masks of what lies in boxes.
+"""A segment-anything file (Kirillov et al. 2023, arXiv 2304.02643) -> masks of the objects in boxes.
 
-The network comes from the authors' package, the weights from models/sams. Which of its three sizes a file holds is told
-from the weights.
+The network comes from the authors' package, the weights from models/sams. The weights determine which of the three
+sizes a file contains.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ....files import read_weights
-from .install import missing
+from .install import missing_package
 from .offline import offline, reason
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 MAX_BYTES = 8 << 30
-TOLD_BY = "image_encoder.pos_embed"
+VARIANT_KEY = "image_encoder.pos_embed"
 INPUT_PIXELS, BYTES_PER_PIXEL = 1024.0**2, 4000.0  # of the image encoder, for ComfyUI's memory management
 
 
@@ -36,21 +36,21 @@ class Segmenter(nn.Module):
         predictor = self._predictor(self.sam)
         with offline():
             predictor.set_image(image)
-            at = predictor.transform.apply_boxes_torch(boxes.to(predictor.device), image.shape[:2])
-            masks, _, _ = predictor.predict_torch(None, None, at, multimask_output=False)
+            scaled = predictor.transform.apply_boxes_torch(boxes.to(predictor.device), image.shape[:2])
+            masks, _, _ = predictor.predict_torch(None, None, scaled, multimask_output=False)
         return masks[:, 0].cpu()
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A file of segment-anything that was read and fits; load_sam() makes a network of it."""
+class SamWeights:
+    """The validated content of a segment-anything file; load_sam() builds the network from it."""
 
     name: str
     variant: str
     tensors: dict[str, Tensor]
 
 
-def read_sam(path: Path) -> Weights:
+def read_sam(path: Path) -> SamWeights:
     """Read sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors.
 
     Raises ValueError when the file holds something else; RuntimeError when the package is not installed.
@@ -59,16 +59,16 @@ def read_sam(path: Path) -> Weights:
         import segment_anything
     except ImportError as error:
         otherwise = " (or connect a MASK from another node)"
-        raise missing(path.name, "segment-anything", error, "segment-anything", otherwise) from error
+        raise missing_package(path.name, "segment-anything", error, "segment-anything", otherwise) from error
     tensors = read_weights(path, MAX_BYTES)
-    marker = tensors.get(TOLD_BY)
-    variant = WIDTHS.get(marker.shape[-1]) if isinstance(marker, Tensor) and marker.ndim == 4 else None
+    embedding = tensors.get(VARIANT_KEY)
+    variant = WIDTHS.get(embedding.shape[-1]) if isinstance(embedding, Tensor) and embedding.ndim == 4 else None
     if variant is None:
         raise ValueError(
-            f"{path.name} does not hold a segment-anything model ({TOLD_BY} of width 768, 1024 or 1280 is expected): "
-            "choose one of the authors' files, such as sam_vit_b_01ec64.pth."
+            f"{path.name} does not hold a segment-anything model ({VARIANT_KEY} of width 768, 1024 or 1280 is "
+            "expected): choose one of the authors' files, such as sam_vit_b_01ec64.pth."
         )
-    with offline(), torch.device("meta"):  # names and shapes alone
+    with offline(), torch.device("meta"):  # only names and shapes
         empty = segment_anything.sam_model_registry[variant]()
         try:
             empty.load_state_dict(tensors, strict=True, assign=True)
@@ -77,10 +77,10 @@ def read_sam(path: Path) -> Weights:
                 f"{path.name} does not fit segment-anything's {variant} ({reason(error)}): SAM 2, HQ-SAM and MobileSAM "
                 "are other networks; choose one of the authors' files, such as sam_vit_b_01ec64.pth."
             ) from error
-    return Weights(path.name, variant, tensors)
+    return SamWeights(path.name, variant, tensors)
 
 
-def load_sam(weights: Weights) -> Segmenter:
+def load_sam(weights: SamWeights) -> Segmenter:
     """The network with these weights, frozen, in float32."""
     import segment_anything
 

@@ -1,4 +1,4 @@
-"""What a vision model of another library looks like to the rest of the pack."""
+"""The interface through which the pack uses other libraries' vision models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ...preprocess import Preprocess
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a model sees in images. embedding [B, D]; tokens of the last layer and of the one before, or None."""
+class VisionOutput:
+    """A vision model's output. embedding [B, D]; tokens of the last and the penultimate layer, or None."""
 
     embedding: Tensor
     last: Tensor | None
@@ -19,11 +19,11 @@ class Seen:
 
 
 class Tower(nn.Module):
-    """A vision model, with or without a text encoder. forward(pixel_values [B, 3, s, s]) -> Seen, differentiable.
+    """A vision model with an optional text encoder; forward(pixel_values [B, 3, s, s]) -> VisionOutput, differentiable.
 
-    description: which model, and which of its outputs is the embedding. text_missing: why there is no text encoder, as
-    the end of a sentence; None when there is one. trained_side: of the images that a DINOv2 was trained on last, and
-    its position table is for; preprocess has what its folder says, which is smaller.
+    description: the model, and which of its outputs is the embedding. text_missing: why there is no text encoder, as
+    the end of a sentence; None when there is one. trained_side: side of the images in the last training stage of a
+    DINOv2, for which its position embeddings are made; preprocess has the smaller size specified by its folder.
     """
 
     preprocess: Preprocess

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face's transformers writes it -> Tower. Read from disk only; code in the folder is never run."""
+"""A Hugging Face transformers folder -> Tower. Read from disk only; code in the folder is never run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from .install import missing
+from .install import missing_package
 from .offline import offline, reason
-from .tower import Seen, Tower
+from .tower import Tower, VisionOutput
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-BILINEAR = 2  # PIL's number for it in preprocessor_config.json
-WITH_PROJECTION = "CLIPVisionModelWithProjection"  # AutoModel would drop its projection
+BILINEAR = 2  # PIL's code for bilinear in preprocessor_config.json
+WITH_PROJECTION = "CLIPVisionModelWithProjection"  # AutoModel would drop the projection
 
 
 class TransformersTower(Tower):
     """Any transformers model that takes pixel_values.
 
-    The embedding is the projected one where the model has a projection (CLIP), else pooler_output (DINOv2: the class
+    The embedding is the projected one if the model has a projection (CLIP), else pooler_output (DINOv2: the class
     token; SigLIP: attention pooling), else the first token of the last layer.
     """
 
@@ -35,7 +35,7 @@ class TransformersTower(Tower):
         kind = "image_embeds" if hasattr(model, "visual_projection") else "pooler_output" if pooled else "class token"
         self.description = f"{name} ({type(model).__name__}, {kind})"
 
-    def forward(self, pixel_values: Tensor) -> Seen:
+    def forward(self, pixel_values: Tensor) -> VisionOutput:
         vision = getattr(self.model, "vision_model", self.model)
         out = vision(pixel_values=pixel_values, output_hidden_states=True)
         last = out.last_hidden_state
@@ -44,7 +44,7 @@ class TransformersTower(Tower):
         if hasattr(self.model, "visual_projection"):
             embedding = self.model.visual_projection(embedding)
         hidden = getattr(out, "hidden_states", None)
-        return Seen(embedding, last, hidden[-2] if hidden else None)
+        return VisionOutput(embedding, last, hidden[-2] if hidden else None)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
@@ -58,7 +58,7 @@ class TransformersTower(Tower):
 def load_transformers(folder: Path) -> Tower:
     """Load a folder with config.json and model.safetensors.
 
-    Raises ValueError with the remedy when the weights are missing, pickled or incomplete, or the model takes no
+    Raises ValueError with the remedy when the weights are missing, pickled or incomplete, or the model does not accept
     images; RuntimeError when transformers is not installed.
     """
     config = read_config(folder)
@@ -78,15 +78,15 @@ def load_transformers(folder: Path) -> Tower:
 def read_model(
     folder: Path, class_name: str, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> tuple[Any, set[str]]:
-    """The model of a folder by a class of transformers, frozen, and the names of weights that its files lack.
+    """A folder's model, frozen, loaded by a class of transformers; and the names of weights that its files lack.
 
-    variant: of files named like model.bf16.safetensors. Raises as load_transformers does.
+    variant: the infix of files named like model.bf16.safetensors. Raises as load_transformers does.
     """
     read_config(folder)
     if variant is None:
         _check_weights(folder)
     transformers = library(folder)
-    setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # the older one's name
+    setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
     with offline(), _no_progress_bar(transformers):
         try:
             model, info = getattr(transformers, class_name).from_pretrained(
@@ -96,9 +96,9 @@ def read_model(
                 use_safetensors=True,
                 variant=variant,
                 output_loading_info=True,
-                **{setting: dtype},  # while reading: a captioner in float32 would need twice its memory
+                **{setting: dtype},  # while loading: a captioner in float32 would need twice the memory
             )
-        except Exception as error:  # transformers raises many kinds for a damaged folder
+        except Exception as error:  # transformers raises many types for a damaged folder
             raise ValueError(
                 f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
                 f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
@@ -107,7 +107,7 @@ def read_model(
 
 
 def read_processor(folder: Path) -> Any:
-    """What prepares images and texts for the model of a folder. ValueError when its files are not there."""
+    """The processor for a folder's model, which prepares images and texts. ValueError when its files are missing."""
     transformers = library(folder)
     with offline():
         try:
@@ -126,12 +126,12 @@ def library(folder: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise missing(folder.name, "transformers", error, "transformers") from error
+        raise missing_package(folder.name, "transformers", error, "transformers") from error
     return transformers
 
 
 def kind_of(folder: Path) -> tuple[str, str]:
-    """(model type, class name) of a folder's config.json; empty when it has none that can be read."""
+    """(model type, class name) from a folder's config.json; empty strings when it cannot be read."""
     try:
         config = read_config(folder)
     except ValueError:
@@ -152,12 +152,12 @@ def check_complete(folder: Path, missing: set[str]) -> None:
 @contextlib.contextmanager
 def _no_progress_bar(transformers: Any) -> Iterator[None]:
     bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
+    enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             bars.enable_progress_bar()
 
 
@@ -178,12 +178,12 @@ def _check_weights(folder: Path) -> None:
     if any((folder / name).is_file() for name in WEIGHTS):
         return
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
-    given = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
-    raise ValueError(f"The folder {folder.name} {given}: put the model's model.safetensors there.")
+    problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
+    raise ValueError(f"The folder {folder.name} {problem}: put the model's model.safetensors there.")
 
 
 def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
-    """Whether pooler_output can be used: it cannot where the file leaves the pooling layer untrained."""
+    """Whether pooler_output can be used: not if the file has no weights for the pooling layer."""
     vision = getattr(model, "vision_model", model)
     if getattr(vision, "main_input_name", "") != "pixel_values":
         raise ValueError(
@@ -210,7 +210,7 @@ def _tokenizer(folder: Path, model: Any) -> tuple[Any, str | None]:
 
 
 def _preprocess(folder: Path, config: Any) -> Preprocess:
-    """preprocessor_config.json in our terms; without one, the config's image size and the family's normalisation."""
+    """The Preprocess in preprocessor_config.json; without it, the config's image size and the family's mean and std."""
     vision_config = getattr(config, "vision_config", config)
     size = _side(getattr(vision_config, "image_size", 224)) or 224
     clip_like = str(config.model_type).startswith(("clip", "siglip"))
@@ -225,7 +225,7 @@ def _preprocess(folder: Path, config: Any) -> Preprocess:
         ) from error
     resize = settings.get("size", size)
     crop = _side(settings.get("crop_size")) if settings.get("do_center_crop", "crop_size" in settings) else None
-    # A bare number is the shorter side for models that crop afterwards (CLIP, DINOv2), both sides for others (DINO).
+    # A plain number is the shorter side for models that crop afterwards (CLIP, DINOv2), both sides for others (DINO).
     squash = crop is None and (not isinstance(resize, dict) or "height" in resize)
     shorter = _side(resize) or size
     if settings.get("do_normalize", True):
