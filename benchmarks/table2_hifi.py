@@ -143,7 +143,7 @@ class Bench(subjects.Bench):
         """Algorithm 2 for each of the images, from its own noise; one without a subject to align with stays."""
         from ..core.inversion.host.ddim import inverted
         from ..core.reference.host.alignment import MAX_DEGREES
-        from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
+        from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
         from ..core.session.images import ImageSource
         from ..core.session.session import gradients
 
@@ -163,7 +163,7 @@ class Bench(subjects.Bench):
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
             moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
             how = ReferenceSettings(self.settings.cfg)
-            result = guided_by_reference(model, positive, self.empty, given, moved_image, how)
+            result = sample_with_reference(model, positive, self.empty, given, moved_image, how)
             found.append(self.decoded(result.samples))
         return torch.cat(found)
 
