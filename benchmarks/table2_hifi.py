@@ -117,15 +117,15 @@ class Bench(subjects.Bench):
 
     def tuned(self, case: Case) -> Any:
         """A copy of the model with all weights tuned on the sources."""
-        from ..core.sine.host.crops import Cutting
-        from ..core.sine.host.fine_tune import FULL, FineTuneData, Plan, fine_tune
+        from ..core.sine.host.crops import CropSettings
+        from ..core.sine.host.fine_tune import FULL, FineTuneData, FineTunePlan, fine_tune
 
         prompt = case.class_prompt(word="sks ")
         return fine_tune(
             self.world.model,
             self.world.vae,
             FineTuneData(self.sources(case), prompt, positive=self.conditioning(prompt)),
-            Plan(Cutting(SIDE), FULL, self.settings.tuning_steps),
+            FineTunePlan(CropSettings(SIDE), FULL, self.settings.tuning_steps),
             FineTuneSettings(self.settings.tuning_rate, case.seed),
         )[0]
 
