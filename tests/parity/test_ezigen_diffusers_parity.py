@@ -57,7 +57,7 @@ def test_the_published_size():
         unet = UNet2DConditionModel(attention_head_dim=heads, cross_attention_dim=1024, use_linear_projection=True)
         adapter = Adapter(layers(unet))
     assert [layer.heads for layer in adapter.described] == [5, 5, 10, 10, *[20] * 6, 10, 10, 10, 5, 5, 5]
-    assert len(adapter.named()) == 113
+    assert len(adapter.published_parameters()) == 113
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 49_599_056
 
 

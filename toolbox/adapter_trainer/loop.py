@@ -42,7 +42,7 @@ class Training:
     ) -> None:
         self.accelerator, self.network, self.encoder = accelerator, network, encoder
         self.seed, self.drop = seed, drop
-        self.parameters = network.adapter.named()
+        self.parameters = network.adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, learning_rate)
         self.module = accelerator.prepare_model(Errors(network, network.adapter))
         self.losses: list[float] = []

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.ezigen.adapter import Adapter, Layer, SubjectTokens
-from ...core.ezigen.artifact import by_place
+from ...core.ezigen.artifact import sort_layers
 
 BLOCK = ".transformer_blocks."
 
@@ -21,7 +21,7 @@ BLOCK = ".transformer_blocks."
 def blocks(unet: nn.Module) -> dict[str, Any]:
     """The transformer blocks of a UNet by name, in the order in which they run."""
     found = {name: part for name, part in unet.named_modules() if name.rpartition(".")[0].endswith(BLOCK[:-1])}
-    return {name: found[name] for name in by_place(found)}
+    return {name: found[name] for name in sort_layers(found)}
 
 
 def layers(unet: nn.Module) -> list[Layer]:

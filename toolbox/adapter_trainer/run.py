@@ -253,7 +253,7 @@ class _Command:
         def save() -> None:
             if not self.accelerator.is_main_process:
                 return
-            stored = adapter_file.trained(training.network.adapter, {**header, "steps": training.step})
+            stored = adapter_file.pack_adapter(training.network.adapter, {**header, "steps": training.step})
             try:
                 states.save(training.step, training.state())
                 adapter_file.save_adapter(states.folder / ADAPTER, stored)
