@@ -96,9 +96,9 @@ def encode_prompts(
             "the image was inverted with into 'prompt', and connect the same CLIP; patches of the rows (embeddings, "
             "Conditioning Concat) do not belong here."
         )
-    more = {name: value for name, value in source[0][1].items() if name != "pooled_output"}
-    return [[table, {**options, **more}] for table, options in first], [
-        [table, {**options, **more}] for table, options in second
+    extra = {name: value for name, value in source[0][1].items() if name != "pooled_output"}
+    return [[table, {**options, **extra}] for table, options in first], [
+        [table, {**options, **extra}] for table, options in second
     ]
 
 
@@ -108,9 +108,9 @@ def pair_prompts(
     """Both prompts as one CONDITIONING with token embeddings [2, N, d]: the source's, then the edit's."""
     pairs: Conditioning = []
     for (rows, options), entry in zip(source, edit, strict=True):
-        for edit_rows, more in learned.apply([entry]) if learned else [entry]:
-            joined = {**more, KEY: prompts}
+        for edit_rows, edit_options in learned.apply([entry]) if learned else [entry]:
+            joined = {**edit_options, KEY: prompts}
             if isinstance(options.get("pooled_output"), Tensor):
-                joined["pooled_output"] = torch.cat([options["pooled_output"], more["pooled_output"]])
+                joined["pooled_output"] = torch.cat([options["pooled_output"], edit_options["pooled_output"]])
             pairs.append([torch.cat([rows, edit_rows.to(rows)]), joined])
     return pairs
