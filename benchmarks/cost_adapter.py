@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core.ezigen.adapter import joined
+from ..core.ezigen.adapter import join_images
 from ..core.ezigen.artifact import StoredAdapter, read_adapter
 from ..core.ezigen.staged import Loops, split
 from ..core.ezigen.subject_pairs import PairFolder
@@ -51,7 +51,7 @@ class Bench:
     """Toyworld with its adapter, a subject, a prompt and a vision model."""
 
     def __init__(self, base: Path, settings: Settings, adapter: Path | None) -> None:
-        from ..core.ezigen.host.adapter import prepared
+        from ..core.ezigen.host.adapter import prepare_images
         from ..core.vision.host.vision import load_vision
 
         self.settings = settings
@@ -63,7 +63,7 @@ class Bench:
         self.about, self.positive, self.empty = hosting.encoded(clip, *prompts)
         pixels, mask = world.render(world.identity(1, "dog"), "grass", 1)
         self.image, self.mask = (torch.from_numpy(each)[None].float() / 255 for each in (pixels, mask))
-        self.cut_out = prepared(self.image, self.mask, SIDE, 0.06)
+        self.cut_out = prepare_images(self.image, self.mask, SIDE, 0.06)
 
     @torch.inference_mode()
     def subject(self) -> Any:
@@ -75,25 +75,25 @@ class Bench:
     @torch.inference_mode()
     def staged(self, subject: Any, loops: int, start: Any = None) -> None:
         """The pack's own staged sampling, or its loops alone where an image is there to start from."""
-        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, staged
+        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, sample_staged
 
         how, prompts = self.settings, Prompts(self.positive, self.empty, self.empty)
         settings = StagedSettings(0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
         latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
         models = StagedModels(self.model, self.vae, self.adapter, self.vision)
-        staged(models, subject, prompts, latent, settings, start)
+        sample_staged(models, subject, prompts, latent, settings, start)
 
     def bare_loop(self, subject: Any) -> Callable[[], None]:
         """A loop on the modules themselves."""
         from comfy.k_diffusion.sampling import DDPMSampler_step
 
-        from ..core.ezigen.host.adapter import loaded
+        from ..core.ezigen.host.adapter import load_patcher
         from ..core.ezigen.host.layers import middle_patch, places
         from ..core.vision.host.vision import preprocess_of
 
         how, base, found = self.settings, self.model.model, places(self.model.model)
         unet, sampling = base.diffusion_model, self.model.get_model_object("model_sampling")
-        patch = middle_patch(loaded(self.adapter, found).model, found, subject.tokens)
+        patch = middle_patch(load_patcher(self.adapter, found).model, found, subject.tokens)
         sigmas = split(hosting.levels(self.model, how.steps), how.ratio)[1]
         both, look = torch.cat([self.positive[0][0], self.empty[0][0]]), preprocess_of(self.vision)
 
@@ -160,7 +160,7 @@ def in_session(bench: Bench, measure: Callable[[Any], None]) -> None:
             pixels(bench.image[0]).save(about / f"{name}.png")
             pixels(bench.mask[0]).save(about / f"{name}.mask.png")
             (about / f"{name}.txt").write_text("a photo of a dog on the grass")
-        trainee, plan = host.Trainee(bench.model, bench.clip, bench.vae), host.Plan(SIDE, 100, 1)
+        trainee, plan = host.TrainingModels(bench.model, bench.clip, bench.vae), host.AdapterPlan(SIDE, 100, 1)
         host.train_adapter(trainee, PairFolder(Path(folder), SIDE, 1), plan, TrainingSettings())
 
 
@@ -169,7 +169,7 @@ def bare_step(fit: Any) -> Callable[[], None]:
     from ..core.ezigen.host.layers import Capture, middle_patch
 
     network, sample = fit.network, fit.sample(0)
-    unet, found, parameters = network.unet, network.places, fit.adapter.named()
+    unet, found, parameters = network.unet, network.places, fit.adapter.published_parameters()
     adam, generator = optimizer(parameters), torch.Generator().manual_seed(0)
     plain = hosting.plain_attention()
     context, about = sample.context[None], sample.subject_contexts
@@ -183,7 +183,7 @@ def bare_step(fit: Any) -> Callable[[], None]:
         kept = Capture()
         with torch.no_grad():
             asked(sample.subjects + 0.04 * noise, torch.ones(1), about, {"attn1_patch": [kept]})
-        tokens, share = joined(kept.order(found)), network.alphas_cumprod[t].view(-1, 1, 1, 1)
+        tokens, share = join_images(kept.order(found)), network.alphas_cumprod[t].view(-1, 1, 1, 1)
         z = share.sqrt() * sample.latent[None] + (1 - share).sqrt() * noise
         patches = {"middle_patch": [middle_patch(fit.adapter, found, tokens)]}
         loss = (asked(z, t.float(), context, patches) - noise).square().mean()

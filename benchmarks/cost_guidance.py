@@ -63,9 +63,9 @@ class Bench:
 
     def guided(self, tuned: Any) -> Any:
         """The MODEL that Subject Guidance makes."""
-        from ..core.sine.host.guidance import SubjectModel, guided
+        from ..core.sine.host.guidance import SubjectModel, with_guidance
 
-        return guided(self.model, [SubjectModel(tuned, self.source, 0.3, 0.0, END)])
+        return with_guidance(self.model, [SubjectModel(tuned, self.source, 0.3, 0.0, END)])
 
     @torch.inference_mode()
     def sample(self, model: Any) -> None:

@@ -144,7 +144,7 @@ def gradient(fit: Any) -> Any:
 def in_session(parts: tuple[Any, Any, list[Any]], checkpointing: bool, measure: Callable[[Any], None]) -> None:
     """Give measure() the optimisation in progress, inside the pack's own session."""
     from ..core.siso.host import optimize_lora as host
-    from ..core.siso.host.similarity import Similarity, part_of
+    from ..core.siso.host.similarity import Similarity, similarity_part
 
     model, vae, visions = parts
     generator = torch.Generator().manual_seed(0)
@@ -154,9 +154,9 @@ def in_session(parts: tuple[Any, Any, list[Any]], checkpointing: bool, measure: 
     with frame.measured_training(measure):
         job = host.SisoJob(
             host.Generator(model, vae, prompt),
-            Similarity(tuple(part_of(vision, 1.0, image) for vision in visions)),
+            Similarity(tuple(similarity_part(vision, 1.0, image) for vision in visions)),
             host.Sampling(torch.zeros(LATENT), levels, 0),
-            host.Plan(checkpointing=checkpointing),
+            host.SisoPlan(checkpointing=checkpointing),
             SisoSettings(),
         )
         host.optimize_lora(job)

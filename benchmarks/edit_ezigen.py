@@ -66,7 +66,7 @@ class Bench(effect_ezigen.Bench):
     def edited(self, edit: Exchange, subject: Any, mask: Any, **kind: Any) -> Any:
         """The edited image [1, 96, 96, 3]."""
         from ..core.ezigen.host.staged import StagedModels
-        from ..core.ezigen.host.staged_edit import EditPrompts, EditSettings, edited
+        from ..core.ezigen.host.staged_edit import EditPrompts, EditSettings, edit_staged
 
         # Class and place: what the new subject looks like must come from its image.
         prompt = world.caption(edit.wanted.identity, edit.source.source_place, words=("background",))
@@ -74,7 +74,7 @@ class Bench(effect_ezigen.Bench):
         prompts = EditPrompts(self.conditioning(prompt), empty, empty)
         settings = EditSettings(edit.seed, split_ratio=self.settings.ratio, loops=Loops(loops, loops), **kind)
         models = StagedModels(self.world.model, self.world.vae, self.adapter)
-        return edited(models, subject, prompts, self.image(edit.source), mask, settings).image
+        return edit_staged(models, subject, prompts, self.image(edit.source), mask, settings).image
 
     def seen(self, edit: Exchange, image: Any) -> float:
         """The share of the differing attributes that the judge reads as the new subject's."""

@@ -70,7 +70,7 @@ class Bench(effect_siso.Bench):
     def edited(self, edit: Exchange, start: Any, weight: float) -> Any:
         """The optimisation, with this weight of the term."""
         from ..core.siso.host.background import Background
-        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
+        from ..core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
 
         how, source = self.settings, self.image(edit.source)
         keep = Background(source, self.mask(source.movedim(-1, 1)), weight) if weight else None
@@ -79,7 +79,7 @@ class Bench(effect_siso.Bench):
             Generator(self.world.model, self.vae, self.conditioning(edit.source.class_prompt())),
             self.similarity(edit.wanted, effect_siso.FULL),
             Sampling(samples, levels, edit.seed, 1.0, how.grad_steps, start.replay),
-            Plan(how.iterations, how.rank),
+            SisoPlan(how.iterations, how.rank),
             SisoSettings(how.learning_rate, how.weight_decay, patience=how.patience),
             keep,
         )

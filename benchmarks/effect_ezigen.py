@@ -64,10 +64,10 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def subject(self, case: Case) -> Any:
         """The subject's one image, cut out and encoded."""
-        from ..core.ezigen.host.adapter import encode_subject, prepared
+        from ..core.ezigen.host.adapter import encode_subject, prepare_images
 
         image = self.image(case)
-        ready = prepared(image, self.judge.mask(image.movedim(-1, 1)), SIDE, MARGIN)
+        ready = prepare_images(image, self.judge.mask(image.movedim(-1, 1)), SIDE, MARGIN)
         prompt = self.conditioning(subject_prompt(case.identity.cls))
         return encode_subject(self.world.model, self.world.vae, prompt, ready, case.seed)
 
@@ -76,7 +76,7 @@ class Bench(subjects.Bench):
         self, case: Case, subject: Any, ratio: float, loops: int, start: Any = None, model: Any = None, **more: Any
     ) -> Any:
         """Images [N, 3, 96, 96] of the first sampling, or of `start`, and of each loop, by the pack's own stages."""
-        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, staged
+        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, sample_staged
 
         settings = StagedSettings(case.seed, self.settings.steps, self.settings.cfg, ratio, Loops(loops, loops), **more)
         negative = self.conditioning("")
@@ -84,7 +84,7 @@ class Bench(subjects.Bench):
         size = torch.zeros(self.settings.samples, 4, SIDE // 8, SIDE // 8)
         start = None if start is None else start.movedim(1, -1)
         models = StagedModels(model or self.world.model, self.world.vae, self.adapter)
-        found = staged(models, subject, prompts, size, settings, start)
+        found = sample_staged(models, subject, prompts, size, settings, start)
         return found.images.movedim(-1, 1).split(self.settings.samples)
 
     @torch.inference_mode()

@@ -100,11 +100,11 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def tune(self, edit: Edit) -> Any:
         """The tuned MODEL."""
-        from ..core.sine.host.crops import Cutting
-        from ..core.sine.host.fine_tune import FineTuneData, Plan, PriorImages, fine_tune
+        from ..core.sine.host.crops import CropSettings
+        from ..core.sine.host.fine_tune import FineTuneData, FineTunePlan, PriorImages, fine_tune
 
         how, prior = self.settings, None
-        cutting = Cutting(SIDE, 2 * SIDE // 8, whole_image=how.whole_image) if how.patches else Cutting(SIDE)
+        crop = CropSettings(SIDE, 2 * SIDE // 8, whole_image=how.whole_image) if how.patches else CropSettings(SIDE)
         if how.prior_weight:
             of_class = edit.case.class_prompt()
             images = self.images(self.world.model, edit, of_class, seed=edit.seed + 1)
@@ -113,18 +113,18 @@ class Bench(subjects.Bench):
             self.world.model,
             self.world.vae,
             FineTuneData(self.image(edit.case), edit.training_prompt, positive=self.conditioning(edit.training_prompt)),
-            Plan(cutting, how.method, how.steps),
+            FineTunePlan(crop, how.method, how.steps),
             FineTuneSettings(how.learning_rate, edit.seed, prior_weight=how.prior_weight),
             prior,
         )[0]
 
     def guided(self, edit: Edit, tuned: Any, v: float | None = None, k: int | None = None, prompt: str = "") -> Any:
         """The base MODEL under a tuned one's guidance."""
-        from ..core.sine.host.guidance import guided, subject_model
+        from ..core.sine.host.guidance import subject_model, with_guidance
 
         v, k = self.settings.v if v is None else v, self.settings.K if k is None else k
         positive = self.conditioning(prompt or edit.training_prompt)
-        return guided(self.world.model, [subject_model(tuned, positive, 1 - v, 0.0, 1.0, k)])
+        return with_guidance(self.world.model, [subject_model(tuned, positive, 1 - v, 0.0, 1.0, k)])
 
     def images(self, model: Any, edit: Edit, prompt: str, seed: int | None = None, width: int = SIDE) -> Any:
         """Images [N, 3, 96, width] of a prompt, by default from the subject's own noise."""

@@ -135,17 +135,19 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def similarity(self, case: Case, arm: Arm) -> Any:
         """What the loss compares with."""
-        from ..core.siso.host.similarity import Similarity, part_of
+        from ..core.siso.host.similarity import Similarity, similarity_part
 
         image = self.image(case)
         mask = self.mask(image.movedim(-1, 1))
         used = {name: weight for name, weight in {"dino": arm.dino, "clip": arm.clip}.items() if weight}
-        return Similarity(tuple(part_of(self.encoders[name], weight, image, mask) for name, weight in used.items()))
+        return Similarity(
+            tuple(similarity_part(self.encoders[name], weight, image, mask) for name, weight in used.items())
+        )
 
     @torch.inference_mode()
     def optimised(self, trained: Trained) -> Any:
         """The LoRA and the images on the way."""
-        from ..core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
+        from ..core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
 
         case, arm, how = trained.case, trained.arm, self.settings
         prompt = case.class_prompt(trained.place(not arm.simple))
@@ -155,7 +157,7 @@ class Bench(subjects.Bench):
             Sampling(
                 torch.zeros(1, 4, SIDE // 8, SIDE // 8), self.sigmas(how.steps), case.seed, how.cfg, how.grad_steps
             ),
-            Plan(how.iterations, how.rank),
+            SisoPlan(how.iterations, how.rank),
             SisoSettings(how.learning_rate, how.weight_decay, patience=how.patience),
         )
         return optimize_lora(job)

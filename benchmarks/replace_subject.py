@@ -153,12 +153,12 @@ class Bench(subjects.Bench):
         """Images [2, 3, 96, 96] of the source and the edit."""
         import comfy.samplers
 
-        from ..core.attention.host.prompt_to_prompt import twice
+        from ..core.attention.host.prompt_to_prompt import repeat_latent
 
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, start.negative)
         guider.set_cfg(self.settings.cfg)
-        samples, euler = twice(start.latent)["samples"], comfy.samplers.sampler_object("euler")
+        samples, euler = repeat_latent(start.latent)["samples"], comfy.samplers.sampler_object("euler")
         return self.decoded(
             guider.sample(torch.zeros_like(samples), samples, euler, self.levels, disable_pbar=True, seed=0)
         )
@@ -166,7 +166,7 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def row(self, wanted: Replacement) -> dict[str, dict[str, float]]:
         """All figures of one case."""
-        from ..core.attention.host.prompt_to_prompt import SubjectSwap, edited_prompt, replaced_subject
+        from ..core.attention.host.prompt_to_prompt import SubjectSwap, edited_prompt, replace_subject
 
         start, clip = self.inverted(wanted), NarrowClip(self.world)
         target = self.decoded(self.world.vae.encode(self.image(wanted.case)))
@@ -179,7 +179,7 @@ class Bench(subjects.Bench):
             swap = SubjectSwap(
                 wanted.prompt, wanted.word, wanted.new, None, setting.end_percent, blend=setting.blend, mask=place
             )  # fmt: skip
-            model, positive = replaced_subject(start.model, clip, swap)
+            model, positive = replace_subject(start.model, clip, swap)
             if PLAIN not in found:
                 found[PLAIN] = self.scored(wanted, self.images(start.model, positive, start), target, mask)
             found[setting.name] = self.scored(wanted, self.images(model, positive, start), target, mask)

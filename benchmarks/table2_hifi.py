@@ -117,15 +117,15 @@ class Bench(subjects.Bench):
 
     def tuned(self, case: Case) -> Any:
         """A copy of the model with all weights tuned on the sources."""
-        from ..core.sine.host.crops import Cutting
-        from ..core.sine.host.fine_tune import FULL, FineTuneData, Plan, fine_tune
+        from ..core.sine.host.crops import CropSettings
+        from ..core.sine.host.fine_tune import FULL, FineTuneData, FineTunePlan, fine_tune
 
         prompt = case.class_prompt(word="sks ")
         return fine_tune(
             self.world.model,
             self.world.vae,
             FineTuneData(self.sources(case), prompt, positive=self.conditioning(prompt)),
-            Plan(Cutting(SIDE), FULL, self.settings.tuning_steps),
+            FineTunePlan(CropSettings(SIDE), FULL, self.settings.tuning_steps),
             FineTuneSettings(self.settings.tuning_rate, case.seed),
         )[0]
 
@@ -143,7 +143,7 @@ class Bench(subjects.Bench):
         """Algorithm 2 for each of the images, from its own noise; one without a subject to align with stays."""
         from ..core.inversion.host.ddim import invert_image
         from ..core.reference.host.alignment import MAX_DEGREES
-        from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
+        from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
         from ..core.session.images import ImageSource
         from ..core.session.session import gradients
 
@@ -164,7 +164,7 @@ class Bench(subjects.Bench):
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
             moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
             how = ReferenceSettings(self.settings.cfg)
-            result = guided_by_reference(model, positive, self.empty, given, moved_image, how)
+            result = sample_with_reference(model, positive, self.empty, given, moved_image, how)
             found.append(self.decoded(result.samples))
         return torch.cat(found)
 

@@ -158,9 +158,9 @@ class LikenessEncodeSubject(Node):
     def execute(
         cls, model, vae, positive, image, size, seed, mask=None, subject=None, margin=host.MARGIN
     ) -> io.NodeOutput:
-        images = host.prepared(image, mask, size, margin)
+        images = host.prepare_images(image, mask, size, margin)
         found = host.encode_subject(model, vae, positive, images, seed)
-        return io.NodeOutput(found if subject is None else subject.with_more(found), images)
+        return io.NodeOutput(found if subject is None else subject.with_subject(found), images)
 
 
 class LikenessApplyAdapter(Node):

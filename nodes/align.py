@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, choose_reference, lay_on
+from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align_reference, choose_reference
 from ..core.session.outputs import nothing
 from .node import Node
 from .types import advanced, schema
@@ -105,8 +105,8 @@ class LikenessAlign(Node):
 
     @classmethod
     def execute(cls, image, mask, target_mask, form=SYMMETRIC, max_degrees=MAX_DEGREES) -> io.NodeOutput:
-        laid = lay_on(image, mask, target_mask, form, max_degrees)
-        return io.NodeOutput(laid.image, laid.mask, laid.iou, laid.overlay, laid.matrix)
+        result = align_reference(image, mask, target_mask, form, max_degrees)
+        return io.NodeOutput(result.image, result.mask, result.iou, result.overlay, result.matrix)
 
 
 NODES = [LikenessChooseReference, LikenessAlign]

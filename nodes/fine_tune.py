@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
-from ..core.sine.host.crops import Cutting
-from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, Plan, PriorImages, fine_tune
+from ..core.sine.host.crops import CropSettings
+from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, PriorImages, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from .node import Node
 from .types import LoraModel, LossMap, advanced, schema, seed_input
@@ -165,12 +165,12 @@ class LikenessFineTune(Node):
         prior_positive=None,
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
-        cutting = Cutting(resolution, grid, crops, whole_image) if patches else Cutting(resolution)
+        crop = CropSettings(resolution, grid, crops, whole_image) if patches else CropSettings(resolution)
         tuned, tuned_clip, lora, losses = fine_tune(
             model,
             vae,
             FineTuneData(image, prompt, mask, clip, positive),
-            Plan(cutting, method, steps, rank, interpolation, checkpointing),
+            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing),
             sine.FineTuneSettings(learning_rate, seed, recon_weight, prior_weight),
             None if prior_image is None else PriorImages(prior_image, prior_prompt, prior_positive),
             node_id=cls.hidden.unique_id,

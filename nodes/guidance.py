@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
-from ..core.sine.host.guidance import guided, guider, subject_model
+from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from .node import Node
 from .types import Subjects, advanced, fraction, schema
 
@@ -148,7 +148,7 @@ class LikenessGuidance(Node):
         subjects=None,
     ) -> io.NodeOutput:
         first = subject_model(tuned, tuned_positive, 1 - base_weight, start_percent, end_percent, k_timestep)
-        return io.NodeOutput(guided(model, [first, *(subjects or [])], allow_over_one))
+        return io.NodeOutput(with_guidance(model, [first, *(subjects or [])], allow_over_one))
 
 
 class LikenessGuider(Node):
@@ -201,7 +201,7 @@ class LikenessGuider(Node):
         subjects=None,
     ) -> io.NodeOutput:
         first = subject_model(tuned, tuned_positive, 1 - base_weight, start_percent, end_percent, k_timestep)
-        patched = guided(model, [first, *(subjects or [])], allow_over_one)
+        patched = with_guidance(model, [first, *(subjects or [])], allow_over_one)
         return io.NodeOutput(guider(patched, positive, negative, cfg))
 
 

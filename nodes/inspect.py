@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.attention.host.map_sheet import map_sheet
-from ..core.attention.host.maps import inspected
+from ..core.attention.host.maps import attention_maps
 from .node import Node
 from .types import schema, seed_input
 
@@ -61,7 +61,7 @@ class LikenessInspect(Node):
 
     @classmethod
     def execute(cls, model, conditioning, latent, tokens, columns, seed) -> io.NodeOutput:
-        maps = inspected(model, conditioning, latent, tokens, columns, seed, cls.hidden.unique_id)
+        maps = attention_maps(model, conditioning, latent, tokens, columns, seed, cls.hidden.unique_id)
         return io.NodeOutput(map_sheet(maps), maps.mask())
 
 

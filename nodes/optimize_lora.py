@@ -76,7 +76,7 @@ class LikenessOptimizeLora(Node):
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
-            host.Plan(iterations, rank, keep, checkpointing),
+            host.SisoPlan(iterations, rank, keep, checkpointing),
             siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience, optimizer),
             background(image, mask, background_weight),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.reference import guidance as published
-from ..core.reference.host.guidance import ReferenceImage, guided_by_reference
+from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
 from ..core.session.outputs import loss_map, nothing
 from .node import Node
 from .types import LossMap, Trajectory, advanced, cfg_input, fraction, schema
@@ -105,7 +105,7 @@ class LikenessReferenceGuide(Node):
         settings = published.ReferenceSettings(cfg, inner_steps, learning_rate)
         node = cls.hidden.unique_id
         reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
-        found = guided_by_reference(model, positive, negative, noise, reference, settings, node)
+        found = sample_with_reference(model, positive, negative, noise, reference, settings, node)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.attention.host.prompt_to_prompt import Learned, SubjectSwap, replaced_subject, twice
+from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject
 from ..core.attention.prompt_to_prompt import END_PERCENT
 from .node import Node
 from .types import Embedding, advanced, fraction, schema
@@ -134,12 +134,12 @@ class LikenessReplaceSubject(Node):
         mask=None,
         positive=None,
     ) -> io.NodeOutput:
-        start = twice(latent)
-        learned = None if embedding is None else Learned(embedding, scale, step)
+        start = repeat_latent(latent)
+        learned = None if embedding is None else LearnedSubject(embedding, scale, step)
         wanted = SubjectSwap(
             prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend, mask
         )  # fmt: skip
-        patched, both = replaced_subject(model, clip, wanted, positive)
+        patched, both = replace_subject(model, clip, wanted, positive)
         return io.NodeOutput(patched, both, negative, start)
 
 

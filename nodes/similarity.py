@@ -97,7 +97,7 @@ class LikenessSimilarity(Node):
     @classmethod
     def execute(cls, vision, image, weight, similarity=None, mask=None) -> io.NodeOutput:
         before = host.Similarity(()) if similarity is None else similarity
-        return io.NodeOutput(before.and_also(host.part_of(vision, weight, image, mask)))
+        return io.NodeOutput(before.with_part(host.similarity_part(vision, weight, image, mask)))
 
 
 NODES = [LikenessLoadRetrieval, LikenessSimilarity]

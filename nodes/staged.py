@@ -177,7 +177,7 @@ class LikenessStagedSampler(Node):
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
         node = cls.hidden.unique_id
         models = host.StagedModels(model, vae, adapter, vision)
-        found = host.staged(models, subject, prompts, latent["samples"], settings, image, node)
+        found = host.sample_staged(models, subject, prompts, latent["samples"], settings, image, node)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
@@ -257,7 +257,7 @@ class LikenessStagedEdit(Node):
         )
         prompts, node = editing.EditPrompts(positive, negative, negative), cls.hidden.unique_id
         models = host.StagedModels(model, vae, adapter, vision)
-        found = editing.edited(models, subject, prompts, image, mask, settings, node)
+        found = editing.edit_staged(models, subject, prompts, image, mask, settings, node)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 

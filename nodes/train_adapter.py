@@ -63,9 +63,9 @@ class LikenessTrainAdapter(Node):
     ) -> io.NodeOutput:
         pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
         trained, losses, report = host.train_adapter(
-            host.Trainee(model, clip, vae, adapter),
+            host.TrainingModels(model, clip, vae, adapter),
             pairs,
-            host.Plan(size, steps, max_subjects, checkpointing),
+            host.AdapterPlan(size, steps, max_subjects, checkpointing),
             TrainingSettings(seed, batch, learning_rate, drop),
             cls.hidden.unique_id,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from likeness.toolbox.graph import convert, with_ancestors
-from likeness.toolbox.server import Run, Server, environment_from_variables
+from likeness.toolbox.server import PromptRun, Server, environment_from_variables
 from likeness.toyworld import workflows
 
 NAMES = tuple(sorted(path.stem for path in workflows.WORKFLOWS.glob("*.json")))
@@ -72,14 +72,14 @@ class Training:
         node = {**self._prompt[self.node], "inputs": {**self._prompt[self.node]["inputs"], **inputs}}
         return {**self._prompt, self.node: node}
 
-    def run(self, on_event: Any = None, **inputs: Any) -> Run:
+    def run(self, on_event: Any = None, **inputs: Any) -> PromptRun:
         return self._server.run(self.prompt(**inputs), on_event=on_event)
 
-    def run_anew(self, **inputs: Any) -> Run:
+    def run_anew(self, **inputs: Any) -> PromptRun:
         """Executed again, whatever ran before."""
         return self._server.run(anew(self.prompt(**inputs)))
 
-    def saved(self, run: Run) -> Path:
+    def saved(self, run: PromptRun) -> Path:
         """The file that the run's saver wrote."""
         name = run.outputs[self.saver]["text"][0].splitlines()[0]
         return self._server.base / "models" / "likeness_embeddings" / name

@@ -29,11 +29,11 @@ class NarrowCLIP:
 
 def trainee(start: Any = None) -> Any:
     """The small world's models for a training."""
-    from likeness.core.ezigen.host.train import Trainee
+    from likeness.core.ezigen.host.train import TrainingModels
     from likeness.toyworld.narrow import load_narrow
 
     narrow = load_narrow()
-    return Trainee(narrow.model, NarrowCLIP(narrow), narrow.vae, start)
+    return TrainingModels(narrow.model, NarrowCLIP(narrow), narrow.vae, start)
 
 
 def draw(folder: Path, subjects: range, pictures: int) -> Path:

@@ -1,1 +1,1 @@
-"""Command-line tools outside of ComfyUI: set-up, a driven server, the demonstration, the tests."""
+"""Command-line tools outside ComfyUI: setup, a driven server, the demonstration, the tests."""

@@ -1,7 +1,7 @@
-"""Loads the pack as the package `likeness`, whatever its folder is called.
+"""Load the pack as the package `likeness`, whatever the name of its folder.
 
-ComfyUI has modules called `nodes` and `server`, so neither the project root nor this folder may stand on sys.path.
-Run as a program it starts one of the pack's modules: `python toolbox/_load.py toolbox.typecheck [arguments]`.
+ComfyUI has modules called `nodes` and `server`, so neither the project root nor this folder may be on sys.path. Run as
+a program, it starts one of the pack's modules: `python toolbox/_load.py toolbox.typecheck [arguments]`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "likeness"
 
 
 def load_pack() -> ModuleType:
-    """The pack as the package `likeness`; its sub-packages (core, toolbox, toyworld...) can be imported afterwards."""
+    """Import the pack as `likeness`; its subpackages (core, toolbox, toyworld...) can be imported afterwards."""
     hidden = (ROOT, ROOT / "toolbox")
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in hidden]
     if NAME not in sys.modules:
@@ -38,7 +38,7 @@ def run(module: str, arguments: list[str]) -> int:
 
 
 def set_up_and_run(module: str, arguments: list[str]) -> int:
-    """Set up the sandbox and the small world, then run a module in the sandbox's Python."""
+    """Set up the sandbox and the toyworld, then run a module in the sandbox's Python."""
     load_pack()
     from likeness.toolbox.environment import prepare
     from likeness.toyworld.workflows import build_models

@@ -1,7 +1,7 @@
-"""`python3 toolbox/check.py`: ruff, the format, the types and all tests that need torch only, in under a minute.
+"""`python3 toolbox/check.py`: ruff, format, types and all torch-only tests, in under a minute.
 
-ComfyUI is neither installed nor imported (where the sandbox has one, the types are checked against it), and no browser
-is used. Arguments are handed to pytest.
+ComfyUI is neither installed nor imported (if the sandbox has one, the types are checked against it), and no browser is
+used. Arguments are passed to pytest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HOST = "tests/parity/host"
 
 
 def main() -> int:
-    """Set up and check; the exit code is 0 only when all of it passed."""
+    """Set up and check; the exit code is 0 only if everything passed."""
     load_pack()
     from likeness.toolbox.environment import prepare_check
 

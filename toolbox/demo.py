@@ -1,6 +1,6 @@
-"""`python3 toolbox/demo.py`: sets everything up and runs the shipped HiPer graph in the small world, headless.
+"""`python3 toolbox/demo.py`: set everything up and run the shipped HiPer graph in the toyworld, headless.
 
-With --serve the server keeps running afterwards, to open the same graph in the browser. COMFYUI_PATH uses an existing
+With --serve the server keeps running, to open the same graph in the browser. Set COMFYUI_PATH to use an existing
 ComfyUI.
 """
 

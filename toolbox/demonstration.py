@@ -1,4 +1,4 @@
-"""What demo.py runs once everything is set up: the shipped HiPer graph in the small world, in a real ComfyUI."""
+"""The demonstration that demo.py starts: the shipped HiPer graph in the toyworld, in a real ComfyUI."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from ..toyworld import workflows
 from .environment import SANDBOX
 from .graph import Graph, convert
-from .server import Run, Server, environment_from_variables
+from .server import PromptRun, Server, environment_from_variables
 
 BASE = SANDBOX / "demo"
 NAME = "hiper_train_and_edit"
-PICTURES = {
+IMAGES = {
     "Reconstruction": "source prompt with the subject",
     "Edit without the subject": "edit prompt alone",
     "Edit with the subject": "edit prompt with the subject, from the same noise",
@@ -26,23 +26,23 @@ def say(text: str) -> None:
 
 
 class Narrator:
-    """Says how far the training is, every few seconds."""
+    """Prints the training's progress every few seconds."""
 
     def __init__(self) -> None:
-        self._said = 0.0
+        self._last = 0.0
 
     def __call__(self, event: dict) -> None:
-        if event["type"] == "likeness.progress" and time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
+        if event["type"] == "likeness.progress" and time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
             data = event["data"]
             say(f"step {data['step']} of {data['steps']}, loss {data['loss']:.4f}")
 
 
-def report(graph: Graph, run: Run, source: Path) -> None:
-    """Where the pictures are, and the scores."""
-    say(f"ran in {run.seconds:.0f} s; the pictures:")
+def report(graph: Graph, run: PromptRun, source: Path) -> None:
+    """Print the paths of the images, and the scores."""
+    say(f"ran in {run.seconds:.0f} s; the images:")
     say(f"  source: {source}")
-    for title, meaning in PICTURES.items():
+    for title, meaning in IMAGES.items():
         for entry in run.outputs[workflows.node_id(graph, title)]["images"]:
             say(f"  {title.lower()} ({meaning}): {BASE / 'output' / entry['subfolder'] / entry['filename']}")
     say("scores, first the edit without and then the edit with the subject:")
@@ -52,7 +52,7 @@ def report(graph: Graph, run: Run, source: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the graph, say where the results are and how to open it in the browser."""
+    """Run the graph, print the paths of the results and how to open the graph in the browser."""
     parser = argparse.ArgumentParser(prog="demo.py", description=main.__doc__)
     parser.add_argument("--serve", action="store_true", help="keep the server running, for the browser")
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: a free one)")

@@ -1,7 +1,7 @@
-"""Keeps the graphs of a release as test data: `python toolbox/freeze.py` copies those that are new since the last one.
+"""Store the graphs of a release as test data: `python toolbox/freeze.py` copies those that changed since the last one.
 
-Run it once, when the version in pyproject.toml has been raised. What people saved with a release must open and run in
-all later ones, so a kept graph never changes; tests/data/graphs/index.json says which releases had it, and its hash.
+Run it once, after raising the version in pyproject.toml. Graphs saved with a release must open and run in all later
+ones, so a frozen graph never changes; tests/data/graphs/index.json lists its releases and its hash.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = Path("tests") / "data" / "graphs"
+FROZEN_GRAPHS = Path("tests") / "data" / "graphs"
 
 
 def version(root: Path = ROOT) -> str:
@@ -24,8 +24,8 @@ def version(root: Path = ROOT) -> str:
 
 
 def freeze(root: Path = ROOT) -> list[str]:
-    """Keep the graphs of this version; returns the files that had to be added."""
-    index_path, release, added = root / KEPT / "index.json", version(root), []
+    """Freeze the graphs of this version; returns the names of the added files."""
+    index_path, release, added = root / FROZEN_GRAPHS / "index.json", version(root), []
     index: dict[str, dict[str, Any]] = json.loads(index_path.read_text(encoding="utf-8"))
     if any(release in entry["releases"] for entry in index.values()):
         raise SystemExit(f"The graphs of {release} are kept already: raise the version in pyproject.toml first.")
@@ -34,7 +34,7 @@ def freeze(root: Path = ROOT) -> list[str]:
         same = [name for name, entry in index.items() if entry["sha256"] == digest]
         name = same[0] if same else f"{path.stem}.{release}"
         if not same:
-            (root / KEPT / f"{name}.json").write_bytes(path.read_bytes())
+            (root / FROZEN_GRAPHS / f"{name}.json").write_bytes(path.read_bytes())
             added.append(name)
         index.setdefault(name, {"sha256": digest, "releases": []})["releases"].append(release)
     lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(index.items())]

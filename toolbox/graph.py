@@ -1,7 +1,7 @@
-"""Graphs as the page saves them: read, changed, and converted to what the server runs.
+"""Graphs as the page saves them: read them, change them, and convert them to the server's prompt format.
 
-convert() does what the page's own graphToPrompt() does, for the graphs that this project ships, and raises GraphError
-on anything that it does not know instead of guessing. Subgraphs, primitive nodes and %tokens% are such things.
+convert() does the same as the page's graphToPrompt() for the graphs that this project ships. It raises GraphError on
+anything unknown instead of guessing, such as subgraphs, primitive nodes and %tokens%.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize")
 NOTES = ("Note", "MarkdownNote")
 REROUTE = "Reroute"
-PAGE_WIDGETS = ("PreviewAny",)  # all their widgets are the page's own, the server knows none of them
+PAGE_WIDGETS = ("PreviewAny",)  # all their widgets belong to the page, the server knows none of them
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 MUTED, BYPASSED = 2, 4
@@ -27,14 +27,14 @@ ObjectInfo = Mapping[str, Any]
 
 
 class GraphError(ValueError):
-    """The graph holds something that cannot be converted or set faithfully."""
+    """The graph contains something that cannot be converted or set faithfully."""
 
 
 class Slot(NamedTuple):
     """One entry of a node's widgets_values."""
 
     name: str
-    kind: str  # "value", or what the page adds behind it: "control", "upload"
+    kind: str  # "value", or a widget that the page adds after it: "control", "upload"
 
 
 class Input(NamedTuple):
@@ -51,7 +51,7 @@ class Input(NamedTuple):
 
     @property
     def has_control(self) -> bool:
-        """Whether the page puts a 'control after generate' widget behind it."""
+        """Whether the page adds a 'control after generate' widget after it."""
         implicit = self.type == "INT" and self.name in ("seed", "noise_seed")
         return bool(self.options.get("control_after_generate", implicit))
 
@@ -69,14 +69,14 @@ def inputs_of(node_type: str, object_info: ObjectInfo) -> list[Input]:
         for name, spec in (object_info[node_type]["input"].get(section) or {}).items():
             options = spec[1] if len(spec) > 1 else {}
             kind = spec[0]
-            if isinstance(kind, list):  # the older way to write a list of choices
+            if isinstance(kind, list):  # the older format of a list of choices
                 kind, options = "COMBO", {**options, "options": kind}
             result.append(Input(name, kind, options, section == "optional"))
     return result
 
 
 def widget_slots(node_type: str, object_info: ObjectInfo) -> list[Slot]:
-    """What each entry of widgets_values means for this node type."""
+    """The meaning of each entry of widgets_values for this node type."""
     slots = []
     for entry in inputs_of(node_type, object_info):
         if not entry.is_widget:
@@ -93,8 +93,8 @@ def label(node: Mapping[str, Any]) -> str:
     return f"Node {node['id']} ({node.get('title') or node['type']})"
 
 
-def completed(node: Mapping[str, Any], object_info: ObjectInfo) -> Any:
-    """A node's widget values; optional inputs that were added behind them since it was saved have their defaults."""
+def complete_values(node: Mapping[str, Any], object_info: ObjectInfo) -> Any:
+    """A node's widget values, with defaults for optional inputs that were appended after the graph was saved."""
     values = node.get("widgets_values") or []
     if not isinstance(values, list):
         return values
@@ -111,7 +111,7 @@ def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, 
     """A node's widget values by input name."""
     if node["type"] in PAGE_WIDGETS:
         return {}
-    slots, values = widget_slots(node["type"], object_info), completed(node, object_info)
+    slots, values = widget_slots(node["type"], object_info), complete_values(node, object_info)
     if not isinstance(values, list) or len(values) != len(slots):
         names = [f"{slot.name} ({slot.kind})" for slot in slots]
         raise GraphError(f"{label(node)} holds the values {values}, but its widgets are {names}.")
@@ -124,14 +124,14 @@ def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, 
 
 
 class _Links:
-    """Follows links to the output that a value really comes from."""
+    """Follows links to the output that a value actually comes from."""
 
     def __init__(self, graph: Graph) -> None:
         self._nodes = {node["id"]: node for node in graph["nodes"]}
         self._origins = {link[0]: (link[1], link[2]) for link in graph["links"]}
 
     def source(self, link: int | None) -> list[Any] | None:
-        """[node id, output index] as the server wants it, or None where nothing arrives."""
+        """[node id, output index] in the server's format, or None without a source."""
         if link is None:
             return None
         if link not in self._origins:
@@ -147,16 +147,16 @@ class _Links:
         return [str(identity), index]
 
     def _through(self, node: Mapping[str, Any], index: int) -> list[Any] | None:
-        """A bypassed node hands on the input in the same place, or its first input, of the output's type."""
-        wanted, inputs = node["outputs"][index]["type"], node.get("inputs", [])
+        """A bypassed node passes on its input of the output's type, the one at the same index or else the first."""
+        kind, inputs = node["outputs"][index]["type"], node.get("inputs", [])
         for entry in inputs[index : index + 1] + inputs:
-            if entry["type"] == wanted:
+            if entry["type"] == kind:
                 return self.source(entry.get("link"))
         return None
 
 
 def active_nodes(graph: Graph) -> Iterator[dict[str, Any]]:
-    """The nodes that the server is told about."""
+    """The nodes that are sent to the server."""
     if (graph.get("definitions") or {}).get("subgraphs"):
         raise GraphError("The graph holds subgraphs, which this converter does not know.")
     for node in graph["nodes"]:
@@ -168,7 +168,7 @@ def active_nodes(graph: Graph) -> Iterator[dict[str, Any]]:
 
 
 def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
-    """The graph as POST /prompt takes it."""
+    """The graph in the format of POST /prompt."""
     links, prompt = _Links(graph), {}
     for node in active_nodes(graph):
         known = {entry.name for entry in inputs_of(node["type"], object_info)}
@@ -187,13 +187,13 @@ def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
 
 def with_ancestors(prompt: Mapping[str, Any], nodes: Iterable[str]) -> dict[str, Any]:
     """The part of a converted graph that these nodes need, themselves included."""
-    wanted, todo = set(), list(nodes)
+    needed, todo = set(), list(nodes)
     while todo:
         node = todo.pop()
-        if node not in wanted:
-            wanted.add(node)
+        if node not in needed:
+            needed.add(node)
             todo += [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
-    return {node: prompt[node] for node in prompt if node in wanted}
+    return {node: prompt[node] for node in prompt if node in needed}
 
 
 def load(path: str | Path) -> Graph:
@@ -204,28 +204,28 @@ def load(path: str | Path) -> Graph:
     return graph
 
 
-def matching(graph: Graph, name: str) -> list[dict[str, Any]]:
-    """The nodes with this title, or, when no node is so titled, those of this type. At least one, or GraphError."""
+def matching_nodes(graph: Graph, name: str) -> list[dict[str, Any]]:
+    """The nodes with this title or, if there are none, those of this type; GraphError if there are none either."""
     titled = [node for node in graph["nodes"] if node.get("title") == name]
-    found = titled or [node for node in graph["nodes"] if node["type"] == name]
-    if not found:
+    nodes = titled or [node for node in graph["nodes"] if node["type"] == name]
+    if not nodes:
         raise GraphError(f"The graph has no node titled or of the type {name}.")
-    return found
+    return nodes
 
 
 def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: ObjectInfo) -> Graph:
-    """A copy of the graph with widget values changed.
+    """A copy of the graph with changed widget values.
 
-    settings: {(title or type of the node, input): value}. A type stands for all nodes of it. An unknown node or input
-    raises GraphError.
+    settings: {(title or type of the node, input): value}. A type selects all its nodes. GraphError for an unknown node
+    or input.
     """
-    changed = copy.deepcopy(graph)
+    copied = copy.deepcopy(graph)
     for (name, entry), value in settings.items():
-        for node in matching(changed, name):
+        for node in matching_nodes(copied, name):
             slots = widget_slots(node["type"], object_info)
             if Slot(entry, "value") not in slots:
                 raise GraphError(f"{label(node)} has no widget {entry}.")
-            named_values(node, object_info)  # refuses values that do not fit the widgets
-            node["widgets_values"] = completed(node, object_info)
+            named_values(node, object_info)  # raises for values that do not fit the widgets
+            node["widgets_values"] = complete_values(node, object_info)
             node["widgets_values"][slots.index(Slot(entry, "value"))] = value
-    return changed
+    return copied

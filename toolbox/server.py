@@ -1,4 +1,4 @@
-"""A real ComfyUI in a process of its own, driven over HTTP and its websocket."""
+"""A real ComfyUI in its own process, driven over HTTP and its websocket."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .environment import Environment
 IMPORT_FAILURES = ("IMPORT FAILED", "Cannot import", "did not import correctly")
 FOLDERS = ("models", "input", "output", "temp", "user/default", "custom_nodes")
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False}
-# No look-ups of models on the network; threads that wait for each other sleep, for machines that do other work too.
+# No model lookups on the network; waiting threads sleep instead of spinning, for machines with other work to do.
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 START_TIMEOUT = 240.0
 FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 
 
 class PromptError(RuntimeError):
-    """The server refused a prompt or a node raised. `data` is what the server sent."""
+    """The server rejected a prompt, or a node raised. `data` is the server's answer."""
 
     def __init__(self, message: str, data: dict[str, Any]) -> None:
         super().__init__(message)
         self.data = data
 
     def sentences(self) -> str:
-        """Everything that the server says about it, for the user's eyes."""
+        """All messages of the server that the user sees."""
         errors = [str(self), str(self.data.get("exception_message", ""))]
         for node in (self.data.get("node_errors") or {}).values():
             errors += [f"{error['message']}: {error['details']}" for error in node["errors"]]
@@ -46,8 +46,8 @@ class PromptError(RuntimeError):
 
 
 @dataclass
-class Run:
-    """What one prompt did."""
+class PromptRun:
+    """The record of one prompt's execution."""
 
     prompt_id: str
     status: str = ""
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def executed(self) -> set[str]:
-        """The ids of the nodes that ran, rather than came from the cache."""
+        """The ids of the nodes that ran instead of coming from the cache."""
         return {data["node"] for data in self.of_type("executing") if data.get("node")}
 
 
@@ -73,7 +73,7 @@ def free_port() -> int:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A link where the system allows it, else a copy."""
+    """Create a link if the system allows it, else a copy."""
     if target.is_symlink() or target.exists():
         return
     try:
@@ -83,20 +83,20 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def name_models(models: Path, base: Path) -> Path:
-    """Write the file that tells ComfyUI of a second models folder with these sub-folders, behind those of base/models:
-    what is saved goes to the first.
+    """Write ComfyUI's configuration of a second models folder, searched after base/models; files are saved to the
+    latter.
     """
-    path, own = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
-    folders = {each.name: f"{own / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
+    path, folder = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
+    folders = {each.name: f"{folder / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
     path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))
     return path
 
 
 class Server:
-    """Starts on entering the context, stops on leaving it.
+    """Starts on entering the context and stops on leaving it.
 
-    base: ComfyUI's --base-directory, made if missing. node_folders: the packs, as {name in custom_nodes: folder}.
-    models: a second models folder, beside base/models. frontend: a page to serve instead of the bundled one.
+    base: ComfyUI's --base-directory, created if missing. node_folders: the packs, as {name in custom_nodes: folder}.
+    models: a second models folder, in addition to base/models. frontend: a page to serve instead of the bundled one.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def import_failures(self) -> list[str]:
-        """Lines of the log that say that a node pack did not load."""
+        """Lines of the log that report a node pack's failed import."""
         return [line for line in self.log().splitlines() if any(text in line for text in IMPORT_FAILURES)]
 
     def get_bytes(self, path: str) -> bytes:
@@ -214,15 +214,15 @@ class Server:
                 raise TimeoutError("the server's queue did not become empty")
             time.sleep(0.05)
 
-    def images(self, run: Run, node_id: str) -> list[Any]:
-        """The pictures that an output node of the run saved, as PIL images."""
+    def images(self, run: PromptRun, node_id: str) -> list[Any]:
+        """The images that an output node of the run saved, as PIL images."""
         from PIL import Image
 
-        found = []
+        images = []
         for entry in run.outputs[node_id]["images"]:
             query = urllib.parse.urlencode({name: entry[name] for name in ("filename", "subfolder", "type")})
-            found.append(Image.open(io.BytesIO(self.get_bytes(f"/view?{query}"))))
-        return found
+            images.append(Image.open(io.BytesIO(self.get_bytes(f"/view?{query}"))))
+        return images
 
     def run(
         self,
@@ -230,21 +230,21 @@ class Server:
         timeout: float = 600.0,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         extra_data: dict[str, Any] | None = None,
-    ) -> Run:
-        """Queue a prompt in API form and follow it to its end. PromptError when refused or when a node raises."""
+    ) -> PromptRun:
+        """Queue a prompt in API format and follow it to its end. PromptError if it is rejected or a node raises."""
         import websocket
 
         client, start = uuid.uuid4().hex, time.monotonic()
         channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
         try:
-            run = Run(self.queue(prompt, client, extra_data))
+            run = PromptRun(self.queue(prompt, client, extra_data))
             while run.status not in FINISHED:
                 channel.settimeout(max(0.1, start + timeout - time.monotonic()))
                 message = channel.recv()
                 if isinstance(message, bytes):
                     run.previews += 1
                     continue
-                self._note(run, json.loads(message), on_event)
+                self._handle(run, json.loads(message), on_event)
         finally:
             channel.close()
         run.outputs = self._outputs(run.prompt_id)
@@ -252,18 +252,18 @@ class Server:
         return run
 
     def queue(self, prompt: dict[str, Any], client: str = "", extra_data: dict[str, Any] | None = None) -> str:
-        """Queue a prompt in API form and return its id. PromptError when it is refused, in whole or in part."""
+        """Queue a prompt in API format and return its id. PromptError if it is rejected, in whole or in part."""
         try:
             answer = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra_data or {}})
         except urllib.error.HTTPError as error:
             data = json.loads(error.read())
             raise PromptError(data["error"]["message"], data) from None
-        if answer.get("node_errors"):  # the server would leave out a part of the graph and call it a success
+        if answer.get("node_errors"):  # the server would skip a part of the graph and report success
             raise PromptError("a part of the prompt was refused", answer)
         return answer["prompt_id"]
 
     @staticmethod
-    def _note(run: Run, event: dict[str, Any], on_event: Callable[[dict[str, Any]], None] | None) -> None:
+    def _handle(run: PromptRun, event: dict[str, Any], on_event: Callable[[dict[str, Any]], None] | None) -> None:
         data = event.get("data") or {}
         if data.get("prompt_id", run.prompt_id) != run.prompt_id:
             return
@@ -285,7 +285,7 @@ class Server:
 
 
 def environment_from_variables() -> Environment:
-    """The environment that demo.py and test.py hand on to the processes they start."""
+    """The environment that demo.py and test.py pass to the processes they start."""
     import sys
 
     def path(name: str) -> Path | None:

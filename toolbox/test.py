@@ -1,8 +1,8 @@
-"""`python3 toolbox/test.py [--slow]`: sets everything up and checks all that must hold.
+"""`python3 toolbox/test.py [--slow]`: set everything up and run all checks.
 
-Ruff and the types; then the tests that need no server, on two cores; then those of
-the server and of the browser, side by side. `--slow` adds what takes minutes and keeps what it found in
-benchmarks/results/. COMFYUI_PATH uses an existing ComfyUI. Other arguments are handed to pytest instead of the tiers.
+Ruff and the types; then the tests without a server, on two cores; then those of the server and of the browser, in
+parallel. `--slow` adds tests that take minutes and stores their results in benchmarks/results/. COMFYUI_PATH uses an
+existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 
 def checks(python: Path) -> dict[str, list[str]]:
-    """The commands that look at the source only."""
+    """The commands that only read the source."""
     load = [str(python), str(ROOT / "toolbox" / "_load.py")]
     ruff = str(python.with_name(f"ruff{python.suffix}"))
     return {
@@ -37,7 +37,7 @@ def checks(python: Path) -> dict[str, list[str]]:
 
 
 def run(name: str, command: list[str], variables: dict[str, str]) -> bool:
-    """Run one check, with its output and its time on the terminal."""
+    """Run one check and print its output and duration."""
     start = time.monotonic()
     passed = subprocess.run(command, cwd=ROOT, env=variables).returncode == 0
     say(f"{name}: {'passed' if passed else 'FAILED'} after {time.monotonic() - start:.0f} s")
@@ -45,14 +45,16 @@ def run(name: str, command: list[str], variables: dict[str, str]) -> bool:
 
 
 def output(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
-    """The exit code and all that the command printed."""
-    kept = subprocess.PIPE, subprocess.STDOUT
-    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=kept[0], stderr=kept[1], text=True, errors="replace")
-    return done.returncode, done.stdout
+    """The exit code and the whole output of a command."""
+    streams = subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.run(
+        command, cwd=ROOT, env=variables, stdout=streams[0], stderr=streams[1], text=True, errors="replace"
+    )
+    return process.returncode, process.stdout
 
 
-def run_beside(commands: dict[str, list[str]], variables: dict[str, str]) -> list[str]:
-    """Run several checks at once; the output of each stands together once it is done. Returns those that failed."""
+def run_parallel(commands: dict[str, list[str]], variables: dict[str, str]) -> list[str]:
+    """Run several checks in parallel; print each output as a block when it ends. Returns those that failed."""
     start, failed = time.monotonic(), []
     with ThreadPoolExecutor(len(commands)) as pool:
         jobs = {pool.submit(output, command, variables): name for name, command in commands.items()}
@@ -65,17 +67,17 @@ def run_beside(commands: dict[str, list[str]], variables: dict[str, str]) -> lis
 
 
 def tests(python: Path, variables: dict[str, str], slow: list[str]) -> list[str]:
-    """All tiers; returns those that failed."""
+    """Run all tiers; returns those that failed."""
     pytest = [str(python), "-m", "pytest", "-q", "--durations=10", *slow]
     folders = [str(ROOT / "tests" / tier) for tier in IN_PROCESS]
     one_thread = variables | ONE_THREAD
     failed = [] if run("in process", [*pytest, *PARALLEL, *folders], one_thread) else ["in process"]
     servers = {tier: [*pytest, str(ROOT / "tests" / tier)] for tier in WITH_SERVER}
-    return failed + run_beside(servers, one_thread)
+    return failed + run_parallel(servers, one_thread)
 
 
 def main() -> int:
-    """Set up and run everything; the exit code is 0 only when all of it passed."""
+    """Set up and run everything; the exit code is 0 only if everything passed."""
     load_pack()
     from likeness.toolbox.environment import prepare
     from likeness.toyworld.workflows import build_models
@@ -84,16 +86,16 @@ def main() -> int:
     build_models(environment)
     start, variables = time.monotonic(), environment.variables()
     failed = [name for name, command in checks(environment.python).items() if not run(name, command, variables)]
-    slow, chosen = (
-        [argument for argument in sys.argv[1:] if (argument == "--slow") == wanted] for wanted in (True, False)
+    slow, arguments = (
+        [argument for argument in sys.argv[1:] if (argument == "--slow") == is_slow] for is_slow in (True, False)
     )
-    if chosen:
-        command = [str(environment.python), "-m", "pytest", *slow, *chosen]
+    if arguments:
+        command = [str(environment.python), "-m", "pytest", *slow, *arguments]
         failed += [] if run("tests", command, variables) else ["tests"]
     else:
         failed += tests(environment.python, variables, slow)
-    said = f"FAILED: {', '.join(failed)}" if failed else "all passed"
-    say(f"{said} after {time.monotonic() - start:.0f} s")
+    summary = f"FAILED: {', '.join(failed)}" if failed else "all passed"
+    say(f"{summary} after {time.monotonic() - start:.0f} s")
     return 1 if failed else 0
 
 

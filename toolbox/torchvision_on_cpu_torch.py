@@ -1,7 +1,7 @@
-"""Lets PyPI's torchvision be imported beside a CPU-only torch; environment.py copies it into the sandbox.
+"""Makes PyPI's torchvision importable with a CPU-only torch; environment.py copies this file into the sandbox.
 
-That torchvision is built for CUDA. Its binary cannot be loaded here, so two operators that its Python code describes
-are never declared and the import fails. They are declared (not implemented) just before torchvision is imported.
+That torchvision is built for CUDA. Its binary cannot be loaded, so two operators that its Python code registers are
+never declared and the import fails. This declares them, without implementations, just before torchvision is imported.
 """
 
 import sys

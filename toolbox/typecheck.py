@@ -1,8 +1,8 @@
-"""Checks the types of the pack with ty.
+"""Check the types of the pack with ty.
 
-The pack is a package of whatever name its folder has, and ComfyUI has modules of the same names as some of its own.
-So a copy of the sources named `likeness` is checked, against the ComfyUI of COMFYUI_PATH or of the sandbox. Where
-there is none, what ComfyUI provides counts as unknown.
+The pack's package has the name of its folder, and some of its modules have the same names as ComfyUI's. So this checks
+a copy of the sources named `likeness`, against the ComfyUI of COMFYUI_PATH or of the sandbox. Without one, ComfyUI's
+modules count as unknown.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from .environment import ROOT, SANDBOX
 
 CHECKED = ("core", "nodes", "toolbox", "benchmarks")
-ALSO_IMPORTED = ("toyworld", "tests")  # not checked themselves
+ALSO_IMPORTED = ("toyworld", "tests")  # copied but not checked
 IGNORED = (
     "incompatible-method-override",  # execute() of a V3 node names the inputs of that node
     "deprecated",
-    "not-callable",  # a torch module's attributes are Tensor | Module to the checker, whatever was assigned
+    "not-callable",  # ty infers Tensor | Module for every attribute of a torch module
 )
-OPTIONAL = ("open_clip",)  # at run time
+OPTIONAL = ("open_clip",)  # optional at run time
 FROM_COMFYUI = (
     "comfy.**",
     "comfy_api.**",
@@ -33,36 +33,36 @@ FROM_COMFYUI = (
     "server",
     "utils.**",
 )
-FROM_TESTS = ("utils.**", "playwright.**", "websocket")  # needed beside ComfyUI only
+FROM_TESTS = ("utils.**", "playwright.**", "websocket")  # needed only with ComfyUI
 
 
 def copy_sources(target: Path) -> list[str]:
-    """Copy the Python files of the checked folders; returns the folders that there are."""
+    """Copy the Python files of the checked folders; returns the existing folders."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     shutil.copy(ROOT / "__init__.py", target)
     folders = [name for name in CHECKED if (ROOT / name).is_dir()]
     for name in (*folders, *ALSO_IMPORTED):
         for path in (ROOT / name).rglob("*.py"):
-            copied = target / path.relative_to(ROOT)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copied)
+            destination = target / path.relative_to(ROOT)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, destination)
     return folders
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when the check finds nothing."""
+    """Exit code 0 if the check finds nothing."""
     project = SANDBOX.resolve() / "types"  # ty does not follow a link to the sources
     folders = copy_sources(project / "likeness")
     comfyui = Path(os.environ.get("COMFYUI_PATH") or SANDBOX / "comfyui")
-    known = (comfyui / "comfy").is_dir()
-    unresolved = OPTIONAL if known else (*OPTIONAL, *FROM_COMFYUI, *FROM_TESTS)
+    has_comfyui = (comfyui / "comfy").is_dir()
+    unresolved = OPTIONAL if has_comfyui else (*OPTIONAL, *FROM_COMFYUI, *FROM_TESTS)
     configuration = f"[analysis]\nallowed-unresolved-imports = {json.dumps(unresolved)}\n"
     (project / "ty.toml").write_text(configuration)  # also makes the copy a project of its own
     command = [
         *(str(Path(sys.executable).with_name("ty")), "check", "--no-progress", "--output-format", "concise"),
         *("--python", sys.executable, "--project", str(project)),
-        *(("--extra-search-path", str(comfyui)) if known else ()),
+        *(("--extra-search-path", str(comfyui)) if has_comfyui else ()),
         *(part for rule in IGNORED for part in ("--ignore", rule)),
         *(f"likeness/{name}" for name in ("__init__.py", *folders)),
         *arguments,

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.ezigen.adapter import batched
+from ..core.ezigen.adapter import batch_tokens
 from ..core.ezigen.artifact import read_adapter
-from ..core.ezigen.train import at_timestep, encoded
+from ..core.ezigen.train import at_timestep, subject_features
 from . import assets, comfyui, subjects, training, world
 from .pairs import encoded as latents_of
 from .pairs import subject_prompt
@@ -54,8 +54,8 @@ def worth(path: Path, count: int) -> dict[int, tuple[float, float, float]]:
     context = narrow.text(narrow.text.rows_of(token_ids(narrow.tokenizer, captions)))
     about = torch.cat([narrow.encode(subject_prompt(idn.cls)) for idn, _, _ in chosen])
     generator = torch.Generator().manual_seed(0)
-    features = encoded(network, cut_out, about, torch.randn(z[:1].shape, generator=generator).expand_as(z))
-    own, other = (batched([part.roll(shift, 0) for part in features], [1] * len(z)) for shift in (0, 1))
+    features = subject_features(network, cut_out, about, torch.randn(z[:1].shape, generator=generator).expand_as(z))
+    own, other = (batch_tokens([part.roll(shift, 0) for part in features], [1] * len(z)) for shift in (0, 1))
     noise = torch.randn(z.shape, generator=generator)
 
     def errors(timestep: int) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..toolbox.graph import Graph
-    from ..toolbox.server import Run, Server
+    from ..toolbox.server import PromptRun, Server
 
 ROOT = Path(__file__).resolve().parents[1]
 TILE, QUALITY = 192, 90
@@ -61,7 +61,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for pair in pairs for name in pair if name in wanted))
 
 
-def pictures_of(name: str, server: Server, graph: Graph, run: Run) -> list[Any]:
+def pictures_of(name: str, server: Server, graph: Graph, run: PromptRun) -> list[Any]:
     """The pictures that the graph loads, then its results; of a sweep its sheet alone."""
     from PIL import Image
 

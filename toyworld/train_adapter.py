@@ -61,7 +61,7 @@ def start_gently(adapter: Adapter, share: float = START) -> None:
     Norm and w are made smaller and what reads them larger by as much, and the outputs are zero. The published start
     adds a second self-attention to every block at once, which takes a long training to make up for.
     """
-    for name, parameter in adapter.named().items():
+    for name, parameter in adapter.published_parameters().items():
         if ".to_out." in name:
             parameter.zero_()
         else:
@@ -70,7 +70,7 @@ def start_gently(adapter: Adapter, share: float = START) -> None:
 
 def split_parameters(adapter: Adapter) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """(matrices for Muon, the rest for Adam)."""
-    parameters = list(adapter.named().values())
+    parameters = list(adapter.published_parameters().values())
     return [each for each in parameters if each.ndim == 2], [each for each in parameters if each.ndim < 2]
 
 
@@ -114,5 +114,9 @@ def main(arguments: list[str]) -> None:
             recent.clear()
         if keeper.save(step + 1, now=step + 1 == options.steps):
             average.swap()
-            assets.write("adapter", {name: value.detach().clone() for name, value in adapter.named().items()}, WORK)
+            assets.write(
+                "adapter",
+                {name: value.detach().clone() for name, value in adapter.published_parameters().items()},
+                WORK,
+            )
             average.swap()

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..toolbox.environment import ROOT, SANDBOX, Environment, Steps
-from ..toolbox.graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching
+from ..toolbox.environment import ROOT, SANDBOX, Environment, SetupSteps
+from ..toolbox.graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching_nodes
 from .mask_nodes import PLAYER, with_subject_masks
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def build_models(environment: Environment) -> Path:
         subprocess.run([str(part) for part in command], check=True, env=environment.variables())
 
     key = " ".join(line[:8] for line in listed.read_text().splitlines())
-    Steps().do("small world", f"models of the assets {key}", (MODELS / "checkpoints" / CHECKPOINT).is_file, work)
+    SetupSteps().do("small world", f"models of the assets {key}", (MODELS / "checkpoints" / CHECKPOINT).is_file, work)
     return MODELS
 
 
@@ -193,7 +193,7 @@ def store_graph(graph: Graph, base: Path, name: str) -> Path:
 
 def node_id(graph: Graph, title: str) -> str:
     """The id, as the server writes it, of the one node with this title."""
-    found = matching(graph, title)
+    found = matching_nodes(graph, title)
     if len(found) > 1:
         raise GraphError(f"{len(found)} nodes of the graph are titled {title}.")
     return str(found[0]["id"])

@@ -1,1 +1,1 @@
-"""Prompt-to-prompt: replacing a word through its cross-attention maps."""
+"""Prompt-to-prompt: replace a word through its cross-attention maps."""

@@ -1,1 +1,1 @@
-"""EZIGen: features of a subject's image, its adapter, and sampling in stages."""
+"""EZIGen: subject features from the UNet, the adapter that reads them, and sampling in stages."""

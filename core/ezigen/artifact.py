@@ -1,8 +1,8 @@
-"""Files of EZIGen's adapter: what is trained, out of the published checkpoint in each of its layouts, and our own.
+"""Files of EZIGen's adapter: our own, and the published checkpoint in all its layouts.
 
-A published checkpoint is the folder of a training run: the whole UNet of 3.7 GB with the adapter in it, sometimes a
-second file with w, sometimes names that begin with "module.". 113 tensors of these are the adapter, 5 % of the bytes;
-they keep their published names in our files.
+A published checkpoint is the folder of a training run: the whole UNet of 3.7 GB including the adapter, sometimes with a
+second file for w, sometimes with names that begin with "module.". The adapter is 113 of these tensors, 5 % of the
+bytes; they keep their published names in our files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("likeness")
 KIND = "adapter"
 MAX_BYTES = 8 << 30
 MARKERS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
-SECONDS = ("model_1.safetensors", "pytorch_model_1.bin")  # where older checkpoints keep w
+SECONDS = ("model_1.safetensors", "pytorch_model_1.bin")  # the file of w in older checkpoints
 BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+"
 PARTS = ("adapter.to_q.weight", "adapter.to_k.weight", "adapter.to_v.weight", "adapter.to_out.0.weight",
          "adapter.to_out.0.bias", "adapter_norm.weight", "adapter_norm.bias")  # fmt: skip
@@ -36,9 +36,9 @@ SAMPLED = 32  # values of each of the base's sampled weights
 
 @dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """An adapter's tensors by published names, and what is known of it.
+    """An adapter's tensors by published names, and its header.
 
-    base: the first values of some of the UNet's own weights, by published name, to tell the model that it belongs to.
+    base: the first values of some of the UNet's weights, by published name, which identify the base model.
     """
 
     tensors: dict[str, Tensor]
@@ -49,16 +49,16 @@ class StoredAdapter:
         return self.header.get("base", {})
 
     def order(self) -> list[str]:
-        """Its layers, as the UNet runs them."""
+        """Its layers in execution order."""
         layers = {name.partition(".adapter")[0] for name in self.tensors if name != WEIGHTS}
-        return by_place(layers)
+        return sort_layers(layers)
 
     def widths(self) -> list[int]:
-        """The width of every layer."""
+        """The width of each layer."""
         return [self.tensors[f"{name}.{PARTS[0]}"].shape[0] for name in self.order()]
 
     def describe(self) -> str:
-        """For people: how large it is and what it is from."""
+        """A line for the user: size, layers and training steps."""
         count = sum(value.numel() for value in self.tensors.values())
         kinds = "/".join(str(width) for width in dict.fromkeys(self.widths()))
         line = f"{len(self.tensors)} tensors, {count:,} numbers, {len(self.order())} blocks of widths {kinds}"
@@ -66,8 +66,8 @@ class StoredAdapter:
         return line + (f", {steps} steps" if steps else "")
 
 
-def by_place(layers: Iterable[str]) -> list[str]:
-    """Layers in the order in which the UNet runs them."""
+def sort_layers(layers: Iterable[str]) -> list[str]:
+    """Sort layer names in the UNet's execution order."""
     return sorted(layers, key=_place)
 
 
@@ -77,21 +77,21 @@ def _place(name: str) -> tuple[int, ...]:
 
 
 def read_adapter(path: Path) -> StoredAdapter:
-    """From our file, or a published checkpoint: a file, or the folder that training left.
+    """Read our file, or a published checkpoint: a file, or the folder of a training run.
 
-    ValueError, with the remedy, when there is no whole adapter in it.
+    ValueError, with the remedy, when it holds no complete adapter.
     """
     tensors: dict[str, Tensor] = {}
     base: dict[str, list[float]] = {}
     header: dict[str, Any] = {}
     for file in _files(path):
-        found, about = _read(file)
-        header = header or about
-        for name, value in found.items():
-            if own := NAME.search(name):
-                tensors[own[1]] = value
-            elif of_base := BASE.search(name):
-                base[of_base[1]] = value.flatten()[:SAMPLED].float().tolist()
+        contents, file_header = _read(file)
+        header = header or file_header
+        for name, value in contents.items():
+            if match := NAME.search(name):
+                tensors[match[1]] = value
+            elif base_match := BASE.search(name):
+                base[base_match[1]] = value.flatten()[:SAMPLED].float().tolist()
             elif name.rpartition(".")[2] == WEIGHTS:
                 tensors[WEIGHTS] = value
     _check_whole(path, tensors)
@@ -102,25 +102,25 @@ def read_adapter(path: Path) -> StoredAdapter:
         tensors[WEIGHTS] = torch.ones(len(layers))
     _check_shapes(path, layers, tensors)
     if not header:
-        few = sorted(base)[:: max(1, len(base) // 4)]
-        header = {"kind": KIND, "format": FORMAT, "base": {name: base[name] for name in few}, "from": path.name}
+        sample = sorted(base)[:: max(1, len(base) // 4)]
+        header = {"kind": KIND, "format": FORMAT, "base": {name: base[name] for name in sample}, "from": path.name}
     return StoredAdapter(tensors, header)
 
 
-def trained(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
-    """What was trained, as a file holds it."""
-    tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.named().items()}
+def pack_adapter(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
+    """The adapter's tensors and header as a file stores them."""
+    tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.published_parameters().items()}
     return StoredAdapter(tensors, header)
 
 
 def base_sample(layers: Sequence[str], weight: Callable[[str], Tensor]) -> dict[str, list[float]]:
-    """The header's note of the UNet that an adapter was trained in; weight(layer): its attn1.to_q.weight there."""
-    chosen = layers[:: max(1, len(layers) // 4)]
-    return {name + BASE_PART: weight(name).flatten()[:SAMPLED].float().tolist() for name in chosen}
+    """The header entry that identifies the UNet of a training; weight(layer) returns its attn1.to_q.weight."""
+    sample = layers[:: max(1, len(layers) // 4)]
+    return {name + BASE_PART: weight(name).flatten()[:SAMPLED].float().tolist() for name in sample}
 
 
 def save_adapter(path: Path, adapter: StoredAdapter, dtype: torch.dtype | None = None) -> None:
-    """As one safetensors file, in another precision where one is named; w stays float32."""
+    """Save as one safetensors file, in dtype if given; w stays float32."""
     tensors = {
         name: value.to(torch.float32 if name == WEIGHTS else dtype or value.dtype)
         for name, value in adapter.tensors.items()
@@ -141,19 +141,19 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _wanted(name: str) -> bool:
+def _is_needed(name: str) -> bool:
     return bool(NAME.search(name) or BASE.search(name)) or name.rpartition(".")[2] == WEIGHTS
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that matter of one file, and our header if it has one."""
+    """The relevant tensors of one file, and our header if it has one."""
 
-    def wanted(names: list[str]) -> list[str]:
-        return [name for name in names if _wanted(name)]
+    def choose(names: list[str]) -> list[str]:
+        return [name for name in names if _is_needed(name)]
 
     if path.suffix.lower() == ".safetensors":
-        return read_tensors(path, MAX_BYTES, wanted)
-    return {name: value.clone() for name, value in read_weights(path, MAX_BYTES, wanted).items()}, {}
+        return read_tensors(path, MAX_BYTES, choose)
+    return {name: value.clone() for name, value in read_weights(path, MAX_BYTES, choose).items()}, {}
 
 
 def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None:
@@ -161,12 +161,12 @@ def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None
         return
     check_header(path, header, KIND, "an adapter: choose a file of Extract Adapter or Train Adapter")
     base = header.get("base", {})
-    right = isinstance(base, dict) and all(
+    valid = isinstance(base, dict) and all(
         name.removesuffix(BASE_PART) in layers and isinstance(row, list) and 0 < len(row) <= SAMPLED
         and all(map(is_number, row))
         for name, row in base.items()
     )  # fmt: skip
-    if not right or not isinstance(header.get("steps", 0), int):
+    if not valid or not isinstance(header.get("steps", 0), int):
         raise ValueError(f"{path.name} has a damaged header: copy or extract it again.")
 
 

@@ -1,19 +1,20 @@
-"""Folders of images of subjects, for training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091).
+"""Folders of subject images for training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091).
 
-    <folder>/<subject>/<name>.png    an image; .jpg and .webp do too
-                       <name>.txt    its caption: images that have one are learned to be drawn
-                       <name>.mask.png  white where the subject is: images that have one are shown as the subject
-                       class.txt     the class noun, "dog"; without it the folder's name without digits at its end
+    <folder>/<subject>/<name>.png    an image; or .jpg, .webp
+                       <name>.txt    its caption; images with a caption are training targets
+                       <name>.mask.png  white where the subject is; images with a mask serve as subject images
+                       class.txt     the class noun, "dog"; default: the folder's name without trailing digits
 
-A sample is one captioned image and the subject cut out of one to four others of the same subject, each alone on
-white in a square; of a subject with a single image its own cut-out, as the published training takes it from COCO.
-An image's transparency counts as its mask where there is no file of one.
+A sample is one captioned image and the subject cut out of one to four other images of it, each alone on a white square.
+For a subject with a single image it is that image's own cut-out, as the published training does with COCO. Without a
+mask file, an image's transparency is its mask.
 
-Deviations from the published data, each with its reason: the target is cut to a square around its subject instead of
-squeezed into one, which would teach the adapter to distort; several images of a subject are shown in any number from
-one to four, theirs fills up with gray ones.
+Deviations from the published data, each with its reason: the target is cropped to a square around its subject instead
+of squeezed into one, which would teach the adapter to distort; samples have one to four subject images, while the
+reference code fills up with gray ones.
 
-Folders come from anywhere: links out of them are not followed, and what cannot be read is left out and counted.
+Folders may come from anywhere: links that lead out of them are not followed, and unreadable files are skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -38,25 +39,25 @@ from .train import MAX_SUBJECTS
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 CAPTION, MASK, CLASS = ".txt", ".mask.png", "class.txt"
 MAX_TEXT = 16_384  # bytes of a caption
-SAME_SHAPE = 0.02  # relative: how far a mask's proportions may be from its image's
+SAME_SHAPE = 0.02  # relative: tolerance between the aspect ratios of mask and image
 EXPECTED = "<folder>/<subject>/<name>.png with <name>.txt (its caption) and <name>.mask.png (white on the subject)"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image's files. shown: it has a mask, or transparency that stands for one (mask is None then)."""
+class ImageEntry:
+    """One image and its files. has_mask: it has a mask file, or transparency that serves as one (mask is then None)."""
 
     path: Path
     subject: str
     class_noun: str
     caption: str
     mask: Path | None
-    shown: bool
+    has_mask: bool
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name shown to the user."""
         return f"{self.subject}/{self.path.name}"
 
 
@@ -71,12 +72,12 @@ class Pair:
 
 
 def subject_prompt(class_noun: str) -> str:
-    """What a subject's image is encoded with, as published."""
+    """The prompt for encoding a subject image, as published."""
     return f"a photo of a {class_noun}."
 
 
 def index_of(seed: int, number: int, count: int) -> int:
-    """Which of `count` images the sample with this number in the whole run takes: every pass in an order of its own.
+    """Which of `count` images sample `number` of the run uses; every pass has its own random order.
 
     It depends on nothing else, so that neither the number of processes nor a resume changes it.
     """
@@ -84,7 +85,7 @@ def index_of(seed: int, number: int, count: int) -> int:
 
 
 def pair_generator(seed: int, number: int) -> torch.Generator:
-    """Decides which images of the subject are shown in the sample with this number."""
+    """The generator that draws the subject images of sample `number`."""
     return step_generator(seed, number, "pair")
 
 
@@ -97,26 +98,26 @@ class PairFolder:
     """The pairs of a folder, one for each captioned image."""
 
     def __init__(self, path: str | os.PathLike[str], size: int, max_subjects: int = MAX_SUBJECTS) -> None:
-        """Lists the folder and reads its captions. size: the side of all images, in pixels.
+        """List the folder and read its captions. size: the side of all images, in pixels.
 
-        ValueError, with the file that was expected, when there is no pair in it.
+        ValueError, which names the expected files, when it holds no pair.
         """
         self.path, self.size, self.max_subjects = Path(os.path.realpath(path)), size, max_subjects
         self.skipped: list[str] = []
-        """What was left out, and why; grows while images are read."""
-        self._dead: set[tuple[Path, bool]] = set()
+        """Skipped files with the reason; grows while images are read."""
+        self._unreadable: set[tuple[Path, bool]] = set()
         if not self.path.is_dir():
             raise ValueError(f"There is no folder {self.path.name}: make one of {EXPECTED}.")
-        pictures = [picture for folder in self._subjects() for picture in self._pictures(folder)]
-        self._check(pictures)
-        self._shown: dict[str, list[Picture]] = {}
-        for picture in pictures:
-            if picture.shown:
-                self._shown.setdefault(picture.subject, []).append(picture)
-        self.targets = [picture for picture in pictures if picture.caption and picture.subject in self._shown]
-        self.cut_outs = [picture for found in self._shown.values() for picture in found]
-        lonely = {picture.subject for picture in pictures} - self._shown.keys()
-        self.skipped += [f"{name}: no image of it has a mask" for name in sorted(lonely)]
+        entries = [entry for folder in self._subjects() for entry in self._entries(folder)]
+        self._check(entries)
+        self._masked: dict[str, list[ImageEntry]] = {}
+        for entry in entries:
+            if entry.has_mask:
+                self._masked.setdefault(entry.subject, []).append(entry)
+        self.targets = [entry for entry in entries if entry.caption and entry.subject in self._masked]
+        self.cut_outs = [entry for group in self._masked.values() for entry in group]
+        unmasked = {entry.subject for entry in entries} - self._masked.keys()
+        self.skipped += [f"{name}: no image of it has a mask" for name in sorted(unmasked)]
         if not self.targets:
             raise ValueError(
                 f"{self.path.name}: no subject has both a caption and a mask: each needs at least one image with "
@@ -127,77 +128,77 @@ class PairFolder:
         return len(self.targets)
 
     def pair(self, index: int, generator: torch.Generator) -> Pair:
-        """The pair of a captioned image, read anew. ValueError when no image of the folder can be read."""
-        picture, target, subjects = self.drawn(index, generator, self.target, self.cut_out)
-        return Pair(target, picture.caption, torch.stack(subjects), [picture.class_noun] * len(subjects))
+        """Read the pair of a captioned image. ValueError when no image of the folder can be read."""
+        entry, target, subjects = self.draw(index, generator, self.target, self.cut_out)
+        return Pair(target, entry.caption, torch.stack(subjects), [entry.class_noun] * len(subjects))
 
-    def drawn(
+    def draw(
         self,
         index: int,
         generator: torch.Generator,
-        target: Callable[[Picture], T | None],
-        cut_out: Callable[[Picture], T | None],
-    ) -> tuple[Picture, T, list[T]]:
-        """A captioned image, what target() makes of it, and what cut_out() makes of the images shown beside it.
+        target: Callable[[ImageEntry], T | None],
+        cut_out: Callable[[ImageEntry], T | None],
+    ) -> tuple[ImageEntry, T, list[T]]:
+        """A captioned image, target() of it, and cut_out() of each of its subject images.
 
-        Either gives None for an image that cannot be used; the next one then takes its place.
+        Both functions return None for unusable images, which are replaced by the next ones.
         """
         for number in range(index, index + len(self)):
-            picture = self.targets[number % len(self)]
-            found = target(picture)
-            if found is None:
+            entry = self.targets[number % len(self)]
+            target_value = target(entry)
+            if target_value is None:
                 continue
-            shown = self._shown[picture.subject]
-            others = [each for each in shown if each is not picture]
+            masked = self._masked[entry.subject]
+            others = [each for each in masked if each is not entry]
             order = [others[i] for i in torch.randperm(len(others), generator=generator).tolist()]
-            wanted = 1 + int(torch.randint(max(1, min(self.max_subjects, len(others))), (1,), generator=generator))
-            taken: list[T] = []
-            # Its own cut-out comes last: copying is what the adapter should not learn.
-            for each in [*order, *(own for own in shown if own is picture)]:
-                alone = each is picture and bool(taken)
-                cut = None if alone or len(taken) == wanted else cut_out(each)
-                taken += [] if cut is None else [cut]
-            if taken:
-                return picture, found, taken
+            count = 1 + int(torch.randint(max(1, min(self.max_subjects, len(others))), (1,), generator=generator))
+            cut_outs: list[T] = []
+            # Its own cut-out comes last, because the adapter should not learn to copy.
+            for each in [*order, *(same for same in masked if same is entry)]:
+                redundant = each is entry and bool(cut_outs)
+                cut = None if redundant or len(cut_outs) == count else cut_out(each)
+                cut_outs += [] if cut is None else [cut]
+            if cut_outs:
+                return entry, target_value, cut_outs
         raise ValueError(f"{self.path.name}: no pair of images can be read. {'; '.join(self.skipped[-3:])}.")
 
-    def target(self, picture: Picture) -> Tensor | None:
-        """[3, S, S] in 0..1, a square around the subject; None when it cannot be read."""
+    def target(self, entry: ImageEntry) -> Tensor | None:
+        """[3, S, S] in 0..1, a square crop around the subject; None if it cannot be read."""
 
         def read() -> Tensor:
-            image, mask = self._read(picture)
+            image, mask = self._read(entry)
             square = _square(image, mask)
             small = functional.interpolate(square[None], (self.size,) * 2, mode="bicubic", antialias=True)
             return small[0].clamp(0, 1)
 
-        return self._alive(picture, False, read)
+        return self._try_read(entry, False, read)
 
-    def cut_out(self, picture: Picture) -> Tensor | None:
-        """[3, S, S] in 0..1, the subject alone on white; None when it cannot be read."""
+    def cut_out(self, entry: ImageEntry) -> Tensor | None:
+        """[3, S, S] in 0..1, the subject alone on white; None if it cannot be read."""
 
         def read() -> Tensor:
-            image, mask = self._read(picture)
+            image, mask = self._read(entry)
             if mask is None:
                 raise ValueError("it has neither a mask nor a transparent part")
             if not bool((mask >= SUBJECT).any()):
                 raise ValueError("its mask is empty")
             return subject_crop(image.movedim(0, -1)[None], mask[None], self.size)[0].movedim(-1, 0).clamp(0, 1)
 
-        return self._alive(picture, True, read)
+        return self._try_read(entry, True, read)
 
     def state(self) -> str:
-        """Changes when a file that counts does: its contents are what is looked at."""
+        """A hash of the contents of all files in use."""
         sha = hashlib.sha256()
-        for picture in {each.path: each for each in [*self.targets, *self.cut_outs]}.values():
-            sha.update(repr((picture.name, picture.class_noun, picture.caption)).encode())
-            for path in (picture.path, picture.mask):
+        for entry in {each.path: each for each in [*self.targets, *self.cut_outs]}.values():
+            sha.update(repr((entry.name, entry.class_noun, entry.caption)).encode())
+            for path in (entry.path, entry.mask):
                 sha.update(b"-" if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).digest())
         return sha.hexdigest()
 
     def describe(self) -> str:
-        """For people: how much of it is used."""
+        """For the user: how much of the folder is used."""
         lines = [
-            f"{self.path.name}: {len(self._shown)} subjects, {len(self.targets)} captioned images, "
+            f"{self.path.name}: {len(self._masked)} subjects, {len(self.targets)} captioned images, "
             f"{len(self.cut_outs)} with a mask"
         ]
         if self.skipped:
@@ -219,7 +220,7 @@ class PairFolder:
         if loose:
             self.skipped.append("images that lie in no subject's folder")
 
-    def _pictures(self, folder: Path) -> Iterator[Picture]:
+    def _entries(self, folder: Path) -> Iterator[ImageEntry]:
         names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file() and self._usable(path)}
         noun = self._class_noun(folder, names.get(CLASS))
         if not noun:
@@ -230,43 +231,43 @@ class PairFolder:
             if extension not in EXTENSIONS or name.endswith(MASK):
                 continue
             caption, mask = self._text(names.get(stem + CAPTION)), names.get(stem + MASK)
-            shown = mask is not None or _has_alpha(path)
-            picture = Picture(path, folder.name, noun, caption, mask, shown)
+            has_mask = mask is not None or _has_alpha(path)
+            entry = ImageEntry(path, folder.name, noun, caption, mask, has_mask)
             if not caption:
-                self.skipped.append(f"{picture.name}: no caption ({path.stem}{CAPTION})")
-            if not shown:
-                self.skipped.append(f"{picture.name}: no mask ({path.stem}{MASK})")
-            yield picture
+                self.skipped.append(f"{entry.name}: no caption ({path.stem}{CAPTION})")
+            if not has_mask:
+                self.skipped.append(f"{entry.name}: no mask ({path.stem}{MASK})")
+            yield entry
 
     def _class_noun(self, folder: Path, file: Path | None) -> str:
-        written = self._text(file)
-        return written or re.sub(r"[\s_\-]*\d*$", "", folder.name).replace("_", " ").strip()
+        text = self._text(file)
+        return text or re.sub(r"[\s_\-]*\d*$", "", folder.name).replace("_", " ").strip()
 
     def _text(self, file: Path | None) -> str:
         if file is None:
             return ""
         try:
-            with file.open("rb") as opened:
-                found = opened.read(MAX_TEXT + 1)
-            if len(found) > MAX_TEXT:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_TEXT + 1)
+            if len(data) > MAX_TEXT:
                 raise ValueError(f"it is longer than {MAX_TEXT} bytes")
-            return " ".join(found.decode("utf-8-sig").split())
+            return " ".join(data.decode("utf-8-sig").split())
         except (OSError, ValueError) as error:
             self.skipped.append(f"{file.parent.name}/{file.name}: {error}")
             return ""
 
-    def _check(self, pictures: list[Picture]) -> None:
+    def _check(self, entries: list[ImageEntry]) -> None:
         name = self.path.name
-        if not pictures:
+        if not entries:
             raise ValueError(f"{name} holds no images of subjects{self._first()}: make it of {EXPECTED}.")
-        first = pictures[0]
-        for missing, wanted, what in (
-            (not any(picture.caption for picture in pictures), CAPTION, "captions"),
-            (not any(picture.shown for picture in pictures), MASK, "masks"),
+        first = entries[0]
+        for missing, suffix, kind in (
+            (not any(entry.caption for entry in entries), CAPTION, "captions"),
+            (not any(entry.has_mask for entry in entries), MASK, "masks"),
         ):
             if missing:
                 raise ValueError(
-                    f"{name} has no {what}: {first.subject}/{first.path.stem}{wanted} was expected beside "
+                    f"{name} has no {kind}: {first.subject}/{first.path.stem}{suffix} was expected beside "
                     f"{first.path.name}, and so for the others. The folder should be {EXPECTED}."
                 )
 
@@ -286,25 +287,25 @@ class PairFolder:
         same_drive = os.path.splitdrive(real)[0] == os.path.splitdrive(self.path)[0]
         return same_drive and os.path.commonpath([real, str(self.path)]) == str(self.path)
 
-    def _alive(self, picture: Picture, cut: bool, read: Callable[[], Tensor]) -> Tensor | None:
-        if (picture.path, cut) in self._dead:
+    def _try_read(self, entry: ImageEntry, cut: bool, read: Callable[[], Tensor]) -> Tensor | None:
+        if (entry.path, cut) in self._unreadable:
             return None
         try:
             return read()
         except Exception as error:  # Pillow raises many types for damaged files
-            if (picture.path, not cut) not in self._dead:
-                self.skipped.append(f"{picture.name}: {error or type(error).__name__}"[:200])
-            self._dead.add((picture.path, cut))
+            if (entry.path, not cut) not in self._unreadable:
+                self.skipped.append(f"{entry.name}: {error or type(error).__name__}"[:200])
+            self._unreadable.add((entry.path, cut))
             return None
 
-    def _read(self, picture: Picture) -> tuple[Tensor, Tensor | None]:
+    def _read(self, entry: ImageEntry) -> tuple[Tensor, Tensor | None]:
         """The image [3, H, W] on white, and its mask [H, W] or None, both in 0..1."""
-        image = _pixels(picture.path, "RGBA")
+        image = _pixels(entry.path, "RGBA")
         alpha = image[3]
         rgb = image[:3] * alpha + (1 - alpha)
-        if picture.mask is None:
+        if entry.mask is None:
             return rgb, alpha if bool((alpha < 1).any()) else None
-        mask = _pixels(picture.mask, "L")
+        mask = _pixels(entry.mask, "L")
         height, width = rgb.shape[1:]
         if abs(mask.shape[2] * height / (mask.shape[1] * width) - 1) > SAME_SHAPE:
             raise ValueError(f"its mask is {mask.shape[2]} x {mask.shape[1]}, the image {width} x {height}")
@@ -317,7 +318,7 @@ def _has_alpha(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    except Exception:  # it is found again, and counted, when it is read
+    except Exception:  # reading the file reports it
         return False
 
 
@@ -332,7 +333,7 @@ def _pixels(path: Path, mode: str) -> Tensor:
 
 
 def _square(image: Tensor, mask: Tensor | None) -> Tensor:
-    """The largest square of [3, H, W], as near to the middle of the subject as the image allows."""
+    """The largest square of [3, H, W], as close to the subject's centre as the image allows."""
     height, width = image.shape[1:]
     side = min(height, width)
     middle = [height / 2, width / 2]

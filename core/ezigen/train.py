@@ -1,16 +1,18 @@
 """Training EZIGen's adapter (Duan et al. 2024, arXiv 2409.08091): argmin || eps_theta(z_t, t, c, S) - eps ||^2.
 
-z_t is an image that shows the subject somewhere, S the features of one to four other images of it (or cut-outs of
-the same one), each alone on white, encoded at t = 1 with the prompt "a photo of a <class>.". t is uniform, the error
-is not weighted, and only the adapter is trained.
+z_t is an image that contains the subject, S the features of one to four other images of it (or cut-outs of the same
+image), each alone on white, encoded at t = 1 with the prompt "a photo of a <class>.". t is uniform, the error is not
+weighted, and only the adapter is trained.
 
-Source: the authors' train.py with its published settings. Deviations, each with its reason:
-- the subject is dropped in one sample of ten. Theirs compares the wrong way round and drops eight (DROP_PUBLISHED);
-- places without an image are hidden; theirs shows gray images there, and samples with none;
-- a batch may mix samples with any number of images; each sample is dropped, and draws its t and its noise, by itself;
+Source: the reference train.py with its published settings. Deviations, each with its reason:
+- the subject is dropped in one sample of ten. The reference code has the comparison reversed and drops eight
+  (DROP_PUBLISHED);
+- places without an image are masked; the reference code fills them with gray images, even all places of a sample;
+- a batch may mix samples with different numbers of images; each sample is dropped, and draws its t and noise,
+  independently;
 - w has no weight decay, which would fade the subject out;
-- what is random of a sample comes from (seed, number of the sample in the run) alone, so that neither the number of
-  processes nor a resume changes it.
+- a sample's random numbers depend only on (seed, index of the sample in the run), so that neither the number of
+  processes nor a resume changes them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
-from .adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, batched, dropped
+from .adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, batch_tokens, drop_subjects
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
 BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
@@ -39,18 +41,18 @@ class Network(Protocol):
     """[T], on the CPU."""
 
     def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
-        """The normed inputs [R, N_i, C_i] of all self-attentions for z [R, C, h, w]; the adapter is skipped."""
+        """The normed inputs [R, N_i, C_i] of all self-attentions for z [R, C, h, w], without the adapter."""
         ...
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
-        """[B, C, h, w], with the adapter; with a gradient to it where that is recorded."""
+        """[B, C, h, w], with the adapter, differentiable with respect to it."""
         ...
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its subject: latents as the UNet takes them, [C, h, w] and [R, C, h', w'], and the rows of their
-    prompts, [n, d] and [R, n, d].
+    """One image and its subject: latents at the UNet's scale, [C, h, w] and [R, C, h', w'], and token embeddings of
+    their prompts, [n, d] and [R, n, d].
     """
 
     latent: Tensor
@@ -61,7 +63,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random of one sample."""
+    """The random draws of one sample."""
 
     timestep: int
     dropped: bool
@@ -69,7 +71,7 @@ class Draw:
 
 
 def draw(seed: int, index: int, drop: float) -> Draw:
-    """Of the sample with this number in the whole run."""
+    """The draws of sample number `index` of the run."""
     generator = step_generator(seed, index, "adapter sample")
     timestep = int(torch.randint(TIMESTEPS, (1,), generator=generator))
     return Draw(timestep, bool(torch.rand(1, generator=generator) < drop), generator)
@@ -81,8 +83,8 @@ def at_timestep(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
 
 
-def encoded(network: Network, latents: Tensor, contexts: Tensor, noise: Tensor) -> list[Tensor]:
-    """The features of subjects' images [R, C, h, w], noised to t = 1."""
+def subject_features(network: Network, latents: Tensor, contexts: Tensor, noise: Tensor) -> list[Tensor]:
+    """The features of subject images [R, C, h, w], noised to t = 1."""
     timestep = torch.full((len(latents),), SUBJECT_TIMESTEP, device=latents.device)
     noisy = at_timestep(latents, noise, network.alphas_cumprod[SUBJECT_TIMESTEP].expand(len(latents)))
     with torch.no_grad():
@@ -90,22 +92,22 @@ def encoded(network: Network, latents: Tensor, contexts: Tensor, noise: Tensor) 
 
 
 def errors(network: Network, samples: Sequence[Sample], draws: Sequence[Draw]) -> Tensor:
-    """The squared error of each sample, [B], a mean over its latent."""
+    """The mean squared error of each sample, [B]."""
     z = torch.stack([sample.latent for sample in samples])
     noise = torch.stack([_noise(sample.latent, each.generator) for sample, each in zip(samples, draws, strict=True)])
-    # The images of one sample share one noise, as published.
+    # As published, the images of one sample share their noise.
     subject_noise = [
         _noise(sample.subjects[0], each.generator).expand_as(sample.subjects)
         for sample, each in zip(samples, draws, strict=True)
     ]
-    captured = encoded(
+    features = subject_features(
         network,
         torch.cat([sample.subjects for sample in samples]),
         torch.cat([sample.subject_contexts for sample in samples]),
         torch.cat(subject_noise),
     )
-    tokens = batched(captured, [len(sample.subjects) for sample in samples])
-    tokens = dropped(tokens, torch.tensor([each.dropped for each in draws], device=z.device))
+    tokens = batch_tokens(features, [len(sample.subjects) for sample in samples])
+    tokens = drop_subjects(tokens, torch.tensor([each.dropped for each in draws], device=z.device))
     timesteps = torch.tensor([each.timestep for each in draws])
     noisy = at_timestep(z, noise, network.alphas_cumprod[timesteps])
     context = torch.stack([sample.context for sample in samples])
@@ -119,7 +121,7 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What decides the result, next to the network and the samples."""
+    """The settings that determine the result, besides the network and the samples."""
 
     seed: int = 0
     batch: int = 1
@@ -133,9 +135,9 @@ class AdapterTraining:
     def __init__(
         self, network: Network, adapter: Adapter, sample: Callable[[int], Sample], settings: TrainingSettings
     ) -> None:
-        """sample(number in the run) gives what is learned from; the adapter is float32 and is changed."""
+        """sample(number) returns the sample of this number in the run; the adapter is float32 and trained in place."""
         self.network, self.adapter, self.sample, self.settings = network, adapter, sample, settings
-        self.parameters = adapter.named()
+        self.parameters = adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, settings.learning_rate)
         self.losses: list[float] = []
 
@@ -174,7 +176,7 @@ class AdapterTraining:
 
 
 def optimizer(parameters: dict[str, nn.Parameter], learning_rate: float = LEARNING_RATE) -> torch.optim.AdamW:
-    """AdamW with the published numbers; w without decay."""
+    """AdamW with the published settings; no weight decay for w."""
     rest = [parameter for name, parameter in parameters.items() if name != WEIGHTS]
     groups = [{"params": rest}, {"params": [parameters[WEIGHTS]], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)

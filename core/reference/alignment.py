@@ -1,10 +1,10 @@
-"""HiFi Tuner (Wang et al. 2023, arXiv 2312.00079), eq. 9 and Algorithm 4: the transform that lays one mask on another.
+"""HiFi Tuner (Wang et al. 2023, arXiv 2312.00079), eq. 9 and Algorithm 4: the transform that aligns two masks.
 
-T = Scale(theta_1) Rotate(theta_2) Translate(theta_3, theta_4), the translation acting first, fitted by gradient steps
-on the distances of nearest points. As printed, Algorithm 4 sums over the points of the reference mask alone, and any T
-that shrinks it to somewhere inside the target has no loss at all: that form is here as `literal`. The default adds the
-distances from the target's points to the reference's, which is what eq. 9 asks for, and starts from the masks' moments
-at several angles, because a wrong turn is a local minimum.
+T = Scale(theta_1) Rotate(theta_2) Translate(theta_3, theta_4), with the translation applied first, is fitted by
+gradient steps on nearest-point distances. As printed, Algorithm 4 sums over the points of the reference mask alone, so
+any T that shrinks the reference to a place inside the target has zero loss; that form is available as `literal`. The
+default adds the distances from the target's points to the reference's, as eq. 9 requires, and starts from the masks'
+moments at several angles, because a wrong rotation is a local minimum.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ COARSE_POINTS, COARSE_STEPS, STARTS = 150, 40, 12
 FINE_POINTS, FINE_STEPS, FINALISTS = 500, 60, 2
 LEARNING_RATE = 0.03
 POLISH_STEPS, POLISH_RATE = 40, 0.01
-TIE = 0.02  # of the overlap: within it the least turned counts, since balls and stars fit at many angles
+TIE = 0.02  # IoU difference that counts as a tie; the smallest rotation wins, as balls and stars fit at many angles
 LITERAL_STEPS = 300
-SMALLEST = 16  # mask pixels that a transform can be fitted to
+SMALLEST = 16  # minimum number of mask pixels
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """matrix [2, 3]: from a point (x, y) of the reference to the target, both in -1 .. 1 of a square frame whose longer
-    side is the image's. iou: of the transformed reference mask and the target mask.
+    """matrix [2, 3]: maps a point (x, y) of the reference to the target, both in -1 .. 1 of a square frame with the
+    image's longer side. iou: of the transformed reference mask and the target mask.
     """
 
     matrix: Tensor
@@ -44,7 +44,7 @@ class Alignment:
 
 
 def points(mask: Tensor) -> Tensor:
-    """The set pixels of a mask [H, W] as points [N, 2] (x, y), centred, in units of half the longer side."""
+    """The set pixels of a mask [H, W] as centred points [N, 2] (x, y), in units of half the longer side."""
     rows, columns = torch.nonzero(mask > 0.5, as_tuple=True)
     height, width = mask.shape
     half = max(height, width) / 2
@@ -59,8 +59,8 @@ def matrices(theta: Tensor) -> Tensor:
     return torch.cat([linear, linear @ theta[:, 2:, None]], 2)
 
 
-def moved(matrix: Tensor, at: Tensor) -> Tensor:
-    """Points [N, 2] or [B, N, 2] through [B, 2, 3]."""
+def transform_points(matrix: Tensor, at: Tensor) -> Tensor:
+    """Apply matrices [B, 2, 3] to points [N, 2] or [B, N, 2]."""
     return at @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
 
 
@@ -68,17 +68,17 @@ def nearest_distances(matrix: Tensor, reference: Tensor, target: Tensor, literal
     """Mean squared distance [B] of each transformed reference point to its nearest target point, and, unless literal,
     of each target point to its nearest reference point.
     """
-    at = moved(matrix, reference)
-    apart = torch.cdist(at.detach(), target.expand(at.shape[0], -1, -1))
-    loss = (at - target[apart.argmin(2)]).square().sum(2).mean(1)
+    at = transform_points(matrix, reference)
+    distances = torch.cdist(at.detach(), target.expand(at.shape[0], -1, -1))
+    loss = (at - target[distances.argmin(2)]).square().sum(2).mean(1)
     if literal:
         return loss
-    index = apart.argmin(1)[..., None].expand(-1, -1, 2)
+    index = distances.argmin(1)[..., None].expand(-1, -1, 2)
     return loss + (at.gather(1, index) - target).square().sum(2).mean(1)
 
 
-def _chosen(at: Tensor, count: int) -> Tensor:
-    """At most `count` of the points, the same ones every time."""
+def _subsample(at: Tensor, count: int) -> Tensor:
+    """At most `count` of the points, the same ones in every call."""
     if len(at) <= count:
         return at
     order = torch.randperm(len(at), generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def _descend(theta: Tensor, reference: Tensor, target: Tensor, steps: int, liter
 
 
 def _from_moments(reference: Tensor, target: Tensor, angles: Tensor) -> Tensor:
-    """Starts [len(angles), 4]: the same area and centre, at each angle."""
+    """Initial theta [len(angles), 4] for each angle: equal area and centre."""
     theta = torch.zeros(len(angles), 4)
     theta[:, 0] = math.log(math.sqrt(len(target) / len(reference)))
     theta[:, 1] = angles
@@ -108,9 +108,9 @@ def _from_moments(reference: Tensor, target: Tensor, angles: Tensor) -> Tensor:
 
 
 def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees: float = 180.0) -> Alignment:
-    """The transform that lays the reference mask [H, W] on the target mask [h, w]; values in 0..1.
+    """The transform that aligns the reference mask [H, W] with the target mask [h, w]; values in 0..1.
 
-    max_degrees limits the angles it starts from. Raises ValueError for masks without enough set pixels.
+    max_degrees limits the initial angles. ValueError for masks with too few set pixels.
     """
     for name, mask in (("reference", reference), ("target", target)):
         count = int((mask > 0.5).sum())
@@ -118,10 +118,14 @@ def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees:
             raise ValueError(
                 f"The {name} mask has {count} set pixels, {SMALLEST} are needed: check that the subject was found."
             )
-    ours, theirs = points(reference), points(target)
+    reference_xy, target_xy = points(reference), points(target)
     if literal:
         theta = _descend(
-            torch.zeros(1, 4), _chosen(ours, FINE_POINTS), _chosen(theirs, FINE_POINTS), LITERAL_STEPS, True
+            torch.zeros(1, 4),
+            _subsample(reference_xy, FINE_POINTS),
+            _subsample(target_xy, FINE_POINTS),
+            LITERAL_STEPS,
+            True,
         )
         matrix = matrices(theta)[0]
         return Alignment(matrix, overlap(reference, target, matrix))
@@ -129,29 +133,35 @@ def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees:
     angles = (
         torch.linspace(-limit, limit, STARTS + 1)[:-1] if max_degrees >= 180 else torch.linspace(-limit, limit, STARTS)
     )
-    theta = _from_moments(ours, theirs, angles)
-    few, their_few = _chosen(ours, COARSE_POINTS), _chosen(theirs, COARSE_POINTS)
-    theta = _descend(theta, few, their_few, COARSE_STEPS)
-    best = nearest_distances(matrices(theta), few, their_few, False).argsort()[:FINALISTS].tolist()
+    theta = _from_moments(reference_xy, target_xy, angles)
+    few_reference, few_target = (
+        _subsample(reference_xy, COARSE_POINTS),
+        _subsample(target_xy, COARSE_POINTS),
+    )
+    theta = _descend(theta, few_reference, few_target, COARSE_STEPS)
+    best = nearest_distances(matrices(theta), few_reference, few_target, False).argsort()[:FINALISTS].tolist()
     upright = int(theta[:, 1].abs().argmin())
     theta = _descend(
-        theta[sorted({*best, upright})], _chosen(ours, FINE_POINTS), _chosen(theirs, FINE_POINTS), FINE_STEPS
+        theta[sorted({*best, upright})],
+        _subsample(reference_xy, FINE_POINTS),
+        _subsample(target_xy, FINE_POINTS),
+        FINE_STEPS,
     )
-    theta = torch.cat([_polished(each, reference, target) for each in theta.split(1)])
-    found = [Alignment(matrix, overlap(reference, target, matrix)) for matrix in matrices(theta)]
-    most = max(alignment.iou for alignment in found)
-    return min((each for each in found if each.iou > most - TIE), key=lambda alignment: abs(alignment.degrees))
+    theta = torch.cat([_polish(each, reference, target) for each in theta.split(1)])
+    alignments = [Alignment(matrix, overlap(reference, target, matrix)) for matrix in matrices(theta)]
+    best_iou = max(alignment.iou for alignment in alignments)
+    return min((each for each in alignments if each.iou > best_iou - TIE), key=lambda alignment: abs(alignment.degrees))
 
 
-def _polished(theta: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """theta [1, 4] after gradient steps on the overlap itself, which counts border pixels as nearest points do not."""
+def _polish(theta: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """theta [1, 4] after gradient steps on the overlap itself, which counts border pixels; nearest points do not."""
     theta = theta.detach().clone().requires_grad_(True)
     optimizer = torch.optim.Adam([theta], lr=POLISH_RATE)
-    mask, wanted = reference[None, None].float(), target.float()
+    mask, goal = reference[None, None].float(), target.float()
     best, best_loss = theta.detach().clone(), math.inf
     for _ in range(POLISH_STEPS):
-        shown = warp(mask, matrices(theta)[0], (target.shape[0], target.shape[1]), "zeros")[0, 0]
-        loss = 1 - torch.minimum(shown, wanted).sum() / torch.maximum(shown, wanted).sum()
+        warped = warp(mask, matrices(theta)[0], (target.shape[0], target.shape[1]), "zeros")[0, 0]
+        loss = 1 - torch.minimum(warped, goal).sum() / torch.maximum(warped, goal).sum()
         if float(loss.detach()) < best_loss:
             best, best_loss = theta.detach().clone(), float(loss.detach())
         optimizer.zero_grad(set_to_none=True)
@@ -168,9 +178,9 @@ def overlap(reference: Tensor, target: Tensor, matrix: Tensor) -> float:
 
 
 def warp(images: Tensor, matrix: Tensor, size: tuple[int, int], outside: str = "border") -> Tensor:
-    """Images [B, C, H, W] as the transform shows them in a frame of size (h, w); outside as in grid_sample.
+    """Transform images [B, C, H, W] into a frame of size (h, w); outside is grid_sample's padding_mode.
 
-    "border" repeats the edge: black edges would be inverted along with the image.
+    "border" repeats the edge, because black edges would be inverted along with the image.
     """
     frame = _frame(images.shape[-2], images.shape[-1]), _frame(*size)
     square = torch.cat([matrix.double(), torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
@@ -181,6 +191,6 @@ def warp(images: Tensor, matrix: Tensor, size: tuple[int, int], outside: str = "
 
 
 def _frame(height: int, width: int) -> Tensor:
-    """How far an image reaches into the square frame, (x, y, 1)."""
+    """The image's extent in the square frame, (x, y, 1)."""
     longer = max(height, width)
     return torch.tensor([width / longer, height / longer, 1.0], dtype=torch.float64)

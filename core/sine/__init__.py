@@ -1,1 +1,1 @@
-"""SINE: fine-tuning on patches of one image, and the guidance that edits it."""
+"""SINE: fine-tuning on patches of one image, and guidance that edits it."""

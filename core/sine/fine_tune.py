@@ -1,19 +1,19 @@
 """SINE (Zhang et al. 2023, arXiv 2212.04489), eq. 1, fine-tuning: argmin_theta E || eps_theta(z_t, t, c) - eps ||^2.
 
-A copy of the model is over-fitted to one image and one fixed prompt: on the whole image, or on patches of it while
-a position map says where each patch lies (patches.py, position_map.py). What is trained, low-rank factors or every
-weight, is the caller's choice: here it is a table of parameters.
+A copy of the model is overfitted to one image and one fixed prompt, either on the whole image or on patches whose
+place is given by a position map (patches.py, position_map.py). The caller chooses what is trained, low-rank factors or
+all weights; here it is a table of parameters.
 
-Source: main.py, ddpm.py and the configurations of the authors. For patches their code adds a second term that the
-paper does not mention, the L1 distance of the denoised estimate, (t / T)^2 * mean | pool(x0_hat) - pool(x0) | with
-pool an average to 64 x 64; as x0_hat - x0 = -sigma_t * (eps_theta - eps), it weighs the high noise, where the layout
-is decided and where guidance is later applied.
+Source: main.py, ddpm.py and the configurations of the reference code. For patches it adds a second term that the paper
+does not mention, the L1 distance of the denoised estimate, (t / T)^2 * mean | pool(x0_hat) - pool(x0) | with pool an
+average to 64 x 64. As x0_hat - x0 = -sigma_t * (eps_theta - eps), it emphasises high noise, where the layout is decided
+and where guidance is later applied.
 
 Deviations, each with its reason:
-- x0 is the mean of the autoencoder's posterior (what ComfyUI encodes), theirs a random draw in every step;
-- patches are prepared ahead and repeat after as many steps as there are patches;
-- one or several images; a mask restricts both terms to the subject; prior preservation (DreamBooth) is there for
-  ablation, its weight is 0 as theirs.
+- x0 is the mean of the autoencoder's posterior (what ComfyUI encodes); the reference code samples it in every step;
+- patches are prepared in advance, and repeat after as many steps as there are patches;
+- one or several images; a mask restricts both terms to the subject; prior preservation (DreamBooth) exists for
+  ablation, with weight 0 as in the reference code.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from ..denoiser import PlacedDenoiser, Prompt, masked_mean, noise_error
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
 
-LEARNING_RATE = 1e-4  # of low-rank factors
-LEARNING_RATE_FULL = 1e-6  # of all weights: the paper's
-STEPS_FULL, STEPS_PATCHES = 800, 10_000  # the paper's, without and with patches
+LEARNING_RATE = 1e-4  # for low-rank factors
+LEARNING_RATE_FULL = 1e-6  # for all weights (paper)
+STEPS_FULL, STEPS_PATCHES = 800, 10_000  # without and with patches (paper)
 RECON_WEIGHT = 1.0  # scale_recon_loss of the patch configurations
-POOLED = 64  # latent pixels; a training square of 512 pixels stays as it is
-LARGE = 1 << 30  # bytes of parameters above which AdamW goes through them one by one, which holds no second copy
+POOLED = 64  # latent pixels; a training square of 512 pixels is not pooled
+LARGE = 1 << 30  # bytes of parameters above which AdamW updates them one by one, without a second copy
 
 
 @dataclass(frozen=True)
 class FineTuneSettings:
-    """What decides the result of a run, next to the model, the samples and the prompt."""
+    """The settings that determine a run's result, besides model, samples and prompt."""
 
     learning_rate: float = LEARNING_RATE
     seed: int = 0
@@ -48,11 +48,11 @@ class FineTuneSettings:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is learned from, in the order of the updates.
+    """The training data, in the order of the updates.
 
     x0 [N, C, h, w] in the model's latent space; boxes [N, 4] (y0, x0, y1, x1 in cells) or None; mask [N, 1, h, w] of
-    ones and zeros, or None. period: update s takes sample s % period. N may be less than that in a run that ends
-    before it needs them all.
+    ones and zeros, or None. period: update s uses sample s % period. N may be smaller than period if the run ends
+    before it needs all samples.
     """
 
     x0: Tensor
@@ -61,7 +61,7 @@ class Samples:
     period: int = 0
 
     def at(self, step: int, device: torch.device | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x0 [1, C, h, w], box [1, 4] and mask [1, 1, h, w] of an update."""
+        """x0 [1, C, h, w], box [1, 4] and mask [1, 1, h, w] for an update."""
         i = step % (self.period or self.x0.shape[0])
         box, mask = (None if part is None else part[i : i + 1].to(device) for part in (self.boxes, self.mask))
         return self.x0[i : i + 1].to(device), box, mask
@@ -69,7 +69,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Prior:
-    """Other images of the subject's class with a prompt of their own, so that the class is not forgotten."""
+    """Other images of the subject's class with their own prompt, so that the model does not forget the class."""
 
     samples: Samples
     prompt: Callable[[], Prompt]
@@ -102,9 +102,9 @@ class FineTune:
         settings: FineTuneSettings,
         prior: Prior | None = None,
     ) -> None:
-        """prompt() is asked before every prediction, so that a text encoder that trains too is run anew.
+        """prompt() is called before every prediction, so that a text encoder that trains too is run again.
 
-        parameters: float32 leaves that the denoiser (and prompt) depend on, by the names their state is stored under.
+        parameters: float32 leaves that the denoiser (and prompt) depend on, keyed by the names used in state().
         """
         self.denoiser, self.samples, self.prompt, self.prior = denoiser, samples, prompt, prior
         self.parameters, self.settings = dict(parameters), settings
@@ -133,11 +133,11 @@ class FineTune:
         mask: Tensor | None = None,
         recon_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 1 plus recon_weight times the second term, and the denoised estimate, for one batch."""
+        """Eq. 1 plus recon_weight times the second term, for one batch; and the denoised estimate."""
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
-        more = {} if prompt.pooled is None else {"pooled": prompt.pooled}
-        more |= {} if box is None else {"boxes": box}
-        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, prompt.context, **more)
+        inputs = {} if prompt.pooled is None else {"pooled": prompt.pooled}
+        inputs |= {} if box is None else {"boxes": box}
+        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)
         loss = masked_mean(error.float().square(), mask)
         if recon_weight:
             loss = loss + recon_weight * recon_term(denoised, x0, t, self.denoiser.sigmas.shape[0], mask)
@@ -159,7 +159,7 @@ class FineTune:
         return denoised.detach()
 
     def _gradient_norms(self) -> Tensor:
-        """Their sum; the text encoder may be on another device than the diffusion model."""
+        """The sum of all gradient norms; the text encoder may be on another device than the diffusion model."""
         devices: dict[torch.device, list[Tensor]] = {}
         for leaf in self.parameters.values():
             if leaf.grad is not None:
@@ -168,7 +168,7 @@ class FineTune:
         return torch.stack(sums).sum()
 
     def _prior(self, prior: Prior, generator: torch.Generator) -> float:
-        """The third term; its backward is its own, so that only one graph is held at a time."""
+        """The prior-preservation term, with its own backward pass so that only one graph is held at a time."""
         x0, box, mask = prior.samples.at(self.step, self.device)
         t, noise = self.draw(prior.samples, generator)
         loss = self.settings.prior_weight * self.loss(prior.prompt(), x0, t, noise, box, mask)[0]

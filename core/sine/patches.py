@@ -1,13 +1,13 @@
-"""SINE (Zhang et al. 2023, arXiv 2212.04489), sec. 3.3: the pieces of an image that patch-based fine-tuning sees.
+"""SINE (Zhang et al. 2023, arXiv 2212.04489), sec. 3.3: image patches for patch-based fine-tuning.
 
-The image is squashed to a square of cells x cells, a cell being what one latent pixel covers. A patch is a rectangle
-of whole cells, of any shape, resized to the training square. Which rectangle it was is told to the network by the
-position map (position_map.py), so that size and shape of the image are learned apart from its content.
+The image is resized to a square of cells x cells; a cell is the area of one latent pixel. A patch is a rectangle of
+whole cells, of any shape, resized to the training square. The position map (position_map.py) tells the network which
+rectangle it is, so that the image's size and shape are learned apart from its content.
 
-Source: the data set classes of the authors. Deviations, each with its reason:
-- resized as floating point numbers, theirs in 8 bits: no rounding on the way;
-- every patch is drawn from a generator of its own, so that the first n are the same however many are drawn;
-- with a mask, a patch that shows nothing of the subject is drawn again: there would be nothing to learn from it.
+Source: the dataset classes of the reference code. Deviations, each with its reason:
+- patches are resized in floating point, in 8 bits in the reference code: no intermediate rounding;
+- every patch is drawn from its own generator, so that the first n do not depend on how many are drawn;
+- with a mask, a patch that shows nothing of the subject is drawn again, since there is nothing to learn from it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 from ..fit.fit import step_generator
 
-Box = tuple[int, int, int, int]  # y0, x0, y1, x1 in cells, the ends not included
+Box = tuple[int, int, int, int]  # y0, x0, y1, x1 in cells, ends exclusive
 
-SMALLEST = 0.1  # shortest side of a patch, as a fraction of the image's
-TRIES = 100  # before a patch of a masked image is given up for the whole image
+SMALLEST = 0.1  # minimum side of a patch, as a fraction of the image's
+TRIES = 100  # draws for a patch of a masked image before the whole image is used
 
 
 def draw_box(cells: int, uniform: Callable[[], float], at_most: Callable[[int], int]) -> Box:
     """A random rectangle of the grid; both sides are drawn independently.
 
-    uniform() gives a number in [0, 1), at_most(n) an integer in 0 .. n. A side is never the whole grid, because the
-    authors round down; the whole image is a case of its own.
+    uniform() returns a number in [0, 1), at_most(n) an integer in 0 .. n. A side never spans the whole grid, because
+    the reference code rounds down; the whole image is a separate case.
     """
     height, width = (max(1, int(cells * (SMALLEST + (1 - SMALLEST) * uniform()))) for _ in range(2))
     top, left = at_most(cells - height), at_most(cells - width)
@@ -38,9 +38,9 @@ def draw_box(cells: int, uniform: Callable[[], float], at_most: Callable[[int], 
 
 
 def box_of(seed: int, index: int, cells: int, whole_image: float, shows: Callable[[Box], bool] | None = None) -> Box:
-    """The rectangle of the index-th patch; with probability whole_image the whole image.
+    """The rectangle of the index-th patch; the whole image with probability whole_image.
 
-    shows(box): whether anything of the subject is in it.
+    shows(box): whether the box contains any part of the subject.
     """
     whole = (0, 0, cells, cells)
     generator = step_generator(seed, index, "patch")
@@ -60,10 +60,11 @@ def box_of(seed: int, index: int, cells: int, whole_image: float, shows: Callabl
     return whole
 
 
-def squashed(images: Tensor, size: int) -> Tensor:
-    """Images [B, C, H, W] as squares of size x size pixels, whatever their shape was.
+def resize_to_square(images: Tensor, size: int) -> Tensor:
+    """Resize images [B, C, H, W] to size x size pixels, ignoring their aspect ratio.
 
-    Bicubic, antialiased, first along the rows and cut to 0..1 before the columns: so does Pillow, which theirs uses.
+    Bicubic and antialiased, along the rows first and clamped to 0..1 before the columns, as in Pillow, which the
+    reference code uses.
     """
     images = images.float()
     for shape in ((images.shape[-2], size), (size, size)):
@@ -72,13 +73,13 @@ def squashed(images: Tensor, size: int) -> Tensor:
 
 
 def cut(square: Tensor, box: Box, cell: int, size: int) -> Tensor:
-    """The rectangle of a square image [1, C, S, S], resized to size x size; cell: pixels of one cell."""
+    """Cut a box out of a square image [1, C, S, S] and resize it to size x size; cell: pixels per cell."""
     top, left, bottom, right = (side * cell for side in box)
-    return squashed(square[..., top:bottom, left:right], size)
+    return resize_to_square(square[..., top:bottom, left:right], size)
 
 
 def check_size(height: int, width: int, cells: int) -> None:
-    """ValueError when an image has fewer pixels than the grid has cells: patches would show single pixels."""
+    """ValueError when an image has fewer pixels than the grid has cells, so that patches would show single pixels."""
     if min(height, width) < cells:
         raise ValueError(
             f"The image has {width} x {height} pixels, less than the {cells} x {cells} cells that patches are cut "

@@ -1,13 +1,12 @@
-"""SINE (Zhang et al. 2022, arXiv 2212.04489), section 3.3: the map that tells the network where in the image a patch
-lies.
+"""SINE (Zhang et al. 2022, arXiv 2212.04489), section 3.3: the map that tells the network a patch's place in the image.
 
-The paper names a Fourier embedding of v = [h1, w1, h2, w2]; the authors' code adds something else to the first
-convolution's output, and that is what their models are trained with: a sinusoid of the integer index of every cell of 8
+The paper describes a Fourier embedding of v = [h1, w1, h2, w2]. The reference code, with which the paper's models are
+trained, adds something else to the first convolution's output: a sinusoid of the integer index of every cell of 8
 pixels, half of the channels for the column (x) and half for the row (y). A patch gets the part of the grid that its box
-covers, stretched to the size of its latent; no box means the whole grid. Nothing of it is learned.
+covers, resized to its latent; no box means the whole grid. Nothing in it is learned.
 
-Source: ldm/modules/position_encoding.py and UNetModelPatch of the authors. Their `center_shift` has no effect, and a
-grid larger than their table of 128 rows is rebuilt silently; both are left out here.
+Source: ldm/modules/position_encoding.py and UNetModelPatch of the reference code. Its `center_shift` has no effect, and
+it silently rebuilds its table for grids of more than 128 rows; both are left out here.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CELLS = 128  # per side: 1024 pixels in cells of 8, of which a patch of 512 pixels is cut and enlarged
-INTERPOLATIONS = ("bilinear", "nearest")  # the authors' configurations for photographs and for paintings
+CELLS = 128  # per side: 1024 pixels in cells of 8, from which patches are cut and resized to 512 pixels
+INTERPOLATIONS = ("bilinear", "nearest")  # the reference configurations for photographs and for paintings
 MAX_CELLS = 1024
 BASE = 10_000.0
-MARKER = "likeness.needs_position_map"  # in a file of weights that were trained with it: [cells, interpolation]
+MARKER = "likeness.needs_position_map"  # in files of weights trained with a map: [cells, interpolation]
 
 
 def whole_box(cells: int) -> Tensor:
@@ -46,9 +45,9 @@ def position_map(
 ) -> Tensor:
     """The maps [B, channels, h, w] float32 of boxes [B, 4], each (y0, x0, y1, x1) in cells, for latents of size (h, w).
 
-    They are on the device of the boxes. Boxes need not end between cells: a window of a larger image seldom does.
-    They are then widened to whole cells. Raises ValueError for a box outside of the grid, or channels that do not
-    divide into sin and cos of x and y.
+    The maps are on the device of the boxes. Boxes need not end at cell borders, as with a window of a larger image;
+    they are then extended to whole cells. ValueError for a box outside the grid, or channels that do not divide into
+    sin and cos of x and y.
     """
     if channels % 4:
         raise ValueError(f"The model's first layer has {channels} channels; a position map needs a multiple of 4.")
@@ -59,7 +58,7 @@ def position_map(
 
 
 def _part(table: Tensor, box: list[float], size: tuple[int, int], interpolation: str) -> Tensor:
-    """[1, channels, h, w]. Each half varies along one axis only, so each is stretched along that one alone."""
+    """[1, channels, h, w]. Each half varies along one axis only, so each is resized along that axis alone."""
     cells = table.shape[-1]
     y0, x0, y1, x1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     if not (0 <= y0 < y1 <= cells and 0 <= x0 < x1 <= cells):
@@ -78,14 +77,14 @@ def _line(part: Tensor, length: int, interpolation: str) -> Tensor:
 
 
 def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
-    """The tensor by which a file says which position map its weights need."""
+    """The tensor in a file that states which position map its weights need."""
     return {MARKER: torch.tensor([float(cells), float(INTERPOLATIONS.index(interpolation))])}
 
 
 def needed_map(tensors: Mapping[str, Tensor], name: str = "The LoRA") -> tuple[int, str] | None:
-    """Cells and interpolation of the position map that weights need; None without one.
+    """Cells and interpolation of the position map that weights need; None if they need none.
 
-    ValueError, with what the weights are called, for a marker that names no possible map.
+    ValueError, which names the weights, for a marker of an impossible map.
     """
     if MARKER not in tensors:
         return None

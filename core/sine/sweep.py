@@ -1,7 +1,8 @@
-"""The K x v grid of SINE (Zhang et al. 2023, arXiv 2212.04489, Fig. 7 to 9, 19 to 21): settings, and where results go.
+"""The K x v grid of SINE (Zhang et al. 2023, arXiv 2212.04489, Fig. 7 to 9, 19 to 21): settings, and order of results.
 
-v, base_weight, is the base model's share of the guided prediction; K is where the guidance ends, here as end_percent of
-ComfyUI's schedule: 0.6 is the paper's K = 400 of 999. Rows of the grid are end_percents, columns are base_weights.
+v, the base_weight, is the base model's share of the guided prediction. K is where the guidance ends, here given as
+end_percent of ComfyUI's schedule: 0.6 is the paper's K = 400 of 999. Rows of the grid are end_percents, columns are
+base_weights.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ _NUMBER = re.compile(r"[+-]?(\d{1,12}\.?\d{0,12}|\.\d{1,12})([eE][+-]?\d{1,2})?"
 
 
 def numbers(text: str, name: str) -> list[float]:
-    """'0.3, 0.5 0.7' -> [0.3, 0.5, 0.7], in the given order. ValueError for anything but different numbers in 0..1."""
+    """'0.3, 0.5 0.7' -> [0.3, 0.5, 0.7], in this order. ValueError for anything but distinct numbers in 0..1."""
     if len(text) > MOST_TEXT:
         raise ValueError(f"{name} is a text of {len(text)} characters: give up to {MOST_NUMBERS} numbers.")
-    found: list[float] = []
+    values: list[float] = []
     for word in re.split(r"[\s,;]+", text.strip(" \t\r\n,;")):
         if not word:
             raise ValueError(f"{name} is empty: give numbers from 0 to 1, such as '0.3, 0.5, 0.7'.")
@@ -31,16 +32,16 @@ def numbers(text: str, name: str) -> list[float]:
         value = float(word) + 0.0  # -0 becomes 0
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} holds {word[:40]}: give numbers from 0 to 1, with a point for the decimals.")
-        if value in found:
+        if value in values:
             raise ValueError(f"{name} holds {value:g} twice: give each number once.")
-        found.append(value)
-    if len(found) > MOST_NUMBERS:
-        raise ValueError(f"{name} holds {len(found)} numbers: give {MOST_NUMBERS} at most.")
-    return found
+        values.append(value)
+    if len(values) > MOST_NUMBERS:
+        raise ValueError(f"{name} holds {len(values)} numbers: give {MOST_NUMBERS} at most.")
+    return values
 
 
 def pairs(base_weights: Sequence[float], end_percents: Sequence[float]) -> list[tuple[float, float]]:
-    """All (base_weight, end_percent), row by row of the grid: the base weight runs fastest."""
+    """All (base_weight, end_percent) pairs in row-major order; the base weight varies fastest."""
     count = len(base_weights) * len(end_percents)
     if count > MOST_PAIRS:
         raise ValueError(
@@ -51,27 +52,27 @@ def pairs(base_weights: Sequence[float], end_percents: Sequence[float]) -> list[
 
 
 def timestep(end_percent: float) -> int:
-    """The paper's K for a percent: of SD's 1000 timesteps; for other schedules a fraction of 999."""
+    """The paper's K for a percent, in SD's 1000 timesteps; for other schedules a fraction of 999."""
     return round((1.0 - end_percent) * LAST_TIMESTEP)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each result lies. places: index of the result in [row][column], None where there is none."""
+    """The grid of results. places: index of the result at [row][column], or None."""
 
     base_weights: tuple[float, ...]
     end_percents: tuple[float, ...]
     places: tuple[tuple[int | None, ...], ...]
 
     def over_base_weight(self, values: Sequence[float]) -> list[list[tuple[float, float]]]:
-        """For each end_percent the points (base_weight, value)."""
+        """The points (base_weight, value) for each end_percent."""
         return [
             [(x, values[at]) for x, at in zip(self.base_weights, row, strict=True) if at is not None]
             for row in self.places
         ]
 
     def over_end_percent(self, values: Sequence[float]) -> list[list[tuple[float, float]]]:
-        """For each base_weight the points (end_percent, value)."""
+        """The points (end_percent, value) for each base_weight."""
         return [
             [(x, values[at]) for x, at in zip(self.end_percents, column, strict=True) if at is not None]
             for column in zip(*self.places, strict=True)
@@ -79,7 +80,7 @@ class Grid:
 
 
 def grid(base_weights: Sequence[float], end_percents: Sequence[float]) -> Grid:
-    """Sort results into the grid by their settings: result i was made with base_weights[i] and end_percents[i]."""
+    """Sort results into the grid by their settings; result i belongs to base_weights[i] and end_percents[i]."""
     if len(base_weights) != len(end_percents) or not base_weights:
         raise ValueError(
             f"{len(base_weights)} base weights came with {len(end_percents)} end percents: connect both outputs of "
@@ -97,10 +98,10 @@ def grid(base_weights: Sequence[float], end_percents: Sequence[float]) -> Grid:
 
 
 def one_for_each(images: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Batches [B, H, W, C] -> `count` images [H, W, C]; ValueError when there are more or fewer."""
-    pictures = [picture for batch in images for picture in batch]
-    if len(pictures) != count:
+    """Batches [B, H, W, C] -> `count` images [H, W, C]; ValueError for another number of images."""
+    singles = [image for batch in images for image in batch]
+    if len(singles) != count:
         raise ValueError(
-            f"{len(pictures)} images came for {count} pairs: give one for each pair, from a latent of batch size 1."
+            f"{len(singles)} images came for {count} pairs: give one for each pair, from a latent of batch size 1."
         )
-    return pictures
+    return singles

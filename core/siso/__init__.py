@@ -1,1 +1,1 @@
-"""SISO: optimizing a LoRA against the similarity of the images that it makes."""
+"""SISO: optimize a LoRA for the similarity of its generated images to a subject."""

@@ -1,22 +1,22 @@
-"""SISO (Shpitzer et al. 2025, arXiv 2503.16025), eq. 2: a LoRA optimised against the likeness of the generated image.
+"""SISO (Shpitzer et al. 2025, arXiv 2503.16025), eq. 2: a LoRA optimised for the generated image's similarity.
 
     argmin_theta  - a cos(f(x_theta), f(s)) - b cos(g(x_theta), g(s))  [+ c || (1 - m) (x_theta - x) ||^2 / |1 - m|]
 
-x_theta is generated anew in each iteration, from the same noise and the same simple prompt, and decoded with a
-gradient; s is the subject's image, f and g are frozen vision models. The last term (eq. 3) is for editing: outside of
-the mask m the image x stays. There is no loss on predicted noise.
+x_theta is generated again in each iteration, from the same noise and the same simple prompt, and decoded with a
+gradient; s is the subject's image, f and g are frozen vision models. The last term (eq. 3) is for editing: it keeps the
+image x outside the mask m. There is no loss on predicted noise.
 
-Source: the authors' scripts. Deviations, each with its reason:
-- image, loss and weights of the same iteration are kept. Theirs may keep them of three different ones, and their
-  "best" weights are references that later steps overwrite; LAST gives what is in their files;
-- a new best must be below the last one by 3 % of its size. Theirs multiplies by 1.03, which is the same for negative
-  losses and lets positive ones rise for ever;
-- the vision models are asked one after the other, each down to the pixels, and the sum goes back through the generator
-  once: the same gradient, with no two of their graphs alive together;
-- their SDXL and Sana compute in float32, FLUX in bf16; the host computes in what ComfyUI chose, which saves half of the
-  memory: an fp16 model in bf16 on a GPU, since gradients vanish in fp16, but in float32 for editing, which is to begin
-  at the very image that was inverted; the autoencoder mostly in bf16. The LoRA is float32 always;
-- where several references are given, the cosine is the mean over them, as in their code.
+Source: the reference scripts. Deviations, each with its reason:
+- image, loss and weights are stored from the same iteration. The reference code may store them from three different
+  ones, and its "best" weights are references that later steps overwrite; LAST gives what is in its files;
+- a new best must be below the previous one by 3 % of its magnitude. The reference code multiplies by 1.03, which is the
+  same for negative losses and lets positive ones rise without bound;
+- each vision model's backward pass runs separately, down to the pixels, and the sum goes back through the generator
+  once: the same gradient, with only one of their graphs in memory at a time;
+- the reference code computes SDXL and Sana in float32, FLUX in bf16. The host uses ComfyUI's precision, which saves
+  half of the memory: an fp16 model runs in bf16 on a GPU, since gradients vanish in fp16, but in float32 for editing,
+  which must start from exactly the inverted image; the autoencoder mostly in bf16. The LoRA is always float32;
+- with several references, the cosine is the mean over them, as in the reference code.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from ..lora.low_rank import TEXT_PREFIX
 from ..vision.measures import cosine
 
 ITERATIONS = 50
-THRESHOLD, PATIENCE = 3.0, 7  # percent, and iterations
+THRESHOLD, PATIENCE = 3.0, 7  # percent; iterations
 RANK = 4
 MAX_NORM = 1.0  # of the gradient
 BACKGROUND = 10.0  # c
 Keep = Literal["best", "last"]
 OptimizerName = Literal["AdamW", "Prodigy"]
 Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""Groups of parameters, each with its lr and weight_decay -> an optimiser whose state is tensors and numbers."""
+"""Parameter groups, each with its lr and weight_decay -> an optimiser whose state is tensors and numbers."""
 
 Term = Callable[[Tensor], Tensor]
-"""Images [1, 3, H, W] in 0..1 -> a loss of one number."""
+"""Image [1, 3, H, W] in 0..1 -> scalar loss."""
 
 
-def unlikeness(features: Tensor, references: Tensor) -> Tensor:
-    """- mean cos of features [1, D] with those of the references [N, D]; -1 when equal."""
+def similarity_loss(features: Tensor, references: Tensor) -> Tensor:
+    """- mean cosine between features [1, D] and those of the references [N, D]; -1 if equal."""
     return -cosine(features.expand(len(references), -1), references).mean()
 
 
 def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of images [1, C, H, W] outside of a mask [1, 1, H, W] of ones and zeros.
+    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and zeros.
 
-    ValueError when the mask leaves nothing outside.
+    ValueError when the mask covers everything.
     """
     outside = 1 - mask
     count = outside.sum() * image.shape[1]
@@ -65,17 +65,17 @@ def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
 
 class Plateau:
-    """When to stop: after `patience` iterations in a row without a loss below the best by `threshold` percent.
+    """Early stopping after `patience` consecutive iterations without a loss below the best by `threshold` percent.
 
-    published: the authors' rule, which takes a percentage of the loss itself.
+    published: the rule of the reference code, which takes a percentage of the loss itself.
     """
 
     def __init__(self, threshold: float = THRESHOLD, patience: int = PATIENCE, published: bool = False) -> None:
         self.threshold, self.patience, self.published = threshold, patience, published
         self.best, self.count, self.longest = math.inf, 0, 0
 
-    def see(self, loss: float) -> bool:
-        """Whether this loss is such an improvement."""
+    def update(self, loss: float) -> bool:
+        """Add a loss; returns whether it is an improvement by the threshold."""
         margin = self.threshold / 100
         if self.published or self.best == math.inf:
             limit = self.best * (1 + margin)
@@ -88,39 +88,39 @@ class Plateau:
 
     @property
     def over(self) -> bool:
-        """Whether it is, or has been, time to stop."""
+        """Whether the stopping condition holds or has held before."""
         return self.longest >= self.patience
 
 
 @dataclass(frozen=True)
 class SisoSettings:
-    """What decides the result, next to the generator and the terms. patience 0 never stops early.
+    """The settings that determine the result, besides the generator and the terms. patience 0 never stops early.
 
-    threshold and patience say how far a run goes, and nothing of what each of its iterations is.
+    threshold and patience only determine the length of a run, not its iterations.
     """
 
     learning_rate: float = 2e-4
     weight_decay: float = 1e-2
-    text_rate: float = 2e-4  # of parameters whose name begins with TEXT_PREFIX
+    text_rate: float = 2e-4  # for parameters whose name begins with TEXT_PREFIX
     text_decay: float = 1e-2
     threshold: float = THRESHOLD
     patience: int = PATIENCE
     optimizer: OptimizerName = "AdamW"
 
     def plateau(self, losses: Sequence[float] = ()) -> Plateau:
-        """The rule, after these losses."""
+        """The stopping rule, after these losses."""
         rule = Plateau(self.threshold, self.patience)
         for loss in losses:
-            rule.see(loss)
+            rule.update(loss)
         return rule
 
-    def end(self, rule: Plateau) -> bool:
-        """Whether a run is at its end by itself."""
+    def should_stop(self, rule: Plateau) -> bool:
+        """Whether early stopping ends a run."""
         return bool(self.patience) and rule.over
 
 
 class Siso:
-    """The optimisation of named parameters; a Fit (see fit/fit.py) of one iteration an update."""
+    """The optimisation of named parameters; a Fit (see fit/fit.py) with one iteration per update."""
 
     def __init__(
         self,
@@ -130,8 +130,8 @@ class Siso:
         settings: SisoSettings,
         optimizer: Optimizer = torch.optim.AdamW,
     ) -> None:
-        """generate() gives the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: what the
-        settings name.
+        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: the one that
+        the settings name.
         """
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
         text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT_PREFIX)]
@@ -143,10 +143,10 @@ class Siso:
         self.optimizer = optimizer([group for group in groups if group["params"]])
         self.plateau = settings.plateau()
         self.losses: list[float] = []
-        self.parts: list[list[float]] = []  # of each iteration, a number for each term
-        self.best: dict[str, Tensor] = {}  # parameters that made the best image
-        self.images: list[Tensor] = []  # of each iteration, uint8 [1, 3, H, W] on the CPU
-        self.image: Tensor | None = None  # the best one, [1, 3, H, W]
+        self.parts: list[list[float]] = []  # per iteration, the value of each term
+        self.best: dict[str, Tensor] = {}  # parameters of the best image
+        self.images: list[Tensor] = []  # per iteration, uint8 [1, 3, H, W] on the CPU
+        self.image: Tensor | None = None  # the best image, [1, 3, H, W]
 
     @property
     def step(self) -> int:
@@ -154,13 +154,13 @@ class Siso:
 
     @property
     def best_step(self) -> int:
-        """Number of the iteration with the lowest loss, from 0."""
+        """Index of the iteration with the lowest loss, from 0."""
         return min(range(self.step), key=self.losses.__getitem__)
 
     @property
     def done(self) -> bool:
-        """Whether the losses stay where they are."""
-        return self.settings.end(self.plateau)
+        """Whether the losses have stopped falling."""
+        return self.settings.should_stop(self.plateau)
 
     def update(self) -> Tensor:
         image = self.generate()
@@ -177,14 +177,14 @@ class Siso:
         self.optimizer.zero_grad(set_to_none=True)
         image.backward(pixels.grad)
         finite_or_raise(nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM), self.step, "gradient")
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        parameters = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer.step()
         if not self.losses or value < min(self.losses):
-            self.best, self.image = kept, pixels.detach()
+            self.best, self.image = parameters, pixels.detach()
         self.losses.append(value)
         self.parts.append(parts)
         self.images.append((255 * pixels.detach()).round().byte().cpu())
-        self.plateau.see(value)
+        self.plateau.update(value)
         return pixels.detach()
 
     def state(self) -> dict[str, Tensor]:
@@ -210,6 +210,6 @@ class Siso:
         self.image = state["picture"].to(device) if "picture" in state else None
         self.losses, self.parts = state["losses"].tolist(), state["parts"].tolist()
         self.images = list(state["pictures"].split(1))
-        self.plateau = self.settings.plateau(self.losses)  # the settings of now: another patience goes on with the run
+        self.plateau = self.settings.plateau(self.losses)  # current settings: a run resumes with another patience
         restore_adam(self.optimizer, state)
         restore_groups(self.optimizer, state)

@@ -239,12 +239,12 @@ def _pictures() -> tempfile.TemporaryDirectory:
 
 def _fit_adapter(setting: Setting, *, steps: int = STEPS, learning_rate: float = 1e-3, seed: int = 0):
     """An adapter of the model's own, with one image a step."""
-    from likeness.core.ezigen.host.train import Plan, Trainee, train_adapter
+    from likeness.core.ezigen.host.train import AdapterPlan, TrainingModels, train_adapter
     from likeness.core.ezigen.subject_pairs import PairFolder
     from likeness.core.ezigen.train import TrainingSettings
 
-    trainee = Trainee(setting.model, _text_encoder(), autoencoder())
-    pairs, plan = PairFolder(Path(_pictures().name), 64, 1), Plan(64, steps, 1, False)
+    trainee = TrainingModels(setting.model, _text_encoder(), autoencoder())
+    pairs, plan = PairFolder(Path(_pictures().name), 64, 1), AdapterPlan(64, steps, 1, False)
     settings = TrainingSettings(batch=1, learning_rate=learning_rate, seed=seed)
     with torch.inference_mode(), mock.patch("likeness.core.ezigen.host.train.CHECKED", 2):
         adapter, losses, _ = train_adapter(trainee, pairs, plan, settings)
@@ -252,10 +252,10 @@ def _fit_adapter(setting: Setting, *, steps: int = STEPS, learning_rate: float =
 
 
 def _apply_adapter(setting: Setting, adapter, strength: float):
-    from likeness.core.ezigen.host.adapter import encode_subject, prepared, with_adapter
+    from likeness.core.ezigen.host.adapter import encode_subject, prepare_images, with_adapter
 
     with torch.inference_mode():
-        seen = prepared(setting.image[:1], torch.ones(1, *setting.image.shape[1:3]), 64, 0.1)
+        seen = prepare_images(setting.image[:1], torch.ones(1, *setting.image.shape[1:3]), 64, 0.1)
         subject = encode_subject(setting.model, autoencoder(), setting.source, seen, 0)
         model = with_adapter(setting.model, adapter, subject, strength=strength)
     return model, setting.target, setting.empty

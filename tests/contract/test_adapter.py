@@ -17,24 +17,24 @@ FAMILIES = ["sd1", "sdxl"]
 
 def stored(model, seed: int = 0, header: dict | None = None):
     """An adapter as training starts it, moved a little."""
-    from likeness.core.ezigen.artifact import trained
+    from likeness.core.ezigen.artifact import pack_adapter
     from likeness.core.ezigen.host.layers import new_adapter
 
     generator = torch.Generator().manual_seed(seed)
-    found = trained(new_adapter(model.model), header or {})
+    found = pack_adapter(new_adapter(model.model), header or {})
     for value in found.tensors.values():
         value += 0.05 * torch.randn(value.shape, generator=generator)
     return found
 
 
 def subject(setting: Setting, seed: int = 0, images: int = 1):
-    from likeness.core.ezigen.host.adapter import encode_subject, prepared
+    from likeness.core.ezigen.host.adapter import encode_subject, prepare_images
 
     pictures = torch.rand(images, 40, 64, 3, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(images, 40, 64)
     mask[:, 8:32, 10:50] = 1.0
     with torch.inference_mode():
-        ready = prepared(pictures, mask, 64, 0.1)
+        ready = prepare_images(pictures, mask, 64, 0.1)
         return encode_subject(setting.model, autoencoder(), setting.source, ready, seed)
 
 
@@ -162,7 +162,7 @@ def test_the_positive_prompt_alone_in_any_guider(monkeypatch):
 
     def spy(run, h, options):
         places = zip(options["cond_or_uncond"], options["uuids"], strict=True)
-        seen.update((place, name in run.left_out) for place, name in places)
+        seen.update((place, name in run.excluded) for place, name in places)
         return called(run, h, options)
 
     monkeypatch.setattr(host._Run, "__call__", spy)
@@ -212,8 +212,8 @@ def test_batches_and_several_pictures():
     noise_first = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(SEED))[:1]
     assert torch.equal(noise_first, torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(SEED)))
     torch.testing.assert_close(together[:1], alone, atol=2e-3, rtol=0)
-    both = sampled(setting, applied(setting, adapter, one.with_more(two)))
-    turned = sampled(setting, applied(setting, adapter, two.with_more(one)))
+    both = sampled(setting, applied(setting, adapter, one.with_subject(two)))
+    turned = sampled(setting, applied(setting, adapter, two.with_subject(one)))
     torch.testing.assert_close(both, turned, atol=2e-3, rtol=0)
     assert float((both - alone).abs().max()) > 1e-2
 
@@ -296,11 +296,11 @@ def test_what_does_not_belong_together_is_refused():
 
 
 def test_adapter_of_another_model_of_the_same_shape_is_said(caplog):
-    from likeness.core.ezigen.host.adapter import base_sample
+    from likeness.core.ezigen.host.adapter import model_base_sample
 
     caplog.set_level(logging.WARNING, logger="likeness")
     one, other = Setting(), Setting(model_seed=1)
-    own = stored(one.model, header={"base": base_sample(one.model)})
+    own = stored(one.model, header={"base": model_base_sample(one.model)})
     applied(one, own)
     assert "another model" not in caplog.text
     applied(other, own, subject(other))
@@ -308,31 +308,31 @@ def test_adapter_of_another_model_of_the_same_shape_is_said(caplog):
 
 
 def test_prepared_pictures(caplog):
-    from likeness.core.ezigen.host.adapter import prepared
+    from likeness.core.ezigen.host.adapter import prepare_images
 
     caplog.set_level(logging.WARNING, logger="likeness")
     image = torch.full((1, 40, 60, 3), 0.2)
     mask = torch.zeros(1, 40, 60)
     mask[:, 10:20, 20:40] = 1.0
-    ready = prepared(image, mask, 64, 0.0)
+    ready = prepare_images(image, mask, 64, 0.0)
     assert ready.shape == (1, 64, 64, 3) and float(ready[0, 32, 32].max()) < 0.25
     assert float(ready[0, 4].min()) > 0.95 and float(ready[0, -4].min()) > 0.95  # white above and below
     alpha = torch.cat([image, mask[..., None]], -1)
-    torch.testing.assert_close(prepared(alpha, None, 64, 0.0), ready)
+    torch.testing.assert_close(prepare_images(alpha, None, 64, 0.0), ready)
     assert not caplog.text
-    whole = prepared(image, None, 64, 0.1)
+    whole = prepare_images(image, None, 64, 0.1)
     assert float(whole[0, 2].min()) > 0.95 and float(whole[0, 32].max()) < 0.3
     assert "no white background" in caplog.text
     nothing = torch.zeros(1, 64, 64)  # as Load Image gives where nothing was painted
     with pytest.raises(ValueError, match="mask is empty.*no white background: paint"):
-        prepared(image, nothing, 64, 0.1)
+        prepare_images(image, nothing, 64, 0.1)
     white = torch.where(mask[..., None] > 0, image, 1.0)
-    torch.testing.assert_close(prepared(white, nothing, 64, 0.1), prepared(white, None, 64, 0.1))
-    torch.testing.assert_close(prepared(alpha, nothing, 64, 0.0), ready)
+    torch.testing.assert_close(prepare_images(white, nothing, 64, 0.1), prepare_images(white, None, 64, 0.1))
+    torch.testing.assert_close(prepare_images(alpha, nothing, 64, 0.0), ready)
     with pytest.raises(ValueError, match="The mask is empty.*: paint"):
-        prepared(image.expand(2, -1, -1, -1), torch.cat([mask, 0 * mask]), 64, 0.1)
+        prepare_images(image.expand(2, -1, -1, -1), torch.cat([mask, 0 * mask]), 64, 0.1)
     with pytest.raises(ValueError, match="one for each"):
-        prepared(image, mask.expand(3, -1, -1), 64, 0.1)
+        prepare_images(image, mask.expand(3, -1, -1), 64, 0.1)
 
 
 def test_a_name_that_comes_by_a_link_is_not_refused_before_it_is_known():
@@ -422,7 +422,7 @@ def test_the_published_size(more, heads):
     assert [place.layer.heads for place in found] == expected
     with torch.device("meta"):
         adapter = Adapter([place.layer for place in found])
-    named = adapter.named()
+    named = adapter.published_parameters()
     assert len(named) == 113 and sum(value.numel() for value in named.values()) == 49_599_056
     assert StoredAdapter(named).order() == [place.layer.name for place in found]
     blocks = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", n) for n in range(3, 12)]
@@ -431,22 +431,22 @@ def test_the_published_size(more, heads):
 
 def test_a_mask_of_the_surroundings_and_one_of_another_proportion():
     """Load Image gives the transparent part of an image as its mask, which is all but the subject."""
-    from likeness.core.ezigen.host.adapter import prepared
+    from likeness.core.ezigen.host.adapter import prepare_images
 
     picture = torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 40, 60)
     mask[:, 10:30, 20:50] = 1.0
-    assert torch.equal(prepared(picture, 1 - mask, 64, 0.1), prepared(picture, mask, 64, 0.1))
+    assert torch.equal(prepare_images(picture, 1 - mask, 64, 0.1), prepare_images(picture, mask, 64, 0.1))
     with pytest.raises(ValueError, match="64 x 40 pixels, its image 60 x 40"):
-        prepared(picture, torch.ones(1, 40, 64), 64, 0.1)
+        prepare_images(picture, torch.ones(1, 40, 64), 64, 0.1)
 
 
 def test_a_lora_on_the_model_is_no_other_base(caplog):
     """Neither for what is noted of a model nor for what is compared with it, before and after it was loaded."""
-    from likeness.core.ezigen.host.adapter import base_sample
+    from likeness.core.ezigen.host.adapter import model_base_sample
 
     setting = Setting()
-    before = base_sample(setting.model)
+    before = model_base_sample(setting.model)
     adapter = stored(setting.model, header={"base": before})
     about, tuned = subject(setting), setting.model.clone()
     names = [name for name in setting.model.model.state_dict() if name.endswith("attn1.to_q.weight")]
@@ -457,7 +457,7 @@ def test_a_lora_on_the_model_is_no_other_base(caplog):
     caplog.clear()
     setting.model = tuned
     applied(setting, adapter, about)
-    assert "another model of this shape" not in caplog.text and base_sample(tuned) == before
+    assert "another model of this shape" not in caplog.text and model_base_sample(tuned) == before
 
 
 def test_the_same_adapter_in_another_part_of_the_steps():

@@ -38,9 +38,9 @@ class Job:
         self.max_subjects = 2
 
     def trainee(self):
-        from likeness.core.ezigen.host.train import Trainee
+        from likeness.core.ezigen.host.train import TrainingModels
 
-        return Trainee(self.model, self.clip, autoencoder(), self.start)
+        return TrainingModels(self.model, self.clip, autoencoder(), self.start)
 
     def pairs(self):
         from likeness.core.ezigen.subject_pairs import PairFolder
@@ -48,10 +48,10 @@ class Job:
         return PairFolder(self.folder, SIZE, self.max_subjects)
 
     def train(self, steps: int = STEPS, checkpointing: bool = False, **settings):
-        from likeness.core.ezigen.host.train import Plan, train_adapter
+        from likeness.core.ezigen.host.train import AdapterPlan, train_adapter
         from likeness.core.ezigen.train import TrainingSettings
 
-        plan = Plan(SIZE, steps, self.max_subjects, checkpointing)
+        plan = AdapterPlan(SIZE, steps, self.max_subjects, checkpointing)
         chosen = TrainingSettings(**{"batch": 2, "learning_rate": 1e-3, **settings})
         with torch.inference_mode():
             return train_adapter(self.trainee(), self.pairs(), plan, chosen)
@@ -59,11 +59,11 @@ class Job:
     def network(self):
         """The model as a Network with a new adapter, and the samples of its folder."""
         from likeness.core.ezigen.host.layers import UNet, new_adapter
-        from likeness.core.ezigen.host.train import Encoded, check
+        from likeness.core.ezigen.host.train import EncodedFolder, check_inputs
 
         trainee = self.trainee()
         with torch.inference_mode():
-            encoded = Encoded(trainee, check(trainee, SIZE), self.pairs(), 0)
+            encoded = EncodedFolder(trainee, check_inputs(trainee, SIZE), self.pairs(), 0)
         return UNet(self.model.model, new_adapter(self.model.model)), encoded.sample
 
 
@@ -88,7 +88,7 @@ def forget_runs() -> None:
 def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folders):
     """As it starts, the subject's images disturb; after 60 steps they help with most held-out subjects."""
     from likeness.core.ezigen.host.layers import UNet, new_adapter
-    from likeness.core.ezigen.host.train import Encoded, Plan, check, train_adapter
+    from likeness.core.ezigen.host.train import AdapterPlan, EncodedFolder, check_inputs, train_adapter
     from likeness.core.ezigen.subject_pairs import PairFolder
     from likeness.core.ezigen.train import TIMESTEPS, Draw, TrainingSettings, errors
     from likeness.core.fit.fit import step_generator
@@ -98,8 +98,10 @@ def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folder
     trainee, held_out = narrow_world.trainee(), PairFolder(tmp_path / "held out", 96, 1)
     settings = TrainingSettings(batch=4, learning_rate=3e-3)
     with torch.inference_mode():
-        learned, _, report = train_adapter(trainee, PairFolder(tmp_path / "train", 96, 1), Plan(96, 60), settings)
-        sample = Encoded(trainee, check(trainee, 96), held_out, 0).sample
+        learned, _, report = train_adapter(
+            trainee, PairFolder(tmp_path / "train", 96, 1), AdapterPlan(96, 60), settings
+        )
+        sample = EncodedFolder(trainee, check_inputs(trainee, 96), held_out, 0).sample
     assert "The adapter uses the subject's images" in report
 
     @torch.no_grad()
@@ -151,7 +153,7 @@ def test_gradients_of_every_tensor(monkeypatch):
         draws = [Draw(timestep, False, step_generator(1, timestep)) for timestep in (300, 700)]
         return errors(network, samples, draws).mean()
 
-    named = network.adapter.named()
+    named = network.adapter.published_parameters()
     assert len(named) == 113
     with torch.no_grad():
         for value in named.values():
@@ -219,14 +221,14 @@ def test_checkpointing_gives_the_same(job):
 
 
 def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_path):
-    from likeness.core.ezigen.host.train import Encoded, check
+    from likeness.core.ezigen.host.train import EncodedFolder, check_inputs
 
     def rows(caption: str) -> torch.Tensor:
         draw = narrow_world.draw(tmp_path / str(len(list(tmp_path.iterdir()))), range(1), 1)
         next(draw.glob("*/0.txt")).write_text(caption)
         job.folder, trainee = draw, job.trainee()
         with torch.inference_mode():
-            found = Encoded(trainee, check(trainee, SIZE), job.pairs(), 0)
+            found = EncodedFolder(trainee, check_inputs(trainee, SIZE), job.pairs(), 0)
         return found.rows[caption]
 
     assert rows("word " * 74 + "end and more").shape == (77, 768)
@@ -347,10 +349,10 @@ def test_wrong_inputs_are_refused(job, monkeypatch):
     next(each for each in scaled.model.modules() if hasattr(each, "to_q")).to_q.scale_weight = torch.ones(())
     refused("attention is quantised", model=scaled)
     wide = replace(job.trainee(), model=tiny_models.sd2_base())
-    from likeness.core.ezigen.artifact import trained
+    from likeness.core.ezigen.artifact import pack_adapter
     from likeness.core.ezigen.host.layers import new_adapter
 
-    refused("this model's UNet takes", start=trained(new_adapter(wide.model.model), {}))
+    refused("this model's UNet takes", start=pack_adapter(new_adapter(wide.model.model), {}))
     monkeypatch.setattr(mm, "get_free_memory", lambda *_: 1000)
     refused("docs/train_adapter.md")
 

@@ -199,7 +199,7 @@ def test_the_positive_prompt_is_found_among_three_and_by_its_area():
 
 def test_weights_of_quantised_layers_are_patched_unpacked():
     """Scaled fp8: a layer multiplies by its scale behind the functions of its weight."""
-    from likeness.core.sine.host.overlay import _patched
+    from likeness.core.sine.host.overlay import _weight_function
 
     layer = torch.nn.Linear(4, 4)
     layer.scale_weight = torch.tensor(0.25)
@@ -207,7 +207,7 @@ def test_weights_of_quantised_layers_are_patched_unpacked():
     weight, change = (torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     patches = [(1.0, ("diff", (change,)), 1.0, None, None)]
     for start in (None, lambda: weight):
-        found = _patched("layer.weight", patches, start, layer)(weight)
+        found = _weight_function("layer.weight", patches, start, layer)(weight)
         torch.testing.assert_close(found * 0.25, weight * 0.25 + change)
 
 

@@ -17,11 +17,11 @@ def looked_at(setting, conditioning=None, **changes) -> tuple:
 
 
 def maps(setting, conditioning=None, tokens: int = 5, levels: int = 4, seed: int = 0, **changes):
-    from likeness.core.attention.host.maps import inspected
+    from likeness.core.attention.host.maps import attention_maps
 
     inputs = {"model": setting.model, "latent": setting.latent, **changes}
     with torch.inference_mode():
-        return inspected(inputs["model"], conditioning or setting.source, inputs["latent"], tokens, levels, seed)
+        return attention_maps(inputs["model"], conditioning or setting.source, inputs["latent"], tokens, levels, seed)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -118,7 +118,7 @@ def test_what_cannot_be_looked_at_is_refused():
 
 
 def test_another_kind_of_network_is_refused():
-    from likeness.core.attention.host.layers import attention_layers
+    from likeness.core.attention.host.layers import transformer_layers
 
     with pytest.raises(ValueError, match="is a Linear.*SD1.x, SD2.x and SDXL only"):
-        attention_layers(torch.nn.Linear(1, 1))
+        transformer_layers(torch.nn.Linear(1, 1))

@@ -34,15 +34,15 @@ def vision(tmp_path_factory):
 
 
 def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, rate=0.02, **changes):
-    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
-    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
+    from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
 
     found = {"seed": 3, "grad_steps": 1, "cfg": 1.0, "iterations": ITERATIONS, "patience": 0, "keep": "best"}
     found |= {"checkpointing": False, "optimizer": "AdamW", "prompt": "a cat", **changes}
     encoder = (clip, found["prompt"])
     generator = Generator(setting.model, autoencoder(setting.channels), setting.source, setting.empty, *encoder)
-    similarity = Similarity((Part(vision, 1.0, setting.image),))
+    similarity = Similarity((SimilarityPart(vision, 1.0, setting.image),))
     latent = torch.zeros_like(setting.latent["samples"][:1])
     sampling = Sampling(latent, sigmas(setting, steps), found["seed"], found["cfg"], found["grad_steps"])
     with torch.inference_mode():
@@ -50,7 +50,7 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
             generator,
             similarity,
             sampling,
-            Plan(found["iterations"], 2, found["keep"], found["checkpointing"]),
+            SisoPlan(found["iterations"], 2, found["keep"], found["checkpointing"]),
             SisoSettings(rate, 0.0, rate, 0.0, patience=found["patience"], optimizer=found["optimizer"]),
             background,
         )
@@ -320,7 +320,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypatch):
     from likeness.core.siso.host import optimize_lora as host
-    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
 
     changes, message = REFUSED[case]
@@ -331,9 +331,9 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
     latent = torch.zeros_like(setting.latent["samples"])
     sampling = host.Sampling(latent, levels, 0, changes.get("cfg", 1.0), changes.get("grad_steps", 1))
     background = host.Background(setting.image, changes["mask"], 1.0) if "mask" in changes else None
-    similarity = Similarity((Part(vision, changes.get("weight", 1.0), setting.image),))
+    similarity = Similarity((SimilarityPart(vision, changes.get("weight", 1.0), setting.image),))
     with pytest.raises(ValueError, match=message):
-        host.optimize_lora(host.SisoJob(generator, similarity, sampling, host.Plan(), SisoSettings(), background))
+        host.optimize_lora(host.SisoJob(generator, similarity, sampling, host.SisoPlan(), SisoSettings(), background))
 
 
 def test_the_artifact_tells_where_it_comes_from(vision):

@@ -92,10 +92,10 @@ def test_pictures_are_stored_once_and_the_store_has_room_for_them(vision, tmp_pa
 
 def test_of_the_last_lora_it_is_not_said_that_it_changes_nothing(vision, caplog, monkeypatch):  # noqa: F811
     from likeness.core.siso.host import similarity
-    from likeness.core.siso.siso import unlikeness
+    from likeness.core.siso.siso import similarity_loss
 
     rising = itertools.count()
-    monkeypatch.setattr(similarity, "unlikeness", lambda *features: unlikeness(*features) + next(rising))
+    monkeypatch.setattr(similarity, "similarity_loss", lambda *features: similarity_loss(*features) + next(rising))
     with caplog.at_level(logging.WARNING, "likeness"):
         found = optimised(Setting(), vision, iterations=3, keep="last")
     assert found.best == 0 and "more like the subject than the first: try another learning rate" in found.report()

@@ -183,8 +183,8 @@ def test_other_levels_than_the_inversions_are_refused():
 
 def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background=None, **changes):
     from likeness.core.inversion.host.renoise import replay_of
-    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
-    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
+    from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
 
     found = {"iterations": 4, "rate": 0.01, "other": setting.image.flip(1), **changes}
@@ -192,9 +192,9 @@ def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background
     with torch.inference_mode():
         job = SisoJob(
             generator,
-            Similarity((Part(seen, 1.0, found["other"]),)),
+            Similarity((SimilarityPart(seen, 1.0, found["other"]),)),
             Sampling(start["samples"], levels, 9, replay=replay_of(start)),
-            Plan(found["iterations"], 2, "last"),
+            SisoPlan(found["iterations"], 2, "last"),
             SisoSettings(found["rate"], 0.0, patience=0),
             background,
         )

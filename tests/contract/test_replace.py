@@ -64,9 +64,9 @@ class Corrections:
 
 
 def layers(setting) -> int:
-    from likeness.core.attention.host.layers import attention_layers
+    from likeness.core.attention.host.layers import transformer_layers
 
-    return len(attention_layers(setting.model.model.diffusion_model))
+    return len(transformer_layers(setting.model.model.diffusion_model))
 
 
 def close(a, b, atol: float = 2e-4) -> None:
@@ -75,7 +75,7 @@ def close(a, b, atol: float = 2e-4) -> None:
 
 def by_hand(setting, columns: list[int], until: float = 0.0, self_until: float = float("inf")):
     """Prompt-to-prompt written out for equally long words: a MODEL with stock patches on every layer."""
-    from likeness.core.attention.host.layers import attention_layers
+    from likeness.core.attention.host.layers import transformer_layers
 
     def softmax(q, k, heads):
         q, k = (each.view(*each.shape[:2], heads, -1).permute(0, 2, 1, 3) for each in (q, k))
@@ -100,7 +100,7 @@ def by_hand(setting, columns: list[int], until: float = 0.0, self_until: float =
             a[first + 1] = a[first]
 
     clone = setting.model.clone()
-    for key in attention_layers(setting.model.model.diffusion_model):
+    for key in transformer_layers(setting.model.model.diffusion_model):
         clone.set_model_attn2_replace(lambda q, k, v, o: attend(q, k, v, o, cross), *key)
         clone.set_model_attn1_replace(lambda q, k, v, o: attend(q, k, v, o, of_self), *key)
     return clone
@@ -233,7 +233,7 @@ def adapter(model, strength: float = 0.5):
     """An attn2 replace on every layer as IPAdapter has it: the text's attention plus that to an image's tokens."""
     from comfy.ldm.modules.attention import optimized_attention
 
-    from likeness.core.attention.host.layers import attention_layers
+    from likeness.core.attention.host.layers import transformer_layers
 
     def patch(q, k, v, options):
         generator = torch.Generator().manual_seed(q.shape[-1])
@@ -242,7 +242,7 @@ def adapter(model, strength: float = 0.5):
         return out + strength * optimized_attention(q, tokens[0], tokens[1], options["n_heads"])
 
     clone = model.clone()
-    for name, number, _ in attention_layers(model.model.diffusion_model):
+    for name, number, _ in transformer_layers(model.model.diffusion_model):
         clone.set_model_attn2_replace(patch, name, number)
     return clone
 

@@ -48,8 +48,8 @@ def vision(tmp_path_factory):
 
 
 def optimised(sana, sana_prompts, vision, clip=None, **changes):
-    from likeness.core.siso.host.optimize_lora import Generator, Plan, Sampling, SisoJob, optimize_lora
-    from likeness.core.siso.host.similarity import Part, Similarity
+    from likeness.core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
+    from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
 
     found = {"iterations": 6, "checkpointing": False, "rate": 0.02, **changes}
@@ -59,9 +59,9 @@ def optimised(sana, sana_prompts, vision, clip=None, **changes):
     with torch.inference_mode():
         job = SisoJob(
             Generator(sana.model, sana.vae, *sana_prompts, clip, PROMPT),
-            Similarity((Part(vision, 1.0, subject),)),
+            Similarity((SimilarityPart(vision, 1.0, subject),)),
             sampling,
-            Plan(found["iterations"], 2, "best", found["checkpointing"]),
+            SisoPlan(found["iterations"], 2, "best", found["checkpointing"]),
             SisoSettings(found["rate"], 1e-4, 0.0, 0.0, patience=0),
         )
         return optimize_lora(job)

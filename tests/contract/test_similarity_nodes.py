@@ -212,10 +212,10 @@ def test_a_model_that_computes_in_float32_for_an_edit_is_estimated_higher():
 
 def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
     from likeness.core.siso.host import similarity
-    from likeness.core.siso.siso import unlikeness
+    from likeness.core.siso.siso import similarity_loss
 
     rising = itertools.count()
-    monkeypatch.setattr(similarity, "unlikeness", lambda *features: unlikeness(*features) + next(rising))
+    monkeypatch.setattr(similarity, "similarity_loss", lambda *features: similarity_loss(*features) + next(rising))
     with caplog.at_level(logging.WARNING, "likeness"):
         found = optimised(Setting(), vision, iterations=3)
     assert found.best == 0 and "changes nothing: try another learning rate" in found.report()

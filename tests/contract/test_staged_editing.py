@@ -35,7 +35,7 @@ def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
     prompts = host.EditPrompts(setting.target, setting.empty, setting.empty)
     with torch.inference_mode():
         models = host.StagedModels(setting.model, vae or autoencoder(), adapter)
-        return host.edited(models, about or own, prompts, source, mask, settings)
+        return host.edit_staged(models, about or own, prompts, source, mask, settings)
 
 
 def outside(latent: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_a_white_mask_of_another_size_is_white_as_published_too(parts):
 
 def test_a_step_leaves_the_noise_of_its_level(parts):
     """With a perfect denoiser, on the CPU."""
-    from likeness.core.ezigen.host.staged_edit import EditSettings, _Pasting
+    from likeness.core.ezigen.host.staged_edit import EditSettings, _PastingSampler
 
     sigmas, z, found = torch.tensor([1.1, 0.9, 0.7, 0.5, 0.3, 0.0]), torch.rand(1, 4, 64, 64), []
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
@@ -106,7 +106,7 @@ def test_a_step_leaves_the_noise_of_its_level(parts):
         found.append(float((x - z).std() / sigma[0]))
         return z
 
-    run = _Pasting([z] * 6, torch.ones(1, 1, 64, 64), EditSettings(7), 1, SimpleNamespace(step=lambda: None))
+    run = _PastingSampler([z] * 6, torch.ones(1, 1, 64, 64), EditSettings(7), 1, SimpleNamespace(step=lambda: None))
     result = run.sample(perfect, sigmas, {}, None, z + sigmas[0] * noise)
     assert len(found) == 5 and all(abs(part - 1.0) < 0.02 for part in found), found
     torch.testing.assert_close(result, z)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from likeness.core.ezigen.staged import Loops, renoised, split
+from likeness.core.ezigen.staged import Loops, noise_to_level, split
 
 from ..vision.models import clip_folder
 from .methods import Setting, autoencoder
@@ -42,7 +42,7 @@ def staged(parts, vision=None, start=None, latent=LATENT, model=None, vae=None, 
     prompts = host.Prompts(setting.target, setting.empty, setting.source)
     with torch.inference_mode():
         models = host.StagedModels(model or setting.model, vae or autoencoder(), adapter, vision)
-        return host.staged(models, about, prompts, latent, settings, start)
+        return host.sample_staged(models, about, prompts, latent, settings, start)
 
 
 def by_stock_nodes(parts, published=False):
@@ -67,7 +67,7 @@ def by_stock_nodes(parts, published=False):
         x = AddNoise.execute(setting.model, noise, levels, {"samples": z})[0]["samples"]
         if published:
             scale = setting.model.model.latent_format.scale_factor
-            x = renoised(z * scale, noise.generate_noise({"samples": z}), levels[0], sampling.sigmas[400]) / scale
+            x = noise_to_level(z * scale, noise.generate_noise({"samples": z}), levels[0], sampling.sigmas[400]) / scale
         second = SamplerCustom.execute(
             always, False, 8 + STEP_SEEDS, 3.0, setting.target, setting.source, sampler, levels, {"samples": x}
         )[0]["samples"]
@@ -210,8 +210,8 @@ def test_of_the_latent_only_the_size_counts(parts):
 def test_one_adapter_for_both_parts(parts, monkeypatch):
     from likeness.core.ezigen.host import adapter as host
 
-    loaded, made = host.loaded, []
-    monkeypatch.setattr(host, "loaded", lambda *given: made.append(loaded(*given)) or made[-1])
+    loaded, made = host.load_patcher, []
+    monkeypatch.setattr(host, "load_patcher", lambda *given: made.append(loaded(*given)) or made[-1])
     staged(parts, loops=Loops(1, 1))
     assert len(made) == 1
 

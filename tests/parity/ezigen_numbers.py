@@ -7,7 +7,7 @@ import json
 import torch
 from safetensors import safe_open
 
-from likeness.core.ezigen.adapter import SubjectTokens, joined
+from likeness.core.ezigen.adapter import SubjectTokens, join_images
 
 from .unets import DATA
 
@@ -35,7 +35,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def features(official: Official) -> SubjectTokens:
-    return joined([official[f"o.ref.feat.{index:02d}"] for index in range(16)])
+    return join_images([official[f"o.ref.feat.{index:02d}"] for index in range(16)])
 
 
 CASES = {
@@ -68,7 +68,7 @@ def learns_as_published(network, official: Official) -> None:
     found = network.predicted_noise(x, torch.full((2,), TIMESTEP), context, features(official))
     loss = (found - official["i.target"]).square().mean()
     assert relative(loss[None], official["o.train.loss"]) < 1e-5
-    parameters, expected = network.adapter.named(), official.part("g.")
+    parameters, expected = network.adapter.published_parameters(), official.part("g.")
     assert len(expected) == 22
     loss.backward()
     for name, gradient in expected.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from likeness.core.ezigen.adapter import Adapter
-from likeness.toolbox.adapter_trainer.network import DiffusersUNet, layers, new_adapter
+from likeness.toolbox.adapter_trainer.network import DiffusersUNet, diffusers_adapter, layers
 
 from .ezigen_numbers import (
     CASES,
@@ -42,7 +42,7 @@ def network(request, official) -> DiffusersUNet:
     unet.requires_grad_(False)
     if request.param == "checkpointing":
         unet.enable_gradient_checkpointing()
-    adapter = new_adapter(unet)
+    adapter = diffusers_adapter(unet)
     adapter.load({name: value for name, value in weights.items() if name not in own})
     assert [layer.name.removesuffix(".transformer_blocks.0") for layer in adapter.described] == settings["layers"]
     return DiffusersUNet(unet, adapter, torch.linspace(0.9, 0.1, 1000))
@@ -57,7 +57,7 @@ def test_the_published_size():
         unet = UNet2DConditionModel(attention_head_dim=heads, cross_attention_dim=1024, use_linear_projection=True)
         adapter = Adapter(layers(unet))
     assert [layer.heads for layer in adapter.described] == [5, 5, 10, 10, *[20] * 6, 10, 10, 10, 5, 5, 5]
-    assert len(adapter.named()) == 113
+    assert len(adapter.published_parameters()) == 113
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 49_599_056
 
 

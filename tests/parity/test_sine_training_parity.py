@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from likeness.core.sine.patches import cut, draw_box, squashed
+from likeness.core.sine.patches import cut, draw_box, resize_to_square
 
 from .unets import arrays
 
@@ -44,6 +44,8 @@ def test_sides_are_12_to_127_cells(official):
 def test_a_patch_has_the_official_pixels(official):
     """Theirs are rounded to 8 bits after the squash and after the cut, ours are not: two levels at most."""
     source = official["ds_src"].permute(2, 0, 1)[None] / 255
-    found = cut(squashed(source, 128), tuple(official["ds_small_box"].tolist()), 8, 64)[0].permute(1, 2, 0) * 2 - 1
+    found = (
+        cut(resize_to_square(source, 128), tuple(official["ds_small_box"].tolist()), 8, 64)[0].permute(1, 2, 0) * 2 - 1
+    )
     difference = (found - official["ds_small_img"]).abs()
     assert float(difference.max()) < 2 * LEVEL and float(difference.mean()) < LEVEL / 2

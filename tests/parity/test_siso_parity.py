@@ -13,7 +13,7 @@ from likeness.core.inversion.renoise import (
     patch_kl,
     regularize,
 )
-from likeness.core.siso.siso import Plateau, background_error, unlikeness
+from likeness.core.siso.siso import Plateau, background_error, similarity_loss
 from likeness.core.vision.instance_retrieval import PREPROCESS, from_published
 
 from .siso_numbers import DINO, part, picture
@@ -41,7 +41,7 @@ def test_instance_retrieval_features_loss_and_gradient(official):
     found = model(PREPROCESS(generated))
     torch.testing.assert_close(subject, official["ir.feat.subject"], atol=1e-5, rtol=0)
     torch.testing.assert_close(found.detach(), official["ir.feat.generated"], atol=1e-5, rtol=0)
-    loss = unlikeness(found, subject)
+    loss = similarity_loss(found, subject)
     assert float(loss.detach()) == pytest.approx(float(official["ir.loss"]), abs=1e-5)
     loss.backward()
     torch.testing.assert_close(generated.grad.movedim(-1, 1), official["ir.grad"], atol=1e-4, rtol=1e-4)
@@ -61,7 +61,7 @@ CURVES = ("falling", "plateau", "noisy", "positive")
 def test_stopping_as_published(official, curve, script):
     rule, best, count, stop = Plateau(3, 7, published=True), [], [], -1
     for index, loss in enumerate(official[f"es.{curve}.losses"].tolist()):
-        rule.see(loss)
+        rule.update(loss)
         best.append(rule.best)
         count.append(rule.count)
         if rule.over:
@@ -75,8 +75,8 @@ def test_stopping_as_published(official, curve, script):
 def test_the_default_rule_differs_for_positive_losses_alone(official, curve):
     ours, theirs = Plateau(3, 7), Plateau(3, 7, published=True)
     for loss in official[f"es.{curve}.losses"].tolist():
-        ours.see(loss)
-        theirs.see(loss)
+        ours.update(loss)
+        theirs.update(loss)
         if ours.over:
             break
     same = (ours.best, ours.count) == (theirs.best, theirs.count)

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from likeness.toolbox.freeze import KEPT
+from likeness.toolbox.freeze import FROZEN_GRAPHS
 from likeness.toolbox.graph import NOTES, Graph, active_nodes, convert, load
 from likeness.toolbox.server import PromptError
 from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
 
-FOLDER = workflows.ROOT / KEPT
+FOLDER = workflows.ROOT / FROZEN_GRAPHS
 FROZEN = {name: load(FOLDER / f"{name}.json") for name in json.loads((FOLDER / "index.json").read_text())}
 FIRST_SAVED = "likeness/subject_00001_.safetensors"  # what the graph names that loads a subject
 PLACEHOLDER = "likeness/frozen.safetensors"  # in place of what another graph saves

@@ -29,7 +29,7 @@ def moved_adapter(base) -> dict[str, torch.Tensor]:
     from likeness.core.ezigen.host.layers import new_adapter
 
     generator = torch.Generator().manual_seed(3)
-    named = new_adapter(base).named()
+    named = new_adapter(base).published_parameters()
     return {k: v.detach() + 0.05 * torch.randn(v.shape, generator=generator) for k, v in named.items()}
 
 
@@ -58,7 +58,7 @@ def test_a_subject_is_encoded_alone_on_white(narrow) -> None:
 
 
 def test_the_start_changes_little(narrow) -> None:
-    from likeness.core.ezigen.adapter import joined
+    from likeness.core.ezigen.adapter import join_images
     from likeness.core.ezigen.host.layers import UNet, new_adapter
     from likeness.toyworld.train_adapter import split_parameters, start_gently
 
@@ -71,12 +71,12 @@ def test_the_start_changes_little(narrow) -> None:
             if gently:
                 start_gently(adapter)
             network = UNet(base, adapter)
-            tokens = joined(network.capture(latents[:1], times[:1], context[:1]))
+            tokens = join_images(network.capture(latents[:1], times[:1], context[:1]))
             found = network.predicted_noise(latents, times, context, tokens)
             differences.append(float((found - base.diffusion_model(latents, times, context=context)).norm()))
     assert differences[1] < 0.5 * differences[0]
     matrices, rest = split_parameters(adapter)
-    assert len(matrices) == 4 * 7 and len(matrices) + len(rest) == len(adapter.named())
+    assert len(matrices) == 4 * 7 and len(matrices) + len(rest) == len(adapter.published_parameters())
 
 
 def test_the_wide_adapter_computes_the_same(narrow, tmp_path: Path) -> None:

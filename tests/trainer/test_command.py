@@ -301,7 +301,7 @@ def test_changed_settings_when_they_are_allowed(model, data, whole, tmp_path, ca
 
 def test_asked_twice(monkeypatch):
     """What the launcher passes on at once is no second wish; one much later is."""
-    asked, now = loop.Asked(), [100.0]
+    asked, now = loop.StopRequest(), [100.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
     with asked.listening():
         signal.raise_signal(signal.SIGINT)

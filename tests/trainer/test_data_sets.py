@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from likeness.core.ezigen.subject_pairs import Pair, PairFolder, index_of, pair_generator
-from likeness.toolbox.adapter_trainer.data import Samples, Share, source
+from likeness.toolbox.adapter_trainer.data import PairDataset, Share, source
 from likeness.toolbox.adapter_trainer.data_coco import Coco
-from likeness.toolbox.adapter_trainer.data_youtube_vis import SENTENCES, YoutubeVis, squared, widened
+from likeness.toolbox.adapter_trainer.data_youtube_vis import SENTENCES, YoutubeVis, to_square, widen
 from likeness.toolbox.adapter_trainer.masks import compressed_counts, largest_part, polygons, run_lengths
 
 from . import tiny
@@ -241,9 +241,9 @@ def test_youtube_vis_pairs(tmp_path):
 
 
 def test_youtube_vis_windows():
-    assert widened((20, 40, 50, 70), 2.0, 100, 80) == (5, 25, 65, 80)
-    assert squared((5, 25, 65, 80), 100, 80) == (5, 22, 65, 80)
-    assert squared((0, 30, 90, 50), 100, 80) == (0, 0, 90, 80)
+    assert widen((20, 40, 50, 70), 2.0, 100, 80) == (5, 25, 65, 80)
+    assert to_square((5, 25, 65, 80), 100, 80) == (5, 22, 65, 80)
+    assert to_square((0, 30, 90, 50), 100, 80) == (0, 0, 90, 80)
 
 
 def test_youtube_vis_skips_and_counts_dead_frames(tmp_path):
@@ -271,7 +271,7 @@ def test_youtube_vis_without_its_files(tmp_path):
 def test_a_folder_of_subjects_is_the_third_kind(tmp_path):
     found = source(tiny.write_subjects(tmp_path / "subjects"), SIZE)
     assert isinstance(found, PairFolder)
-    item = Samples([found], seed=3)[5]
+    item = PairDataset([found], seed=3)[5]
     expected = found.pair(index_of(3, 5, len(found)), pair_generator(3, 5))
     assert (item.number, item.caption, item.classes) == (5, expected.caption, ["ball"])
     torch.testing.assert_close(item.target / 255, expected.target, atol=0.5 / 255 + 1e-6, rtol=0)
@@ -298,23 +298,23 @@ class Numbers:
 
 
 def test_every_pass_takes_every_pair_of_every_set_once():
-    samples = Samples([Numbers("a", 5), Numbers("b", 7)], seed=1)
+    samples = PairDataset([Numbers("a", 5), Numbers("b", 7)], seed=1)
     items = [samples[number] for number in range(24)]
     chosen = [item.caption.rpartition(" ")[0] for item in items]
     everything = {f"a {index}" for index in range(5)} | {f"b {index}" for index in range(7)}
     assert set(chosen[:12]) == everything and set(chosen[12:]) == everything
     assert chosen[:12] != chosen[12:]
     assert [item.problems for item in items] == [[name] for name in chosen]
-    fresh = Samples([Numbers("a", 5), Numbers("b", 7)], seed=1)
+    fresh = PairDataset([Numbers("a", 5), Numbers("b", 7)], seed=1)
     assert fresh[17].caption == items[17].caption
-    assert Samples([Numbers("a", 5), Numbers("b", 7)], seed=2)[17].caption != items[17].caption
+    assert PairDataset([Numbers("a", 5), Numbers("b", 7)], seed=2)[17].caption != items[17].caption
 
 
 def test_processes_share_what_one_would_do():
     alone = Share(batch=12)
-    assert alone.whole == 12 and alone.numbers(3) == [list(range(36, 48))]
+    assert alone.total == 12 and alone.numbers(3) == [list(range(36, 48))]
     shares = [Share(batch=2, accumulate=3, processes=2, rank=rank) for rank in range(2)]
-    assert shares[0].whole == 12
+    assert shares[0].total == 12
     together = [number for share in shares for batch in share.numbers(3) for number in batch]
     assert sorted(together) == list(range(36, 48))
     assert all(len(batch) == 2 for share in shares for batch in share.numbers(3))

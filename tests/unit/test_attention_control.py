@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.attention.maps import mean_over_layers, probabilities, row_maps, stretched
+from likeness.core.attention.maps import mean_over_layers, normalize_maps, probabilities, token_maps
 from likeness.core.attention.prompt_to_prompt import (
     Swap,
     blend_mask,
-    blended,
+    blend_predictions,
     column_map,
-    controlled,
+    controlled_attention,
     correction,
-    own_columns,
+    edit_columns,
     word_swap,
 )
 
@@ -81,22 +81,22 @@ def test_rows_behind_a_longer_or_shorter_word_move(swap):
 
 
 def test_the_edit_s_own_rows_are_the_word_and_the_tail():
-    assert own_columns(Swap(3, 1, 2), ROWS, tail=2).nonzero().flatten().tolist() == [3, 4, 7, 8]
-    assert own_columns(Swap(3, 1, 1), ROWS).nonzero().flatten().tolist() == [3]
+    assert edit_columns(Swap(3, 1, 2), ROWS, tail=2).nonzero().flatten().tolist() == [3, 4, 7, 8]
+    assert edit_columns(Swap(3, 1, 1), ROWS).nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_own_columns_come_from_the_edit_and_the_rest_from_the_source(times):
     source, edit = (drawn(2, 5, times * ROWS, seed=seed).softmax(-1) for seed in (1, 2))
     swap = Swap(2, 1, 2)
-    found = controlled(source, edit, column_map(swap, ROWS), own_columns(swap, ROWS, 1))
+    found = controlled_attention(source, edit, column_map(swap, ROWS), edit_columns(swap, ROWS, 1))
     for copy in range(times):
         at = copy * ROWS
         assert torch.equal(found[..., at : at + 2], source[..., at : at + 2])
         assert torch.equal(found[..., at + 2 : at + 4], edit[..., at + 2 : at + 4])
         assert torch.equal(found[..., at + 4 : at + 8], source[..., at + 3 : at + 7])
         assert torch.equal(found[..., at + 8], edit[..., at + 8])
-    whole = controlled(source, edit, column_map(swap, ROWS), own_columns(swap, ROWS, 1), renormalise=True)
+    whole = controlled_attention(source, edit, column_map(swap, ROWS), edit_columns(swap, ROWS, 1), renormalise=True)
     torch.testing.assert_close(whole, found / found.sum(-1, keepdim=True))
 
 
@@ -120,7 +120,7 @@ def test_probabilities_and_their_pictures():
     attention = probabilities(drawn(2, 6, 8), drawn(2, ROWS, 8, seed=1), 2)
     assert attention.shape == (2, 2, 6, ROWS)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2, 6))
-    found = row_maps(attention, (2, 3))
+    found = token_maps(attention, (2, 3))
     assert found.shape == (2, ROWS, 2, 3)
     torch.testing.assert_close(found[1, 4, 1, 2], attention[1, :, 5, 4].mean())
 
@@ -128,16 +128,16 @@ def test_probabilities_and_their_pictures():
 def test_layers_of_all_sizes_count_alike_and_maps_are_stretched():
     small, large = torch.full((1, 3, 2, 2), 0.25), torch.full((1, 3, 4, 4), 0.75)
     torch.testing.assert_close(mean_over_layers([small, large], (4, 4)), torch.full((1, 3, 4, 4), 0.5))
-    found = stretched(torch.tensor([[0.2, 0.3], [0.25, 0.4]]))
+    found = normalize_maps(torch.tensor([[0.2, 0.3], [0.25, 0.4]]))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.5], [0.25, 1.0]]))
-    assert not stretched(torch.full((2, 2), 0.3)).any()
+    assert not normalize_maps(torch.full((2, 2), 0.3)).any()
 
 
 def test_blended_predictions_leave_the_edit_as_the_source_outside_of_the_mask():
     x, denoised, mask = drawn(2, 4, 6, 5), drawn(2, 4, 6, 5, seed=1), torch.zeros(1, 6, 5, dtype=torch.bool)
     mask[:, 2:4, 1:3] = True
     for sigma, following in ((3.0, 2.0), (0.5, 0.0)):
-        found = blended(x, denoised, sigma, following, mask)
+        found = blend_predictions(x, denoised, sigma, following, mask)
         after, plain = (x + (following - sigma) * (x - d) / sigma for d in (found, denoised))
         assert torch.equal(found[0], denoised[0])
         torch.testing.assert_close(after[1], torch.where(mask, plain[1], plain[0]))

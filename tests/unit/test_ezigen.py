@@ -9,9 +9,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from likeness.core.ezigen.adapter import WEIGHTS, Adapter, Layer, SubjectTokens, batched, dropped, joined
+from likeness.core.ezigen.adapter import (
+    WEIGHTS,
+    Adapter,
+    Layer,
+    SubjectTokens,
+    batch_tokens,
+    drop_subjects,
+    join_images,
+)
 from likeness.core.ezigen.artifact import PARTS, StoredAdapter, read_adapter, save_adapter
-from likeness.core.ezigen.staged import Loops, appearance_steps, background_of, inverted_by_solver, renoised, split
+from likeness.core.ezigen.staged import (
+    Loops,
+    appearance_steps,
+    background_of,
+    invert_with_solver,
+    noise_to_level,
+    split,
+)
 from likeness.core.ezigen.train import AdapterTraining, Sample, TrainingSettings, draw, errors
 
 NAMES = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.2"]
@@ -29,7 +44,9 @@ def adapter(seed: int = 0) -> Adapter:
 
 def test_the_formula():
     made, h, features = adapter(), torch.randn(1, 5, 8), torch.randn(1, 4, 8)
-    table = {name: value.detach() for name, value in made.named().items() if name.startswith(LAYERS[0].name)}
+    table = {
+        name: value.detach() for name, value in made.published_parameters().items() if name.startswith(LAYERS[0].name)
+    }
     part = {name.removeprefix(f"{LAYERS[0].name}."): value for name, value in table.items()}
     n = torch.nn.functional.layer_norm(h, (8,), part["adapter_norm.weight"], part["adapter_norm.bias"], 1e-5)
     m = torch.cat([n, made.learnable_weights[0].detach() * features], 1)
@@ -47,14 +64,14 @@ def test_the_formula():
 def test_hidden_places_are_not_there_and_dropped_ones_are_zero():
     made, h = adapter(), torch.randn(2, 5, 8)
     captured = [torch.randn(3, tokens, width) for tokens, width in ((4, 8), (2, 12), (4, 8))]
-    tokens = batched(captured, [1, 2])
+    tokens = batch_tokens(captured, [1, 2])
     found = made(0, h, tokens).detach()
-    first = joined([each[:1] for each in captured])
-    second = joined([each[1:] for each in captured])
+    first = join_images([each[:1] for each in captured])
+    second = join_images([each[1:] for each in captured])
     torch.testing.assert_close(found[:1], made(0, h[:1], first).detach())
     torch.testing.assert_close(found[1:], made(0, h[1:], second).detach())
-    assert batched(captured, [1, 1, 1]).present is None
-    gone = made(0, h, dropped(tokens, torch.tensor([True, False]))).detach()
+    assert batch_tokens(captured, [1, 1, 1]).present is None
+    gone = made(0, h, drop_subjects(tokens, torch.tensor([True, False]))).detach()
     zero = made(0, h[:1], first.map(torch.zeros_like)).detach()
     torch.testing.assert_close(gone[:1], zero)
     torch.testing.assert_close(gone[1:], found[1:])
@@ -135,17 +152,17 @@ def test_appearance_steps():
 
 def test_renoising_keeps_the_signal_at_the_exact_level():
     z, noise, sigma = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor(1.09392)
-    torch.testing.assert_close(renoised(z, noise, sigma), z + sigma * noise)
-    published = renoised(z, noise, sigma, torch.tensor(1.1644))
+    torch.testing.assert_close(noise_to_level(z, noise, sigma), z + sigma * noise)
+    published = noise_to_level(z, noise, sigma, torch.tensor(1.1644))
     torch.testing.assert_close(published, 0.96563 * z + 1.12437 * noise, atol=2e-4, rtol=0)
 
 
 def test_loops_and_backgrounds():
     loops = Loops()
-    assert [loops.go_on(done, 1.0) for done in range(5)] == [True, True, True, False, False]
-    assert [done for done in range(12) if loops.go_on(done, 0.5)][-1] == 8
+    assert [loops.needs_another(done, 1.0) for done in range(5)] == [True, True, True, False, False]
+    assert [done for done in range(12) if loops.needs_another(done, 0.5)][-1] == 8
     fixed = Loops(4, 4)
-    assert fixed.go_on(3, 1.0) and not fixed.go_on(4, 0.0)
+    assert fixed.needs_another(3, 1.0) and not fixed.needs_another(4, 0.0)
     with pytest.raises(ValueError, match="min_loops is 5 and max_loops 4"):
         Loops(5, 4)
     trajectory = list(range(21))
@@ -156,13 +173,13 @@ def test_loops_and_backgrounds():
 def test_the_solver_is_exact_where_the_prediction_of_the_picture_is_constant():
     clean, noise = torch.randn(1, 4, 3, 3), torch.randn(1, 4, 3, 3)
     sigmas = torch.tensor([0.1, 0.3, 0.8, 1.2])
-    found = inverted_by_solver(lambda x, sigma: (x - clean) / sigma, clean + 0.1 * noise, sigmas)
+    found = invert_with_solver(lambda x, sigma: (x - clean) / sigma, clean + 0.1 * noise, sigmas)
     for sigma, x in zip(sigmas, found, strict=True):
         torch.testing.assert_close(x, clean + sigma * noise)
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in adapter().named().items()}
+    return {name: value.detach().clone() for name, value in adapter().published_parameters().items()}
 
 
 def base() -> dict[str, torch.Tensor]:

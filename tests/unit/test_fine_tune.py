@@ -8,7 +8,7 @@ import torch
 from likeness.core.denoiser import Prompt, noise_error
 from likeness.core.fit.train import Checkpointer, Retention, train
 from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prior, Samples, recon_term
-from likeness.core.sine.patches import box_of, check_size, cut, squashed
+from likeness.core.sine.patches import box_of, check_size, cut, resize_to_square
 
 from ..toy import GaussianDenoiser
 
@@ -80,7 +80,7 @@ def test_a_box_is_rows_then_columns():
 
 def test_a_squashed_picture_keeps_its_mean_and_its_range():
     picture = torch.rand(2, 3, 50, 90, generator=torch.Generator().manual_seed(0))
-    square = squashed(picture, 32)
+    square = resize_to_square(picture, 32)
     assert square.shape == (2, 3, 32, 32) and float(square.min()) >= 0 and float(square.max()) <= 1
     assert abs(float(square.mean() - picture.mean())) < 0.01
 

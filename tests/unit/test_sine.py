@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from likeness.core.prompt.windows import SigmaRange
-from likeness.core.sine.guidance import base_share, check_weights, mixed, percent_of
+from likeness.core.sine.guidance import base_share, check_weights, mix_predictions, percent_of
 from likeness.core.sine.position_map import position_map, sinusoids, whole_box
 
 
@@ -26,15 +26,15 @@ def test_mixing_denoised_predictions_is_mixing_the_raw_ones(kind, v):
     w, sigma = 7.5, 3.0
     raw = u + w * (v * c + (1 - v) * e - u)
     d_u, d_c, d_e = (prediction(kind, x, sigma, p) for p in (u, c, e))
-    conditional = mixed(d_c, [d_e], [1 - v]).double()
+    conditional = mix_predictions(d_c, [d_e], [1 - v]).double()
     torch.testing.assert_close(d_u + w * (conditional - d_u), prediction(kind, x, sigma, raw), atol=1e-4, rtol=0)
 
 
 def test_one_model_is_the_chain_of_one_and_a_dropped_one_gives_its_weight_back():
     c, a, b = torch.randn(3, 1, 4, 6, 5, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(mixed(c, [a, b], [0.3, 0.0]), mixed(c, [a], [0.3]) + 0 * b)
-    torch.testing.assert_close(mixed(c, [a, b], [0.4, 0.5]), 0.1 * c + 0.4 * a + 0.5 * b)
-    torch.testing.assert_close(mixed(None, [a], [1.0]), a)
+    assert torch.equal(mix_predictions(c, [a, b], [0.3, 0.0]), mix_predictions(c, [a], [0.3]) + 0 * b)
+    torch.testing.assert_close(mix_predictions(c, [a, b], [0.4, 0.5]), 0.1 * c + 0.4 * a + 0.5 * b)
+    torch.testing.assert_close(mix_predictions(None, [a], [1.0]), a)
 
 
 def test_the_base_model_keeps_what_the_tuned_ones_leave():
@@ -50,8 +50,8 @@ def test_half_precision_is_mixed_in_single():
     c = torch.full((1, 4, 2, 2), 1.0, dtype=torch.float16)
     e = torch.full((1, 4, 2, 2), 1.001, dtype=torch.float16)
     exact = 0.5 * c.double() + 0.5 * e.double()
-    assert mixed(c, [e], [0.5]).dtype == torch.float16
-    assert torch.equal(mixed(c, [e], [0.5]), exact.half())
+    assert mix_predictions(c, [e], [0.5]).dtype == torch.float16
+    assert torch.equal(mix_predictions(c, [e], [0.5]), exact.half())
 
 
 def test_the_window_is_open_at_k():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.siso.siso import Plateau, Siso, SisoSettings, background_error, unlikeness
+from likeness.core.siso.siso import Plateau, Siso, SisoSettings, background_error, similarity_loss
 from likeness.core.vision.instance_retrieval import from_published
 
 
@@ -89,8 +89,8 @@ def test_a_loss_that_is_not_a_number_changes_nothing():
 
 def test_several_references_count_alike():
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    assert float(unlikeness(a, a)) == -1.0
-    assert float(unlikeness(a, torch.cat([a, b]))) == pytest.approx(-0.5)
+    assert float(similarity_loss(a, a)) == -1.0
+    assert float(similarity_loss(a, torch.cat([a, b]))) == pytest.approx(-0.5)
 
 
 def test_a_mask_must_leave_a_background():
@@ -108,8 +108,8 @@ def test_a_mask_must_leave_a_background():
 def test_a_rise_of_positive_losses_is_no_improvement():
     rule, published = Plateau(3, 5), Plateau(3, 5, published=True)
     for loss in (1.0, 1.01, 1.02, 1.03, 1.04, 1.05):
-        rule.see(loss)
-        published.see(loss)
+        rule.update(loss)
+        published.update(loss)
     assert rule.over and not published.over
 
 

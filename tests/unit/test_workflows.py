@@ -14,7 +14,7 @@ from likeness.toyworld import workflows
 
 from .. import graph_checks
 
-KEPT = workflows.ROOT / freeze.KEPT
+KEPT = workflows.ROOT / freeze.FROZEN_GRAPHS
 INDEX = json.loads((KEPT / "index.json").read_text(encoding="utf-8"))
 NAMES = sorted(path.stem for path in workflows.WORKFLOWS.glob("*.json"))
 RELEASED = {"0.1.0": 3, "0.2.0": 12, "0.3.0": 18, "0.4.0": 26, "0.5.0": 33}  # graphs of each release
@@ -23,10 +23,10 @@ RELEASED = {"0.1.0": 3, "0.2.0": 12, "0.3.0": 18, "0.4.0": 26, "0.5.0": 33}  # g
 def tried(tmp_path, version: str):
     """A project with the released graphs and one shipped graph."""
     (tmp_path / "workflows").mkdir()
-    (tmp_path / freeze.KEPT).mkdir(parents=True)
+    (tmp_path / freeze.FROZEN_GRAPHS).mkdir(parents=True)
     (tmp_path / "pyproject.toml").write_text(f'version = "{version}"\n')
     for path in KEPT.iterdir():
-        (tmp_path / freeze.KEPT / path.name).write_bytes(path.read_bytes())
+        (tmp_path / freeze.FROZEN_GRAPHS / path.name).write_bytes(path.read_bytes())
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def test_freeze_keeps_an_edited_graph_beside_the_released_one(tmp_path):
     (root / "workflows" / "sine_edit.json").write_bytes(same)
     (root / "workflows" / "sine_faces.json").write_bytes(same + b"\n")
     assert freeze.freeze(root) == ["sine_faces.9.0.0"]
-    index = json.loads((root / freeze.KEPT / "index.json").read_text())
+    index = json.loads((root / freeze.FROZEN_GRAPHS / "index.json").read_text())
     assert index[old]["releases"] == [*INDEX[old]["releases"], "9.0.0"]
     assert {name: entry for name, entry in index.items() if name not in (old, "sine_faces.9.0.0")} == {
         name: entry for name, entry in INDEX.items() if name != old

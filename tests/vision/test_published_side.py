@@ -42,7 +42,7 @@ def published_folder(folder: Path):
 
 def test_the_published_folder_is_asked_at_518(tmp_path):
     from likeness.core.session.memory import BYTES_PER_FEATURE, vision_memory
-    from likeness.core.siso.host.similarity import Part, part_of
+    from likeness.core.siso.host.similarity import SimilarityPart, similarity_part
     from likeness.core.vision.host.vision import load_vision, vision_encoding
 
     model = published_folder(tmp_path)
@@ -51,14 +51,14 @@ def test_the_published_folder_is_asked_at_518(tmp_path):
     assert vision.image_size == 224, "what the folder says, for scores"
     subject, picture = pictures(1, 60, 80, seed=1), pictures(1, 64, 64, seed=2)
     with vision_encoding(vision):
-        loss = Part(vision, 1.0, subject).term()(picture.movedim(-1, 1))
+        loss = SimilarityPart(vision, 1.0, subject).term()(picture.movedim(-1, 1))
     prepare = Preprocess(518, 518, IMAGENET_MEAN, IMAGENET_STD, published=True)
     with torch.no_grad():
         a, b = (model(pixel_values=prepare(each)).pooler_output for each in (subject, picture))
     assert float(loss) == pytest.approx(-float(torch.nn.functional.cosine_similarity(a, b)), abs=1e-6)
     mask = torch.zeros(1, 60, 80)
     mask[:, 20:40, 20:50] = 1
-    assert part_of(vision, 1.0, subject, mask).references.shape == (1, 518, 518, 3)
+    assert similarity_part(vision, 1.0, subject, mask).references.shape == (1, 518, 518, 3)
     assert vision_memory(vision, False) == BYTES_PER_FEATURE * 37**2 * 8
 
 
@@ -78,14 +78,14 @@ def test_how_pictures_are_prepared_decides_the_run(tmp_path):
     from dataclasses import replace
 
     from likeness.core.fit.runs import digest
-    from likeness.core.siso.host.similarity import Part
+    from likeness.core.siso.host.similarity import SimilarityPart
     from likeness.core.vision.host.vision import load_vision
 
     clip_folder(tmp_path)
     with torch.inference_mode():
         vision = load_vision(tmp_path)
-    part = Part(vision, 1.0, pictures(1))
-    before = digest(part.described())
-    assert digest(Part(vision, 1.0, pictures(1)).described()) == before
+    part = SimilarityPart(vision, 1.0, pictures(1))
+    before = digest(part.key_parts())
+    assert digest(SimilarityPart(vision, 1.0, pictures(1)).key_parts()) == before
     vision.preprocess = replace(vision.preprocess, shorter_side=None)
-    assert digest(part.described()) != before
+    assert digest(part.key_parts()) != before

@@ -1,4 +1,4 @@
-"""The reference image: which one is chosen, and how it is laid on another."""
+"""The reference image: which one is chosen, and how it is aligned with another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from likeness.core.reference.alignment import matrices, warp
-from likeness.core.reference.host.alignment import LITERAL, SYMMETRIC, choose_reference, lay_on
+from likeness.core.reference.host.alignment import LITERAL, SYMMETRIC, align_reference, choose_reference
 from likeness.core.vision.host.vision import load_vision
 
 from .models import dino_folder, pictures
@@ -57,31 +57,33 @@ def test_a_picture_is_laid_on_the_mask():
         mask = wedge()
         matrix = matrices(torch.tensor([[math.log(1.3), math.radians(35), 0.1, -0.05]]))[0]
         target = (warp(mask[None], matrix, (96, 80), "zeros")[0] > 0.5).float()
-        laid = lay_on(scene(mask), mask, target, SYMMETRIC, 180.0)
+        result = align_reference(scene(mask), mask, target, SYMMETRIC, 180.0)
     assert (
-        laid.image.shape == (1, 96, 80, 3) and laid.mask.shape == (1, 96, 80) and laid.overlay.shape == laid.image.shape
+        result.image.shape == (1, 96, 80, 3)
+        and result.mask.shape == (1, 96, 80)
+        and result.overlay.shape == result.image.shape
     )
-    assert laid.iou > 0.9
-    inside = (target > 0.5) & (laid.mask > 0.5)
-    assert_close(laid.image[inside].mean(0), torch.tensor([0.9, 0.1, 0.1]), atol=0.06, rtol=0)
-    assert_close(laid.image[:, :4].mean((0, 1, 2)), torch.tensor([0.1, 0.1, 0.8]), atol=1e-3, rtol=0)  # the border
-    assert "scale 1.3" in laid.matrix or "scale 1.2" in laid.matrix
-    assert laid.matrix.startswith("scale") and f"IoU {laid.iou:.3f} (symmetric)" in laid.matrix
+    assert result.iou > 0.9
+    inside = (target > 0.5) & (result.mask > 0.5)
+    assert_close(result.image[inside].mean(0), torch.tensor([0.9, 0.1, 0.1]), atol=0.06, rtol=0)
+    assert_close(result.image[:, :4].mean((0, 1, 2)), torch.tensor([0.1, 0.1, 0.8]), atol=1e-3, rtol=0)  # the border
+    assert "scale 1.3" in result.matrix or "scale 1.2" in result.matrix
+    assert result.matrix.startswith("scale") and f"IoU {result.iou:.3f} (symmetric)" in result.matrix
 
 
 def test_the_printed_form_shrinks():
     mask = wedge()
     matrix = matrices(torch.tensor([[math.log(1.5), 0.0, 0.0, 0.0]]))[0]
     target = (warp(mask[None], matrix, (64, 64), "zeros")[0] > 0.5).float()
-    symmetric, literal = (lay_on(scene(mask), mask, target, form, 180.0) for form in (SYMMETRIC, LITERAL))
+    symmetric, literal = (align_reference(scene(mask), mask, target, form, 180.0) for form in (SYMMETRIC, LITERAL))
     assert symmetric.iou > 0.9 > 0.8 > literal.iou and float(literal.mask.sum()) < 0.8 * float(target.sum())
 
 
 def test_masks_of_another_size_are_fitted_to_the_picture():
     mask = wedge()
     half = torch.nn.functional.interpolate(mask[None], (32, 32))[0]
-    laid = lay_on(scene(mask), half, mask, SYMMETRIC, 0.0)
-    assert laid.iou > 0.85 and laid.image.shape == (1, 64, 64, 3)
+    result = align_reference(scene(mask), half, mask, SYMMETRIC, 0.0)
+    assert result.iou > 0.85 and result.image.shape == (1, 64, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +99,4 @@ def test_masks_of_another_size_are_fitted_to_the_picture():
 )
 def test_bad_masks(mask, target, expected):
     with pytest.raises(ValueError, match=expected):
-        lay_on(scene(wedge()), mask, target, SYMMETRIC, 180.0)
+        align_reference(scene(wedge()), mask, target, SYMMETRIC, 180.0)

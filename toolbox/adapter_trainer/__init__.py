@@ -1,4 +1,4 @@
-"""Training EZIGen's adapter on large sets of images, by Hugging Face Accelerate on a diffusers folder of SD2.1-base.
+"""Train EZIGen's adapter on large image datasets, with Hugging Face Accelerate and a diffusers folder of SD2.1-base.
 
-Started by toolbox/train_adapter.py; docs/train_adapter.md tells how. Nothing of it is imported by ComfyUI.
+Started by toolbox/train_adapter.py; see docs/train_adapter.md. ComfyUI imports none of it.
 """

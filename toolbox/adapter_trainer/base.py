@@ -1,5 +1,5 @@
-"""A diffusers folder of SD2.1-base (or of another Stable Diffusion of that shape): its parts, frozen, and what they
-make of images and captions.
+"""A diffusers folder of SD2.1-base (or another Stable Diffusion of that shape): its frozen parts, and the encoding of
+images and captions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ...core.fit.fit import step_generator
 from .data import Item
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-AT_ONCE = 4  # images in the autoencoder: its activations at 512 pixels are the largest of all
+AT_ONCE = 4  # images per autoencoder batch: its activations at 512 pixels are the largest of all
 
 
 @dataclass(frozen=True)
 class Base:
-    """The parts, frozen and on their device; alphas_cumprod [1000] on the CPU."""
+    """The frozen parts on their device; alphas_cumprod [1000] on the CPU."""
 
     unet: Any
     vae: Any
@@ -32,19 +32,21 @@ class Base:
     alphas_cumprod: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the networks, and let nothing of them learn."""
+        """Move the networks and freeze them."""
         for part in (self.unet, self.vae, self.text_encoder):
-            nn.Module.to(part, device=device, dtype=dtype)  # theirs warns of layers to keep in float32: there are none
+            nn.Module.to(
+                part, device=device, dtype=dtype
+            )  # diffusers' own to() warns of float32 layers: there are none
             part.requires_grad_(False).eval()
 
     def cell(self) -> int:
-        """Pixels that the sides of images must be multiples of."""
+        """The image sides must be multiples of this many pixels."""
         vae, unet = (len(part.config.block_out_channels) - 1 for part in (self.vae, self.unet))
         return 2 ** (vae + unet)
 
 
 def read_base(folder: Path) -> Base:
-    """ValueError, with what was expected, for a folder that is not one, or of a model that cannot be trained."""
+    """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -95,7 +97,7 @@ def _check_scheduler(folder: Path, scheduler: Any) -> None:
 
 
 class Encoder:
-    """Makes samples out of pairs; what is random of it comes from (seed, number of the sample) alone."""
+    """Encodes pairs to samples; the random numbers depend only on (seed, number of the sample)."""
 
     def __init__(self, base: Base, seed: int) -> None:
         self.base, self.seed = base, seed
@@ -104,7 +106,7 @@ class Encoder:
 
     @torch.no_grad()
     def samples(self, items: Sequence[Item]) -> list[Sample]:
-        """Of one batch of a process, in float32 on the networks' device."""
+        """The samples of one batch, in float32 on the networks' device."""
         images = torch.cat([torch.cat([item.target[None], item.subjects]) for item in items])
         counts = [1 + len(item.subjects) for item in items]
         noise = torch.cat([self._noise(item, images.shape[-1]) for item in items])
@@ -120,19 +122,19 @@ class Encoder:
         return torch.randn((1 + len(item.subjects), config.latent_channels, side, side), generator=generator)
 
     def _latents(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Drawn from the autoencoder's posterior, as published; images [B, 3, S, S] of bytes."""
-        vae, found = self.base.vae, []
-        for part, own in zip(images.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
+        """Draws from the autoencoder's posterior, as published; images [B, 3, S, S] are uint8."""
+        vae, latents = self.base.vae, []
+        for part, noise_part in zip(images.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
             scaled = part.to(vae.device).to(vae.dtype) / 127.5 - 1
             posterior = vae.encode(scaled).latent_dist
             z = posterior.mean.float()
-            found.append(z + posterior.std.float() * own.to(z))
-        return torch.cat(found) * vae.config.scaling_factor
+            latents.append(z + posterior.std.float() * noise_part.to(z))
+        return torch.cat(latents) * vae.config.scaling_factor
 
     def _contexts(self, texts: list[str]) -> Tensor:
-        """The rows of prompts, [B, n, d]: the last hidden state behind its norm, as published."""
+        """Token embeddings of prompts, [B, n, d]: the last hidden state after its norm, as published."""
         text_encoder = self.base.text_encoder
-        given = self.base.tokenizer(
+        tokens = self.base.tokenizer(
             texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        return text_encoder(given.input_ids.to(text_encoder.device))[0].float()
+        return text_encoder(tokens.input_ids.to(text_encoder.device))[0].float()

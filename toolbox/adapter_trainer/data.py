@@ -1,4 +1,4 @@
-"""The samples of a run by their numbers: which process asks for one, or when, changes nothing about it."""
+"""The samples of a run by number: a sample does not depend on the process or the time that requests it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .data_youtube_vis import ANNOTATIONS, DRAWS, YoutubeVis
 
 
 class Source(Protocol):
-    """A set of pairs. pair() takes the next usable one for one that cannot be read, and says so in `skipped`."""
+    """A set of pairs. pair() replaces an unreadable pair by the next usable one, and notes it in `skipped`."""
 
     skipped: list[str]
 
@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """A pair as it travels between processes: images of bytes, [3, S, S] and [R, 3, S, S]."""
+    """A pair in the form passed between processes: uint8 images, [3, S, S] and [R, 3, S, S]."""
 
     number: int
     target: Tensor
@@ -42,11 +42,11 @@ class Item:
     subjects: Tensor
     classes: list[str]
     problems: list[str]
-    """What could not be read on the way to it."""
+    """Files that could not be read on the way to it."""
 
 
 def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, images: int = 0, draws: int = DRAWS) -> Source:
-    """The set in a folder, told by what lies in it. ValueError, with what was expected, when there is none."""
+    """The dataset in a folder, recognised by its files. ValueError, which says what is expected, if there is none."""
     if not path.is_dir():
         raise ValueError(
             f"There is no folder {path.name}: give one of COCO (with annotations/), of YouTube-VIS (with "
@@ -59,8 +59,8 @@ def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, images: int 
     return PairFolder(path, size, max_subjects)
 
 
-class Samples(Dataset[Item]):
-    """Sample `number` of a run over several sets: each pass takes every pair of every set once, in its own order."""
+class PairDataset(Dataset[Item]):
+    """The samples of a run over several sets; each pass takes every pair of every set once, in its own order."""
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         self.sources, self.seed = sources, seed
@@ -71,12 +71,12 @@ class Samples(Dataset[Item]):
         number = index
         place = index_of(self.seed, number, self.ends[-1])
         which = bisect.bisect_right(self.ends, place)
-        chosen = self.sources[which]
-        before = len(chosen.skipped)
-        begin = self.ends[which - 1] if which else 0
-        pair = chosen.pair(place - begin, step_generator(self.seed, number, "pair"))
+        pairs = self.sources[which]
+        before = len(pairs.skipped)
+        first = self.ends[which - 1] if which else 0
+        pair = pairs.pair(place - first, step_generator(self.seed, number, "pair"))
         target, subjects = (_bytes(images) for images in (pair.target, pair.subjects))
-        return Item(number, target, pair.caption, subjects, pair.classes, chosen.skipped[before:])
+        return Item(number, target, pair.caption, subjects, pair.classes, pairs.skipped[before:])
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _bytes(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process of a run does: `batch` samples at once, `accumulate` times for each update."""
+    """The share of one process of a run: `batch` samples at once, `accumulate` times per update."""
 
     batch: int
     accumulate: int = 1
@@ -93,14 +93,14 @@ class Share:
     rank: int = 0
 
     @property
-    def whole(self) -> int:
-        """Samples of an update, of all processes."""
+    def total(self) -> int:
+        """Samples per update, over all processes."""
         return self.batch * self.accumulate * self.processes
 
     def numbers(self, step: int) -> list[list[int]]:
-        """Its batches of an update."""
+        """The sample numbers of its batches in an update."""
         firsts = [
-            step * self.whole + (turn * self.processes + self.rank) * self.batch for turn in range(self.accumulate)
+            step * self.total + (turn * self.processes + self.rank) * self.batch for turn in range(self.accumulate)
         ]
         return [list(range(first, first + self.batch)) for first in firsts]
 
@@ -117,22 +117,22 @@ class _Numbers(Sampler[list[int]]):
         return len(self.steps) * self.share.accumulate
 
 
-def batches(samples: Samples, share: Share, first: int, steps: int, workers: int) -> Iterator[list[list[Item]]]:
-    """For each update from `first` on, the batches that this process learns from; read ahead by `workers` processes."""
+def batches(samples: PairDataset, share: Share, first: int, steps: int, workers: int) -> Iterator[list[list[Item]]]:
+    """This process's batches for each update from `first` on; `workers` processes read ahead."""
     loader = DataLoader(
         samples,
         batch_sampler=_Numbers(share, first, steps),
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_undisturbed,
-        generator=torch.Generator(),  # it draws the workers' seeds, which nothing uses, from the global one otherwise
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # else the workers' (unused) seeds are drawn from the global generator
     )
-    found = iter(loader)
+    iterator = iter(loader)
     for _ in range(first, steps):
-        yield list(itertools.islice(found, share.accumulate))
+        yield list(itertools.islice(iterator, share.accumulate))
 
 
-def _undisturbed(_worker: int) -> None:
-    """An interrupt is for the process that trains: it stops the workers when it has saved."""
+def _ignore_signals(_worker: int) -> None:
+    """Ignore interrupts: the training process handles them and stops the workers after saving."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

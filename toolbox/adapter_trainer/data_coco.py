@@ -1,15 +1,15 @@
-"""COCO as EZIGen (Duan et al. 2024, arXiv 2409.08091) is trained on it: an image, and its own objects cut out.
+"""COCO for EZIGen's training (Duan et al. 2024, arXiv 2409.08091): an image, and its own objects cut out.
 
     <folder>/annotations/instances_train2014.json, captions_train2014.json
-    <folder>/train2014/COCO_train2014_000000000009.jpg       and so for each other part, such as val2014
+    <folder>/train2014/COCO_train2014_000000000009.jpg       likewise for other parts, such as val2014
 
-Source: the authors' data set, with its rules: the target is the whole image stretched to a square; its caption is
-the longest; its subjects are up to four instances, the largest first, of an area of 1000 pixels or more, and of a
-image with more than four only of the larger half. Each is cut out by its polygons, on white, stretched as the
-image, cropped and padded to a square. Deviations, each with its reason:
-- an image without a usable instance, or without a caption, is left out; theirs shows four black images;
-- a cut-out is resized once and not three times, with averaging where it shrinks; its box is that of its mask;
-- class names are COCO's own; theirs are glued together ("sportsball") and one is damaged.
+Source: the dataset of the reference code, with its rules. The target is the whole image, stretched to a square; its
+caption is the longest one; its subjects are up to four instances of at least 1000 pixels, the largest first, and only
+from the larger half if there are more than four. Each is cut out by its polygons onto white, stretched like the image,
+cropped and padded to a square. Deviations, each with its reason:
+- an image without a usable instance or caption is skipped; the reference code uses four black images;
+- a cut-out is resized once instead of three times, with averaging when it shrinks; its box is that of its mask;
+- class names are COCO's own; the reference code's are concatenated ("sportsball") and one is damaged.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from ...core.ezigen.subject_pairs import MAX_SUBJECTS, Pair
-from .masks import Pixels, bounds, on_white, packed_if_whole, pixels, placed, unpacked
+from .masks import Pixels, bounds, on_white, pack_if_valid, pixels, place, unpack
 
 MIN_AREA = 1000
 PREFIX = "instances_"
 EXPECTED = "annotations/instances_<part>.json, annotations/captions_<part>.json and the images in <part>/"
-TRIES = 200  # images in a row that cannot be used: then the disk is gone, not a file
+TRIES = 200  # consecutive unusable images, which mean that the disk is gone and not a single file
 
 
 @dataclass(frozen=True)
 class Instance:
-    """An object in an image: its class, and its mask as packed() keeps it."""
+    """An object in an image: its class, and its mask in the form of pack()."""
 
     noun: str
     segmentation: Any
@@ -41,7 +41,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Record:
-    """An image with a caption and the instances that may be shown, the largest first."""
+    """An image with its caption and its usable instances, the largest first."""
 
     path: Path
     caption: str
@@ -49,16 +49,16 @@ class Record:
 
 
 class Coco:
-    """The pairs of a COCO folder, one for each usable image, in the order of the files of annotations."""
+    """The pairs of a COCO folder, one per usable image, in the order of the annotation files."""
 
     def __init__(self, path: Path, size: int, max_subjects: int = MAX_SUBJECTS, limit: int = 0) -> None:
-        """limit: how many images of each part are taken, from the first on; 0 for all.
+        """limit: use only the first images of each part; 0 for all.
 
-        ValueError, with what was expected, when there is nothing to learn from.
+        ValueError, which says what is expected, when there is nothing to learn from.
         """
         self.path, self.size, self.max_subjects = path, size, max_subjects
         self.skipped: list[str] = []
-        """What could not be used, and why; grows while images are read."""
+        """Skipped files with the reason; grows while images are read."""
         self.records: list[Record] = []
         self.left_out = self.damaged = 0
         for file in sorted((path / "annotations").glob(f"{PREFIX}*.json")):
@@ -70,14 +70,14 @@ class Coco:
         return len(self.records)
 
     def describe(self) -> str:
-        """For people."""
+        """A line for the user."""
         return (
             f"COCO in {self.path.name}: {len(self)} images, {self.left_out} left out (no caption, no usable "
             f"instance), {self.damaged} damaged masks"
         )
 
     def pair(self, index: int, generator: torch.Generator) -> Pair:
-        """The pair of an image, or of the next one that can be used."""
+        """The pair of an image, or of the next usable one."""
         for number in range(index, index + min(TRIES, len(self))):
             record = self.records[number % len(self)]
             try:
@@ -88,7 +88,7 @@ class Coco:
                 continue
             if subjects:
                 return Pair(
-                    placed(image, (self.size, self.size), self.size), record.caption, torch.stack(subjects), nouns
+                    place(image, (self.size, self.size), self.size), record.caption, torch.stack(subjects), nouns
                 )
         raise ValueError(f"{self.path.name}: no image can be read. {'; '.join(self.skipped[-3:])}.")
 
@@ -100,7 +100,7 @@ class Coco:
             if len(subjects) == self.max_subjects:
                 break
             try:
-                mask = unpacked(instance.segmentation, height, width)
+                mask = unpack(instance.segmentation, height, width)
             except Exception as error:
                 self.skipped.append(f"a {instance.noun} in {record.path.name}: {error}"[:200])
                 continue
@@ -108,7 +108,7 @@ class Coco:
             inner = ((right - left) / width, (bottom - top) / height)  # of the image stretched to a square
             scale = self.size / max(inner)
             cut = on_white(image, mask)[top:bottom, left:right]
-            subjects.append(placed(cut, (inner[0] * scale, inner[1] * scale), self.size))
+            subjects.append(place(cut, (inner[0] * scale, inner[1] * scale), self.size))
             nouns.append(instance.noun)
         return subjects, nouns
 
@@ -131,19 +131,19 @@ class Coco:
     def _add_records(self, file: Path, folder: Path, captions: dict[int, str], limit: int) -> None:
         categories, annotations, images = tables(file, "categories", "annotations", "images")
         nouns = {each["id"]: each["name"] for each in categories}
-        found: dict[int, list[dict[str, Any]]] = {}
+        by_image: dict[int, list[dict[str, Any]]] = {}
         for each in annotations:
-            found.setdefault(each["image_id"], []).append(each)
+            by_image.setdefault(each["image_id"], []).append(each)
         for each in images[: limit or len(images)]:
-            shown = [
-                (nouns[one["category_id"]], packed_if_whole(one["segmentation"]))
-                for one in usable(found.get(each["id"], []))
+            candidates = [
+                (nouns[one["category_id"]], pack_if_valid(one["segmentation"]))
+                for one in usable_instances(by_image.get(each["id"], []))
             ]
-            chosen = [Instance(noun, mask) for noun, mask in shown if mask is not None]
-            self.damaged += len(shown) - len(chosen)
+            instances = [Instance(noun, mask) for noun, mask in candidates if mask is not None]
+            self.damaged += len(candidates) - len(instances)
             caption = captions.get(each["id"])
-            if chosen and caption:
-                self.records.append(Record(folder / Path(each["file_name"]).name, caption, chosen))
+            if instances and caption:
+                self.records.append(Record(folder / Path(each["file_name"]).name, caption, instances))
             else:
                 self.left_out += 1
 
@@ -159,20 +159,20 @@ def _longest(file: Path) -> dict[int, str]:
     return longest
 
 
-def usable(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The instances of an image that may be shown, the largest first. A crowd's run lengths are not; theirs fail."""
+def usable_instances(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The usable instances of an image, the largest first; without crowds, on whose run lengths the reference fails."""
     order = sorted(annotations, key=lambda each: each["area"], reverse=True)
     half = order[: len(order) // 2] if len(order) > MAX_SUBJECTS else order
     return [each for each in half if each["area"] >= MIN_AREA and isinstance(each["segmentation"], list)]
 
 
 def tables(file: Path, *names: str) -> list[list[dict[str, Any]]]:
-    """Tables of a file of annotations. ValueError when it is not one."""
+    """The tables of an annotation file. ValueError when it is not one."""
     try:
-        found = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is no JSON file ({error}): download it again.") from error
     for name in names:
-        if not isinstance(found, dict) or not isinstance(found.get(name), list):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise ValueError(f"{file.name} has no table '{name}': it is not a file of annotations.")
-    return [found[name] for name in names]
+    return [content[name] for name in names]

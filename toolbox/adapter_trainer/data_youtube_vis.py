@@ -1,18 +1,18 @@
-"""YouTube-VIS as EZIGen (Duan et al. 2024, arXiv 2409.08091) is trained on it: an object in two frames of a video.
+"""YouTube-VIS for EZIGen's training (Duan et al. 2024, arXiv 2409.08091): an object in two frames of a video.
 
     <folder>/train.json or instances.json     videos, categories, and a mask of every object in every frame
     <folder>/JPEGImages/<video>/<frame>.jpg    or train/JPEGImages, or train_all_frames/JPEGImages
 
-Source: the authors' data set (AnyDoor's), with its rules. Every sample draws a video, an object in it, and two frames
-at least an eighth of the object's frames apart. The earlier one gives the subject: cut out on white, with a margin of
-1.1 to 1.4, in a square, and mirrored half of the time. The later one gives the target: a square around the object's
-box, 1.1 x 1.3 to 1.1 x 2.9 as wide, black where the frame ends. The caption is one of 30 plain sentences with the
-class. A draw that breaks one of these is made again: the largest connected part of the subject's mask is more than 0.9
-of it; both masks cover 0.01 to 0.64 of their frames; the subject's box is 0.1 of the frame in a direction, and the
-target's widened box not more than 0.8 in both. Deviations, each with its reason:
-- the masks are read from the data set's file of annotations; theirs come from images of another edition of it;
-- the two frames are never the same one, where the target would hold nothing but the subject's own pixels;
-- parts of a mask are measured in pixels, theirs by the area within their outlines;
+Source: the dataset of the reference code (AnyDoor's), with its rules. Every sample draws a video, an object in it, and
+two frames at least an eighth of the object's frames apart. The earlier frame gives the subject: cut out on white, with
+a margin of 1.1 to 1.4, in a square, and mirrored half of the time. The later frame gives the target: a square around
+the object's box, 1.1 x 1.3 to 1.1 x 2.9 as wide, black outside the frame. The caption is one of 30 plain sentences with
+the class. A draw is repeated unless all of these hold: the largest connected part of the subject's mask is more than
+0.9 of it; both masks cover 0.01 to 0.64 of their frames; the subject's box spans at least 0.1 of the frame in one
+direction, and the target's widened box at most 0.8 in one. Deviations, each with its reason:
+- the masks come from the dataset's annotation file; the reference code's come from images of another edition of it;
+- the two frames are never the same one, as the target would then contain exactly the subject's pixels;
+- parts of a mask are measured in pixels, in the reference code by the area within their outlines;
 - the sentences are our own, with an article before the class.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...core.ezigen.subject_pairs import Pair
 from .data_coco import tables
-from .masks import Box, Mask, Pixels, bounds, largest_part, on_white, packed_if_whole, pixels, placed, unpacked
+from .masks import Box, Mask, Pixels, bounds, largest_part, on_white, pack_if_valid, pixels, place, unpack
 
 DRAWS = 100_000  # published
 ANNOTATIONS = ("train.json", "instances.json", "train/instances.json", "train/train.json", "annotations/instances.json")
@@ -36,8 +36,8 @@ FRAMES = ("JPEGImages", "train/JPEGImages", "train_all_frames/JPEGImages")
 EXPECTED = f"{ANNOTATIONS[0]} or {ANNOTATIONS[1]}, and the frames in {FRAMES[0]}/ or {FRAMES[1]}/"
 ONE_PART, AREA, SMALLEST, LARGEST = 0.9, (0.01, 0.64), 0.1, 0.8
 MARGINS, TARGET_MARGIN, WINDOWS = (1.1, 1.2, 1.3, 1.4), 1.1, tuple(number / 10 for number in range(13, 30))
-TRIES = 500  # draws in a row that cannot be used
-MAX_DEAD = 50  # files in a row that cannot be read: then the disk is gone, not a file
+TRIES = 500  # consecutive unusable draws
+MAX_DEAD = 50  # consecutive unreadable files, which mean that the disk is gone and not a single file
 SENTENCES = (
     *("a picture of a {}.", "a photo of a {}.", "an image of a {}.", "a photograph of a {}.", "a snapshot of a {}."),
     *("a clear picture of a {}.", "a clear photo of a {}.", "a plain picture of a {}.", "a plain photo of a {}."),
@@ -51,7 +51,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Object:
-    """An object of a video: its class, and its masks by the numbers of the frames that show it."""
+    """An object of a video: its class, and its masks by frame number."""
 
     noun: str
     masks: dict[int, Any]
@@ -59,7 +59,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Video:
-    """A video whose objects can be seen in two frames or more."""
+    """A video and its objects, each visible in two or more frames."""
 
     files: list[Path]
     objects: list[Object]
@@ -70,16 +70,16 @@ class Unusable(Exception):
 
 
 class YoutubeVis:
-    """Pairs drawn from videos; a pair depends on the generator alone."""
+    """Pairs from videos; a pair depends on the generator alone."""
 
     def __init__(self, path: Path, size: int, draws: int = DRAWS) -> None:
-        """draws: how many samples one pass over the data takes of it.
+        """draws: number of samples in one pass over the data.
 
-        ValueError, with what was expected, when there is nothing to learn from.
+        ValueError, which says what is expected, when there is nothing to learn from.
         """
         self.path, self.size, self.draws = path, size, draws
         self.skipped: list[str] = []
-        """What could not be used, and why; grows while frames are read."""
+        """Skipped files with the reason; grows while frames are read."""
         annotations = next((path / name for name in ANNOTATIONS if (path / name).is_file()), None)
         frames = next((path / name for name in FRAMES if (path / name).is_dir()), None)
         if annotations is None or frames is None:
@@ -98,16 +98,16 @@ class YoutubeVis:
         return self.draws
 
     def describe(self) -> str:
-        """For people."""
+        """A line for the user."""
         objects = sum(len(video.objects) for video in self.videos)
         return f"YouTube-VIS in {self.path.name}: {objects} objects in {len(self.videos)} videos, {self.draws} draws"
 
     def pair(self, index: int, generator: torch.Generator) -> Pair:
-        """A pair; the index has no say in it."""
+        """A random pair; the index is ignored."""
         dead = 0
         for _ in range(TRIES):
             try:
-                return self._drawn(_Dice(generator))
+                return self._draw(_Dice(generator))
             except Unusable:
                 continue
             except Exception as error:  # Pillow raises many types for damaged files
@@ -119,22 +119,22 @@ class YoutubeVis:
             f"{self.path.name}: no pair could be drawn. {'; '.join(self.skipped[-3:]) or 'All break the rules'}."
         )
 
-    def _drawn(self, dice: _Dice) -> Pair:
+    def _draw(self, dice: _Dice) -> Pair:
         video = dice.one_of(self.videos)
         thing = dice.one_of(video.objects)
         frames = sorted(thing.masks)
         apart = max(1, len(frames) // 8)
         first = dice.below(len(frames) - apart)
         last = first + apart + dice.below(len(frames) - apart - first)
-        shown, drawn = (self._frame(video, thing, frames[number]) for number in (first, last))
-        subject, target = cut_out(*shown, self.size, dice), window(*drawn, self.size, dice)
+        subject_frame, target_frame = (self._frame(video, thing, frames[number]) for number in (first, last))
+        subject, target = cut_out(*subject_frame, self.size, dice), window(*target_frame, self.size, dice)
         return Pair(target, dice.one_of(SENTENCES).format(thing.noun), subject[None], [thing.noun])
 
     def _frame(self, video: Video, thing: Object, number: int) -> tuple[Pixels, Mask]:
         file = video.files[number]
         try:
             image = pixels(file)
-            return image, unpacked(thing.masks[number], *image.shape[:2])
+            return image, unpack(thing.masks[number], *image.shape[:2])
         except Exception as error:
             raise OSError(f"{file.parent.name}/{file.name}: {error or type(error).__name__}") from error
 
@@ -153,7 +153,7 @@ class _Dice:
 
 
 def cut_out(image: Pixels, mask: Mask, size: int, dice: _Dice) -> Tensor:
-    """The subject on white, [3, size, size] in 0..1. Unusable when its mask breaks a rule."""
+    """The subject on white, [3, size, size] in 0..1. Raises Unusable when its mask breaks a rule."""
     height, width = mask.shape
     left, top, right, bottom = bounds(mask)
     _check_area(mask)
@@ -161,25 +161,25 @@ def cut_out(image: Pixels, mask: Mask, size: int, dice: _Dice) -> Tensor:
         raise Unusable
     scale = size / (dice.one_of(MARGINS) * max(right - left, bottom - top))
     cut = on_white(image, mask)[top:bottom, left:right]
-    found = placed(cut, ((right - left) * scale, (bottom - top) * scale), size)
-    return found.flip(-1) if dice.below(2) else found
+    square = place(cut, ((right - left) * scale, (bottom - top) * scale), size)
+    return square.flip(-1) if dice.below(2) else square
 
 
 def window(image: Pixels, mask: Mask, size: int, dice: _Dice) -> Tensor:
-    """The target: a square around the object, [3, size, size] in 0..1. Unusable when its mask breaks a rule."""
+    """The target: a square around the object, [3, size, size] in 0..1. Raises Unusable when its mask breaks a rule."""
     height, width = mask.shape
     _check_area(mask)
-    box = widened(bounds(mask), TARGET_MARGIN, width, height)
+    box = widen(bounds(mask), TARGET_MARGIN, width, height)
     if box[2] - box[0] > LARGEST * width and box[3] - box[1] > LARGEST * height:
         raise Unusable
-    left, top, right, bottom = squared(widened(box, dice.one_of(WINDOWS), width, height), width, height)
+    left, top, right, bottom = to_square(widen(box, dice.one_of(WINDOWS), width, height), width, height)
     scale = size / max(right - left, bottom - top)
     inner = ((right - left) * scale, (bottom - top) * scale)
-    return placed(numpy.ascontiguousarray(image[top:bottom, left:right]), inner, size, colour=0)
+    return place(numpy.ascontiguousarray(image[top:bottom, left:right]), inner, size, colour=0)
 
 
-def widened(box: Box, ratio: float, width: int, height: int) -> Box:
-    """The box made larger about its middle, as far as the frame goes."""
+def widen(box: Box, ratio: float, width: int, height: int) -> Box:
+    """Enlarge the box around its centre, within the frame."""
     middles = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     halves = ratio * (box[2] - box[0]) / 2, ratio * (box[3] - box[1]) / 2
     left, top = (max(0, int(middle - half)) for middle, half in zip(middles, halves, strict=True))
@@ -189,8 +189,8 @@ def widened(box: Box, ratio: float, width: int, height: int) -> Box:
     return left, top, right, bottom
 
 
-def squared(box: Box, width: int, height: int) -> Box:
-    """The box made a square of its longer side, as far as the frame goes."""
+def to_square(box: Box, width: int, height: int) -> Box:
+    """Extend the box to a square of its longer side, within the frame."""
     side = max(box[2] - box[0], box[3] - box[1])
     left, top = (max(0, (low + high - side) // 2) for low, high in ((box[0], box[2]), (box[1], box[3])))
     right, bottom = (
@@ -210,8 +210,8 @@ def _videos(file: Path, frames: Path) -> list[Video]:
     nouns = {each["id"]: each["name"].replace("_", " ") for each in categories}
     objects: dict[int, list[Object]] = {}
     for each in annotations:
-        stored = {number: packed_if_whole(one) for number, one in enumerate(each["segmentations"]) if one}
-        masks = {number: mask for number, mask in stored.items() if mask is not None}
+        frame_masks = {number: pack_if_valid(one) for number, one in enumerate(each["segmentations"]) if one}
+        masks = {number: mask for number, mask in frame_masks.items() if mask is not None}
         if len(masks) > 1:
             objects.setdefault(each["video_id"], []).append(Object(nouns[each["category_id"]], masks))
     return [

@@ -1,4 +1,4 @@
-"""The training of EZIGen's adapter by one or many processes (core/ezigen_training.py has the mathematics)."""
+"""The training loop of EZIGen's adapter in one or many processes (the mathematics is in core/ezigen/train.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("likeness")
 
 
 class Errors(nn.Module):
-    """The errors of a batch, as a module: what Accelerate spreads over processes, with the adapter as its weights."""
+    """The errors of a batch as a module, which Accelerate distributes over processes; its weights are the adapter's."""
 
     def __init__(self, network: DiffusersUNet, adapter: Adapter) -> None:
         super().__init__()
@@ -35,49 +35,49 @@ class Errors(nn.Module):
 
 
 class Training:
-    """The adapter, its optimiser and the curve of its losses; the same in all processes behind every update."""
+    """The adapter, its optimiser and its losses; identical in all processes after every update."""
 
     def __init__(
         self, accelerator: Any, network: DiffusersUNet, encoder: Encoder, seed: int, learning_rate: float, drop: float
     ) -> None:
         self.accelerator, self.network, self.encoder = accelerator, network, encoder
         self.seed, self.drop = seed, drop
-        self.parameters = network.adapter.named()
+        self.parameters = network.adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, learning_rate)
         self.module = accelerator.prepare_model(Errors(network, network.adapter))
         self.losses: list[float] = []
-        self.whole = True
-        """False within an update's last part, where the state is neither the one before nor the one behind it."""
+        self.consistent = True
+        """False in the last part of an update, where the state is neither the previous nor the next one."""
 
     @property
     def step(self) -> int:
         return len(self.losses)
 
-    def update(self, found: list[list[Item]], stop: bool) -> bool:
-        """One update with this process's batches; whether any process was asked to stop.
+    def update(self, batches: list[list[Item]], stop: bool) -> bool:
+        """One update with this process's batches; returns whether any process was asked to stop.
 
-        RuntimeError, with everything as it was before, when the loss or its gradient is not finite.
+        RuntimeError, without any change of state, when the loss or its gradient is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.accelerator.device)
-        for turn, items in enumerate(found):
+        for turn, items in enumerate(batches):
             samples = self.encoder.samples(items)
             draws = [draw(self.seed, item.number, self.drop) for item in items]
-            with contextlib.ExitStack() as alone:
-                if turn + 1 < len(found):
-                    alone.enter_context(self.accelerator.no_sync(self.module))
-                loss = self.module(samples, draws).mean() / len(found)
+            with contextlib.ExitStack() as stack:
+                if turn + 1 < len(batches):
+                    stack.enter_context(self.accelerator.no_sync(self.module))
+                loss = self.module(samples, draws).mean() / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        told = self.accelerator.reduce(torch.stack([total, total.new_tensor(float(stop))]), "mean")
-        value = finite_or_raise(told[0], self.step)
+        reduced = self.accelerator.reduce(torch.stack([total, total.new_tensor(float(stop))]), "mean")
+        value = finite_or_raise(reduced[0], self.step)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM)
         finite_or_raise(norm, self.step, "gradient")
-        self.whole = False
+        self.consistent = False
         self.optimizer.step()
         self.losses.append(value)
-        self.whole = True
-        return bool(told[1] > 0)
+        self.consistent = True
+        return bool(reduced[1] > 0)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -87,97 +87,97 @@ class Training:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """ValueError when it is the state of another adapter."""
-        own = {name.removeprefix("adapter."): value for name, value in state.items() if name.startswith("adapter.")}
-        self.network.adapter.load(own)
+        """Restore a state(); ValueError when it belongs to another adapter."""
+        tensors = {name.removeprefix("adapter."): value for name, value in state.items() if name.startswith("adapter.")}
+        self.network.adapter.load(tensors)
         restore_adam(self.optimizer, state)
         self.losses = state["losses"].tolist()
 
 
-class Asked:
-    """Whether Ctrl+C, or a scheduler, asked the run to stop.
+class StopRequest:
+    """Whether Ctrl+C or a scheduler has asked the run to stop.
 
-    Asked again after PATIENCE seconds it stops at once, without saving; before, Accelerate's launcher only passes on
-    what the terminal has told every process already.
+    A second request after PATIENCE seconds stops it at once, without saving. Earlier ones are ignored, because
+    Accelerate's launcher forwards the signal that the terminal has already sent to every process.
     """
 
     def __init__(self) -> None:
-        self.stop, self._when = False, 0.0
+        self.stop, self._time = False, 0.0
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[Asked]:
-        before = {number: signal.signal(number, self._told) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listening(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _told(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         if self.stop:
-            if time.monotonic() - self._when > PATIENCE:
+            if time.monotonic() - self._time > PATIENCE:
                 raise KeyboardInterrupt
             return
-        self._when = time.monotonic()
+        self._time = time.monotonic()
         log.warning("Asked to stop (%s): the update is finished and saved first.", signal.Signals(number).name)
         self.stop = True
 
 
 class Problems:
-    """What could not be read in this process: each told once, and counted."""
+    """Unreadable files in this process: each is logged once, and counted."""
 
     def __init__(self) -> None:
-        self.found: set[str] = set()
+        self.messages: set[str] = set()
 
     def add(self, items: list[list[Item]]) -> None:
         for batch in items:
             for item in batch:
                 for problem in item.problems:
-                    if problem not in self.found:
-                        self.found.add(problem)
+                    if problem not in self.messages:
+                        self.messages.add(problem)
                         log.warning("Skipped: %s", problem)
 
-    def everywhere(self) -> int:
-        """How many there are in all processes."""
+    def count(self) -> int:
+        """The number in all processes together."""
         from accelerate.utils import gather_object
 
-        return len(set(gather_object(sorted(self.found))))
+        return len(set(gather_object(sorted(self.messages))))
 
 
-def run(
+def run_training(
     training: Training,
-    found: Iterator[list[list[Item]]],
+    updates: Iterator[list[list[Item]]],
     steps: int,
     save_every: int,
     save: Callable[[], None],
-    told: Callable[[int, float], None],
+    on_update: Callable[[int, float], None],
     problems: Problems,
 ) -> bool:
-    """Train up to `steps` updates, saving on the way and at the end; False when it was asked to stop before.
+    """Train up to `steps` updates, saving on the way and at the end; returns False if it was asked to stop earlier.
 
-    told(step, loss) after every update.
+    on_update(step, loss) is called after every update.
     """
-    saved = training.step
-    with Asked().listening() as asked:
+    saved_step = training.step
+    with StopRequest().listening() as request:
         try:
-            for batches in found:
+            for batches in updates:
                 problems.add(batches)
-                stop = training.update(batches, asked.stop)
+                stop = training.update(batches, request.stop)
                 if stop or training.step == steps or training.step % save_every == 0:
                     save()
-                    saved = training.step
-                told(training.step, training.losses[-1])
+                    saved_step = training.step
+                on_update(training.step, training.losses[-1])
                 if stop:
                     break
-        except Exception:  # of the data too: a worker that died, a folder that was unmounted
-            if training.whole and training.step > saved:
-                save()  # nothing was updated in the one that failed
+        except Exception:  # from the data too: a dead worker, an unmounted folder
+            if training.consistent and training.step > saved_step:
+                save()  # the failed update has changed nothing
             raise
     return training.step >= steps
 
 
-class Progress:
-    """Lines for the log: the mean loss since the last one, the speed, and how long it will take."""
+class ProgressLog:
+    """Log lines with the mean loss since the previous line, the speed and the remaining time."""
 
     def __init__(self, first: int, steps: int, every: int) -> None:
         self.first, self.steps, self.every = first, steps, every

@@ -1,4 +1,4 @@
-"""Masks as data sets store them, cut-outs of images, and how to read both."""
+"""Read masks in the formats of datasets, and cut out parts of images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 Mask = NDArray[numpy.bool_]
 Pixels = NDArray[numpy.uint8]
-Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two lie outside
+Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are exclusive
 
-SHIFT = 48  # a compressed count is written in characters from "0" on, five bits in each
+SHIFT = 48  # characters of a compressed count start at "0", with five bits each
 MORE, SIGN = 0x20, 0x10
-FINER = 4  # parts of a pixel that polygons are drawn in
+FINER = 4  # supersampling factor for polygons
 
 
 def pixels(path: Path) -> Pixels:
@@ -28,9 +28,9 @@ def pixels(path: Path) -> Pixels:
 
 
 def polygons(rows: Sequence[Any], height: int, width: int) -> Mask:
-    """[H, W] of an outline of one or several parts, each x, y, x, y, ... in pixels.
+    """The mask [H, W] of an outline of one or several polygons, each x, y, x, y, ... in pixels.
 
-    A pixel belongs to it when more than half of it lies inside; COCO's own tools may decide otherwise at the outline.
+    A pixel belongs to the mask if more than half of it lies inside; COCO's tools may differ at the outline.
     """
     canvas = Image.new("L", (width * FINER, height * FINER))
     draw = ImageDraw.Draw(canvas)
@@ -43,8 +43,8 @@ def polygons(rows: Sequence[Any], height: int, width: int) -> Mask:
 
 
 def compressed_counts(text: str) -> list[int]:
-    """COCO's compressed run lengths: little-endian groups of five bits; from the third on, differences to the one
-    before the last.
+    """Decode COCO's compressed run lengths: little-endian groups of five bits; from the third count on, differences to
+    the count two before.
     """
     counts: list[int] = []
     value, bits = 0, 0
@@ -61,7 +61,7 @@ def compressed_counts(text: str) -> list[int]:
 
 
 def run_lengths(counts: Sequence[int] | NDArray[Any], height: int, width: int) -> Mask:
-    """[H, W] of run lengths along the columns, which begin outside."""
+    """The mask [H, W] of run lengths along the columns; the first run is outside."""
     runs = numpy.asarray(counts, dtype=numpy.int64)
     if (runs < 0).any() or int(runs.sum()) != height * width:
         raise ValueError(f"run lengths of {int(runs.sum())} pixels for {width} x {height}")
@@ -69,24 +69,24 @@ def run_lengths(counts: Sequence[int] | NDArray[Any], height: int, width: int) -
     return numpy.repeat(inside, runs).reshape(width, height).T
 
 
-def packed(segmentation: Any) -> Any:
-    """A segmentation as a file of annotations has it, in less memory: run lengths as one row, polygons as a list."""
+def pack(segmentation: Any) -> Any:
+    """A segmentation of an annotation file in less memory: run lengths as an array, polygons as a list of arrays."""
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         return numpy.asarray(compressed_counts(counts) if isinstance(counts, str) else counts, dtype=numpy.int32)
     return [numpy.asarray(row, dtype=numpy.float32) for row in segmentation]
 
 
-def packed_if_whole(segmentation: Any) -> Any | None:
-    """packed(), or None for a damaged one: of half a million, one is no reason to stop."""
+def pack_if_valid(segmentation: Any) -> Any | None:
+    """pack(), or None for a damaged segmentation: one in half a million is no reason to stop."""
     try:
-        return packed(segmentation)
+        return pack(segmentation)
     except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
         return None
 
 
-def unpacked(segmentation: Any, height: int, width: int) -> Mask:
-    """[H, W] of what packed() gave. ValueError when it is no mask of this size, or an empty one."""
+def unpack(segmentation: Any, height: int, width: int) -> Mask:
+    """The mask [H, W] of a pack() result. ValueError for a mask of another size, or an empty one."""
     if isinstance(segmentation, list):
         mask = polygons(segmentation, height, width)
     else:
@@ -103,7 +103,7 @@ def bounds(mask: Mask) -> Box:
 
 
 def largest_part(mask: Mask) -> float:
-    """The share of a mask's pixels that its largest connected part has."""
+    """The largest connected part's share of a mask's pixels."""
     from scipy import ndimage
 
     parts, _ = ndimage.label(mask, structure=numpy.ones((3, 3)))
@@ -112,12 +112,12 @@ def largest_part(mask: Mask) -> float:
 
 
 def on_white(image: Pixels, mask: Mask) -> Pixels:
-    """What lies inside the mask, on white."""
+    """The image inside the mask, white elsewhere."""
     return numpy.where(mask[..., None], image, numpy.uint8(255))
 
 
-def placed(image: Pixels, inner: tuple[float, float], size: int, colour: int = 255) -> Tensor:
-    """[3, size, size] in 0..1: an image stretched to inner (width, height) in the middle of a square of one colour."""
+def place(image: Pixels, inner: tuple[float, float], size: int, colour: int = 255) -> Tensor:
+    """[3, size, size] in 0..1: an image stretched to inner (width, height), centred on a square of one colour."""
     width, height = (min(size, max(1, round(length))) for length in inner)
     square = Image.new("RGB", (size, size), (colour,) * 3)
     part = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)

@@ -1,8 +1,8 @@
-"""A diffusers UNet of SD2.1's kind as the Network that EZIGen's adapter is trained in (see core/ezigen_training.py).
+"""A diffusers UNet like SD2.1's as the Network of EZIGen's adapter training (see core/ezigen/train.py).
 
-The adapter takes the place that diffusers keeps in every transformer block for GLIGEN: behind the self-attention and
-its residual, before the cross-attention. So the UNet runs diffusers' own code, and what the adapter reads travels as an
-argument, which gradient checkpointing needs.
+The adapter uses diffusers' slot for GLIGEN in every transformer block: after the self-attention and its residual,
+before the cross-attention. So the UNet runs diffusers' own code, and the adapter's input is passed as an argument, as
+gradient checkpointing requires.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.ezigen.adapter import Adapter, Layer, SubjectTokens
-from ...core.ezigen.artifact import by_place
+from ...core.ezigen.artifact import sort_layers
 
 BLOCK = ".transformer_blocks."
 
 
 def blocks(unet: nn.Module) -> dict[str, Any]:
-    """The transformer blocks of a UNet by name, in the order in which they run."""
-    found = {name: part for name, part in unet.named_modules() if name.rpartition(".")[0].endswith(BLOCK[:-1])}
-    return {name: found[name] for name in by_place(found)}
+    """The transformer blocks of a UNet by name, in execution order."""
+    parts = {name: part for name, part in unet.named_modules() if name.rpartition(".")[0].endswith(BLOCK[:-1])}
+    return {name: parts[name] for name in sort_layers(parts)}
 
 
 def layers(unet: nn.Module) -> list[Layer]:
-    """Where the adapter stands. ValueError for a UNet that it cannot stand in."""
-    found = blocks(unet)
+    """The layers that get the adapter. ValueError for an unsupported UNet."""
+    parts = blocks(unet)
     plain = all(
-        getattr(part, "norm_type", None) == "layer_norm" and not part.only_cross_attention for part in found.values()
+        getattr(part, "norm_type", None) == "layer_norm" and not part.only_cross_attention for part in parts.values()
     )
-    if not found or not plain:
+    if not parts or not plain:
         raise ValueError(
             f"The UNet ({type(unet).__name__}) has no transformer blocks with self-attention like those of SD1.x and "
             "SD2.x: choose a folder of SD2.1-base."
         )
-    return [Layer(name, part.attn1.to_q.weight.shape[0], part.attn1.heads) for name, part in found.items()]
+    return [Layer(name, part.attn1.to_q.weight.shape[0], part.attn1.heads) for name, part in parts.items()]
 
 
-def new_adapter(unet: nn.Module) -> Adapter:
-    """An adapter for a UNet, in float32, as the published training starts it."""
+def diffusers_adapter(unet: nn.Module) -> Adapter:
+    """An adapter for a diffusers UNet, in float32, with the published initialisation."""
     adapter = Adapter(layers(unet))
     adapter.start_from({name: value.detach().float().cpu() for name, value in unet.state_dict().items()})
     return adapter
@@ -49,52 +49,52 @@ class DiffusersUNet:
     """A frozen UNet with the adapter in it."""
 
     def __init__(self, unet: Any, adapter: Adapter, alphas_cumprod: Tensor) -> None:
-        """The UNet is the network's own from then on: its blocks are given the adapter's place."""
+        """Takes over the UNet: installs the adapter and hooks in its blocks."""
         self.unet, self.adapter = unet, adapter
         self.alphas_cumprod = alphas_cumprod.detach().float().cpu()
-        self._kept: dict[int, Tensor] | None = None
-        self._asked: set[int] = set()
-        unet.position_net = _as_it_is
+        self._inputs: dict[int, Tensor] | None = None
+        self._called: set[int] = set()
+        unet.position_net = _identity
         self._count = 0
         for index, part in enumerate(blocks(unet).values()):
-            part.fuser = self._place(index)
-            part.attn1.register_forward_pre_hook(self._keeper(index))
+            part.fuser = self._fuser(index)
+            part.attn1.register_forward_pre_hook(self._input_hook(index))
             self._count += 1
 
     def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
-        self._kept = {}
+        self._inputs = {}
         try:
             self.unet(z, timestep, context)
-            return [self._kept[index] for index in range(self._count)]
+            return [self._inputs[index] for index in range(self._count)]
         finally:
-            self._kept = None
+            self._inputs = None
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
-        self._asked.clear()
-        given = {"gligen": {"tokens": tokens}}
-        noise = self.unet(z, timestep, context, cross_attention_kwargs=given).sample
-        if len(self._asked) != self._count:
+        self._called.clear()
+        attention_kwargs = {"gligen": {"tokens": tokens}}
+        noise = self.unet(z, timestep, context, cross_attention_kwargs=attention_kwargs).sample
+        if len(self._called) != self._count:
             raise RuntimeError(
-                f"This version of diffusers asked the adapter in {len(self._asked)} of {self._count} blocks: install "
+                f"This version of diffusers asked the adapter in {len(self._called)} of {self._count} blocks: install "
                 "one that the docs name."
             )
         return noise
 
-    def _place(self, index: int) -> Callable[[Tensor, SubjectTokens | None], Tensor]:
+    def _fuser(self, index: int) -> Callable[[Tensor, SubjectTokens | None], Tensor]:
         def behind_self_attention(h: Tensor, tokens: SubjectTokens | None) -> Tensor:
-            self._asked.add(index)
+            self._called.add(index)
             return self.adapter(index, h, tokens)
 
         return behind_self_attention
 
-    def _keeper(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_attention: nn.Module, given: tuple[Any, ...]) -> None:
-            if self._kept is not None:
-                self._kept[index] = given[0].detach()
+    def _input_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self._inputs is not None:
+                self._inputs[index] = inputs[0].detach()
 
-        return keep
+        return record
 
 
-def _as_it_is(tokens: SubjectTokens | None) -> SubjectTokens | None:
-    """In the place of GLIGEN's network for boxes."""
+def _identity(tokens: SubjectTokens | None) -> SubjectTokens | None:
+    """Replaces GLIGEN's network for boxes."""
     return tokens

@@ -1,4 +1,4 @@
-"""The command: settings, what is checked before work begins, and the run."""
+"""The command: its settings, the checks before the work begins, and the run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from ...core.ezigen import artifact as adapter_file
 from ...core.ezigen.train import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS
 from .base import Base, Encoder, read_base
-from .data import Samples, Share, Source, batches, source
+from .data import PairDataset, Share, Source, batches, source
 from .data_youtube_vis import DRAWS
-from .loop import Problems, Progress, Training, run
-from .network import DiffusersUNet, new_adapter
-from .state import ADAPTER, States, shared
+from .loop import Problems, ProgressLog, Training, run_training
+from .network import DiffusersUNet, diffusers_adapter
+from .state import ADAPTER, States, share_state
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 NEEDED = ("accelerate", "diffusers", "transformers", "scipy", "PIL")
@@ -27,7 +27,7 @@ log = logging.getLogger("likeness")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the defaults, where there are any."""
+    """Shows the defaults that there are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False
@@ -35,41 +35,41 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    command_line = argparse.ArgumentParser(
         prog="accelerate launch toolbox/train_adapter.py",
-        description="Train EZIGen's adapter on a large set. The same command goes on with a run that was cut off, and "
-        "gives what an uninterrupted one gives. docs/train_adapter.md tells more.",
+        description="Train EZIGen's adapter on a large dataset. The same command resumes an interrupted run, with the "
+        "result of an uninterrupted one. See docs/train_adapter.md.",
         formatter_class=_Help,
     )
-    add = made.add_argument
+    add = command_line.add_argument
     add("--model", type=Path, required=True, help="diffusers folder of SD2.1-base")
     add("--data", type=Path, nargs="+", required=True, help="folders: COCO, YouTube-VIS, or subjects with captions")
     add(
         "--start",
         type=Path,
-        help="adapter to begin with: a file, or the authors' checkpoint; else a copy of the UNet's own",
+        help="adapter to start from: a file, or the published checkpoint; default: a copy of the UNet's self-attention",
     )
-    add("--out", type=Path, required=True, help=f"folder for {ADAPTER} and the states of the run")
-    add("--steps", type=_positive, default=200_000, help="updates in all")
-    add("--batch", type=_positive, default=1, help="samples at once in each process")
-    add("--accumulate", type=_positive, default=1, help="batches of each process for one update")
-    add("--learning-rate", type=float, default=LEARNING_RATE, help="AdamW's, constant")
-    add("--drop", type=float, default=DROP, help=f"share of samples without subject (published code: {DROP_PUBLISHED})")
-    add("--seed", type=int, default=0, help="of all that is random")
+    add("--out", type=Path, required=True, help=f"folder for {ADAPTER} and the run's states")
+    add("--steps", type=_positive, default=200_000, help="total number of updates")
+    add("--batch", type=_positive, default=1, help="samples per batch in each process")
+    add("--accumulate", type=_positive, default=1, help="batches per update in each process")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="constant learning rate of AdamW")
+    add("--drop", type=float, default=DROP, help=f"share of samples without subject (reference code: {DROP_PUBLISHED})")
+    add("--seed", type=int, default=0, help="random seed")
     add("--size", type=_positive, default=512, help="side of images, in pixels")
-    add("--max-subjects", type=_positive, default=MAX_SUBJECTS, help="images of the subject in one sample, at most")
-    add("--coco-pictures", type=int, default=0, help="of each part of COCO, from the first on; 0: all")
-    add("--youtube-vis-draws", type=_positive, default=DRAWS, help="samples of YouTube-VIS in a pass over the data")
-    add("--precision", choices=sorted(PRECISIONS), help="of the frozen networks; else what accelerate was told")
+    add("--max-subjects", type=_positive, default=MAX_SUBJECTS, help="maximum number of subject images per sample")
+    add("--coco-pictures", type=int, default=0, help="use only the first images of each part of COCO; 0: all")
+    add("--youtube-vis-draws", type=_positive, default=DRAWS, help="samples of YouTube-VIS per pass over the data")
+    add("--precision", choices=sorted(PRECISIONS), help="precision of the frozen networks; default: accelerate's")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--workers", type=int, default=4, help="processes that read images, for each that trains")
-    add("--save-every", type=_positive, default=1000, help="updates from one saved state to the next")
-    add("--keep", type=_positive, default=2, help="states that are kept")
-    add("--log-every", type=_positive, default=50, help="updates from one line of the log to the next")
-    add("--tensorboard", action="store_true", help="the loss as TensorBoard events in --out")
-    add("--cpu", action="store_true", help="train on the processor, whatever else there is")
-    add("--allow-changed", action="store_true", help="go on with a run that was begun with other settings")
-    return made
+    add("--workers", type=int, default=4, help="data loader processes per training process")
+    add("--save-every", type=_positive, default=1000, help="updates between saved states")
+    add("--keep", type=_positive, default=2, help="number of states to keep")
+    add("--log-every", type=_positive, default=50, help="updates between log lines")
+    add("--tensorboard", action="store_true", help="write the loss as TensorBoard events to --out")
+    add("--cpu", action="store_true", help="train on the CPU, even if there is a GPU")
+    add("--allow-changed", action="store_true", help="resume a run that was started with other settings")
+    return command_line
 
 
 def _positive(text: str) -> int:
@@ -80,7 +80,7 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Train; 0 when it is done or was stopped, 1 when it failed on the way, 2 with a sentence for what cannot work."""
+    """Train; exit code 0 if finished or stopped, 1 after a failure on the way, 2 with a message for invalid inputs."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = parser().parse_args(arguments)
     command = None
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         log.error("%s", error)
         return 2
-    except RuntimeError as error:  # of a device, of the processes' connection, or a loss that is not finite
+    except RuntimeError as error:  # a device, the processes' connection, or a loss that is not finite
         log.exception("The training ended: %s", error)
         return 1
     finally:
@@ -156,7 +156,7 @@ class _Command:
             for path in options.data
         ]
         base = self._base()
-        adapter = new_adapter(base.unet)
+        adapter = diffusers_adapter(base.unet)
         names = [layer.name for layer in adapter.described]
         if options.start is not None:
             adapter.load(adapter_file.read_adapter(options.start).tensors)
@@ -171,11 +171,11 @@ class _Command:
         )
         states = States(options.out, options.keep, self._settings(sources, sample))
         self._resume(training, states)
-        self._train(training, states, Samples(sources, options.seed), sample)
+        self._train(training, states, PairDataset(sources, options.seed), sample)
 
     def close(self) -> None:
-        """Called when nothing of run() is left. What uses the processes' connection must go before the connection:
-        the other way round torch's gloo may wait for ever in the process's last moment (seen in 2.13).
+        """Call it after run(). Objects that use the processes' connection must be freed before the connection, else
+        torch's gloo may hang when the process exits (seen in 2.13).
         """
         self.accelerator.free_memory()
         gc.collect()
@@ -188,13 +188,13 @@ class _Command:
         return base
 
     def _settings(self, sources: list[Source], base: dict[str, list[float]]) -> dict[str, Any]:
-        """What decides the result; how many processes share an update does not."""
+        """Everything that determines the result; the number of processes does not."""
         names = ("seed", "learning_rate", "drop", "size", "max_subjects")
         for each in sources:
             log.info("%s", each.describe())
         return {
             **{name: getattr(self.options, name) for name in names},
-            "batch": self.share.whole,
+            "batch": self.share.total,
             "precision": self.accelerator.mixed_precision,
             "start": self.options.start and self.options.start.name,
             "data": [each.describe() for each in sources],
@@ -209,33 +209,39 @@ class _Command:
                 state = states.newest(self.options.allow_changed)
             except (ValueError, OSError) as error:
                 problem = str(error)
-        state = shared(self.accelerator, state, problem)
+        state = share_state(self.accelerator, state, problem)
         if state is not None:
             training.restore(state)
             log.info("Going on behind update %d.", training.step)
 
-    def _train(self, training: Training, states: States, samples: Samples, base: dict[str, list[float]]) -> None:
+    def _train(self, training: Training, states: States, samples: PairDataset, base: dict[str, list[float]]) -> None:
         options, problems = self.options, Problems()
-        first, progress = training.step, Progress(training.step, options.steps, options.log_every)
+        first, progress = training.step, ProgressLog(training.step, options.steps, options.log_every)
         log.info(
             "%d processes, %d samples an update, %d numbers learn; updates %d to %d.",
-            *(self.share.processes, self.share.whole, sum(map(torch.Tensor.numel, training.parameters.values()))),
+            *(self.share.processes, self.share.total, sum(map(torch.Tensor.numel, training.parameters.values()))),
             *(first + 1, options.steps),
         )
         if options.tensorboard:
-            own = {"tensorboard": {"purge_step": first + 1}}
-            self.accelerator.init_trackers("log", init_kwargs=own)
+            init_kwargs = {"tensorboard": {"purge_step": first + 1}}
+            self.accelerator.init_trackers("log", init_kwargs=init_kwargs)
 
-        def told(step: int, loss: float) -> None:
+        def on_update(step: int, loss: float) -> None:
             progress(step, loss)
             if options.tensorboard:
                 self.accelerator.log({"loss": loss}, step=step)
 
-        found = batches(samples, self.share, first, options.steps, options.workers)
-        done = run(
-            training, found, options.steps, options.save_every, self._saver(training, states, base), told, problems
+        updates = batches(samples, self.share, first, options.steps, options.workers)
+        finished = run_training(
+            training,
+            updates,
+            options.steps,
+            options.save_every,
+            self._saver(training, states, base),
+            on_update,
+            problems,
         )
-        skipped = problems.everywhere()
+        skipped = problems.count()
         if self.accelerator.is_main_process and self.saved < training.step > first:
             raise ValueError(
                 f"The last state could not be stored; the last that could is of update {self.saved}. Make room in "
@@ -243,7 +249,7 @@ class _Command:
             )
         log.info(
             "%s behind update %d%s.",
-            *("Done" if done else "Stopped; the same command goes on", training.step),
+            *("Done" if finished else "Stopped; the same command goes on", training.step),
             f"; {skipped} data files could not be used, each is named above" if skipped else "",
         )
 
@@ -253,7 +259,7 @@ class _Command:
         def save() -> None:
             if not self.accelerator.is_main_process:
                 return
-            stored = adapter_file.trained(training.network.adapter, {**header, "steps": training.step})
+            stored = adapter_file.pack_adapter(training.network.adapter, {**header, "steps": training.step})
             try:
                 states.save(training.step, training.state())
                 adapter_file.save_adapter(states.folder / ADAPTER, stored)

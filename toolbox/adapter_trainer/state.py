@@ -1,4 +1,4 @@
-"""The state of a run on disk: written whole or not at all, and the last few of them kept."""
+"""The states of a run on disk: written atomically; the last few are kept."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ log = logging.getLogger("likeness")
 
 
 class States:
-    """The states in a run's folder. settings: what decides the result; they are kept beside each."""
+    """The states in a run's folder. settings: everything that determines the result; stored with each state."""
 
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]) -> None:
         self.folder, self.keep = folder, keep
         self.settings = json.loads(json.dumps(settings))
 
     def files(self) -> list[Path]:
-        """The oldest first."""
+        """The state files, the oldest first."""
         return sorted(self.folder.glob(f"{PREFIX}*.safetensors"))
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """OSError when the disk is full."""
+        """Save a state and remove old ones; OSError when the disk is full."""
         path = self.folder / f"{PREFIX}{step:09d}.safetensors"
         write_tensors(path, tensors, {"kind": KIND, "format": FORMAT, "settings": self.settings})
         for old in self.files()[: -self.keep]:
             old.unlink(missing_ok=True)
 
     def newest(self, allow_changed: bool) -> dict[str, Tensor] | None:
-        """The newest state that can be read, or None. ValueError when it was made with other settings."""
+        """The newest readable state, or None. ValueError when it has other settings."""
         for path in reversed(self.files()):
             try:
                 tensors, header = read_tensors(path, MAX_BYTES)
@@ -58,22 +58,24 @@ class States:
         changed = [name for name, value in self.settings.items() if before.get(name) != value]
         if not changed:
             return
-        told = "; ".join(
+        changes = "; ".join(
             "another model" if name == "base" else f"{name} was {before.get(name)}, is {self.settings[name]}"
             for name in changed
         )
         if not allow_changed:
             raise ValueError(
-                f"The run in {self.folder} was begun with other settings ({told[:1000]}): give the same, another "
+                f"The run in {self.folder} was begun with other settings ({changes[:1000]}): give the same, another "
                 "folder with --out, or --allow-changed to go on with these."
             )
-        log.warning("The run goes on with other settings (%s): not what one begun with them would give.", told[:1000])
+        log.warning(
+            "The run goes on with other settings (%s): not what one begun with them would give.", changes[:1000]
+        )
 
 
-def shared(accelerator: Any, state: dict[str, Tensor] | None, problem: str) -> dict[str, Tensor] | None:
-    """The first process's state in all of them, so that only its machine needs the folder.
+def share_state(accelerator: Any, state: dict[str, Tensor] | None, problem: str) -> dict[str, Tensor] | None:
+    """Broadcast the first process's state to all processes, so that only its machine needs the folder.
 
-    ValueError, in all of them, when it met a problem.
+    ValueError, in all processes, when the first one had a problem.
     """
     from accelerate.utils import broadcast, broadcast_object_list
 
@@ -83,8 +85,8 @@ def shared(accelerator: Any, state: dict[str, Tensor] | None, problem: str) -> d
         raise ValueError(problem)
     if table is None or accelerator.num_processes == 1:
         return state
-    found = {}
+    tensors = {}
     for name, shape, dtype in table:
-        own = torch.empty(shape, dtype=dtype) if state is None else state[name]
-        found[name] = broadcast(own.to(accelerator.device)).cpu()
-    return found
+        tensor = torch.empty(shape, dtype=dtype) if state is None else state[name]
+        tensors[name] = broadcast(tensor.to(accelerator.device)).cpu()
+    return tensors

@@ -1,4 +1,4 @@
-"""Taking part in the attention of ComfyUI's UNet for one run, around whatever other nodes have put there."""
+"""Attention patches for ComfyUI's UNet that last for one run and wrap whatever other nodes have installed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Literal
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-Key = tuple[str, int, int]  # part of the UNet, number of its block, number of the transformer layer in it
+Key = tuple[str, int, int]  # part of the UNet, index of the block, index of the transformer layer in the block
 Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-def attention_layers(unet: Any) -> list[Key]:
-    """All transformer layers, as ComfyUI names them. ValueError for a network that is not ComfyUI's UNet."""
+def transformer_layers(unet: Any) -> list[Key]:
+    """Keys of all transformer layers, as ComfyUI names them. ValueError for a network that is not ComfyUI's UNet."""
     parts = {name: getattr(unet, f"{name}_blocks", None) for name in ("input", "output")}
     if None in parts.values():
         raise ValueError(
@@ -31,23 +31,23 @@ def attention_layers(unet: Any) -> list[Key]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """A layer's own attention: q [B, T, heads * d], k and v [B, N, heads * d]."""
+    """ComfyUI's attention of a layer: q [B, T, heads * d], k and v [B, N, heads * d]."""
     return optimized_attention(
         q, k, v, options["n_heads"], attn_precision=options["attn_precision"], transformer_options=options
     )
 
 
-def replaced(
-    patches: dict[str, Any], kind: Literal["attn1", "attn2"], layers: list[Key], around: Callable[[Attention], Any]
+def wrap_attention(
+    patches: dict[str, Any], kind: Literal["attn1", "attn2"], layers: list[Key], wrap: Callable[[Attention], Any]
 ) -> dict[str, Any]:
-    """A copy of transformer_options["patches_replace"] where every layer has around(what it would have done).
+    """A copy of transformer_options["patches_replace"] in which every layer calls wrap(its previous attention).
 
-    Standing around what is there at the beginning of a run works beside other nodes' patches (IPAdapter, PAG), in
-    whichever order they were connected. ComfyUI takes a layer's own patch, else its block's; we take the place that is
-    taken already, else the block's. So a block's patch that comes for one call (PAG's perturbed pass) holds as without
-    us, in place of ours.
+    Wrapping the patches that exist when a run starts makes this work with other nodes' patches (IPAdapter, PAG),
+    in any connection order. ComfyUI uses a layer's patch if there is one, else its block's. Ours takes the key that is
+    already in use, else the block's. So a block patch that another node sets for a single call (PAG's perturbed pass)
+    still takes effect, in place of ours.
     """
     before = patches.get(kind, {})
     places = {key if key in before else key[:2] for key in layers}
-    ours = {place: around(before.get(place, attend)) for place in places}
-    return {**patches, kind: {**before, **ours}}
+    wrapped = {place: wrap(before.get(place, attend)) for place in places}
+    return {**patches, kind: {**before, **wrapped}}

@@ -1,4 +1,4 @@
-"""Reading a MODEL's cross-attention: the maps of a prompt's last rows at several noise levels of one image."""
+"""Cross-attention maps of a MODEL: a prompt's last tokens at several noise levels of one image."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import ImageSource
 from ...session.session import GuiderDenoiser, predicting
-from ..maps import mean_over_layers, probabilities, row_maps, stretched
-from .layers import Attention, attention_layers, replaced
+from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
+from .layers import Attention, transformer_layers, wrap_attention
 
 KEY = "likeness.inspect"
-SCALE = 8  # pixels of a latent's side, in all models that have such layers
+SCALE = 8  # pixels per latent cell, the same in all models that have such layers
 
 
 @dataclass(frozen=True)
 class Maps:
-    """values [levels, rows, h, w]: the attention to each row, at latent resolution; percents: of the sampling, 0 is
-    pure noise."""
+    """values [levels, tokens, h, w]: attention to each token, at latent resolution. percents: position in the
+    sampling, 0 is pure noise."""
 
     values: Tensor
     percents: list[float]
 
     def mask(self) -> Tensor:
-        """The mean over levels and rows, in 0..1, at the image's size: [1, H, W]."""
+        """The mean over levels and tokens, in 0..1, at image size: [1, H, W]."""
         mean = self.values.mean((0, 1))[None, None]
-        return stretched(torch.nn.functional.interpolate(mean, scale_factor=SCALE, mode="bilinear")[0])
+        return normalize_maps(torch.nn.functional.interpolate(mean, scale_factor=SCALE, mode="bilinear")[0])
 
 
-def inspected(
+def attention_maps(
     model: Any,
     conditioning: Conditioning,
     latent: dict[str, Tensor],
@@ -44,8 +44,8 @@ def inspected(
     seed: int,
     node_id: str | None = None,
 ) -> Maps:
-    """The maps of the last `tokens` rows at so many levels, evenly spread over the sampling."""
-    attention_layers(model.model.diffusion_model)
+    """The maps of the prompt's last `tokens` tokens at `levels` noise levels, evenly spaced over the sampling."""
+    transformer_layers(model.model.diffusion_model)
     percents = [(index + 0.5) / levels for index in range(levels)]
     prompts = [prompt_at(conditioning, percent) for percent in percents]
     fewest = min(prompt[0].shape[1] for prompt in prompts)
@@ -54,73 +54,73 @@ def inspected(
     samples = ImageSource(latent).encoded(model).latent[:1]
     sampling = model.get_model_object("model_sampling")
     clone = model.clone()
-    reading = _Reading(tokens, (samples.shape[-2], samples.shape[-1]))
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, reading)
+    recorder = _MapRecorder(tokens, (samples.shape[-2], samples.shape[-1]))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorder)
     bar = comfy.utils.ProgressBar(levels, node_id=node_id)
-    found: list[Tensor] = []
+    maps: list[Tensor] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         noise = torch.randn(x0.shape, generator=step_generator(seed, 0, "inspect")).to(x0)
         for percent, (rows, _) in zip(percents, prompts, strict=True):
             sigma = torch.tensor([float(sampling.percent_to_sigma(percent))]).to(x0)
             denoiser.denoised(denoiser.noised(x0, noise, sigma), sigma, rows.to(x0))
-            found.append(reading.mean())
+            maps.append(recorder.mean())
             bar.update(1)
 
     predicting(clone, [prompts[0]], samples, body)
-    return Maps(torch.cat(found), percents)
+    return Maps(torch.cat(maps), percents)
 
 
 def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
-    """The one prompt that holds at a percent of the sampling, without its window. ValueError for none, or several."""
-    held = [
+    """The prompt active at a percent of the sampling, without its window. ValueError unless exactly one is active."""
+    entries = [
         [rows, {name: value for name, value in options.items() if name not in ("start_percent", "end_percent")}]
         for rows, options in conditioning
         if options.get("start_percent", 0.0) <= percent < options.get("end_percent", 1.0)
     ]
-    if len(held) != 1:
+    if len(entries) != 1:
         raise ValueError(
-            f"{len(held)} prompts hold at {percent:g} of the sampling, expected one: connect Apply Subject Embedding "
-            "directly, without combining or time ranges."
+            f"{len(entries)} prompts hold at {percent:g} of the sampling, expected one: connect Apply Subject "
+            "Embedding directly, without combining or time ranges."
         )
-    single_prompt(held, "prompt")
-    return held[0]
+    single_prompt(entries, "prompt")
+    return entries[0]
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """The wrapper of a session in which every cross-attention layer leaves its maps."""
+class _MapRecorder:
+    """A sampling wrapper that records the maps of every cross-attention layer."""
 
     tokens: int
     size: tuple[int, int]
     maps: list[Tensor] = field(default_factory=list)
 
     def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
-        options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
-        layers = attention_layers(guider.inner_model.diffusion_model)
+        options = extra_args["model_options"]["transformer_options"]  # this run's copy
+        layers = transformer_layers(guider.inner_model.diffusion_model)
         before = options.get("patches_replace", {})
-        options["patches_replace"] = replaced(before, "attn2", layers, lambda inner: _Layer(self, inner))
+        options["patches_replace"] = wrap_attention(before, "attn2", layers, lambda inner: _RecordedLayer(self, inner))
         try:
             return executor(guider, sigmas, extra_args, *more)
         finally:
             options["patches_replace"] = before
 
     def mean(self) -> Tensor:
-        """The mean over the layers of the last prediction, [1, tokens, h, w]; they begin anew."""
-        found = mean_over_layers(self.maps, self.size)
+        """The mean over the layers of the last prediction, [1, tokens, h, w]; clears the record."""
+        mean = mean_over_layers(self.maps, self.size)
         self.maps.clear()
-        return found
+        return mean
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A cross-attention layer that is read."""
+class _RecordedLayer:
+    """A cross-attention layer whose maps are recorded."""
 
-    reading: _Reading
+    recorder: _MapRecorder
     inner: Attention
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        attention = probabilities(q, k, options["n_heads"])[..., -self.reading.tokens :]
+        attention = probabilities(q, k, options["n_heads"])[..., -self.recorder.tokens :]
         height, width = options["activations_shape"][-2:]
-        self.reading.maps.append(row_maps(attention, (height, width)).cpu())
+        self.recorder.maps.append(token_maps(attention, (height, width)).cpu())
         return self.inner(q, k, v, options)

@@ -1,4 +1,4 @@
-"""The two prompts of a word swap: the words, their tokens, and both as one CONDITIONING."""
+"""The two prompts of a word swap: their text, their tokens, and both as one CONDITIONING."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...session.describe import describe
 
 KEY = "likeness.replace"
 ROOM = CHUNK - 2  # tokens of a prompt between begin and end
-CLOSE = 1e-3  # how far the rows of one text may be apart, encoded twice
+CLOSE = 1e-3  # relative: tolerance between two encodings of the same text
 
 
 @dataclass(frozen=True)
-class Learned:
-    """A trained subject for the edit. step: a saved one, 0 for the recommended."""
+class LearnedSubject:
+    """A trained subject for the edit. step: a saved step, 0 for the recommended one."""
 
     embedding: Embedding
     scale: float = 1.0
@@ -29,84 +29,88 @@ class Learned:
 
     @property
     def tokens(self) -> int:
-        """How many rows of the prompt it takes."""
+        """The number of tokens it occupies in the prompt."""
         return self.embedding.tokens if self.scale else 0
 
-    def applied(self, conditioning: Conditioning) -> Conditioning:
-        """The prompt with the subject in it; one entry for each denoising step when it is step-wise."""
+    def apply(self, conditioning: Conditioning) -> Conditioning:
+        """The prompt with the subject in it; one entry per denoising step if the embedding is step-wise."""
         rows = self.embedding.at(self.step)
         return apply_embedding(conditioning, rows, self.scale, self.embedding.windows)
 
 
 def edited_prompt(prompt: str, word: str, new: str) -> str:
-    """The prompt with one word (or several in a row) exchanged; ValueError unless it is there exactly once."""
+    """The prompt with one word (or a phrase) replaced; ValueError unless it occurs exactly once."""
     if not word.strip() or not new.strip():
         raise ValueError(
             f"The word is '{word}' and its replacement '{new}': write one or more words of the prompt, and what takes "
             "their place."
         )
     pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
-    found = len(pattern.findall(prompt))
-    if found == 0:
+    count = len(pattern.findall(prompt))
+    if count == 0:
         raise ValueError(
-            f"The word '{word}' is not in the prompt '{shortened(prompt)}': write it as it stands there ('cats' is "
+            f"The word '{word}' is not in the prompt '{shorten(prompt)}': write it as it stands there ('cats' is "
             "another word), or put it into the prompt that the image is inverted with."
         )
-    if found > 1:
+    if count > 1:
         raise ValueError(
-            f"The word '{word}' is {found} times in the prompt '{shortened(prompt)}': describe the image so that "
+            f"The word '{word}' is {count} times in the prompt '{shorten(prompt)}': describe the image so that "
             "it is there once, or name more of the words around it."
         )
     return pattern.sub(lambda _match: new.strip(), prompt)
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def tokens_of(clip: Any, text: str) -> list[str | int]:
-    """A text's tokens without begin, end and padding; learned ones (textual inversion) as their digest."""
+    """A text's tokens without begin, end and padding; learned tokens (textual inversion) as their digest."""
     chunks = next(iter(clip.tokenize(text, return_word_ids=True).values()))
-    found = [token for chunk in chunks for token, _, word in chunk if word != 0]
+    tokens = [token for chunk in chunks for token, _, word in chunk if word != 0]
     if len(chunks) > 1:
         raise ValueError(
-            f"The prompt '{shortened(text)}' has {len(found)} tokens, {ROOM} fit into one table of rows: shorten it by "
-            f"{max(1, len(found) - ROOM)}."
+            f"The prompt '{shorten(text)}' has {len(tokens)} tokens, {ROOM} fit into one table of rows: shorten it by "
+            f"{max(1, len(tokens) - ROOM)}."
         )
-    return [token if isinstance(token, int) else digest(describe(token)) for token in found]
+    return [token if isinstance(token, int) else digest(describe(token)) for token in tokens]
 
 
-def encoded(
+def encode_prompts(
     clip: Any, prompts: tuple[str, str], source: Conditioning | None = None
 ) -> tuple[Conditioning, Conditioning]:
-    """Both prompts by the text encoder. source: the first one as it came; all that was put on it goes to both.
+    """Encode both prompts. source: the first prompt as connected; its options are copied to both.
 
-    ValueError when it is another text.
+    ValueError when it encodes another text.
     """
     first, second = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in prompts)
     if source is None:
         return first, second
     rows = single_prompt(source, "prompt that the image was inverted with")
-    ours = first[0][0]
-    if rows.shape != ours.shape or float((rows.to(ours) - ours).abs().max()) > CLOSE * float(ours.abs().max()):
+    encoded = first[0][0]
+    if rows.shape != encoded.shape or float((rows.to(encoded) - encoded).abs().max()) > CLOSE * float(
+        encoded.abs().max()
+    ):
         raise ValueError(
-            f"The positive prompt is not '{shortened(prompts[0])}' as this CLIP encodes it: write the very text that "
+            f"The positive prompt is not '{shorten(prompts[0])}' as this CLIP encodes it: write the very text that "
             "the image was inverted with into 'prompt', and connect the same CLIP; patches of the rows (embeddings, "
             "Conditioning Concat) do not belong here."
         )
-    more = {name: value for name, value in source[0][1].items() if name != "pooled_output"}
-    return [[table, {**options, **more}] for table, options in first], [
-        [table, {**options, **more}] for table, options in second
+    extra = {name: value for name, value in source[0][1].items() if name != "pooled_output"}
+    return [[table, {**options, **extra}] for table, options in first], [
+        [table, {**options, **extra}] for table, options in second
     ]
 
 
-def paired(source: Conditioning, edit: Conditioning, learned: Learned | None, prompts: tuple[str, str]) -> Conditioning:
-    """Both prompts as one CONDITIONING whose tables are [2, N, d]: the source's rows, then the edit's."""
-    found: Conditioning = []
+def pair_prompts(
+    source: Conditioning, edit: Conditioning, learned: LearnedSubject | None, prompts: tuple[str, str]
+) -> Conditioning:
+    """Both prompts as one CONDITIONING with token embeddings [2, N, d]: the source's, then the edit's."""
+    pairs: Conditioning = []
     for (rows, options), entry in zip(source, edit, strict=True):
-        for edited, more in learned.applied([entry]) if learned else [entry]:
-            joined = {**more, KEY: prompts}
+        for edit_rows, edit_options in learned.apply([entry]) if learned else [entry]:
+            joined = {**edit_options, KEY: prompts}
             if isinstance(options.get("pooled_output"), Tensor):
-                joined["pooled_output"] = torch.cat([options["pooled_output"], more["pooled_output"]])
-            found.append([torch.cat([rows, edited.to(rows)]), joined])
-    return found
+                joined["pooled_output"] = torch.cat([options["pooled_output"], edit_options["pooled_output"]])
+            pairs.append([torch.cat([rows, edit_rows.to(rows)]), joined])
+    return pairs

@@ -1,7 +1,7 @@
-"""EZIGen's adapter on a MODEL: a subject's images encoded by the MODEL itself, and the adapter that reads them.
+"""EZIGen's adapter on a MODEL: subject images encoded by the MODEL itself, and the adapter that reads them.
 
-Everything stands in one wrapper on a clone of the MODEL; what a run needs is put into that run's own options when it
-starts. So it works in every sampler, with other nodes' patches, and nothing of it is left behind.
+It is one wrapper on a clone of the MODEL; a run's state goes into that run's options when it starts. So it works with
+every sampler and with other nodes' patches, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -26,71 +26,71 @@ from ...session.images import checked_mask
 from ...session.session import predicting
 from ...vision.measures import subject_crop
 from .. import artifact as adapter_file
-from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, joined
+from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, join_images
 from ..artifact import StoredAdapter
 from ..staged import layout_steps
-from .layers import Capture, Place, key_of, packed_places, places
+from .layers import Capture, Place, has_quantised_attention, key_of, places
 
 KEY = "likeness.adapter"
 BOTH, PROMPT_ONLY = "both", "positive only"
 APPLY_TO = (BOTH, PROMPT_ONLY)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of files
 MARGIN = 0.06
-CLOSE = 0.05  # relative: a base in fp16 or bf16 is still the same base
+CLOSE = 0.05  # relative: a base model in fp16 or bf16 counts as the same
 WHITE = 0.9
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A subject as one MODEL sees it. images [R, S, S, 3]: what was encoded. base: which model it was."""
+    """A subject as encoded by one MODEL. images [R, S, S, 3]: the encoded images. base: the MODEL's fingerprint."""
 
     tokens: SubjectTokens
     images: Tensor
     base: dict[str, str]
 
-    def with_more(self, other: Subject) -> Subject:
-        """This one's images and another's, for the adapter to look at together. ValueError for another model's."""
+    def with_subject(self, other: Subject) -> Subject:
+        """This subject's images and another's, for the adapter to read together. ValueError for another model's."""
         if self.base != other.base:
             raise ValueError("The subjects were encoded with different models: encode both with the one you sample.")
         layers = tuple(torch.cat(pair, 1) for pair in zip(self.tokens.layers, other.tokens.layers, strict=True))
         size = max(self.images.shape[1], other.images.shape[1])
-        shown = torch.cat([_resized(each.images, size) for each in (self, other)])
-        return Subject(SubjectTokens(layers), shown, self.base)
+        images = torch.cat([_resize(each.images, size) for each in (self, other)])
+        return Subject(SubjectTokens(layers), images, self.base)
 
 
-def prepared(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Tensor:
-    """A subject's images as the adapter was trained on them: alone on white, square -> [R, size, size, 3].
+def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float) -> Tensor:
+    """Subject images as in the adapter's training: alone on white, square -> [R, size, size, 3].
 
-    image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is; an
-    empty one, as Load Image gives when nothing was painted, counts as none, and one that is white in all four corners
-    as the surroundings, which is what Load Image gives for a transparent image. Without alpha and mask the whole
-    image is taken, with white beside it where it is not square.
+    image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is. An
+    empty mask, as Load Image outputs when nothing is painted, counts as none; a mask that is white in all four corners
+    counts as the surroundings, as Load Image outputs for a transparent image. Without alpha and mask the whole image is
+    used, padded with white to a square.
     """
-    paintable = mask is not None
+    has_mask = mask is not None
     if mask is None or not bool((mask > 0.5).any()):
         mask = image[..., 3] if image.shape[-1] == 4 else None
     image, mask = image[..., :3].float().cpu(), None if mask is None else mask.float().cpu()
     if mask is None:
         if _dark_corners(image):
-            _say_not_white(paintable)
+            _report_background(has_mask)
         mask, margin = torch.ones(image.shape[:3]), 0.0
-    mask = _of_subject(checked_mask(mask, len(image), (image.shape[1], image.shape[2])))
+    mask = _subject_mask(checked_mask(mask, len(image), (image.shape[1], image.shape[2])))
     mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
 
 
-def _of_subject(mask: Tensor) -> Tensor:
-    """mask [R, h, w] with those turned over that show the surroundings."""
+def _subject_mask(mask: Tensor) -> Tensor:
+    """mask [R, h, w], with the masks of the surroundings inverted."""
     corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.5
-    turned = corners.all(1) & (mask < 0.5).flatten(1).any(1)
-    if bool(turned.any()):
+    inverted = corners.all(1) & (mask < 0.5).flatten(1).any(1)
+    if bool(inverted.any()):
         log.info("The subject's mask is white in all corners: it is taken for the surroundings of the subject.")
-    return torch.where(turned[:, None, None], 1 - mask, mask)
+    return torch.where(inverted[:, None, None], 1 - mask, mask)
 
 
-def _say_not_white(paintable: bool) -> None:
-    if paintable:
+def _report_background(has_mask: bool) -> None:
+    if has_mask:
         raise ValueError(
             "The mask is empty, and the subject's image has no white background: paint the subject (right-click the "
             "image, 'Open in MaskEditor'), or disconnect the mask to take the image as it is."
@@ -106,12 +106,12 @@ def _dark_corners(image: Tensor) -> bool:
     return bool((corners.amin(-1) < WHITE).sum() > len(image))
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
+def _resize(images: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(images.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
 
 
 def adapter_missing(name: str) -> str:
-    """What is said where an entry of models/likeness_adapters is not there."""
+    """The message for a missing entry of models/likeness_adapters."""
     return (
         f"There is no '{name}' in models/likeness_adapters. Download the zip that "
         "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or "
@@ -120,35 +120,37 @@ def adapter_missing(name: str) -> str:
 
 
 def check_model(model: Any) -> list[Place]:
-    """Where the adapter stands in a MODEL. ValueError when it cannot stand there."""
-    found, kind = places(model.model), model.model.model_type
-    if isinstance(model.get_model_object("model_sampling"), V_PREDICTION):  # another node's, maybe
+    """The blocks of a MODEL that get the adapter. ValueError when the MODEL cannot use one."""
+    blocks, kind = places(model.model), model.model.model_type
+    if isinstance(model.get_model_object("model_sampling"), V_PREDICTION):  # possibly set by another node
         kind = ModelType.V_PREDICTION
     if kind != ModelType.EPS:
         raise ValueError(
             f"This model is of the type {kind.name} (SD2.1 at 768 predicts v); the adapter is "
             "trained for models that predict noise: use SD2.1-base (512), or an SD1.x model with an adapter of its own."
         )
-    return found
+    return blocks
 
 
 def encode_subject(
     model: Any, vae: Any, positive: Conditioning, images: Tensor, seed: int, timestep: int = SUBJECT_TIMESTEP
 ) -> Subject:
-    """images [R, S, S, 3], as prepared() gives them; positive: the subject's class, "a dog"."""
+    """Encode images [R, S, S, 3] from prepare_images(); positive: the subject's class, "a dog"."""
     check_model(model)
     single_prompt(positive, "subject's prompt")
     latents = vae.encode(images)
-    return Subject(joined(captured(model, positive, latents, seed, timestep)), images.cpu(), fingerprint(model))
+    return Subject(
+        join_images(capture_features(model, positive, latents, seed, timestep)), images.cpu(), fingerprint(model)
+    )
 
 
-def captured(model: Any, positive: Conditioning, latents: Tensor, seed: int, timestep: int) -> list[Tensor]:
-    """The normed inputs of all self-attentions [R, N_i, C_i], for latents [R, C, h, w] as they come in a LATENT.
+def capture_features(model: Any, positive: Conditioning, latents: Tensor, seed: int, timestep: int) -> list[Tensor]:
+    """The normed inputs of all self-attentions [R, N_i, C_i], for latents [R, C, h, w] as in a LATENT.
 
-    The model is asked as it is, with its LoRAs but without what other nodes have put into its layers.
+    The model runs with its LoRAs, but without other nodes' patches of its layers.
     """
-    kept, bare = Capture(), model.clone()
-    bare.model_options = {"transformer_options": {"patches": {"attn1_patch": [kept]}}}
+    capture, bare = Capture(), model.clone()
+    bare.model_options = {"transformer_options": {"patches": {"attn1_patch": [capture]}}}
     bare.wrappers, bare.additional_models = {}, {}
 
     def body(denoiser: Any, x0: Tensor) -> None:
@@ -157,23 +159,23 @@ def captured(model: Any, positive: Conditioning, latents: Tensor, seed: int, tim
         denoiser.denoised(denoiser.noised(x0, noise.expand_as(x0), sigma.expand(len(x0))), sigma)
 
     predicting(bare, positive, latents, body)
-    return [features.cpu() for features in kept.order(places(model.model))]
+    return [features.cpu() for features in capture.order(places(model.model))]
 
 
-def loaded(stored: StoredAdapter, found: list[Place], dtype: torch.dtype = torch.float32) -> Any:
-    """A ModelPatcher of the adapter for a model's places, on the tensors of the file themselves, or on narrower ones
-    where the model computes in less: they are taken in its precision anyway, in every step.
+def load_patcher(stored: StoredAdapter, blocks: list[Place], dtype: torch.dtype = torch.float32) -> Any:
+    """A ModelPatcher of the adapter for a model's blocks. It uses the file's tensors without a copy, or converts them
+    if the model computes in a lower precision, to which every step would cast them anyway.
 
-    ValueError when the adapter is of another UNet.
+    ValueError when the adapter belongs to another UNet.
     """
     with torch.device("meta"):
-        adapter = Adapter([place.layer for place in found])
+        adapter = Adapter([place.layer for place in blocks])
     adapter.check(stored.tensors)
-    for name, module, own in adapter.owners():
+    for name, module, attribute in adapter.owners():
         tensor = stored.tensors[name]
         if name != WEIGHTS and tensor.element_size() > dtype.itemsize:
             tensor = tensor.to(dtype)
-        module._parameters[own] = torch.nn.Parameter(tensor, requires_grad=False)
+        module._parameters[attribute] = torch.nn.Parameter(tensor, requires_grad=False)
     device = mm.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(adapter, mm.get_torch_device(), device)
 
@@ -186,32 +188,32 @@ def with_adapter(
     strength: float = 1.0,
     apply_to: str = BOTH,
 ) -> Any:
-    """A clone of the MODEL with the adapter in the last `ratio` of the steps; an adapter that is on it is replaced.
+    """A clone of the MODEL with the adapter in the last `ratio` of the steps; replaces an earlier adapter.
 
-    strength 0 gives the model as it is. ValueError, before anything runs, for a model, an adapter or a subject that do
-    not belong together.
+    strength 0 returns the model without an adapter. ValueError, before anything runs, when model, adapter and subject
+    do not belong together.
     """
-    found = check_model(model)
+    blocks = check_model(model)
     check_base(subject.base, model, "subject", "encoded with")
-    patcher = loaded(stored, found, model.get_model_object("manual_cast_dtype") or model.model_dtype())
-    _warn_of_base(stored, model, found)
+    patcher = load_patcher(stored, blocks, model.get_model_object("manual_cast_dtype") or model.model_dtype())
+    _warn_of_base(stored, model, blocks)
     _check_ratio(ratio)
     clone = without_adapter(model)
     if strength == 0.0:
         return clone
     clone.set_additional_models(KEY, [patcher])
-    injection = _Injection(patcher.model, tuple(found), subject.tokens, ratio, strength, apply_to)
+    injection = _Injection(patcher.model, tuple(blocks), subject.tokens, ratio, strength, apply_to)
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, injection)
     return clone
 
 
-def with_ratio(adapted: Any, ratio: float) -> Any:
-    """A clone of a MODEL that with_adapter() gave, with the same adapter in another part of the steps."""
+def with_ratio(model: Any, ratio: float) -> Any:
+    """A clone of a MODEL from with_adapter(), with the same adapter in another part of the steps."""
     _check_ratio(ratio)
-    clone = adapted.clone()
-    found = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
+    clone = model.clone()
+    injections = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    for injection in found:
+    for injection in injections:
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injection, ratio=ratio))
     return clone
 
@@ -231,23 +233,23 @@ def without_adapter(model: Any) -> Any:
     return clone
 
 
-def _warn_of_base(stored: StoredAdapter, model: Any, found: list[Place]) -> None:
-    """Say when the adapter was trained in other weights than the model's."""
-    if packed_places(model, found):
+def _warn_of_base(stored: StoredAdapter, model: Any, blocks: list[Place]) -> None:
+    """Warn when the adapter was trained on another model's weights."""
+    if has_quantised_attention(model, blocks):
         return
-    state, modules = network_of_file(model), {place.layer.name: place.module for place in found}
+    state, modules = network_of_file(model), {place.layer.name: place.module for place in blocks}
     for name, row in stored.base.items():
         layer = name.removesuffix(".attn1.to_q.weight")
-        weight, wanted = state[f"{modules[layer]}.attn1.to_q.weight"], torch.tensor(row)
-        own = weight.flatten()[: len(row)].float().cpu()
-        if float((own - wanted).abs().max()) > CLOSE * float(wanted.abs().max()):
+        weight, recorded = state[f"{modules[layer]}.attn1.to_q.weight"], torch.tensor(row)
+        current = weight.flatten()[: len(row)].float().cpu()
+        if float((current - recorded).abs().max()) > CLOSE * float(recorded.abs().max()):
             log.warning("The adapter was trained with another model of this shape: the likeness may suffer.")
             return
 
 
 @dataclass(frozen=True, eq=False)
 class _Injection:
-    """The wrapper of a whole sampling: puts the adapter behind every self-attention, for this run."""
+    """The sampling wrapper that applies the adapter after every self-attention for one run."""
 
     adapter: Adapter
     places: tuple[Place, ...]
@@ -259,14 +261,14 @@ class _Injection:
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
-        options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
+        options = extra_args["model_options"]["transformer_options"]  # this run's copy
         before = options.get("patches", {})
-        entries_by_prompt(guider)  # for ids that tell the prompts apart
+        entries_by_prompt(guider)  # gives each prompt's entries their own ids
         negative = (guider.conds.get("negative") or []) if self.apply_to == PROMPT_ONLY else []
-        left_out = frozenset(entry["uuid"] for entry in negative)
+        excluded = frozenset(entry["uuid"] for entry in negative)
         tokens = self.tokens.map(lambda features: features.to(noise.device))
         scheme = guider.model_patcher.get_model_object("model_sampling")
-        run = _Run(self, tokens, self._first_level(sigmas, scheme), left_out)
+        run = _Run(self, tokens, self._first_level(sigmas, scheme), excluded)
         options["patches"] = {**before, "middle_patch": [run, *before.get("middle_patch", [])]}
         try:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
@@ -274,54 +276,54 @@ class _Injection:
             options["patches"] = before
 
     def _first_level(self, sigmas: Tensor, scheme: Any) -> float:
-        """The noise level from which on, downwards, the adapter works: that of a step, or where there are too few of
-        them to split (a single one; a training or an inversion, which has none) that of the same part of the timesteps.
+        """The highest noise level at which the adapter is active: that of a step or, when there are too few steps to
+        split (a single one; none in a training or an inversion), that of the same fraction of the timesteps.
         """
         steps = len(sigmas) - 1
         if self.ratio == 1.0:
             return float("inf")
         if layout_steps(steps, self.ratio) == 0:
             return float(scheme.percent_to_sigma(1.0 - self.ratio))
-        falling = sigmas.sort(descending=True).values  # SIGMAS may be turned round, to walk an image up
-        return float(falling[layout_steps(steps, self.ratio)]) * (1 + 1e-5)
+        descending = sigmas.sort(descending=True).values  # SIGMAS may be reversed, for an inversion
+        return float(descending[layout_steps(steps, self.ratio)]) * (1 + 1e-5)
 
 
 class _Run:
     """The middle_patch of one sampling."""
 
     def __init__(
-        self, injection: _Injection, tokens: SubjectTokens, first_level: float, left_out: frozenset[Any]
+        self, injection: _Injection, tokens: SubjectTokens, first_level: float, excluded: frozenset[Any]
     ) -> None:
-        self.injection, self.tokens, self.first_level, self.left_out = injection, tokens, first_level, left_out
+        self.injection, self.tokens, self.first_level, self.excluded = injection, tokens, first_level, excluded
         self.index = {place.key: number for number, place in enumerate(injection.places)}
-        self._asked: tuple[Any, bool] = (None, False)
+        self._last_check: tuple[Any, bool] = (None, False)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Run:
         return self
 
     def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
-        """h [B, T, C] behind a self-attention; the chunks of a batch are the prompts that are evaluated together."""
-        if not self._works_at(options["sigmas"]):
+        """h [B, T, C] after a self-attention; each chunk of the batch belongs to one prompt."""
+        if not self._is_active(options["sigmas"]):
             return h
         injection, index = self.injection, self.index[key_of(options)]
-        left_out = [chunk in self.left_out for chunk in options.get("uuids") or [None]]
-        if not any(left_out):
+        excluded = [chunk in self.excluded for chunk in options.get("uuids") or [None]]
+        if not any(excluded):
             return injection.adapter(index, h, self.tokens, injection.strength)
-        parts = list(h.chunk(len(left_out)))
-        for number, skipped in enumerate(left_out):
+        parts = list(h.chunk(len(excluded)))
+        for number, skipped in enumerate(excluded):
             if not skipped:
                 parts[number] = injection.adapter(index, parts[number], self.tokens, injection.strength)
         return torch.cat(parts)
 
-    def _works_at(self, sigmas: Tensor) -> bool:
-        """All blocks of a call get the same tensor, and reading a number from a GPU waits for all it has to do."""
-        if sigmas is not self._asked[0]:
-            self._asked = (sigmas, float(sigmas.max()) <= self.first_level)
-        return self._asked[1]
+    def _is_active(self, sigmas: Tensor) -> bool:
+        """Cached, since all blocks of a call get the same tensor and reading a number from a GPU synchronises."""
+        if sigmas is not self._last_check[0]:
+            self._last_check = (sigmas, float(sigmas.max()) <= self.first_level)
+        return self._last_check[1]
 
 
-def base_sample(model: Any) -> dict[str, list[float]]:
-    """The header's note of the model that an adapter was trained in."""
+def model_base_sample(model: Any) -> dict[str, list[float]]:
+    """The header entry that identifies the model of a training."""
     state = network_of_file(model)
     modules = {place.layer.name: place.module for place in places(model.model)}
     return adapter_file.base_sample(list(modules), lambda name: state[f"{modules[name]}.attn1.to_q.weight"])

@@ -1,4 +1,4 @@
-"""Where EZIGen's adapter stands in ComfyUI's UNet: its layers, what is kept of them, and what is put behind them."""
+"""EZIGen's adapter in ComfyUI's UNet: its layers, the capture of their inputs, and the patch that applies it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "ou
 
 @dataclass(frozen=True)
 class Place:
-    """A transformer block: its key in ComfyUI, its name in the module, and what the adapter needs to know of it."""
+    """A transformer block: its key in ComfyUI, its module name, and its Layer for the adapter."""
 
     key: Key
     module: str
@@ -28,12 +28,12 @@ class Place:
 
 
 def places(base: Any) -> list[Place]:
-    """All transformer blocks of a ComfyUI model (a MODEL's .model) in the order in which they run.
+    """All transformer blocks of a ComfyUI model (a MODEL's .model), in execution order.
 
     ValueError for a network that is not ComfyUI's UNet, or has none.
     """
     unet, config = base.diffusion_model, base.model_config.unet_config
-    found = []
+    blocks = []
     if hasattr(unet, "input_blocks") and hasattr(unet, "output_blocks"):
         published = {native: name for name, native in comfy.utils.unet_to_diffusers(dict(config)).items()}
         for name, part in unet.named_modules():
@@ -44,65 +44,65 @@ def places(base: Any) -> list[Place]:
             official = published[f"{name}.attn1.to_q.weight"].removesuffix(".attn1.to_q.weight")
             attention = part.attn1
             layer = Layer(official, attention.to_q.weight.shape[0], attention.heads)
-            found.append(Place((PARTS[words[0]], number, int(words[-1])), name, layer))
-    if not found:
+            blocks.append(Place((PARTS[words[0]], number, int(words[-1])), name, layer))
+    if not blocks:
         raise ValueError(
             f"This model is a {type(unet).__name__}; the adapter stands in the transformer blocks of the UNet of "
             "SD1.x, SD2.x and SDXL: connect one of these."
         )
-    return found
+    return blocks
 
 
 def new_adapter(base: Any) -> Adapter:
-    """An adapter for a ComfyUI model, as the published training starts it: a copy of its self-attentions."""
-    found, state = places(base), base.diffusion_model.state_dict()
+    """An adapter for a ComfyUI model with the published initialisation, a copy of its self-attentions."""
+    blocks, state = places(base), base.diffusion_model.state_dict()
     weights: dict[str, Tensor] = {}
-    for place in found:
-        begin = f"{place.module}."
-        weights |= {f"{place.layer.name}.{k[len(begin) :]}": v for k, v in state.items() if k.startswith(begin)}
+    for place in blocks:
+        prefix = f"{place.module}."
+        weights |= {f"{place.layer.name}.{k[len(prefix) :]}": v for k, v in state.items() if k.startswith(prefix)}
     with torch.inference_mode(False):
-        with torch.device("meta"):  # torch's own start would draw from the global random numbers
-            adapter = Adapter([place.layer for place in found])
+        with torch.device("meta"):  # torch's initialisation would use the global generator
+            adapter = Adapter([place.layer for place in blocks])
         adapter.to_empty(device="cpu")
         adapter.start_from({name: value.detach().float() for name, value in weights.items()})
     return adapter
 
 
-def packed_places(model: Any, found: list[Place]) -> bool:
-    """Whether self-attentions of a MODEL are quantised: their weights then cannot be read as numbers."""
-    blocks = [model.model.diffusion_model.get_submodule(place.module) for place in found]
-    return any(is_packed(layer) for block in blocks for layer in block.attn1.modules())
+def has_quantised_attention(model: Any, blocks: list[Place]) -> bool:
+    """Whether a MODEL's self-attentions are quantised, so that their weights cannot be read."""
+    modules = [model.model.diffusion_model.get_submodule(place.module) for place in blocks]
+    return any(is_packed(layer) for module in modules for layer in module.attn1.modules())
 
 
 def key_of(options: dict[str, Any]) -> Key:
-    """Which block a patch is called in."""
+    """The key of the block that calls a patch."""
     return (*options["block"], options.get("block_index", 0))
 
 
 class Capture:
-    """An attn1_patch that keeps what every self-attention is given; order() lists it as places() does."""
+    """An attn1_patch that records the input of every self-attention; order() returns them in the order of places()."""
 
     def __init__(self) -> None:
-        self._found: dict[Key, Tensor] = {}
+        self._inputs: dict[Key, Tensor] = {}
 
     def __call__(self, n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
-        self._found[key_of(options)] = n.detach()
+        self._inputs[key_of(options)] = n.detach()
         return n, context, value
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Capture:
         return self  # ComfyUI copies the options of a MODEL deeply
 
-    def order(self, found: list[Place]) -> list[Tensor]:
-        """[R, N_i, C_i] of every place; forgets them."""
-        kept, self._found = self._found, {}
-        return [kept[place.key] for place in found]
+    def order(self, blocks: list[Place]) -> list[Tensor]:
+        """[R, N_i, C_i] of every block; clears the record."""
+        inputs, self._inputs = self._inputs, {}
+        return [inputs[place.key] for place in blocks]
 
 
 def middle_patch(
-    adapter: Adapter, found: list[Place], tokens: SubjectTokens | None, strength: float = 1.0
+    adapter: Adapter, blocks: list[Place], tokens: SubjectTokens | None, strength: float = 1.0
 ) -> Callable[[Tensor, dict[str, Any]], Tensor]:
-    """A middle_patch that puts the adapter behind every self-attention, for the whole batch."""
-    index = {place.key: number for number, place in enumerate(found)}
+    """A middle_patch that applies the adapter after every self-attention, for the whole batch."""
+    index = {place.key: number for number, place in enumerate(blocks)}
 
     def patch(h: Tensor, options: dict[str, Any]) -> Tensor:
         return adapter(index[key_of(options)], h, tokens, strength)
@@ -111,32 +111,32 @@ def middle_patch(
 
 
 class UNet:
-    """A ComfyUI model's UNet as a Network (see ezigen_training.py), asked directly: for trainings of its own."""
+    """A ComfyUI model's UNet as a Network (see ezigen/train.py), called directly, for training."""
 
     def __init__(self, base: Any, adapter: Adapter) -> None:
-        """base: a MODEL's .model, loaded; its weights take part in a backward only where they require gradients."""
+        """base: a loaded MODEL's .model; only its weights that require gradients take part in a backward pass."""
         self.unet, self.adapter, self.places = base.diffusion_model, adapter, places(base)
         self.dtype = base.manual_cast_dtype or base.get_dtype()
         sigmas = base.model_sampling.sigmas.detach().double().cpu()
         self.alphas_cumprod = (1 / (1 + sigmas**2)).float()
 
     def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
-        kept = Capture()
-        self._run(z, timestep, context, {"attn1_patch": [kept]})
-        return kept.order(self.places)
+        capture = Capture()
+        self._run(z, timestep, context, {"attn1_patch": [capture]})
+        return capture.order(self.places)
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
         return self._run(z, timestep, context, {"middle_patch": [middle_patch(self.adapter, self.places, tokens)]})
 
     def bare_noise(self, z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """[B, C, h, w] of the UNet alone: the adapter is skipped."""
+        """[B, C, h, w] of the UNet alone, without the adapter."""
         return self._run(z, timestep, context, {})
 
     def _run(self, z: Tensor, timestep: Tensor, context: Tensor, patches: dict[str, Any]) -> Tensor:
-        options = {"patches": patches, "optimized_attention_override": _differentiable}
+        options = {"patches": patches, "optimized_attention_override": _differentiable_attention}
         z, context = z.to(self.dtype), context.to(self.dtype)
         return self.unet(z, timestep.float(), context=context, transformer_options=options).float()
 
 
-def _differentiable(_chosen: Any, *args: Any, **more: Any) -> Tensor:
+def _differentiable_attention(_default: Any, *args: Any, **more: Any) -> Tensor:
     return attention_pytorch(*args, **more)

@@ -1,4 +1,4 @@
-"""EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two images in a row are alike."""
+"""EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two consecutive images are similar."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..staged import CFG, SPLIT_RATIO, STEPS, TIMESTEPS, Loops, published_factor
 from .adapter import Subject, with_adapter, with_ratio
 
 SAMPLER, SCHEDULER = "ddpm", "ddim_uniform"  # together the published steps
-SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, and the largest one overflows
-# On the CPU a sampler's own noise is drawn like what a latent is noised with: with one seed for both, the first step
-# would add the very noise that is there already, and the latent would have a quarter more of it than its level.
+SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, which overflows for the largest one
+# On the CPU a sampler draws its step noise like the noise of a latent. With one seed for both, the first step would add
+# the noise that is already there, and the latent would have a quarter more noise than its level.
 STEP_SEEDS = 1000
-LARGE = 1024  # pixels of an image's short side, above which the models of these adapters have not enough to see
+LARGE = 1024  # pixels of an image's short side; larger images exceed what the models of these adapters can draw
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
 class StagedSettings:
-    """What decides the images, next to model, subject and prompts. keep_best: of all loops the image that is most
-    like the subject, instead of the last one. published_level: see ezigen/staged.py.
+    """The settings that determine the images, besides model, subject and prompts. keep_best: return the image of all
+    loops that is most similar to the subject, instead of the last one. published_level: see ezigen/staged.py.
     """
 
     seed: int = 0
@@ -50,8 +50,8 @@ class StagedSettings:
 
 @dataclass(frozen=True)
 class StagedModels:
-    """What samples in stages: a MODEL with its VAE and an adapter. vision: a CLIP_VISION that says when two images are
-    alike, or which is best.
+    """The models of staged sampling: a MODEL with its VAE and an adapter. vision: a CLIP_VISION that compares images,
+    to stop the loops or to find the best image.
     """
 
     model: Any
@@ -62,7 +62,7 @@ class StagedModels:
 
 @dataclass(frozen=True)
 class Prompts:
-    """positive; negative of the first sampling; negative of the loops, which is empty as published."""
+    """positive; negative: for the first sampling; loop_negative: for the loops, empty as published."""
 
     positive: Conditioning
     negative: Conditioning
@@ -70,8 +70,8 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Staged:
-    """latent [B, C, h, w] as in a LATENT, and its image; images: of the first sampling and of every loop."""
+class StagedResult:
+    """latent [B, C, h, w] as in a LATENT, and its image; images: from the first sampling and every loop."""
 
     latent: Tensor
     image: Tensor
@@ -80,7 +80,7 @@ class Staged:
 
 
 def levels(model: Any, settings: StagedSettings) -> Tensor:
-    """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler does not give."""
+    """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler cannot produce."""
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
     if len(sigmas) - 1 != settings.steps:
@@ -91,7 +91,7 @@ def levels(model: Any, settings: StagedSettings) -> Tensor:
     return sigmas
 
 
-def staged(
+def sample_staged(
     models: StagedModels,
     subject: Subject,
     prompts: Prompts,
@@ -99,50 +99,50 @@ def staged(
     settings: StagedSettings,
     start: Tensor | None = None,
     node_id: str | None = None,
-) -> Staged:
-    """latent [B, any, h, w]: its size alone counts. start [B, H, W, 3]: an image to begin the loops with, of any
-    model, instead of a first sampling.
+) -> StagedResult:
+    """Sample in stages. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that
+    replaces the first sampling.
     """
     model, vae, vision = models.model, models.vae, models.vision
     loops, seed = settings.loops, settings.seed
     _check(models, settings, start)
     sigmas = levels(model, settings)
     _, appearance = split(sigmas, settings.split_ratio)
-    later = with_adapter(model, models.adapter, subject)
-    first = with_ratio(later, settings.split_ratio)
+    adapted = with_adapter(model, models.adapter, subject)
+    split_model = with_ratio(adapted, settings.split_ratio)
     steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
     sampler = _StockSampling(prompts.positive, settings, steps)
     if start is None:
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
-        noise = stock_noise(latent, seed)  # and its steps' noise as a stock sampler draws it, for the same layout
-        found = sampler.sample(first, noise, sigmas, prompts.negative, latent, seed % SEEDS)
-        images = [vae.decode(found).cpu()]
+        noise = stock_noise(latent, seed)  # step noise as in a stock sampler, for the same layout
+        result = sampler.sample(split_model, noise, sigmas, prompts.negative, latent, seed % SEEDS)
+        images = [vae.decode(result).cpu()]
     else:
-        images = [whole_cells(start[..., :3].float().cpu(), vae)]
-        found = vae.encode(images[0]).cpu()
-    told, similarity, done = [], 0.0, 0
-    latents, looks = [found], Looks(vision, images[0])
-    while loops.go_on(done, similarity):
-        done += 1
-        z = found if done == 1 and start is not None else vae.encode(images[-1]).cpu()
-        noise = stock_noise(latents[-1], seed, done)
+        images = [crop_to_cells(start[..., :3].float().cpu(), vae)]
+        result = vae.encode(images[0]).cpu()
+    lines, similarity, loop = [], 0.0, 0
+    latents, tracker = [result], SimilarityTracker(vision, images[0])
+    while loops.needs_another(loop, similarity):
+        loop += 1
+        z = result if loop == 1 and start is not None else vae.encode(images[-1]).cpu()
+        noise = stock_noise(latents[-1], seed, loop)
         if settings.published_level:
-            signal, more = _published(model, settings.split_ratio, appearance[0])
-            z, noise = signal * z, more * noise
-        x, of_steps = noised(model, z, noise, appearance[0]), (seed + done + STEP_SEEDS) % SEEDS
-        nothing = torch.zeros_like(x)
-        found = sampler.sample(later, nothing, appearance, prompts.loop_negative, x, of_steps)
-        latents.append(found)
-        images.append(vae.decode(found).cpu())
-        similarity = looks.at(images[-1])
-        told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
-    chosen = _best(looks, subject, told) if settings.keep_best else len(images) - 1
-    told.append(f"{settings.steps if start is None else 0} steps and {done} times {len(appearance) - 1}")
-    return Staged(latents[chosen], images[chosen], torch.cat(images), "\n".join(told))
+            signal, noise_factor = _published(model, settings.split_ratio, appearance[0])
+            z, noise = signal * z, noise_factor * noise
+        x, step_seed = add_noise(model, z, noise, appearance[0]), (seed + loop + STEP_SEEDS) % SEEDS
+        zeros = torch.zeros_like(x)
+        result = sampler.sample(adapted, zeros, appearance, prompts.loop_negative, x, step_seed)
+        latents.append(result)
+        images.append(vae.decode(result).cpu())
+        similarity = tracker.compare(images[-1])
+        lines.append(f"loop {loop}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
+    index = _best(tracker, subject, lines) if settings.keep_best else len(images) - 1
+    lines.append(f"{settings.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
+    return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(lines))
 
 
 def _check(models: StagedModels, settings: StagedSettings, start: Tensor | None) -> None:
-    """Refuse what cannot work before anything runs."""
+    """Check all inputs before anything runs."""
     loops = settings.loops
     if models.vision is None and (loops.least != loops.most or settings.keep_best):
         raise ValueError(
@@ -155,7 +155,7 @@ def _check(models: StagedModels, settings: StagedSettings, start: Tensor | None)
 
 
 def warn_of_size(image: Tensor) -> None:
-    """Say when an image [B, H, W, C] is far larger than what the models draw."""
+    """Warn when an image [B, H, W, C] is far larger than the models can draw."""
     height, width = image.shape[1:3]
     if min(height, width) > LARGE:
         log.warning(
@@ -166,15 +166,15 @@ def warn_of_size(image: Tensor) -> None:
         )
 
 
-def noised(model: Any, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """A latent at the noise level sigma, both as in a LATENT; to the last bit what the stock node Add Noise gives."""
-    inside = model.get_model_object("process_latent_in")(latent)
-    x = model.get_model_object("model_sampling").noise_scaling(sigma, noise, inside)
+def add_noise(model: Any, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noise a latent to level sigma, both as in a LATENT; bit-identical to the stock node Add Noise."""
+    z = model.get_model_object("process_latent_in")(latent)
+    x = model.get_model_object("model_sampling").noise_scaling(sigma, noise, z)
     return model.get_model_object("process_latent_out")(x)
 
 
-def whole_cells(image: Tensor, vae: Any) -> Tensor:
-    """[B, H, W, C] without the last pixels that make no whole cell of a latent."""
+def crop_to_cells(image: Tensor, vae: Any) -> Tensor:
+    """[B, H, W, C] cropped to a multiple of the latent's cell size."""
     side = vae.spacial_compression_encode()
     height, width = (length // side * side for length in image.shape[1:3])
     return image[:, :height, :width]
@@ -187,37 +187,37 @@ def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, fl
 
 
 def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
-    """What ComfyUI's nodes draw for the seed; a loop's is the seed and its number, so that stock nodes can do it."""
+    """ComfyUI's noise for a seed; a loop uses seed + loop, so that stock nodes can reproduce it."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed((seed + loop) % SEEDS))
 
 
-class Looks:
-    """What a vision model, if there is one, sees in images [B, H, W, 3] that come in a row; it sees each once."""
+class SimilarityTracker:
+    """Compares consecutive images [B, H, W, 3] by a vision model, if there is one; embeds each image once."""
 
     def __init__(self, vision: Any | None, first: Tensor) -> None:
         self.vision = vision
-        self.seen = [] if vision is None else [embed(vision, first)]
+        self.embeddings = [] if vision is None else [embed(vision, first)]
 
-    def at(self, image: Tensor) -> float:
-        """How alike it is to the one before; of a batch, those that are least alike count."""
+    def compare(self, image: Tensor) -> float:
+        """Similarity to the previous image; in a batch, the minimum over its images."""
         if self.vision is None:
             return 0.0
-        self.seen.append(embed(self.vision, image))
-        return float(F.cosine_similarity(self.seen[-2], self.seen[-1]).min())
+        self.embeddings.append(embed(self.vision, image))
+        return float(F.cosine_similarity(self.embeddings[-2], self.embeddings[-1]).min())
 
 
-def _best(looks: Looks, subject: Subject, told: list[str]) -> int:
-    """The number of the image that is most like the subject's, and a line about it."""
-    wanted = F.normalize(embed(looks.vision, subject.images), dim=1)
-    scores = [float((F.normalize(seen, dim=1) @ wanted.T).mean()) for seen in looks.seen]
+def _best(tracker: SimilarityTracker, subject: Subject, lines: list[str]) -> int:
+    """The index of the image most similar to the subject's; appends a line about it."""
+    target = F.normalize(embed(tracker.vision, subject.images), dim=1)
+    scores = [float((F.normalize(embedding, dim=1) @ target.T).mean()) for embedding in tracker.embeddings]
     best = max(range(len(scores)), key=scores.__getitem__)
-    told.append(f"best: image {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
+    lines.append(f"best: image {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
     return best
 
 
 @dataclass(frozen=True)
 class _StockSampling:
-    """Stock samplings in a row, with one progress bar for all."""
+    """Consecutive stock samplings with one progress bar."""
 
     positive: Conditioning
     settings: StagedSettings
@@ -226,7 +226,7 @@ class _StockSampling:
     def sample(
         self, model: Any, noise: Tensor, sigmas: Tensor, negative: Conditioning, latent: Tensor, seed: int
     ) -> Tensor:
-        """Latents as in a LATENT."""
+        """Sample; latents as in a LATENT."""
         sampler = comfy.samplers.sampler_object(self.settings.sampler)
         return comfy.sample.sample_custom(
             model, noise, self.settings.cfg, sampler, sigmas, self.positive, negative, latent,

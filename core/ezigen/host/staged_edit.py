@@ -1,4 +1,4 @@
-"""EZIGen's editing with a MODEL: in a masked place of an image another subject, the rest held by an inversion."""
+"""EZIGen's editing with a MODEL: another subject in the masked area, the rest preserved by an inversion."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from ..staged import (
     STEPS,
     Loops,
     background_of,
-    inverted_by_solver,
-    pasted,
+    invert_with_solver,
+    paste,
     published_levels,
     split,
 )
 from .adapter import Subject, with_adapter, without_adapter
-from .staged import SEEDS, Looks, StagedModels, StagedSettings, levels, warn_of_size, whole_cells
+from .staged import SEEDS, SimilarityTracker, StagedModels, StagedSettings, crop_to_cells, levels, warn_of_size
 
-WHITE = 1.0 - 1e-4  # what is left of 1 when a mask was scaled, short of 254 of 255
+WHITE = 1.0 - 1e-4  # a 1 after a mask was scaled; above 254 / 255
 
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What decides the edit. published: the background two steps noisier than the image, and the mask's pure white
-    alone (see ezigen/staged.py). paste: outside of the mask the source's own pixels in the end.
+    """The settings of an edit. published: use a background two steps noisier than the image, and only the mask's pure
+    white (see ezigen/staged.py). paste: finally restore the source's pixels outside the mask.
     """
 
     seed: int = 0
@@ -53,8 +53,8 @@ class EditSettings:
 
 
 @dataclass(frozen=True)
-class Edited:
-    """latent [1, C, h, w] as in a LATENT, its image, the images of all loops with the source first."""
+class EditResult:
+    """latent [1, C, h, w] as in a LATENT, its image, and the images of all loops, with the source first."""
 
     latent: Tensor
     image: Tensor
@@ -64,14 +64,14 @@ class Edited:
 
 @dataclass(frozen=True)
 class EditPrompts:
-    """positive and negative of the sampling; inverse: what the source is walked up with, the empty prompt."""
+    """positive and negative of the sampling; inverse: the prompt of the inversion, empty."""
 
     positive: Conditioning
     negative: Conditioning
     inverse: Conditioning
 
 
-def edited(
+def edit_staged(
     models: StagedModels,
     subject: Subject,
     prompts: EditPrompts,
@@ -79,8 +79,8 @@ def edited(
     mask: Tensor,
     settings: EditSettings,
     node_id: str | None = None,
-) -> Edited:
-    """source [1, H, W, 3]; mask [1, H, W], white where the subject goes."""
+) -> EditResult:
+    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes."""
     model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
     _check(source, mask, vision, settings)
     check_vae(model, vae)
@@ -88,27 +88,29 @@ def edited(
     single_prompt(prompts.inverse, "prompt of the inversion")
     down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
-    up = published_levels(table, settings.steps)[: len(down)] if settings.published else _reversed(down, table[:1])
-    mask = whole_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
-    source = whole_cells(source[..., :3].float().cpu(), vae)
+    up = published_levels(table, settings.steps)[: len(down)] if settings.published else _upward_levels(down, table[:1])
+    mask = crop_to_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
+    source = crop_to_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
     steps = Steps(model, 2 * (len(down) - 1) * loops.most, node_id)
-    images, kept, similarity, done, found = [source], None, 0.0, 0, None
-    told, looks = [], Looks(vision, source)
-    while loops.go_on(done, similarity):
-        done += 1
+    images, backgrounds, similarity, loop, result = [source], None, 0.0, 0, None
+    lines, tracker = [], SimilarityTracker(vision, source)
+    while loops.needs_another(loop, similarity):
+        loop += 1
         latent = vae.encode(images[-1])
-        start, backgrounds = _inverted(plain, prompts.inverse, latent, up, down, settings.published, steps)
-        kept = backgrounds if kept is None else kept  # those of every loop are the source's own
-        run = _Pasting(kept, _latent_mask(mask, settings.published, start), settings, done, steps)
-        found = _sampled(adapted, prompts, run, start, down, settings.cfg)
-        images.append(vae.decode(found).cpu())
-        similarity = looks.at(images[-1])
-        told.append(f"loop {done}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
+        start, latest = _invert(plain, prompts.inverse, latent, up, down, settings.published, steps)
+        backgrounds = latest if backgrounds is None else backgrounds  # every loop pastes the source's own
+        sampler = _PastingSampler(backgrounds, _latent_mask(mask, settings.published, start), settings, loop, steps)
+        result = _sample(adapted, prompts, sampler, start, down, settings.cfg)
+        images.append(vae.decode(result).cpu())
+        similarity = tracker.compare(images[-1])
+        lines.append(f"loop {loop}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     image = images[-1]
     if settings.paste:
-        image = _pasted_pixels(image, source, mask)
-    return Edited(vae.encode(source).cpu() if found is None else found, image, torch.cat(images), "\n".join(told))
+        image = _paste_pixels(image, source, mask)
+    return EditResult(
+        vae.encode(source).cpu() if result is None else result, image, torch.cat(images), "\n".join(lines)
+    )
 
 
 def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSettings) -> None:
@@ -126,29 +128,29 @@ def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSetti
         )
 
 
-def _reversed(down: Tensor, lowest: Tensor) -> Tensor:
-    """The levels of the steps upwards; a network knows no clean image, so the source counts as of its lowest."""
+def _upward_levels(down: Tensor, lowest: Tensor) -> Tensor:
+    """The steps' levels in ascending order; the source counts as the lowest level, since networks know no level 0."""
     return torch.cat([lowest, down.flip(0)[1:]])
 
 
 def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:
-    chosen = (mask > WHITE).float() if published else mask.float()
-    return resize_mask(chosen, like.shape[-2], like.shape[-1])[:, None].to(like)
+    selected = (mask > WHITE).float() if published else mask.float()
+    return resize_mask(selected, like.shape[-2], like.shape[-1])[:, None].to(like)
 
 
-def _pasted_pixels(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+def _paste_pixels(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     part = mask[..., None].to(image)
     return part * image + (1 - part) * source.to(image)
 
 
-def _inverted(
+def _invert(
     model: Any, prompt: Conditioning, latent: Tensor, up: Tensor, down: Tensor, published: bool, steps: Steps
 ) -> tuple[Tensor, list[Tensor]]:
-    """Where the steps start, and what background_of() takes; latents in the model's space, on the CPU.
+    """The starting latent and the trajectory for background_of(), in the model's latent space, on the CPU.
 
-    What is pasted is in the scale of the level that its step comes to, and of that very level unless published.
+    Each pasted latent has the scale of the level that its step reaches, and its noise level too unless published.
     """
-    found: list[Tensor] = []
+    latents: list[Tensor] = []
 
     def body(denoiser: Any, x0: Tensor) -> None:
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
@@ -156,22 +158,24 @@ def _inverted(
 
         sigmas = up.to(x0)
         start = rescaled(x0, torch.zeros_like(sigmas[0]), sigmas[0]) if published else x0
-        found.extend(x.cpu() for x in inverted_by_solver(predict, start, sigmas, lambda _step: steps.step()))
+        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas, lambda _step: steps.step()))
 
     predicting(model, prompt, latent, body)
     if not published:
-        return found[-1], found
-    # Latents of variance 1 are taken for those of the step that they are pasted behind, two levels lower.
+        return latents[-1], latents
+    # As published, latents of variance 1 are used at the step after which they are pasted, two levels lower.
     to = [*down.flip(0)[:1], *down.flip(0)[:-1]]
-    shown = [rescaled(x, level, other) for x, level, other in zip(found, up, to, strict=True)]
-    return rescaled(found[-1], up[-1], down[0]), shown
+    backgrounds = [rescaled(x, level, other) for x, level, other in zip(latents, up, to, strict=True)]
+    return rescaled(latents[-1], up[-1], down[0]), backgrounds
 
 
-class _Pasting(comfy.samplers.Sampler):
-    """DDPM steps from the latent that is given as noise; behind each the background is pasted."""
+class _PastingSampler(comfy.samplers.Sampler):
+    """DDPM steps from the latent passed as noise; pastes the background after each step."""
 
-    def __init__(self, kept: list[Tensor], mask: Tensor, settings: EditSettings, loop: int, steps: Steps) -> None:
-        self.kept, self.mask, self.settings, self.steps = kept, mask, settings, steps
+    def __init__(
+        self, backgrounds: list[Tensor], mask: Tensor, settings: EditSettings, loop: int, steps: Steps
+    ) -> None:
+        self.backgrounds, self.mask, self.settings, self.steps = backgrounds, mask, settings, steps
         self.generator = step_generator(settings.seed, loop, "staged edit")
 
     def sample(
@@ -188,7 +192,7 @@ class _Pasting(comfy.samplers.Sampler):
                 disable=True,
                 noise_sampler=self._noise(x),
             )
-            x = pasted(x, background_of(self.kept, step, self.settings.published).to(x), mask)
+            x = paste(x, background_of(self.backgrounds, step, self.settings.published).to(x), mask)
             self.steps.step()
         return x
 
@@ -196,10 +200,12 @@ class _Pasting(comfy.samplers.Sampler):
         return lambda *_levels: torch.randn(like.shape, generator=self.generator).to(like)
 
 
-def _sampled(model: Any, prompts: EditPrompts, run: _Pasting, start: Tensor, down: Tensor, cfg: float) -> Tensor:
-    """A latent as in a LATENT, from one in the model's own space at the first of the levels."""
+def _sample(
+    model: Any, prompts: EditPrompts, sampler: _PastingSampler, start: Tensor, down: Tensor, cfg: float
+) -> Tensor:
+    """Sample from a latent in the model's space at the first level; returns a latent as in a LATENT."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(prompts.positive, prompts.negative)
     guider.set_cfg(cfg)
-    seed = run.settings.seed % SEEDS
-    return guider.sample(start, torch.zeros_like(start), run, down, disable_pbar=True, seed=seed).cpu()
+    seed = sampler.settings.seed % SEEDS
+    return guider.sample(start, torch.zeros_like(start), sampler, down, disable_pbar=True, seed=seed).cpu()

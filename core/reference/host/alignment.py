@@ -1,4 +1,4 @@
-"""HiFi Tuner (arXiv 2312.00079), section 3.3: the subject's image that serves as reference, and laid on another."""
+"""HiFi Tuner (arXiv 2312.00079), section 3.3: choose a reference image of the subject and align it with another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import alignment
 
 SYMMETRIC, LITERAL = "symmetric", "as printed"
 FORMS = (SYMMETRIC, LITERAL)
-MAX_DEGREES = 60.0  # a subject upside down may cover the other a little better, and is the wrong reference
+MAX_DEGREES = 60.0  # an upside-down subject may overlap slightly better, but is the wrong reference
 ONLY_REFERENCE, ONLY_TARGET, BOTH = (0.94, 0.27, 0.27), (0.23, 0.51, 0.96), (0.13, 0.77, 0.37)
 TINT = 0.5
 DRAW = "connect a mask of the subject (Subject Mask, or draw one)"
@@ -24,7 +24,7 @@ DRAW = "connect a mask of the subject (Subject Mask, or draw one)"
 
 @dataclass(frozen=True)
 class Choice:
-    """index: of the best candidate. similarity: its cosine with the generated image. info: all of them."""
+    """index: of the best candidate. similarity: its cosine with the generated image. info: all similarities."""
 
     index: int
     similarity: float
@@ -32,9 +32,9 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """The reference, transformed. image [1, H, W, 3] and mask [1, H, W] (0 and 1) in the target's frame; overlay: where
-    the two subjects are; matrix: the transform in words.
+class AlignedReference:
+    """The transformed reference: image [1, H, W, 3] and mask [1, H, W] (0 and 1) in the target's frame. overlay: both
+    subjects in colour. matrix: the transform as text.
     """
 
     image: Tensor
@@ -44,21 +44,21 @@ class Laid:
     matrix: str
 
 
-def choose_reference(images: Tensor, picture: Tensor, vision: Any, masks: Tensor | None) -> Choice:
-    """The candidate [B, H, W, C] that is most like the generated image [1, h, w, C]: cosine of whole images'
-    embeddings (the paper: the class token of DINO ViT-S/16).
+def choose_reference(images: Tensor, target: Tensor, vision: Any, masks: Tensor | None) -> Choice:
+    """The candidate [B, H, W, C] most similar to the generated image [1, h, w, C], by the cosine of whole-image
+    embeddings (the paper uses the class token of DINO ViT-S/16).
     """
-    if len(picture) != 1:
+    if len(target) != 1:
         raise ValueError(
-            f"{len(picture)} generated images were given, one is expected: take one of them (ImageFromBatch)."
+            f"{len(target)} generated images were given, one is expected: take one of them (ImageFromBatch)."
         )
     if masks is not None and len(masks) != len(images):
         raise ValueError(
             f"{len(masks)} masks came with {len(images)} candidates: give one for each, in the same order, or none."
         )
     mm.throw_exception_if_processing_interrupted()
-    candidates, wanted = embed(vision, images), embed(vision, picture)
-    similarities = F.cosine_similarity(candidates, wanted).tolist()
+    embeddings, target_embedding = embed(vision, images), embed(vision, target)
+    similarities = F.cosine_similarity(embeddings, target_embedding).tolist()
     best = max(range(len(similarities)), key=similarities.__getitem__)
     lines = [
         f"image {number}: {value:.4f}" + (" (taken)" if number == best else "")
@@ -67,8 +67,8 @@ def choose_reference(images: Tensor, picture: Tensor, vision: Any, masks: Tensor
     return Choice(best, similarities[best], "\n".join([*lines, f"by {describe(vision)}"]))
 
 
-def lay_on(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: float) -> Laid:
-    """The reference image [1, H, W, C] with its mask, transformed so that its subject covers the target's mask."""
+def align_reference(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: float) -> AlignedReference:
+    """Transform the reference image [1, H, W, C] and its mask so that its subject covers the target's mask."""
     for name, tensor in (("picture", image), ("mask", mask), ("target_mask", target)):
         if tensor.ndim > 2 and len(tensor) != 1:
             raise ValueError(
@@ -76,40 +76,39 @@ def lay_on(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: 
                 "ImageFromBatch)."
             )
     size = (image.shape[1], image.shape[2])
-    with torch.inference_mode(False), torch.enable_grad():  # nodes are run under inference mode; this is a fit
-        ours, theirs = _plane("mask", mask.clone(), size), _plane("target_mask", target.clone(), None)
-        found = alignment.align(ours, theirs, form == LITERAL, max_degrees)
-    frame = (theirs.shape[0], theirs.shape[1])
+    with torch.inference_mode(False), torch.enable_grad():  # nodes run in inference mode; the fit needs gradients
+        reference_mask, target_mask = _plane("mask", mask.clone(), size), _plane("target_mask", target.clone(), None)
+        fit = alignment.align(reference_mask, target_mask, form == LITERAL, max_degrees)
+    frame = (target_mask.shape[0], target_mask.shape[1])
     pixels = image[..., :3].float().cpu().movedim(-1, 1)
-    picture = alignment.warp(pixels, found.matrix, frame).movedim(1, -1).clamp(0.0, 1.0)
-    covered = (alignment.warp(ours[None, None], found.matrix, frame, "zeros")[:, 0] > 0.5).float()
-    if not bool(covered.any()):
+    warped = alignment.warp(pixels, fit.matrix, frame).movedim(1, -1).clamp(0.0, 1.0)
+    warped_mask = (alignment.warp(reference_mask[None, None], fit.matrix, frame, "zeros")[:, 0] > 0.5).float()
+    if not bool(warped_mask.any()):
         raise ValueError(
             "The transform left nothing of the subject in the frame: use the form 'symmetric', and check both masks."
         )
-    rows = "\n".join("  ".join(f"{value:8.4f}" for value in row) for row in found.matrix.tolist())
-    words = (
-        f"scale {found.scale:.3f}, turned by {found.degrees:.1f} degrees, IoU {found.iou:.3f} ({form})\n{rows}\n"
+    rows = "\n".join("  ".join(f"{value:8.4f}" for value in row) for row in fit.matrix.tolist())
+    description = (
+        f"scale {fit.scale:.3f}, turned by {fit.degrees:.1f} degrees, IoU {fit.iou:.3f} ({form})\n{rows}\n"
         "from (x, y, 1) of the reference to the target; both reach from -1 to 1 along the longer side"
     )
-    return Laid(picture, covered, found.iou, _overlay(picture, covered, theirs), words)
+    return AlignedReference(warped, warped_mask, fit.iou, _overlay(warped, warped_mask, target_mask), description)
 
 
 def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """One mask as [H, W] of 0 and 1, at its image's size. ValueError when it is empty, full, or of another
-    proportion."""
-    own = (mask.shape[-2], mask.shape[-1])
-    plane = checked_mask(mask, 1, size or own, name=name, empty=DRAW, full=DRAW)[None]
-    if size is not None and own != size:
+    """A mask as [H, W] of 0 and 1, at its image's size. ValueError if it is empty, full, or of another aspect ratio."""
+    shape = (mask.shape[-2], mask.shape[-1])
+    plane = checked_mask(mask, 1, size or shape, name=name, empty=DRAW, full=DRAW)[None]
+    if size is not None and shape != size:
         plane = F.interpolate(plane, size, mode="bilinear", align_corners=False)
         checked_mask(plane, 1, size, name=name, empty=DRAW, full=DRAW)
     return (plane[0, 0] > 0.5).float()
 
 
-def _overlay(picture: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """The transformed image; red where only the reference's subject is, blue only the target's, green both."""
-    one, other = ours[0] > 0.5, theirs > 0.5
-    shown = picture.clone()
+def _overlay(image: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """The transformed image, red where only the reference's subject is, blue only the target's, green both."""
+    one, other = reference[0] > 0.5, target > 0.5
+    overlay = image.clone()
     for where, colour in ((one & ~other, ONLY_REFERENCE), (other & ~one, ONLY_TARGET), (one & other, BOTH)):
-        shown[0][where] = (1 - TINT) * shown[0][where] + TINT * torch.tensor(colour)
-    return shown
+        overlay[0][where] = (1 - TINT) * overlay[0][where] + TINT * torch.tensor(colour)
+    return overlay

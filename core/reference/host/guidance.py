@@ -1,4 +1,4 @@
-"""Reference-guided sampling (HiFi Tuner, Algorithm 2) with a MODEL, and what plays it again in any sampler."""
+"""Reference-guided sampling (HiFi Tuner, Algorithm 2) with a MODEL, and its replay in any sampler."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ TIMES = ("start_percent", "end_percent")
 
 
 @dataclass(frozen=True)
-class Guided:
-    """A finished image, as in a LATENT, and the model and negatives that make it again from the same noise."""
+class GuidedImage:
+    """A finished image, as in a LATENT, and the model and negatives that reproduce it from the same noise."""
 
     samples: Tensor
     model: Any
@@ -45,7 +45,7 @@ class Guided:
     steps: int
 
     def report(self) -> str:
-        """The window, and first and last loss of each of its steps."""
+        """The window, and the first and last loss of each of its steps."""
         first, last, count = self.window[0], self.window[-1], len(self.losses) // len(self.window)
         lines = [f"guided in steps {first + 1} to {last + 1} of {self.steps}, {count} updates in each"]
         for index, step in enumerate(self.window if count else ()):
@@ -56,8 +56,8 @@ class Guided:
 
 @dataclass(frozen=True)
 class ReferenceJob(Job):
-    """One guided sampling. positive: the prompt as one plain entry; contexts: its tokens at each step; noise, mask and
-    contexts on the CPU. described: the prompt as it was given.
+    """One guided sampling. positive: the prompt as one plain entry; contexts: its tokens at each step. noise, mask and
+    contexts are on the CPU. prompt_key: describe() of the connected prompt.
     """
 
     method: ClassVar[str] = METHOD
@@ -71,16 +71,16 @@ class ReferenceJob(Job):
     mask: Tensor
     window: range
     settings: ReferenceSettings
-    described: Any
+    prompt_key: Any
 
     @property
     def steps(self) -> int:
         return len(self.window) * self.settings.inner_steps
 
     def key(self) -> str:
-        put_on = [patches_digest(self.model), precision(self.model), self.described, describe(self.negative)]
+        model_parts = [patches_digest(self.model), precision(self.model), self.prompt_key, describe(self.negative)]
         path = [self.trajectory.latents, self.trajectory.sigmas]
-        parts = [self.base, put_on, self.noise, *path, self.mask, list(self.window)]
+        parts = [self.base, model_parts, self.noise, *path, self.mask, list(self.window)]
         return digest([self.method, asdict(self.settings), *parts])
 
     def session(self) -> Session:
@@ -111,7 +111,7 @@ class ReferenceJob(Job):
 
 @dataclass(frozen=True)
 class ReferenceImage:
-    """An inverted reference, the mask [1, H, W] of the subject in it, and the part of the sampling that it guides."""
+    """An inverted reference, the subject's mask [1, H, W] in it, and the part of the sampling that it guides."""
 
     trajectory: Trajectory
     mask: Tensor
@@ -119,7 +119,7 @@ class ReferenceImage:
     end_percent: float
 
 
-def guided_by_reference(
+def sample_with_reference(
     model: Any,
     positive: Conditioning,
     negative: Conditioning,
@@ -127,11 +127,11 @@ def guided_by_reference(
     reference: ReferenceImage,
     settings: ReferenceSettings,
     node_id: str | None = None,
-) -> Guided:
-    """Sample (or resume, or serve from disk) an image along the trajectory's noise levels, guided by its reference.
+) -> GuidedImage:
+    """Sample (or resume, or load from disk) an image along the trajectory's noise levels, guided by the reference.
 
-    positive may have an entry for each step; negative is the empty prompt; noise a NOISE. ValueError, before any work,
-    for what does not fit together.
+    positive may have one entry per step; negative is the empty prompt; noise is a NOISE. ValueError, before any work,
+    for inputs that do not fit together.
     """
     trajectory, percents = reference.trajectory, (reference.start_percent, reference.end_percent)
     check_base(trajectory.header.get("base", {}), model)
@@ -145,41 +145,41 @@ def guided_by_reference(
         raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the image is sampled with.")
     warn_of_guidance(model)
     sampling = model.get_model_object("model_sampling")
-    chosen = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
+    window = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
     cells = subject_cells(reference.mask, trajectory.latents)
     prompt, contexts = plain_prompt(positive, trajectory.sigmas.tolist(), sampling.percent_to_sigma)
-    drawn = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
+    start_noise = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
     job = ReferenceJob(
-        model, prompt, contexts, negative, drawn, trajectory, cells, chosen, settings, describe(positive)
+        model, prompt, contexts, negative, start_noise, trajectory, cells, window, settings, describe(positive)
     )  # fmt: skip
-    done = run(job, node_id)
-    result = done.last
-    target = trajectory.latents[chosen[0]]
-    again = attach_landing(model, Landing({chosen[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
-    conditioning = masked_negative(negative, result.get("nulls"), cells, chosen, trajectory.sigmas.tolist(), sampling)
-    return Guided(result["samples"], again, conditioning, done.losses, chosen, trajectory.steps)
+    job_run = run(job, node_id)
+    result = job_run.last
+    target = trajectory.latents[window[0]]
+    replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
+    conditioning = masked_negative(negative, result.get("nulls"), cells, window, trajectory.sigmas.tolist(), sampling)
+    return GuidedImage(result["samples"], replay, conditioning, job_run.losses, window, trajectory.steps)
 
 
 def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
-    """The steps of sigmas [T + 1] that lie in a part of the sampling; ValueError for none, and for the very first."""
+    """The steps of sigmas [T + 1] within a part of the sampling; ValueError for none, or if it includes the first."""
     if not 0.0 <= start < end <= 1.0:
         raise ValueError(f"The guidance would last from {start:g} to {end:g}: give a start below the end, within 0..1.")
-    held = [step for step, sigma in enumerate(sigmas[:-1]) if sigma_of(end) <= sigma <= sigma_of(start)]
-    if not held:
+    steps = [step for step, sigma in enumerate(sigmas[:-1]) if sigma_of(end) <= sigma <= sigma_of(start)]
+    if not steps:
         raise ValueError(
             f"None of the {len(sigmas) - 1} sampling steps lies between {start:g} and {end:g}: widen the window, or "
             "invert with more steps."
         )
-    if held[0] == 0:
+    if steps[0] == 0:
         raise ValueError(
             f"The guidance would begin at the very first step, with {start:g}: it needs a step before it, that the "
             "transplant is made in. Raise start_percent (0.21 is the paper's) or invert with more steps."
         )
-    return range(held[0], held[-1] + 1)
+    return range(steps[0], steps[-1] + 1)
 
 
 def subject_cells(mask: Tensor, latents: Tensor) -> Tensor:
-    """The mask of the reference's subject [1, 1, h, w] at the size of a trajectory's latents, ones and zeros."""
+    """The reference subject's mask [1, 1, h, w] at the size of a trajectory's latents, ones and zeros."""
     rows, columns = latents.shape[-2:]
     mask = checked_mask(mask, 1, (rows, columns), empty=ALIGNED, full=ALIGNED)
     return checked_mask(latent_mask(mask, rows, columns), 1, (rows, columns), full=ALIGNED)[None]
@@ -188,15 +188,15 @@ def subject_cells(mask: Tensor, latents: Tensor) -> Tensor:
 def plain_prompt(
     positive: Conditioning, sigmas: list[float], sigma_of: Callable[[float], float]
 ) -> tuple[Conditioning, list[Tensor]]:
-    """A prompt that may change from step to step, as one entry without a window, and its rows at each step."""
-    found = [active_entries(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
-    for step, entries in enumerate(found):
+    """A prompt that may change from step to step, as one entry without a window, and its tokens at each step."""
+    entries_at = [active_entries(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
+    for step, entries in enumerate(entries_at):
         if len(entries) != 1:
             raise ValueError(
-                f"The prompt has {len(entries)} entries in step {step + 1} of {len(found)}, expected one in each: "
-                "connect a Text Encode node, or the output of Apply Subject Embedding, directly."
+                f"The prompt has {len(entries)} entries in step {step + 1} of {len(entries_at)}, expected one in "
+                "each: connect a Text Encode node, or the output of Apply Subject Embedding, directly."
             )
-    entries = [entry for (entry,) in found]
+    entries = [entry for (entry,) in entries_at]
     plain = [{name: value for name, value in options.items() if name not in (*TIMES, TAIL)} for _, options in entries]
     limited = sorted({name for options in plain for name in LIMITS if name in options})
     if limited:
@@ -212,21 +212,21 @@ def plain_prompt(
 
 
 def masked_negative(
-    negative: Conditioning, nulls: Tensor | None, mask: Tensor, chosen: range, sigmas: list[float], sampling: Any
+    negative: Conditioning, nulls: Tensor | None, mask: Tensor, window: range, sigmas: list[float], sampling: Any
 ) -> Conditioning:
-    """The empty prompt, and in the chosen steps: outside of the mask the empty prompt, inside each step's own rows.
+    """The empty prompt; in the window's steps it holds outside the mask, and each step's own tokens hold inside.
 
-    nulls [W, n, d]; None where nothing was optimised.
+    nulls [W, n, d]; None if nothing was optimised.
     """
     (phi, options), times = negative[0], windows(sigmas, sampling.percent_to_sigma)
-    begin, end = times[chosen[0]][0], times[chosen[-1]][1]
+    begin, end = times[window[0]][0], times[window[-1]][1]
     if nulls is None:
         return [[phi, options.copy()]]
 
     def entry(rows: Tensor, start: float, stop: float, where: Tensor | None = None) -> list[Any]:
-        masked = {} if where is None else {"mask": where[0], "mask_strength": 1.0, "set_area_to_bounds": False}
-        return [rows, {**options, "start_percent": start, "end_percent": stop, **masked}]
+        mask_options = {} if where is None else {"mask": where[0], "mask_strength": 1.0, "set_area_to_bounds": False}
+        return [rows, {**options, "start_percent": start, "end_percent": stop, **mask_options}]
 
-    found = [entry(phi, 0.0, begin), entry(phi, begin, end, 1 - mask)]
-    found += [entry(rows, *times[step], mask) for step, rows in zip(chosen, nulls.split(1), strict=True)]
-    return [*found, entry(phi, end, 1.0)] if end < 1.0 else found
+    entries = [entry(phi, 0.0, begin), entry(phi, begin, end, 1 - mask)]
+    entries += [entry(rows, *times[step], mask) for step, rows in zip(window, nulls.split(1), strict=True)]
+    return [*entries, entry(phi, end, 1.0)] if end < 1.0 else entries

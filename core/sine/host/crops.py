@@ -1,4 +1,4 @@
-"""The images of a fine-tuning as latents: whole, or as patches with their boxes, encoded ahead."""
+"""Training images as latents: whole, or as patches with their boxes, encoded in advance."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from ...denoiser import latent_mask
 from ...session.images import check_image, checked_mask
 from ..fine_tune import Samples
-from ..patches import Box, box_of, check_size, cut, squashed
+from ..patches import Box, box_of, check_size, cut, resize_to_square
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """How samples are made. resolution: pixels of a training square; cells: of the grid, 0 for no patches; crops:
-    patches prepared ahead; whole_image: probability of the whole image instead of a patch.
+class CropSettings:
+    """How samples are made. resolution: side of the training square in pixels; cells: per side of the grid, 0 for no
+    patches; crops: patches prepared in advance; whole_image: probability of the whole image instead of a patch.
     """
 
     resolution: int
@@ -27,42 +27,42 @@ class Cutting:
     whole_image: float = 0.0
 
 
-def check_images(image: Tensor, mask: Tensor | None, cutting: Cutting) -> None:
-    """ValueError for images and masks that no samples can be made from."""
+def check_images(image: Tensor, mask: Tensor | None, settings: CropSettings) -> None:
+    """ValueError for images and masks that cannot be made into samples."""
     check_image(image)
-    if cutting.cells:
-        check_size(image.shape[1], image.shape[2], cutting.cells)
+    if settings.cells:
+        check_size(image.shape[1], image.shape[2], settings.cells)
     if mask is not None:
         checked_mask(mask, len(image), (image.shape[1], image.shape[2]))
 
 
 def make_samples(
-    model: Any, vae: Any, image: Tensor, mask: Tensor | None, cutting: Cutting, seed: int, steps: int
+    model: Any, vae: Any, image: Tensor, mask: Tensor | None, settings: CropSettings, seed: int, steps: int
 ) -> Samples:
-    """Samples in the scale of a LATENT for `steps` updates: patches one after the other, or the whole images.
+    """Samples for `steps` updates, at the scale of a LATENT: a sequence of patches, or the whole images.
 
-    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. Image i % B gives the i-th sample.
+    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. The i-th sample comes from image i % B.
     """
     cell = vae.spacial_compression_encode()
-    size = cutting.cells * cell or cutting.resolution
-    squares = squashed(image[..., :3].cpu().movedim(-1, 1), size)
-    masks = None if mask is None else squashed(mask.cpu().reshape(-1, 1, *mask.shape[-2:]), size)
-    period = cutting.crops if cutting.cells else image.shape[0]
+    size = settings.cells * cell or settings.resolution
+    squares = resize_to_square(image[..., :3].cpu().movedim(-1, 1), size)
+    masks = None if mask is None else resize_to_square(mask.cpu().reshape(-1, 1, *mask.shape[-2:]), size)
+    period = settings.crops if settings.cells else image.shape[0]
     count = min(period, steps)
     boxes: list[Box] = []
     latents, latent_masks = [], []
     for i in range(count):
         mm.throw_exception_if_processing_interrupted()
         square = squares[i % image.shape[0]][None]
-        masked = None if masks is None else masks[i % masks.shape[0]][None]
-        if cutting.cells:
-            boxes.append(_box(masked, cutting, seed, i, cell))
-            square = cut(square, boxes[-1], cell, cutting.resolution)
-            masked = None if masked is None else cut(masked, boxes[-1], cell, cutting.resolution)
+        patch_mask = None if masks is None else masks[i % masks.shape[0]][None]
+        if settings.cells:
+            boxes.append(_box(patch_mask, settings, seed, i, cell))
+            square = cut(square, boxes[-1], cell, settings.resolution)
+            patch_mask = None if patch_mask is None else cut(patch_mask, boxes[-1], cell, settings.resolution)
         # One at a time: in a batch the last bits of a latent depend on its neighbours.
-        latents.append(_encoded(model, vae, square))
-        if masked is not None:
-            latent_masks.append(latent_mask(masked, *latents[-1].shape[-2:]))
+        latents.append(_encode(model, vae, square))
+        if patch_mask is not None:
+            latent_masks.append(latent_mask(patch_mask, *latents[-1].shape[-2:]))
     return Samples(
         torch.cat(latents),
         torch.tensor(boxes, dtype=torch.int64) if boxes else None,
@@ -71,15 +71,15 @@ def make_samples(
     )
 
 
-def _box(mask: Tensor | None, cutting: Cutting, seed: int, index: int, cell: int) -> Box:
+def _box(mask: Tensor | None, settings: CropSettings, seed: int, index: int, cell: int) -> Box:
     def shows(box: Box) -> bool:
-        return mask is None or bool((cut(mask, box, cell, cutting.resolution) > 0.5).any())
+        return mask is None or bool((cut(mask, box, cell, settings.resolution) > 0.5).any())
 
-    return box_of(seed, index, cutting.cells, cutting.whole_image, shows)
+    return box_of(seed, index, settings.cells, settings.whole_image, shows)
 
 
-def _encoded(model: Any, vae: Any, pixels: Tensor) -> Tensor:
-    """A latent [1, C, h, w] on the CPU of pixels [1, 3, H, W]; ValueError when the VAE is not the model's."""
+def _encode(model: Any, vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels [1, 3, H, W] to a latent [1, C, h, w] on the CPU; ValueError when the VAE is not the model's."""
     samples = vae.encode(pixels.movedim(1, -1))
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:

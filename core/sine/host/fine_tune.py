@@ -1,4 +1,4 @@
-"""Fine-tuning a MODEL (and a CLIP) on an image: from what the node got to tuned models, an artifact and its losses."""
+"""Fine-tune a MODEL (and a CLIP) on an image: from the node's inputs to fine-tuned models, an artifact and losses."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from ...session.stores import run_store
 from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
-from .crops import Cutting, check_images, make_samples
+from .crops import CropSettings, check_images, make_samples
 from .position_map import apply_fine_tune, position_map_of, with_same_map
 
 METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
 PROMPT = "photo of a sks dog"  # the node's default
-HIGH_RATE_FULL = 1e-5  # ten times the paper's; a warning is given above it
-KEEP_EVERY = 500  # LoRAs are small: those on the way are kept, so that fewer steps can be asked for later
+HIGH_RATE_FULL = 1e-5  # ten times the paper's; higher rates give a warning
+KEEP_EVERY = 500  # LoRAs are small: intermediate ones are stored, so that fewer steps can be requested later
 KEPT_BYTES = 256 << 20
-RUN_BYTES_PER_WEIGHT = 14  # itself and two moments in float32, its difference in float16
+RUN_BYTES_PER_WEIGHT = 14  # weight and two moments in float32, difference in float16
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is trained and how, next to FineTuneSettings. interpolation: of the position map; checkpointing: less
+class FineTunePlan:
+    """What is trained and how, besides FineTuneSettings. interpolation: of the position map; checkpointing: less
     memory, more time, the same result.
     """
 
-    cutting: Cutting
+    crop: CropSettings
     method: str = LORA
     steps: int = 1000
     rank: int = 16
@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class FineTuneData:
-    """Images [B, H, W, 3], a mask [B or 1, H, W] or None, and the prompt they are learned under."""
+    """Images [B, H, W, 3], a mask [B or 1, H, W] or None, and their training prompt."""
 
     image: Tensor
     prompt: str
@@ -66,19 +66,19 @@ class FineTuneData:
     positive: Conditioning | None = None
 
     def conditioning(self) -> Conditioning:
-        """The prompt as the model gets it before training."""
+        """The encoded prompt, before training."""
         if (self.clip is None) == (self.positive is None):
-            given = "neither" if self.clip is None else "both"
+            connected = "neither" if self.clip is None else "both"
             raise ValueError(
                 "Connect either a CLIP (the text encoder then trains too) or a CONDITIONING to 'positive' (it stays as "
-                f"it is); {given} came in."
+                f"it is); {connected} came in."
             )
         return encode_prompt(self.clip, self.prompt) if self.positive is None else self.positive
 
 
 @dataclass(frozen=True)
 class PriorImages:
-    """Images of the subject's class; their prompt as text when the text encoder trains, else as CONDITIONING."""
+    """Images of the subject's class; their prompt is text if the text encoder trains, else CONDITIONING."""
 
     image: Tensor
     prompt: str
@@ -87,8 +87,8 @@ class PriorImages:
 
 @dataclass(frozen=True)
 class FineTuneJob(Job):
-    """All that decides a fine-tune. model: as it is trained, with its map. samples: the encoded images, and text: the
-    text encoder that trains too, by begin().
+    """A complete fine-tuning job. model: with its position map. begin() sets samples, the encoded images, and text,
+    the text encoder if it trains too.
     """
 
     method: ClassVar[str] = METHOD
@@ -97,7 +97,7 @@ class FineTuneJob(Job):
     vae: Any
     data: FineTuneData
     positive: Conditioning
-    plan: Plan
+    plan: FineTunePlan
     settings: FineTuneSettings
     prior: PriorImages | None
     samples: tuple[Samples, Samples | None] | None = None
@@ -109,7 +109,7 @@ class FineTuneJob(Job):
 
     @property
     def one_result(self) -> bool:
-        """Differences of all weights are large: the last result alone is kept."""
+        """Differences of all weights are large, so only the last result is kept."""
         return self.plan.method == FULL
 
     @property
@@ -125,15 +125,15 @@ class FineTuneJob(Job):
     def key(self) -> str:
         plan, data, clip, prior = self.plan, self.data, self.data.clip, self.prior
         text = None if clip is None else [clip.patcher, clip.layer_idx, clip.tokenizer_options, data.prompt]
-        others = None
+        prior_parts = None
         if prior is not None:
-            others = [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
-        what = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.cutting)]
+            prior_parts = [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
+        weights = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.crop)]
         encoder = None if clip is None else precision(clip.patcher)
         precisions = [precision(self.model), str(self.vae.vae_dtype), encoder]
-        described = describe([self.vae.patcher, self.positive, text])
-        put_on = [self.base, patches_digest(self.model), precisions, described]
-        return digest([self.method, what, asdict(self.settings), put_on, data.image, data.mask, others])
+        prompt_parts = describe([self.vae.patcher, self.positive, text])
+        model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
+        return digest([self.method, weights, asdict(self.settings), model_parts, data.image, data.mask, prior_parts])
 
     def store(self) -> RunStore:
         return run_store(RUN_BYTES_PER_WEIGHT * self._numbers)
@@ -158,40 +158,40 @@ class FineTuneJob(Job):
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
         assert self.samples is not None  # begin() came first
-        text, (images, others) = self.text, self.samples
+        text, (images, prior_samples) = self.text, self.samples
         latent_format = self.model.get_model_object("latent_format")
         prior = None
-        if self.prior is not None and others is not None:
+        if self.prior is not None and prior_samples is not None:
             positive = self.prior.positive
-            of_class = _prompt_of(text, self.prior.prompt, lambda: _prompt(positive))
-            prior = Prior(_in_scale(latent_format, others), of_class)
+            prior_prompt = _prompt_of(text, self.prior.prompt, lambda: _prompt(positive))
+            prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
-        trained = _Trained(denoiser, text, self.plan, self.settings.seed)
+        weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
-        with trained.active():
-            yield FineTune(denoiser, samples, prompt, trained.parameters, self.settings, prior), trained.result
+        with weights.active():
+            yield FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior), weights.result
 
 
 def fine_tune(
     model: Any,
     vae: Any,
     data: FineTuneData,
-    plan: Plan,
+    plan: FineTunePlan,
     settings: FineTuneSettings,
     prior: PriorImages | None = None,
     node_id: str | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
-    """Train (or resume, or serve from disk); returns the tuned MODEL and CLIP, the artifact, and every step's loss."""
+    """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
     positive = data.conditioning()
     prior = _check(model, data, positive, plan, settings, prior)
     _advise(data, plan, settings)
-    mapped = with_same_map(model, plan.cutting.cells, plan.interpolation) if plan.cutting.cells else model
-    if not plan.cutting.cells:
+    mapped = with_same_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
+    if not plan.crop.cells:
         settings = replace(settings, recon_weight=0.0)
     job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
-    done = run(job, node_id)
-    tuned = _artifact(mapped, done.last, _header(job.base, data, plan, settings, done.step, done.losses))
-    return *apply_fine_tune(tuned, model, data.clip, 1.0), tuned, done.losses
+    job_run = run(job, node_id)
+    tuned = _artifact(mapped, job_run.last, _header(job.base, data, plan, settings, job_run.step, job_run.losses))
+    return *apply_fine_tune(tuned, model, data.clip, 1.0), tuned, job_run.losses
 
 
 def _in_scale(latent_format: Any, part: Samples) -> Samples:
@@ -200,12 +200,12 @@ def _in_scale(latent_format: Any, part: Samples) -> Samples:
     return Samples(latent_format.process_in(x0), boxes, mask, part.period)
 
 
-def _prompt_of(text: TextEncoder | None, words: str, fixed: Callable[[], Prompt]) -> Callable[[], Prompt]:
-    """What encodes a prompt anew in every update, or gives the fixed one where no text encoder is trained."""
+def _prompt_of(text: TextEncoder | None, prompt_text: str, fixed: Callable[[], Prompt]) -> Callable[[], Prompt]:
+    """A function that encodes the prompt in every update, or returns the fixed one if no text encoder is trained."""
     if text is None:
         prompt = fixed()
         return lambda: prompt
-    tokens = text.tokens(words)
+    tokens = text.tokens(prompt_text)
     return lambda: text.encode(tokens)
 
 
@@ -213,13 +213,13 @@ def _check(
     model: Any,
     data: FineTuneData,
     positive: Conditioning,
-    plan: Plan,
+    plan: FineTunePlan,
     settings: FineTuneSettings,
     prior: PriorImages | None,
 ) -> PriorImages | None:
-    """Refuse what cannot work before anything is loaded; the prior, if it is used at all."""
+    """Check all inputs before anything is loaded; returns the prior, or None if it is unused."""
     single_prompt(positive, "training prompt")
-    check_images(data.image, data.mask, plan.cutting)
+    check_images(data.image, data.mask, plan.crop)
     modules = _modules(model, data)
     if plan.method == FULL:
         check_trainable_weights(modules.values())
@@ -238,12 +238,12 @@ def _check(
         raise ValueError("prior_weight is set but nothing is connected to 'prior_positive': encode the class's name.")
     if data.clip is None:
         single_prompt(prior.positive or [], "prior prompt")
-    check_images(prior.image, None, Cutting(plan.cutting.resolution))
+    check_images(prior.image, None, CropSettings(plan.crop.resolution))
     return prior
 
 
-def _advise(data: FineTuneData, plan: Plan, settings: FineTuneSettings) -> None:
-    """Warnings of what works but is seldom meant."""
+def _advise(data: FineTuneData, plan: FineTunePlan, settings: FineTuneSettings) -> None:
+    """Warn about settings that work but are rarely intended."""
     if plan.method == FULL and settings.learning_rate > HIGH_RATE_FULL:
         log.warning(
             "All weights are trained at learning rate %g; the paper uses %g (0.0001 is for a LoRA). Small models may "
@@ -252,7 +252,7 @@ def _advise(data: FineTuneData, plan: Plan, settings: FineTuneSettings) -> None:
             LEARNING_RATE_FULL,
         )
     if data.positive is not None and data.prompt == PROMPT:
-        log.info(  # the default may well be what it was encoded from
+        log.info(  # 'positive' may well be encoded from the default
             "'positive' is connected and 'prompt' is the default, '%s'. It is stored as the training prompt, and Load "
             "Fine-Tune encodes it: write the words there that 'positive' was encoded from.",
             PROMPT,
@@ -260,19 +260,19 @@ def _advise(data: FineTuneData, plan: Plan, settings: FineTuneSettings) -> None:
 
 
 def _modules(model: Any, data: FineTuneData) -> dict[str, nn.Module]:
-    """What may be trained, by the prefix of its names."""
+    """The modules to train, by the prefix of their parameter names."""
     modules = {"diffusion_model": model.model.diffusion_model}
     return modules if data.clip is None else {**modules, "text_encoders": data.clip.cond_stage_model}
 
 
 def _layers(modules: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """What a LoRA is put beside: the attention layers of each module."""
+    """The attention layers of each module, which get a LoRA."""
     ends = {"text_encoders": (TEXT_LAYERS,)}
     return {prefix: attention_layers(module, prefix, *ends.get(prefix, ())) for prefix, module in modules.items()}
 
 
-def _count(modules: dict[str, nn.Module], plan: Plan) -> int:
-    """Numbers that will be trained."""
+def _count(modules: dict[str, nn.Module], plan: FineTunePlan) -> int:
+    """The number of trained parameters."""
     if plan.method == FULL:
         return sum(value.numel() for module in modules.values() for value in module.parameters())
     shapes = [layer.state_dict()["weight"].shape for part in _layers(modules).values() for layer in part.values()]
@@ -280,16 +280,16 @@ def _count(modules: dict[str, nn.Module], plan: Plan) -> int:
 
 
 def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
-    """The images for so many updates, and those of the prior."""
-    cutting, seed = job.plan.cutting, job.settings.seed
-    samples = make_samples(job.model, job.vae, job.data.image, job.data.mask, cutting, seed, steps)
+    """The samples for `steps` updates, and those of the prior."""
+    crop, seed = job.plan.crop, job.settings.seed
+    samples = make_samples(job.model, job.vae, job.data.image, job.data.mask, crop, seed, steps)
     if job.prior is None:
         return samples, None
-    others = make_samples(job.model, job.vae, job.prior.image, None, Cutting(cutting.resolution), seed, steps)
-    if cutting.cells:  # beside patches they carry the box of the whole image
-        whole = others.x0.new_tensor([[0, 0, cutting.cells, cutting.cells]])
-        others = replace(others, boxes=whole.expand(others.x0.shape[0], -1))
-    return samples, others
+    prior_samples = make_samples(job.model, job.vae, job.prior.image, None, CropSettings(crop.resolution), seed, steps)
+    if crop.cells:  # next to patches, prior images carry the box of the whole image
+        whole = prior_samples.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
+        prior_samples = replace(prior_samples, boxes=whole.expand(prior_samples.x0.shape[0], -1))
+    return samples, prior_samples
 
 
 def _prompt(positive: Conditioning | None) -> Prompt:
@@ -297,10 +297,10 @@ def _prompt(positive: Conditioning | None) -> Prompt:
     return Prompt(rows, options.get("pooled_output"))
 
 
-class _Trained:
-    """What is trained inside a session: LoRAs beside the layers, or the weights themselves."""
+class _TrainedWeights:
+    """The trained parameters inside a session: LoRAs on the layers, or the weights themselves."""
 
-    def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: Plan, seed: int) -> None:
+    def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int) -> None:
         self.full = plan.method == FULL
         self._layers: dict[str, nn.Module] = {}
         if self.full:
@@ -316,27 +316,32 @@ class _Trained:
         self.parameters = factors(self._adapters)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, the LoRAs count."""
+        """A context in which the LoRAs are active."""
         return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
 
     def result(self) -> Result:
-        """The tensors of the artifact, as they are now."""
+        """The current tensors of the artifact."""
         if self.full:
             return weight_differences(self._before, dict(self.parameters))
         return {key: value for name, adapter in self._adapters.items() for key, value in adapter.tensors(name).items()}
 
 
 def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWeights:
-    found = position_map_of(model)
-    needed = {} if found is None else marker(found.cells, found.interpolation)
-    return FineTunedWeights({**result, **needed}, header)
+    patch = position_map_of(model)
+    map_marker = {} if patch is None else marker(patch.cells, patch.interpolation)
+    return FineTunedWeights({**result, **map_marker}, header)
 
 
 def _header(
-    base: dict[str, str], data: FineTuneData, plan: Plan, settings: FineTuneSettings, steps: int, losses: list[float]
+    base: dict[str, str],
+    data: FineTuneData,
+    plan: FineTunePlan,
+    settings: FineTuneSettings,
+    steps: int,
+    losses: list[float],
 ) -> dict[str, Any]:
-    chosen = {"rank": plan.rank} if plan.method == LORA else {}
-    patches = {"crops": plan.cutting.crops, "whole_image": plan.cutting.whole_image} if plan.cutting.cells else {}
+    lora = {"rank": plan.rank} if plan.method == LORA else {}
+    patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
         "method": METHOD,
@@ -345,10 +350,10 @@ def _header(
         "weights": plan.method,
         "settings": {
             **asdict(settings),
-            **chosen,
+            **lora,
             **patches,
             **images,
-            "resolution": plan.cutting.resolution,
+            "resolution": plan.crop.resolution,
             "steps": steps,
         },
         "losses": curve(losses),

@@ -1,7 +1,7 @@
-"""SINE's guidance on a MODEL: where ComfyUI has evaluated the edit prompt, the tuned models' predictions are mixed in.
+"""SINE's guidance on a MODEL: mixes the fine-tuned models' predictions into ComfyUI's prediction for the edit prompt.
 
-Everything stands in wrappers on a clone of the base MODEL, before any CFG: so the same model works in KSampler, with
-every guider, and with other nodes' CFG patches. What a run needs is made when it starts and gone when it ends.
+It consists of wrappers on a clone of the base MODEL and acts before CFG, so the model works in KSampler, with every
+guider, and with other nodes' CFG patches. The state of a run is created when the run starts and freed when it ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import entries_by_prompt
 from ...prompt.windows import SigmaRange
 from ...session.weights import GUIDANCE_PREFIX
-from ..guidance import LAST_TIMESTEP, base_share, check_weights, mixed, percent_of
+from ..guidance import LAST_TIMESTEP, base_share, check_weights, mix_predictions, percent_of
 from .overlay import Overlay, check_separable
 from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
@@ -36,7 +36,7 @@ log = logging.getLogger("likeness")
 
 @dataclass(frozen=True)
 class SubjectModel:
-    """A tuned model's part in the guidance. weight: beta = 1 - v; the window in percent of the sampling, 0 pure
+    """A fine-tuned model's part in the guidance. weight: beta = 1 - v; the window in percent of the sampling, 0 is pure
     noise.
     """
 
@@ -47,16 +47,16 @@ class SubjectModel:
     end_percent: float
 
     def window(self, sampling: Any) -> SigmaRange:
-        """The window as noise levels of a model_sampling."""
+        """The window in noise levels of a model_sampling."""
         return SigmaRange(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
 
 
 def subject_model(
     model: Any, conditioning: Conditioning, weight: float, start_percent: float, end_percent: float, k_timestep: int
 ) -> SubjectModel:
-    """A SubjectModel from a node's values. k_timestep: K in training timesteps, instead of end_percent; -1 for none.
+    """A SubjectModel from a node's values. k_timestep: K in training timesteps, used instead of end_percent unless -1.
 
-    ValueError for an empty window, or a K that is no timestep.
+    ValueError for an empty window, or a K outside the schedule.
     """
     if k_timestep != -1:
         if not 0 <= k_timestep <= LAST_TIMESTEP + 1:
@@ -77,7 +77,7 @@ def subject_model(
 
 
 def _check_prompt(conditioning: Conditioning, start: float, end: float) -> None:
-    """ValueError for a training prompt that says nothing somewhere, or at some time, where the tuned model is asked."""
+    """ValueError for a training prompt that does not cover the whole image and the whole window of the guidance."""
     if any("hooks" in options for _, options in conditioning):
         raise ValueError(
             "The tuned model's prompt carries hooks (Create Hook LoRA): load the LoRA onto the tuned model with Load "
@@ -99,38 +99,38 @@ def _check_prompt(conditioning: Conditioning, start: float, end: float) -> None:
         )
 
 
-def guided(model: Any, subjects: list[SubjectModel], allow_over_one: bool = False) -> Any:
-    """A clone of the MODEL whose prediction for the positive prompt is mixed with the tuned models'.
+def with_guidance(model: Any, subjects: list[SubjectModel], allow_over_one: bool = False) -> Any:
+    """A clone of the MODEL whose prediction for the positive prompt is mixed with the fine-tuned models'.
 
-    A guidance that is already on the model is replaced. Raises ValueError, before anything runs, for models that cannot
-    be mixed (another latent space or noise schedule) or separated, and for weights over 1.
+    Replaces an earlier guidance. ValueError, before anything runs, for models that cannot be mixed (another latent
+    space or noise schedule) or separated, and for weights over 1.
     """
     check_weights([subject.weight for subject in subjects], allow_over_one)
     _warn_of_wrappers(subjects, model)
-    own: list[Any] = []  # one tuned model for each module that is not the base model's: these are loaded beside it
+    separate: list[Any] = []  # one model per module that is not the base model's; these are loaded in addition
     for subject in subjects:
         _check_pair(subject.model, model)
-        owner = next((other for other in [model, *own] if subject.model.is_clone(other)), None)
+        owner = next((other for other in [model, *separate] if subject.model.is_clone(other)), None)
         if owner is None:
-            own.append(subject.model)
+            separate.append(subject.model)
         elif owner is not subject.model:
             check_separable(subject.model, owner)
     clone = model.clone()
     drop_guidance(clone)
-    clone.set_additional_models(KEY, [*own, *_control_models(subjects)])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(own)))
+    clone.set_additional_models(KEY, [*separate, *_control_models(subjects)])
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(separate)))
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _predict)
     return clone
 
 
 def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
-    """A tuned model is asked inside the base model's sampling: it has none of its own that could be wrapped."""
-    known = {id(wrapper) for wrappers in _whole_samplings(model).values() for wrapper in wrappers}
+    """Warn about sampling wrappers on a fine-tuned model: it predicts within the base model's sampling."""
+    base_ids = {id(wrapper) for wrappers in _sampling_wrappers(model).values() for wrapper in wrappers}
     for subject in subjects:
-        found = _whole_samplings(subject.model).items()
-        own = [key for key, wrappers in found if any(id(wrapper) not in known for wrapper in wrappers)]
-        unused = sorted(str(key) for key in own if key not in (KEY, POSITION_MAP))
+        items = _sampling_wrappers(subject.model).items()
+        keys = [key for key, wrappers in items if any(id(wrapper) not in base_ids for wrapper in wrappers)]
+        unused = sorted(str(key) for key in keys if key not in (KEY, POSITION_MAP))
         if unused:
             log.warning(
                 "What lies on the tuned model for a whole sampling takes no part (%s): put it on the base model.",
@@ -138,23 +138,23 @@ def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
             )
 
 
-def _whole_samplings(model: Any) -> dict[Any, list[Any]]:
+def _sampling_wrappers(model: Any) -> dict[Any, list[Any]]:
     return getattr(model, "wrappers", {}).get(WrappersMP.SAMPLER_SAMPLE, {})
 
 
 def drop_guidance(clone: Any) -> None:
-    """Take the guidance off a clone that is the caller's own: its own prediction is wanted, not the mix."""
+    """Remove the guidance from a clone in place, so that it returns its own prediction instead of the mix."""
     for wrapper in WRAPPERS:
         clone.remove_wrappers_with_key(wrapper, KEY)
     clone.remove_additional_models(KEY)
 
 
 def guider(model: Any, positive: Conditioning, negative: Conditioning, cfg: float) -> Any:
-    """ComfyUI's own CFG guider over a guided MODEL."""
-    made = comfy.samplers.CFGGuider(model)
-    made.set_conds(positive, negative)
-    made.set_cfg(cfg)
-    return made
+    """ComfyUI's CFG guider for a guided MODEL."""
+    cfg_guider = comfy.samplers.CFGGuider(model)
+    cfg_guider.set_conds(positive, negative)
+    cfg_guider.set_cfg(cfg)
+    return cfg_guider
 
 
 def _check_pair(tuned: Any, base: Any) -> None:
@@ -183,33 +183,33 @@ def _check_pair(tuned: Any, base: Any) -> None:
 
 
 def _control_models(subjects: list[SubjectModel]) -> list[Any]:
-    """The ControlNets and the like in the training prompts, for ComfyUI to load."""
+    """Models attached to the training prompts, such as ControlNets, for ComfyUI to load."""
     conds = {str(i): comfy.sampler_helpers.convert_cond(subject.conditioning) for i, subject in enumerate(subjects)}
     return comfy.sampler_helpers.get_additional_models(conds, torch.float32)[0]
 
 
 class _Branch:
-    """A tuned model, ready to predict in one run."""
+    """A fine-tuned model that predicts in one run."""
 
     def __init__(self, subject: SubjectModel, running: Any, sampling: Any) -> None:
         self.weight, self.window = subject.weight, subject.window(sampling)
         self._subject, self._running = subject, running
         self._overlay = Overlay(subject.model, running)
-        self._memory: tuple[Tensor, Tensor] | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None
 
     def prepare(
         self, sigmas: Tensor, seed: int | None, noise: Tensor, latent: Tensor | None, mask: Tensor | None
     ) -> None:
-        """Process the prompt with the tuned model's own network, as ComfyUI does for the base model."""
+        """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model."""
         device, tuned = self._running.load_device, self._subject.model
         conds = {"positive": comfy.sampler_helpers.convert_cond(self._subject.conditioning)}
         processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, latent, mask, seed)
         self._conds = processed["positive"]
-        if self._overlay.rewritten:
+        if self._overlay.patched_weights:
             log.info(
                 "%d weights of the tuned model are computed anew in every guided step: with memory to spare, load a "
                 "copy of the checkpoint file for the tuned model.",
-                self._overlay.rewritten,
+                self._overlay.patched_weights,
             )
         tuned.model_patches_to(device)
         tuned.model_patches_to(tuned.model_dtype())
@@ -217,47 +217,47 @@ class _Branch:
         options = self._options.setdefault("transformer_options", {})
         for name in ("wrappers", "callbacks"):
             merge_nested_dicts(options.setdefault(name, {}), getattr(tuned, name), copy_dict1=False)
-        if not self._overlay.empty:  # a compiled network does not see what is added to its layers
+        if not self._overlay.empty:  # a compiled network ignores hooks on its layers
             calls = options["wrappers"].get(WrappersMP.APPLY_MODEL, {})
             options["wrappers"][WrappersMP.APPLY_MODEL] = {k: v for k, v in calls.items() if k != COMPILED}
         options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[-2:])
 
     def predict(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Tensor:
-        """The denoised prediction for the training prompt. Asked twice at one step (PAG does), it is computed once."""
-        if self._memory is not None and self._memory[0] is x:
-            return self._memory[1]
+        """The denoised prediction for the training prompt; computed once if called twice in a step, as PAG does."""
+        if self._cache is not None and self._cache[0] is x:
+            return self._cache[1]
         options = self._options
         window = model_options.get("transformer_options", {}).get("context_window")
         if window is not None:
             options = {**options, "transformer_options": {**options["transformer_options"], "context_window": window}}
         with self._overlay.active():
             (result,) = comfy.samplers.calc_cond_batch(self._running.model, [self._conds], x, timestep, options)
-        self._memory = (x, result)
+        self._cache = (x, result)
         return result
 
     def forget(self) -> None:
-        self._memory = None
+        self._cache = None
 
     def cleanup(self) -> None:
-        """As ComfyUI does for the prompts that it evaluates itself: ControlNets let go of what this run gave them."""
+        """Release the ControlNets' state of this run, as ComfyUI does for the prompts that it evaluates itself."""
         self.forget()
         comfy.sampler_helpers.cleanup_models({"positive": self._conds}, [])
 
     def is_the_base(self, base: Any) -> bool:
-        """Whether nothing but the prompt distinguishes the tuned model from the base model."""
+        """Whether the fine-tuned model differs from the base model in the prompt only."""
         tuned = self._subject.model
         return self._running is base and self._overlay.empty and position_map_of(tuned) == position_map_of(base)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One sampling: which prompts are the positive ones, and the tuned models."""
+    """The state of one sampling: ids of the positive prompt's entries, and the fine-tuned models."""
 
     positive: frozenset[Any]
     branches: tuple[_Branch, ...]
 
     def index(self, conds: list) -> int | None:
-        """Where the positive prompt stands among the prompts to evaluate; guiders have different orders."""
+        """The index of the positive prompt among the prompts to evaluate, since guiders order them differently."""
         for index, cond in enumerate(conds):
             if cond is not None and any(entry.get("uuid") in self.positive for entry in cond):
                 return index
@@ -266,25 +266,25 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Sampling:
-    """The wrapper of a whole sampling."""
+    """The sampling wrapper that prepares the fine-tuned models for one run."""
 
     subjects: tuple[SubjectModel, ...]
-    own: tuple[Any, ...]
+    separate: tuple[Any, ...]
 
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
         base = guider.model_patcher
-        loaded = base.get_additional_models_with_key(KEY)[: len(self.own)]
+        loaded = base.get_additional_models_with_key(KEY)[: len(self.separate)]
         branches: list[_Branch] = []
-        with _started(loaded, branches):
+        with _model_runs(loaded, branches):
             for subject in (each for each in self.subjects if each.weight != 0.0):
                 branch = _Branch(subject, self._running(subject.model, base, loaded), guider.inner_model.model_sampling)
                 branch.prepare(sigmas, extra_args.get("seed"), noise, latent_image, denoise_mask)
                 branches.append(branch)
                 _warn(branch, base, [float(sigma) for sigma in sigmas[:-1]])
             positive = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get("positive", []))
-            options = extra_args["model_options"]["transformer_options"]  # a copy of this run's own
+            options = extra_args["model_options"]["transformer_options"]  # this run's copy
             options[KEY] = _Run(positive, tuple(branches))
             try:
                 return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
@@ -292,11 +292,11 @@ class _Sampling:
                 del options[KEY]
 
     def _running(self, tuned: Any, base: Any, loaded: list[Any]) -> Any:
-        """The loaded model in whose module a tuned model predicts; checked again, as nodes may have come between."""
-        for mine, patcher in zip(self.own, loaded, strict=True):
-            if tuned.is_clone(mine):
+        """The loaded model in whose module a fine-tuned model predicts; checked again, as later nodes may change it."""
+        for separate, patcher in zip(self.separate, loaded, strict=True):
+            if tuned.is_clone(separate):
                 _check_pair(tuned, base)
-                if tuned is not mine:
+                if tuned is not separate:
                     check_separable(tuned, patcher)
                 return patcher
         check_separable(tuned, base)
@@ -304,7 +304,7 @@ class _Sampling:
 
 
 def _warn(branch: _Branch, base: Any, steps: list[float]) -> None:
-    """Say what is allowed but hardly meant."""
+    """Warn about settings that are allowed but rarely intended."""
     if branch.is_the_base(base):
         log.warning("The tuned model is the base model itself: only its prompt guides. Connect the fine-tuned model.")
     if not any(map(branch.window.holds, steps)):
@@ -312,7 +312,7 @@ def _warn(branch: _Branch, base: Any, steps: list[float]) -> None:
 
 
 @contextlib.contextmanager
-def _started(models: list[Any], branches: list[_Branch]) -> Iterator[None]:
+def _model_runs(models: list[Any], branches: list[_Branch]) -> Iterator[None]:
     try:
         for model in models:
             model.pre_run()
@@ -329,7 +329,7 @@ def _run_of(model_options: dict[str, Any]) -> _Run | None:
 
 
 def _forget(executor: Any, x: Tensor, timestep: Tensor, model_options: dict | None = None, *args: Any) -> Any:
-    """Around every prediction of the guider: what the tuned models say holds for this one alone."""
+    """Wraps every prediction of the guider: clears the fine-tuned models' cached predictions afterwards."""
     run = _run_of(model_options or {})
     try:
         return executor(x, timestep, model_options, *args)
@@ -339,7 +339,7 @@ def _forget(executor: Any, x: Tensor, timestep: Tensor, model_options: dict | No
 
 
 def _predict(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list:
-    """Around ComfyUI's evaluation of the prompts: eq. 3's mix in place of the positive one, inside the window."""
+    """Wraps ComfyUI's evaluation of the prompts: inside the window, eq. 3's mix replaces the positive prediction."""
     run = _run_of(model_options)
     index = None if run is None else run.index(conds)
     if run is None or index is None:
@@ -349,10 +349,10 @@ def _predict(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor
     if not active:
         return executor(model, conds, x, timestep, model_options)
     weights = [branch.weight for branch in active]
-    alone = base_share(weights) == 0.0
-    if alone:
+    skip_base = base_share(weights) == 0.0
+    if skip_base:
         conds = [None if place == index else cond for place, cond in enumerate(conds)]
     out = executor(model, conds, x, timestep, model_options)
     tuned = [branch.predict(x, timestep, model_options) for branch in active]
-    out[index] = mixed(None if alone else out[index], tuned, weights)
+    out[index] = mix_predictions(None if skip_base else out[index], tuned, weights)
     return out

@@ -1,9 +1,9 @@
-"""One loaded network, two sets of weights: a tuned MODEL that shares its module with the model that runs.
+"""One loaded network, two sets of weights: a fine-tuned MODEL that shares its module with the running model.
 
-Two MODELs of one loader hold one set of weights, and the one loaded last wins. So the tuned one is never loaded: while
-it predicts, what distinguishes its patches from those of the running model is added on the way. A plain LoRA goes
-beside its layer (out + up(down(x)), no second copy of any weight); every other kind of patch through ComfyUI's own
-weight functions, one layer at a time. Which of them was loaded first or last makes no difference.
+Two MODELs from one loader share one set of weights, and the one loaded last wins. So the fine-tuned one is never
+loaded: while it predicts, the difference between its patches and the running model's is applied on the fly. A plain
+LoRA is added to its layer's output (out + up(down(x)), without a copy of any weight); every other kind of patch uses
+ComfyUI's weight functions, one layer at a time. The order in which the models are loaded does not matter.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
-Patch = tuple[float, Any, float, Any, Any]  # ComfyUI's: strength, adapter or numbers, strength of the weight, ...
+Patch = tuple[float, Any, float, Any, Any]  # ComfyUI's: strength, adapter or tensors, strength of the weight, ...
 SAME = ("object_patches", "injections", "weight_wrapper_patches")
-SHARED = "model_sampling"  # one for both in one module; that it is the same schedule is checked elsewhere
+SHARED = "model_sampling"  # shared within a module; equality of the schedules is checked elsewhere
 
 
 def check_separable(tuned: Any, base: Any) -> None:
     """ValueError when two MODELs of one module differ in more than weights and options.
 
-    What replaces a part of the module itself cannot be there and not be there at once; and what is compiled as a whole
-    does not see what is added to its layers.
+    Patches that replace a part of the module cannot apply to one of the two only, and a network compiled as a whole
+    ignores hooks on its layers.
     """
     for name in SAME:
         one, other = getattr(tuned, name, {}), getattr(base, name, {})
@@ -52,12 +52,12 @@ def check_separable(tuned: Any, base: Any) -> None:
 
 
 def _differences(tuned: Any, running: Any) -> Iterator[tuple[str, list[Patch], list[Patch], int]]:
-    """Key, both lists of patches and the length of their common beginning, for every weight where they differ."""
+    """Key, both lists of patches and the length of their common prefix, for every weight where they differ."""
     for key in sorted(tuned.patches.keys() | running.patches.keys()):
-        theirs, ours = tuned.patches.get(key, []), running.patches.get(key, [])
-        shared = _common(theirs, ours)
-        if not shared == len(theirs) == len(ours):
-            yield key, theirs, ours, shared
+        target, current = tuned.patches.get(key, []), running.patches.get(key, [])
+        shared = _common_length(target, current)
+        if not shared == len(target) == len(current):
+            yield key, target, current, shared
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -78,44 +78,44 @@ def _module_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
 
 
 class Overlay:
-    """What turns the running model into the tuned one while active()."""
+    """Turns the running model into the fine-tuned one while active()."""
 
     def __init__(self, tuned: Any, running: Any) -> None:
-        """Both ModelPatchers; only `running` is loaded, and its module is the one that predicts."""
+        """Both are ModelPatchers; only `running` is loaded, and its module predicts."""
         self._hooks: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._functions: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
         model = running.model
-        for key, theirs, ours, shared in _differences(tuned, running):
+        for key, target, current, shared in _differences(tuned, running):
             module, attribute = _module_of(model, key)
-            more = [(1.0, patch) for patch in theirs[shared:]] + [(-1.0, patch) for patch in ours[shared:]]
-            if attribute == "weight" and _takes_a_lora(module) and all(map(_plain, more)):
-                self._hooks.append((module, _beside(more)))
-            elif shared == len(ours):
-                self._functions.append((module, attribute, _patched(key, theirs[shared:], None, module)))
+            signed = [(1.0, patch) for patch in target[shared:]] + [(-1.0, patch) for patch in current[shared:]]
+            if attribute == "weight" and _takes_lora(module) and all(map(_is_plain_lora, signed)):
+                self._hooks.append((module, _lora_hook(signed)))
+            elif shared == len(current):
+                self._functions.append((module, attribute, _weight_function(key, target[shared:], None, module)))
             else:
                 backup = running.backup.get(key)
                 start = functools.partial(getattr, module, attribute) if backup is None else lambda b=backup: b.weight
-                self._functions.append((module, attribute, _patched(key, theirs, start, module)))
+                self._functions.append((module, attribute, _weight_function(key, target, start, module)))
 
     @property
     def empty(self) -> bool:
-        """Whether the two have the same weights."""
+        """Whether both models have the same weights."""
         return not self._hooks and not self._functions
 
     @property
-    def rewritten(self) -> int:
-        """How many weights are computed anew in every prediction: what is not a plain LoRA."""
+    def patched_weights(self) -> int:
+        """The number of weights that are patched again in every prediction: all except plain LoRAs."""
         return len(self._functions)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """While this lasts, the running module predicts as the tuned model."""
+        """A context in which the running module predicts as the fine-tuned model."""
         handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
         before: list[tuple[nn.Module, str, list | None]] = []
         try:
             for module, attribute, function in self._functions:
                 name = f"{attribute}_function"
-                before.append((module, name, module.__dict__.get(name)))  # None: so far it has its class's empty list
+                before.append((module, name, module.__dict__.get(name)))  # None: it uses its class's empty list
                 setattr(module, name, [*getattr(module, name), function])
             yield
         finally:
@@ -128,27 +128,27 @@ class Overlay:
                 handle.remove()
 
 
-def _common(one: list[Patch], other: list[Patch]) -> int:
-    """How many patches at the beginning are the same objects: a clone keeps those of the MODEL it came from."""
+def _common_length(one: list[Patch], other: list[Patch]) -> int:
+    """The number of leading patches that are the same objects; a clone keeps those of its original MODEL."""
     count = 0
     while count < min(len(one), len(other)) and one[count] is other[count]:
         count += 1
     return count
 
 
-def _takes_a_lora(module: nn.Module) -> bool:
+def _takes_lora(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
-def _plain(signed: tuple[float, Patch]) -> bool:
-    """Is it a LoRA whose change of the weight is a product of two matrices, added to the whole weight?"""
+def _is_plain_lora(signed: tuple[float, Patch]) -> bool:
+    """Whether a patch is a LoRA that adds a product of two matrices to the whole weight."""
     _, (_, adapter, strength_weight, offset, function) = signed
     if not isinstance(adapter, LoRAAdapter) or strength_weight != 1.0 or offset is not None or function is not None:
         return False
     return all(value is None for value in adapter.weights[3:6])  # mid, dora_scale, reshape
 
 
-def _beside(signed: list[tuple[float, Patch]]) -> Callable[..., Tensor]:
+def _lora_hook(signed: list[tuple[float, Patch]]) -> Callable[..., Tensor]:
     ups, downs = [], []
     for sign, (strength, adapter, *_) in signed:
         up, down, alpha = adapter.weights[:3]
@@ -173,28 +173,28 @@ def _beside(signed: list[tuple[float, Patch]]) -> Callable[..., Tensor]:
     return hook
 
 
-def _patched(
+def _weight_function(
     key: str, patches: list[Patch], start: Callable[[], Tensor] | None, module: nn.Module
 ) -> Callable[[Tensor], Tensor]:
-    """A weight function: ComfyUI's own arithmetic on the weight it is given, or on start() in its place.
+    """A weight function that applies ComfyUI's patch arithmetic to its weight, or to start() instead.
 
-    The weights of quantised layers are patched unpacked; scaled fp8 is multiplied by its scale behind the function.
+    Weights of quantised layers are unpacked first; scaled fp8 is multiplied by its scale after the function.
     """
-    unpacked, scale = getattr(module, "convert_weight", None), getattr(module, "scale_weight", None)
+    unpack, scale = getattr(module, "convert_weight", None), getattr(module, "scale_weight", None)
     if not key.endswith(".weight"):
-        unpacked = scale = None
+        unpack = scale = None
 
     def function(weight: Tensor) -> Tensor:
-        begin = weight if start is None else start()
-        begin = begin if unpacked is None else unpacked(begin.to(weight.device), inplace=False)
-        private = begin.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
-        found = comfy.lora.calculate_weight(patches, private, key)
-        found = found if scale is None else found / scale.to(found)
+        source = weight if start is None else start()
+        source = source if unpack is None else unpack(source.to(weight.device), inplace=False)
+        copy = source.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
+        result = comfy.lora.calculate_weight(patches, copy, key)
+        result = result if scale is None else result / scale.to(result)
         if (
             weight.dtype.is_floating_point and weight.dtype.itemsize == 1
-        ):  # fp8: beyond its range not every torch saturates
+        ):  # fp8: not every torch version saturates out-of-range values
             limit = torch.finfo(weight.dtype)
-            found = found.clamp(limit.min, limit.max)
-        return found.to(weight.dtype)
+            result = result.clamp(limit.min, limit.max)
+        return result.to(weight.dtype)
 
     return function

@@ -1,7 +1,7 @@
-"""SINE's position map on a MODEL: added behind the first convolution, where the map's own models were trained with it.
+"""SINE's position map on a MODEL: added after the first convolution, as in training.
 
-Every evaluation gets the part of the map for what it shows: the whole image, the area of a regional prompt, a window
-of ComfyUI's context windows, or a tile that the user gave.
+Every evaluation gets the part of the map that it covers: the whole image, the area of a regional prompt, a window of
+ComfyUI's context windows, or a tile set by the user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...session.session import BOXES
 from ..position_map import INTERPOLATIONS, MAX_CELLS, needed_map, position_map
 
 KEY = "likeness.position_map"
-PICTURE = "likeness.picture"  # transformer_options: (h, w) of the whole latent that is being sampled
+PICTURE = "likeness.picture"  # transformer_options: (h, w) of the whole latent
 AREAS = "likeness.areas"  # transformer_options: uuid of a regional prompt -> its window
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -29,7 +29,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class PositionMap:
-    """The patch itself. window: (y, x, height, width) of the sampled latent as fractions of the whole image."""
+    """The patch. window: (y, x, height, width) of the sampled latent, as fractions of the whole image."""
 
     cells: int
     interpolation: str
@@ -39,7 +39,7 @@ class PositionMap:
         return self  # ComfyUI copies the options of a MODEL deeply
 
     def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
-        """h [B, channels, height, width] after block ("input", 0), with its map added; other blocks as they are."""
+        """Add the map to h [B, channels, height, width] after block ("input", 0); other blocks are unchanged."""
         if options["block"] != ("input", 0):
             return h
         boxes = options.get(BOXES)
@@ -48,20 +48,20 @@ class PositionMap:
             maps = position_map(h.shape[1], self.cells, boxes, size, self.interpolation).to(h)
             return h + maps.repeat(h.shape[0] // maps.shape[0], 1, 1, 1)
         chunks = self._windows(options)
-        parts = [_map(h.shape[1], self, window, size, h.dtype).to(h.device) for window in chunks]
+        parts = [_cached_map(h.shape[1], self, window, size, h.dtype).to(h.device) for window in chunks]
         if len(set(chunks)) == 1:
             return h + parts[0]
         return h + torch.cat([part.expand(h.shape[0] // len(parts), -1, -1, -1) for part in parts])
 
     def _windows(self, options: dict[str, Any]) -> list[Box]:
-        """What each chunk of the batch shows, as a part of the whole image."""
-        shown = _inside(self.window, _context_window(options))
+        """The part of the whole image that each chunk of the batch covers."""
+        visible = _compose(self.window, _context_window(options))
         areas = options.get(AREAS, {})
-        return [_inside(shown, areas.get(identity, WHOLE)) for identity in options.get("uuids", [None])]
+        return [_compose(visible, areas.get(identity, WHOLE)) for identity in options.get("uuids", [None])]
 
 
-def _inside(outer: Box, part: Box) -> Box:
-    """A part of `outer`, given in fractions of it, as fractions of the whole image."""
+def _compose(outer: Box, part: Box) -> Box:
+    """Convert `part` from fractions of `outer` to fractions of the whole image."""
     return (
         outer[0] + part[0] * outer[2],
         outer[1] + part[1] * outer[3],
@@ -76,28 +76,28 @@ def _context_window(options: dict[str, Any]) -> Box:
     dim = getattr(window, "dim", None)
     if window is None or dim not in (2, 3) or image is None:
         return WHOLE
-    shown = list(window.index_list)
-    anchor = getattr(window, "causal_anchor_index", None)  # newer ComfyUI shows the one before the window too
-    shown += [anchor] if anchor is not None and anchor >= 0 else []
-    first, last, whole = min(shown), max(shown) + 1, image[dim - 2]
+    indices = list(window.index_list)
+    anchor = getattr(window, "causal_anchor_index", None)  # newer ComfyUI includes the index before the window
+    indices += [anchor] if anchor is not None and anchor >= 0 else []
+    first, last, whole = min(indices), max(indices) + 1, image[dim - 2]
     start, length = first / whole, (last - first) / whole
     return (start, 0.0, length, 1.0) if dim == 2 else (0.0, start, 1.0, length)
 
 
 @functools.lru_cache(maxsize=8)
-def _map(channels: int, patch: PositionMap, window: Box, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """On the CPU: kept for the steps to come, it must not take the device's memory after the run."""
-    y, x, height, width = (round(value * patch.cells, 6) for value in window)  # 6: no cell more for a rounding error
+def _cached_map(channels: int, patch: PositionMap, window: Box, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Cached for later steps, on the CPU so that it holds no device memory after the run."""
+    y, x, height, width = (round(value * patch.cells, 6) for value in window)  # 6: a rounding error must not add a cell
     box = torch.tensor([[y, x, y + height, x + width]], dtype=torch.float64)
-    with torch.inference_mode(False):  # a later training may meet it
+    with torch.inference_mode(False):  # a later training may use it
         return position_map(channels, patch.cells, box, size, patch.interpolation).to(dtype)
 
 
 def with_position_map(model: Any, cells: int, interpolation: str, window: Box = WHOLE) -> Any:
-    """A clone of the MODEL that gets the map; an earlier map is replaced.
+    """A clone of the MODEL with the map; replaces an earlier map.
 
-    window: (y, x, height, width) of what will be sampled, as fractions of the whole image. Raises ValueError for
-    models without ComfyUI's UNet (the map is defined on its first convolution), or numbers out of range.
+    window: (y, x, height, width) of the latent to sample, as fractions of the whole image. ValueError for models
+    without ComfyUI's UNet (the map is defined on its first convolution), or numbers out of range.
     """
     blocks = getattr(model.model.diffusion_model, "input_blocks", None)
     if blocks is None:
@@ -114,11 +114,11 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
             f"The window (x {x:g}, y {y:g}, width {width:g}, height {height:g}) is not inside the image: "
             "x + width and y + height end at 1."
         )
-    patched = without_position_map(model)
-    patched.set_model_input_block_patch(PositionMap(cells, interpolation, window))
-    patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _tell_size)
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _tell_areas)
-    return patched
+    clone = without_position_map(model)
+    clone.set_model_input_block_patch(PositionMap(cells, interpolation, window))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _tell_size)
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _tell_areas)
+    return clone
 
 
 def without_position_map(model: Any) -> Any:
@@ -127,26 +127,26 @@ def without_position_map(model: Any) -> Any:
     options = clone.model_options["transformer_options"] = copy.copy(clone.model_options["transformer_options"])
     patches = options.get("patches", {})
     if "input_block_patch" in patches:
-        kept = [patch for patch in patches["input_block_patch"] if not isinstance(patch, PositionMap)]
-        options["patches"] = {**patches, "input_block_patch": kept}
+        others = [patch for patch in patches["input_block_patch"] if not isinstance(patch, PositionMap)]
+        options["patches"] = {**patches, "input_block_patch": others}
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
     return clone
 
 
 def position_map_of(model: Any) -> PositionMap | None:
-    """The map that lies on a MODEL."""
+    """The position map of a MODEL, if it has one."""
     patches = model.model_options.get("transformer_options", {}).get("patches", {})
-    found = [patch for patch in patches.get("input_block_patch", []) if isinstance(patch, PositionMap)]
-    return found[0] if found else None
+    maps = [patch for patch in patches.get("input_block_patch", []) if isinstance(patch, PositionMap)]
+    return maps[0] if maps else None
 
 
 def check_same_grid(model: Any, cells: int, interpolation: str) -> None:
-    """ValueError when the MODEL has a map of another grid: its weights are of no use with this one."""
-    found = position_map_of(model)
-    if found is not None and (found.cells, found.interpolation) != (cells, interpolation):
+    """ValueError when the MODEL has a map of another grid, which its weights were trained with."""
+    existing = position_map_of(model)
+    if existing is not None and (existing.cells, existing.interpolation) != (cells, interpolation):
         raise ValueError(
-            f"The model was tuned with a map of {found.cells} cells, {found.interpolation}; {cells} cells, "
+            f"The model was tuned with a map of {existing.cells} cells, {existing.interpolation}; {cells} cells, "
             f"{interpolation} were asked for: set the same values, or connect the model without a map."
         )
 
@@ -171,14 +171,14 @@ def _tell_areas(executor: Any, model: Any, conds: list, x: Tensor, timestep: Ten
 
 
 def with_same_map(model: Any, cells: int, interpolation: str) -> Any:
-    """A clone of the MODEL with the map; one that is there must be of the same grid, and its window stays."""
+    """A clone of the MODEL with the map; an existing map must have the same grid, and its window is kept."""
     check_same_grid(model, cells, interpolation)
-    found = position_map_of(model)
-    return with_position_map(model, cells, interpolation, WHOLE if found is None else found.window)
+    existing = position_map_of(model)
+    return with_position_map(model, cells, interpolation, WHOLE if existing is None else existing.window)
 
 
 def apply_fine_tune(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: float) -> tuple[Any, Any | None]:
-    """As apply_lora(), with the position map that the weights need; strength 0 gives both back as they are."""
+    """As apply_lora(), with the position map that the weights need; strength 0 returns both unchanged."""
     patched, encoder = apply_lora(tuned, model, clip, strength)
     needed = None if strength == 0.0 else needed_map(tuned)
     return patched if needed is None else with_same_map(patched, *needed), encoder

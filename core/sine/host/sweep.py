@@ -1,6 +1,6 @@
 """A sweep over K and v as one image: the results in a labelled grid, and their measures as curves.
 
-The grid is that of SINE's figures 7, 9 and 19 to 21, the curves are those of its figure 8 (arXiv 2212.04489).
+The grid follows SINE's figures 7, 9 and 19 to 21, the curves follow its figure 8 (arXiv 2212.04489).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ...vision.host.sheets import (
 )
 from ..sweep import Grid, timestep
 
-WIDEST = 4096  # px of a whole grid, as long as its images stay above SMALLEST
-FINE = 2  # the plot is drawn larger by this factor and then reduced, which smooths its lines
+WIDEST = 4096  # px, maximum width of a grid unless its images would fall below SMALLEST
+FINE = 2  # supersampling factor of the plot, which smooths its lines
 PANEL, LEFT, RIGHT, TOP, BOTTOM = (330, 210), 62, 24, 34, 44  # px of the plotting area and of the room around it
 LEGEND = 110  # px
 FAINT = (63, 63, 70)
@@ -39,7 +39,7 @@ MOST_TICKS = 9
 
 
 def grid_sheet(images: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Images [H, W, C] in 0..1 -> [1, h, w, 3]: one row for each K, one column for each v, named at the edges."""
+    """Images [H, W, C] in 0..1 -> [1, h, w, 3]: one row per K, one column per v, labelled at the edges."""
     largest = max(SMALLEST, min(LARGEST, WIDEST // len(grid.base_weights)))
     tiles = [[None if at is None else thumbnail(images[at], largest) for at in row] for row in grid.places]
     rows = [(f"end {end:g}", f"K {timestep(end)}") for end in grid.end_percents]
@@ -49,14 +49,14 @@ def grid_sheet(images: Sequence[Tensor], grid: Grid) -> Tensor:
 def measures(
     count: int, distance: list[float] | None, identity: list[float] | None, text: list[float] | None
 ) -> dict[str, list[float]]:
-    """What to draw, by title: the given measures without those that Score Likeness had no model for.
+    """The curves to draw, by title: the connected measures, except those that Score Likeness had no model for.
 
-    identity, a cosine, is drawn as the distance 1 - identity. ValueError for a list of another length than the pairs.
+    identity, a cosine, is drawn as the distance 1 - identity. ValueError for a list whose length is not `count`.
     """
-    drawn = {}
-    likeness = None if identity is None else [1.0 - value for value in identity]
-    for title, values in (("distance", distance), ("1 - identity", likeness), ("text score", text)):
-        missing = 1.0 - NOT_MEASURED if values is likeness else NOT_MEASURED
+    curves = {}
+    identity_distance = None if identity is None else [1.0 - value for value in identity]
+    for title, values in (("distance", distance), ("1 - identity", identity_distance), ("text score", text)):
+        missing = 1.0 - NOT_MEASURED if values is identity_distance else NOT_MEASURED
         if values is None or all(value == missing for value in values):
             continue
         if len(values) != count:
@@ -65,13 +65,13 @@ def measures(
             )
         if not all(math.isfinite(value) for value in values):
             raise ValueError(f"{title} holds a value that is not a number: check what is connected there.")
-        drawn[title] = values
-    return drawn
+        curves[title] = values
+    return curves
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: curves of points (x, y), their names, and the values that x takes."""
+    """One set of axes: curves of points (x, y), their names, and the values of x."""
 
     title: str
     axis: str
@@ -81,7 +81,7 @@ class Panel:
 
 
 def panels(title: str, values: Sequence[float], grid: Grid) -> list[Panel]:
-    """A measure over v for each K and over K for each v; an axis that takes one value only is left out."""
+    """A measure over v for each K and over K for each v; an axis with a single value is left out."""
     over_v = Panel(
         f"{title} over v",
         "v (base_weight)",
@@ -101,7 +101,7 @@ def panels(title: str, values: Sequence[float], grid: Grid) -> list[Panel]:
 
 
 def plot_sheet(measures: Mapping[str, Sequence[float]], grid: Grid) -> Tensor:
-    """{title: one value per result} -> [1, h, w, 3]: a row of panels for each measure."""
+    """{title: one value per result} -> [1, h, w, 3]: one row of panels per measure."""
     rows = [panels(title, values, grid) for title, values in measures.items()]
     width, height = LEFT + PANEL[0] + RIGHT + LEGEND, TOP + PANEL[1] + BOTTOM
     size = (width * max(len(row) for row in rows), height * len(rows))
@@ -128,27 +128,27 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         draw.line((left, y, left + width, y), fill=FAINT, width=FINE)
         text = f"{tick:g}"
         draw.text((left - draw.textlength(text, font=face) - step, y - 8 * FINE), text, fill=INK, font=face)
-    for stop in thinned(panel.stops):
+    for stop in thin_out(panel.stops):
         x = place(stop, low)[0]
         draw.line((x, top + height, x, top + height + step / 2), fill=INK, width=FINE)
         centre(draw, x, top + height + step, f"{stop:g}", face)
     centre(draw, left + width / 2, top + height + 24 * FINE, plain(panel.axis), face)
     draw.line((left, top, left, top + height, left + width, top + height), fill=INK, width=FINE)
-    shown = thinned(range(len(panel.curves)))
+    labelled = thin_out(range(len(panel.curves)))
     for k, (curve, name) in enumerate(zip(panel.curves, panel.names, strict=True)):
         color = shade(k, len(panel.curves))
         points = [place(x, y) for x, y in curve]
         draw.line(points, fill=color, width=2 * FINE, joint="curve")
         for x, y in points:
             draw.ellipse((x - 3 * FINE, y - 3 * FINE, x + 3 * FINE, y + 3 * FINE), fill=color)
-        if k in shown:
-            y = top + shown.index(k) * 20 * FINE
+        if k in labelled:
+            y = top + labelled.index(k) * 20 * FINE
             draw.line((left + width + 3 * step, y + 9 * FINE, left + width + 6 * step, y + 9 * FINE), color, 2 * FINE)
             draw.text((left + width + 7 * step, y), plain(name), fill=INK, font=face)
 
 
 def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Low, high and round ticks of an axis that holds all values."""
+    """Low end, high end and round ticks of an axis that covers all values."""
     low, high = min(values), max(values)
     span = (high - low) or max(abs(high), 1.0) * 0.1
     power = 10.0 ** math.floor(math.log10(span / 3))
@@ -159,13 +159,13 @@ def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
     return bottom * step, top * step, [round(k * step, 12) for k in range(bottom, top + 1)]
 
 
-def thinned(stops: Sequence) -> list:
-    """At most MOST_TICKS of the values, evenly chosen, so that their names do not overlap."""
+def thin_out(stops: Sequence) -> list:
+    """At most MOST_TICKS of the values, evenly spaced, so that their labels do not overlap."""
     return list(stops)[:: max(1, math.ceil(len(stops) / MOST_TICKS))]
 
 
 def shade(index: int, count: int) -> tuple[int, int, int]:
-    """A colour between FIRST and LAST, by way of MIDDLE."""
+    """A colour between FIRST and LAST, through MIDDLE."""
     share = index / max(count - 1, 1)
     start, end = (FIRST, MIDDLE) if share <= 0.5 else (MIDDLE, LAST)
     part = 2 * share if share <= 0.5 else 2 * share - 1

@@ -1,4 +1,4 @@
-"""What an editing keeps: the background of an image, outside of a mask."""
+"""The background of an image, outside a mask, which editing preserves."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ NOTHING_KEPT = "paint the subject only, so that a background is left to keep, or
 
 @dataclass(frozen=True)
 class Background:
-    """An image [1, H, W, 3] to keep outside of a mask [1, h, w] of the same proportion, for editing."""
+    """An image [1, H, W, 3] to preserve outside a mask [1, h, w] of the same aspect ratio, for editing."""
 
     image: Tensor
     mask: Tensor
     weight: float
 
-    def described(self) -> dict[str, Any]:
+    def key_parts(self) -> dict[str, Any]:
         """For the key of a run, under the names that stored runs have."""
         return {"picture": self.image, "mask": self.mask, "weight": self.weight}
 
     def check(self, vae: Any, latent: Tensor) -> None:
-        """ValueError when the image is not of the size that a latent [1, C, h, w] is decoded to, or the mask does not
-        fit the image, or leaves nothing to keep or nothing to change.
+        """ValueError when the image does not have the size that a latent [1, C, h, w] decodes to, or the mask does not
+        fit the image, or leaves nothing to preserve or nothing to change.
         """
         height, width = self.image.shape[1:3]
         cell = vae.spacial_compression_decode()
-        made = (latent.shape[-2] * cell, latent.shape[-1] * cell)
-        if len(self.image) != 1 or (height, width) != made:
+        size = (latent.shape[-2] * cell, latent.shape[-1] * cell)
+        if len(self.image) != 1 or (height, width) != size:
             raise ValueError(
                 f"The image to keep is {width} x {height} ({len(self.image)} of them), and images of "
-                f"{made[1]} x {made[0]} are made: scale it to that (ImageScale), as it was before it was encoded."
+                f"{size[1]} x {size[0]} are made: scale it to that (ImageScale), as it was before it was encoded."
             )
         checked_mask(self.mask, 1, (height, width), empty=NOTHING_CHANGES, full=NOTHING_KEPT)
         outside = self.outside()
-        if not bool(outside.any()) or bool(outside.all()):  # the mask's last pixels went when it was scaled
+        if not bool(outside.any()) or bool(outside.all()):  # scaling removed the mask's last pixels
             raise ValueError(
                 f"At {width} x {height} pixels the mask is {'empty' if bool(outside.all()) else 'full'}, expected some "
                 "of both: paint larger areas, on the very image."
             )
 
     def outside(self) -> Tensor:
-        """Ones and zeros [1, 1, H, W] in the image's size, 1 on the background."""
+        """Ones and zeros [1, 1, H, W] at the image's size, 1 on the background."""
         mask = detached(self.mask).float().reshape(1, 1, *self.mask.shape[-2:])
         size = self.image.shape[1:3]
         if mask.shape[-2:] != size:
@@ -60,7 +60,7 @@ class Background:
         return (mask <= 0.5).float()
 
     def term(self) -> Term:
-        """The loss outside of the mask, on the device of the images: the VAE's may be another than the model's."""
+        """The loss outside the mask, computed on the images' device, since the VAE's may differ from the model's."""
         source = detached(self.image)[..., :3].movedim(-1, 1)
         mask = 1 - self.outside()
 
@@ -71,8 +71,8 @@ class Background:
 
 
 def background(image: Tensor | None, mask: Tensor | None, weight: float) -> Background | None:
-    """The background that is to stay; None without a mask. ValueError when one of the two is missing."""
+    """The background to preserve; None without image and mask. ValueError when one of the two is missing."""
     if (image is None) != (mask is None):
-        given, missing = ("An image", "a mask") if mask is None else ("A mask", "an image")
-        raise ValueError(f"{given} was connected without {missing}: connect both to keep a background, or neither.")
+        connected, missing = ("An image", "a mask") if mask is None else ("A mask", "an image")
+        raise ValueError(f"{connected} was connected without {missing}: connect both to keep a background, or neither.")
     return None if image is None or mask is None else Background(image, mask, weight)

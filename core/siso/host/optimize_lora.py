@@ -1,4 +1,4 @@
-"""Optimising a LoRA on a MODEL against the likeness of the images it makes (SISO)."""
+"""Optimise a LoRA on a MODEL for the similarity of its generated images to a subject (SISO)."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from ...session.weights import DECODER, checkpointed, layers_checkpointed
 from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
 from .background import Background
 from .prodigy import prodigy
-from .result import SEEN, Optimised, answers, both_loras, lora_of, run_bytes
+from .result import IMAGE_STATE, OptimizedLora, both_loras, is_complete, lora_of, run_bytes
 from .similarity import Similarity
 
 METHOD = "siso"
-SAME_TEXT = 0.05  # of their size, by which the rows of one prompt may differ: bf16 rounds by 0.01
+SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an image is made in every iteration. latent [1, C, h, w] as in a LATENT: where it starts; zeros for noise
-    alone. grad_steps: how many of the last steps have a gradient. replay: of an inverted image, whose latent is where
-    the sampling starts, with no noise but the recorded one.
+    """How the image is generated in every iteration. latent [1, C, h, w] as in a LATENT: the start; zeros for pure
+    noise. grad_steps: number of last steps with a gradient. replay: of an inverted image, whose latent is the start,
+    with no noise except the recorded one.
     """
 
     latent: Tensor
@@ -57,8 +57,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long, and what is trained."""
+class SisoPlan:
+    """Length of the run, and what is trained."""
 
     iterations: int = ITERATIONS
     rank: int = RANK
@@ -68,8 +68,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Generator:
-    """What makes the images: a MODEL, a VAE, and a prompt. clip: its text encoder is optimised too, from `prompt`;
-    else positive is fixed. negative: only with a cfg above 1.
+    """The image generator: a MODEL, a VAE, and a prompt. clip: its text encoder is optimised too, on `prompt`; without
+    it positive is fixed. negative: only with a cfg above 1.
     """
 
     model: Any
@@ -80,28 +80,28 @@ class Generator:
     prompt: str = ""
 
     def networks(self) -> tuple[Any, Any | None]:
-        """What a LoRA is learned for: the MODEL's, and the text encoder's."""
+        """The networks that get a LoRA: the MODEL's, and the text encoder's."""
         return self.model.model, None if self.clip is None else self.clip.cond_stage_model
 
-    def described(self) -> Any:
-        """All that decides its images beside the weights of the model, for the key of a run."""
+    def key_parts(self) -> Any:
+        """Everything that determines the images besides the model's weights, for the key of a run."""
         text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
-        put_on = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
-        return [put_on, describe([self.vae.patcher, self.positive, self.negative, text])]
+        model_parts = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
+        return [model_parts, describe([self.vae.patcher, self.positive, self.negative, text])]
 
 
 @dataclass(frozen=True)
 class SisoJob(Job):
-    """All that decides the images of every iteration. text: the text encoder that trains too, by begin()."""
+    """A complete SISO job. begin() sets text, the text encoder if it trains too."""
 
     method: ClassVar[str] = METHOD
-    state: ClassVar[Collection[str]] = SEEN
+    state: ClassVar[Collection[str]] = IMAGE_STATE
     shows_image: ClassVar[bool] = True
 
     generator: Generator
     similarity: Similarity
     sampling: Sampling
-    plan: Plan
+    plan: SisoPlan
     settings: SisoSettings
     background: Background | None = None
     text: TextEncoder | None = None
@@ -119,14 +119,14 @@ class SisoJob(Job):
         return Retention(LAST, 2)
 
     def key(self) -> str:
-        """All that decides the iterations, but not how many are made and which one is kept."""
-        decides = {
+        """Everything that determines the iterations, but not their number or which one is used."""
+        settings = {
             name: value for name, value in asdict(self.settings).items() if name not in ("threshold", "patience")
         }
-        parts = [part.described() for part in self.similarity.parts]
-        what = [self.method, self.plan.rank, decides, asdict(self.sampling), parts]
-        background = [] if self.background is None else [self.background.described()]
-        return digest([*what, [self.base, *self.generator.described()], *background])
+        background = [] if self.background is None else [self.background.key_parts()]
+        parts = [part.key_parts() for part in self.similarity.parts]
+        training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
+        return digest([*training, [self.base, *self.generator.key_parts()], *background])
 
     def store(self) -> RunStore:
         layers = trained_layers(*self.generator.networks())
@@ -138,7 +138,7 @@ class SisoJob(Job):
         return self if clip is None else replace(self, text=TextEncoder(clip))
 
     def is_complete(self, stored: Run) -> bool:
-        return answers(stored, self.steps, self.settings)
+        return is_complete(stored, self.steps, self.settings)
 
     def end(self, done: Run) -> int:
         return done.step
@@ -154,7 +154,7 @@ class SisoJob(Job):
             text=None if self.text is None else self.text.patcher,
             others=[generator.vae.patcher, *similarity.patchers],
             more_memory=_more_memory(generator, similarity, self.sampling, self.plan),
-            exact=self.sampling.replay is not None,  # the first image is to be the inverted one
+            exact=self.sampling.replay is not None,  # the first image must be the inverted one
         )
 
     @contextlib.contextmanager
@@ -162,48 +162,48 @@ class SisoJob(Job):
         generator, plan, text = self.generator, self.plan, self.text
         if text is not None:
             _check_prompt(text, generator)
-        trained = trained_layers(denoiser.model, None if text is None else text.patcher.model)
-        adapters = new_adapters(trained.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
-        with attached_lora(trained.layers, adapters), _recomputing(generator, self.similarity, plan):
+        layers = trained_layers(denoiser.model, None if text is None else text.patcher.model)
+        adapters = new_adapters(layers.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
+        with attached_lora(layers.layers, adapters), _checkpointing(generator, self.similarity, plan):
             images = ImageSampling(generator, self.sampling, denoiser, x0, text)
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
                 terms.append(self.background.term())
             optimizer = prodigy() if self.settings.optimizer == "Prodigy" else torch.optim.AdamW
             fit = Siso(images.generate, terms, factors(adapters), self.settings, optimizer)
-            yield fit, lambda: both_loras(fit, trained, adapters)
+            yield fit, lambda: both_loras(fit, layers, adapters)
 
-    def header(self, done: Run) -> dict[str, Any]:
+    def header(self, job_run: Run) -> dict[str, Any]:
         """The header of the artifact."""
-        settings = {"rank": self.plan.rank, "iterations": done.step, "keep": self.plan.keep}
+        settings = {"rank": self.plan.rank, "iterations": job_run.step, "keep": self.plan.keep}
         return {
             "method": METHOD,
             "base": self.base,
             "prompt": self.generator.prompt,
             "weights": "LoRA",
             "settings": {**asdict(self.settings), **settings},
-            "losses": curve(done.losses),
+            "losses": curve(job_run.losses),
         }
 
 
-def optimize_lora(job: SisoJob, node_id: str | None = None) -> Optimised:
-    """Optimize (or resume, or serve from disk) a LoRA; ValueError, before any work, for what does not fit together."""
+def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
+    """Optimize (or resume, or load from disk) a LoRA; ValueError, before any work, for inputs that do not fit."""
     generator, sampling, settings = job.generator, job.sampling, job.settings
     sampling = replace(sampling, latent=comfy.sample.fix_empty_latent_channels(generator.model, sampling.latent))
     _check(generator, job.similarity, sampling, job.background)
     if settings.optimizer == "Prodigy":
-        prodigy()  # refused here where the package is missing
-        settings = replace(settings, text_rate=settings.learning_rate)  # it knows one learning rate only
+        prodigy()  # raises here if the package is missing
+        settings = replace(settings, text_rate=settings.learning_rate)  # it supports one learning rate only
     if sampling.cfg == 1.0:
         generator = replace(generator, negative=None)
     job = replace(job, generator=generator, sampling=sampling, settings=settings)
-    done = run(job, node_id)
-    image, images = (done.state[name].movedim(1, -1) for name in ("picture", "pictures"))
-    lora, parts = lora_of(done, job.plan.keep), done.state["parts"].tolist()
-    found = Optimised(lora, image, images.float() / 255, done.losses, parts, job.plan.keep, job.header(done))
-    if found.warning():
-        log.warning("%s", found.warning())
-    return found
+    job_run = run(job, node_id)
+    image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
+    lora, parts = lora_of(job_run, job.plan.keep), job_run.state["parts"].tolist()
+    result = OptimizedLora(lora, image, images.float() / 255, job_run.losses, parts, job.plan.keep, job.header(job_run))
+    if result.warning():
+        log.warning("%s", result.warning())
+    return result
 
 
 def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
@@ -225,12 +225,12 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if sampling.cfg != 1.0 and generator.negative is None:
         raise ValueError(f"cfg is {sampling.cfg:g} but no negative prompt is connected: connect it, or set cfg to 1.")
-    expected = generator.model.get_model_object("latent_format").latent_channels
-    given = getattr(generator.vae, "latent_channels", expected)
-    if given != expected or sampling.latent.shape[1] != expected:
+    channels = generator.model.get_model_object("latent_format").latent_channels
+    vae_channels = getattr(generator.vae, "latent_channels", channels)
+    if vae_channels != channels or sampling.latent.shape[1] != channels:
         raise ValueError(
-            f"The model's latents have {expected} channels, the connected latent has {sampling.latent.shape[1]} and "
-            f"the VAE decodes {given}: use the model's own VAE, and an empty latent or one of this model."
+            f"The model's latents have {channels} channels, the connected latent has {sampling.latent.shape[1]} and "
+            f"the VAE decodes {vae_channels}: use the model's own VAE, and an empty latent or one of this model."
         )
     if background is not None:
         background.check(generator.vae, sampling.latent)
@@ -241,22 +241,22 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
 def _check_replay(replay: Replay, sampling: Sampling) -> None:
     if not _same_levels(replay.sigmas, sampling.sigmas):
         raise ValueError(
-            f"The latent was inverted along the noise levels {_rounded(replay.sigmas)}, and the SIGMAS are "
-            f"{_rounded(sampling.sigmas)}: connect the SIGMAS that came with the latent."
+            f"The latent was inverted along the noise levels {_round(replay.sigmas)}, and the SIGMAS are "
+            f"{_round(sampling.sigmas)}: connect the SIGMAS that came with the latent."
         )
 
 
 def _check_prompt(text: TextEncoder, generator: Generator) -> None:
-    """ValueError when the text encoder, inside the session, makes something else of the prompt than `positive` is."""
+    """ValueError when the text encoder, inside the session, does not encode the prompt as `positive`."""
     with torch.no_grad():
-        made = text.encode(text.tokens(generator.prompt))
+        prompt = text.encode(text.tokens(generator.prompt))
     rows, options = detached(generator.positive[0])
-    pairs = [(rows, made.context), (options.get("pooled_output"), made.pooled)]
-    for given, own in pairs:
-        if given is None or own is None:
+    pairs = [(rows, prompt.context), (options.get("pooled_output"), prompt.pooled)]
+    for connected, encoded in pairs:
+        if connected is None or encoded is None:
             continue
-        given, own = given.float().cpu(), own.float().cpu()
-        if given.shape != own.shape or float((given - own).norm()) > SAME_TEXT * float(own.norm()):
+        connected, encoded = connected.float().cpu(), encoded.float().cpu()
+        if connected.shape != encoded.shape or float((connected - encoded).norm()) > SAME_TEXT * float(encoded.norm()):
             raise ValueError(
                 f"'clip' makes another conditioning of the prompt {generator.prompt[:80]!r} than 'positive' is: give "
                 "'prompt' the very text that 'positive' was encoded from, and connect the same CLIP to both (with the "
@@ -264,7 +264,7 @@ def _check_prompt(text: TextEncoder, generator: Generator) -> None:
             )
 
 
-def _rounded(sigmas: Tensor) -> list[float]:
+def _round(sigmas: Tensor) -> list[float]:
     return [round(float(sigma), 4) for sigma in sigmas]
 
 
@@ -273,8 +273,8 @@ def _same_levels(one: Tensor, other: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _recomputing(generator: Generator, similarity: Similarity, plan: Plan) -> Iterator[None]:
-    """Checkpointing of the decoder and of the vision models; the session does it for the diffusion model."""
+def _checkpointing(generator: Generator, similarity: Similarity, plan: SisoPlan) -> Iterator[None]:
+    """Gradient checkpointing of the decoder and the vision models; the session does it for the diffusion model."""
     with contextlib.ExitStack() as stack:
         if plan.checkpointing:
             stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
@@ -283,16 +283,16 @@ def _recomputing(generator: Generator, similarity: Similarity, plan: Plan) -> It
         yield
 
 
-def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: Plan) -> float:
-    """Bytes beside the first prediction's: further predictions, the decoder, and the largest of the vision models."""
+def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: SisoPlan) -> float:
+    """Bytes in addition to the first prediction's: more predictions, the decoder, and the largest vision model."""
     passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
     predictions = (passes - 1) * activations(generator.model, sampling.latent, plan.checkpointing)
-    seen = max(vision_memory(vision, plan.checkpointing) for vision in similarity.visions)
-    return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + seen
+    vision_bytes = max(vision_memory(vision, plan.checkpointing) for vision in similarity.visions)
+    return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + vision_bytes
 
 
 class ImageSampling:
-    """Makes an image from the same noise each time: Euler steps, of which the last have a gradient."""
+    """Generates an image from the same noise each time, by Euler steps; the last steps have a gradient."""
 
     def __init__(
         self, generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
@@ -311,20 +311,20 @@ class ImageSampling:
         self._tokens = None if text is None else text.tokens(generator.prompt)
 
     def generate(self) -> Tensor:
-        """The image [1, 3, H, W] in 0..1 by the LoRA as it is now."""
+        """The image [1, 3, H, W] in 0..1 with the current LoRA."""
         x, prompt = self._start, None if self._text is None else self._text.encode(self._tokens)
         steps = len(self._sigmas) - 1
         for step in range(steps):
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
                 sigma = self._sigmas[step]
-                x = self._replay.step(x, (x - self._predicted(x, sigma, prompt)) / sigma, step)
+                x = self._replay.step(x, (x - self._predict(x, sigma, prompt)) / sigma, step)
         latent_format = self._generator.model.get_model_object("latent_format")
         samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
         return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
 
-    def _predicted(self, x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
-        given = (None, None) if prompt is None else (prompt.context, prompt.pooled)
-        positive = self._denoiser.denoised(x, sigma.view(1), *given)
+    def _predict(self, x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
+        tokens = (None, None) if prompt is None else (prompt.context, prompt.pooled)
+        positive = self._denoiser.denoised(x, sigma.view(1), *tokens)
         if self._unguided is None:
             return positive
         negative = self._unguided.denoised(x, sigma.view(1))

@@ -8,12 +8,12 @@ from typing import Any
 
 from ...vision.host.extras.install import missing_package
 
-# As the LoRA scripts of the field have it, SISO's among them.
+# As in common LoRA training scripts, including SISO's.
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}
 
 
 def prodigy() -> Callable[..., Any]:
-    """The optimiser's class; all its groups must have one learning rate. RuntimeError when the package is missing."""
+    """The optimiser's class; all parameter groups must share one learning rate. RuntimeError without the package."""
     try:
         from prodigyopt import Prodigy
     except ImportError as error:

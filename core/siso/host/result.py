@@ -1,4 +1,4 @@
-"""What an optimisation against likeness leaves: LoRA, images and their losses; and where its runs are kept."""
+"""The result of a similarity optimisation: LoRA, images and losses; and the size of its stored runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...lora.host.layers import LoraLayers
 from ...lora.low_rank import LowRank
 from ..siso import Keep, Siso, SisoSettings
 
-SEEN = ("picture", "pictures", "parts")  # of a fit's state: what its result shows beside the LoRA
-BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: itself and the best one, each twice, and the optimiser's two to four
+IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
+BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
 
 
 @dataclass(frozen=True)
-class Optimised:
-    """lora: tensors for stock loaders, of the kept iteration. image [1, H, W, 3]: the best; images [N, H, W, 3]:
-    of every iteration; losses and parts (a number for each term) likewise.
+class OptimizedLora:
+    """lora: tensors for stock loaders, of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
+    [N, H, W, 3], losses and parts (the value of each term): of every iteration.
     """
 
     lora: dict[str, Tensor]
@@ -38,56 +38,56 @@ class Optimised:
         return min(range(len(self.losses)), key=self.losses.__getitem__)
 
     def tuned(self) -> FineTunedWeights:
-        """The LoRA as the pack's and stock nodes take it."""
+        """The LoRA for the pack's and stock nodes."""
         return FineTunedWeights(self.lora, self.header)
 
     def report(self) -> str:
-        """The best iteration, and its loss beside the first one's, term by term."""
+        """The best iteration's loss and the first one's, term by term."""
         terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])
         first = " ".join(f"{value:.4f}" for value in self.parts[0])
-        told = (
+        text = (
             f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
             f"first: loss {self.losses[0]:.4f} ({first})"
         )
-        warned = self.warning()
-        return told if warned is None else f"{told}\n{warned}"
+        warning = self.warning()
+        return text if warning is None else f"{text}\n{warning}"
 
     def warning(self) -> str | None:
-        """What to try when no image was better than the first."""
+        """Advice if no image was better than the first, else None."""
         if self.best > 0 or len(self.losses) < 2:
             return None
-        so = ", so the LoRA changes nothing" if self.keep == "best" else ""
+        note = ", so the LoRA changes nothing" if self.keep == "best" else ""
         return (
-            f"No image was more like the subject than the first{so}: try another learning rate (ten times lower, or "
+            f"No image was more like the subject than the first{note}: try another learning rate (ten times lower, or "
             "higher), a prompt that names the subject's class, or another seed."
         )
 
 
-def both_loras(fit: Siso, trained: LoraLayers, adapters: Mapping[str, LowRank]) -> Result:
-    """The LoRA of the best image and that of the last iteration; which one is wanted may change later."""
+def both_loras(fit: Siso, layers: LoraLayers, adapters: Mapping[str, LowRank]) -> Result:
+    """The LoRAs of the best and of the last iteration, as `keep` may change later."""
     kinds = {"best": fit.best, "last": fit.parameters}
     return {
         f"{kind}.{name}": value
         for kind, values in kinds.items()
-        for name, value in trained.tensors(adapters, values).items()
+        for name, value in layers.tensors(adapters, values).items()
     }
 
 
 def lora_of(run: Run, keep: Keep) -> dict[str, Tensor]:
-    """The one that is to be kept, of a run's end."""
+    """The best or the last LoRA of a finished run."""
     prefix = f"{keep}."
     return {name[len(prefix) :]: value for name, value in run.results[run.step].items() if name.startswith(prefix)}
 
 
-def answers(run: Run, iterations: int, settings: SisoSettings) -> bool:
-    """Whether a stored run needs no further iteration: enough were made, or it ended by itself, as the settings of now
-    count it.
+def is_complete(run: Run, iterations: int, settings: SisoSettings) -> bool:
+    """Whether a stored run needs no further iteration: it has enough, or early stopping by the current settings ends
+    it.
     """
-    return run.step in run.results and (run.step >= iterations or settings.end(settings.plateau(run.losses)))
+    return run.step in run.results and (run.step >= iterations or settings.should_stop(settings.plateau(run.losses)))
 
 
-def run_bytes(vae: Any, latent: Tensor, iterations: int, trained: LoraLayers, rank: int) -> int:
-    """Bytes of a run as long as this may become, with the image of every iteration."""
+def run_bytes(vae: Any, latent: Tensor, iterations: int, layers: LoraLayers, rank: int) -> int:
+    """Upper limit of a run's size in bytes, including the image of every iteration."""
     cell = vae.spacial_compression_decode()
-    images = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one has float32
-    return images + BYTES_PER_NUMBER * trained.numbers(rank)
+    images = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one is float32
+    return images + BYTES_PER_NUMBER * layers.numbers(rank)

@@ -1,4 +1,4 @@
-"""The LIKENESS_SIMILARITY: what a generated image is to be like, and to which vision models."""
+"""The LIKENESS_SIMILARITY: reference images, and the vision models that compare a generated image with them."""
 
 from __future__ import annotations
 
@@ -14,69 +14,69 @@ from ...session.describe import describe
 from ...session.images import check_image, checked_mask
 from ...vision.host.vision import features, published_preprocess
 from ...vision.measures import resize_mask, subject_crop
-from ..siso import Term, unlikeness
+from ..siso import Term, similarity_loss
 
 log = logging.getLogger("likeness")
-LOST = 0.1  # share of an image's length that a centre crop may lose unsaid
+CROP_TOLERANCE = 0.1  # share of an image's length that a centre crop may lose without a warning
 
 
 @dataclass(frozen=True)
-class Part:
-    """One vision model (a CLIP_VISION), how much it counts, and the subject's images [N, H, W, 3]."""
+class SimilarityPart:
+    """One vision model (a CLIP_VISION), its weight, and the subject's images [N, H, W, 3]."""
 
     vision: Any
     weight: float
     references: Tensor
 
     def term(self) -> Term:
-        """Its loss; inside a session that has loaded the model."""
-        prepared = published_preprocess(self.vision)
+        """Its loss; call it inside a session that has loaded the model."""
+        preprocess = published_preprocess(self.vision)
         with torch.no_grad():
-            wanted = features(self.vision, detached(self.references), preprocess=prepared).float()
+            target = features(self.vision, detached(self.references), preprocess=preprocess).float()
 
         def loss(image: Tensor) -> Tensor:
-            return self.weight * unlikeness(
-                features(self.vision, image.movedim(1, -1), preprocess=prepared).float(), wanted
+            return self.weight * similarity_loss(
+                features(self.vision, image.movedim(1, -1), preprocess=preprocess).float(), target
             )
 
         return loss
 
-    def described(self) -> Any:
-        """All that decides the loss, for the key of a run."""
+    def key_parts(self) -> Any:
+        """Everything that determines the loss, for the key of a run."""
         return [describe(self.vision.patcher), asdict(published_preprocess(self.vision)), self.weight, self.references]
 
 
-def part_of(vision: Any, weight: float, images: Tensor, mask: Tensor | None = None) -> Part:
-    """A Part of the subject's images [N, H, W, 3 or 4], seen as published: whole, cut to the central square.
+def similarity_part(vision: Any, weight: float, images: Tensor, mask: Tensor | None = None) -> SimilarityPart:
+    """A SimilarityPart of the subject's images [N, H, W, 3 or 4], preprocessed as published: the central square.
 
-    mask [1 or N, h, w]: the subject is put on white and cut out, with nothing of it lost. ValueError for images or
-    masks that hold nothing; a warning when the central square loses a good part of an image.
+    mask [1 or N, h, w]: the subject is cut out whole and put on white. ValueError for invalid images or empty masks; a
+    warning when the central square loses much of an image.
     """
     check_image(images)
     images = images[..., :3].float().cpu()
     count, height, width = images.shape[:3]
     if mask is not None:
-        sized = resize_mask(checked_mask(mask, count, (height, width)), height, width)
+        resized = resize_mask(checked_mask(mask, count, (height, width)), height, width)
         size = published_preprocess(vision).size
-        return Part(vision, weight, subject_crop(images, sized.expand(count, -1, -1), size).clamp(0, 1))
-    if 1 - min(height, width) / max(height, width) > LOST:
+        return SimilarityPart(vision, weight, subject_crop(images, resized.expand(count, -1, -1), size).clamp(0, 1))
+    if 1 - min(height, width) / max(height, width) > CROP_TOLERANCE:
         log.warning(
             "Only the central %d x %d pixels of the subject's %d x %d image are seen (as published). If the subject "
             "reaches the border, cut the image square around it, or connect its mask to Likeness To Images.",
             *(min(height, width), min(height, width), width, height),
         )
-    return Part(vision, weight, images)
+    return SimilarityPart(vision, weight, images)
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """The sum of its parts."""
+    """A weighted sum of similarities."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SimilarityPart, ...]
 
     @property
     def visions(self) -> list[Any]:
-        """The vision models, each once."""
+        """The vision models, without duplicates."""
         return list({id(part.vision.patcher): part.vision for part in self.parts}.values())
 
     @property
@@ -84,6 +84,6 @@ class Similarity:
         """Their ModelPatchers."""
         return [vision.patcher for vision in self.visions]
 
-    def and_also(self, part: Part) -> Similarity:
-        """With one part more."""
+    def with_part(self, part: SimilarityPart) -> Similarity:
+        """A copy with one more part."""
         return Similarity((*self.parts, part))

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.ezigen.adapter import Adapter, batched, joined
-from likeness.core.ezigen.artifact import trained
+from likeness.core.ezigen.adapter import Adapter, batch_tokens, join_images
+from likeness.core.ezigen.artifact import pack_adapter
 from likeness.core.ezigen.host.adapter import Subject, with_adapter
 from likeness.core.ezigen.host.layers import UNet, places
-from likeness.core.ezigen.staged import background_of, inverted_by_solver, pasted, published_levels, renoised, split
+from likeness.core.ezigen.staged import (
+    background_of,
+    invert_with_solver,
+    noise_to_level,
+    paste,
+    published_levels,
+    split,
+)
 
 from ...tiny_models import CPU
 from ..ezigen_numbers import (
@@ -58,7 +65,7 @@ def model(official):
 @pytest.fixture(scope="module")
 def adapter(official, model) -> Adapter:
     made = Adapter([place.layer for place in places(model.model)])
-    made.load({name: value for name, value in official.part("w.").items() if name in made.named()})
+    made.load({name: value for name, value in official.part("w.").items() if name in made.published_parameters()})
     return made
 
 
@@ -75,7 +82,7 @@ def test_names_and_order(official, model, adapter):
     found = places(model.model)
     assert [place.layer.name.removesuffix(".transformer_blocks.0") for place in found] == official.settings["layers"]
     assert [list(place.key[:2]) for place in found] == official.settings["native"]
-    assert len(adapter.named()) == 113
+    assert len(adapter.published_parameters()) == 113
 
 
 def test_captured_features(official, network):
@@ -92,10 +99,10 @@ def test_forward_of_four_subjects(official, network):
     timesteps = torch.full((2,), TIMESTEP)
     with torch.inference_mode():
         captured = network.capture(official["i.ref.x"], torch.ones(4), official["i.ref.ctx"])
-        found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], joined(captured))
+        found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], join_images(captured))
         assert relative(found, official["o.main.four_subjects"]) < 2e-5
         mixed = [torch.cat([each[:1], each]) for each in captured]  # one image for the first sample, four for the other
-        found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], batched(mixed, [1, 4]))
+        found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], batch_tokens(mixed, [1, 4]))
     assert relative(found[:1], official["o.main.subject"][:1]) < 2e-5
     assert relative(found[1:], official["o.main.four_subjects"][1:]) < 2e-5
 
@@ -121,7 +128,7 @@ class Sampling:
         from likeness.core.session.fingerprint import fingerprint
 
         self.official, self.model = official, model
-        self.stored = trained(adapter, {})
+        self.stored = pack_adapter(adapter, {})
         self.subject = Subject(features(official), torch.ones(1, 8, 8, 3), fingerprint(model))
         table = model.get_model_object("model_sampling").sigmas
         self.table = table
@@ -170,7 +177,7 @@ def test_generation_and_loop(official, model, sampling):
 
         _, levels = split(whole, split_ratio)
         published = sampling.table[400]
-        x = renoised(official["o.gen.initial"], official["i.renoise"], levels[0], published)
+        x = noise_to_level(official["o.gen.initial"], official["i.renoise"], levels[0], published)
         assert relative(x / (1 + levels[0] ** 2).sqrt(), official["o.gen.renoised"]) < 1e-5
         looping = with_adapter(model, sampling.stored, sampling.subject)
         loop = sampling.run(looping, cfg, x, levels, official["i.noise.b"])
@@ -190,20 +197,20 @@ def test_inversion_and_masked_edit(official, model, sampling):
             return unet(x / (1 + sigma**2).sqrt(), timestep.float(), context=null)
 
         start = official["i.src"] * (1 + levels_up[0] ** 2).sqrt()
-        trajectory = inverted_by_solver(predict, start, levels_up)
+        trajectory = invert_with_solver(predict, start, levels_up)
         scales = (1 + levels_up**2).sqrt()
         found = torch.cat([x / scale for x, scale in zip(trajectory, scales, strict=True)])
         assert relative(found, official["o.edit.inversion"]) < 1e-3
 
         _, levels = split(sampling.sigmas, official.settings["SPLIT"])
 
-        def paste(step, x):  # the authors paste latents of variance 1, whatever level they are said to be of
+        def paste_published(step, x):  # the authors paste latents of variance 1, whatever level they are said to be of
             scale = (1 + levels[step + 1] ** 2).sqrt()
             background = background_of(official["o.edit.inversion"][:, None], step, published=True)
-            return pasted(x, scale * background, mask)
+            return paste(x, scale * background, mask)
 
         first = official["o.edit.inversion"][-1:] * (1 + levels[0] ** 2).sqrt()
         editing = with_adapter(model, sampling.stored, sampling.subject)
         cfg = official.settings["CFG_EDIT"]
-        edited = sampling.run(editing, cfg, first, levels, official["i.noise.e"], paste)
+        edited = sampling.run(editing, cfg, first, levels, official["i.noise.e"], paste_published)
         assert relative(edited, official["o.edit.loop1"]) < 1e-3

@@ -12,7 +12,7 @@ from likeness.core.denoiser import Prompt
 from likeness.core.session.session import Session
 from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Samples
 from likeness.core.sine.guidance import percent_of
-from likeness.core.sine.host.guidance import SubjectModel, guided
+from likeness.core.sine.host.guidance import SubjectModel, with_guidance
 from likeness.core.sine.host.position_map import with_position_map
 from likeness.core.sine.position_map import position_map, sinusoids
 
@@ -107,7 +107,7 @@ def test_trajectories(official, case):
     with torch.inference_mode():
         table = base.get_model_object("model_sampling").sigmas
         sigmas = torch.stack([*(table[t] for t in timesteps), table[0]])  # their last level is alpha_bar[0], not clean
-        guider = comfy.samplers.CFGGuider(guided(base, subjects))
+        guider = comfy.samplers.CFGGuider(with_guidance(base, subjects))
         guider.set_conds([[official["g_c"], {}]], [[official["g_uc"], {}]])
         guider.set_cfg(cfg)
         start = official["g_x_T"] * (1 + sigmas[0] ** 2).sqrt()  # x_T has variance 1 at their first timestep

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from likeness.core.siso.siso import Siso, SisoSettings, unlikeness
+from likeness.core.siso.siso import Siso, SisoSettings, similarity_loss
 from likeness.core.vision.instance_retrieval import PREPROCESS, from_published
 
 from ..siso_numbers import DINO, part, picture
@@ -41,7 +41,7 @@ def test_dino_features_and_loss(official, dino):
         subject, generated = (dino(DINO(picture(official, name)))[2] for name in ("subject", "generated"))
     torch.testing.assert_close(subject, official["dino.feat.subject"], atol=1e-5, rtol=0)
     torch.testing.assert_close(generated, official["dino.feat.generated"], atol=1e-5, rtol=0)
-    assert float(unlikeness(generated, subject)) == pytest.approx(float(official["dino.loss"]), abs=1e-5)
+    assert float(similarity_loss(generated, subject)) == pytest.approx(float(official["dino.loss"]), abs=1e-5)
 
 
 class Toy(torch.nn.Module):
@@ -74,8 +74,8 @@ def terms_of(official, dino) -> list:
     with torch.no_grad():
         seen, retrieved = dino(DINO(picture(official, "subject")))[2], ir(PREPROCESS(picture(official, "subject")))
     return [
-        lambda x: unlikeness(ir(PREPROCESS(x.movedim(1, -1))), retrieved),
-        lambda x: unlikeness(dino(DINO(x.movedim(1, -1)))[2], seen),
+        lambda x: similarity_loss(ir(PREPROCESS(x.movedim(1, -1))), retrieved),
+        lambda x: similarity_loss(dino(DINO(x.movedim(1, -1)))[2], seen),
     ]
 
 
