@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 HEADER_KEY = "likeness"
+CHECKSUMS = "crc32"  # the part of a header with the CRC-32 of each tensor
+LEFTOVER, LEFTOVER_SECONDS = re.compile(r"(.+\.)?[0-9a-f]{12,32}\.tmp"), 86_400
 FORMAT = 1  # version of the artifact header
 MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of a displayed string, losses, magnitude of a number
 TABLE = "state_dict"  # key under which some programs save the tensors, next to other data
@@ -37,42 +41,78 @@ TYPES = {
 }
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, Any], *, replace: bool = True, checksums: bool = False
+) -> None:
     """Write tensors and a JSON header to path; an existing file is replaced atomically or left unchanged.
 
     Tensors move to the CPU one at a time, so saving a model's whole training state needs no second copy in memory.
-    Raises OSError, before anything is written, when the disk is too full.
+    replace=False never overwrites: FileExistsError when another process was faster. checksums: what read_tensors()
+    compares, for files that nothing but this pack changes. Raises OSError, before anything is written, when the disk is
+    too full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise OSError(f"{path.name} needs {size / 2**30:.2f} GB, {free / 2**30:.2f} GB are free")
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        raise OSError(f"{path.name} needs {megabytes(size)}, {megabytes(free)} are free: make room on that disk")
+    temporary = path.with_name(f"{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write_safetensors(file, tensors, json.dumps(header, sort_keys=True))
+            _write_safetensors(file, tensors, header, checksums)
             file.flush()
             os.fsync(file.fileno())  # the contents must be on disk before the name becomes visible
+        _remove_leftovers(path.parent, temporary.stat().st_mtime)
+        if not replace:
+            path.open("xb").close()
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 
-def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: str) -> None:
+def megabytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**20:.1f} MB"
+
+
+def _remove_leftovers(folder: Path, now: float) -> None:
+    """Remove temporary files of processes that were killed while writing. now: by the clock of the file system."""
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if LEFTOVER.fullmatch(path.name) and now - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
+
+
+def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: dict[str, Any], checksums: bool) -> None:
     """The format is an eight-byte length, a JSON table of contents, and the tensor data in order."""
-    contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: header}}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    sums = dict.fromkeys(names, "0" * 8) if checksums else {}
+    start = file.tell()
+    table = _contents(names, tensors, header, sums)
+    file.write(table)
+    for name in names:
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        file.write(data)
+        if checksums:
+            sums[name] = f"{zlib.crc32(data):08x}"
+    if checksums:
+        file.seek(start)
+        file.write(_contents(names, tensors, header, sums))
+
+
+def _contents(names: list[str], tensors: dict[str, Tensor], header: dict[str, Any], sums: dict[str, str]) -> bytes:
+    header = {**header, CHECKSUMS: sums} if sums else header
+    contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: json.dumps(header, sort_keys=True)}}
     end = 0
-    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        start, end = end, end + value.numel() * value.element_size()
-        contents[name] = {"dtype": TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        entry = {"dtype": TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        contents[name] = entry
     table = json.dumps(contents).encode()
     table += b" " * (-len(table) % 8)
-    file.write(len(table).to_bytes(8, "little") + table)
-    for name in list(contents)[1:]:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+    return len(table).to_bytes(8, "little") + table
 
 
 def read_tensors(
@@ -97,7 +137,12 @@ def read_tensors(
         tensors = {name: file.get_tensor(name) for name in chosen}
     for name, value in tensors.items():
         check_tensor(path, value, name)
-    return tensors, _parse_header(path, metadata)
+    header = _parse_header(path, metadata)
+    sums = header.pop(CHECKSUMS, None)
+    for name, value in tensors.items() if isinstance(sums, dict) else ():
+        if sums.get(name) != f"{zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data):08x}":
+            raise ValueError(f"{path.name} is damaged: '{name[:80]}' is not what was written: copy or train it again.")
+    return tensors, header
 
 
 def read_weights(path: Path, max_bytes: int, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from comfy_api.latest import io, ui
 
 from ..core.ezigen.artifact import read_adapter, save_adapter
 from ..core.ezigen.host import adapter as host
 from ..core.ezigen.staged import SPLIT_RATIO
 from ..core.session import folders
-from ..core.session.outputs import numbered_path
+from ..core.session.outputs import prefix_answer, save_numbered
 from .node import Node
 from .types import Adapter, Subject, advanced, schema, seed_input
 
@@ -92,9 +94,13 @@ class LikenessExtractAdapter(Node):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return prefix_answer(filename_prefix)
+
+    @classmethod
     def execute(cls, adapter, dtype, filename_prefix) -> io.NodeOutput:
-        path = numbered_path(folders.first_folder(folders.ADAPTERS), filename_prefix, ".safetensors")
-        save_adapter(path, adapter, host.DTYPES[dtype])
+        save = functools.partial(save_adapter, adapter=adapter, dtype=host.DTYPES[dtype], replace=False)
+        path = save_numbered(folders.first_folder(folders.ADAPTERS), filename_prefix, save)
         name = folders.listed_name(folders.ADAPTERS, path)
         return io.NodeOutput(adapter, name, ui=ui.PreviewText(f"{name}\n{adapter.describe()}"))
 

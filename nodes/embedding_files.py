@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from comfy_api.latest import io, ui
 
 from ..core.embedding.artifact import load_embedding, save_embedding
 from ..core.session import folders
-from ..core.session.outputs import numbered_path
+from ..core.session.outputs import prefix_answer, save_numbered
 from .node import Node
 from .types import Embedding, schema
 
@@ -40,10 +42,13 @@ class LikenessSaveEmbedding(Node):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return prefix_answer(filename_prefix)
+
+    @classmethod
     def execute(cls, embedding, filename_prefix) -> io.NodeOutput:
-        folder = folders.first_folder(folders.EMBEDDINGS)
-        path = numbered_path(folder, filename_prefix, ".safetensors")
-        save_embedding(path, embedding)
+        save = functools.partial(save_embedding, embedding=embedding, replace=False)
+        path = save_numbered(folders.first_folder(folders.EMBEDDINGS), filename_prefix, save)
         name = folders.listed_name(folders.EMBEDDINGS, path)
         return io.NodeOutput(embedding, name, ui=ui.PreviewText(f"{name}\n{embedding.describe()}"))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from comfy_api.latest import io, ui
 
 from ..core.lora.artifact import FineTunedWeights, save_fine_tune
 from ..core.lora.host.apply import encode_prompt
 from ..core.session import folders
 from ..core.session.fingerprint import check_base
-from ..core.session.outputs import nothing, numbered_path
+from ..core.session.outputs import nothing, prefix_answer, save_numbered
 from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
 from .node import Node
@@ -43,6 +45,10 @@ class LikenessSaveTuned(Node):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return prefix_answer(filename_prefix)
+
+    @classmethod
     def execute(cls, lora, filename_prefix) -> io.NodeOutput:
         tuned = lora if isinstance(lora, FineTunedWeights) else None
         if tuned is None:
@@ -50,8 +56,8 @@ class LikenessSaveTuned(Node):
                 "This LORA_MODEL was not made by Fine-Tune On Image or Optimize LoRA, so nothing is known of its "
                 "prompt and base: save it with the stock Save LoRA node."
             )
-        path = numbered_path(folders.first_folder(folders.LORAS), filename_prefix, ".safetensors")
-        save_fine_tune(path, tuned)
+        save = functools.partial(save_fine_tune, tuned=tuned, replace=False)
+        path = save_numbered(folders.first_folder(folders.LORAS), filename_prefix, save)
         name = folders.listed_name(folders.LORAS, path)
         return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{summary(tuned)}"))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from likeness.toolbox.server import FOLDERS, PromptError, Run
+from likeness.toolbox.server import FOLDERS, PromptError, PromptRun
 from likeness.toyworld import workflows
 
 from . import inprocess, live
@@ -51,7 +51,7 @@ class Executor:
             for name, each in known
         }
 
-    def run(self, prompt: dict[str, Any], **_: Any) -> Run:
+    def run(self, prompt: dict[str, Any], **_: Any) -> PromptRun:
         """Execute a prompt. PromptError when it is refused, in whole or in part, or when a node raises."""
         import execution
 
@@ -64,12 +64,12 @@ class Executor:
         for kind, data in self._executor.status_messages:
             if kind == "execution_error":
                 raise PromptError(data["exception_message"], data)
-        return Run(identity, status="execution_success", outputs=self._executor.history_result["outputs"])
+        return PromptRun(identity, status="execution_success", outputs=self._executor.history_result["outputs"])
 
     def log(self) -> str:
         return "\n".join(self._lines)
 
-    def images(self, run: Run, node_id: str) -> list[Any]:
+    def images(self, run: PromptRun, node_id: str) -> list[Any]:
         """The images that an output node of the run saved, as PIL images."""
         import folder_paths
         from PIL import Image

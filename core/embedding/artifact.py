@@ -18,6 +18,7 @@ from ..prompt.windows import PercentRange
 
 KIND = "embedding"
 MAX_BYTES = 512 << 20  # 16 saved steps, each with 50 denoising steps of 77 tokens of width 2048
+TEXTUAL_INVERSION = ("emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl", "<concept>")  # names in its files
 STEP_KEY = "step_{:06d}"
 RECOMMENDED_STEP = 1000  # HiPer trains 1500 steps and uses this one; later steps lose editability
 
@@ -103,10 +104,10 @@ def _tile(windows: Any, count: int) -> bool:
     return flat == sorted(flat) and flat[0] == 0 and flat[-1] == 1 and flat[1:-1:2] == flat[2:-1:2]
 
 
-def save_embedding(path: Path, embedding: Embedding) -> None:
+def save_embedding(path: Path, embedding: Embedding, *, replace: bool = True) -> None:
     """Write the embedding to a safetensors file."""
     tensors = {STEP_KEY.format(step): rows for step, rows in embedding.rows.items()}
-    write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": KIND})
+    write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": KIND}, replace=replace)
 
 
 def load_embedding(path: Path) -> Embedding:
@@ -117,6 +118,7 @@ def load_embedding(path: Path) -> Embedding:
     if path.suffix.lower() in {".pt", ".pth"}:
         return _load_official(path)
     tensors, header = read_tensors(path, MAX_BYTES)
+    _refuse_textual_inversion(path, tensors)
     check_header(path, header, KIND, "an embedding of this pack: choose one made by Save Embedding")
     rows = {}
     for name, value in tensors.items():
@@ -127,8 +129,17 @@ def load_embedding(path: Path) -> Embedding:
     return Embedding(rows, header)
 
 
+def _refuse_textual_inversion(path: Path, table: Any) -> None:
+    if isinstance(table, dict) and any(name in table for name in TEXTUAL_INVERSION):
+        raise ValueError(
+            f"{path.name} is a textual-inversion embedding, not one of this pack: put it into models/embeddings and "
+            f"write embedding:{path.stem} in the prompt."
+        )
+
+
 def _load_official(path: Path) -> Embedding:
     value = read_plain(path, MAX_BYTES)
+    _refuse_textual_inversion(path, value)
     is_table = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in (2, 3)
     if not is_table or value.ndim == 3 and value.shape[0] != 1:
         raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")

@@ -119,13 +119,13 @@ def base_sample(layers: Sequence[str], weight: Callable[[str], Tensor]) -> dict[
     return {name + BASE_PART: weight(name).flatten()[:SAMPLED].float().tolist() for name in sample}
 
 
-def save_adapter(path: Path, adapter: StoredAdapter, dtype: torch.dtype | None = None) -> None:
+def save_adapter(path: Path, adapter: StoredAdapter, dtype: torch.dtype | None = None, *, replace: bool = True) -> None:
     """Save as one safetensors file, in dtype if given; w stays float32."""
     tensors = {
         name: value.to(torch.float32 if name == WEIGHTS else dtype or value.dtype)
         for name, value in adapter.tensors.items()
     }
-    write_tensors(path, tensors, {**adapter.header, "kind": KIND, "format": FORMAT})
+    write_tensors(path, tensors, {**adapter.header, "kind": KIND, "format": FORMAT}, replace=replace)
 
 
 def _files(path: Path) -> list[Path]:

@@ -6,10 +6,11 @@ It holds the state after the last update and the intermediate results saved alon
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import time
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from torch import Tensor
 from ..files import read_tensors, write_tensors
 
 LIMIT_BYTES = 2 << 30
-LEFTOVER_SECONDS = 86_400
 log = logging.getLogger("likeness")
 
 
@@ -70,35 +70,53 @@ class RunStore:
         A file above the limit is valid too: save() keeps the newest run whatever its size.
         """
         path = self.path(key)
-        if not path.is_file():
-            return None
-        tensors: dict[str, Tensor] | None
+        tensors: dict[str, Tensor] | None = None
         try:
             tensors, _ = read_tensors(path, max(self.limit_bytes, path.stat().st_size), choose)
-        except ValueError as error:
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
             log.warning("A stored run could not be read and starts anew: %s", str(error))
-            tensors = None
         # The tensors are views of the file; the error above may still hold some, and Windows cannot replace or remove a
         # file while a view of it exists.
-        if tensors is None:
-            path.unlink(missing_ok=True)
-            return None
-        path.touch()  # the most recently used runs are the last to be removed
-        return {name: value.clone() for name, value in tensors.items()}
+        with contextlib.suppress(OSError):  # a folder that can only be read serves its runs as well
+            if tensors is None:
+                path.unlink()
+            else:
+                os.utime(path)  # the most recently used runs are the last to be removed
+        return None if tensors is None else {name: value.clone() for name, value in tensors.items()}
 
     def save(self, key: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        write_tensors(self.path(key), tensors, header)
+        """OSError when there is no room even without all other runs."""
+        while True:
+            try:
+                write_tensors(self.path(key), tensors, header, checksums=True)
+                break
+            except OSError:  # a full disk
+                others = [path for path in self._by_age() if path != self.path(key)]
+                if not others:
+                    raise
+                log.warning("The oldest stored run is removed: there is no room for the new one.")
+                others[0].unlink(missing_ok=True)
         self._remove_oldest(keep=self.path(key))
 
+    def _by_age(self) -> list[Path]:
+        """The runs, the oldest first; another process may remove some meanwhile."""
+        ages = {}
+        for path in self.folder.glob("*.safetensors"):
+            with contextlib.suppress(OSError):
+                ages[path] = path.stat().st_mtime
+        return sorted(ages, key=lambda path: ages[path])
+
     def _remove_oldest(self, keep: Path) -> None:
-        for temporary in self.folder.glob("*.tmp"):  # left by a process that was killed while writing
-            if time.time() - temporary.stat().st_mtime > LEFTOVER_SECONDS:
-                temporary.unlink(missing_ok=True)
-        runs = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-        size = sum(path.stat().st_size for path in runs)
-        for path in runs:
-            if size <= self.limit_bytes:
+        sizes = {}
+        for path in self._by_age():
+            with contextlib.suppress(OSError):
+                sizes[path] = path.stat().st_size
+        total = sum(sizes.values())
+        for path, size in sizes.items():
+            if total <= self.limit_bytes:
                 return
             if path != keep:
-                size -= path.stat().st_size
+                total -= size
                 path.unlink(missing_ok=True)

@@ -82,11 +82,15 @@ def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collectio
         return None
     state = {name[4:]: value for name, value in tensors.items() if name.startswith("fit.")}
     results: dict[int, Result] = {}
-    for name, value in tensors.items():
-        if name.startswith("kept."):
-            step, _, part = name[5:].partition(".")
-            results.setdefault(int(step), {})[part] = value
-    return Run(state, tensors[LOSSES].tolist(), results)
+    try:
+        for name, value in tensors.items():
+            if name.startswith("kept."):
+                step, _, part = name[5:].partition(".")
+                results.setdefault(int(step), {})[part] = value
+        return Run(state, tensors[LOSSES].tolist(), results)
+    except (KeyError, ValueError):
+        log.warning("A stored run is damaged and starts anew.")
+        return None
 
 
 def stored_last(store: RunStore, key: str, steps: int) -> tuple[str, Run | None]:

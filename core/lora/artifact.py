@@ -100,9 +100,9 @@ def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> d
     return differences
 
 
-def save_fine_tune(path: Path, tuned: FineTunedWeights) -> None:
+def save_fine_tune(path: Path, tuned: FineTunedWeights, *, replace: bool = True) -> None:
     """Write the artifact as one safetensors file."""
-    write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND})
+    write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND}, replace=replace)
 
 
 def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 
 import folder_paths
 from comfy_execution.graph_utils import ExecutionBlocker
 
-MAX_PREFIX = 200  # characters; file systems limit a name to 255
+MAX_NAME = 200  # bytes of a part of a name; file systems allow 255, of which a number and an ending take 19
+TRIES = 1000
 
 
 def nothing() -> ExecutionBlocker:
@@ -25,27 +27,71 @@ def loss_map(losses: Sequence[float]) -> dict[str, list[float]]:
     return {"loss": values}
 
 
-def numbered_path(folder: str, prefix: str, suffix: str) -> Path:
-    """Path of a new file <prefix>_<number>_<suffix> in `folder`; prefix may contain sub-folders and ComfyUI's %date%
-    tokens.
+def save_numbered(folder: str, prefix: str, save: Callable[[Path], None]) -> Path:
+    """Save to a new file <prefix>_<number>_.safetensors in `folder`, and return its path.
 
-    ValueError for anything that would leave the folder, also through links.
+    save(path) raises FileExistsError when another process was faster: the next number is taken then. ValueError for a
+    prefix that check_prefix() refuses, or a folder that cannot be written.
     """
+    for _ in range(TRIES):
+        path = numbered_path(folder, prefix)
+        try:
+            save(path)
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"No free number was found for {ascii(prefix[:80])}: choose another file name.")
+
+
+def check_prefix(prefix: str) -> tuple[str, ...]:
+    """The parts of a file name prefix, which may contain sub-folders and ComfyUI's %date:...% tokens.
+
+    ValueError unless it is a plain relative name that the loaders list and this system can write.
+    """
+    shown = ascii(prefix[:80])
+    plain = re.sub(r"%date:[^%:/\\]*%", "", prefix)
     parts = PurePosixPath(prefix.replace("\\", "/")).parts
-    hostile = "\0" in prefix or ".." in parts or PurePosixPath(prefix).is_absolute() or PureWindowsPath(prefix).anchor
-    if hostile or not parts or len(prefix) > MAX_PREFIX or ":" in prefix.replace("%date:", ""):
+    odd = [part for part in parts if part.startswith((".", "~")) or part != part.strip() or part.endswith(".")]
+    forbidden = any(c in plain for c in ":\0") or (os.name == "nt" and any(c in plain for c in '<>"|?*'))
+    if odd or forbidden or not parts or prefix.startswith(("/", "\\")) or not prefix.isprintable():
         raise ValueError(
-            f"The file name {prefix[:80]!r} is not a plain name below the pack's folder: use letters, digits and '/'."
+            f"The file name {shown} is not a plain name below the pack's folder: use letters, digits, '-', '_' and '/'."
         )
-    os.makedirs(folder, exist_ok=True)
-    root = os.path.realpath(folder)
-    _refuse_outside(root, os.path.join(root, os.path.dirname(prefix)), prefix)
-    directory, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    path = os.path.join(directory, f"{name}_{counter:05}_{suffix}")
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
+    if longest > MAX_NAME:
+        raise ValueError(
+            f"The file name {shown} is not a plain name that a disk can hold: a part has {longest} bytes: shorten "
+            f"it to {MAX_NAME}."
+        )
+    return parts
+
+
+def prefix_answer(prefix: str | None) -> bool | str:
+    """What a node's validate_inputs() says of a prefix, before any work; None: it comes by a link and is not known."""
+    try:
+        return prefix is None or bool(check_prefix(prefix))
+    except ValueError as error:
+        return str(error)
+
+
+def numbered_path(folder: str, prefix: str) -> Path:
+    """The next free path of a prefix. ValueError as save_numbered(), and for what would leave the folder by a link."""
+    name = "/".join(check_prefix(prefix))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        root = os.path.realpath(folder)
+        _refuse_outside(root, os.path.join(root, os.path.dirname(name)), prefix)
+        directory, stem, counter, _, _ = folder_paths.get_save_image_path(name, root)
+    except OSError as error:
+        raise ValueError(
+            f"The folder {ascii(folder)} cannot be written ({error.strerror or type(error).__name__}): allow it, or "
+            "name another one in extra_model_paths.yaml."
+        ) from error
+    path = os.path.join(directory, f"{stem}_{counter:05}_.safetensors")
     _refuse_outside(root, path, prefix)
     return Path(path)
 
 
 def _refuse_outside(root: str, path: str, prefix: str) -> None:
     if os.path.commonpath([root, os.path.realpath(path)]) != root:
-        raise ValueError(f"The file name {prefix[:80]!r} leads outside of the pack's folder: choose a plain name.")
+        raise ValueError(f"The file name {ascii(prefix[:80])} leads outside of the pack's folder: choose a plain name.")

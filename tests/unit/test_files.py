@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from likeness.core.embedding.artifact import MAX_BYTES, Embedding, load_embedding, save_embedding
 from likeness.core.files import read_tensors, read_weights, write_tensors
 from likeness.core.fit.runs import RunStore, digest
+from likeness.core.fit.train import stored_run
 
 
 def embedding() -> Embedding:
@@ -268,3 +271,108 @@ def test_a_header_that_cannot_be_shown_is_refused(tmp_path, part):
     save_embedding(tmp_path / "a.safetensors", Embedding(embedding().rows, {**embedding().header, **part}))
     with pytest.raises(ValueError, match="damaged header"):
         load_embedding(tmp_path / "a.safetensors")
+
+
+TEXTUAL_INVERSIONS = {
+    "a1111.pt": {"string_to_param": {"*": torch.zeros(2, 768)}, "name": "dog"},
+    "sd15.safetensors": {"emb_params": torch.zeros(2, 768)},
+    "sdxl.safetensors": {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
+}
+
+
+@pytest.mark.parametrize("name", TEXTUAL_INVERSIONS)
+def test_embeddings_of_other_tools_get_the_right_next_step(tmp_path, name):
+    path, table = tmp_path / name, TEXTUAL_INVERSIONS[name]
+    save_file(table, path) if path.suffix == ".safetensors" else torch.save(table, path)
+    with pytest.raises(ValueError, match=f"models/embeddings and write embedding:{path.stem} in the prompt"):
+        load_embedding(path)
+
+
+def test_a_file_is_not_overwritten_where_that_is_not_meant(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.zeros(2)}, {}, replace=False)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError):
+        write_tensors(path, {"x": torch.ones(2)}, {}, replace=False)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_save_left_is_removed_after_a_day(tmp_path):
+    old, of_before, young, others = (
+        tmp_path / name
+        for name in ("0123456789ab.tmp", f"a.safetensors.{'0' * 32}.tmp", "ba9876543210.tmp", "mine.tmp")
+    )
+    for path in (old, of_before, young, others):
+        path.write_bytes(b"half")
+    for path in (old, of_before, others):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", young.name, others.name}
+
+
+def test_a_long_name_that_a_file_system_takes_is_written(tmp_path):
+    path = tmp_path / f"{'x' * 240}.safetensors"
+    write_tensors(path, {"x": torch.zeros(2)}, {})
+    assert path.is_file()
+
+
+def flipped(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_of_a_stored_run_is_noticed(tmp_path, caplog):
+    store, tensors = RunStore(tmp_path), {"fit.losses": torch.rand(3), "kept.000003": torch.rand(4, 5)}
+    store.save("key", tensors, {"method": "hiper"})
+    size = store.path("key").stat().st_size
+    generator = torch.Generator().manual_seed(0)
+    for at in [size - 1, *torch.randint(8, size, (60,), generator=generator).tolist()]:
+        store.save("key", tensors, {"method": "hiper"})
+        flipped(store.path("key"), at)
+        run = stored_run(store, "key")
+        same = run is not None and run.losses == tensors["fit.losses"].tolist()
+        same = same and torch.equal(run.results[3][""], tensors["kept.000003"])
+        assert run is None or same, f"byte {at} was read as something else"
+    assert "starts anew" in caplog.text
+
+
+def test_a_run_without_its_losses_counts_as_absent(tmp_path):
+    store = RunStore(tmp_path)
+    for tensors in ({"kept.000001": torch.zeros(1)}, {"fit.losses": torch.zeros(1), "kept.x": torch.zeros(1)}, {}):
+        store.save("key", tensors, {})
+        assert stored_run(store, "key") is None
+
+
+def test_runs_that_can_only_be_read_are_served(tmp_path, monkeypatch):
+    store = RunStore(tmp_path)
+    store.save("key", {"x": torch.ones(2)}, {})
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    found = store.load("key")
+    assert found is not None and torch.equal(found["x"], torch.ones(2))
+    store.path("key").write_bytes(b"damaged")
+    assert store.load("key") is None
+
+
+def test_a_full_disk_removes_the_oldest_runs_before_it_gives_up(tmp_path, monkeypatch):
+    store, room = RunStore(tmp_path), 3
+    for key in ("a", "b", "c"):
+        store.save(key, {"x": torch.ones(2)}, {})
+        os.utime(store.path(key), (1e9 + ord(key),) * 2)
+
+    def usage(folder: Path) -> object:
+        used = len(list(Path(folder).glob("*.safetensors")))
+        return types.SimpleNamespace(free=1 << 20 if used < room else 0)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    store.save("d", {"x": torch.ones(2)}, {})
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"b", "c", "d"}
+    room = 0
+    with pytest.raises(OSError, match=r"d.safetensors needs 0.0 MB, 0.0 MB are free: make room"):
+        store.save("d", {"x": torch.ones(2)}, {})
+    assert store.load("d") is not None

@@ -105,7 +105,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(OSError, match="GB are free"):
+    with pytest.raises(OSError, match="MB are free"):
         save_fine_tune(tmp_path / "a.safetensors", FineTunedWeights(tensors(), HEADER))
     assert not list(tmp_path.iterdir())
 
