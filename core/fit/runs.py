@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..files import read_tensors, write_tensors
 
-LIMIT_BYTES = 2 << 30
+LIMIT_BYTES = 2 << 30  # of one folder; session/stores.py derives from it which folder a run belongs to
 log = logging.getLogger("likeness")
 
 

@@ -1,4 +1,7 @@
-"""Checks of a node's images, masks and VAE, with the same rules and wording for every node."""
+"""What masks, latents and VAEs must be for an image: size, proportion, number, channels.
+
+The shape of a single input is checked before, for every node, in inputs.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The layers of a MODEL and a CLIP that a likeness optimisation trains, and their names in files.
 
+Fine-tuning chooses its own, in sine/host/fine_tune.py; both begin with the names in low_rank.py.
+
 Both stock LoRA loaders and diffusers can read these names: for UNets those of common training scripts
 ("lora_unet_..."), for transformers those of diffusers ("transformer....lora_A"). ComfyUI's own maps between the two
 give the corresponding layers, and the rows of fused layers.
