@@ -25,6 +25,7 @@ from torch import Tensor
 HEADER_KEY = "likeness"
 CHECKSUMS = "crc32"  # the part of a header with the CRC-32 of each tensor
 LEFTOVER, LEFTOVER_SECONDS = re.compile(r"(.+\.)?[0-9a-f]{12,32}\.tmp"), 86_400
+MAX_TEXT = 100_000  # characters of a text of a node, and so of a header; the longest prompts have some thousands
 FORMAT = 1  # version of the artifact header
 MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of a displayed string, losses, magnitude of a number
 TABLE = "state_dict"  # key under which some programs save the tensors, next to other data

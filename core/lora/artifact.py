@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import FORMAT, MAX_WORD, check_header, is_number, read_tensors, read_weights, write_tensors
+from ..files import FORMAT, MAX_TEXT, MAX_WORD, check_header, is_number, read_tensors, read_weights, write_tensors
 
 KIND = "fine_tune"
 MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
-MAX_PROMPT = 10_000  # characters
 MAX_SETTINGS = 64  # entries in a header
 NEEDS = "likeness.needs_"  # name prefix of tensors that mark what else the weights need
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # in the reference code's patch-trained checkpoints
@@ -167,7 +166,7 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
     check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
     prompt = header.get("prompt", "")
     checks = (
-        isinstance(prompt, str) and len(prompt) <= MAX_PROMPT,
+        isinstance(prompt, str) and len(prompt) <= MAX_TEXT,
         _plain(header.get("settings", {}), (str, bool, int, float)),
         _plain(header.get("base", {}), (str,)),
     )

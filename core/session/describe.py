@@ -7,6 +7,8 @@ with certainty must compare as different, never as equal: the run is then traine
 
 from __future__ import annotations
 
+import contextvars
+import dis
 import enum
 import functools
 import inspect
@@ -26,6 +28,7 @@ PATCHER = ("patches", "injections", "weight_wrapper_patches")
 TRANSIENT = ("original_forward",)  # set by a bypass LoRA while it is injected; independent of what it does
 COMFY_MARKS = ("model_loaded_weight_memory", "comfy_cast_weights")  # attributes of ComfyUI's networks and their layers
 OWN_ROOM = re.compile(rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.(host\b|\w+$)")
+_STATE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("assigned cells", default=frozenset())
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -73,7 +76,17 @@ def contents_of_file(patcher: Any) -> dict[str, Tensor]:
 
 
 def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Nested plain values and tensors that are equal when `value` is; without memory addresses."""
+    """Nested plain values and tensors that are equal when `value` is; without memory addresses.
+
+    Variables that a function itself assigns while it runs (nonlocal, as in ComfyUI's ToMe and SAG) are its state, and
+    do not tell one function from another: they are left out, in the functions that read them too.
+    """
+    if not above:
+        token = _STATE.set(_assigned(value))
+        try:
+            return describe(value, (id(_STATE),))
+        finally:
+            _STATE.reset(token)
     if isinstance(value, PLAIN):
         return value.hex() if isinstance(value, bytes) else value
     if isinstance(value, Tensor):
@@ -103,7 +116,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if inspect.ismethod(value):
         return [_name(value.__func__), describe(value.__self__, inside)]
     if inspect.isfunction(value):
-        closure = [_cell(cell) for cell in value.__closure__ or ()]
+        closure = [None if id(cell) in _STATE.get() else _cell(cell) for cell in value.__closure__ or ()]
         parts = [value.__code__, closure, value.__defaults__, value.__kwdefaults__]
         return [_name(value), describe(parts, inside)]
     if isinstance(value, types.CodeType):
@@ -118,6 +131,34 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
         return unique_value()
     parts = {name: part for name, part in vars(value).items() if name not in TRANSIENT}
     return [_name(type(value)), describe(parts, inside)]
+
+
+def _assigned(value: Any) -> frozenset[int]:
+    """The closure cells, by id, that some function below this value assigns while it runs."""
+    cells: set[int] = set()
+    seen: dict[int, Any] = {}
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if id(part) in seen or isinstance(part, (*PLAIN, Tensor, nn.Module, type, types.ModuleType)):
+            continue
+        seen[id(part)] = part
+        if isinstance(part, dict):
+            todo += part.values()
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            todo += part
+        elif isinstance(part, functools.partial):
+            todo += [part.func, part.args, part.keywords]
+        elif inspect.ismethod(part):
+            todo += [part.__func__, part.__self__]
+        elif inspect.isfunction(part):
+            names = {each.argval for each in dis.get_instructions(part.__code__) if each.opname == "STORE_DEREF"}
+            closure = dict(zip(part.__code__.co_freevars, part.__closure__ or (), strict=True))
+            cells |= {id(cell) for name, cell in closure.items() if name in names}
+            todo += [_cell(cell) for cell in closure.values()]
+        elif hasattr(part, "__dict__") and not isinstance(getattr(part, "model", None), nn.Module):
+            todo += vars(part).values()
+    return frozenset(cells)
 
 
 def _kind(module: nn.Module, inside: tuple[int, ...]) -> Any:

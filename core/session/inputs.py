@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import MAX_TEXT
 from .images import check_image
 
-MAX_TEXT = 100_000  # characters; the longest prompts that people write have some thousands
 MAX_NUMBER = 1e300  # beyond it, a whole number fits no float
 SHOWN = 60  # characters of a value in a message
 

@@ -23,6 +23,7 @@ from .weights import (
     check_fully_loaded,
     checkpointed,
     drop_all_guidance,
+    drop_sampling_wrappers,
     gradients,
     load_fully,
     out_of_place,
@@ -31,6 +32,10 @@ from .weights import (
     trainable_clone,
 )
 
+STEP_CACHE = (
+    "This model uses an earlier step again (a step cache, such as TeaCache), expected is one that computes each step: "
+    "connect the model before that node; it may follow for sampling."
+)
 COMPANIONS = "likeness.beside"  # key of the session's other models among the clone's additional models
 BOXES = "likeness.boxes"  # transformer_options: [B, 4] in latent cells, one box per sample of a training batch
 
@@ -133,6 +138,7 @@ def predicting(
     """
     clone = model.clone()
     drop_all_guidance(clone)
+    drop_sampling_wrappers(clone)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
     run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args), x0))
@@ -260,20 +266,31 @@ def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights:
 
 
 def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-    """One small backward pass before any work: quantised layers and some attention kernels have none."""
+    """Two small backward passes before any work: quantised layers and some attention kernels have none; a step cache
+    has none in the second.
+    """
+    middle = denoiser.sigmas.shape[0] // 2
+    for number, index in enumerate((middle, middle - 1)):
+        _probe_once(denoiser, x0, denoiser.sigmas[index].to(x0).view(1), again=bool(number))
+
+
+def _probe_once(denoiser: GuiderDenoiser, x0: Tensor, sigma: Tensor, again: bool) -> None:
     context = denoiser.context.detach().clone().requires_grad_(True)
-    sigma = denoiser.sigmas[denoiser.sigmas.shape[0] // 2].to(x0).view(1)
     try:
         denoiser.denoised(x0, sigma, context).float().square().mean().backward()
     except mm.OOM_EXCEPTION:
         raise
     except (RuntimeError, NotImplementedError) as error:
+        if again:
+            raise RuntimeError(STEP_CACHE) from error
         raise RuntimeError(
             f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without "
             "torch.compile, and connect it before nodes that change its inner tensors in place (FreeU); they may "
             "follow for sampling."
         ) from error
     if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):
+        if again:
+            raise RuntimeError(STEP_CACHE)
         raise RuntimeError(
             "This model gives no usable gradient to its text rows: load it in bf16 or fp32, and check that the prompt "
             "comes from the model's own text encoder."

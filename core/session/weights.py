@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 GUIDANCE_PREFIX = "likeness.guidance"  # key prefix of everything the pack attaches to a MODEL for sampling only
 POST_CFG = "sampler_post_cfg_function"
+SAMPLING = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)  # what wraps these decides what a step predicts
 GUIDANCE = (
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
@@ -272,6 +273,37 @@ def drop_all_guidance(clone: Any) -> None:
         clone.remove_additional_models(key)
 
 
+def is_of_sampling(wrappers: dict[str, dict[Any, Any]]) -> Callable[[Any], bool]:
+    """Which keys of a MODEL's wrappers belong to something that lives in the steps of a sampling, such as EasyCache.
+
+    An optimization or inversion has no such steps: an earlier one that is used again gives wrong results there, or no
+    gradient. A key that wraps the prediction of a step wraps the network for the same purpose.
+    """
+    keys = {key for kind in SAMPLING for key in wrappers.get(kind, {})}
+    return lambda key: key in keys and not str(key).startswith("likeness")
+
+
+def options_of_sampling(wrappers: dict[str, dict[Any, Any]], options: Mapping[str, Any]) -> set[str]:
+    """The names of the transformer options that such wrappers keep their state in: objects of their own module."""
+    dropped = is_of_sampling(wrappers)
+    functions = (
+        each for by_key in wrappers.values() for key, found in by_key.items() if dropped(key) for each in found
+    )
+    modules = {getattr(function, "__module__", None) for function in functions}
+    return {name for name, value in options.items() if type(value).__module__ in modules}
+
+
+def drop_sampling_wrappers(clone: Any) -> None:
+    """Remove from a clone what lives in the steps of a sampling, and log its keys."""
+    dropped = is_of_sampling(clone.wrappers)
+    keys = {key for by_key in clone.wrappers.values() for key in by_key if dropped(key)}
+    for kind, by_key in clone.wrappers.items():
+        for key in keys & by_key.keys() - (set() if kind in SAMPLING else {None}):
+            del by_key[key]
+    if keys:
+        log.info("Left out while training: %s, which belongs to sampling steps.", ", ".join(sorted(map(str, keys))))
+
+
 def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     """A clone of a MODEL with a differentiable forward: fixed weights, attention with a backward pass, safe precision.
 
@@ -279,6 +311,7 @@ def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     """
     clone = fixed_clone(model)
     drop_all_guidance(clone)
+    drop_sampling_wrappers(clone)
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
     options["optimized_attention_override"] = _differentiable_attention
     dtype = model.model_dtype()
