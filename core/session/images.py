@@ -20,11 +20,12 @@ PAINT = "paint the subject (white) or disconnect the mask"
 
 def check_image(image: Tensor, name: str = "image") -> None:
     """ValueError for anything but colour images [B, H, W, 3 or more] of finite numbers, SMALLEST pixels or more."""
-    if image.ndim != 4 or image.shape[0] == 0 or image.shape[-1] < 3 or not image.is_floating_point():
+    if image.ndim != 4 or image.shape[0] == 0 or image.shape[-1] < 3:
         raise ValueError(
-            f"{name} has shape {tuple(image.shape)} of {image.dtype}, expected [batch, height, width, 3] in 0..1, with "
-            "colour: connect an IMAGE."
+            f"{name} has shape {tuple(image.shape)}, expected [batch, height, width, 3], with colour: connect an IMAGE."
         )
+    if not image.is_floating_point():
+        raise ValueError(f"{name} holds {image.dtype}, expected numbers from 0 to 1: connect an IMAGE.")
     if min(image.shape[1:3]) < SMALLEST:
         raise ValueError(
             f"{name} has {image.shape[2]} x {image.shape[1]} pixels, expected {SMALLEST} or more on each side: connect "

@@ -35,9 +35,9 @@ def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch
 
     def check(layers: int):
         copied = []
-        ordinary = weights._ordinary
+        ordinary = weights._normal
         with torch.inference_mode(), monkeypatch.context() as patch:
-            patch.setattr(weights, "_ordinary", lambda *value: copied.append(value[0]) or ordinary(*value))
+            patch.setattr(weights, "_normal", lambda *value: copied.append(value[0]) or ordinary(*value))
             model = MODELS[family][0]()
             model.model.diffusion_model.to(stored)
             model.set_model_compute_dtype(torch.float32)
