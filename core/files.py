@@ -190,7 +190,7 @@ def check_tensor(path: Path, value: Tensor, name: str = "") -> None:
     where = f" in '{name[:80]}'" if name else ""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"{path.name} holds something else than plain numbers{where}: save it again as safetensors.")
+        raise ValueError(f"{path.name} holds something other than plain numbers{where}: save it again as safetensors.")
     numbers = value.float() if value.element_size() == 1 else value  # torch has no isfinite for 8-bit floats
     if value.is_floating_point() and not bool(torch.isfinite(numbers).all()):
         raise ValueError(f"{path.name} holds NaN or infinite numbers{where}: copy or train it again.")

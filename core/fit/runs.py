@@ -76,7 +76,7 @@ class RunStore:
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
-            log.warning("A stored run could not be read and starts anew: %s", str(error))
+            log.warning("A stored run could not be read and is trained again: %s", str(error))
         # The tensors are views of the file; the error above may still hold some, and Windows cannot replace or remove a
         # file while a view of it exists.
         with contextlib.suppress(OSError):  # a folder that can only be read serves its runs as well

@@ -89,7 +89,7 @@ def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collectio
                 results.setdefault(int(step), {})[part] = value
         return Run(state, tensors[LOSSES].tolist(), results)
     except (KeyError, ValueError):
-        log.warning("A stored run is damaged and starts anew.")
+        log.warning("A stored run is damaged and is trained again.")
         return None
 
 

@@ -138,7 +138,7 @@ def _refuse_foreign(path: Path, foreign: list[str]) -> None:
     if foreign:
         raise ValueError(
             f"{path.name} is a safetensors file but not a fine-tune of this pack (such as '{foreign[0][:80]}'): choose "
-            "one made by Save Fine-Tune; other LoRAs belong into the stock Load LoRA node."
+            "one made by Save Fine-Tune; other LoRAs belong in the stock Load LoRA node."
         )
 
 

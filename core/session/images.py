@@ -65,7 +65,7 @@ def checked_mask(
     if abs(columns * height - rows * width) > slack * max(columns * height, rows * width):
         raise ValueError(
             f"The {name} has {columns} x {rows} pixels, its image {width} x {height}, which is another proportion: "
-            "connect the mask that belongs to that very image."
+            "connect the mask that belongs to that image."
         )
     if full and bool(white.all()):
         raise ValueError(f"The {name} covers the whole image, expected black where it does not count: {full}.")

@@ -49,7 +49,7 @@ def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch
 
     found = check(0)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
-    monkeypatch.setattr(weights, "_cast", lambda *_weight: False)
+    monkeypatch.setattr(weights, "_is_cast", lambda *_weight: False)
     count = sum(value.ndim > 1 for value in MODELS[family][0]().model.diffusion_model.parameters())
     assert check(count) == found
 

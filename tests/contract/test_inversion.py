@@ -281,7 +281,7 @@ def test_bad_input_is_refused():
         optimised(setting, trajectory, positive=setting.target)
     with pytest.raises(ValueError, match="connect the model"):
         optimised(Setting("sdxl"), trajectory)
-    with pytest.raises(ValueError, match="With cfg 1 no negative prompt is looked at"):
+    with pytest.raises(ValueError, match="With cfg 1 the negative prompt is unused"):
         optimised(setting, trajectory, cfg=1.0)
     for method in ("direct", "negative prompt"):
         with pytest.raises(ValueError, match="another prompt"):

@@ -254,11 +254,11 @@ def test_the_guided_model_is_for_its_own_size_and_levels(caplog):
     _, model, negative, *_ = guide(setting, trajectory)
     with pytest.raises(ValueError, match=r"The latent to sample is \(1, 4, 16, 8\)"):
         play(model, setting.target, negative, levels, size=(16, 8))
-    assert "noise levels that the inversion had not" not in caplog.text
+    assert "noise levels that the inversion did not have" not in caplog.text
     play(model, setting.target, negative, levels, batch=2)
-    assert "noise levels that the inversion had not" not in caplog.text
+    assert "noise levels that the inversion did not have" not in caplog.text
     play(model, setting.target, negative, sigmas(model, 7, "karras"))
-    assert "noise levels that the inversion had not" in caplog.text
+    assert "noise levels that the inversion did not have" in caplog.text
 
 
 def test_a_thin_subject_is_not_lost():

@@ -181,8 +181,8 @@ def no_words(copy: Path) -> None:
         (torn, "cannot be read"),
         (changed("vae/config.json", scaling_factor=None), "lacks an entry"),
         (no_words, "tokenizer of copy could not be loaded"),
-        (changed("model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline, expected is"),
-        (changed("vae/config.json", _class_name="AutoencoderKL"), "AutoencoderKL, expected is AutoencoderDC"),
+        (changed("model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline, expected a"),
+        (changed("vae/config.json", _class_name="AutoencoderKL"), "AutoencoderKL, expected AutoencoderDC"),
         (changed("transformer/config.json", guidance_embeds=True), "Sana-Sprint"),
     ],
 )

@@ -86,10 +86,10 @@ def check_trajectory(model: Any, positive: Conditioning, trajectory: Trajectory)
     origin = _origin(model, positive)
     if any(trajectory.header.get(part) != origin[part] for part in ("base", "patches")):
         raise ValueError(
-            "The trajectory was made with another model (another checkpoint, LoRA or model sampling): connect the very "
+            "The trajectory was made with another model (another checkpoint, LoRA or model sampling): connect the same "
             "model that the image was inverted with."
         )
     if trajectory.header.get("prompt") != origin["prompt"]:
         raise ValueError(
-            "The trajectory was made with another prompt: connect the very prompt that the image was inverted with."
+            "The trajectory was made with another prompt: connect the same prompt that the image was inverted with."
         )

@@ -57,7 +57,7 @@ class Landing(Playback):
         unknown = [s for s in sigmas.tolist()[:-1] if not any(abs(s - level) <= CLOSE * level for level in self.levels)]
         if unknown:
             log.warning(
-                "The sampling has noise levels that the inversion had not (%.4g): connect the SIGMAS of Invert "
+                "The sampling has noise levels that the inversion did not have (%.4g): connect the SIGMAS of Invert "
                 "Image, or the image will be met only roughly.",
                 unknown[0],
             )

@@ -146,7 +146,7 @@ def null_text(
             "image at a time."
         )
     if settings.cfg == 1.0:
-        raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the image is sampled with.")
+        raise ValueError("With cfg 1 the negative prompt is unused: set the cfg that the image is sampled with.")
     warn_of_guidance(model)
     first = positive if start == "prompt" else negative
     single_prompt(first, "negative prompt")

@@ -45,7 +45,7 @@ def check_folder(folder: Path) -> None:
     name = pipeline_of(folder)
     if name != PIPELINE:
         raise ValueError(
-            f"The folder {folder.name} holds {name or 'no pipeline that can be told'}, expected is a {PIPELINE}: "
+            f"The folder {folder.name} holds {name or 'no recognisable pipeline'}, expected a {PIPELINE}: "
             f"put {SOURCE} into models/diffusers."
         )
     for part in PARTS:
@@ -54,7 +54,7 @@ def check_folder(folder: Path) -> None:
     for part, kind in (("transformer", NETWORK), ("vae", AUTOENCODER)):
         class_name = _table(folder / part / "config.json").get("_class_name")
         if class_name != kind:
-            raise ValueError(f"{folder.name}/{part} holds {class_name}, expected is {kind}: copy {SOURCE} whole.")
+            raise ValueError(f"{folder.name}/{part} holds {class_name}, expected {kind}: copy {SOURCE} whole.")
     if _table(folder / "transformer" / "config.json").get("guidance_embeds"):
         raise ValueError(
             f"The folder {folder.name} is of the Sana-Sprint family, which takes its guidance as an input: use "

@@ -55,7 +55,7 @@ def load_captioner(folder: Path, dtype: torch.dtype) -> Captioner:
     """
     if not is_captioner(folder):
         raise ValueError(
-            f"The folder {folder.name} holds {kind_of(folder)[1] or 'no model that can be told'}, expected is one that "
+            f"The folder {folder.name} holds {kind_of(folder)[1] or 'no recognisable model'}, expected one that "
             "writes captions: choose a folder such as blip2-opt-2.7b or blip-image-captioning-base."
         )
     model, missing = read_model(folder, "AutoModelForImageTextToText", dtype)

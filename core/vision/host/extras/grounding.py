@@ -108,7 +108,7 @@ def load_detector(folder: Path) -> Detector:
     kind, name = kind_of(folder)
     if kind not in DETECTORS:
         raise ValueError(
-            f"The folder {folder.name} holds {name or 'no model that can be told'}, expected is a detector that takes "
+            f"The folder {folder.name} holds {name or 'no recognisable model'}, expected a detector that takes "
             f"a text ({', '.join(DETECTORS)}): choose a folder such as grounding-dino-tiny."
         )
     model, missing = read_model(folder, "AutoModelForZeroShotObjectDetection")

@@ -77,7 +77,7 @@ def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
     widths = tuple(head.numel() for head in heads)
     if widths not in BACKBONES:
         raise ValueError(
-            f"{path.name} holds LPIPS heads of widths {widths}, expected are AlexNet's (64, 192, 384, 256, 256) or "
+            f"{path.name} holds LPIPS heads of widths {widths}, expected AlexNet's (64, 192, 384, 256, 256) or "
             "VGG16's (64, 128, 256, 512, 512): choose the authors' alex.pth or vgg.pth."
         )
     name, network, compared = BACKBONES[widths]
