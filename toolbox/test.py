@@ -15,7 +15,7 @@ from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
-IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input", "toyworld")
+IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input", "trials", "toyworld")
 WITH_SERVER = ("server", "browser")
 PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -277,7 +277,11 @@ def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
 def _probe_once(denoiser: GuiderDenoiser, x0: Tensor, sigma: Tensor, again: bool) -> None:
     context = denoiser.context.detach().clone().requires_grad_(True)
     try:
-        denoiser.denoised(x0, sigma, context).float().square().mean().backward()
+        loss = denoiser.denoised(x0, sigma, context).float().square().mean()
+        if again:  # no sum with the first one's gradients, which fp8 weights do not have
+            (context.grad,) = torch.autograd.grad(loss, context, allow_unused=True)
+        else:
+            loss.backward()
     except mm.OOM_EXCEPTION:
         raise
     except (RuntimeError, NotImplementedError) as error:
