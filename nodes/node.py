@@ -9,9 +9,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.session.inputs import check_input
+from ..core.session.inputs import check_input, check_width
 from ..core.session.texts import ascii_only
 
+OF_ANOTHER = ("tuned_positive",)  # a prompt for another model than `model`
 CHECKED = "_likeness_checked"
 
 
@@ -52,6 +53,10 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = [_value(widget, each) for each in value]
         else:
             found[name] = _value(widget, value)
+    for name, value in found.items():
+        own = name not in OF_ANOTHER and widgets[name].get_io_type() == "CONDITIONING" and value is not None
+        if own and "model" in found:
+            check_width(name, value, found["model"])
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,10 @@ def load_pack() -> ModuleType:
 def run(module: str, arguments: list[str]) -> int:
     """Call main(arguments) of `likeness.<module>` and return its exit code."""
     load_pack()
-    return importlib.import_module(f"{NAME}.{module}").main(arguments) or 0
+    try:
+        return importlib.import_module(f"{NAME}.{module}").main(arguments) or 0
+    except KeyboardInterrupt:
+        return 130
 
 
 def set_up_and_run(module: str, arguments: list[str]) -> int:
@@ -46,10 +50,9 @@ def set_up_and_run(module: str, arguments: list[str]) -> int:
     environment = prepare(browser=False)
     build_models(environment)
     command = [str(environment.python), str(Path(__file__).resolve()), module, *arguments]
-    try:
-        return subprocess.run(command, env=environment.variables()).returncode
-    except KeyboardInterrupt:
-        return 130
+    if os.name == "posix":  # so that a signal reaches the module itself, which ends what it has started
+        os.execve(command[0], command, environment.variables())
+    return subprocess.run(command, env=environment.variables()).returncode
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from pathlib import Path
 
@@ -51,6 +52,10 @@ def report(graph: Graph, run: PromptRun, source: Path) -> None:
             say(f"  {line}")
 
 
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(arguments: list[str]) -> int:
     """Run the graph, print the paths of the results and how to open the graph in the browser."""
     parser = argparse.ArgumentParser(prog="demo.py", description=main.__doc__)
@@ -58,6 +63,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: a free one)")
     parser.add_argument("--steps", type=int, help="training steps (default: those of toyworld/graphs)")
     options = parser.parse_args(arguments)
+    for name in ("SIGTERM", "SIGHUP"):  # a terminal that is closed ends ComfyUI too, which holds the port
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _end)
     environment = environment_from_variables()
     server = Server(environment, BASE, workflows.NODE_FOLDERS, workflows.MODELS, port=options.port)
     source = workflows.draw_subject(BASE / "input")

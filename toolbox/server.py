@@ -128,7 +128,11 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # a signal while it starts
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

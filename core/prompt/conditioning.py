@@ -6,6 +6,7 @@ width, and the prompt must end in at least n padding tokens, or words are lost.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .windows import Conditioning, PercentRange, step_wise
 
+log = logging.getLogger("likeness")
 TAIL = "likeness.tail"  # option of a prompt: the token embeddings that a learned embedding has inserted
 CHUNK = 77  # tokens in one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
 
@@ -40,14 +42,25 @@ def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
 
 
 def check_room(conditioning: Conditioning, tokens: int) -> bool:
-    """ValueError for an embedding that would overwrite words of the prompt. False when this cannot be determined."""
+    """ValueError for an embedding that would overwrite words of the prompt. False, with a warning in the log, when this
+    cannot be determined.
+    """
     known = True
     for rows, options in conditioning:
-        if tokens >= min(CHUNK - 1, rows.shape[1]):
-            raise ValueError(f"{tokens} tokens do not fit: a prompt has {CHUNK} rows and the first one is always used.")
+        count = rows.shape[1]
+        if tokens >= min(CHUNK - 1, count):
+            raise ValueError(
+                f"{tokens} tokens do not fit into a prompt of {count}, whose first one is always used: connect an encoded "
+                "text, or train with fewer tokens."
+            )
         room = padding_rows(rows, options.get("pooled_output"))
         if room is None:
             known = False
+            log.warning(
+                "Where this prompt of %d tokens ends cannot be told (several tables of %d, or an encoder that does not "
+                "say it): the embedding replaces its last %d tokens. If these are words, shorten the prompt.",
+                *(count, CHUNK, tokens),
+            )
         elif tokens > room:
             raise ValueError(
                 f"The embedding takes the last {tokens} rows of the prompt, but the prompt leaves only {room} unused: "

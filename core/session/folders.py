@@ -143,7 +143,7 @@ def resolve_image_folder(name: str) -> Path:
     path = Path(folder_paths.get_input_directory(), *parts)
     if not parts or not _in_input(path):
         raise ValueError(f"{_quoted(name)} is not a plain name in ComfyUI's input folder: choose one from the list.")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ValueError(
             f"There is no folder {_quoted(name)} in ComfyUI's input folder: put it there and press R to refresh the "
             "list."

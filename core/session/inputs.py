@@ -41,6 +41,18 @@ def check_input(name: str, kind: str, value: Any, options: Mapping[str, Any]) ->
     return value
 
 
+def check_width(name: str, conditioning: Sequence[Any], model: Any) -> None:
+    """ValueError when a prompt's tokens are not as wide as this model's, as far as its configuration tells."""
+    config = getattr(getattr(getattr(model, "model", None), "model_config", None), "unet_config", {})
+    width = config.get("context_dim")
+    for tokens, _ in conditioning:
+        if isinstance(width, int) and tokens.shape[-1] != width:
+            raise ValueError(
+                f"'{name}' has tokens of width {tokens.shape[-1]}, expected {width} for this model: connect prompts of "
+                "its own text encoder."
+            )
+
+
 def shown(value: Any) -> str:
     """A value in a message: short and ASCII, whatever it is."""
     if isinstance(value, Tensor):
@@ -72,6 +84,8 @@ def _text(name: str, value: Any, _options: Mapping[str, Any]) -> str:
         raise _unfit(name, value, "a text", "connect a STRING")
     if len(value) > MAX_TEXT:
         raise ValueError(f"'{name}' has {len(value)} characters, expected {MAX_TEXT} at most: shorten it.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _unfit(name, value, "a text of whole characters", "write it again, a lone surrogate is none")
     return value
 
 
@@ -115,7 +129,7 @@ def _latent(name: str, value: Any) -> None:
     samples = value.get("samples") if isinstance(value, Mapping) else None
     if getattr(samples, "is_nested", False):
         return  # of a model for several media at once: the node says what it can do with it
-    if not isinstance(samples, Tensor) or samples.ndim < 3 or not samples.numel():
+    if not isinstance(samples, Tensor) or samples.ndim < 4 or not samples.numel():
         raise _unfit(name, samples, "a latent [batch, channels, height, width]", "connect a LATENT")
     _check_finite(name, samples, "encode the image again, with the VAE in fp32")
 

@@ -50,6 +50,7 @@ LATENTS = {
     "no samples": {},
     "samples of no kind": {"samples": [1]},
     "two axes": {"samples": torch.zeros(4, 8)},
+    "three axes": {"samples": torch.zeros(4, 12, 12)},
     "an empty batch": {"samples": torch.zeros(0, 4, 8, 8)},
     "NaN": {"samples": _with((1, 4, 8, 8), NAN)},
 }
@@ -86,7 +87,7 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "INT": {**NUMBERS, "half": 1.5},
     "BOOLEAN": {"a text": "yes", "two": 2, "NaN": NAN, "a list": [True]},
     "COMBO": {"unknown": "zzz", "a number": 5, "a list": ["LoRA"], "a lone surrogate": "\ud800"},
-    "STRING": {"a number": 5, "a list": ["a"], "a megabyte": "x" * 2**20},
+    "STRING": {"a lone surrogate": "\ud800", "a number": 5, "a list": ["a"], "a megabyte": "x" * 2**20},
 }
 TEXTS = {
     "a lone surrogate": "\ud800",
@@ -119,7 +120,6 @@ UNFIT: dict[str, dict[str, Any]] = {
     "LATENT": {
         "another model's channels": {"samples": torch.zeros(1, 16, 12, 12)},
         "a video's axis": {"samples": torch.zeros(1, 4, 1, 12, 12)},
-        "three axes": {"samples": torch.zeros(4, 12, 12)},
         "one cell": {"samples": torch.zeros(1, 4, 1, 1)},
     },
     "IMAGE": {

@@ -79,13 +79,7 @@ def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int)
     padding tokens.
     """
     rows = single_prompt(positive, "source prompt").detach().float().cpu()
-    if not check_room(positive, tokens):
-        log.warning(
-            "This text encoder does not tell where the prompt ends: keep it below %d tokens, or the last %d rows "
-            "replace words.",
-            rows.shape[1] - 1 - tokens,
-            tokens,
-        )
+    check_room(positive, tokens)
     start = None if empty is None else single_prompt(empty, "empty prompt").detach().float().cpu()
     return rows, start_rows(rows, start, tokens)
 
