@@ -50,8 +50,8 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
         count = rows.shape[1]
         if tokens >= min(CHUNK - 1, count):
             raise ValueError(
-                f"{tokens} tokens do not fit into a prompt of {count}, whose first one is always used: connect an encoded "
-                "text, or train with fewer tokens."
+                f"{tokens} tokens do not fit into a prompt of {count}, whose first one is always used: connect an "
+                "encoded text, or train with fewer tokens."
             )
         room = padding_rows(rows, options.get("pooled_output"))
         if room is None:

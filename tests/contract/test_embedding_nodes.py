@@ -121,7 +121,7 @@ REFUSED = {
     "video latent": ({"latent": {"samples": torch.zeros(1, 4, 3, 8, 8)}}, "use its own VAE"),
     "nan latent": ({"latent": {"samples": torch.full((1, 4, 8, 8), float("nan"))}}, "NaN or infinite"),
     "more tokens than room": ({"tokens": 75, "positive": tiny_models.prompt("sd1", 1, end=9)}, "leaves only 67 unused"),
-    "prompt for another model": ({"positive": tiny_models.prompt("sdxl", 1)}, "cannot be trained through"),
+    "prompt for another model": ({"positive": tiny_models.prompt("sdxl", 1)}, "another model family"),
     "target for another model": ({"target": tiny_models.prompt("sdxl", 1)}, "another model family"),
     "target without room": ({"target": tiny_models.prompt("sd1", 1, end=74)}, "only 2 unused"),
     "two prompts": ({"positive": tiny_models.prompt("sd1", 1) * 2}, "2 prompts, expected one"),
