@@ -48,8 +48,8 @@ def check_width(name: str, conditioning: Sequence[Any], model: Any) -> None:
     for tokens, _ in conditioning:
         if isinstance(width, int) and tokens.shape[-1] != width:
             raise ValueError(
-                f"'{name}' has tokens of width {tokens.shape[-1]}, expected {width}: it belongs to another model family, "
-                "connect prompts of this model's own text encoder."
+                f"'{name}' has tokens of width {tokens.shape[-1]}, expected {width}: it belongs to another model "
+                "family, connect prompts of this model's own text encoder."
             )
 
 
