@@ -93,6 +93,11 @@ class ImageSource:
         """The training images, checked against the model; ValueError says what is missing or does not fit."""
         samples = self._samples()
         channels = model.get_model_object("latent_format").latent_channels
+        if getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2:
+            raise ValueError(
+                f"This model's latents have a time axis, the latent is {tuple(samples.shape)}, expected is a model of "
+                "single images: this node cannot learn from or invert images with a video model's latents yet."
+            )
         if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
             shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
             raise ValueError(

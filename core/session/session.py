@@ -116,6 +116,20 @@ class GuiderDenoiser:
         return self._entry["model_conds"]["c_crossattn"].cond
 
 
+def check_tokens(denoiser: GuiderDenoiser, rows: Tensor) -> None:
+    """RuntimeError when the model changes a prompt's tokens [1, N, d] before it looks at them: learned ones in their
+    place would not be what a sampling with the same prompt gets.
+    """
+    context = denoiser.context.float().cpu()
+    same = context.shape == rows.shape and torch.allclose(context, rows.float().cpu(), rtol=1e-2, atol=1e-2)
+    if not same:
+        raise RuntimeError(
+            f"This model prepares the tokens of a prompt by itself ({tuple(rows.shape)} to {tuple(context.shape)}), "
+            "expected is one that takes them as they are: tokens learned here would have no effect when it is sampled. "
+            "Use SD1.x, SD2.x, SDXL, SD3 or FLUX.1 with this node."
+        )
+
+
 class _Body(comfy.samplers.Sampler):
     """A sampler that runs a function instead of sampling."""
 

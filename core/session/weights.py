@@ -168,7 +168,10 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
 def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
     """Recompute blocks of these classes in backward instead of storing their activations: less memory, more time."""
     names = set(class_names)
-    with _checkpointed([part for part in module.modules() if type(part).__name__ in names]):
+    blocks = [part for part in module.modules() if type(part).__name__ in names]
+    if not blocks:
+        log.warning("Checkpointing saves nothing: it knows no blocks of this %s.", type(module).__name__)
+    with _checkpointed(blocks):
         yield
 
 

@@ -10,7 +10,7 @@ from ..maps import normalize_maps
 from .maps import Maps
 
 TILE, SHEET = 192, 4096  # px: maximum longer side of a map; approximate longer side of the whole sheet
-TITLE = "attention to the last {} rows of the prompt, from noise (0) to image (1)"
+TITLE = "attention to the last {} tokens of the prompt, from noise (0) to image (1)"
 SHADES = ((24, 24, 27), (67, 30, 120), (190, 55, 90), (250, 150, 40), (255, 250, 190))  # from dark to light
 
 
@@ -18,7 +18,7 @@ def map_sheet(maps: Maps) -> Tensor:
     """[1, H, W, 3] in 0..1. Each row is scaled to 0..1 separately; its maximum is printed next to it."""
     count = maps.values.shape[1]
     rows = [*maps.values.unbind(1), maps.values.mean(1)]
-    names = [*(f"row {index - count}" for index in range(count)), "mean"]
+    names = [*(f"token {index - count}" for index in range(count)), "mean"]
     labels = [(name, f"to {float(row.amax()):.3f}") for name, row in zip(names, rows, strict=True)]
     side = tile_side(len(rows), len(maps.percents), *maps.values.shape[-2:])
     tiles = [[thumbnail(apply_colormap(tile), side) for tile in normalize_maps(row)] for row in rows]

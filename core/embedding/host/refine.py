@@ -19,7 +19,7 @@ from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
-from ...session.session import GuiderDenoiser, Session
+from ...session.session import GuiderDenoiser, Session, check_tokens
 from ..artifact import Embedding
 from ..hifi_tuner import Regularizer, StepWise, StepWiseSettings
 from .train import RegularizerOptions, source_rows
@@ -57,6 +57,7 @@ class RefiningJob(Job):
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        check_tokens(denoiser, self.rows)
         context, start, mask = detached([self.rows, self.start[0], self.images.mask])
         mask = None if mask is None else mask.to(x0.device)
         regularizer = None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))

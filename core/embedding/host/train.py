@@ -29,7 +29,7 @@ from ...session.fingerprint import patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
 from ...session.sampling import sample_image
-from ...session.session import GuiderDenoiser, Session
+from ...session.session import GuiderDenoiser, Session, check_tokens
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
@@ -118,6 +118,7 @@ class EmbeddingJob(Job):
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+        check_tokens(denoiser, self.rows)
         context, start, mask = detached([self.rows, self.start, self.images.mask])
         mask = None if mask is None else mask.to(x0.device)
         inputs = (denoiser, x0, context.to(x0.device), start, self.settings)

@@ -203,7 +203,8 @@ class _Branch:
         """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model."""
         device, tuned = self._running.load_device, self._subject.model
         conds = {"positive": comfy.sampler_helpers.convert_cond(self._subject.conditioning)}
-        processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, latent, mask, seed)
+        with self._overlay.active():  # a network may have a part for prompts, which the fine-tuning changed too
+            processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, latent, mask, seed)
         self._conds = processed["positive"]
         if self._overlay.patched_weights:
             log.info(
