@@ -5,6 +5,7 @@ The shape of a single input is checked before, for every node, in inputs.py.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from ..denoiser import latent_mask
 
 SMALLEST = 8  # px, one cell of the latents of most models
+BORDER, DOUBT = 0.55, 0.3  # shares of white along the border from which a mask is, or may be, that of surroundings
 SAME_PROPORTION = 0.02  # relative: masks and images are cropped and scaled separately, each rounded to whole pixels
+log = logging.getLogger("likeness")
 PAINT = "paint the subject (white) or disconnect the mask"
 
 
@@ -46,17 +49,20 @@ def checked_mask(
     name: str = "mask",
     empty: str | None = PAINT,
     full: str | None = None,
+    subject: bool = False,
 ) -> Tensor:
     """A MASK [h, w], [1, h, w] or one per image, as [R, h, w] on the CPU, with R = 1 or `images`.
 
     size: height and width of the image the mask belongs to, or of its latent. empty, full: the remedy for a mask
-    without any white, or without any black; None where such a mask is valid. ValueError for a mask that does not fit.
+    without any white, or without any black; None where such a mask is valid. subject: the mask of
+    surroundings is turned over (subject_mask). ValueError for a mask that does not fit.
     """
     mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
     if len(mask) not in (1, images):
         raise ValueError(
             f"{len(mask)} masks came with {images} images ('{name}'): give one mask, or one for each image."
         )
+    mask = subject_mask(mask, name) if subject else mask
     white = (mask > 0.5).flatten(1)
     if empty and not bool(white.any(1).all()):
         raise ValueError(f"The {name} is empty, expected white where it counts: {empty}.")
@@ -65,11 +71,39 @@ def checked_mask(
     if abs(columns * height - rows * width) > slack * max(columns * height, rows * width):
         raise ValueError(
             f"The {name} has {columns} x {rows} pixels, its image {width} x {height}, which is another proportion: "
-            "connect the mask that belongs to that image."
+            "connect the mask that belongs to that very image."
         )
     if full and bool(white.all()):
         raise ValueError(f"The {name} covers the whole image, expected black where it does not count: {full}.")
     return mask
+
+
+def subject_mask(mask: Tensor, name: str = "mask") -> Tensor:
+    """A mask [R, h, w] of a subject with the masks of its surroundings turned over; the log says which.
+
+    Load Image gives the transparent part of an image as its MASK, which is all but the subject. Such a mask is white
+    along most of the border and black in the middle, also where a subject is cut off by an edge of the image.
+    """
+    white = mask > 0.5
+    rows, columns = mask.shape[-2:]
+    edges = (white[:, 0], white[:, -1], white[:, :, 0], white[:, :, -1])
+    border = torch.cat(edges, 1).float().mean(1)
+    middle = white[:, rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4].flatten(1).float().mean(1)
+    turned = (border > BORDER) & (middle < 0.5)
+    doubtful = (border > DOUBT) & (middle < 0.5) & ~turned
+    if bool(turned.any()):
+        log.info(
+            "'%s' is white along the border and black in the middle, as Load Image gives it for a transparent image: "
+            "it is taken for the surroundings and turned over.",
+            name,
+        )
+    if bool(doubtful.any()):
+        log.warning(
+            "'%s' is black in the middle and partly white along the border: white must be the subject. For a "
+            "transparent image of Load Image, put Invert Mask behind its MASK.",
+            name,
+        )
+    return torch.where(turned[:, None, None], 1 - mask, mask)
 
 
 @dataclass(frozen=True)
@@ -108,7 +142,7 @@ class ImageSource:
         samples, size = samples.float().cpu(), (samples.shape[-2], samples.shape[-1])
         if self.mask is None:
             return TrainingImages(samples, None)
-        return TrainingImages(samples, latent_mask(checked_mask(self.mask, len(samples), size), *size))
+        return TrainingImages(samples, latent_mask(checked_mask(self.mask, len(samples), size, subject=True), *size))
 
     def _samples(self) -> Tensor:
         if (self.latent is None) == (self.image is None):

@@ -233,7 +233,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
         "2 masks came with 1 images": {"mask": mask.repeat(2, 1, 1)},
         "another proportion": {"mask": torch.ones(1, 64, 128)},
         "holds 2 images": {"trajectory": two},
-        "connect the model it was trained on": {"model": xl.model},
+        "another model family": {"model": xl.model},
         "begin at the very first step": {"start_percent": 0.0},
         "None of the 10 sampling steps": {"start_percent": 0.5, "end_percent": 0.51},
         "give a start below the end": {"start_percent": 0.5, "end_percent": 0.5},

@@ -63,9 +63,9 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
     """Subject images as in the adapter's training: alone on white, square -> [R, size, size, 3].
 
     image [R, H, W, 3 or 4] in 0..1; a fourth channel is alpha. mask [R or 1, H, W]: white where the subject is. An
-    empty mask, as Load Image outputs when nothing is painted, counts as none; a mask that is white in all four corners
-    counts as the surroundings, as Load Image outputs for a transparent image. Without alpha and mask the whole image is
-    used, padded with white to a square.
+    empty mask, as Load Image outputs when nothing is painted, counts as none; a mask of the surroundings, as it outputs
+    for a transparent image, is turned over. Without alpha and mask the whole image is used, padded with white to a
+    square.
     """
     has_mask = mask is not None
     if mask is None or not bool((mask > 0.5).any()):
@@ -75,18 +75,9 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
         if _dark_corners(image):
             _report_background(has_mask)
         mask, margin = torch.ones(image.shape[:3]), 0.0
-    mask = _subject_mask(checked_mask(mask, len(image), (image.shape[1], image.shape[2])))
+    mask = checked_mask(mask, len(image), (image.shape[1], image.shape[2]), subject=True)
     mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
-
-
-def _subject_mask(mask: Tensor) -> Tensor:
-    """mask [R, h, w], with the masks of the surroundings inverted."""
-    corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.5
-    inverted = corners.all(1) & (mask < 0.5).flatten(1).any(1)
-    if bool(inverted.any()):
-        log.info("The subject's mask is white in all corners: it is taken for the surroundings of the subject.")
-    return torch.where(inverted[:, None, None], 1 - mask, mask)
 
 
 def _report_background(has_mask: bool) -> None:

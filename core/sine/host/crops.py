@@ -27,13 +27,12 @@ class CropSettings:
     whole_image: float = 0.0
 
 
-def check_images(image: Tensor, mask: Tensor | None, settings: CropSettings) -> None:
-    """ValueError for images and masks that cannot be made into samples."""
+def check_images(image: Tensor, mask: Tensor | None, settings: CropSettings) -> Tensor | None:
+    """The mask of the subject. ValueError for images and masks that cannot be made into samples."""
     check_image(image)
     if settings.cells:
         check_size(image.shape[1], image.shape[2], settings.cells)
-    if mask is not None:
-        checked_mask(mask, len(image), (image.shape[1], image.shape[2]))
+    return None if mask is None else checked_mask(mask, len(image), (image.shape[1], image.shape[2]), subject=True)
 
 
 def make_samples(

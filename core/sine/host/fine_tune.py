@@ -183,6 +183,7 @@ def fine_tune(
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
     positive = data.conditioning()
+    data = replace(data, mask=check_images(data.image, data.mask, plan.crop))
     prior = _check(model, data, positive, plan, settings, prior)
     _advise(data, plan, settings)
     mapped = with_same_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
@@ -219,7 +220,6 @@ def _check(
 ) -> PriorImages | None:
     """Check all inputs before anything is loaded; returns the prior, or None if it is unused."""
     single_prompt(positive, "training prompt")
-    check_images(data.image, data.mask, plan.crop)
     modules = _modules(model, data)
     if plan.method == FULL:
         check_trainable_weights(modules.values())

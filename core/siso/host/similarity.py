@@ -56,7 +56,7 @@ def similarity_part(vision: Any, weight: float, images: Tensor, mask: Tensor | N
     images = images[..., :3].float().cpu()
     count, height, width = images.shape[:3]
     if mask is not None:
-        resized = resize_mask(checked_mask(mask, count, (height, width)), height, width)
+        resized = resize_mask(checked_mask(mask, count, (height, width), subject=True), height, width)
         size = published_preprocess(vision).size
         return SimilarityPart(vision, weight, subject_crop(images, resized.expand(count, -1, -1), size).clamp(0, 1))
     if 1 - min(height, width) / max(height, width) > CROP_TOLERANCE:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...session import folders
-from ...session.images import check_image
+from ...session.images import check_image, checked_mask
 from ...session.weights import load_fully
 from .. import measures
 from .extras.lpips_files import SMALLEST, Lpips, load_lpips
@@ -199,7 +199,8 @@ def _fit_mask(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor |
     """One mask per image, at the images' size. ValueError for an empty mask."""
     if mask is None or images is None:
         return None
-    resized = measures.resize_mask(mask.float().cpu(), *images.shape[1:3])
+    size = (images.shape[1], images.shape[2])
+    resized = measures.resize_mask(checked_mask(mask, len(images), size, name=name, empty=None, subject=True), *size)
     empty = [i for i, each in enumerate(resized) if not bool((each >= measures.SUBJECT).any())]
     if empty:
         raise ValueError(f"{name} {empty[0]} is empty: mark the subject white in it, or disconnect it.")
