@@ -196,7 +196,10 @@ class LikenessStagedEdit(Node):
             inputs=[
                 *_subject(),
                 io.Conditioning.Input("positive", tooltip='The prompt of the edited area: "a photo of a dog".'),
-                io.Conditioning.Input("negative", tooltip="The empty prompt, as in EZIGen; the inversion uses it too."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="The empty prompt; the inversion uses it too. The reference code inverts with a prompt of its own.",
+                ),
                 io.Image.Input("image", tooltip="The image to edit, of any aspect ratio." + LARGE),
                 io.Mask.Input("mask", tooltip="White where the subject goes. Gray blends it with the image."),
                 *_numbers(published.EDIT_CFG),
