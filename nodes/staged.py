@@ -198,7 +198,7 @@ class LikenessStagedEdit(Node):
                 io.Conditioning.Input("positive", tooltip='The prompt of the edited area: "a photo of a dog".'),
                 io.Conditioning.Input(
                     "negative",
-                    tooltip="The empty prompt; the inversion uses it too. The reference code inverts with a prompt of its own.",
+                    tooltip="The empty prompt; the inversion uses it too (the reference code has another one for it).",
                 ),
                 io.Image.Input("image", tooltip="The image to edit, of any aspect ratio." + LARGE),
                 io.Mask.Input("mask", tooltip="White where the subject goes. Gray blends it with the image."),

@@ -102,7 +102,7 @@ def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> I
         model.load_state_dict({name: value.float() for name, value in state.items()})
     except RuntimeError as error:  # lists each missing, unexpected or misshapen tensor
         raise _other_weights(" ".join(str(error).split())[:300]) from error
-    return model.eval().requires_grad_(False)
+    return model.train(False).requires_grad_(False)
 
 
 def _other_weights(why: str) -> ValueError:

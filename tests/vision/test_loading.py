@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 
 import pytest
 import torch
@@ -249,3 +250,14 @@ def test_missing_library_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
     with pytest.raises(RuntimeError, match="pip install open_clip_torch"):
         load_vision(path)
+
+
+def test_more_layers_than_the_file_has_are_refused_before_they_are_built(tmp_path):
+    dino_folder(tmp_path / "dino")
+    path = tmp_path / "dino" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": 100_000}))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"asks for 100000 layers \(num_hidden_layers\), its files have \d+: copy"):
+        load_vision(tmp_path / "dino")
+    assert time.monotonic() - begin < 5

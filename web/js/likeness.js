@@ -76,7 +76,7 @@ class LossCurve {
 }
 
 app.registerExtension({
-  name: "Likeness.loss",
+  name: "comfyuilikeness.loss",
 
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {

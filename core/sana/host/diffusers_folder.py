@@ -245,7 +245,7 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
                 "that config.json and the weights belong together and are complete."
             ) from error
     check_complete(part, set(info["missing_keys"]))
-    return model.eval().requires_grad_(False)
+    return model.train(False).requires_grad_(False)
 
 
 def _variant(part: Path, base: str) -> str | None:

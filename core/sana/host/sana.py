@@ -61,7 +61,7 @@ class SanaModel(comfy.model_base.HiDream):
 
     def __init__(self, config: Sana, network: nn.Module) -> None:
         comfy.model_base.BaseModel.__init__(self, config, comfy.model_base.ModelType.FLOW)
-        self.diffusion_model = network.eval()
+        self.diffusion_model = network.train(False)
 
     def memory_required(self, input_shape, cond_shapes=None) -> float:
         """Bytes for one prediction with an input [B, C, h, w]."""

@@ -85,7 +85,7 @@ def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
         model = Lpips(network, compared, heads)
         source = _load_backbone(model, path, tensors, name, network, folders)
     model.description = f"LPIPS {name} (heads {path.name}, backbone {source})"
-    return model.eval().requires_grad_(False)
+    return model.train(False).requires_grad_(False)
 
 
 def _load_backbone(

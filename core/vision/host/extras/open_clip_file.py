@@ -65,7 +65,7 @@ def load_open_clip(path: Path) -> Tower:
         _load_weights(path.name, model, weights)
         length = model_config.get("text_cfg", {}).get("context_length", 77)
         tower = OpenClipTower(
-            model.eval().requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
+            model.train(False).requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
         )
     tower.text_missing = _text_missing(model_config)
     tower.preprocess = _preprocess(model, image_config)

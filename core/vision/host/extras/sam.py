@@ -87,5 +87,5 @@ def load_sam(weights: SamWeights) -> Segmenter:
     with offline():
         sam = segment_anything.sam_model_registry[weights.variant]()
         sam.load_state_dict(weights.tensors, strict=True)
-        sam = sam.float().eval().requires_grad_(False)
+        sam = sam.float().train(False).requires_grad_(False)
         return Segmenter(sam, segment_anything.SamPredictor, f"{weights.name} ({weights.variant})")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -16,6 +17,7 @@ from .install import missing_package
 from .offline import offline, reason
 from .tower import Tower, VisionOutput
 
+MORE_LAYERS = 16  # times the layers in a model's files; some share one among several
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 BILINEAR = 2  # PIL's code for bilinear in preprocessor_config.json
@@ -82,9 +84,10 @@ def read_model(
 
     variant: the infix of files named like model.bf16.safetensors. Raises as load_transformers does.
     """
-    read_config(folder)
+    config = read_config(folder)
     if variant is None:
         _check_weights(folder)
+    _check_layers(folder, config)
     transformers = library(folder)
     setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
     with offline(), _no_progress_bar(transformers):
@@ -103,7 +106,7 @@ def read_model(
                 f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
                 f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
             ) from error
-        return model.to(dtype).eval().requires_grad_(False), set(info["missing_keys"])
+        return model.to(dtype).train(False).requires_grad_(False), set(info["missing_keys"])
 
 
 def read_processor(folder: Path) -> Any:
@@ -180,6 +183,25 @@ def _check_weights(folder: Path) -> None:
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
     problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
     raise ValueError(f"The folder {folder.name} {problem}: put the model's model.safetensors there.")
+
+
+def _check_layers(folder: Path, config: dict[str, Any]) -> None:
+    """ValueError when config.json asks for far more layers than the files have: they are built before they are read."""
+    names: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(str(file), framework="pt") as opened:
+            names += opened.keys()
+    indices = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
+    todo = [config]
+    while todo:
+        for name, value in todo.pop().items():
+            if isinstance(value, dict):
+                todo.append(value)
+            elif "layers" in name and isinstance(value, int) and value > MORE_LAYERS * (max(indices, default=0) + 1):
+                raise ValueError(
+                    f"config.json of {folder.name} asks for {value} layers ({name}), its files have "
+                    f"{max(indices, default=0) + 1}: copy config.json and model.safetensors of the same model."
+                )
 
 
 def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
