@@ -244,3 +244,18 @@ def test_every_node_has_aliases_of_its_own_and_those_that_people_type(monkeypatc
     for node in asyncio.run(LikenessExtension().get_node_list()):
         aliases = node.define_schema()["search_aliases"]
         assert set(aliases) >= set(types.TYPED) and len(set(aliases)) > len(types.TYPED), node.__name__
+
+
+def test_where_the_end_of_a_prompt_cannot_be_told_apply_says_so_too(caplog):
+    """A prompt of two tables: words may stand in its last tokens."""
+    from likeness.nodes.embedding import LikenessApplyEmbedding
+
+    setting = Setting()
+    embedding = train(setting, preview_steps=0)[0]
+    rows, options = setting.source[0]
+    inputs = {"embedding": embedding, "scale": 0.8, "step": 0}
+    caplog.clear()
+    run_node(LikenessApplyEmbedding, conditioning=[[rows, options]], **inputs)
+    assert "cannot be told" not in caplog.text
+    run_node(LikenessApplyEmbedding, conditioning=[[torch.cat([rows, rows], 1), options]], **inputs)
+    assert "this prompt of 154 tokens ends cannot be told" in caplog.text

@@ -208,6 +208,7 @@ REFUSED = {
     "reference mask batch": ({"reference": 1, "reference_mask": masks(2)}, "2 reference masks were given"),
     "empty mask": ({"reference": 1, "mask": masks(2) * 0}, "mask 0 is empty"),
     "empty reference mask": ({"reference": 1, "reference_mask": masks(1) * 0.3}, "reference_mask 0 is empty"),
+    "mask of another proportion": ({"reference": 1, "mask": masks(1)[:, :20]}, "another proportion: connect the mask"),
     "full mask": ({"reference": 1, "mask": masks(2) * 0 + 1}, "nothing lies outside"),
     "rank by unmeasured": ({"reference": 1, "rank_by": "dino"}, "choose one of overall, psnr"),
     "lpips without reference": ({"lpips": "alex.pth", "clip": "clip", "prompt": "a"}, "LPIPS was chosen without"),
