@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.session.inputs import check_input, check_width
+from ..core.session.inputs import check_input, check_pooled, check_width
 from ..core.session.texts import ascii_only
 
 OF_ANOTHER = ("tuned_positive",)  # a prompt for another model than `model`
@@ -57,6 +57,7 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
         own = name not in OF_ANOTHER and widgets[name].get_io_type() == "CONDITIONING" and value is not None
         if own and "model" in found:
             check_width(name, value, found["model"])
+            check_pooled(name, value, found["model"])
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files import MAX_TEXT
 from .images import check_image
 
+POOLED = "pooled_output"
 MAX_NUMBER = 1e300  # beyond it, a whole number fits no float
 SHOWN = 60  # characters of a value in a message
 
@@ -51,6 +52,24 @@ def check_width(name: str, conditioning: Sequence[Any], model: Any) -> None:
                 f"'{name}' has tokens of width {tokens.shape[-1]}, expected {width}: it belongs to another model "
                 "family, connect prompts of this model's own text encoder."
             )
+
+
+def check_pooled(name: str, conditioning: Sequence[Any], model: Any) -> None:
+    """ValueError when a prompt lacks the pooled output that this model asks for, as SDXL does."""
+    encode = getattr(getattr(model, "model", None), "encode_adm", None)
+    made_up = {"device": "cpu", "noise": torch.zeros(1, 4, 8, 8), "width": 64, "height": 64, "prompt_type": "positive"}
+    for _, options in conditioning if encode else ():
+        if POOLED in options:
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]):
+                encode(**{**options, **made_up})
+        except Exception as error:  # of what else the model asks for, the session will say
+            if isinstance(error, KeyError) and error.args == (POOLED,):
+                raise ValueError(
+                    f"'{name}' has no {POOLED}, expected with this model: connect a prompt of its own text encoder, as "
+                    "CLIP Text Encode gives it."
+                ) from error
 
 
 def shown(value: Any) -> str:

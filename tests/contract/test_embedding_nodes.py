@@ -259,3 +259,20 @@ def test_where_the_end_of_a_prompt_cannot_be_told_apply_says_so_too(caplog):
     assert "cannot be told" not in caplog.text
     run_node(LikenessApplyEmbedding, conditioning=[[torch.cat([rows, rows], 1), options]], **inputs)
     assert "this prompt of 154 tokens ends cannot be told" in caplog.text
+
+
+def test_a_prompt_without_its_pooled_output_is_refused():
+    setting = Setting("sdxl")
+    rows, options = setting.source[0]
+    bare = [[rows, {name: value for name, value in options.items() if name != "pooled_output"}]]
+    with pytest.raises(ValueError, match="'positive' has no pooled_output, expected with this model: connect"):
+        train(setting, positive=bare, preview_steps=0)
+
+
+def test_an_empty_source_prompt_is_said(caplog):
+    setting = Setting()
+    train(setting, positive=tiny_models.prompt("sd1", 1, end=1), preview_steps=0)
+    assert "The source prompt is empty" in caplog.text
+    caplog.clear()
+    train(setting, preview_steps=0)
+    assert "The source prompt is empty" not in caplog.text

@@ -16,10 +16,12 @@ from ...fit.fit import Fit, curve
 from ...fit.runs import digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
+    CHUNK,
     Conditioning,
     apply_embedding,
     check_room,
     detached,
+    padding_rows,
     single_prompt,
     start_rows,
     without_tail,
@@ -80,6 +82,8 @@ def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int)
     """
     rows = single_prompt(positive, "source prompt").detach().float().cpu()
     check_room(positive, tokens)
+    if padding_rows(rows, positive[0][1].get("pooled_output")) == CHUNK - 2:
+        log.warning("The source prompt is empty: describe the image plainly in it, as HiPer does.")
     start = None if empty is None else single_prompt(empty, "empty prompt").detach().float().cpu()
     return rows, start_rows(rows, start, tokens)
 

@@ -17,7 +17,8 @@ from .tower import Tower, VisionOutput
 MAX_BYTES = 32 << 30
 CONFIG = "open_clip_config.json"
 NAMING = (
-    "name it <model>__<anything>.safetensors (ViT-B-32__mine.safetensors) or put its open_clip_config.json beside it"
+    "name it <model>__<anything>.safetensors (ViT-B-32__mine.safetensors), put its open_clip_config.json beside it, "
+    "or, for a model of transformers, copy its whole folder (config.json, model.safetensors)"
 )
 
 
