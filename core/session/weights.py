@@ -50,12 +50,12 @@ def gradients() -> Iterator[None]:
     before = getattr(mm, "in_training", False)
     try:
         if had_flag:
-            mm.in_training = True
+            setattr(mm, "in_training", True)  # noqa: B010 (its type is that of False)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         if had_flag:
-            mm.in_training = before
+            setattr(mm, "in_training", before)  # noqa: B010
 
 
 @contextlib.contextmanager
