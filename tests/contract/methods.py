@@ -46,6 +46,8 @@ class Entry:
     """Asked for 8 steps after 9 were done it gives the 9, as it did not keep the 8."""
     says_so: bool = True
     """And the log tells; otherwise the node's report says how many there are."""
+    rate: float = 0.03
+    """At which 40 updates learn visibly and without going to and fro."""
     without: frozenset[str] = frozenset()
     """The PROMISES that do not apply, as the method has no such thing."""
 
@@ -360,6 +362,7 @@ METHODS = [
         name="siso",
         families=("sd1", "sd2_v", "sdxl", "flux"),
         fit=_fit_siso,
+        rate=0.003,  # at ten times as much the loss jumps about, and rounding decides who wins
         apply=_apply_tuned,
         tensors=dict,
         save=_save_tuned,

@@ -88,7 +88,7 @@ def test_the_model_gives_the_same_bits_after_training(entry, family):
 @all_families(that_have("falls"), pytest.mark.slow)
 def test_the_loss_falls(entry, family):
     """Against the same draws without learning: timestep and noise alone move the loss more than training does."""
-    idle, learning = (entry.fit(Setting(family), steps=40, learning_rate=rate)[1] for rate in (1e-7, 0.03))
+    idle, learning = (entry.fit(Setting(family), steps=40, learning_rate=rate)[1] for rate in (1e-7, entry.rate))
     assert idle[0] == learning[0]
     won = [after < before for before, after in zip(idle[-20:], learning[-20:], strict=True)]
     assert sum(learning[-20:]) < sum(idle[-20:]) and sum(won) >= 15
