@@ -7,6 +7,7 @@ Reading checks size, header, memory and finite values; pickles are read as plain
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from torch import Tensor
 
 HEADER_KEY = "likeness"
 CHECKSUMS = "crc32"  # the part of a header with the CRC-32 of each tensor
-LEFTOVER, LEFTOVER_SECONDS = re.compile(r"(.+\.)?[0-9a-f]{12,32}\.tmp"), 86_400
+LEFTOVER = re.compile(r"likeness-[0-9a-f]{12}\.tmp|.+\.safetensors\.[0-9a-f]{32}\.tmp")  # the second: up to 0.5.0
+LEFTOVER_SECONDS = 86_400
 MAX_TEXT = 100_000  # characters of a text of a node, and so of a header; the longest prompts have some thousands
 FORMAT = 1  # version of the artifact header
 MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of a displayed string, losses, magnitude of a number
@@ -56,20 +58,32 @@ def write_tensors(
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise OSError(f"{path.name} needs {megabytes(size)}, {megabytes(free)} are free: make room on that disk")
-    temporary = path.with_name(f"{uuid.uuid4().hex[:12]}.tmp")
+        text = f"{path.name} needs {megabytes(size)}, {megabytes(free)} are free: make room on that disk"
+        raise OSError(errno.ENOSPC, text)
+    temporary = path.with_name(f"likeness-{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
             _write_safetensors(file, tensors, header, checksums)
             file.flush()
             os.fsync(file.fileno())  # the contents must be on disk before the name becomes visible
         _remove_leftovers(path.parent, temporary.stat().st_mtime)
-        if not replace:
-            path.open("xb").close()
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _take_name(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    """Rename to a name that nothing has: FileExistsError otherwise."""
+    path.open("xb").close()
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        path.unlink(missing_ok=True)  # the empty file that held the name
         raise
 
 

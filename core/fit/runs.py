@@ -7,6 +7,7 @@ It holds the state after the last update and the intermediate results saved alon
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -75,7 +76,10 @@ class RunStore:
             tensors, _ = read_tensors(path, max(self.limit_bytes, path.stat().st_size), choose)
         except FileNotFoundError:
             return None
-        except (ValueError, OSError) as error:
+        except OSError as error:  # of the disk, or of rights: the file may be whole
+            log.warning("A stored run could not be read and is trained again: %s", str(error))
+            return None
+        except ValueError as error:
             log.warning("A stored run could not be read and is trained again: %s", str(error))
         # The tensors are views of the file; the error above may still hold some, and Windows cannot replace or remove a
         # file while a view of it exists.
@@ -87,14 +91,14 @@ class RunStore:
         return None if tensors is None else {name: value.clone() for name, value in tensors.items()}
 
     def save(self, key: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """OSError when there is no room even without all other runs."""
+        """Older runs make room on a full disk. OSError when there is none without them, or for any other reason."""
         while True:
             try:
                 write_tensors(self.path(key), tensors, header, checksums=True)
                 break
-            except OSError:  # a full disk
+            except OSError as error:
                 others = [path for path in self._by_age() if path != self.path(key)]
-                if not others:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not others:
                     raise
                 log.warning("The oldest stored run is removed: there is no room for the new one.")
                 others[0].unlink(missing_ok=True)

@@ -126,7 +126,7 @@ def check_tokens(denoiser: GuiderDenoiser, rows: Tensor) -> None:
         raise RuntimeError(
             f"This model prepares the tokens of a prompt by itself ({tuple(rows.shape)} to {tuple(context.shape)}), "
             "expected is one that takes them as they are: tokens learned here would have no effect when it is sampled. "
-            "Use SD1.x, SD2.x, SDXL, SD3 or FLUX.1 with this node."
+            "Use another model with this node."
         )
 
 

@@ -304,7 +304,7 @@ def drop_sampling_wrappers(clone: Any) -> None:
         for key in keys & by_key.keys() - (set() if kind in SAMPLING else {None}):
             del by_key[key]
     if keys:
-        log.info("Left out while training: %s, which belongs to sampling steps.", ", ".join(sorted(map(str, keys))))
+        log.info("Left out here: %s, which belongs to sampling steps.", ", ".join(sorted(map(str, keys))))
 
 
 def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -70,12 +71,14 @@ def inverted(setting: Setting, model) -> torch.Tensor:
 @pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize("cache", [easy_cache, lazy_cache])
 @pytest.mark.parametrize("name", ["hiper", "sine", "siso"])
-def test_caches_of_steps_are_left_out_of_a_training(caplog, cache, name):
+def test_caches_of_steps_are_left_out_of_a_training(caplog, tmp_path, cache, name):
     method, setting = METHOD[name], Setting()
     plain = method.tensors(method.fit(setting)[0])
+    shutil.rmtree(tmp_path / "user")  # the run would be served
     setting.model = cache(setting.model)
     with caplog.at_level(logging.INFO):
         cached = method.tensors(method.fit(setting)[0])
+    assert "cache, which belongs to sampling steps" in caplog.text, "it was trained"
     assert all(torch.equal(value, cached[part]) for part, value in plain.items())
     assert patches_digest(setting.model) == patches_digest(Setting().model), "a run is found again without the cache"
 

@@ -300,7 +300,12 @@ def test_a_file_is_not_overwritten_where_that_is_not_meant(tmp_path):
 def test_what_a_killed_save_left_is_removed_after_a_day(tmp_path):
     old, of_before, young, others = (
         tmp_path / name
-        for name in ("0123456789ab.tmp", f"a.safetensors.{'0' * 32}.tmp", "ba9876543210.tmp", "mine.tmp")
+        for name in (
+            "likeness-0123456789ab.tmp",
+            f"a.safetensors.{'0' * 32}.tmp",
+            "likeness-ba9876543210.tmp",
+            "model.0123456789ab.tmp",
+        )
     )
     for path in (old, of_before, young, others):
         path.write_bytes(b"half")
@@ -376,3 +381,33 @@ def test_a_full_disk_removes_the_oldest_runs_before_it_gives_up(tmp_path, monkey
     with pytest.raises(OSError, match=r"d.safetensors needs 0.0 MB, 0.0 MB are free: make room"):
         store.save("d", {"x": torch.ones(2)}, {})
     assert store.load("d") is not None
+
+
+def test_only_a_full_disk_costs_other_runs(tmp_path, monkeypatch):
+    """A file that another program holds, or missing rights, must not empty the store."""
+    store = RunStore(tmp_path)
+    for key in ("a", "b"):
+        store.save(key, {"x": torch.ones(2)}, {})
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "held by another process")
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError):
+        store.save("c", {"x": torch.ones(2)}, {})
+    with pytest.raises(PermissionError):
+        write_tensors(tmp_path / "new.safetensors", {"x": torch.ones(2)}, {}, replace=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_a_run_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch):
+    store = RunStore(tmp_path)
+    store.save("key", {"x": torch.ones(2)}, {})
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("likeness.core.fit.runs.read_tensors", refused)
+        assert store.load("key") is None
+    assert store.load("key") is not None
