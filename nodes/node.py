@@ -12,7 +12,6 @@ from comfy_api.latest import io
 from ..core.session.inputs import check_input, check_pooled, check_width
 from ..core.session.texts import ascii_only
 
-OF_ANOTHER = ("tuned_positive",)  # a prompt for another model than `model`
 CHECKED = "_likeness_checked"
 
 
@@ -54,10 +53,11 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = _value(widget, value)
     for name, value in found.items():
-        own = name not in OF_ANOTHER and widgets[name].get_io_type() == "CONDITIONING" and value is not None
-        if own and "model" in found:
-            check_width(name, value, found["model"])
-            check_pooled(name, value, found["model"])
+        owner = name.rpartition("_")[0]  # tuned_positive belongs to `tuned`, which the guidance compares with the model
+        model = None if owner in found else found.get("model")
+        if model is not None and value is not None and widgets[name].get_io_type() == "CONDITIONING":
+            check_width(name, value, model)
+            check_pooled(name, value, model)
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fit.runs import digest
 from .describe import PATCHER, contents_of_file, describe, sampled, unique_value
-from .weights import is_of_sampling, is_pack_guidance, options_of_sampling
+from .weights import is_pack_guidance, options_of_sampling, sampling_keys
 
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
@@ -83,13 +83,13 @@ def patches_digest(model: Any) -> str:
     The pack's own guidance and what lives in sampling steps are excluded: training uses neither (see trainable_clone).
     """
     wrappers = getattr(model, "wrappers", {})
-    of_sampling = is_of_sampling(wrappers)
+    of_sampling = sampling_keys(wrappers)
     names = ("object_patches", "hook_patches", "attachments")
     parts = {name: getattr(model, name, None) for name in (*PATCHER, *names)}
     parts["additional_models"] = _without_guidance(getattr(model, "additional_models", {}))
     for name in ("wrappers", "callbacks"):
         kinds = {kind: _without_guidance(by_key) for kind, by_key in getattr(model, name, {}).items()}
-        kinds = {kind: {k: v for k, v in by_key.items() if not of_sampling(k)} for kind, by_key in kinds.items()}
+        kinds = {kind: {k: v for k, v in by_key.items() if k not in of_sampling} for kind, by_key in kinds.items()}
         parts[name] = {kind: by_key for kind, by_key in kinds.items() if by_key}
     options = dict(model.model_options)
     inner = options.get("transformer_options", {})

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import MAX_TEXT
+from ..files import MAX_NUMBER, MAX_TEXT
 from .images import check_image
 
 POOLED = "pooled_output"
-MAX_NUMBER = 1e300  # beyond it, a whole number fits no float
 SHOWN = 60  # characters of a value in a message
 
 
@@ -103,8 +102,10 @@ def _text(name: str, value: Any, _options: Mapping[str, Any]) -> str:
         raise _unfit(name, value, "a text", "connect a STRING")
     if len(value) > MAX_TEXT:
         raise ValueError(f"'{name}' has {len(value)} characters, expected {MAX_TEXT} at most: shorten it.")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _unfit(name, value, "a text of whole characters", "write it again, a lone surrogate is none")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _unfit(name, value, "a text of whole characters", "write it again, a lone surrogate is none") from None
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -53,7 +54,7 @@ def check_prefix(prefix: str) -> tuple[str, ...]:
     parts = PurePosixPath(prefix.replace("\\", "/")).parts
     odd = [part for part in parts if part.startswith((".", "~")) or part != part.strip() or part.endswith(".")]
     forbidden = any(c in plain for c in ":\0") or (os.name == "nt" and any(c in plain for c in '<>"|?*'))
-    if odd or forbidden or not parts or prefix.startswith(("/", "\\")) or not prefix.isprintable():
+    if odd or forbidden or not parts or prefix.startswith(("/", "\\")) or any(map(_is_control, prefix)):
         raise ValueError(
             f"The file name {shown} is not a plain name below the pack's folder: use letters, digits, '-', '_' and '/'."
         )
@@ -64,6 +65,10 @@ def check_prefix(prefix: str) -> tuple[str, ...]:
             f"it to {MAX_NAME}."
         )
     return parts
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs")  # control characters, lone surrogates
 
 
 def prefix_answer(prefix: str | None) -> bool | str:

@@ -276,30 +276,27 @@ def drop_all_guidance(clone: Any) -> None:
         clone.remove_additional_models(key)
 
 
-def is_of_sampling(wrappers: dict[str, dict[Any, Any]]) -> Callable[[Any], bool]:
-    """Which keys of a MODEL's wrappers belong to something that lives in the steps of a sampling, such as EasyCache.
+def sampling_keys(wrappers: dict[str, dict[Any, Any]]) -> set[Any]:
+    """The keys of a MODEL's wrappers that belong to something that lives in the steps of a sampling, such as EasyCache.
 
     An optimization or inversion has no such steps: an earlier one that is used again gives wrong results there, or no
     gradient. A key that wraps the prediction of a step wraps the network for the same purpose.
     """
     keys = {key for kind in SAMPLING for key in wrappers.get(kind, {})}
-    return lambda key: key in keys and not str(key).startswith("likeness")
+    return {key for key in keys if not str(key).startswith("likeness")}
 
 
 def options_of_sampling(wrappers: dict[str, dict[Any, Any]], options: Mapping[str, Any]) -> set[str]:
     """The names of the transformer options that such wrappers keep their state in: objects of their own module."""
-    dropped = is_of_sampling(wrappers)
-    functions = (
-        each for by_key in wrappers.values() for key, found in by_key.items() if dropped(key) for each in found
-    )
+    keys = sampling_keys(wrappers)
+    functions = (each for by_key in wrappers.values() for key in keys & by_key.keys() for each in by_key[key])
     modules = {getattr(function, "__module__", None) for function in functions}
     return {name for name, value in options.items() if type(value).__module__ in modules}
 
 
 def drop_sampling_wrappers(clone: Any) -> None:
     """Remove from a clone what lives in the steps of a sampling, and log its keys."""
-    dropped = is_of_sampling(clone.wrappers)
-    keys = {key for by_key in clone.wrappers.values() for key in by_key if dropped(key)}
+    keys = sampling_keys(clone.wrappers)
     for kind, by_key in clone.wrappers.items():
         for key in keys & by_key.keys() - (set() if kind in SAMPLING else {None}):
             del by_key[key]

@@ -16,7 +16,17 @@ REFUSED = [
     *(".hidden/x", "a/.x", "~/x", "~name", "a\0b", "a\nb", "a /b", "a./b", "\ud800"),
     *("x" * 201, "\u00e9" * 150, "\U0001f415" * 70, f"{'x' * 201}/a"),
 ]
-TAKEN = ["likeness/subject", "a\\b", "dog %date:yyyy-MM-dd%", "\u72d7", "x" * 200, "\u00e9" * 100, "a.b", "a~b"]
+TAKEN = [
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "likeness/subject",
+    "a\\b",
+    "dog %date:yyyy-MM-dd%",
+    "\u72d7",
+    "x" * 200,
+    "\u00e9" * 100,
+    "a.b",
+    "a~b",
+]
 
 
 @pytest.mark.parametrize("prefix", REFUSED, ids=ascii)
