@@ -198,7 +198,7 @@ class LikenessStagedEdit(Node):
                 io.Conditioning.Input("positive", tooltip='The prompt of the edited area: "a photo of a dog".'),
                 io.Conditioning.Input(
                     "negative",
-                    tooltip="The empty prompt; the inversion uses it too (the reference code has another one for it).",
+                    tooltip="The empty prompt; used for the inversion too, without clip or inversion_prompt.",
                 ),
                 io.Image.Input("image", tooltip="The image to edit, of any aspect ratio." + LARGE),
                 io.Mask.Input("mask", tooltip="White where the subject goes. Gray blends it with the image."),
@@ -216,6 +216,15 @@ class LikenessStagedEdit(Node):
                         "end the source image itself. Off: as in the reference code, which leaves noise in the "
                         "background.",
                     )
+                ),
+                io.Conditioning.Input(
+                    "inversion_prompt", optional=True, tooltip="Inverts the image with this prompt instead of negative."
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The model's own CLIP. Inverts the image as the reference code does: with 77 times token "
+                    "7788, without positions, which no text node can encode.",
                 ),
             ],
             outputs=[
@@ -248,6 +257,8 @@ class LikenessStagedEdit(Node):
         vision=None,
         paste=False,
         exact_background=True,
+        inversion_prompt=None,
+        clip=None,
     ) -> io.NodeOutput:
         settings = editing.EditSettings(
             seed,
@@ -258,7 +269,7 @@ class LikenessStagedEdit(Node):
             published=not exact_background,
             paste=paste,
         )
-        prompts, node = editing.EditPrompts(positive, negative, negative), cls.hidden.unique_id
+        prompts, node = editing.EditPrompts(positive, negative, inversion_prompt, clip), cls.hidden.unique_id
         models = host.StagedModels(model, vae, adapter, vision)
         found = editing.edit_staged(models, subject, prompts, image, mask, settings, node)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)

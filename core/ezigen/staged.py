@@ -11,7 +11,9 @@ Source: the reference code. Deviations, each with its reason:
 - exact noise level: the reference code adds the noise of timestep 1000 * split_ratio but continues as if it were that
   of the first step (400 and 381), which loses 3 % of the contrast in every loop; `published=True` reproduces it;
 - exact background: the reference code pastes latents that are two steps noisier than the image, and a noisy one at the
-  end; here they have exactly the image's level, and at the end it is the source itself. `published=True` reproduces it.
+  end; here they have exactly the image's level, and at the end it is the source itself. `published=True` reproduces it;
+- inversion of an edit: with any prompt, by default the negative one. The reference code's, 77 times TOKEN without
+  positions, needs the text encoder itself (host/staged_edit.py, published_prompt).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ STEPS, CFG, EDIT_CFG = 50, 7.5, 2.0
 MIN_LOOPS, MAX_LOOPS, THRESHOLD = 3, 9, 0.99
 NEGATIVE = "dark, blur, defoucus, lack of content, dizzy."  # as published, for the first sampling only
 TIMESTEPS = 1000
+TOKEN = 7788  # of TF-ICON's "exceptional prompt" (arXiv 2307.12493), 77 times, with which edited images are inverted
 
 
 def layout_steps(steps: int, split_ratio: float) -> int:

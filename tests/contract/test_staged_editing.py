@@ -10,6 +10,7 @@ import torch
 
 from likeness.core.ezigen.staged import Loops
 
+from .. import tiny_models
 from .methods import Setting, autoencoder
 from .test_adapter import stored, subject
 
@@ -27,12 +28,12 @@ def parts():
     return setting, stored(setting.model), subject(setting)
 
 
-def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
+def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, inversion=(), **changes):
     from likeness.core.ezigen.host import staged_edit as host
 
     setting, adapter, own = parts
     settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
-    prompts = host.EditPrompts(setting.target, setting.empty, setting.empty)
+    prompts = host.EditPrompts(setting.target, setting.empty, *inversion)
     with torch.inference_mode():
         models = host.StagedModels(setting.model, vae or autoencoder(), adapter)
         return host.edit_staged(models, about or own, prompts, source, mask, settings)
@@ -93,6 +94,38 @@ def test_a_white_mask_of_another_size_is_white_as_published_too(parts):
     assert not torch.equal(edited(parts, mask=grey).latent, edited(parts).latent)
     with pytest.raises(ValueError, match="only white counts"):
         edited(parts, mask=grey, published=True)
+
+
+def test_the_published_prompt_is_one_token_without_positions(clip):
+    """The text encoder itself, with a table of zeros in place of its positions."""
+    from likeness.core.ezigen.host.staged_edit import published_prompt
+
+    with torch.inference_mode():
+        ((found, _),) = published_prompt(clip)
+        table = clip.cond_stage_model.clip_l.transformer.text_model.embeddings.position_embedding
+        before = table.weight.clone()
+        table.weight.zero_()
+        ((expected, _),) = clip.encode_from_tokens_scheduled({"l": [[(7788, 1.0)] * 77]})
+        table.weight.copy_(before)
+        ((other, _),) = clip.encode_from_tokens_scheduled({"l": [[(7788, 1.0)] * 77]})
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert found.shape == (1, 77, 768) and float((found - other).abs().max()) > 0.1
+
+
+def test_the_inversion_has_a_prompt_of_its_own(parts, clip):
+    from likeness.core.ezigen.host.staged_edit import published_prompt
+
+    setting = parts[0]
+    usual, other = edited(parts).latent, edited(parts, inversion=[setting.source]).latent
+    assert torch.equal(edited(parts, inversion=[setting.empty]).latent, usual)
+    assert not torch.equal(other, usual)
+    with torch.inference_mode():
+        published = published_prompt(clip)
+    assert torch.equal(edited(parts, inversion=[None, clip]).latent, edited(parts, inversion=[published]).latent)
+    with pytest.raises(ValueError, match="expected one of them"):
+        edited(parts, inversion=[setting.source, clip])
+    with pytest.raises(ValueError, match="has 2 tables of positions, expected one"):
+        edited(parts, inversion=[None, tiny_models.clip_xl()])
 
 
 def test_a_step_leaves_the_noise_of_its_level(parts):

@@ -17,6 +17,7 @@ from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import check_vae, checked_mask
+from ...session.inputs import check_width
 from ...session.progress import Steps
 from ...session.session import predicting
 from ...vision.measures import resize_mask
@@ -24,6 +25,7 @@ from ..staged import (
     EDIT_CFG,
     SPLIT_RATIO,
     STEPS,
+    TOKEN,
     Loops,
     background_of,
     invert_with_solver,
@@ -64,11 +66,47 @@ class EditResult:
 
 @dataclass(frozen=True)
 class EditPrompts:
-    """positive and negative of the sampling; inverse: the prompt of the inversion, empty."""
+    """positive and negative of the sampling; inverse: the prompt of the inversion, instead of negative. clip: the text
+    encoder that makes the reference code's prompt for the inversion.
+    """
 
     positive: Conditioning
     negative: Conditioning
-    inverse: Conditioning
+    inverse: Conditioning | None = None
+    clip: Any | None = None
+
+    def inversion(self, model: Any) -> Conditioning:
+        """The prompt that the image is inverted with; ValueError for two of them."""
+        if self.inverse is not None and self.clip is not None:
+            raise ValueError(
+                "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
+                "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
+            )
+        if self.clip is None:
+            return self.negative if self.inverse is None else self.inverse
+        published = published_prompt(self.clip)
+        check_width("clip", published, model)
+        return published
+
+
+def published_prompt(clip: Any) -> Conditioning:
+    """TF-ICON's "exceptional prompt": one token everywhere, and no positions. The encoder adds its positions to every
+    embedding, so each token is given as an embedding from which its position's is subtracted.
+    """
+    tokens = clip.tokenize("")
+    tables = [part for part in clip.cond_stage_model.modules() if hasattr(part, "position_embedding")]
+    if len(tokens) != 1 or len(tables) != 1:
+        raise ValueError(
+            f"The text encoder on 'clip' has {len(tables)} tables of positions, expected one, as SD2.1's and SD1.x's "
+            "have: connect another, or disconnect it to invert with the negative prompt."
+        )
+    clip.load_model()
+    word, positions = (
+        table.weight.detach().float().cpu() for table in (tables[0].token_embedding, tables[0].position_embedding)
+    )
+    return clip.encode_from_tokens_scheduled(
+        {name: [[(row, 1.0) for row in word[TOKEN] - positions]] for name in tokens}
+    )
 
 
 def edit_staged(
@@ -85,7 +123,8 @@ def edit_staged(
     _check(source, mask, vision, settings)
     check_vae(model, vae)
     warn_of_size(source)
-    single_prompt(prompts.inverse, "prompt of the inversion")
+    inverse = prompts.inversion(model)
+    single_prompt(inverse, "prompt of the inversion")
     down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
     up = published_levels(table, settings.steps)[: len(down)] if settings.published else _upward_levels(down, table[:1])
@@ -98,7 +137,7 @@ def edit_staged(
     while loops.needs_another(loop, similarity):
         loop += 1
         latent = vae.encode(images[-1])
-        start, latest = _invert(plain, prompts.inverse, latent, up, down, settings.published, steps)
+        start, latest = _invert(plain, inverse, latent, up, down, settings.published, steps)
         backgrounds = latest if backgrounds is None else backgrounds  # every loop pastes the source's own
         sampler = _PastingSampler(backgrounds, _latent_mask(mask, settings.published, start), settings, loop, steps)
         result = _sample(adapted, prompts, sampler, start, down, settings.cfg)
