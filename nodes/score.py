@@ -88,9 +88,11 @@ class LikenessScore(Node):
         reference_mask=None,
         dino=None,
         clip=None,
+        all_references=False,
     ) -> io.NodeOutput:
         path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
-        request = scoring.Request(images, reference, mask, reference_mask, prompt, dino, clip, path, rank_by)
+        one = (images, reference, mask, reference_mask, prompt, dino, clip, path, rank_by)
+        request = scoring.Request(*one, all_references)
         scores = scoring.score(request)
         report = scores.report()
         captions = [scores.lines(i) for i in range(len(scores.order))]
@@ -152,6 +154,13 @@ def _score_inputs() -> list[io.Input]:
             "clip",
             optional=True,
             tooltip="Vision model for CLIP-I and CLIP-T. CLIP-T needs its text encoder: use Load Vision Model.",
+        ),
+        io.Boolean.Input(
+            "all_references",
+            default=False,
+            optional=True,
+            tooltip="DINO and CLIP-I of an image are the mean over all references, as many as given: papers report it. "
+            "Off: one reference for all images, or one each.",
         ),
     ]
 

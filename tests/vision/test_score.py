@@ -196,6 +196,25 @@ def test_rgba_and_fp16_pictures_are_taken(vision):
     assert result["dino"] > 0.999
 
 
+def test_all_references_are_the_mean_over_all_pairs(vision):
+    """As HiFi Tuner's DINO and CLIP-I: every image with every photo of the subject."""
+    images, reference = pictures(2, seed=4), pictures(3, 60, 80, seed=1)
+    result = run(images=images, reference=reference, all_references=True, **vision)
+    means = {}
+    for name, model in (("dino", vision["dino"]), ("clip_i", vision["clip"])):
+        a, b = (torch.nn.functional.normalize(model.encode_image(each).image_embeds) for each in (images, reference))
+        pairs = a @ b.T
+        assert result[name] == pytest.approx(float(pairs.mean(1)[result["best"]]), abs=1e-5)
+        means[name] = float(pairs.mean())
+    said = f"mean over all 2 x 3 pairs: DINO {means['dino']:.4f}, CLIP-I {means['clip_i']:.4f}"
+    assert said in result["report"] and "need one reference for each image" in result["report"]
+    for one in (pictures(1, seed=1), pictures(2, seed=1)):
+        usual = run(images=images, reference=one, dino=vision["dino"])
+        assert (
+            usual["dino"] == run(images=images, reference=one, dino=vision["dino"], all_references=True)["dino"]
+        ) == (len(one) == 1)
+
+
 REFUSED = {
     "nothing": ({}, "nothing to measure"),
     "dino alone": ({"dino": "dino"}, "without a reference"),
@@ -213,6 +232,10 @@ REFUSED = {
     "rank by unmeasured": ({"reference": 1, "rank_by": "dino"}, "choose one of overall, psnr"),
     "lpips without reference": ({"lpips": "alex.pth", "clip": "clip", "prompt": "a"}, "LPIPS was chosen without"),
     "lpips of another size": ({"lpips": "alex.pth", "reference": pictures(1, 60, 80)}, "LPIPS needs one size"),
+    "lpips of several": (
+        {"lpips": "alex.pth", "reference": 3, "all_references": True},
+        "LPIPS was chosen with 3 refer",
+    ),
     "NaN": ({"images": pictures(1) * math.nan, "reference": 1}, "images holds NaN"),
     "grey": ({"images": pictures(1)[..., :1], "reference": 1}, "expected .batch, height, width, 3."),
 }

@@ -30,7 +30,10 @@ CROPPED, WHOLE = "subject crops on white", "whole images"
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. Images [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads file."""
+    """What to measure. Images [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads file.
+
+    all_references: identity is the mean over any number of references, as in the papers, instead of with one of them.
+    """
 
     images: Tensor
     reference: Tensor | None = None
@@ -41,10 +44,18 @@ class Request:
     clip: Any | None = None
     lpips: Path | None = None
     rank_by: str = OVERALL
+    all_references: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether an image is compared with more than one reference."""
+        return self.all_references and self.reference is not None and self.reference.shape[0] > 1
 
     @property
     def same_size(self) -> bool:
-        return self.reference is not None and self.reference.shape[1:3] == self.images.shape[1:3]
+        """Whether an image can be compared with its reference pixel by pixel."""
+        same = self.reference is not None and self.reference.shape[1:3] == self.images.shape[1:3]
+        return same and not self.several
 
     def measured(self) -> list[str]:
         """The measures that this request's inputs allow, in the order of TITLES."""
@@ -134,7 +145,8 @@ def _check_shapes(request: Request) -> None:
     for name, images in (("images", request.images), ("reference", request.reference)):
         if images is not None:
             check_image(images, name)
-    _check_count("reference images", request.reference, "images", request.images)
+    if not request.several:
+        _check_count("reference images", request.reference, "images", request.images)
     _check_count("masks", request.mask, "images", request.images)
     _check_count("reference masks", request.reference_mask, "reference images", request.reference)
 
@@ -152,6 +164,11 @@ def _check_lpips(request: Request) -> None:
     if request.reference is None:
         raise ValueError("LPIPS was chosen without a reference: connect one to compare with, or set lpips to none.")
     height, width = request.images.shape[1:3]
+    if request.several:
+        raise ValueError(
+            f"LPIPS was chosen with {request.reference.shape[0]} references for each image, expected one: set lpips to "
+            "none, or all_references off."
+        )
     if not request.same_size:
         rows, columns = request.reference.shape[1:3]
         raise ValueError(
@@ -177,7 +194,8 @@ def score(request: Request) -> Scores:
     for name, vision in (("dino", request.dino), ("clip_i", request.clip)):
         if vision is not None and reference is not None:
             a, b = _embed(vision, images, mask), _embed(vision, reference, reference_mask)
-            values[name] = measures.cosine(a, b)
+            pairs = [measures.cosine(a, row) for row in (b.split(1) if request.several else [b])]
+            values[name] = torch.stack(pairs).mean(0)
             models[name] = f"{describe(vision)}, on {WHOLE if mask is None else CROPPED}"
     if request.clip is not None and request.prompt.strip():
         text = request.clip.encode_text([request.prompt.strip()]).cpu()
@@ -192,7 +210,11 @@ def score(request: Request) -> Scores:
             models["lpips"] = f"{lpips.description}, {region}"
     table = {name: [float(value) for value in values[name]] for name in TITLES if name in values}
     totals, rule = ranking(table, request.rank_by)
-    return Scores(table, measures.order(totals), rule, models, _notes(request, outside))
+    notes = _notes(request, outside)
+    if request.several and (identity := [name for name in ("dino", "clip_i") if name in values]):
+        numbers = ", ".join(f"{TITLES[name]} {_number(name, float(values[name].mean()))}" for name in identity)
+        notes.append(f"mean over all {len(images)} x {len(request.reference)} pairs: {numbers}")
+    return Scores(table, measures.order(totals), rule, models, notes)
 
 
 def _fit_mask(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
@@ -263,7 +285,9 @@ def _notes(request: Request, outside: Tensor | None) -> list[str]:
         notes.append("the images were seen whole: connect mask, so that only the subject is compared")
     if request.reference is None and request.mask is not None:
         notes.append("mask was not used, since there is no reference")
-    if request.reference is not None and not request.same_size:
+    if request.several:
+        notes.append("PSNR and LPIPS need one reference for each image")
+    elif request.reference is not None and not request.same_size:
         notes.append("PSNR and LPIPS need a reference of the same size")
     if outside is not None and not _has_outside(outside):
         notes.append("PSNR was not measured, since a mask covers a whole image")
