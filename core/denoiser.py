@@ -2,11 +2,11 @@
 
 Here x = x0 + sigma * eps for eps- and v-prediction models (x = z_t / sqrt(alpha_bar_t) in the papers' notation, sigma =
 sqrt((1 - alpha_bar_t) / alpha_bar_t)) and x = (1 - sigma) * x0 + sigma * eps for flow models. D(x, sigma, c) is the
-model's estimate of x0. In every case
+model's estimate of x0. It is linear in the network's output F, noise or a velocity: D = a(sigma) x - s(sigma) F. So
 
-    eps_theta - eps = (x0 - D) / sigma        (for flow models: v_theta - v)
+    F - F* = (x0 - D) / s(sigma)        (F* gives D = x0; eps and flow models: s = sigma and F - F* = eps_theta - eps)
 
-so a loss on the predicted noise depends on neither the prediction type nor alpha_bar.
+and a loss on the network's own output, which is what the model was trained with, needs s(sigma) alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Denoiser(Protocol):
 
     def denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, tokens, width]."""
+        ...
+
+    def output_scale(self, sigma: Tensor) -> Tensor:
+        """s(sigma) [B]: what an error of 1 in the network's output makes of D."""
         ...
 
 
@@ -56,16 +60,17 @@ class Prompt:
     pooled: Tensor | None = None
 
 
-def noise_error(
+def output_error(
     denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, context: Tensor, **more: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """eps_theta(x_t, t, context) - eps and the denoised estimate it is computed from; both [B, C, h, w].
+    """F(x_t, t, context) - F*, of eps models eps_theta - eps, and the denoised estimate it is computed from; both
+    [B, C, h, w].
 
     more: pooled and boxes for a PlacedDenoiser.
     """
     x = denoiser.noised(x0, noise, sigma)
     denoised = denoiser.denoised(x, sigma, context, **more)
-    return (x0 - denoised) / sigma.view(-1, *[1] * (x0.ndim - 1)), denoised
+    return (x0 - denoised) / denoiser.output_scale(sigma).view(-1, *[1] * (x0.ndim - 1)), denoised
 
 
 def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ class GaussianDenoiser:
     def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return x0 + sigma.view(-1, 1, 1, 1) * noise
 
+    def output_scale(self, sigma: Tensor) -> Tensor:
+        return sigma  # it predicts noise
+
     def denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         self.calls += 1
         s2 = sigma.view(-1, 1, 1, 1) ** 2

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, masked_mean, noise_error
+from ..denoiser import Denoiser, masked_mean, output_error
 from ..fit.fit import adam_state, finite_or_raise, gradient_or_raise, restore_adam, step_generator
 from ..prompt.conditioning import with_tail
 from .hiper import HiPer, HiPerSettings
@@ -133,7 +133,7 @@ class StepWise:
         index, noise = self.draw()
         x0 = self.x0[index : index + 1]
         sigma = torch.tensor([self.sigmas[len(self.finished)]]).to(x0)
-        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.c_s))
+        error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.c_s))
         mask = None if self.mask is None else self.mask[index % self.mask.shape[0]][None]
         loss = masked_mean(error.float().square(), mask)
         if self.regularizer is not None:

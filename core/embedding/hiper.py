@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, masked_mean, noise_error
+from ..denoiser import Denoiser, masked_mean, output_error
 from ..fit.fit import adam_state, finite_or_raise, gradient_or_raise, restore_adam, step_generator
 from ..prompt.conditioning import with_tail
 
@@ -77,7 +77,7 @@ class HiPer:
         """|| eps_theta - eps ||^2 (a mean) for one draw, with the denoised estimate."""
         x0 = self.x0[index : index + 1]
         sigma = self.denoiser.sigmas[t].to(x0)
-        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.h))
+        error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.h))
         mask = None if self.mask is None else self.mask[index % self.mask.shape[0]][None]
         return masked_mean(error.float().square(), mask), denoised
 

@@ -21,6 +21,7 @@ from ..fit.runs import RunStore
 from ..fit.train import Checkpointer, Result, Retention, Run, stored_last, stored_run, train
 from .fingerprint import fingerprint
 from .progress import Progress
+from .sampling import objective
 from .session import GuiderDenoiser, Session
 from .stores import run_store
 
@@ -58,6 +59,11 @@ class Job(abc.ABC):
     def base(self) -> dict[str, str]:
         """The fingerprint of the MODEL, for the run's key and the artifact's header."""
         return fingerprint(self.model)
+
+    @functools.cached_property
+    def objective(self) -> dict[str, str]:
+        """What a loss on the network's output measures (see sampling.py), for the run's key and the header."""
+        return objective(self.model.get_model_object("model_sampling"))
 
     @property
     def one_result(self) -> bool:

@@ -1,4 +1,4 @@
-"""Sample preview images with ComfyUI's own sampler."""
+"""What a MODEL's sampling says of itself, and preview images by ComfyUI's own sampler."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from torch import Tensor
 from ..prompt.conditioning import Conditioning
 
 SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together: DDIM with eta 0, as in the papers
+
+
+def output_scale(sampling: Any, sigma: Tensor) -> Tensor:
+    """s(sigma) [B] of denoiser.py: ComfyUI computes D linearly from the network's output, whatever that predicts."""
+    none = sigma.new_zeros(len(sigma), 1, 1, 1)
+    scale = sampling.calculate_denoised(sigma, none, none) - sampling.calculate_denoised(sigma, none + 1, none)
+    return scale.flatten()
+
+
+def objective(sampling: Any) -> dict[str, str]:
+    """The entry of a header for a loss on the network's output; empty where its errors count as those of noise do (eps
+    and flow models, and LCM's but for the cleanest level), whose runs and headers are older than the entry.
+    """
+    sigmas = sampling.sigmas[1:].detach().float()
+    as_noise = torch.allclose(output_scale(sampling, sigmas).abs(), sigmas, rtol=1e-2, atol=0.0)
+    return {} if as_noise else {"objective": "network output"}
 
 
 def noisy_start(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..prompt.conditioning import Conditioning, detached
+from . import sampling
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .weights import (
     check_fully_loaded,
@@ -55,10 +56,14 @@ class GuiderDenoiser:
         self.leaves = leaves or {}
         self._entry = guider.conds[role][0]
         self._sampling = guider.inner_model.model_sampling
+        self._as_noise = not sampling.objective(self._sampling)
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
 
     def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return self._sampling.noise_scaling(sigma.view(-1, *[1] * (x0.ndim - 1)), noise, x0)
+
+    def output_scale(self, sigma: Tensor) -> Tensor:
+        return sigma if self._as_noise else sampling.output_scale(self._sampling, sigma)
 
     def denoised(
         self,

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..denoiser import PlacedDenoiser, Prompt, masked_mean, noise_error
+from ..denoiser import PlacedDenoiser, Prompt, masked_mean, output_error
 from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
 
 LEARNING_RATE = 1e-4  # for low-rank factors
@@ -137,7 +137,7 @@ class FineTune:
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
         inputs = {} if prompt.pooled is None else {"pooled": prompt.pooled}
         inputs |= {} if box is None else {"boxes": box}
-        error, denoised = noise_error(self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)
+        error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)
         loss = masked_mean(error.float().square(), mask)
         if recon_weight:
             loss = loss + recon_weight * recon_term(denoised, x0, t, self.denoiser.sigmas.shape[0], mask)

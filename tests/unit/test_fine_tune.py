@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.denoiser import Prompt, noise_error
+from likeness.core.denoiser import Prompt, output_error
 from likeness.core.fit.train import Checkpointer, Retention, train
 from likeness.core.sine.fine_tune import FineTune, FineTuneSettings, Prior, Samples, recon_term
 from likeness.core.sine.patches import box_of, check_size, cut, resize_to_square
@@ -99,7 +99,7 @@ def test_second_term_is_the_weighted_distance_of_the_denoised_estimate():
     fit = make()
     x0 = fit.samples.x0[:2]
     t, noise = torch.tensor([150, 900]), torch.randn(2, *x0.shape[1:], generator=torch.Generator().manual_seed(5))
-    error, denoised = noise_error(fit.denoiser, x0, noise, fit.denoiser.sigmas[t], fit.prompt().context)
+    error, denoised = output_error(fit.denoiser, x0, noise, fit.denoiser.sigmas[t], fit.prompt().context)
     by_hand = ((t / 1000) ** 2 * fit.denoiser.sigmas[t] * error.abs().mean((1, 2, 3))).mean()
     torch.testing.assert_close(recon_term(denoised, x0, t, 1000), by_hand)
     plain, _ = fit.loss(fit.prompt(), x0, t, noise)
@@ -134,7 +134,7 @@ def test_a_mask_leaves_the_rest_out_of_both_terms(side):
     left[..., :2] = 1
     x0, noise, t = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), torch.tensor([300])
     masked, _ = fit.loss(fit.prompt(), x0, t, noise, mask=left)
-    error, _ = noise_error(fit.denoiser, x0, noise, fit.denoiser.sigmas[t], fit.prompt().context)
+    error, _ = output_error(fit.denoiser, x0, noise, fit.denoiser.sigmas[t], fit.prompt().context)
     torch.testing.assert_close(masked, error[..., :2].square().mean())
 
 

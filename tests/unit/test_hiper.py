@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.denoiser import latent_mask, masked_mean, noise_error, timestep_range
+from likeness.core.denoiser import latent_mask, masked_mean, output_error, timestep_range
 from likeness.core.embedding.hiper import HiPer, HiPerSettings
 from likeness.core.prompt.conditioning import with_tail
 
@@ -45,7 +45,7 @@ def test_noise_error_is_predicted_minus_true_noise():
         torch.randn(fit.x0.shape, generator=torch.Generator().manual_seed(1)),
         torch.tensor([0.7]),
     )
-    error, denoised = noise_error(fit.denoiser, x0, noise, sigma, fit.context)
+    error, denoised = output_error(fit.denoiser, x0, noise, sigma, fit.context)
     x = x0 + 0.7 * noise
     assert torch.allclose(error, (x - denoised) / 0.7 - noise, atol=1e-5)
 

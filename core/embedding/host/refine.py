@@ -50,7 +50,7 @@ class RefiningJob(Job):
         attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = None if self.regularizer is None else asdict(self.regularizer)
         what = [self.method, asdict(self.settings), self.base, attached]
-        return digest([*what, self.start, self.sigmas, asdict(self.images), regularizer])
+        return digest([*what, self.start, self.sigmas, asdict(self.images), regularizer, *self.objective.values()])
 
     def session(self) -> Session:
         return Session(self.model, self.positive, self.images.latent)
@@ -68,10 +68,11 @@ class RefiningJob(Job):
     def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
         """The header of the artifact. before: the settings of the original embedding."""
         sampling = self.model.get_model_object("model_sampling")
+        refined = {**asdict(self.settings), **self.objective}
         return {
             "method": METHOD,
             "base": self.base,
-            "settings": {**before, "refined": asdict(self.settings), "sigmas": self.sigmas.tolist()},
+            "settings": {**before, "refined": refined, "sigmas": self.sigmas.tolist()},
             "losses": curve(losses),
             "windows": windows(self.sigmas.tolist(), sampling.percent_to_sigma),
         }

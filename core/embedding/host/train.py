@@ -115,7 +115,7 @@ class EmbeddingJob(Job):
         attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
-        return digest([*what, attached, self.start, asdict(self.images), *regularizer])
+        return digest([*what, attached, self.start, asdict(self.images), *regularizer, *self.objective.values()])
 
     def session(self) -> Session:
         return Session(self.model, self.positive, self.images.latent)
@@ -134,7 +134,7 @@ class EmbeddingJob(Job):
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
         """The header of the artifact."""
-        settings = {**asdict(self.settings), "steps": steps, "save_every": self.schedule.save_every}
+        settings = {**asdict(self.settings), "steps": steps, "save_every": self.schedule.save_every, **self.objective}
         settings["masked"] = self.images.mask is not None
         if self.regularizer is not None:
             settings |= {"anchor_weight": self.regularizer.weight, "decoupled": self.regularizer.decoupled}

@@ -133,7 +133,8 @@ class FineTuneJob(Job):
         precisions = [precision(self.model), str(self.vae.vae_dtype), encoder]
         prompt_parts = describe([self.vae.patcher, self.positive, text])
         model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
-        return digest([self.method, weights, asdict(self.settings), model_parts, data.image, data.mask, prior_parts])
+        images = [data.image, data.mask, prior_parts, *self.objective.values()]
+        return digest([self.method, weights, asdict(self.settings), model_parts, *images])
 
     def store(self) -> RunStore:
         return run_store(RUN_BYTES_PER_WEIGHT * self._numbers)
@@ -191,7 +192,7 @@ def fine_tune(
         settings = replace(settings, recon_weight=0.0)
     job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
     job_run = run(job, node_id)
-    tuned = _artifact(mapped, job_run.last, _header(job.base, data, plan, settings, job_run.step, job_run.losses))
+    tuned = _artifact(mapped, job_run.last, _header(job, job_run.step, job_run.losses))
     return *apply_fine_tune(tuned, model, data.clip, 1.0), tuned, job_run.losses
 
 
@@ -334,24 +335,19 @@ def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWe
     return FineTunedWeights({**result, **map_marker}, header)
 
 
-def _header(
-    base: dict[str, str],
-    data: FineTuneData,
-    plan: FineTunePlan,
-    settings: FineTuneSettings,
-    steps: int,
-    losses: list[float],
-) -> dict[str, Any]:
+def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
+    data, plan = job.data, job.plan
     lora = {"rank": plan.rank} if plan.method == LORA else {}
     patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
         "method": METHOD,
-        "base": base,
+        "base": job.base,
         "prompt": data.prompt,
         "weights": plan.method,
         "settings": {
-            **asdict(settings),
+            **asdict(job.settings),
+            **job.objective,
             **lora,
             **patches,
             **images,
