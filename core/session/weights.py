@@ -127,20 +127,17 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
     gradients. Each layer norm gets a copy of its input, so the tensor it saves is never modified.
     """
 
-    def copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].clone(), *inputs[1:])
-
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
         for part in module.modules():
             for name in NORMS if type(part).__name__ in IN_PLACE else ():
                 norm = getattr(part, name, None)
                 if isinstance(norm, nn.Module):
-                    handles.append(norm.register_forward_pre_hook(copy_input))
+                    stack.callback(norm.register_forward_pre_hook(_copy_input).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].clone(), *inputs[1:])
 
 
 @contextlib.contextmanager
@@ -151,17 +148,12 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
     gets a copy of its input, so nothing else uses the skip connections. Models without a UNet are left alone.
     """
 
-    def copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].clone(), *inputs[1:])
-
     blocks = [*getattr(unet, "input_blocks", [])][1:]
     blocks += [block for block in [getattr(unet, "middle_block", None)] if block is not None]
-    handles = [block[0].register_forward_pre_hook(copy_input) for block in blocks]
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block[0].register_forward_pre_hook(_copy_input).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -88,11 +88,6 @@ def replace_subject(
     source: the prompt that the image was inverted with; its sizes and ControlNets apply to both.
     """
     transformer_layers(model.model.diffusion_model)
-    if clip is None:
-        raise ValueError(
-            "The CLIP is empty: this checkpoint holds no text encoder. Connect the one that belongs to the model, from "
-            "a Load CLIP node."
-        )
     learned, prompt, word = request.subject, request.prompt, request.word
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)

@@ -188,7 +188,6 @@ def with_adapter(
     check_base(subject.base, model, "subject", "encoded with")
     patcher = load_patcher(stored, blocks, model.get_model_object("manual_cast_dtype") or model.model_dtype())
     _warn_of_base(stored, model, blocks)
-    _check_ratio(ratio)
     clone = without_adapter(model)
     if strength == 0.0:
         return clone
@@ -200,20 +199,12 @@ def with_adapter(
 
 def with_ratio(model: Any, ratio: float) -> Any:
     """A clone of a MODEL from with_adapter(), with the same adapter in another part of the steps."""
-    _check_ratio(ratio)
     clone = model.clone()
     injections = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     for injection in injections:
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injection, ratio=ratio))
     return clone
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(
-            f"The adapter would work in {ratio:g} of the steps: give a part above 0 (0.4 as published), or 1 for all."
-        )
 
 
 def without_adapter(model: Any) -> Any:

@@ -17,7 +17,6 @@ from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
-from ...inversion.trajectory import check_sigmas
 from ...lora.host.layers import trained_layers
 from ...lora.low_rank import attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
@@ -208,7 +207,6 @@ def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
 
 def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
     single_prompt(generator.positive, "prompt")
-    check_sigmas(sampling.sigmas)
     if generator.clip is not None and not generator.prompt.strip():
         raise ValueError(
             "A text encoder is connected to 'clip', but 'prompt' is empty: write (or connect) there the prompt that "
