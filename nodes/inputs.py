@@ -20,12 +20,13 @@ def advanced(*widgets: io.Input) -> list[io.Input]:
 def choice(name: str, options: Iterable[str], tooltip: str, **more: Any) -> io.Input:
     """One of some words, by default the first."""
     words = list(options)
-    return io.Combo.Input(name, options=words, tooltip=tooltip, **{"default": words[0], **more})
+    more.setdefault("default", words[0])
+    return io.Combo.Input(name, options=words, tooltip=tooltip, **more)
 
 
 def fraction(name: str, default: float, tooltip: str, **more: Any) -> io.Input:
     """An input from 0 to 1: a fraction, or a point in the schedule. more: another step, round or limit."""
-    limits = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.0001, **more}
+    limits: dict[str, Any] = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.0001, **more}
     return io.Float.Input(name, default=default, tooltip=tooltip, **limits)
 
 
@@ -41,8 +42,7 @@ def cfg(default: float, tooltip: str, least: float = 1.0) -> io.Input:
 
 def rate(default: float, tooltip: str, step: float = 1e-4) -> io.Input:
     """Adam's learning rate."""
-    limits = {"min": 1e-9, "max": 1.0, "step": step, "round": 1e-6}
-    return io.Float.Input("learning_rate", default=default, tooltip=tooltip, **limits)
+    return fraction("learning_rate", default, tooltip, min=1e-9, step=step, round=1e-6)
 
 
 def inner_steps(default: int, tooltip: str, least: int = 1) -> io.Input:

@@ -32,7 +32,6 @@ from .hiper import HiPer, HiPerSettings
 
 WEIGHT = 0.01  # w_s
 INNER_STEPS = 10  # I of Algorithm 1
-DENOISING_STEPS = 50  # T
 LEARNING_RATE = 5e-3
 STEPS = 1000  # updates of eq. 6, before Algorithm 1
 

@@ -214,7 +214,7 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
@@ -305,7 +305,7 @@ def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     drop_all_guidance(clone)
     drop_sampling_wrappers(clone)
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
-    options["optimized_attention_override"] = _differentiable_attention
+    options["optimized_attention_override"] = differentiable_attention
     dtype = model.model_dtype()
     if dtype == torch.float16 and not mm.is_device_cpu(model.load_device):
         # Gradients of a diffusion loss underflow in fp16; bf16 has the range, at the same speed and memory.

@@ -30,7 +30,6 @@ from ..fit.fit import Fit, finite_or_raise, step_generator
 
 LEARNING_RATE = 1e-4  # for low-rank factors
 LEARNING_RATE_FULL = 1e-6  # for all weights (paper)
-STEPS_FULL, STEPS_PATCHES = 800, 10_000  # without and with patches (paper)
 RECON_WEIGHT = 1.0  # scale_recon_loss of the patch configurations
 POOLED = 64  # latent pixels; a training square of 512 pixels is not pooled
 LARGE = 1 << 30  # bytes of parameters above which AdamW updates them one by one, without a second copy

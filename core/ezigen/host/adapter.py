@@ -160,13 +160,12 @@ def load_patcher(stored: StoredAdapter, blocks: list[Place], dtype: torch.dtype 
     ValueError when the adapter belongs to another UNet.
     """
     with torch.device("meta"):
-        adapter = Adapter([place.layer for place in blocks])
-    adapter.check(stored.tensors)
-    for name, module, attribute in adapter.owners():
-        tensor = stored.tensors[name]
-        if name != WEIGHTS and tensor.element_size() > dtype.itemsize:
-            tensor = tensor.to(dtype)
-        module._parameters[attribute] = torch.nn.Parameter(tensor, requires_grad=False)
+        adapter = Adapter([place.layer for place in blocks]).requires_grad_(False)
+    tensors = dict(stored.tensors)
+    for name, value in tensors.items():
+        if name != WEIGHTS and value.element_size() > dtype.itemsize:
+            tensors[name] = value.to(dtype)
+    adapter.load(tensors, assign=True)
     device = mm.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(adapter, mm.get_torch_device(), device)
 

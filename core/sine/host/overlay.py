@@ -115,8 +115,11 @@ class Overlay:
                 stack.callback(module.register_forward_hook(hook).remove)
             for module, attribute, function in self._functions:
                 name = f"{attribute}_function"
-                own = name in vars(module)  # otherwise it uses its class's empty list
-                stack.callback(*(setattr, module, name, vars(module)[name]) if own else (delattr, module, name))
+                own = vars(module).get(name)  # None: it uses its class's empty list
+                if own is None:
+                    stack.callback(delattr, module, name)
+                else:
+                    stack.callback(setattr, module, name, own)
                 setattr(module, name, [*getattr(module, name), function])
             yield
 
