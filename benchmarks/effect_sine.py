@@ -124,7 +124,7 @@ class Bench(subjects.Bench):
 
         v, k = self.settings.v if v is None else v, self.settings.K if k is None else k
         positive = self.conditioning(prompt or edit.training_prompt)
-        return with_guidance(self.world.model, [subject_model(tuned, positive, 1 - v, 0.0, 1.0, k)])
+        return with_guidance(self.world.model, [subject_model(tuned, positive, 1 - v, 1.0, k_timestep=k)])
 
     def images(self, model: Any, edit: Edit, prompt: str, seed: int | None = None, width: int = SIDE) -> Any:
         """Images [N, 3, 96, width] of a prompt, by default from the subject's own noise."""

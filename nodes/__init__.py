@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from comfy_api.latest import ComfyExtension, io
 
 from ..core.session.folders import register_folders
 from ..core.session.texts import keep_log_plain
+from .node import Node
 
 
 class LikenessExtension(ComfyExtension):
-    """The extension that gives ComfyUI the list of nodes."""
+    """The extension that gives ComfyUI the list of nodes: every Node that a file of this folder has."""
 
     async def on_load(self) -> None:
         register_folders()
         keep_log_plain()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from . import (
-            adapter,
-            align,
-            embedding,
-            embedding_files,
-            fine_tune,
-            guidance,
-            inspect,
-            inversion,
-            masks,
-            optimize_lora,
-            position_map,
-            reference,
-            refine,
-            renoise,
-            replace,
-            sana,
-            score,
-            similarity,
-            staged,
-            sweep,
-            train_adapter,
-            tuned_files,
-        )
-
-        modules = (embedding, refine, embedding_files, inspect, fine_tune, tuned_files, guidance, position_map, sweep)
-        modules += (inversion, renoise, masks, align, reference, replace, similarity, optimize_lora, sana, score)
-        modules += (adapter, staged, train_adapter)
-        return [node for module in modules for node in module.NODES]
+        modules = [importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)]
+        classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+        return [each for each in classes if issubclass(each, Node) and "define_schema" in vars(each)]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core.ezigen.artifact import read_adapter, save_adapter
 from ..core.ezigen.host import adapter as host
-from ..core.ezigen.staged import SPLIT_RATIO
 from ..core.session import folders
-from ..core.session.outputs import prefix_answer, save_numbered
-from .node import Node
-from .types import Adapter, Subject, advanced, schema, seed_input
+from . import inputs
+from .node import Node, SavingNode
+from .types import Adapter, Subject, schema
 
 
 class LikenessLoadAdapter(Node):
@@ -58,7 +57,7 @@ class LikenessLoadAdapter(Node):
         return io.NodeOutput(adapter, adapter.describe())
 
 
-class LikenessExtractAdapter(Node):
+class LikenessExtractAdapter(SavingNode):
     """LIKENESS_ADAPTER -> a safetensors file with only the adapter's tensors."""
 
     @classmethod
@@ -72,17 +71,10 @@ class LikenessExtractAdapter(Node):
             search_aliases=["ezigen", "save adapter", "convert checkpoint"],
             inputs=[
                 Adapter.Input("adapter", tooltip="An adapter from Load Subject Adapter or Train Subject Adapter."),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(host.DTYPES),
-                    default="float16",
-                    tooltip="Precision of the saved file. float32 is lossless and twice as large.",
+                inputs.choice(
+                    "dtype", host.DTYPES, "Precision of the saved file. float32 is lossless and twice as large."
                 ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="likeness/adapter",
-                    tooltip="File name, optionally with subfolders. A number is appended, so nothing is overwritten.",
-                ),
+                inputs.prefix("likeness/adapter"),
             ],
             outputs=[
                 Adapter.Output(display_name="adapter", tooltip="The adapter, passed through."),
@@ -94,15 +86,9 @@ class LikenessExtractAdapter(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
-        return prefix_answer(filename_prefix)
-
-    @classmethod
     def execute(cls, adapter, dtype, filename_prefix) -> io.NodeOutput:
-        save = functools.partial(save_adapter, adapter=adapter, dtype=host.DTYPES[dtype], replace=False)
-        path = save_numbered(folders.first_folder(folders.ADAPTERS), filename_prefix, save)
-        name = folders.listed_name(folders.ADAPTERS, path)
-        return io.NodeOutput(adapter, name, ui=ui.PreviewText(f"{name}\n{adapter.describe()}"))
+        save = functools.partial(save_adapter, dtype=host.DTYPES[dtype])
+        return cls.saved(folders.ADAPTERS, adapter, filename_prefix, save, adapter.describe())
 
 
 class LikenessEncodeSubject(Node):
@@ -126,15 +112,10 @@ class LikenessEncodeSubject(Node):
                     tooltip="One or more images of the subject. An alpha channel is used as the mask; without a mask "
                     "the background must already be white.",
                 ),
-                io.Int.Input(
-                    "size",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="Side in pixels of the square that the subject is scaled to. 512 for SD1.x and SD2.1-base.",
+                inputs.side(
+                    "Side in pixels of the square that the subject is scaled to. 512 for SD1.x and SD2.1-base."
                 ),
-                seed_input("Seed of the small amount of noise added to the images."),
+                inputs.seed("Seed of the small amount of noise added to the images."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -143,14 +124,12 @@ class LikenessEncodeSubject(Node):
                     "transparent image) is inverted.",
                 ),
                 Subject.Input("subject", optional=True, tooltip="An encoded subject to add these images to."),
-                *advanced(
-                    io.Float.Input(
+                *inputs.advanced(
+                    inputs.fraction(
                         "margin",
-                        default=host.MARGIN,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="White border around a masked subject, as a fraction of its longer side.",
+                        host.MARGIN,
+                        "White border around a masked subject, as a fraction of its longer side.",
+                        round=None,
                     )
                 ),
             ],
@@ -185,16 +164,11 @@ class LikenessApplyAdapter(Node):
                 io.Model.Input("model", tooltip="The same model that encoded the subject. It is not changed."),
                 Adapter.Input("adapter", tooltip="From Load Subject Adapter. The published adapter is for SD2.1-base."),
                 Subject.Input("subject", tooltip="From Encode Subject."),
-                io.Float.Input(
-                    "split_ratio",
-                    default=SPLIT_RATIO,
-                    min=0.01,
-                    max=1.0,
-                    step=0.05,
-                    round=0.001,
-                    tooltip="Fraction of the steps, counted from the end, in which the adapter is active. EZIGen uses "
-                    "0.4; higher gives more likeness and less freedom, 1 starts at the first step. With denoise below "
-                    "1 or a partial run, it is a fraction of the remaining steps.",
+                inputs.split_ratio(
+                    1.0,
+                    "Fraction of the steps, counted from the end, in which the adapter is active. EZIGen uses 0.4; "
+                    "higher gives more likeness and less freedom, 1 starts at the first step. With denoise below 1 or "
+                    "a partial run, it is a fraction of the remaining steps.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -205,13 +179,12 @@ class LikenessApplyAdapter(Node):
                     round=0.001,
                     tooltip="Scale of the adapter's output. 1 is EZIGen's value, 0 is the model alone.",
                 ),
-                *advanced(
-                    io.Combo.Input(
+                *inputs.advanced(
+                    inputs.choice(
                         "apply_to",
-                        options=list(host.APPLY_TO),
-                        default=host.APPLY_TO[0],
-                        tooltip="both: the negative prompt sees the subject too, as in EZIGen. positive only: "
-                        "guidance also pulls towards the subject, which is stronger.",
+                        host.APPLY_TO,
+                        "both: the negative prompt sees the subject too, as in EZIGen. positive only: guidance also "
+                        "pulls towards the subject, which is stronger.",
                     )
                 ),
             ],
@@ -221,6 +194,3 @@ class LikenessApplyAdapter(Node):
     @classmethod
     def execute(cls, model, adapter, subject, split_ratio, strength, apply_to=host.APPLY_TO[0]) -> io.NodeOutput:
         return io.NodeOutput(host.with_adapter(model, adapter, subject, split_ratio, strength, apply_to))
-
-
-NODES = [LikenessLoadAdapter, LikenessExtractAdapter, LikenessEncodeSubject, LikenessApplyAdapter]

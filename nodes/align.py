@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align_reference, choose_reference
 from ..core.session.outputs import nothing
+from . import inputs
 from .node import Node
-from .types import advanced, schema
+from .types import schema
 
 
 class LikenessChooseReference(Node):
@@ -71,12 +72,11 @@ class LikenessAlign(Node):
                 io.Mask.Input(
                     "target_mask", tooltip="White on the subject of the generated image; the result has its size."
                 ),
-                *advanced(
-                    io.Combo.Input(
+                *inputs.advanced(
+                    inputs.choice(
                         "form",
-                        options=list(FORMS),
-                        default=SYMMETRIC,
-                        tooltip="symmetric: each mask has to cover the other. as printed: the paper's sum over the "
+                        FORMS,
+                        "symmetric: each mask has to cover the other. as printed: the paper's sum over the "
                         "reference's points only, which shrinks the reference to somewhere inside the target.",
                     ),
                     io.Float.Input(
@@ -107,6 +107,3 @@ class LikenessAlign(Node):
     def execute(cls, image, mask, target_mask, form=SYMMETRIC, max_degrees=MAX_DEGREES) -> io.NodeOutput:
         result = align_reference(image, mask, target_mask, form, max_degrees)
         return io.NodeOutput(result.image, result.mask, result.iou, result.overlay, result.matrix)
-
-
-NODES = [LikenessChooseReference, LikenessAlign]

@@ -17,8 +17,9 @@ from ..core.prompt.conditioning import apply_embedding
 from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
+from . import inputs
 from .node import Node
-from .types import Embedding, LossMap, advanced, schema, seed_input
+from .types import Embedding, LossMap, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
 ANCHORS = ("in the loss", "decoupled")
@@ -26,30 +27,25 @@ ANCHORS = ("in the loss", "decoupled")
 
 def anchor_inputs(weight: float) -> list[io.Input]:
     """HiFi Tuner's regularizer, with this default weight."""
-    return [
-        *advanced(
-            io.Float.Input(
-                "anchor_weight",
-                default=weight,
-                min=0.0,
-                max=1.0,
-                step=0.001,
-                round=1e-6,
-                optional=True,
-                tooltip="Weight of the regularizer that keeps the learned token embeddings close to those of the "
-                "empty prompt connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still "
-                "followed. 0 turns it off, as in HiPer.",
-            ),
-            io.Combo.Input(
-                "anchor",
-                options=list(ANCHORS),
-                default=ANCHORS[0],
-                optional=True,
-                tooltip="How the regularizer is applied: as a term of the loss, as in the paper, or decoupled from "
-                "the gradient, so that Adam does not rescale it. The decoupled form needs a larger weight (0.1 to 1).",
-            ),
+    return inputs.advanced(
+        inputs.fraction(
+            "anchor_weight",
+            weight,
+            "Weight of the regularizer that keeps the learned token embeddings close to those of the empty prompt "
+            "connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still followed. 0 turns it "
+            "off, as in HiPer.",
+            step=0.001,
+            round=1e-6,
+            optional=True,
         ),
-    ]
+        inputs.choice(
+            "anchor",
+            ANCHORS,
+            "How the regularizer is applied: as a term of the loss, as in the paper, or decoupled from the gradient, "
+            "so that Adam does not rescale it. The decoupled form needs a larger weight (0.1 to 1).",
+            optional=True,
+        ),
+    )
 
 
 def image_inputs(vae: str) -> list[io.Input]:
@@ -102,14 +98,9 @@ class LikenessTrainEmbedding(Node):
                     "resume the run. A lower value returns that step if it was saved, else the longer run with a "
                     "warning.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=hiper.LEARNING_RATE,
-                    min=1e-9,
-                    max=1.0,
-                    step=1e-4,
-                    round=1e-6,
-                    tooltip="Adam's learning rate. 0.005 for SD1.x, 0.002 for SDXL; try 0.001 to 0.01.",
+                inputs.rate(
+                    hiper.LEARNING_RATE,
+                    "Adam's learning rate. 0.005 for SD1.x, 0.002 for SDXL; try 0.001 to 0.01.",
                 ),
                 io.Int.Input(
                     "tokens",
@@ -126,33 +117,28 @@ class LikenessTrainEmbedding(Node):
                     max=100_000,
                     tooltip="Interval in steps at which the embedding is saved, to choose the best one later.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "init",
-                    options=[SOURCE, EMPTY],
-                    default=SOURCE,
-                    tooltip="Initial values of the embedding: the source prompt's own unused tokens (HiPer), or those "
-                    "of the empty prompt connected to 'negative' (HiFi Tuner).",
+                    [SOURCE, EMPTY],
+                    "Initial values of the embedding: the source prompt's own unused tokens (HiPer), or those of the "
+                    "empty prompt connected to 'negative' (HiFi Tuner).",
                 ),
-                seed_input(
+                inputs.seed(
                     "Seed of the timesteps, the noise and the previews. The same seed gives bit-identical results on "
                     "a CPU; on a GPU, up to rounding."
                 ),
-                *advanced(
-                    io.Float.Input(
+                *inputs.advanced(
+                    inputs.fraction(
                         "start_percent",
-                        default=0.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Start of the part of the denoising process to train on. 0 is pure noise.",
+                        0.0,
+                        "Start of the part of the denoising process to train on. 0 is pure noise.",
+                        round=None,
                     ),
-                    io.Float.Input(
+                    inputs.fraction(
                         "end_percent",
-                        default=1.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="End of the part of the denoising process to train on. 1 is the finished image.",
+                        1.0,
+                        "End of the part of the denoising process to train on. 1 is the finished image.",
+                        round=None,
                     ),
                     io.Int.Input(
                         "preview_steps",
@@ -260,22 +246,12 @@ class LikenessApplyEmbedding(Node):
                     "conditioning", tooltip="The prompt of the new image, encoded with the same text encoder."
                 ),
                 Embedding.Input("embedding", tooltip="A trained or loaded subject embedding."),
-                io.Float.Input(
-                    "scale",
-                    default=hiper.SCALE,
-                    min=0.0,
-                    max=4.0,
-                    step=0.01,
-                    tooltip="Strength of the embedding. 1 is as trained, 0.8 (HiPer's value) leaves more room for the "
-                    "edit, 0 turns it off.",
+                inputs.scale(
+                    hiper.SCALE,
+                    "Strength of the embedding. 1 is as trained, 0.8 (HiPer's value) leaves more room for the edit, 0 "
+                    "turns it off.",
                 ),
-                io.Int.Input(
-                    "step",
-                    default=0,
-                    min=0,
-                    max=100_000,
-                    tooltip="Saved step to use. 0 selects the recommended one (the last one up to 1000).",
-                ),
+                inputs.saved_step("Saved step to use. 0 selects the recommended one (the last one up to 1000)."),
                 io.Model.Input(
                     "model",
                     optional=True,
@@ -290,6 +266,3 @@ class LikenessApplyEmbedding(Node):
         if model is not None:
             check_base(embedding.header.get("base", {}), model)
         return io.NodeOutput(apply_embedding(conditioning, embedding.at(step), scale, embedding.windows))
-
-
-NODES = [LikenessTrainEmbedding, LikenessApplyEmbedding]

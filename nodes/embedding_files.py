@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core.embedding.artifact import load_embedding, save_embedding
 from ..core.session import folders
-from ..core.session.outputs import prefix_answer, save_numbered
-from .node import Node
+from . import inputs
+from .node import Node, SavingNode
 from .types import Embedding, schema
 
 
-class LikenessSaveEmbedding(Node):
+class LikenessSaveEmbedding(SavingNode):
     """LIKENESS_EMBEDDING -> a safetensors file in models/likeness_embeddings."""
 
     @classmethod
@@ -26,11 +24,7 @@ class LikenessSaveEmbedding(Node):
             search_aliases=["hiper", "hifi tuner", "textual inversion", "save embedding"],
             inputs=[
                 Embedding.Input("embedding", tooltip="A trained subject embedding."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="likeness/subject",
-                    tooltip="File name, optionally with subfolders. A number is appended, so nothing is overwritten.",
-                ),
+                inputs.prefix("likeness/subject"),
             ],
             outputs=[
                 Embedding.Output(display_name="embedding", tooltip="The embedding, passed through."),
@@ -42,15 +36,8 @@ class LikenessSaveEmbedding(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
-        return prefix_answer(filename_prefix)
-
-    @classmethod
     def execute(cls, embedding, filename_prefix) -> io.NodeOutput:
-        save = functools.partial(save_embedding, embedding=embedding, replace=False)
-        path = save_numbered(folders.first_folder(folders.EMBEDDINGS), filename_prefix, save)
-        name = folders.listed_name(folders.EMBEDDINGS, path)
-        return io.NodeOutput(embedding, name, ui=ui.PreviewText(f"{name}\n{embedding.describe()}"))
+        return cls.saved(folders.EMBEDDINGS, embedding, filename_prefix, save_embedding, embedding.describe())
 
 
 class LikenessLoadEmbedding(Node):
@@ -88,6 +75,3 @@ class LikenessLoadEmbedding(Node):
     def execute(cls, name) -> io.NodeOutput:
         embedding = load_embedding(folders.resolve(folders.EMBEDDINGS, name))
         return io.NodeOutput(embedding, embedding.describe())
-
-
-NODES = [LikenessSaveEmbedding, LikenessLoadEmbedding]

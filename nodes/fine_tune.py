@@ -9,8 +9,9 @@ from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, PriorImages, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
+from . import inputs
 from .node import Node
-from .types import LoraModel, LossMap, advanced, schema, seed_input
+from .types import LoraModel, LossMap, schema
 
 
 class LikenessFineTune(Node):
@@ -41,13 +42,12 @@ class LikenessFineTune(Node):
                     "and must be used verbatim with the fine-tuned model. If 'positive' is connected, enter the text "
                     "it was encoded from.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "method",
-                    options=[LORA, FULL],
-                    default=LORA,
-                    tooltip="LoRA trains low-rank factors of the attention layers. 'full weights' is the paper's "
-                    "method: learning rate 0.000001, 10000 steps with patches, 800 without; it needs 16 bytes of VRAM "
-                    "per weight.",
+                    [LORA, FULL],
+                    "LoRA trains low-rank factors of the attention layers. 'full weights' is the paper's method: "
+                    "learning rate 0.000001, 10000 steps with patches, 800 without; it needs 16 bytes of VRAM per "
+                    "weight.",
                 ),
                 io.Boolean.Input(
                     "patches",
@@ -90,7 +90,7 @@ class LikenessFineTune(Node):
                     step=8,
                     tooltip="Side of the training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
                 ),
-                seed_input(
+                inputs.seed(
                     "Seed of the patches, timesteps, noise and LoRA initialization. The same seed gives bit-identical "
                     "results on a CPU; on a GPU, up to rounding."
                 ),
@@ -110,9 +110,7 @@ class LikenessFineTune(Node):
                     "mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."
                 ),
                 io.Image.Input(
-                    "prior_image",
-                    optional=True,
-                    tooltip="Images of the subject's class, for prior_weight.",
+                    "prior_image", optional=True, tooltip="Images of the subject's class, for prior_weight."
                 ),
                 io.Conditioning.Input(
                     "prior_positive",
@@ -146,16 +144,12 @@ class LikenessFineTune(Node):
         method,
         patches,
         steps,
-        learning_rate,
         rank,
         resolution,
-        seed,
         whole_image,
-        recon_weight,
         cells,
         interpolation,
         crops,
-        prior_weight,
         prior_prompt,
         checkpointing,
         clip=None,
@@ -163,6 +157,7 @@ class LikenessFineTune(Node):
         mask=None,
         prior_image=None,
         prior_positive=None,
+        **settings,
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
         crop = CropSettings(resolution, grid, crops, whole_image) if patches else CropSettings(resolution)
@@ -171,7 +166,7 @@ class LikenessFineTune(Node):
             vae,
             FineTuneData(image, prompt, mask, clip, positive),
             FineTunePlan(crop, method, steps, rank, interpolation, checkpointing),
-            sine.FineTuneSettings(learning_rate, seed, recon_weight, prior_weight),
+            sine.FineTuneSettings(**settings),
             None if prior_image is None else PriorImages(prior_image, prior_prompt, prior_positive),
             node_id=cls.hidden.unique_id,
         )
@@ -179,16 +174,14 @@ class LikenessFineTune(Node):
 
 
 def _advanced() -> list[io.Input]:
-    """The advanced inputs."""
-    inputs = [
-        io.Float.Input(
+    return inputs.advanced(
+        inputs.fraction(
             "whole_image",
-            default=0.0,
-            min=0.0,
-            max=1.0,
+            0.0,
+            "Probability of training on the whole image instead of a patch: 0 in the reference code, 0.1 in its "
+            "diffusers script.",
             step=0.05,
-            tooltip="Probability of training on the whole image instead of a patch: 0 in the reference code, 0.1 in "
-            "its diffusers script.",
+            round=None,
         ),
         io.Float.Input(
             "recon_weight",
@@ -206,12 +199,11 @@ def _advanced() -> list[io.Input]:
             max=MAX_CELLS,
             tooltip="Cells per side of the position map's grid. 0 is twice the training square (128 for 512 pixels).",
         ),
-        io.Combo.Input(
+        inputs.choice(
             "interpolation",
-            options=list(INTERPOLATIONS),
-            default=INTERPOLATIONS[0],
-            tooltip="Interpolation of the position map. The reference code uses bilinear for photographs and nearest "
-            "for paintings.",
+            INTERPOLATIONS,
+            "Interpolation of the position map. The reference code uses bilinear for photographs and nearest for "
+            "paintings.",
         ),
         io.Int.Input(
             "crops",
@@ -234,14 +226,5 @@ def _advanced() -> list[io.Input]:
             default="",
             tooltip="The class prompt, such as 'photo of a dog', if 'clip' is connected.",
         ),
-        io.Boolean.Input(
-            "checkpointing",
-            default=False,
-            tooltip="Gradient checkpointing: recomputes activations instead of storing them. Less VRAM, more time, "
-            "the same result.",
-        ),
-    ]
-    return advanced(*inputs)
-
-
-NODES = [LikenessFineTune]
+        inputs.checkpointing(),
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guider, subject_model, with_guidance
+from . import inputs
 from .node import Node
-from .types import Subjects, advanced, fraction, schema
+from .types import Subjects, schema
 
 
 def _tuned() -> list[io.Input]:
@@ -24,7 +27,7 @@ def _tuned() -> list[io.Input]:
 
 
 def _base_weight() -> io.Input:
-    return fraction(
+    return inputs.fraction(
         "base_weight",
         BASE_WEIGHT,
         "v: the base model's weight in the guided prediction; the fine-tuned model gets 1 - v. Higher follows the "
@@ -34,14 +37,14 @@ def _base_weight() -> io.Input:
 
 def _window() -> list[io.Input]:
     return [
-        fraction(
+        inputs.fraction(
             "end_percent",
             END_PERCENT,
             "Point in the sampling at which the fine-tuned model stops guiding: 0.6 is K = 400. Later keeps more of "
             "the image's details.",
         ),
-        *advanced(
-            fraction(
+        *inputs.advanced(
+            inputs.fraction(
                 "start_percent",
                 0.0,
                 "Point in the sampling at which the fine-tuned model starts guiding: 0 is pure noise, as in the paper.",
@@ -60,7 +63,7 @@ def _window() -> list[io.Input]:
 
 def _more() -> list[io.Input]:
     return [
-        *advanced(
+        *inputs.advanced(
             io.Boolean.Input(
                 "allow_over_one",
                 default=False,
@@ -72,6 +75,11 @@ def _more() -> list[io.Input]:
             "subjects", optional=True, tooltip="More fine-tuned models from Subject Model, such as a style."
         ),
     ]
+
+
+def _guided(model, tuned, tuned_positive, base_weight, allow_over_one=False, subjects=None, **window) -> Any:
+    first = subject_model(tuned, tuned_positive, 1 - base_weight, **window)
+    return with_guidance(model, [first, *(subjects or [])], allow_over_one)
 
 
 class LikenessSubjectModel(Node):
@@ -89,7 +97,7 @@ class LikenessSubjectModel(Node):
             inputs=[
                 io.Model.Input("model", tooltip="The fine-tuned model."),
                 io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
-                fraction(
+                inputs.fraction(
                     "weight",
                     1 - BASE_WEIGHT,
                     "Weight of this model in the guided prediction (beta). SINE's style transfer: content 0.4, style "
@@ -102,11 +110,8 @@ class LikenessSubjectModel(Node):
         )
 
     @classmethod
-    def execute(
-        cls, model, positive, weight, end_percent, start_percent=0.0, k_timestep=-1, subjects=None
-    ) -> io.NodeOutput:
-        this = subject_model(model, positive, weight, start_percent, end_percent, k_timestep)
-        return io.NodeOutput([*(subjects or []), this])
+    def execute(cls, model, positive, weight, subjects=None, **window) -> io.NodeOutput:
+        return io.NodeOutput([*(subjects or []), subject_model(model, positive, weight, **window)])
 
 
 class LikenessGuidance(Node):
@@ -135,20 +140,8 @@ class LikenessGuidance(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        tuned,
-        tuned_positive,
-        base_weight,
-        end_percent,
-        start_percent=0.0,
-        k_timestep=-1,
-        allow_over_one=False,
-        subjects=None,
-    ) -> io.NodeOutput:
-        first = subject_model(tuned, tuned_positive, 1 - base_weight, start_percent, end_percent, k_timestep)
-        return io.NodeOutput(with_guidance(model, [first, *(subjects or [])], allow_over_one))
+    def execute(cls, **guidance) -> io.NodeOutput:
+        return io.NodeOutput(_guided(**guidance))
 
 
 class LikenessGuider(Node):
@@ -168,14 +161,8 @@ class LikenessGuider(Node):
                 io.Conditioning.Input("positive", tooltip="The edit prompt, from the base model's CLIP."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty, from the same CLIP."),
                 *_tuned(),
-                io.Float.Input(
-                    "cfg",
-                    default=CFG,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.",
+                inputs.cfg(
+                    CFG, "Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.", 0.0
                 ),
                 _base_weight(),
                 *_window(),
@@ -185,24 +172,5 @@ class LikenessGuider(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        tuned,
-        tuned_positive,
-        cfg,
-        base_weight,
-        end_percent,
-        start_percent=0.0,
-        k_timestep=-1,
-        allow_over_one=False,
-        subjects=None,
-    ) -> io.NodeOutput:
-        first = subject_model(tuned, tuned_positive, 1 - base_weight, start_percent, end_percent, k_timestep)
-        patched = with_guidance(model, [first, *(subjects or [])], allow_over_one)
-        return io.NodeOutput(guider(patched, positive, negative, cfg))
-
-
-NODES = [LikenessSubjectModel, LikenessGuidance, LikenessGuider]
+    def execute(cls, positive, negative, cfg, **guidance) -> io.NodeOutput:
+        return io.NodeOutput(guider(_guided(**guidance), positive, negative, cfg))

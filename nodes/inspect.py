@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ..core.attention.host.map_sheet import map_sheet
 from ..core.attention.host.maps import attention_maps
+from . import inputs
 from .node import Node
-from .types import schema, seed_input
+from .types import schema
 
 
 class LikenessInspect(Node):
@@ -43,7 +44,7 @@ class LikenessInspect(Node):
                 io.Int.Input(
                     "columns", default=8, min=1, max=50, tooltip="Number of noise levels to show, evenly spaced."
                 ),
-                seed_input("Seed of the noise, which is the same at every level."),
+                inputs.seed("Seed of the noise, which is the same at every level."),
             ],
             outputs=[
                 io.Image.Output(
@@ -63,6 +64,3 @@ class LikenessInspect(Node):
     def execute(cls, model, conditioning, latent, tokens, columns, seed) -> io.NodeOutput:
         maps = attention_maps(model, conditioning, latent, tokens, columns, seed, cls.hidden.unique_id)
         return io.NodeOutput(map_sheet(maps), maps.mask())
-
-
-NODES = [LikenessInspect]

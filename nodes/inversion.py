@@ -10,8 +10,9 @@ from ..core.inversion.host.ddim import invert_image, start_latent
 from ..core.inversion.host.null_text import prepare_reconstruction
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
+from . import inputs
 from .node import Node
-from .types import LossMap, Trajectory, advanced, cfg_input, encoded_or_image, schema
+from .types import LossMap, Trajectory, schema
 
 
 class LikenessInvert(Node):
@@ -33,14 +34,13 @@ class LikenessInvert(Node):
                     "sigmas",
                     tooltip="Noise levels of the sampling, from BasicScheduler. ddim_uniform with 50 steps is usual.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "label",
-                    options=list(LABELS),
-                    default=LABELS[0],
-                    tooltip="Noise level at which the model is evaluated in each step. published: as in null-text "
-                    "inversion; current: as with flipped sigmas; fixed point: most exact, several calls per step.",
+                    LABELS,
+                    "Noise level at which the model is evaluated in each step. published: as in null-text inversion; "
+                    "current: as with flipped sigmas; fixed point: most exact, several calls per step.",
                 ),
-                *advanced(
+                *inputs.advanced(
                     io.Int.Input(
                         "iterations",
                         default=ITERATIONS,
@@ -49,7 +49,7 @@ class LikenessInvert(Node):
                         tooltip="Additional model calls per step. Only for 'fixed point'.",
                     )
                 ),
-                *encoded_or_image(),
+                *inputs.encoded_or_image(),
             ],
             outputs=[
                 Trajectory.Output(display_name="trajectory", tooltip="All latents of the inversion, for Null-Text."),
@@ -87,51 +87,38 @@ class LikenessNullText(Node):
                 io.Conditioning.Input("positive", tooltip="The same prompt that the image was inverted with."),
                 io.Conditioning.Input("negative", tooltip="The empty prompt."),
                 Trajectory.Input("trajectory", tooltip="From Invert Image."),
-                io.Combo.Input(
+                inputs.choice(
                     "method",
-                    options=list(published.METHODS),
-                    default=published.METHODS[0],
-                    tooltip="null-text: optimizes a negative for each step. negative prompt: the prompt is its own "
-                    "negative; immediate, slightly less exact. direct: the output model puts the first latent of a "
-                    "batch back on the inversion's trajectory after each step; immediate and exact, for euler.",
+                    published.METHODS,
+                    "null-text: optimizes a negative for each step. negative prompt: the prompt is its own negative; "
+                    "immediate, slightly less exact. direct: the output model puts the first latent of a batch back "
+                    "on the inversion's trajectory after each step; immediate and exact, for euler.",
                 ),
-                cfg_input(
+                inputs.cfg(
                     published.CFG,
                     "Guidance scale that the image will be sampled with; use the same value there. Only for null-text.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "start",
-                    options=list(published.STARTS),
-                    default=published.STARTS[0],
-                    tooltip="Starting point of null-text. prompt: the prompt itself, where little is left to correct. "
-                    "empty prompt: as in the paper; five times as many updates, with negatives closer to an empty "
-                    "prompt.",
+                    published.STARTS,
+                    "Starting point of null-text. prompt: the prompt itself, where little is left to correct. empty "
+                    "prompt: as in the paper; five times as many updates, with negatives closer to an empty prompt.",
                 ),
-                io.Int.Input(
-                    "inner_steps",
-                    default=published.INNER_STEPS,
-                    min=1,
-                    max=1000,
-                    tooltip="Maximum number of updates per sampling step. Only for null-text.",
+                inputs.inner_steps(
+                    published.INNER_STEPS, "Maximum number of updates per sampling step. Only for null-text."
                 ),
-                *advanced(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=published.LEARNING_RATE,
-                        min=1e-9,
-                        max=1.0,
+                *inputs.advanced(
+                    inputs.rate(
+                        published.LEARNING_RATE,
+                        "Adam's learning rate at the first step. It falls by 1 % with every step.",
                         step=1e-3,
-                        round=1e-6,
-                        tooltip="Adam's learning rate at the first step. It falls by 1 % with every step.",
                     ),
-                    io.Float.Input(
+                    inputs.fraction(
                         "epsilon",
-                        default=published.EPSILON,
-                        min=0.0,
-                        max=1.0,
+                        published.EPSILON,
+                        "A step ends early once its loss is below this value. The limit rises for later steps.",
                         step=1e-5,
                         round=1e-7,
-                        tooltip="A step ends early once its loss is below this value. The limit rises for later steps.",
                     ),
                     io.Int.Input(
                         "patience",
@@ -159,25 +146,8 @@ class LikenessNullText(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        trajectory,
-        method,
-        cfg,
-        start,
-        inner_steps,
-        learning_rate=published.LEARNING_RATE,
-        epsilon=published.EPSILON,
-        patience=0,
-    ) -> io.NodeOutput:
-        settings = published.NullTextSettings(cfg, inner_steps, learning_rate, epsilon, patience)
-        node = cls.hidden.unique_id
-        found = prepare_reconstruction(model, positive, negative, trajectory, method, settings, start, node)
+    def execute(cls, model, positive, negative, trajectory, method, start, **settings) -> io.NodeOutput:
+        how, node = published.NullTextSettings(**settings), cls.hidden.unique_id
+        found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start, node)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput(found.negative, loss, found.report, found.model)
-
-
-NODES = [LikenessInvert, LikenessNullText]

@@ -15,8 +15,9 @@ from ..core.vision.host.subject_masks import (
     detectors,
     subject_masks,
 )
+from . import inputs
 from .node import Node
-from .types import advanced, schema
+from .types import schema
 
 
 class LikenessSubjectMask(Node):
@@ -46,18 +47,9 @@ class LikenessSubjectMask(Node):
         return f"{folders.state(folders.VISION, detector)} {folders.state(folders.SAMS, sam)}"
 
     @classmethod
-    def execute(
-        cls,
-        image,
-        subject,
-        detector,
-        sam,
-        box_threshold=BOX_THRESHOLD,
-        text_threshold=TEXT_THRESHOLD,
-        choose=boxes.BEST,
-    ) -> io.NodeOutput:
+    def execute(cls, image, detector, sam, **request) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
-        found = subject_masks(image, MaskRequest(subject, box_threshold, text_threshold, choose), finder, cutter)
+        found = subject_masks(image, MaskRequest(**request), finder, cutter)
         return io.NodeOutput(found.mask, found.image, found.info)
 
 
@@ -127,34 +119,24 @@ def _mask_inputs() -> list[io.Input]:
             tooltip="A segment-anything file in models/sams, such as sam_vit_b_01ec64.pth. Needs a package: pip "
             "install segment-anything.",
         ),
-        io.Float.Input(
+        inputs.fraction(
             "box_threshold",
-            default=BOX_THRESHOLD,
-            min=0.0,
-            max=1.0,
-            step=0.01,
+            BOX_THRESHOLD,
+            "Minimum score for the subject to count as found. Lower it if the subject is missed (about 0.1 for OWL "
+            "models), raise it if other things are mistaken for it.",
             round=0.001,
-            tooltip="Minimum score for the subject to count as found. Lower it if the subject is missed (about 0.1 "
-            "for OWL models), raise it if other things are mistaken for it.",
         ),
-        *advanced(
-            io.Float.Input(
+        *inputs.advanced(
+            inputs.fraction(
                 "text_threshold",
-                default=TEXT_THRESHOLD,
-                min=0.0,
-                max=1.0,
-                step=0.01,
+                TEXT_THRESHOLD,
+                "Minimum score for a word of the subject to be shown beside a box. The mask is the same.",
                 round=0.001,
-                tooltip="Minimum score for a word of the subject to be shown beside a box. The mask is the same.",
             ),
-            io.Combo.Input(
+            inputs.choice(
                 "choose",
-                options=list(boxes.CHOICES),
-                default=boxes.BEST,
-                tooltip="If several are found: the one with the best score, the largest one, or all of them.",
+                boxes.CHOICES,
+                "If several are found: the one with the best score, the largest one, or all of them.",
             ),
         ),
     ]
-
-
-NODES = [LikenessSubjectMask, LikenessCaption]

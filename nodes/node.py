@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..core.session import folders
 from ..core.session.inputs import check_input, check_pooled, check_width
+from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only
 
 CHECKED = "_likeness_checked"
@@ -25,16 +27,33 @@ class Node(io.ComfyNode):
             cls.execute = classmethod(_checked(method.__func__))
 
 
+class SavingNode(Node):
+    """A node that writes its first input to a new numbered file in models/."""
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return prefix_answer(filename_prefix)
+
+    @classmethod
+    def saved(
+        cls, kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str
+    ) -> io.NodeOutput:
+        """save(path, artifact, replace=False) writes it; what: the description to show under the file's name."""
+        path = save_numbered(folders.first_folder(kind), prefix, lambda path: save(path, artifact, replace=False))
+        name = folders.listed_name(kind, path)
+        return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
+
+
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    signature, schemas = inspect.signature(execute), list[io.Schema]()
+    names, schemas = list(inspect.signature(execute).parameters)[1:], list[io.Schema]()
 
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
         with ascii_only():
             if not schemas:
                 schemas.append(cls.define_schema())  # once: it looks for files
-            given = signature.bind(cls, *arguments, **named).arguments
-            return execute(given.pop("cls"), **checked(schemas[0], given))
+            given = {**dict(zip(names, arguments, strict=False)), **named}
+            return execute(cls, **checked(schemas[0], given))
 
     setattr(run, CHECKED, True)
     return run

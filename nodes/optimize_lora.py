@@ -12,8 +12,9 @@ from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
+from . import inputs
 from .node import Node
-from .types import LoraModel, LossMap, Similarity, advanced, cfg_input, schema, seed_input
+from .types import LoraModel, LossMap, Similarity, schema
 
 
 class LikenessOptimizeLora(Node):
@@ -52,16 +53,10 @@ class LikenessOptimizeLora(Node):
         latent,
         sigmas,
         iterations,
-        learning_rate,
         cfg,
         grad_steps,
         seed,
         rank=siso.RANK,
-        weight_decay=1e-2,
-        text_rate=2e-4,
-        text_decay=1e-2,
-        threshold=siso.THRESHOLD,
-        patience=siso.PATIENCE,
         keep="best",
         checkpointing=False,
         background_weight=siso.BACKGROUND,
@@ -70,14 +65,14 @@ class LikenessOptimizeLora(Node):
         prompt="",
         image=None,
         mask=None,
-        optimizer="AdamW",
+        **settings,
     ) -> io.NodeOutput:
         job = host.SisoJob(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
             host.SisoPlan(iterations, rank, keep, checkpointing),
-            siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience, optimizer),
+            siso.SisoSettings(**settings),
             background(image, mask, background_weight),
         )
         found = host.optimize_lora(job, cls.hidden.unique_id)
@@ -119,7 +114,9 @@ def _inputs() -> list[io.Input]:
             tooltip="AdamW's learning rate. SISO uses 0.0002 for SDXL-turbo and FLUX.1-schnell, 0.0008 for Sana. Set "
             "it to 1 for Prodigy.",
         ),
-        cfg_input(1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."),
+        inputs.cfg(
+            1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."
+        ),
         io.Int.Input(
             "grad_steps",
             default=1,
@@ -127,15 +124,15 @@ def _inputs() -> list[io.Input]:
             max=1000,
             tooltip="Number of last sampling steps with gradients, usually 1 to 3. More need more memory.",
         ),
-        seed_input("Seed of the noise, which is the same in every iteration, and of the LoRA initialization."),
+        inputs.seed("Seed of the noise, which is the same in every iteration, and of the LoRA initialization."),
     ]
 
 
 def _advanced_inputs() -> list[io.Input]:
     def number(name: str, default: float, most: float, tooltip: str) -> io.Input:
-        return io.Float.Input(name, default=default, min=0.0, max=most, step=default / 10, round=1e-8, tooltip=tooltip)
+        return inputs.fraction(name, default, tooltip, max=most, step=default / 10, round=1e-8)
 
-    return advanced(
+    return inputs.advanced(
         io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA."),
         number("weight_decay", 1e-2, 1.0, "Weight decay of the optimizer. 0.0001 for FLUX and Sana."),
         number(
@@ -154,12 +151,11 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="Stops after this many iterations without an improvement; 0 never stops early. A higher value "
             "resumes a stopped run.",
         ),
-        io.Combo.Input(
+        inputs.choice(
             "keep",
-            options=list(get_args(siso.Keep)),
-            default="best",
-            tooltip="Returns the LoRA of the best image, or that of the last iteration, as the reference code does. "
-            "Both are stored.",
+            get_args(siso.Keep),
+            "Returns the LoRA of the best image, or that of the last iteration, as the reference code does. Both are "
+            "stored.",
         ),
         io.Boolean.Input(
             "checkpointing",
@@ -189,17 +185,13 @@ def _optional_inputs() -> list[io.Input]:
         ),
         io.Image.Input("image", optional=True, tooltip="For editing: the image whose background is kept."),
         io.Mask.Input("mask", optional=True, tooltip="White where the image may change. It must not be empty."),
-        *advanced(
-            io.Combo.Input(
+        *inputs.advanced(
+            inputs.choice(
                 "optimizer",
-                options=list(get_args(siso.OptimizerName)),
-                default="AdamW",
+                get_args(siso.OptimizerName),
+                "SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the prodigyopt "
+                "package.",
                 optional=True,
-                tooltip="SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the "
-                "prodigyopt package.",
             )
         ),
     ]
-
-
-NODES = [LikenessOptimizeLora]

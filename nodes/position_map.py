@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
+from . import inputs
 from .node import Node
-from .types import advanced, fraction, schema
+from .types import schema
 
 
 class LikenessPositionMap(Node):
@@ -33,14 +34,13 @@ class LikenessPositionMap(Node):
                     tooltip="Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
                     "training at 512 pixels.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "interpolation",
-                    options=list(INTERPOLATIONS),
-                    default=INTERPOLATIONS[0],
-                    tooltip="Interpolation of the map, as in training. SINE uses bilinear for photographs and nearest "
-                    "for paintings.",
+                    INTERPOLATIONS,
+                    "Interpolation of the map, as in training. SINE uses bilinear for photographs and nearest for "
+                    "paintings.",
                 ),
-                *advanced(*(fraction(name, default, TILE + what) for name, default, what in WINDOW)),
+                *inputs.advanced(*(inputs.fraction(name, default, TILE + what) for name, default, what in WINDOW)),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its position map.")],
         )
@@ -58,6 +58,3 @@ WINDOW = (
     ("width", 1.0, "the width of the tile, where 1 is the whole image."),
     ("height", 1.0, "the height of the tile, where 1 is the whole image."),
 )
-
-
-NODES = [LikenessPositionMap]

@@ -7,8 +7,9 @@ from comfy_api.latest import io
 from ..core.reference import guidance as published
 from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
 from ..core.session.outputs import loss_map, nothing
+from . import inputs
 from .node import Node
-from .types import LossMap, Trajectory, advanced, cfg_input, fraction, schema
+from .types import LossMap, Trajectory, schema
 
 
 class LikenessReferenceGuide(Node):
@@ -40,35 +41,27 @@ class LikenessReferenceGuide(Node):
                     "noise levels are used for the sampling.",
                 ),
                 io.Mask.Input("mask", tooltip="White on the subject of the aligned reference."),
-                cfg_input(published.CFG, "Guidance scale of the sampling."),
-                io.Int.Input(
-                    "inner_steps",
-                    default=published.INNER_STEPS,
-                    min=0,
-                    max=1000,
-                    tooltip="Updates per step (J). More come closer to the reference; 0 only transplants its layout.",
+                inputs.cfg(published.CFG, "Guidance scale of the sampling."),
+                inputs.inner_steps(
+                    published.INNER_STEPS,
+                    "Updates per step (J). More come closer to the reference; 0 only transplants its layout.",
+                    least=0,
                 ),
-                fraction(
+                inputs.fraction(
                     "start_percent",
                     published.START_PERCENT,
                     "Point in the sampling at which the reference starts to guide and its latent is transplanted. "
                     "0.21 is t_s = 40 of 50 steps; earlier keeps more of the reference.",
                 ),
-                fraction(
+                inputs.fraction(
                     "end_percent",
                     published.END_PERCENT,
                     "Point in the sampling at which the reference stops guiding. 0.82 is t_e = 10 of 50 steps; later "
                     "keeps more of its details.",
                 ),
-                *advanced(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=published.LEARNING_RATE,
-                        min=1e-9,
-                        max=1.0,
-                        step=1e-3,
-                        round=1e-6,
-                        tooltip="Adam's learning rate for the negative token embeddings.",
+                *inputs.advanced(
+                    inputs.rate(
+                        published.LEARNING_RATE, "Adam's learning rate for the negative token embeddings.", step=1e-3
                     )
                 ),
             ],
@@ -89,25 +82,10 @@ class LikenessReferenceGuide(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        noise,
-        trajectory,
-        mask,
-        cfg,
-        inner_steps,
-        start_percent,
-        end_percent,
-        learning_rate=published.LEARNING_RATE,
+        cls, model, positive, negative, noise, trajectory, mask, start_percent, end_percent, **settings
     ) -> io.NodeOutput:
-        settings = published.ReferenceSettings(cfg, inner_steps, learning_rate)
-        node = cls.hidden.unique_id
+        how, node = published.ReferenceSettings(**settings), cls.hidden.unique_id
         reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
-        found = sample_with_reference(model, positive, negative, noise, reference, settings, node)
+        found = sample_with_reference(model, positive, negative, noise, reference, how, node)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
-
-
-NODES = [LikenessReferenceGuide]

@@ -8,9 +8,10 @@ from ..core.embedding import hifi_tuner
 from ..core.embedding.host.refine import SavedStep, refine_embedding
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
+from . import inputs
 from .embedding import ANCHORS, anchor_inputs, held, image_inputs
 from .node import Node
-from .types import Embedding, LossMap, schema, seed_input
+from .types import Embedding, LossMap, schema
 
 
 class LikenessRefineEmbedding(Node):
@@ -34,30 +35,10 @@ class LikenessRefineEmbedding(Node):
                     tooltip="Noise levels of the sampling, from BasicScheduler. Separate token embeddings are learned "
                     "for each of its steps; other schedules use those of the nearest level.",
                 ),
-                io.Int.Input(
-                    "inner_steps",
-                    default=hifi_tuner.INNER_STEPS,
-                    min=1,
-                    max=1000,
-                    tooltip="Updates per denoising step. The paper uses 10.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=hifi_tuner.LEARNING_RATE,
-                    min=1e-9,
-                    max=1.0,
-                    step=1e-4,
-                    round=1e-6,
-                    tooltip="Adam's learning rate, as in the embedding's training.",
-                ),
-                io.Int.Input(
-                    "step",
-                    default=0,
-                    min=0,
-                    max=100_000,
-                    tooltip="Saved step of the embedding to start from. 0 selects the recommended one.",
-                ),
-                seed_input("Seed of the image and the noise of each update."),
+                inputs.inner_steps(hifi_tuner.INNER_STEPS, "Updates per denoising step. The paper uses 10."),
+                inputs.rate(hifi_tuner.LEARNING_RATE, "Adam's learning rate, as in the embedding's training."),
+                inputs.saved_step("Saved step of the embedding to start from. 0 selects the recommended one."),
+                inputs.seed("Seed of the image and the noise of each update."),
                 *image_inputs("Encodes the image."),
                 io.Conditioning.Input(
                     "negative",
@@ -83,10 +64,7 @@ class LikenessRefineEmbedding(Node):
         positive,
         embedding,
         sigmas,
-        inner_steps,
-        learning_rate,
         step,
-        seed,
         latent=None,
         image=None,
         vae=None,
@@ -94,6 +72,7 @@ class LikenessRefineEmbedding(Node):
         negative=None,
         anchor_weight=0.0,
         anchor=ANCHORS[0],
+        **settings,
     ) -> io.NodeOutput:
         refined, losses = refine_embedding(
             model,
@@ -101,11 +80,8 @@ class LikenessRefineEmbedding(Node):
             ImageSource(latent, image, vae, mask).encoded(model),
             SavedStep(embedding, step),
             sigmas,
-            hifi_tuner.StepWiseSettings(inner_steps, learning_rate, seed),
+            hifi_tuner.StepWiseSettings(**settings),
             held(negative, anchor_weight, anchor),
             cls.hidden.unique_id,
         )
         return io.NodeOutput(refined, loss_map(losses))
-
-
-NODES = [LikenessRefineEmbedding]

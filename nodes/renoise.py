@@ -7,8 +7,9 @@ from comfy_api.latest import io
 from ..core.inversion import renoise as published
 from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
+from . import inputs
 from .node import Node
-from .types import advanced, encoded_or_image, schema, seed_input
+from .types import schema
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
@@ -34,19 +35,18 @@ class LikenessRenoise(Node):
                     tooltip="Noise levels of the sampling. The reference code's are BasicScheduler with simple and 4 "
                     "steps, then low_sigmas of SplitSigmas at 1. Fewer steps keep more of the image.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "sampler",
-                    options=list(SAMPLERS),
-                    default=ANCESTRAL,
-                    tooltip="euler_ancestral: the reference code's for SDXL-turbo. euler: the reference code's for "
-                    "SD-turbo, with correlation_weight 0.",
+                    SAMPLERS,
+                    "euler_ancestral: the reference code's for SDXL-turbo. euler: the reference code's for SD-turbo, "
+                    "with correlation_weight 0.",
                 ),
-                seed_input(
+                inputs.seed(
                     "Seed of the noise that the sampler adds, and of the randomness in the correction.",
                     default=published.SEED,
                 ),
                 *_advanced_inputs(),
-                *encoded_or_image(),
+                *inputs.encoded_or_image(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -64,65 +64,43 @@ class LikenessRenoise(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        sigmas,
-        sampler,
-        seed,
-        iterations=published.ITERATIONS,
-        averaged=published.AVERAGED,
-        kl_weight=published.KL_WEIGHT,
-        correlation_weight=published.CORRELATION_WEIGHT,
-        latent=None,
-        image=None,
-        vae=None,
-    ) -> io.NodeOutput:
-        settings = published.ReNoiseSettings(
-            sampler == ANCESTRAL, iterations, averaged, kl_weight, correlation_weight, seed
-        )
-        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, settings, cls.hidden.unique_id)
+    def execute(cls, model, positive, sigmas, sampler, latent=None, image=None, vae=None, **settings) -> io.NodeOutput:
+        how, node = published.ReNoiseSettings(sampler == ANCESTRAL, **settings), cls.hidden.unique_id
+        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how, node)
         return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report())
 
 
 def _advanced_inputs() -> list[io.Input]:
-    return [
-        *advanced(
-            io.Int.Input(
-                "iterations",
-                default=published.ITERATIONS,
-                min=1,
-                max=100,
-                tooltip="Number of iterations per step, each from the latent that the previous one found.",
-            ),
-            io.Int.Input(
-                "averaged",
-                default=published.AVERAGED,
-                min=1,
-                max=100,
-                tooltip="Number of last iterations whose predicted noise is averaged.",
-            ),
-            io.Float.Input(
-                "kl_weight",
-                default=published.KL_WEIGHT,
-                min=0.0,
-                max=10.0,
-                step=0.005,
-                round=1e-6,
-                tooltip="Strength of the correction that makes patches of the predicted noise look like noise.",
-            ),
-            io.Float.Input(
-                "correlation_weight",
-                default=published.CORRELATION_WEIGHT,
-                min=0.0,
-                max=1000.0,
-                step=1.0,
-                round=1e-4,
-                tooltip="Strength of the correction that decorrelates neighbors in the predicted noise (SD-turbo: 0).",
-            ),
+    return inputs.advanced(
+        io.Int.Input(
+            "iterations",
+            default=published.ITERATIONS,
+            min=1,
+            max=100,
+            tooltip="Number of iterations per step, each from the latent that the previous one found.",
         ),
-    ]
-
-
-NODES = [LikenessRenoise]
+        io.Int.Input(
+            "averaged",
+            default=published.AVERAGED,
+            min=1,
+            max=100,
+            tooltip="Number of last iterations whose predicted noise is averaged.",
+        ),
+        inputs.fraction(
+            "kl_weight",
+            published.KL_WEIGHT,
+            "Strength of the correction that makes patches of the predicted noise look like noise.",
+            max=10.0,
+            step=0.005,
+            round=1e-6,
+        ),
+        io.Float.Input(
+            "correlation_weight",
+            default=published.CORRELATION_WEIGHT,
+            min=0.0,
+            max=1000.0,
+            step=1.0,
+            round=1e-4,
+            tooltip="Strength of the correction that decorrelates neighbors in the predicted noise (SD-turbo: 0).",
+        ),
+    )

@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject
 from ..core.attention.prompt_to_prompt import END_PERCENT
+from . import inputs
 from .node import Node
-from .types import Embedding, advanced, fraction, schema
+from .types import Embedding, schema
 
 
 class LikenessReplaceSubject(Node):
@@ -43,22 +44,15 @@ class LikenessReplaceSubject(Node):
                     "once.",
                 ),
                 io.String.Input("replacement", default="dog", tooltip="The new word or words."),
-                fraction(
+                inputs.fraction(
                     "end_percent",
                     END_PERCENT,
                     "Point in the sampling until which the image's attention is kept: 1 is to the end (HiFi Tuner), "
                     "0.8 is prompt-to-prompt's. Lower gives the new subject more freedom of shape.",
                 ),
-                io.Float.Input(
-                    "scale",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.01,
-                    tooltip="Strength of the embedding: 1 is as trained, 0 leaves it out.",
-                ),
-                *advanced(
-                    fraction(
+                inputs.scale(1.0, "Strength of the embedding: 1 is as trained, 0 leaves it out."),
+                *inputs.advanced(
+                    inputs.fraction(
                         "self_percent",
                         0.0,
                         "Point in the sampling until which self-attention is kept too (0.4 in prompt-to-prompt). This "
@@ -69,14 +63,8 @@ class LikenessReplaceSubject(Node):
                         default=False,
                         tooltip="Renormalizes the mixed attention of each position to a sum of 1. The papers do not.",
                     ),
-                    io.Int.Input(
-                        "step",
-                        default=0,
-                        min=0,
-                        max=100_000,
-                        tooltip="Saved step of the embedding to use. 0 selects the recommended one.",
-                    ),
-                    fraction(
+                    inputs.saved_step("Saved step of the embedding to use. 0 selects the recommended one."),
+                    inputs.fraction(
                         "blend",
                         0.0,
                         "Keeps the source image wherever both the old and the new word get less than this fraction of "
@@ -116,31 +104,9 @@ class LikenessReplaceSubject(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        clip,
-        latent,
-        negative,
-        prompt,
-        word,
-        replacement,
-        end_percent,
-        scale=1.0,
-        self_percent=0.0,
-        renormalise=False,
-        step=0,
-        blend=0.0,
-        embedding=None,
-        mask=None,
-        positive=None,
+        cls, model, clip, latent, negative, scale=1.0, step=0, embedding=None, positive=None, **swap
     ) -> io.NodeOutput:
         start = repeat_latent(latent)
         learned = None if embedding is None else LearnedSubject(embedding, scale, step)
-        wanted = SubjectSwap(
-            prompt, word, replacement, learned, end_percent, self_percent, renormalise, blend, mask
-        )  # fmt: skip
-        patched, both = replace_subject(model, clip, wanted, positive)
+        patched, both = replace_subject(model, clip, SubjectSwap(subject=learned, **swap), positive)
         return io.NodeOutput(patched, both, negative, start)
-
-
-NODES = [LikenessReplaceSubject]

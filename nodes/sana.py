@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ..core.sana.host import sana as host
 from ..core.session import folders
+from . import inputs
 from .node import Node
-from .types import advanced, schema
+from .types import schema
 
 
 class LikenessLoadSana(Node):
@@ -19,8 +20,8 @@ class LikenessLoadSana(Node):
             node_id="LikenessLoadSana",
             display_name="Load Sana",
             category="likeness/loaders",
-            description="Loads Sana from a diffusers folder as an ordinary MODEL, CLIP and VAE, for stock samplers and "
-            "this pack's nodes. Needs the diffusers package. Nothing is downloaded.",
+            description="Loads Sana from a diffusers folder as an ordinary MODEL, CLIP and VAE, for stock samplers "
+            "and this pack's nodes. Needs the diffusers package. Nothing is downloaded.",
             search_aliases=["sana", "diffusers", "dc-ae", "gemma"],
             inputs=[
                 io.Combo.Input(
@@ -30,13 +31,12 @@ class LikenessLoadSana(Node):
                     "text_encoder, tokenizer and scheduler, such as Sana_1600M_512px_diffusers. Press R to refresh "
                     "the list.",
                 ),
-                *advanced(
-                    io.Combo.Input(
+                *inputs.advanced(
+                    inputs.choice(
                         "dtype",
-                        options=list(host.DTYPES),
-                        default="default",
-                        tooltip="Precision of the diffusion model. default: bf16 if the device is fast at it, else "
-                        "fp32, as in SISO's reference code.",
+                        host.DTYPES,
+                        "Precision of the diffusion model. default: bf16 if the device is fast at it, else fp32, as "
+                        "in SISO's reference code.",
                     ),
                     io.Boolean.Input(
                         "instruction",
@@ -69,6 +69,3 @@ class LikenessLoadSana(Node):
     def execute(cls, name, dtype="default", instruction=True) -> io.NodeOutput:
         found = host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction)
         return io.NodeOutput(found.model, found.clip, found.vae, found.plain_clip)
-
-
-NODES = [LikenessLoadSana]

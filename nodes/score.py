@@ -9,6 +9,7 @@ from ..core.session.inputs import Names
 from ..core.vision.host import scoring
 from ..core.vision.host.score_sheet import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
+from . import inputs
 from .node import Node
 from .types import schema
 
@@ -77,23 +78,9 @@ class LikenessScore(Node):
         return folders.state(folders.LPIPS, lpips)
 
     @classmethod
-    def execute(
-        cls,
-        images,
-        prompt="",
-        lpips=NO_LPIPS,
-        rank_by=scoring.OVERALL,
-        reference=None,
-        mask=None,
-        reference_mask=None,
-        dino=None,
-        clip=None,
-        all_references=False,
-    ) -> io.NodeOutput:
+    def execute(cls, images, lpips=NO_LPIPS, **request) -> io.NodeOutput:
         path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
-        one = (images, reference, mask, reference_mask, prompt, dino, clip, path, rank_by)
-        request = scoring.Request(*one, all_references)
-        scores = scoring.score(request)
+        scores = scoring.score(scoring.Request(images, lpips=path, **request))
         report = scores.report()
         captions = [scores.lines(i) for i in range(len(scores.order))]
         footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
@@ -121,12 +108,11 @@ def _score_inputs() -> list[io.Input]:
             tooltip="LPIPS heads (alex.pth or vgg.pth) in models/likeness_lpips; torchvision's alexnet*.pth or "
             "vgg16*.pth must be in the same folder. Needs a reference of the same size.",
         ),
-        io.Combo.Input(
+        inputs.choice(
             "rank_by",
-            options=list(scoring.RANKINGS),
-            default=scoring.OVERALL,
-            tooltip="The score that decides the best image. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as "
-            "they are measured; PSNR if none of them is.",
+            scoring.RANKINGS,
+            "The score that decides the best image. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as they are "
+            "measured; PSNR if none of them is.",
         ),
         io.Image.Input(
             "reference",
@@ -178,6 +164,3 @@ def _score_outputs() -> list[io.Output]:
         io.String.Output(display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
         io.Image.Output(display_name="picture", tooltip="A grid of the images with their scores."),
     ]
-
-
-NODES = [LikenessLoadVision, LikenessScore]

@@ -98,6 +98,3 @@ class LikenessSimilarity(Node):
     def execute(cls, vision, image, weight, similarity=None, mask=None) -> io.NodeOutput:
         before = host.Similarity(()) if similarity is None else similarity
         return io.NodeOutput(before.with_part(host.similarity_part(vision, weight, image, mask)))
-
-
-NODES = [LikenessLoadRetrieval, LikenessSimilarity]

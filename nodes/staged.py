@@ -7,8 +7,9 @@ from comfy_api.latest import io
 from ..core.ezigen import staged as published
 from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
+from . import inputs
 from .node import Node
-from .types import Adapter, Subject, advanced, cfg_input, schema, seed_input
+from .types import Adapter, Subject, schema
 
 LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
 LARGE = " It is sampled at its own size, so scale its short side to 512 first."
@@ -27,20 +28,15 @@ def _subject() -> list[io.Input]:
 def _numbers(cfg: float) -> list[io.Input]:
     """The inputs shared by both nodes: sampling settings."""
     return [
-        seed_input("Seed of all noise; every loop draws new noise from it."),
+        inputs.seed("Seed of all noise; every loop draws new noise from it."),
         io.Int.Input(
             "steps", default=published.STEPS, min=2, max=1000, tooltip="Steps of a full sampling. EZIGen uses 50."
         ),
-        cfg_input(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
-        io.Float.Input(
-            "split_ratio",
-            default=published.SPLIT_RATIO,
-            min=0.01,
-            max=0.99,
-            step=0.05,
-            round=0.001,
-            tooltip="Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more "
-            "likeness and less freedom.",
+        inputs.cfg(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
+        inputs.split_ratio(
+            0.99,
+            "Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more likeness "
+            "and less freedom.",
         ),
         io.Int.Input(
             "min_loops",
@@ -56,15 +52,12 @@ def _numbers(cfg: float) -> list[io.Input]:
             max=100,
             tooltip="Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
         ),
-        io.Float.Input(
+        inputs.fraction(
             "threshold",
-            default=published.THRESHOLD,
-            min=0.0,
-            max=1.0,
+            published.THRESHOLD,
+            "Similarity of two consecutive images, as the vision model sees them, at which the loops end. EZIGen uses "
+            "0.99 with CLIP ViT-B/32, which is seldom reached.",
             step=0.005,
-            round=0.0001,
-            tooltip="Similarity of two consecutive images, as the vision model sees them, at which the loops end. "
-            "EZIGen uses 0.99 with CLIP ViT-B/32, which is seldom reached.",
         ),
         io.ClipVision.Input(
             "vision",
@@ -102,18 +95,18 @@ class LikenessStagedSampler(Node):
                     optional=True,
                     tooltip="An image to start the loops from, of any model, instead of the first sampling." + LARGE,
                 ),
-                *advanced(
-                    io.Combo.Input(
+                *inputs.advanced(
+                    inputs.choice(
                         "sampler",
-                        options=list(host.SAMPLERS),
+                        host.SAMPLERS,
+                        "EZIGen uses ddpm, whose fresh noise lets the appearance change between loops.",
                         default=host.SAMPLER,
-                        tooltip="EZIGen uses ddpm, whose fresh noise lets the appearance change between loops.",
                     ),
-                    io.Combo.Input(
+                    inputs.choice(
                         "scheduler",
-                        options=list(host.SCHEDULERS),
+                        host.SCHEDULERS,
+                        "EZIGen uses ddim_uniform, for which the number of steps must divide 1000.",
                         default=host.SCHEDULER,
-                        tooltip="EZIGen uses ddim_uniform, for which the number of steps must divide 1000.",
                     ),
                     io.Boolean.Input(
                         "exact_noise_level",
@@ -148,36 +141,20 @@ class LikenessStagedSampler(Node):
         positive,
         negative,
         latent,
-        seed,
-        steps,
-        cfg,
-        split_ratio,
         min_loops,
         max_loops,
         threshold,
         vision=None,
         loop_negative=None,
         image=None,
-        sampler=host.SAMPLER,
-        scheduler=host.SCHEDULER,
         exact_noise_level=True,
-        keep_best=False,
+        **settings,
     ) -> io.NodeOutput:
-        settings = host.StagedSettings(
-            seed,
-            steps,
-            cfg,
-            split_ratio,
-            published.Loops(min_loops, max_loops, threshold),
-            sampler,
-            scheduler,
-            published_level=not exact_noise_level,
-            keep_best=keep_best,
-        )
+        loops = published.Loops(min_loops, max_loops, threshold)
+        how = host.StagedSettings(loops=loops, published_level=not exact_noise_level, **settings)
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
-        node = cls.hidden.unique_id
-        models = host.StagedModels(model, vae, adapter, vision)
-        found = host.sample_staged(models, subject, prompts, latent["samples"], settings, image, node)
+        models, node = host.StagedModels(model, vae, adapter, vision), cls.hidden.unique_id
+        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, node)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
@@ -208,13 +185,12 @@ class LikenessStagedEdit(Node):
                     default=False,
                     tooltip="Pastes the source image's own pixels outside the mask at the end.",
                 ),
-                *advanced(
+                *inputs.advanced(
                     io.Boolean.Input(
                         "exact_background",
                         default=True,
-                        tooltip="After every step, restores the background of exactly that noise level, and at the "
-                        "end the source image itself. Off: as in the reference code, which leaves noise in the "
-                        "background.",
+                        tooltip="After every step, restores the background of exactly that noise level, and at the end "
+                        "the source image itself. Off: as in the reference code, which leaves noise in the background.",
                     )
                 ),
                 io.Conditioning.Input(
@@ -247,32 +223,18 @@ class LikenessStagedEdit(Node):
         negative,
         image,
         mask,
-        seed,
-        steps,
-        cfg,
-        split_ratio,
         min_loops,
         max_loops,
         threshold,
         vision=None,
-        paste=False,
         exact_background=True,
         inversion_prompt=None,
         clip=None,
+        **settings,
     ) -> io.NodeOutput:
-        settings = editing.EditSettings(
-            seed,
-            steps,
-            cfg,
-            split_ratio,
-            published.Loops(min_loops, max_loops, threshold),
-            published=not exact_background,
-            paste=paste,
-        )
+        loops = published.Loops(min_loops, max_loops, threshold)
+        how = editing.EditSettings(loops=loops, published=not exact_background, **settings)
         prompts, node = editing.EditPrompts(positive, negative, inversion_prompt, clip), cls.hidden.unique_id
         models = host.StagedModels(model, vae, adapter, vision)
-        found = editing.edit_staged(models, subject, prompts, image, mask, settings, node)
+        found = editing.edit_staged(models, subject, prompts, image, mask, how, node)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
-
-
-NODES = [LikenessStagedSampler, LikenessStagedEdit]

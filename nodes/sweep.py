@@ -111,6 +111,3 @@ class LikenessSweepPlot(Node):
         pictures = sweep.one_for_each(images, len(base_weight))
         drawn = measures(len(base_weight), distance, identity, text)
         return io.NodeOutput(grid_sheet(pictures, grid), plot_sheet(drawn, grid) if drawn else nothing())
-
-
-NODES = [LikenessSweep, LikenessSweepPlot]

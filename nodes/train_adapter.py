@@ -9,8 +9,9 @@ from ..core.ezigen.subject_pairs import PairFolder
 from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
 from ..core.session import folders
 from ..core.session.outputs import loss_map
+from . import inputs
 from .node import Node
-from .types import Adapter, LossMap, advanced, schema, seed_input
+from .types import Adapter, LossMap, schema
 
 
 class LikenessTrainAdapter(Node):
@@ -22,11 +23,19 @@ class LikenessTrainAdapter(Node):
             node_id="LikenessTrainAdapter",
             display_name="Train Subject Adapter (EZIGen)",
             category="likeness/adapter",
-            description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on "
-            "subjects of that kind. The model's weights do not change. A command-line trainer exists for large "
-            "datasets.",
+            description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
+            "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
             search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
-            inputs=[*_inputs(), *_advanced_inputs(), _start()],
+            inputs=[
+                *_inputs(),
+                *_advanced_inputs(),
+                Adapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
+                    "the model's self-attention layers, and needs the full number of steps.",
+                ),
+            ],
             outputs=[
                 Adapter.Output(
                     display_name="adapter", tooltip="For Apply Subject Adapter; Extract Subject Adapter saves it."
@@ -53,20 +62,17 @@ class LikenessTrainAdapter(Node):
         folder,
         size,
         steps,
-        batch,
-        learning_rate,
-        seed,
-        drop=DROP,
         max_subjects=MAX_SUBJECTS,
         checkpointing=False,
         adapter=None,
+        **settings,
     ) -> io.NodeOutput:
         pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
         trained, losses, report = host.train_adapter(
             host.TrainingModels(model, clip, vae, adapter),
             pairs,
             host.AdapterPlan(size, steps, max_subjects, checkpointing),
-            TrainingSettings(seed, batch, learning_rate, drop),
+            TrainingSettings(**settings),
             cls.hidden.unique_id,
         )
         return io.NodeOutput(trained, loss_map(losses), report)
@@ -85,14 +91,7 @@ def _inputs() -> list[io.Input]:
             tooltip="A folder in ComfyUI's input folder with one subfolder per subject: images, each with <name>.txt "
             "(its caption) and <name>.mask.png (white on the subject). Press R to refresh the list.",
         ),
-        io.Int.Input(
-            "size",
-            default=512,
-            min=64,
-            max=2048,
-            step=8,
-            tooltip="Side in pixels of the squares that images and subjects are scaled to: the model's native size.",
-        ),
+        inputs.side("Side in pixels of the squares that images and subjects are scaled to: the model's native size."),
         io.Int.Input(
             "steps",
             default=2000,
@@ -117,21 +116,19 @@ def _inputs() -> list[io.Input]:
             round=1e-8,
             tooltip="AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
         ),
-        seed_input("Seed of the order of the images, the timesteps and the noise."),
+        inputs.seed("Seed of the order of the images, the timesteps and the noise."),
     ]
 
 
 def _advanced_inputs() -> list[io.Input]:
-    inputs = [
-        io.Float.Input(
+    return inputs.advanced(
+        inputs.fraction(
             "drop",
-            default=DROP,
-            min=0.0,
-            max=1.0,
+            DROP,
+            "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops 0.8 "
+            "because of an inverted comparison.",
             step=0.05,
             round=0.001,
-            tooltip="Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code "
-            "drops 0.8 because of an inverted comparison.",
         ),
         io.Int.Input(
             "max_subjects",
@@ -141,23 +138,5 @@ def _advanced_inputs() -> list[io.Input]:
             tooltip="Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
             "and is enough if you will only ever use one.",
         ),
-        io.Boolean.Input(
-            "checkpointing",
-            default=False,
-            tooltip="Gradient checkpointing: recomputes activations instead of storing them. Less VRAM, more time, "
-            "the same result.",
-        ),
-    ]
-    return advanced(*inputs)
-
-
-def _start() -> io.Input:
-    return Adapter.Input(
-        "adapter",
-        optional=True,
-        tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of the model's "
-        "self-attention layers, and needs the full number of steps.",
+        inputs.checkpointing(),
     )
-
-
-NODES = [LikenessTrainAdapter]

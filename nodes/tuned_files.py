@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core.lora.artifact import FineTunedWeights, save_fine_tune
 from ..core.lora.host.apply import encode_prompt
 from ..core.session import folders
 from ..core.session.fingerprint import check_base
-from ..core.session.outputs import nothing, prefix_answer, save_numbered
+from ..core.session.outputs import nothing
 from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
-from .node import Node
+from . import inputs
+from .node import Node, SavingNode
 from .types import LoraModel, schema
 
 
-class LikenessSaveTuned(Node):
+class LikenessSaveTuned(SavingNode):
     """LORA_MODEL -> a safetensors file in models/loras."""
 
     @classmethod
@@ -31,11 +30,7 @@ class LikenessSaveTuned(Node):
             search_aliases=["sine", "siso", "save lora"],
             inputs=[
                 LoraModel.Input("lora", tooltip="The output of Fine-Tune On Image or Optimize LoRA."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="likeness/tuned",
-                    tooltip="File name, optionally with subfolders. A number is appended, so nothing is overwritten.",
-                ),
+                inputs.prefix("likeness/tuned"),
             ],
             outputs=[
                 LoraModel.Output(display_name="lora", tooltip="The fine-tune, passed through."),
@@ -45,21 +40,13 @@ class LikenessSaveTuned(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
-        return prefix_answer(filename_prefix)
-
-    @classmethod
     def execute(cls, lora, filename_prefix) -> io.NodeOutput:
-        tuned = lora if isinstance(lora, FineTunedWeights) else None
-        if tuned is None:
+        if not isinstance(lora, FineTunedWeights):
             raise ValueError(
                 "This LORA_MODEL was not made by Fine-Tune On Image or Optimize LoRA, so nothing is known of its "
                 "prompt and base: save it with the stock Save LoRA node."
             )
-        save = functools.partial(save_fine_tune, tuned=tuned, replace=False)
-        path = save_numbered(folders.first_folder(folders.LORAS), filename_prefix, save)
-        name = folders.listed_name(folders.LORAS, path)
-        return io.NodeOutput(lora, name, ui=ui.PreviewText(f"{name}\n{summary(tuned)}"))
+        return cls.saved(folders.LORAS, lora, filename_prefix, save_fine_tune, summary(lora))
 
 
 class LikenessLoadTuned(Node):
@@ -127,6 +114,3 @@ class LikenessLoadTuned(Node):
             return io.NodeOutput(tuned_model, nothing(), tuned.prompt, nothing(), summary(tuned))
         positive = encode_prompt(tuned_clip, tuned.prompt) if tuned.prompt else nothing()
         return io.NodeOutput(tuned_model, tuned_clip, tuned.prompt, positive, summary(tuned))
-
-
-NODES = [LikenessSaveTuned, LikenessLoadTuned]

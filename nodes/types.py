@@ -26,34 +26,3 @@ def schema(**fields: Any) -> io.Schema:
     """
     fields["search_aliases"] = [*fields["search_aliases"], *TYPED]
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
-
-
-def advanced(*widgets: io.Input) -> list[io.Input]:
-    """Mark inputs as advanced: newer frontends collapse them, older ones ignore the flag."""
-    for widget in widgets:
-        widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
-    return list(widgets)
-
-
-def fraction(name: str, default: float, tooltip: str) -> io.Input:
-    """An input from 0 to 1: a fraction, or a point in the schedule."""
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip)
-
-
-def cfg_input(default: float, tooltip: str) -> io.Input:
-    """The input of a guidance scale."""
-    return io.Float.Input("cfg", default=default, min=1.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
-
-
-def encoded_or_image() -> list[io.Input]:
-    """The three inputs of an ImageSource: a latent, or an image with the VAE that encodes it."""
-    return [
-        io.Latent.Input("latent", optional=True, tooltip="The encoded image. Use this or image and VAE."),
-        io.Image.Input("image", optional=True, tooltip="The image to encode. Needs the VAE."),
-        io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
-    ]
-
-
-def seed_input(tooltip: str, default: int = 0) -> io.Input:
-    """The input of a seed. Its range leaves headroom, since newer ComfyUI samplers add to it."""
-    return io.Int.Input("seed", default=default, min=0, max=2**63 - 1, control_after_generate=True, tooltip=tooltip)

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from ..core.lora.host.layers import trained_layers
 from ..core.lora.low_rank import attached_lora, new_adapters
 from ..core.prompt.conditioning import Conditioning
-from ..core.session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
+from ..core.session.differentiable import TextEncoder, decode
 from ..core.session.session import GuiderDenoiser, Session
-from ..core.session.weights import DECODER, checkpointed, layers_checkpointed
-from ..core.vision.host.vision import features, vision_encoding
+from ..core.session.weights import (
+    DECODER,
+    checkpointed,
+    gradients,
+    layers_checkpointed,
+    load_fully,
+    out_of_place,
+    thawed,
+)
+from ..core.vision.host.vision import features
 
 LORA_RANK = 4
 LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient
@@ -61,6 +69,15 @@ def gradient_check(name: str, function: Callable[[Tensor], Tensor], point: Tenso
             slopes.append(float((ahead - behind) / (2 * h)))
     best = min(range(1, len(slopes)), key=lambda i: abs(slopes[i] - slopes[i - 1]))
     return GradientCheck(name, analytic, slopes[best])
+
+
+@contextlib.contextmanager
+def differentiable(patcher: Any) -> Iterator[None]:
+    """A loaded model alone, as a session has it."""
+    with gradients():
+        load_fully([patcher], 0.0)
+        with thawed([patcher.model]), out_of_place(patcher.model):
+            yield
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -200,7 +217,7 @@ def _prediction(denoiser: GuiderDenoiser, x: Tensor, sigma: Tensor, text: TextEn
 def check_vae_decode(vae: Any, samples: Tensor, *, checkpointing: bool = False) -> GradientCheck:
     """d (randomly weighted pixels) / d (latent)."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(decoding(vae, tuple(samples.shape)))
+        stack.enter_context(differentiable(vae.patcher))
         if checkpointing:
             stack.enter_context(checkpointed(vae.first_stage_model, DECODER))
         point = samples.detach().clone().float().to(vae.device)
@@ -210,7 +227,7 @@ def check_vae_decode(vae: Any, samples: Tensor, *, checkpointing: bool = False) 
 
 def check_clip_text(clip: Any, text: str = "a photo of a cat") -> GradientCheck:
     """d (randomly weighted text rows) / d (the embedding of the prompt's third word)."""
-    with text_encoding(clip):
+    with differentiable(clip.patcher):
         tokens = clip.tokenize(text)
         name = next(iter(tokens))
         part = getattr(clip.cond_stage_model, clip.cond_stage_model.clip)
@@ -221,7 +238,7 @@ def check_clip_text(clip: Any, text: str = "a photo of a cat") -> GradientCheck:
         def function(row: Tensor) -> Tensor:
             entries = list(tokens[name][0])
             entries[position] = (row, entries[position][1])
-            rows = encode_tokens(clip, {**tokens, name: [entries, *tokens[name][1:]]})
+            rows = clip.cond_stage_model.encode_token_weights({**tokens, name: [entries, *tokens[name][1:]]})[0]
             return (rows * _noise(tuple(rows.shape), 2).to(rows)).sum()
 
         return gradient_check("clip text", function, start)
@@ -230,7 +247,7 @@ def check_clip_text(clip: Any, text: str = "a photo of a cat") -> GradientCheck:
 def check_vision(vision: Any, pixels: Tensor, *, checkpointing: bool = False) -> GradientCheck:
     """d (randomly weighted features) / d (pixels), against finite differences."""
     recomputed = layers_checkpointed(vision.model) if checkpointing else contextlib.nullcontext()
-    with vision_encoding(vision), recomputed:
+    with differentiable(vision.patcher), recomputed:
         point = pixels.detach().clone().float().to(vision.load_device)
         width = features(vision, point).shape[1]
         weight = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(point)

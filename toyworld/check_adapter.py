@@ -44,7 +44,8 @@ def worth(path: Path, count: int) -> dict[int, tuple[float, float, float]]:
     narrow = load_narrow()
     adapter = new_adapter(narrow.model.model)
     adapter.load(read_adapter(path).tensors)
-    network, chosen = UNet(narrow.model.model, adapter), checked_pairs(count)
+    network, bare_network = (UNet(narrow.model.model, part) for part in (adapter, None))
+    chosen = checked_pairs(count)
     scenes = np.stack([world.render(idn, place, number)[0] for idn, place, number in chosen])
     alone = [world.render(idn, "studio", number + SEED) for idn, _, number in chosen]
     pictures, masks = (np.stack(part) for part in zip(*alone, strict=True))
@@ -61,7 +62,7 @@ def worth(path: Path, count: int) -> dict[int, tuple[float, float, float]]:
     def errors(timestep: int) -> tuple[float, float, float]:
         times = torch.full((len(z),), timestep)
         x = at_timestep(z, noise, network.alphas_cumprod[times])
-        asked = [network.bare_noise(x, times, context)]
+        asked = [bare_network.predicted_noise(x, times, context, None)]
         asked += [network.predicted_noise(x, times, context, tokens) for tokens in (own, other)]
         bare, with_own, with_other = (float((found - noise).square().mean()) for found in asked)
         return bare, with_own, with_other

@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, output_error
-from ..fit.fit import adam_state, finite_or_raise, gradient_or_raise, restore_adam, step_generator
+from ..fit.fit import Fit, finite_or_raise, step_generator
 from ..prompt.conditioning import with_tail
 from .hiper import HiPer, HiPerSettings
 
 WEIGHT = 0.01  # w_s
 INNER_STEPS = 10  # I of Algorithm 1
-DENOISING_STEPS = 50  # T
 LEARNING_RATE = 5e-3
 STEPS = 1000  # updates of eq. 6, before Algorithm 1
 
@@ -93,8 +92,8 @@ class StepWiseSettings:
     seed: int = 0
 
 
-class StepWise:
-    """Algorithm 1; a Fit (see fit/fit.py) of T x I updates."""
+class StepWise(Fit):
+    """Algorithm 1: T x I updates."""
 
     def __init__(
         self,
@@ -113,10 +112,6 @@ class StepWise:
         self.finished: list[Tensor] = []
         self.losses: list[float] = []
         self._begin_step(start.to(device=x0.device, dtype=torch.float32))
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     def _begin_step(self, rows: Tensor) -> None:
         """Begin a denoising step from the tokens of the previous one, with a new Adam state."""
@@ -139,10 +134,7 @@ class StepWise:
         if self.regularizer is not None:
             loss = loss + self.regularizer.term(self.c_s)
         value = finite_or_raise(loss, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_or_raise(self.c_s.grad, self.step)
-        self.optimizer.step()
+        self.descend(loss, self.c_s)
         if self.regularizer is not None:
             self.regularizer.pull(self.c_s, self.settings.learning_rate)
         self.losses.append(value)
@@ -156,16 +148,10 @@ class StepWise:
         remaining = [self.c_s.detach()] * (len(self.sigmas) - len(self.finished))
         return torch.stack([*self.finished, *remaining]).cpu()
 
-    def state(self) -> dict[str, Tensor]:
-        return {
-            "rows": torch.stack([*self.finished, self.c_s.detach()]).cpu(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            **adam_state(self.optimizer),
-        }
+    def own_state(self) -> dict[str, Tensor]:
+        return {"rows": torch.stack([*self.finished, self.c_s.detach()]).cpu()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore_own(self, state: dict[str, Tensor]) -> None:
         *finished, current = state["rows"].to(self.c_s).unbind()
         self.finished = [rows.clone() for rows in finished]
         self._begin_step(current)
-        self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)

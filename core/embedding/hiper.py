@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, output_error
-from ..fit.fit import adam_state, finite_or_raise, gradient_or_raise, restore_adam, step_generator
+from ..fit.fit import Fit, finite_or_raise, step_generator
 from ..prompt.conditioning import with_tail
 
 TOKENS = 5  # train.py --n_hiper: more tokens capture more identity and leave less room for the edit
@@ -42,8 +42,8 @@ class HiPerSettings:
     t_high: int = 999
 
 
-class HiPer:
-    """The optimisation of the last n tokens; a Fit (see fit/fit.py)."""
+class HiPer(Fit):
+    """The optimisation of the last n tokens."""
 
     def __init__(
         self,
@@ -58,12 +58,9 @@ class HiPer:
         initial h; mask [B or 1, 1, h, w] of ones and zeros."""
         self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
         self.h = start.detach().to(device=x0.device, dtype=torch.float32).clone().requires_grad_(True)
+        self.parameters = {"h": self.h}
         self.optimizer = torch.optim.Adam([self.h], lr=settings.learning_rate)
         self.losses: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     def draw(self) -> tuple[int, Tensor, Tensor]:
         """Image index, timestep [1] and noise [1, C, h, w] for the next update."""
@@ -84,22 +81,6 @@ class HiPer:
     def update(self) -> Tensor:
         loss, denoised = self.loss(*self.draw())
         value = finite_or_raise(loss, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_or_raise(self.h.grad, self.step)
-        self.optimizer.step()
+        self.descend(loss, self.h)
         self.losses.append(value)
         return denoised.detach()
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            "h": self.h.detach(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            **adam_state(self.optimizer),
-        }
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            self.h.copy_(state["h"])
-        self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)

@@ -19,7 +19,7 @@ several images are concatenated along the tokens. Deviations, each with its reas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -147,10 +147,12 @@ class Adapter(nn.Module):
 
     def published_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by their published names."""
-        parameters = {WEIGHTS: self.learnable_weights}
-        for layer, module in zip(self.described, self.layers, strict=True):
-            parameters |= {f"{layer.name}.{name}": parameter for name, parameter in module.named_parameters()}
-        return parameters
+        return {self._published(name): parameter for name, parameter in self.named_parameters()}
+
+    def _published(self, name: str) -> str:
+        """WEIGHTS, or <layer's published name>.<part> for layers.<index>.<part>."""
+        _, index, part = name.split(".", 2) if name != WEIGHTS else ("", "", "")
+        return f"{self.described[int(index)].name}.{part}" if index else WEIGHTS
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
@@ -163,13 +165,6 @@ class Adapter(nn.Module):
                 source = name.replace(".adapter_norm.", ".norm1.").replace(".adapter.", ".attn1.")
                 parameter.copy_(weights[source])
         self.learnable_weights.fill_(1.0)
-
-    def owners(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Each parameter's published name, its module, and its attribute name in the module."""
-        names = {id(parameter): name for name, parameter in self.published_parameters().items()}
-        for module in self.modules():
-            for attribute, parameter in list(module.named_parameters(recurse=False)):
-                yield names[id(parameter)], module, attribute
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """ValueError unless these are the tensors of an adapter for this UNet."""
@@ -188,12 +183,11 @@ class Adapter(nn.Module):
                     "connect the model that the adapter was trained for (SD2.1-base for the published one)."
                 )
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the tensors of a file; ValueError as in check()."""
+    def load(self, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
+        """Load the tensors of a file, or take them as they are; ValueError as in check()."""
         self.check(tensors)
-        for name, parameter in self.published_parameters().items():
-            parameter.copy_(tensors[name])
+        names = [name for name, _ in self.named_parameters()]
+        self.load_state_dict({name: tensors[self._published(name)] for name in names}, assign=assign)
 
 
 def _some(what: str, names: Sequence[str]) -> str:

@@ -94,13 +94,12 @@ def read_adapter(path: Path) -> StoredAdapter:
                 base[base_match[1]] = value.flatten()[:SAMPLED].float().tolist()
             elif name.rpartition(".")[2] == WEIGHTS:
                 tensors[WEIGHTS] = value
-    _check_whole(path, tensors)
     layers = StoredAdapter(tensors).order()
-    _check_header(path, header, layers)
-    if WEIGHTS not in tensors:
+    if WEIGHTS not in tensors and layers:
         log.warning("%s has no %s: they are taken as 1, where training began.", path.name, WEIGHTS)
         tensors[WEIGHTS] = torch.ones(len(layers))
-    _check_shapes(path, layers, tensors)
+    _check_tensors(path, layers, tensors)
+    _check_header(path, header, layers)
     if not header:
         sample = sorted(base)[:: max(1, len(base) // 4)]
         header = {"kind": KIND, "format": FORMAT, "base": {name: base[name] for name in sample}, "from": path.name}
@@ -170,8 +169,7 @@ def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None
         raise ValueError(f"{path.name} has a damaged header: copy or extract it again.")
 
 
-def _check_whole(path: Path, tensors: dict[str, Tensor]) -> None:
-    layers = StoredAdapter(tensors).order()
+def _check_tensors(path: Path, layers: list[str], tensors: dict[str, Tensor]) -> None:
     if not layers:
         raise ValueError(
             f"{path.name} holds no adapter (tensors named '....adapter.to_q.weight'): choose the authors' checkpoint, "
@@ -180,9 +178,6 @@ def _check_whole(path: Path, tensors: dict[str, Tensor]) -> None:
     missing = [f"{layer}.{part}" for layer in layers for part in PARTS if f"{layer}.{part}" not in tensors]
     if missing:
         raise ValueError(f"{path.name} lacks '{missing[0]}' of its adapter: copy or download it again.")
-
-
-def _check_shapes(path: Path, layers: list[str], tensors: dict[str, Tensor]) -> None:
     shapes: dict[str, tuple[int, ...]] = {WEIGHTS: (len(layers),)}
     for layer in layers:
         width = tensors[f"{layer}.{PARTS[0]}"].shape[0]

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
+from ..fit.fit import Fit, finite_or_raise, step_generator
 from .adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, batch_tokens, drop_subjects
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
@@ -129,8 +129,10 @@ class TrainingSettings:
     drop: float = DROP
 
 
-class AdapterTraining:
-    """The training of an adapter; a Fit (see fit/fit.py)."""
+class AdapterTraining(Fit):
+    """The training of an adapter."""
+
+    prefix = "adapter."
 
     def __init__(
         self, network: Network, adapter: Adapter, sample: Callable[[int], Sample], settings: TrainingSettings
@@ -140,10 +142,6 @@ class AdapterTraining:
         self.parameters = adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, settings.learning_rate)
         self.losses: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     def update(self) -> Tensor:
         first, settings = self.step * self.settings.batch, self.settings
@@ -159,20 +157,6 @@ class AdapterTraining:
         self.optimizer.step()
         self.losses.append(value)
         return samples[0].latent[None].detach()
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            **{f"adapter.{name}": parameter.detach() for name, parameter in self.parameters.items()},
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            **adam_state(self.optimizer),
-        }
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[f"adapter.{name}"])
-        self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)
 
 
 def optimizer(parameters: dict[str, nn.Parameter], learning_rate: float = LEARNING_RATE) -> torch.optim.AdamW:

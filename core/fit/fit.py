@@ -9,35 +9,61 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
-class Fit(Protocol):
+class Fit(ABC):
     """One optimization in progress. A Fit that can finish early also has a property `done`."""
 
     losses: list[float]
     """The loss of every update so far."""
+    optimizer: torch.optim.Optimizer
+    """Adam or similar."""
+    parameters: Mapping[str, Tensor]
+    """What is optimized; in the state under these names, behind the prefix."""
+    prefix: ClassVar[str] = ""
 
     @property
     def step(self) -> int:
         """Number of updates made."""
-        ...
+        return len(self.losses)
 
+    @abstractmethod
     def update(self) -> Tensor:
         """Make one update; return the current denoised estimate [1, C, h, w], detached, for the preview."""
-        ...
+
+    def descend(self, loss: Tensor, leaf: Tensor, *, may_vanish: bool = False) -> None:
+        """One step of the optimizer, down the gradient of a loss that depends on this leaf alone."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_or_raise(leaf.grad, self.step, may_vanish)
+        self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next update depends on, detached; store or copy it before that update."""
-        ...
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        return {**self.own_state(), "losses": losses, **adam_state(self.optimizer)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Load a state returned by state(); the fit takes ownership of the tensors."""
-        ...
+        self.restore_own(state)
+        self.losses = state["losses"].tolist()
+        restore_adam(self.optimizer, state)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The part of the state besides losses and moments."""
+        return {self.prefix + name: value.detach() for name, value in self.parameters.items()}
+
+    def restore_own(self, state: dict[str, Tensor]) -> None:
+        """Inverse of own_state(); it may make a new optimizer."""
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(state[self.prefix + name])
 
 
 def step_generator(seed: int, step: int, purpose: str = "") -> torch.Generator:
@@ -114,11 +140,11 @@ def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
     return value
 
 
-def gradient_or_raise(gradient: Tensor | None, step: int) -> None:
+def gradient_or_raise(gradient: Tensor | None, step: int, may_vanish: bool = False) -> None:
     """RuntimeError when the gradient of learned tokens is not finite, or when the first one is zero everywhere."""
     values = torch.as_tensor(gradient)
     finite_or_raise(values.square().sum(), step, "gradient")
-    if step == 0 and not bool(values.any()):
+    if step == 0 and not may_vanish and not bool(values.any()):
         raise RuntimeError(
             "The learned tokens get no gradient, expected is a model that looks at the end of a prompt: this one masks "
             "it, so that nothing would be learned. Use another model with this node."

@@ -76,11 +76,10 @@ class RunStore:
             tensors, _ = read_tensors(path, max(self.limit_bytes, path.stat().st_size), choose)
         except FileNotFoundError:
             return None
-        except OSError as error:  # of the disk, or of rights: the file may be whole
+        except (OSError, ValueError) as error:
             log.warning("A stored run could not be read and is trained again: %s", str(error))
-            return None
-        except ValueError as error:
-            log.warning("A stored run could not be read and is trained again: %s", str(error))
+            if isinstance(error, OSError):  # of the disk, or of rights: the file may be whole
+                return None
         # The tensors are views of the file; the error above may still hold some, and Windows cannot replace or remove a
         # file while a view of it exists.
         with contextlib.suppress(OSError):  # a folder that can only be read serves its runs as well
@@ -104,19 +103,16 @@ class RunStore:
                 others[0].unlink(missing_ok=True)
         self._remove_oldest(keep=self.path(key))
 
-    def _by_age(self) -> list[Path]:
-        """The runs, the oldest first; another process may remove some meanwhile."""
-        ages = {}
+    def _by_age(self) -> dict[Path, int]:
+        """The runs, the oldest first, with their sizes; another process may remove some meanwhile."""
+        stats = {}
         for path in self.folder.glob("*.safetensors"):
             with contextlib.suppress(OSError):
-                ages[path] = path.stat().st_mtime
-        return sorted(ages, key=lambda path: ages[path])
+                stats[path] = path.stat()
+        return {path: stats[path].st_size for path in sorted(stats, key=lambda path: stats[path].st_mtime)}
 
     def _remove_oldest(self, keep: Path) -> None:
-        sizes = {}
-        for path in self._by_age():
-            with contextlib.suppress(OSError):
-                sizes[path] = path.stat().st_size
+        sizes = self._by_age()
         total = sum(sizes.values())
         for path, size in sizes.items():
             if total <= self.limit_bytes:

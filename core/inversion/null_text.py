@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, predicted_noise
-from ..fit.fit import adam_state, finite_or_raise, restore_adam, rollback_on_interrupt
+from ..fit.fit import Fit, finite_or_raise, rollback_on_interrupt
 
 Method = Literal["null-text", "negative prompt", "direct"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -59,8 +59,8 @@ class NullTextSettings:
     patience: int = 0
 
 
-class NullText:
-    """The optimisation of one embedding per step; a Fit (see fit/fit.py) whose updates are the inner steps."""
+class NullText(Fit):
+    """The optimisation of one embedding per step, whose updates are the inner steps."""
 
     def __init__(
         self,
@@ -84,10 +84,6 @@ class NullText:
         self.losses: list[float] = []
         self.x = trajectory[0]
         self._start(null)
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     @property
     def done(self) -> bool:
@@ -129,10 +125,7 @@ class NullText:
             best, best_loss, worse = before, value, 0
         is_last, following = self._is_last_update(value, i, worse), self.x
         with rollback_on_interrupt(self.optimizer):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            finite_or_raise(torch.as_tensor(self.u.grad).square().sum(), self.step, "gradient")
-            self.optimizer.step()
+            self.descend(loss, self.u, may_vanish=True)
             null = best if self.settings.patience and worse else self.u.detach()
             if is_last:  # continue from the latent that the embedding actually leads to, not from the pivot
                 with torch.no_grad():
@@ -154,23 +147,20 @@ class NullText:
         converged = value < self.settings.epsilon + i * EPSILON_GROWTH
         return converged or self.counts[-1] + 1 >= self.settings.inner_steps or bool(patience) and worse >= patience
 
-    def state(self) -> dict[str, Tensor]:
+    def own_state(self) -> dict[str, Tensor]:
         return {
             "nulls": torch.cat([*self.nulls, self.u.detach()]).cpu(),
             "best": self.best.cpu(),
             "best_loss": torch.tensor([self.best_loss, float(self.worse)], dtype=torch.float64).nan_to_num(posinf=NONE),
             "x": self.x.detach().cpu(),
             "counts": torch.tensor(self.counts),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            **adam_state(self.optimizer),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore_own(self, state: dict[str, Tensor]) -> None:
         *finished, current = state["nulls"].to(self.u).split(1)
         self.nulls = finished
         self._start(current)
         self.best, self.x = state["best"].to(self.u), state["x"].to(self.trajectory)
         best_loss, worse = state["best_loss"].tolist()
         self.best_loss, self.worse = float("inf") if best_loss == NONE else best_loss, int(worse)
-        self.counts, self.losses = state["counts"].tolist(), state["losses"].tolist()
-        restore_adam(self.optimizer, state)
+        self.counts = state["counts"].tolist()

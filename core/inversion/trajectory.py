@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -22,13 +21,3 @@ class Trajectory:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
-
-
-def check_sigmas(sigmas: Tensor) -> None:
-    """ValueError for noise levels that a trajectory cannot have."""
-    descending = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
-    if not descending or float(sigmas[-1]) < 0 or not bool(torch.isfinite(sigmas).all()):
-        raise ValueError(
-            f"The SIGMAS are {[round(float(s), 4) for s in sigmas.flatten()[:6]]}{' ...' if sigmas.numel() > 6 else ''}"
-            ", expected two or more falling noise levels, as BasicScheduler gives them: do not flip or cut them."
-        )

@@ -106,18 +106,13 @@ def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) 
 
         return add
 
-    handles = []
-    for name, adapter in adapters.items():
-        layer = layers[name]
-        if isinstance(layer, Rows):
-            handles.append(layer.layer.register_forward_hook(hook(adapter, layer.start, layer.count)))
-        else:
-            handles.append(layer.register_forward_hook(hook(adapter, None, 0)))
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, adapter in adapters.items():
+            layer, rows = layers[name], (None, 0)
+            if isinstance(layer, Rows):
+                layer, rows = layer.layer, (layer.start, layer.count)
+            stack.callback(layer.register_forward_hook(hook(adapter, *rows)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # The usual default targets in the UNet and in CLIP; at rank 16 that is 3.2 M and 1.2 M parameters for SD1.x.

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, predicted_noise
-from ..fit.fit import adam_state, finite_or_raise, restore_adam, rollback_on_interrupt
+from ..fit.fit import Fit, finite_or_raise, rollback_on_interrupt
 
 CFG = 7.5
 INNER_STEPS = 10  # J
@@ -55,8 +55,8 @@ class Reference:
     window: range
 
 
-class ReferenceGuide:
-    """The whole sampling, with the optimisation in its window; a Fit (see fit/fit.py) of J updates per step there.
+class ReferenceGuide(Fit):
+    """The whole sampling, with the optimisation in its window: J updates per step there.
 
     With J = 0 there are no updates: advance() samples.
     """
@@ -83,10 +83,6 @@ class ReferenceGuide:
         self.losses: list[float] = []
         self._predictions: tuple[Tensor, Tensor] | None = None
         self._start(null)
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     @property
     def done(self) -> bool:
@@ -136,10 +132,7 @@ class ReferenceGuide:
         denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()
         last = (self.step + 1) % self.settings.inner_steps == 0
         with rollback_on_interrupt(self.optimizer):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            finite_or_raise(torch.as_tensor(self.phi_h.grad).square().sum(), self.step, "gradient")
-            self.optimizer.step()
+            self.descend(loss, self.phi_h, may_vanish=True)
             if last:
                 with torch.no_grad():
                     eps_h = predicted_noise(self.unguided, x, sigma, self.phi_h)
@@ -152,19 +145,15 @@ class ReferenceGuide:
             self._start(self.phi_h)
         return denoised
 
-    def state(self) -> dict[str, Tensor]:
+    def own_state(self) -> dict[str, Tensor]:
         return {
             "nulls": torch.cat([*self.nulls, self.phi_h.detach()]).cpu(),
             "x": self.x.detach().cpu(),
             "index": torch.tensor(self.index),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            **adam_state(self.optimizer),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore_own(self, state: dict[str, Tensor]) -> None:
         *self.nulls, current = state["nulls"].to(self.phi_h).split(1)
         self._start(current)
         self._predictions = None
         self.x, self.index = state["x"].to(self.trajectory), int(state["index"])
-        self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)

@@ -28,7 +28,7 @@ PATCHER = ("patches", "injections", "weight_wrapper_patches")
 TRANSIENT = ("original_forward",)  # set by a bypass LoRA while it is injected; independent of what it does
 COMFY_MARKS = ("model_loaded_weight_memory", "comfy_cast_weights")  # attributes of ComfyUI's networks and their layers
 OWN_ROOM = re.compile(rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.(host\b|\w+$)")
-_STATE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("assigned cells", default=frozenset())
+_STATE: contextvars.ContextVar[set[int]] = contextvars.ContextVar("closure cells that functions assign, by id")
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -79,11 +79,13 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     """Nested plain values and tensors that are equal when `value` is; without memory addresses.
 
     Variables that a function itself assigns while it runs (nonlocal, as in ComfyUI's ToMe and SAG) are its state, and
-    do not tell one function from another: they are left out, in the functions that read them too.
+    do not tell one function from another: they are left out, in the functions that read them too. A first pass finds
+    them.
     """
     if not above:
-        token = _STATE.set(_assigned(value))
+        token = _STATE.set(set())
         try:
+            describe(value, (id(_STATE),))
             return describe(value, (id(_STATE),))
         finally:
             _STATE.reset(token)
@@ -116,8 +118,7 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     if inspect.ismethod(value):
         return [_name(value.__func__), describe(value.__self__, inside)]
     if inspect.isfunction(value):
-        closure = [None if id(cell) in _STATE.get() else _cell(cell) for cell in value.__closure__ or ()]
-        parts = [value.__code__, closure, value.__defaults__, value.__kwdefaults__]
+        parts = [value.__code__, _closure(value), value.__defaults__, value.__kwdefaults__]
         return [_name(value), describe(parts, inside)]
     if isinstance(value, types.CodeType):
         return [value.co_code.hex(), list(value.co_names), describe(value.co_consts, inside)]
@@ -133,32 +134,12 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:
     return [_name(type(value)), describe(parts, inside)]
 
 
-def _assigned(value: Any) -> frozenset[int]:
-    """The closure cells, by id, that some function below this value assigns while it runs."""
-    cells: set[int] = set()
-    seen: dict[int, Any] = {}
-    todo = [value]
-    while todo:
-        part = todo.pop()
-        if id(part) in seen or isinstance(part, (*PLAIN, Tensor, nn.Module, type, types.ModuleType)):
-            continue
-        seen[id(part)] = part
-        if isinstance(part, dict):
-            todo += part.values()
-        elif isinstance(part, (list, tuple, set, frozenset)):
-            todo += part
-        elif isinstance(part, functools.partial):
-            todo += [part.func, part.args, part.keywords]
-        elif inspect.ismethod(part):
-            todo += [part.__func__, part.__self__]
-        elif inspect.isfunction(part):
-            names = {each.argval for each in dis.get_instructions(part.__code__) if each.opname == "STORE_DEREF"}
-            closure = dict(zip(part.__code__.co_freevars, part.__closure__ or (), strict=True))
-            cells |= {id(cell) for name, cell in closure.items() if name in names}
-            todo += [_cell(cell) for cell in closure.values()]
-        elif hasattr(part, "__dict__") and not isinstance(getattr(part, "model", None), nn.Module):
-            todo += vars(part).values()
-    return frozenset(cells)
+def _closure(function: Any) -> list[Any]:
+    """The values of a function's outer variables, None for those that some function assigns while it runs."""
+    assigned = {each.argval for each in dis.get_instructions(function.__code__) if each.opname == "STORE_DEREF"}
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    _STATE.get().update(id(cell) for name, cell in cells.items() if name in assigned)
+    return [None if id(cell) in _STATE.get() else _cell(cell) for cell in cells.values()]
 
 
 def _kind(module: nn.Module, inside: tuple[int, ...]) -> Any:

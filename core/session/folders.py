@@ -9,6 +9,7 @@ write to, so links must not lead out of it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -124,8 +125,13 @@ def state(kind: Kind, name: str | None) -> str:
     if name is None:
         return ""
     path = resolve(kind, name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return " ".join(f"{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files if f.is_file())
+    return state_of_files(path.iterdir() if path.is_dir() else [path])
+
+
+def state_of_files(paths: Iterable[Path]) -> str:
+    """A string that changes when one of these files does."""
+    files = sorted(path for path in paths if path.is_file())
+    return " ".join(f"{file}-{file.stat().st_mtime_ns}-{file.stat().st_size}" for file in files)
 
 
 def image_folders() -> Names:
@@ -156,8 +162,7 @@ def image_folder_state(name: str | None) -> str:
     if name is None:
         return ""
     path = resolve_image_folder(name)
-    files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
-    return " ".join(f"{f.relative_to(path)}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
+    return state_of_files((*path.glob("*"), *path.glob("*/*")))
 
 
 def _subfolders(folder: Path) -> list[Path]:

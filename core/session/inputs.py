@@ -174,8 +174,9 @@ def _sigmas(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.ndim != 1 or len(value) < 2:
         raise _unfit(name, value, "two noise levels or more [steps + 1]", "connect SIGMAS, from a scheduler")
     _check_finite(name, value, "take them from a scheduler")
-    if bool((value < 0).any()) or bool((value.diff() > 0).any()):
-        raise _unfit(name, value, "falling noise levels of 0 or more", "connect a scheduler's, do not flip or cut them")
+    if bool((value < 0).any()) or bool((value.diff() >= 0).any()):
+        given = ", ".join(f"{float(level):g}" for level in value[:6])
+        raise _unfit(name, given, "falling noise levels of 0 or more", "connect a scheduler's, do not flip or cut them")
 
 
 def _check_finite(name: str, value: Tensor, remedy: str) -> None:

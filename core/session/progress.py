@@ -46,13 +46,12 @@ def _preview(previewer: Any | None, latent: Tensor | None) -> Any | None:
     return previewer.decode_latent_to_preview_image("JPEG", latent[:1].float())
 
 
-class Progress:
+class Progress(Steps):
     """Progress of one node's run. update() raises ComfyUI's interrupt when the user cancels."""
 
     def __init__(self, model: Any, total: int, node_id: str | None) -> None:
-        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
-        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-        self._total, self._node, self._resumed, self._last = total, node_id, 0, 0.0
+        super().__init__(model, total, node_id)
+        self._node, self._resumed, self._last = node_id, 0, 0.0
 
     def start(self, step: int) -> None:
         """Set how many steps a stored run already has, whether it is resumed or returned as it is."""

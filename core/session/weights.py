@@ -127,20 +127,17 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
     gradients. Each layer norm gets a copy of its input, so the tensor it saves is never modified.
     """
 
-    def copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].clone(), *inputs[1:])
-
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
         for part in module.modules():
             for name in NORMS if type(part).__name__ in IN_PLACE else ():
                 norm = getattr(part, name, None)
                 if isinstance(norm, nn.Module):
-                    handles.append(norm.register_forward_pre_hook(copy_input))
+                    stack.callback(norm.register_forward_pre_hook(_copy_input).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].clone(), *inputs[1:])
 
 
 @contextlib.contextmanager
@@ -151,17 +148,12 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
     gets a copy of its input, so nothing else uses the skip connections. Models without a UNet are left alone.
     """
 
-    def copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].clone(), *inputs[1:])
-
     blocks = [*getattr(unet, "input_blocks", [])][1:]
     blocks += [block for block in [getattr(unet, "middle_block", None)] if block is not None]
-    handles = [block[0].register_forward_pre_hook(copy_input) for block in blocks]
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block[0].register_forward_pre_hook(_copy_input).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -222,7 +214,7 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
@@ -313,7 +305,7 @@ def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     drop_all_guidance(clone)
     drop_sampling_wrappers(clone)
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
-    options["optimized_attention_override"] = _differentiable_attention
+    options["optimized_attention_override"] = differentiable_attention
     dtype = model.model_dtype()
     if dtype == torch.float16 and not mm.is_device_cpu(model.load_device):
         # Gradients of a diffusion loss underflow in fp16; bf16 has the range, at the same speed and memory.

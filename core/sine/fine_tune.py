@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..denoiser import PlacedDenoiser, Prompt, masked_mean, output_error
-from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
+from ..fit.fit import Fit, finite_or_raise, step_generator
 
 LEARNING_RATE = 1e-4  # for low-rank factors
 LEARNING_RATE_FULL = 1e-6  # for all weights (paper)
-STEPS_FULL, STEPS_PATCHES = 800, 10_000  # without and with patches (paper)
 RECON_WEIGHT = 1.0  # scale_recon_loss of the patch configurations
 POOLED = 64  # latent pixels; a training square of 512 pixels is not pooled
 LARGE = 1 << 30  # bytes of parameters above which AdamW updates them one by one, without a second copy
@@ -90,8 +89,10 @@ def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor
     return ((t.to(distance) / count) ** 2 * distance).mean()
 
 
-class FineTune:
-    """The optimisation of a table of parameters; a Fit (see fit/fit.py)."""
+class FineTune(Fit):
+    """The optimisation of a table of parameters."""
+
+    prefix = "leaf."
 
     def __init__(
         self,
@@ -113,10 +114,6 @@ class FineTune:
         self.device = leaves[0].device
         self.optimizer = torch.optim.AdamW(leaves, lr=settings.learning_rate, foreach=False if large else None)
         self.losses: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     def draw(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Timestep [1] and noise [1, C, h, w] of the next update."""
@@ -175,17 +172,3 @@ class FineTune:
         value = finite_or_raise(loss, self.step, "prior loss")
         loss.backward()
         return value
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            **{f"leaf.{name}": leaf.detach() for name, leaf in self.parameters.items()},
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            **adam_state(self.optimizer),
-        }
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, leaf in self.parameters.items():
-                leaf.copy_(state[f"leaf.{name}"])
-        self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)

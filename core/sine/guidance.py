@@ -29,7 +29,6 @@ from torch import Tensor
 BASE_WEIGHT = 0.7  # v, section 4.1 of the paper; the reference README has 0.4 with K 500 and a cfg of 10
 END_PERCENT = 0.6  # K = 400 of 1000 timesteps
 CFG = 7.5
-SAMPLING_STEPS = 100
 LAST_TIMESTEP = 999  # timesteps are 0 .. 999 in SD; percent 0 of the sampling is timestep 999
 
 

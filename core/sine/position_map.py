@@ -25,11 +25,6 @@ BASE = 10_000.0
 MARKER = "likeness.needs_position_map"  # in files of weights trained with a map: [cells, interpolation]
 
 
-def whole_box(cells: int) -> Tensor:
-    """The box [1, 4] of the whole image."""
-    return torch.tensor([[0.0, 0.0, float(cells), float(cells)]])
-
-
 def sinusoids(cells: int, channels: int) -> Tensor:
     """[cells, channels] float32: row p - 1 is [sin(p f_0) .. sin(p f_(m-1)), cos(p f_0) .. cos(p f_(m-1))] for the
     position p = 1 .. cells, with m = channels / 2 and f_i = BASE^(-i / (m - 1)).

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..fit.fit import adam_state, finite_or_raise, group_state, restore_adam, restore_groups
+from ..fit.fit import Fit, finite_or_raise, group_state, restore_groups
 from ..lora.low_rank import TEXT_PREFIX
 from ..vision.measures import cosine
 
@@ -119,8 +119,10 @@ class SisoSettings:
         return bool(self.patience) and rule.over
 
 
-class Siso:
-    """The optimisation of named parameters; a Fit (see fit/fit.py) with one iteration per update."""
+class Siso(Fit):
+    """The optimisation of named parameters, with one iteration per update."""
+
+    prefix = "parameter."
 
     def __init__(
         self,
@@ -147,15 +149,6 @@ class Siso:
         self.best: dict[str, Tensor] = {}  # parameters of the best image
         self.images: list[Tensor] = []  # per iteration, uint8 [1, 3, H, W] on the CPU
         self.image: Tensor | None = None  # the best image, [1, 3, H, W]
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
-
-    @property
-    def best_step(self) -> int:
-        """Index of the iteration with the lowest loss, from 0."""
-        return min(range(self.step), key=self.losses.__getitem__)
 
     @property
     def done(self) -> bool:
@@ -187,29 +180,22 @@ class Siso:
         self.plateau.update(value)
         return pixels.detach()
 
-    def state(self) -> dict[str, Tensor]:
-        best = {f"best.{name}": value for name, value in self.best.items()}
-        image = {} if self.image is None else {"picture": self.image}
+    def own_state(self) -> dict[str, Tensor]:
         return {
-            **{f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()},
-            **best,
-            **image,
+            **super().own_state(),
+            **{f"best.{name}": value for name, value in self.best.items()},
+            **({} if self.image is None else {"picture": self.image}),
             "pictures": torch.cat(self.images),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
             "parts": torch.tensor(self.parts, dtype=torch.float64),
-            **adam_state(self.optimizer),
             **group_state(self.optimizer),
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[f"parameter.{name}"])
+    def restore_own(self, state: dict[str, Tensor]) -> None:
+        super().restore_own(state)
         device = next(iter(self.parameters.values())).device
         self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
         self.image = state["picture"].to(device) if "picture" in state else None
-        self.losses, self.parts = state["losses"].tolist(), state["parts"].tolist()
-        self.images = list(state["pictures"].split(1))
-        self.plateau = self.settings.plateau(self.losses)  # current settings: a run resumes with another patience
-        restore_adam(self.optimizer, state)
+        self.images, self.parts = list(state["pictures"].split(1)), state["parts"].tolist()
+        # The current settings: a run resumes with another patience.
+        self.plateau = self.settings.plateau(state["losses"].tolist())
         restore_groups(self.optimizer, state)

@@ -125,10 +125,6 @@ class Interval:
     share_won: float
     count: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0.0 or self.high < 0.0
-
 
 def paired_interval(
     differences: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0

@@ -286,8 +286,6 @@ def test_what_does_not_belong_together_is_refused():
         applied(other, adapter, subject(other))
     with pytest.raises(ValueError, match="predicts v"):
         applied(Setting("sd2_v"), adapter, about)
-    with pytest.raises(ValueError, match="above 0"):
-        applied(setting, adapter, about, ratio=0.0)
     transformer = types.SimpleNamespace(
         diffusion_model=torch.nn.Identity(), model_config=types.SimpleNamespace(unet_config={})
     )

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("own_folders")
 
 @pytest.mark.parametrize("layer", [None, -2])
 def test_the_text_encoder_in_the_session_says_what_text_encode_says(clip, layer):
-    from likeness.core.session.differentiable import TextEncoder, text_encoding
+    from likeness.core.session.differentiable import TextEncoder
+    from likeness.tests.gradients import differentiable
 
     clip = clip.clone()
     if layer is not None:
@@ -25,7 +26,7 @@ def test_the_text_encoder_in_the_session_says_what_text_encode_says(clip, layer)
     text = "photo of a (sks:1.3) dog, " + "very " * 90
     ((rows, options),) = encode(clip, text)
     encoder = TextEncoder(clip)
-    with text_encoding(clip):
+    with differentiable(clip.patcher):
         prompt = encoder.encode(encoder.tokens(text))
     assert rows.shape[1] == 154 and torch.equal(prompt.context.detach(), rows)
     assert torch.equal(prompt.pooled.detach(), options["pooled_output"])

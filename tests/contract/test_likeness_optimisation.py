@@ -311,7 +311,6 @@ def test_the_gradient_is_that_of_finite_differences(vision, monkeypatch):
 REFUSED = {
     "no weight": ({"weight": 0.0}, "no part with a weight"),
     "too many gradient steps": ({"grad_steps": 3}, "grad_steps is 3"),
-    "flipped sigmas": ({"flipped": True}, "do not flip"),
     "cfg without a negative": ({"cfg": 3.0, "empty": None}, "no negative prompt"),
     "a mask over everything": ({"mask": torch.ones(1, 64, 64)}, "covers the whole image"),
 }
@@ -327,9 +326,8 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
     monkeypatch.setattr(Session, "run", None)
     setting = Setting()
     generator = host.Generator(setting.model, autoencoder(), setting.source, changes.get("empty", setting.empty))
-    levels = sigmas(setting).flip(0) if "flipped" in changes else sigmas(setting)
     latent = torch.zeros_like(setting.latent["samples"])
-    sampling = host.Sampling(latent, levels, 0, changes.get("cfg", 1.0), changes.get("grad_steps", 1))
+    sampling = host.Sampling(latent, sigmas(setting), 0, changes.get("cfg", 1.0), changes.get("grad_steps", 1))
     background = host.Background(setting.image, changes["mask"], 1.0) if "mask" in changes else None
     similarity = Similarity((SimilarityPart(vision, changes.get("weight", 1.0), setting.image),))
     with pytest.raises(ValueError, match=message):

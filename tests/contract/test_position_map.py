@@ -9,7 +9,7 @@ import torch
 
 from likeness.core.session.session import BOXES
 from likeness.core.sine.host.position_map import PositionMap, position_map_of, with_position_map
-from likeness.core.sine.position_map import position_map, whole_box
+from likeness.core.sine.position_map import position_map
 
 from .methods import Setting, run_node, sample
 
@@ -55,7 +55,7 @@ def test_the_whole_picture_gets_the_whole_map_at_any_size():
         added = Added(model)
         sample(model, setting.target, setting.empty, setting.latent)
         assert len(added.found) == 3
-        close(added.found[0], position_map(32, CELLS, whole_box(CELLS), size))
+        close(added.found[0], position_map(32, CELLS, torch.tensor([[0, 0, CELLS, CELLS]]), size))
 
 
 def test_the_map_changes_the_picture_and_nothing_stays_behind():
@@ -89,7 +89,7 @@ def test_a_regional_prompt_gets_the_map_of_its_area():
     sample(model, both, setting.empty, setting.latent, cfg=1.0, steps=1)
     parts = {tuple(found.shape[-2:]): found for found in added.found}
     close(parts[(8, 4)], expected([0, 8, 16, 16], (8, 4)))
-    close(parts[(8, 8)], position_map(32, CELLS, whole_box(CELLS), (8, 8)))
+    close(parts[(8, 8)], position_map(32, CELLS, torch.tensor([[0, 0, CELLS, CELLS]]), (8, 8)))
 
 
 def test_prompts_of_different_areas_in_one_batch_get_their_own():
@@ -162,7 +162,7 @@ def test_the_tuned_model_of_a_guidance_gets_its_map():
     model = with_position_map(tuned, CELLS, "bilinear")
     added = Added(model)
     sample(patch(setting, model), setting.target, setting.empty, setting.latent, steps=1)
-    close(added.found[0], position_map(32, CELLS, whole_box(CELLS), (8, 12)))
+    close(added.found[0], position_map(32, CELLS, torch.tensor([[0, 0, CELLS, CELLS]]), (8, 12)))
 
 
 def test_half_precision_gets_a_map_of_its_own_kind():

@@ -180,7 +180,7 @@ def no_words(copy: Path) -> None:
         (lacking, "lack 1 tensors"),
         (torn, "cannot be read"),
         (changed("vae/config.json", scaling_factor=None), "lacks an entry"),
-        (no_words, "tokenizer of copy could not be loaded"),
+        (no_words, "folder tokenizer lacks what prepares images and words"),
         (changed("model_index.json", _class_name="StableDiffusionPipeline"), "StableDiffusionPipeline, expected a"),
         (changed("vae/config.json", _class_name="AutoencoderKL"), "AutoencoderKL, expected AutoencoderDC"),
         (changed("transformer/config.json", guidance_embeds=True), "Sana-Sprint"),

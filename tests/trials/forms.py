@@ -71,6 +71,7 @@ SIGMAS = {
     "none": torch.tensor([]),
     "two axes": torch.ones(2, 2),
     "rising": torch.tensor([0.0, 1.0, 14.0]),
+    "equal ones": torch.tensor([14.0, 1.0, 1.0, 0.0]),
     "negative": torch.tensor([1.0, -1.0]),
     "NaN": torch.tensor([14.0, NAN, 0.0]),
     "infinite": torch.tensor([INF, 1.0, 0.0]),
@@ -140,7 +141,6 @@ UNFIT: dict[str, dict[str, Any]] = {
     "SIGMAS": {
         "beyond the schedule": torch.tensor([1e6, 1.0, 0.0]),
         "never at 0": torch.tensor([14.0, 7.0, 1.0]),
-        "equal ones": torch.tensor([1.0, 1.0, 0.0]),
     },
 }
 """Well-formed values that do not fit a small SD1.5: a result, or a sentence."""

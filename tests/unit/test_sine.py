@@ -7,7 +7,7 @@ import torch
 
 from likeness.core.prompt.windows import SigmaRange
 from likeness.core.sine.guidance import base_share, check_weights, mix_predictions, percent_of
-from likeness.core.sine.position_map import position_map, sinusoids, whole_box
+from likeness.core.sine.position_map import position_map, sinusoids
 
 
 def prediction(kind: str, x, sigma, p):
@@ -80,8 +80,8 @@ def test_a_box_between_cells_is_widened():
 
 def test_refusals():
     with pytest.raises(ValueError, match="multiple of 4"):
-        position_map(6, 8, whole_box(8), (2, 2))
+        position_map(6, 8, torch.tensor([[0, 0, 8, 8]]), (2, 2))
     with pytest.raises(ValueError, match="expected one of bilinear, nearest"):
-        position_map(8, 8, whole_box(8), (2, 2), "cubic")
+        position_map(8, 8, torch.tensor([[0, 0, 8, 8]]), (2, 2), "cubic")
     with pytest.raises(ValueError, match="not a part of the position map's 8 x 8 cells"):
-        position_map(8, 8, whole_box(16), (2, 2))
+        position_map(8, 8, torch.tensor([[0, 0, 16, 16]]), (2, 2))

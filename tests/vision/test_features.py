@@ -15,10 +15,9 @@ from likeness.core.vision.host.vision import (
     load_instance_retrieval,
     load_vision,
     text_missing,
-    vision_encoding,
 )
 from likeness.core.vision.preprocess import Preprocess
-from likeness.tests.gradients import check_vision
+from likeness.tests.gradients import check_vision, differentiable
 
 from .models import CLIP_SIDE, clip_folder, core_vision, dino_folder, open_clip_file, pictures
 from .test_retrieval import published
@@ -64,7 +63,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(kind, tmp_path):
             features(vision, point).sum()
         return sum(kept)
 
-    with vision_encoding(vision):
+    with differentiable(vision.patcher):
         plain = run()
         with layers_checkpointed(vision.model):
             assert run() < 0.7 * plain
@@ -95,7 +94,7 @@ def test_rounding_is_absent(tmp_path):
     nudged = image + 1e-4  # far below one grey level
     with torch.inference_mode():
         assert torch.equal(vision.encode_image(image).image_embeds, vision.encode_image(image).image_embeds)
-        with vision_encoding(vision):
+        with differentiable(vision.patcher):
             assert float((features(vision, image) - features(vision, nudged)).abs().max()) > 1e-6
 
 

@@ -43,14 +43,15 @@ def published_folder(folder: Path):
 def test_the_published_folder_is_asked_at_518(tmp_path):
     from likeness.core.session.memory import BYTES_PER_FEATURE, vision_memory
     from likeness.core.siso.host.similarity import SimilarityPart, similarity_part
-    from likeness.core.vision.host.vision import load_vision, vision_encoding
+    from likeness.core.vision.host.vision import load_vision
+    from likeness.tests.gradients import differentiable
 
     model = published_folder(tmp_path)
     with torch.inference_mode():
         vision = load_vision(tmp_path)
     assert vision.image_size == 224, "what the folder says, for scores"
     subject, picture = pictures(1, 60, 80, seed=1), pictures(1, 64, 64, seed=2)
-    with vision_encoding(vision):
+    with differentiable(vision.patcher):
         loss = SimilarityPart(vision, 1.0, subject).term()(picture.movedim(-1, 1))
     prepare = Preprocess(518, 518, IMAGENET_MEAN, IMAGENET_STD, published=True)
     with torch.no_grad():

@@ -59,11 +59,11 @@ class Control:
 
 @dataclass(frozen=True)
 class SubjectSwap:
-    """Replace `word` in a prompt with `new`, or with a learned subject. The other fields are those of Control."""
+    """Replace `word` in a prompt, also with a learned subject. The other fields are those of Control."""
 
     prompt: str
     word: str
-    new: str
+    replacement: str
     subject: LearnedSubject | None = None
     end_percent: float = 1.0
     self_percent: float = 0.0
@@ -88,15 +88,10 @@ def replace_subject(
     source: the prompt that the image was inverted with; its sizes and ControlNets apply to both.
     """
     transformer_layers(model.model.diffusion_model)
-    if clip is None:
-        raise ValueError(
-            "The CLIP is empty: this checkpoint holds no text encoder. Connect the one that belongs to the model, from "
-            "a Load CLIP node."
-        )
     learned, prompt, word = request.subject, request.prompt, request.word
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
-    edited = edited_prompt(prompt, word, request.new)
+    edited = edited_prompt(prompt, word, request.replacement)
     of_source, of_edit, of_word = (tokens_of(clip, text) for text in (prompt, edited, word.strip()))
     try:
         swap = word_swap(of_source, of_edit, of_word)

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...fit.fit import Fit, curve
 from ...fit.runs import digest
 from ...fit.train import Result
-from ...inversion.trajectory import check_sigmas
 from ...prompt.conditioning import Conditioning, detached
 from ...prompt.windows import windows
 from ...session.describe import describe
@@ -103,7 +102,6 @@ def refine_embedding(
     """
     embedding, step = saved.embedding, saved.step
     check_base(embedding.header.get("base", {}), model)
-    check_sigmas(sigmas)
     start = embedding.at(step)
     if len(start) != 1:
         raise ValueError(f"The embedding has rows for {len(start)} denoising steps already: connect the one before.")

@@ -160,13 +160,12 @@ def load_patcher(stored: StoredAdapter, blocks: list[Place], dtype: torch.dtype 
     ValueError when the adapter belongs to another UNet.
     """
     with torch.device("meta"):
-        adapter = Adapter([place.layer for place in blocks])
-    adapter.check(stored.tensors)
-    for name, module, attribute in adapter.owners():
-        tensor = stored.tensors[name]
-        if name != WEIGHTS and tensor.element_size() > dtype.itemsize:
-            tensor = tensor.to(dtype)
-        module._parameters[attribute] = torch.nn.Parameter(tensor, requires_grad=False)
+        adapter = Adapter([place.layer for place in blocks]).requires_grad_(False)
+    tensors = dict(stored.tensors)
+    for name, value in tensors.items():
+        if name != WEIGHTS and value.element_size() > dtype.itemsize:
+            tensors[name] = value.to(dtype)
+    adapter.load(tensors, assign=True)
     device = mm.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(adapter, mm.get_torch_device(), device)
 
@@ -188,7 +187,6 @@ def with_adapter(
     check_base(subject.base, model, "subject", "encoded with")
     patcher = load_patcher(stored, blocks, model.get_model_object("manual_cast_dtype") or model.model_dtype())
     _warn_of_base(stored, model, blocks)
-    _check_ratio(ratio)
     clone = without_adapter(model)
     if strength == 0.0:
         return clone
@@ -200,20 +198,12 @@ def with_adapter(
 
 def with_ratio(model: Any, ratio: float) -> Any:
     """A clone of a MODEL from with_adapter(), with the same adapter in another part of the steps."""
-    _check_ratio(ratio)
     clone = model.clone()
     injections = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     for injection in injections:
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injection, ratio=ratio))
     return clone
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(
-            f"The adapter would work in {ratio:g} of the steps: give a part above 0 (0.4 as published), or 1 for all."
-        )
 
 
 def without_adapter(model: Any) -> Any:

@@ -8,11 +8,10 @@ from typing import Any
 
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
 from ...attention.host.layers import Key
-from ...session.weights import is_packed
+from ...session.weights import differentiable_attention, is_packed
 from ..adapter import Adapter, Layer, SubjectTokens
 
 PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
@@ -113,8 +112,10 @@ def middle_patch(
 class UNet:
     """A ComfyUI model's UNet as a Network (see ezigen/train.py), called directly, for training."""
 
-    def __init__(self, base: Any, adapter: Adapter) -> None:
-        """base: a loaded MODEL's .model; only its weights that require gradients take part in a backward pass."""
+    def __init__(self, base: Any, adapter: Adapter | None) -> None:
+        """base: a loaded MODEL's .model; only its weights that require gradients take part in a backward pass. adapter:
+        None for the UNet alone, which looks at no subject.
+        """
         self.unet, self.adapter, self.places = base.diffusion_model, adapter, places(base)
         self.dtype = base.manual_cast_dtype or base.get_dtype()
         sigmas = base.model_sampling.sigmas.detach().double().cpu()
@@ -126,17 +127,10 @@ class UNet:
         return capture.order(self.places)
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
-        return self._run(z, timestep, context, {"middle_patch": [middle_patch(self.adapter, self.places, tokens)]})
-
-    def bare_noise(self, z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """[B, C, h, w] of the UNet alone, without the adapter."""
-        return self._run(z, timestep, context, {})
+        patches = [] if self.adapter is None else [middle_patch(self.adapter, self.places, tokens)]
+        return self._run(z, timestep, context, {"middle_patch": patches})
 
     def _run(self, z: Tensor, timestep: Tensor, context: Tensor, patches: dict[str, Any]) -> Tensor:
-        options = {"patches": patches, "optimized_attention_override": _differentiable_attention}
+        options = {"patches": patches, "optimized_attention_override": differentiable_attention}
         z, context = z.to(self.dtype), context.to(self.dtype)
         return self.unet(z, timestep.float(), context=context, transformer_options=options).float()
-
-
-def _differentiable_attention(_default: Any, *args: Any, **more: Any) -> Tensor:
-    return attention_pytorch(*args, **more)

@@ -27,7 +27,7 @@ from ...session.job import Job, run
 from ...session.memory import BYTES_PER_WEIGHT, GB, activations
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
-from ..adapter import Adapter, SubjectTokens
+from ..adapter import Adapter
 from ..artifact import StoredAdapter, pack_adapter
 from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
 from ..train import MAX_SUBJECTS, TIMESTEPS, AdapterTraining, Draw, Sample, TrainingSettings, errors
@@ -133,7 +133,7 @@ class AdapterJob(Job):
             return Sample(*(part.to(x0.device) for part in parts))
 
         def result() -> Result:
-            check_errors = torch.tensor(mean_errors(network, sample, self.settings.seed))
+            check_errors = torch.tensor(mean_errors(network, UNet(base, None), sample, self.settings.seed))
             return {**pack_adapter(adapter, {}).tensors, CHECK_ERRORS: check_errors, FOLDER_REPORT: folder_report}
 
         yield AdapterTraining(network, adapter, sample, self.settings), result
@@ -286,21 +286,8 @@ def _memory(model: Any, places: list[Place], latent: Tensor, plan: AdapterPlan, 
     return BYTES_PER_WEIGHT * weights + activation_bytes * (batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1)
 
 
-class _BareUNet:
-    """The UNet without the adapter, as a Network that ignores the subject."""
-
-    def __init__(self, network: UNet) -> None:
-        self.network, self.alphas_cumprod = network, network.alphas_cumprod
-
-    def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
-        return [z.new_zeros(len(z), 1, 1)]
-
-    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
-        return self.network.bare_noise(z, timestep, context)
-
-
 @torch.no_grad()
-def mean_errors(network: UNet, sample: Callable[[int], Sample], seed: int) -> list[float]:
+def mean_errors(network: UNet, bare_network: UNet, sample: Callable[[int], Sample], seed: int) -> list[float]:
     """The mean errors of the model alone, with the adapter but no subject, and with the subject.
 
     Over the first samples of the run, at evenly spaced timesteps, all three with the same noise.
@@ -312,7 +299,7 @@ def mean_errors(network: UNet, sample: Callable[[int], Sample], seed: int) -> li
             Draw(timestep, dropped, step_generator(seed, number, "adapter check")) for dropped in (True, False, False)
         )
         adapter_errors = errors(network, [example, example], [without_subject, with_subject])
-        total += torch.cat([errors(_BareUNet(network), [example], [bare]), adapter_errors]).cpu()
+        total += torch.cat([errors(bare_network, [example], [bare]), adapter_errors]).cpu()
     return (total / CHECKED).tolist()
 
 

@@ -15,7 +15,7 @@ from ...session.images import ImageSource
 from ...session.progress import Steps
 from ...session.session import GuiderDenoiser, predicting
 from ..ddim import Label, invert
-from ..trajectory import Trajectory, check_sigmas
+from ..trajectory import Trajectory
 
 
 def invert_image(
@@ -45,7 +45,6 @@ def invert_image(
 
 def check_invertible(model: Any, sigmas: Tensor) -> None:
     """ValueError when an image cannot be inverted along these levels with this model."""
-    check_sigmas(sigmas)
     sampling = model.get_model_object("model_sampling")
     if not _adds_noise(sampling):
         raise ValueError(

@@ -29,24 +29,6 @@ METHOD = "null-text"
 
 
 @dataclass(frozen=True)
-class NullTextResult:
-    """The result of null-text optimisation: one negative per step, the losses, and the number of updates per step."""
-
-    conditioning: Conditioning
-    losses: list[float]
-    counts: list[int]
-
-    def report(self) -> str:
-        """One line per step: number of updates, first and last loss."""
-        lines, first = [], 0
-        for step, count in enumerate(self.counts):
-            losses = self.losses[first : first + count]
-            lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {losses[0]:.3g} to {losses[-1]:.3g}")
-            first += count
-        return "\n".join([*lines, f"{len(self.losses)} updates in all"])
-
-
-@dataclass(frozen=True)
 class Reconstruction:
     """What a sampler needs to reconstruct an inverted image. losses: None when nothing was optimised."""
 
@@ -68,8 +50,7 @@ def prepare_reconstruction(
 ) -> Reconstruction:
     """The Reconstruction by null-text optimisation, or by one of the two methods without it (see null_text.py)."""
     if method == "null-text":
-        nulls = null_text(model, positive, negative, trajectory, settings, node_id, start)
-        return Reconstruction(model, nulls.conditioning, nulls.losses, nulls.report())
+        return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings, node_id)
     check_trajectory(model, positive, trajectory)
     if method == "negative prompt":
         copy = [[context, options.copy()] for context, options in positive]
@@ -133,13 +114,12 @@ class NullTextJob(Job):
 def null_text(
     model: Any,
     positive: Conditioning,
-    negative: Conditioning,
+    first: Conditioning,
     trajectory: Trajectory,
     settings: NullTextSettings,
     node_id: str | None = None,
-    start: Start = "empty prompt",
-) -> NullTextResult:
-    """Optimise one negative per step of a trajectory, resuming or reusing a stored run."""
+) -> Reconstruction:
+    """Optimise one negative per step of a trajectory, the first from a prompt on, resuming or reusing a stored run."""
     check_trajectory(model, positive, trajectory)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
@@ -149,10 +129,15 @@ def null_text(
     if settings.cfg == 1.0:
         raise ValueError("With cfg 1 the negative prompt is unused: set the cfg that the image is sampled with.")
     warn_of_guidance(model)
-    first = positive if start == "prompt" else negative
     single_prompt(first, "negative prompt")
     finished = run(NullTextJob(model, positive, first, trajectory, settings), node_id)
     sampling = model.get_model_object("model_sampling")
     steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     conditioning = step_wise(first, finished.last["nulls"].split(1), steps)
-    return NullTextResult(conditioning, finished.losses, finished.last["counts"].tolist())
+    lines, begin = [], 0
+    for step, count in enumerate(finished.last["counts"].tolist()):
+        losses = finished.losses[begin : begin + count]
+        lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {losses[0]:.3g} to {losses[-1]:.3g}")
+        begin += count
+    report = "\n".join([*lines, f"{len(finished.losses)} updates in all"])
+    return Reconstruction(model, conditioning, finished.losses, report)

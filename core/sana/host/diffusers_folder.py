@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from ...vision.host.extras.install import missing_package
-from ...vision.host.extras.offline import offline, reason
-from ...vision.host.extras.transformers_folder import check_complete, read_model
+from ...vision.host.extras.offline import offline, read_table, reason, weights_variant
+from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
 
 PIPELINE = "SanaPipeline"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 SOURCE = "the Sana_1600M_512px_diffusers folder of huggingface.co/Efficient-Large-Model"
 NETWORK, AUTOENCODER = "SanaTransformer2DModel", "AutoencoderDC"
-WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
+WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = (None, "bf16", "fp16")  # of the weight files, in order of preference
 MAX_TOKENS = 300  # of the prompt, after the instruction (paper, 3.1); SISO's script truncates at 256
 SHIFT = 3.0  # default shift of the noise levels, if the folder specifies none
@@ -35,7 +34,7 @@ SHIFT = 3.0  # default shift of the noise levels, if the folder specifies none
 def pipeline_of(folder: Path) -> str:
     """The pipeline class in model_index.json; empty when it cannot be read."""
     try:
-        return str(_table(folder / "model_index.json").get("_class_name", ""))
+        return str(read_table(folder / "model_index.json").get("_class_name", ""))
     except ValueError:
         return ""
 
@@ -52,10 +51,10 @@ def check_folder(folder: Path) -> None:
         if not (folder / part).is_dir():
             raise ValueError(f"The folder {folder.name} has no folder {part}: copy {SOURCE} whole.")
     for part, kind in (("transformer", NETWORK), ("vae", AUTOENCODER)):
-        class_name = _table(folder / part / "config.json").get("_class_name")
+        class_name = read_table(folder / part / "config.json").get("_class_name")
         if class_name != kind:
             raise ValueError(f"{folder.name}/{part} holds {class_name}, expected {kind}: copy {SOURCE} whole.")
-    if _table(folder / "transformer" / "config.json").get("guidance_embeds"):
+    if read_table(folder / "transformer" / "config.json").get("guidance_embeds"):
         raise ValueError(
             f"The folder {folder.name} is of the Sana-Sprint family, which takes its guidance as an input: use "
             f"{SOURCE}."
@@ -86,39 +85,30 @@ def load_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
     return Autoencoder(_read(folder / "vae", getattr(library(folder), AUTOENCODER), dtype))
 
 
-def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PromptTokenizer, Gemma]:
-    """The tokenizer and its text encoder."""
-    import transformers
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, str, Gemma]:
+    """The tokenizer, the instruction that the reference code puts before a prompt, and the text encoder."""
     from diffusers import SanaPipeline
 
     part = folder / "text_encoder"
-    model, missing = read_model(part, "AutoModel", dtype, _variant(part, TEXT_WEIGHTS))
+    model, missing = read_model(part, "AutoModel", dtype, weights_variant(part, variants=VARIANTS))
     check_complete(part, missing)
-    with offline():
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder / "tokenizer"), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers raises many types for a damaged folder
-            raise ValueError(
-                f"The tokenizer of {folder.name} could not be loaded ({reason(error)}): copy the folder again."
-            ) from error
-        lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-        prompt_tokenizer = PromptTokenizer(tokenizer, "\n".join(lines))
-    return prompt_tokenizer, Gemma(model, prompt_tokenizer.instruction_ids, device)
+    tokenizer = read_processor(folder / "tokenizer", "AutoTokenizer")
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    instruction = "\n".join(lines)
+    return tokenizer, instruction, Gemma(model, tokenizer.encode(instruction), device)
 
 
 def noise_shift(folder: Path) -> float:
     """The shift of the noise levels in the folder's scheduler config, for any scheduler."""
     path = folder / "scheduler" / "scheduler_config.json"
-    table = _table(path) if path.is_file() else {}
+    table = read_table(path) if path.is_file() else {}
     value = table.get("flow_shift", table.get("shift", SHIFT))
     return float(value) if isinstance(value, (int, float)) and value > 0 else SHIFT
 
 
 def latent_spec(folder: Path) -> tuple[float, int, int]:
     """Scaling factor and channels of the autoencoder's latents, and their downscaling relative to images."""
-    table = _table(folder / "vae" / "config.json")
+    table = read_table(folder / "vae" / "config.json")
     try:
         levels = len(table["encoder_block_out_channels"])
         return float(table["scaling_factor"]), int(table["latent_channels"]), 2 ** (levels - 1)
@@ -126,25 +116,6 @@ def latent_spec(folder: Path) -> tuple[float, int, int]:
         raise ValueError(
             f"config.json of {folder.name}/vae lacks an entry ({reason(error)}): copy {SOURCE} whole."
         ) from error
-
-
-class PromptTokenizer:
-    """Prompts to token ids. instruction: prepended to every non-empty prompt, as in the reference code."""
-
-    def __init__(self, tokenizer: Any, instruction: str) -> None:
-        self._tokenizer, self._instruction = tokenizer, instruction
-        self.instruction_ids: list[int] = tokenizer.encode(instruction)
-
-    def ids(self, text: str, instructed: bool) -> list[int]:
-        """Lower-cased and truncated to 300 tokens after the instruction. Not padded: masked tokens can be omitted."""
-        text = text.lower().strip()
-        if not instructed or not text:
-            return self._tokenizer.encode(text)[:MAX_TOKENS]
-        return self._tokenizer.encode(self._instruction + text)[: len(self.instruction_ids) + MAX_TOKENS - 2]
-
-    def decode_each(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id."""
-        return [self._tokenizer.decode([number]) for number in ids]
 
 
 class Gemma(nn.Module):
@@ -227,7 +198,7 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
     """A diffusers network, frozen, in the given dtype; ValueError when it is incomplete."""
     from diffusers.utils import is_accelerate_available
 
-    variant = _variant(part, WEIGHTS)
+    variant = weights_variant(part, WEIGHTS, VARIANTS)
     with offline():
         try:
             model, info = kind.from_pretrained(
@@ -246,28 +217,3 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
             ) from error
     check_complete(part, set(info["missing_keys"]))
     return model.train(False).requires_grad_(False)
-
-
-def _variant(part: Path, base: str) -> str | None:
-    """The variant of the weight files in a folder. ValueError when it has none, or only pickles."""
-    for variant in VARIANTS:
-        middle = "" if variant is None else f".{variant}"
-        if (part / f"{base}{middle}.safetensors").is_file() or (
-            part / f"{base}.safetensors.index{middle}.json"
-        ).is_file():
-            return variant
-    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in part.glob(suffix))
-    problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
-    raise ValueError(f"The folder {part.parent.name}/{part.name} {problem}: put its {base}*.safetensors there.")
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name} of {path.parent.name} cannot be read ({reason(error)}): copy the folder again."
-        ) from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path.name} of {path.parent.name} is not a table of settings: copy the folder again.")
-    return table

@@ -90,22 +90,29 @@ class FullLoadPatcher(comfy.model_patcher.ModelPatcher):
 
 
 class SanaTokenizer:
-    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma."""
+    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma.
 
-    def __init__(self, tokenizer: sana.PromptTokenizer) -> None:
-        self._tokenizer = tokenizer
+    instruction: prepended to every non-empty prompt, as in the reference code.
+    """
+
+    def __init__(self, tokenizer: Any, instruction: str) -> None:
+        self._tokenizer, self._instruction = tokenizer, instruction
+        self._instruction_length = len(tokenizer.encode(instruction))
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, tokenizer_options: dict[str, Any] | None = None, **_more: Any
     ) -> dict[str, list[list[tuple]]]:
-        """The token ids, each with weight 1."""
-        ids = self._tokenizer.ids(text, (tokenizer_options or {}).get(INSTRUCTED, True))
-        end = (0,) if return_word_ids else ()
-        return {"gemma2": [[(number, 1.0, *end) for number in ids]]}
+        """The token ids, each with weight 1: lower-cased and truncated to 300 tokens after the instruction. Not padded:
+        masked tokens can be omitted.
+        """
+        text, most, end = text.lower().strip(), sana.MAX_TOKENS, (0,) if return_word_ids else ()
+        if text and (tokenizer_options or {}).get(INSTRUCTED, True):
+            text, most = self._instruction + text, self._instruction_length + most - 2
+        return {"gemma2": [[(number, 1.0, *end) for number in self._tokenizer.encode(text)[:most]]]}
 
     def untokenize(self, pairs: list[tuple]) -> list[tuple]:
         """Pairs of a token tuple and its text."""
-        return list(zip(pairs, self._tokenizer.decode_each([pair[0] for pair in pairs]), strict=True))
+        return [(pair, self._tokenizer.decode([pair[0]])) for pair in pairs]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty: nothing is saved with a model."""
@@ -130,10 +137,7 @@ def sana_names() -> Names:
 
 def sana_state(name: str | None) -> str:
     """As folders.state(), including sub-folders."""
-    if name is None:
-        return ""
-    files = sorted(path for path in folders.resolve(folders.DIFFUSERS, name).glob("*/*") if path.is_file())
-    return " ".join(f"{f.parent.name}/{f.name}-{f.stat().st_mtime_ns}-{f.stat().st_size}" for f in files)
+    return "" if name is None else folders.state_of_files(folders.resolve(folders.DIFFUSERS, name).glob("*/*"))
 
 
 def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:
@@ -169,9 +173,9 @@ def load_model(folder: Path, dtype: str, **_more: Any) -> Any:
 def _clip(folder: Path) -> Any:
     device = mm.text_encoder_device()
     dtype = torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
-    tokenizer, encoder = sana.load_text(folder, dtype, mm.intermediate_device())
+    tokenizer, instruction, encoder = sana.load_text(folder, dtype, mm.intermediate_device())
     clip = comfy.sd.CLIP(no_init=True)
-    clip.cond_stage_model, clip.tokenizer = encoder, SanaTokenizer(tokenizer)
+    clip.cond_stage_model, clip.tokenizer = encoder, SanaTokenizer(tokenizer, instruction)
     clip.patcher = FullLoadPatcher(encoder, load_device=device, offload_device=mm.text_encoder_offload_device())
     clip.patcher.hook_mode, clip.patcher.is_clip = comfy.hooks.EnumHookMode.MinVram, True
     clip.layer_idx, clip.tokenizer_options = None, {}

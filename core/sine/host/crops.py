@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import latent_mask
-from ...session.images import check_image, checked_mask
+from ...session.images import checked_mask
 from ..fine_tune import Samples
 from ..patches import Box, box_of, check_size, cut, resize_to_square
 
@@ -29,7 +29,6 @@ class CropSettings:
 
 def check_images(image: Tensor, mask: Tensor | None, settings: CropSettings) -> Tensor | None:
     """The mask of the subject. ValueError for images and masks that cannot be made into samples."""
-    check_image(image)
     if settings.cells:
         check_size(image.shape[1], image.shape[2], settings.cells)
     return None if mask is None else checked_mask(mask, len(image), (image.shape[1], image.shape[2]), subject=True)

@@ -23,7 +23,7 @@ from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import entries_by_prompt
 from ...prompt.windows import SigmaRange
 from ...session.weights import GUIDANCE_PREFIX
-from ..guidance import LAST_TIMESTEP, base_share, check_weights, mix_predictions, percent_of
+from ..guidance import base_share, check_weights, mix_predictions, percent_of
 from .overlay import Overlay, check_separable
 from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
@@ -52,26 +52,24 @@ class SubjectModel:
 
 
 def subject_model(
-    model: Any, conditioning: Conditioning, weight: float, start_percent: float, end_percent: float, k_timestep: int
+    model: Any,
+    conditioning: Conditioning,
+    weight: float,
+    end_percent: float,
+    start_percent: float = 0.0,
+    k_timestep: int = -1,
 ) -> SubjectModel:
     """A SubjectModel from a node's values. k_timestep: K in training timesteps, used instead of end_percent unless -1.
 
-    ValueError for an empty window, or a K outside the schedule.
+    ValueError for an empty window.
     """
     if k_timestep != -1:
-        if not 0 <= k_timestep <= LAST_TIMESTEP + 1:
-            raise ValueError(
-                f"K is timestep {k_timestep}, the schedule has 0 to {LAST_TIMESTEP + 1}: choose one of these, or -1 "
-                "to use end_percent."
-            )
         end_percent = max(0.0, percent_of(k_timestep))
-    if not 0.0 <= start_percent <= end_percent <= 1.0:
+    if start_percent > end_percent:
         raise ValueError(
             f"The guidance would begin at {start_percent:g} and end at {end_percent:g} of the sampling: give a start "
             "below the end, both in 0..1."
         )
-    if not conditioning:
-        raise ValueError("The tuned model has no prompt: connect its training prompt, encoded.")
     _check_prompt(conditioning, start_percent, end_percent)
     return SubjectModel(model, conditioning, weight, start_percent, end_percent)
 

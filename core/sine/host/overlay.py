@@ -110,22 +110,18 @@ class Overlay:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """A context in which the running module predicts as the fine-tuned model."""
-        handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
-        before: list[tuple[nn.Module, str, list | None]] = []
-        try:
+        with contextlib.ExitStack() as stack:
+            for module, hook in self._hooks:
+                stack.callback(module.register_forward_hook(hook).remove)
             for module, attribute, function in self._functions:
                 name = f"{attribute}_function"
-                before.append((module, name, module.__dict__.get(name)))  # None: it uses its class's empty list
+                own = vars(module).get(name)  # None: it uses its class's empty list
+                if own is None:
+                    stack.callback(delattr, module, name)
+                else:
+                    stack.callback(setattr, module, name, own)
                 setattr(module, name, [*getattr(module, name), function])
             yield
-        finally:
-            for module, name, functions in reversed(before):
-                if functions is None:
-                    delattr(module, name)
-                else:
-                    setattr(module, name, functions)
-            for handle in handles:
-                handle.remove()
 
 
 def _common_length(one: list[Patch], other: list[Patch]) -> int:

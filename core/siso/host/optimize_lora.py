@@ -17,7 +17,6 @@ from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
-from ...inversion.trajectory import check_sigmas
 from ...lora.host.layers import trained_layers
 from ...lora.low_rank import attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
@@ -33,7 +32,7 @@ from ...session.weights import DECODER, checkpointed, layers_checkpointed
 from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
 from .background import Background
 from .prodigy import prodigy
-from .result import IMAGE_STATE, OptimizedLora, both_loras, is_complete, lora_of, run_bytes
+from .result import IMAGE_STATE, OptimizedLora, both_loras, run_bytes
 from .similarity import Similarity
 
 METHOD = "siso"
@@ -138,7 +137,9 @@ class SisoJob(Job):
         return self if clip is None else replace(self, text=TextEncoder(clip))
 
     def is_complete(self, stored: Run) -> bool:
-        return is_complete(stored, self.steps, self.settings)
+        """It has enough iterations, or early stopping by the current settings ends it."""
+        enough = stored.step >= self.steps or self.settings.should_stop(self.settings.plateau(stored.losses))
+        return stored.step in stored.results and enough
 
     def end(self, done: Run) -> int:
         return done.step
@@ -199,8 +200,9 @@ def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
     job = replace(job, generator=generator, sampling=sampling, settings=settings)
     job_run = run(job, node_id)
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
-    lora, parts = lora_of(job_run, job.plan.keep), job_run.state["parts"].tolist()
-    result = OptimizedLora(lora, image, images.float() / 255, job_run.losses, parts, job.plan.keep, job.header(job_run))
+    keep, parts = job.plan.keep, job_run.state["parts"].tolist()
+    lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
+    result = OptimizedLora(lora, image, images.float() / 255, job_run.losses, parts, keep, job.header(job_run))
     if result.warning():
         log.warning("%s", result.warning())
     return result
@@ -208,7 +210,6 @@ def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
 
 def _check(generator: Generator, similarity: Similarity, sampling: Sampling, background: Background | None) -> None:
     single_prompt(generator.positive, "prompt")
-    check_sigmas(sampling.sigmas)
     if generator.clip is not None and not generator.prompt.strip():
         raise ValueError(
             "A text encoder is connected to 'clip', but 'prompt' is empty: write (or connect) there the prompt that "

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...fit.train import Result, Run
+from ...fit.train import Result
 from ...lora.artifact import FineTunedWeights
 from ...lora.host.layers import LoraLayers
 from ...lora.low_rank import LowRank
-from ..siso import Keep, Siso, SisoSettings
+from ..siso import Keep, Siso
 
 IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
 BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
@@ -71,19 +71,6 @@ def both_loras(fit: Siso, layers: LoraLayers, adapters: Mapping[str, LowRank]) -
         for kind, values in kinds.items()
         for name, value in layers.tensors(adapters, values).items()
     }
-
-
-def lora_of(run: Run, keep: Keep) -> dict[str, Tensor]:
-    """The best or the last LoRA of a finished run."""
-    prefix = f"{keep}."
-    return {name[len(prefix) :]: value for name, value in run.results[run.step].items() if name.startswith(prefix)}
-
-
-def is_complete(run: Run, iterations: int, settings: SisoSettings) -> bool:
-    """Whether a stored run needs no further iteration: it has enough, or early stopping by the current settings ends
-    it.
-    """
-    return run.step in run.results and (run.step >= iterations or settings.should_stop(settings.plateau(run.losses)))
 
 
 def run_bytes(vae: Any, latent: Tensor, iterations: int, layers: LoraLayers, rank: int) -> int:

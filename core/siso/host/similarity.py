@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...prompt.conditioning import detached
 from ...session.describe import describe
-from ...session.images import check_image, checked_mask
+from ...session.images import checked_mask
 from ...vision.host.vision import features, published_preprocess
 from ...vision.measures import resize_mask, subject_crop
 from ..siso import Term, similarity_loss
@@ -49,10 +49,9 @@ class SimilarityPart:
 def similarity_part(vision: Any, weight: float, images: Tensor, mask: Tensor | None = None) -> SimilarityPart:
     """A SimilarityPart of the subject's images [N, H, W, 3 or 4], preprocessed as published: the central square.
 
-    mask [1 or N, h, w]: the subject is cut out whole and put on white. ValueError for invalid images or empty masks; a
-    warning when the central square loses much of an image.
+    mask [1 or N, h, w]: the subject is cut out whole and put on white. ValueError for an empty mask; a warning when
+    the central square loses much of an image.
     """
-    check_image(images)
     images = images[..., :3].float().cpu()
     count, height, width = images.shape[:3]
     if mask is not None:

@@ -6,8 +6,6 @@ with the pack's preprocessing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from ...session import folders
 from ...session.inputs import Names
-from ...session.weights import gradients, load_fully, out_of_place, thawed
+from ...session.weights import load_fully
 from ..preprocess import Preprocess
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
@@ -63,7 +61,7 @@ class VisionModel:
         return output
 
     def features(self, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
-        """See features(); call inside vision_encoding(), or use embed() without gradients."""
+        """See features(); call inside of a session that has loaded the model, or use embed() without gradients."""
         return self.model((preprocess or self.preprocess)(pixels.to(self.load_device), crop)).embedding
 
     def encode_text(self, texts: list[str]) -> Tensor:
@@ -110,22 +108,13 @@ def load_instance_retrieval(path: Path) -> VisionModel:
     return VisionModel(load_retrieval(path))
 
 
-@contextlib.contextmanager
-def vision_encoding(vision: Any) -> Iterator[None]:
-    """Load a CLIP_VISION fully and make it differentiable; features() may be called inside."""
-    with gradients():
-        _load(vision, 1)
-        with thawed([vision.model]), out_of_place(vision.model):
-            yield
-
-
 def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
     """Embeddings [B, D] of images [B, H, W, 3], with ComfyUI's CLIP_VISION objects or ours, on the model's device.
 
     crop=False squashes instead of cropping the centre, for subject crops, which are square and have no border.
-    Differentiable inside vision_encoding(). CLIP: the projected image embedding. DINOv2: the class token after the last
-    layer norm. ComfyUI's SigLIP, which has no pooling layer: the mean of its tokens. preprocess: replaces the model's
-    own.
+    Differentiable inside of a session that has loaded the model. CLIP: the projected image embedding. DINOv2: the class
+    token after the last layer norm. ComfyUI's SigLIP, which has no pooling layer: the mean of its tokens. preprocess:
+    replaces the model's own.
     """
     if isinstance(vision, VisionModel):
         return vision.features(pixels, crop, preprocess)

@@ -1,9 +1,12 @@
-"""Use other libraries' models without network access and without changing the global random state."""
+"""Use other libraries' models without network access and without changing the global random state; and their files."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,3 +29,29 @@ def reason(error: BaseException) -> str:
     """The first line of an error, shortened for use inside a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file. ValueError when it cannot be read."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path.name} of {path.parent.name} cannot be read ({reason(error)}): copy the folder again."
+        ) from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path.name} of {path.parent.name} is not a table of settings: copy the folder again.")
+    return table
+
+
+def weights_variant(folder: Path, base: str = "model", variants: Sequence[str | None] = (None,)) -> str | None:
+    """The variant of the weight files in a folder, such as "fp16". ValueError when it has none, or only pickles."""
+    for variant in variants:
+        middle = "" if variant is None else f".{variant}"
+        names = (f"{base}{middle}.safetensors", f"{base}.safetensors.index{middle}.json")
+        if any((folder / name).is_file() for name in names):
+            return variant
+    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
+    problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
+    where = f"{folder.parent.name}/{folder.name}"
+    raise ValueError(f"The folder {where} {problem}: put the model's {base}.safetensors there.")

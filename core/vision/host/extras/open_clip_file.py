@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,10 @@ class OpenClipTower(Tower):
         transformer = getattr(self.model.visual, "transformer", None)
         blocks = list(getattr(transformer, "resblocks", []))[-2:]
         hidden: list[Tensor] = []
-        hooks = [block.register_forward_hook(lambda _module, _in, out: hidden.append(out)) for block in blocks]
-        try:
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.callback(block.register_forward_hook(lambda _module, _in, out: hidden.append(out)).remove)
             embedding = self.model.encode_image(pixel_values)
-        finally:
-            for hook in hooks:
-                hook.remove()
         if blocks and not getattr(transformer, "batch_first", True):
             hidden = [tokens.transpose(0, 1) for tokens in hidden]
         return VisionOutput(embedding, hidden[-1] if hidden else None, hidden[0] if len(hidden) == 2 else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .install import missing_package
-from .offline import offline, reason
+from .offline import offline, read_table, reason, weights_variant
 from .tower import Tower, VisionOutput
 
 MORE_LAYERS = 16  # times the layers in a model's files; some share one among several
@@ -86,7 +85,7 @@ def read_model(
     """
     config = read_config(folder)
     if variant is None:
-        _check_weights(folder)
+        weights_variant(folder)
     _check_layers(folder, config)
     transformers = library(folder)
     setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
@@ -109,14 +108,12 @@ def read_model(
         return model.to(dtype).train(False).requires_grad_(False), set(info["missing_keys"])
 
 
-def read_processor(folder: Path) -> Any:
+def read_processor(folder: Path, class_name: str = "AutoProcessor") -> Any:
     """The processor for a folder's model, which prepares images and texts. ValueError when its files are missing."""
-    transformers = library(folder)
+    kind = getattr(library(folder), class_name)
     with offline():
         try:
-            return transformers.AutoProcessor.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # as above
             raise ValueError(
                 f"The folder {folder.name} lacks what prepares images and words ({reason(error)}): copy the model's "
@@ -166,23 +163,9 @@ def _no_progress_bar(transformers: Any) -> Iterator[None]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. ValueError when it cannot be read."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"The folder {folder.name} has no config.json: copy the model's whole folder.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"config.json of {folder.name} cannot be read ({reason(error)}): copy it again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"config.json of {folder.name} is not a table of settings: copy it again.")
-    return config
-
-
-def _check_weights(folder: Path) -> None:
-    if any((folder / name).is_file() for name in WEIGHTS):
-        return
-    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
-    problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
-    raise ValueError(f"The folder {folder.name} {problem}: put the model's model.safetensors there.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"The folder {folder.name} has no config.json: copy the model's whole folder.")
+    return read_table(folder / "config.json")
 
 
 def _check_layers(folder: Path, config: dict[str, Any]) -> None:
@@ -216,19 +199,14 @@ def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
 
 
 def _tokenizer(folder: Path, model: Any) -> tuple[Any, str | None]:
-    import transformers
-
     if not hasattr(model, "text_model"):
         return None, "it is a vision model only"
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None, "its folder has no tokenizer files"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # as above
-        return None, f"its tokenizer could not be loaded ({reason(error)})"
-    return tokenizer, None
+        return read_processor(folder, "AutoTokenizer"), None
+    except ValueError as error:
+        return None, f"its tokenizer could not be loaded ({reason(error.__cause__ or error)})"
 
 
 def _preprocess(folder: Path, config: Any) -> Preprocess:
@@ -237,14 +215,9 @@ def _preprocess(folder: Path, config: Any) -> Preprocess:
     size = _side(getattr(vision_config, "image_size", 224)) or 224
     clip_like = str(config.model_type).startswith(("clip", "siglip"))
     mean, std = (CLIP_MEAN, CLIP_STD) if clip_like else (IMAGENET_MEAN, IMAGENET_STD)
-    try:
-        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "preprocessor_config.json").is_file():
         return Preprocess(size, size, mean, std)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"preprocessor_config.json of {folder.name} cannot be read ({reason(error)}): copy it again, or remove it."
-        ) from error
+    settings = read_table(folder / "preprocessor_config.json")
     resize = settings.get("size", size)
     crop = _side(settings.get("crop_size")) if settings.get("do_center_crop", "crop_size" in settings) else None
     # A plain number is the shorter side for models that crop afterwards (CLIP, DINOv2), both sides for others (DINO).
