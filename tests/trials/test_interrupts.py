@@ -156,7 +156,7 @@ def trials() -> Iterator[Any]:
         yield pytest.param(case, patch, point, id=f"{case}-{patch}-{point:.2f}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "patch", "point"), trials())
+@pytest.mark.parametrize(("case", "patch", "point"), list(trials()))
 def test_an_interrupt_leaves_nothing_and_loses_nothing(bench, case, patch, point):
     wanted, calls = bench.uninterrupted(case, patch)
     bench.forget()
