@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.siso.siso import MAX_NORM, SisoSettings
-from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
+from ..core.vision.instance_retrieval import Backbone, RetrievalNetwork
 from . import frame, hosting
 from .frame import by_turns
 
@@ -115,7 +115,7 @@ def retrieval() -> Any:
     from ..core.vision.host.extras.retrieval import RetrievalTower
     from ..core.vision.host.vision import VisionModel
 
-    tower = InstanceRetrieval(Backbone(RETRIEVAL_WIDTH, RETRIEVAL_LAYERS, 4, 1024, 577), 64)
+    tower = RetrievalNetwork(Backbone(RETRIEVAL_WIDTH, RETRIEVAL_LAYERS, 4, 1024, 577), 64)
     return VisionModel(RetrievalTower(randomise(tower).eval().requires_grad_(False), "retrieval"))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..core.vision.instance_retrieval import Backbone, InstanceRetrieval
+from ..core.vision.instance_retrieval import Backbone, RetrievalNetwork
 from . import frame
 from .hosting import plain_attention
 
@@ -98,7 +98,7 @@ def dino() -> tuple[Any, Callable[[], Any]]:
 
 def retrieval() -> tuple[Any, Callable[[], Any]]:
     """The retrieval model, in float32."""
-    net = InstanceRetrieval(Backbone(1280, 32, 16, 1024, 577), 64)
+    net = RetrievalNetwork(Backbone(1280, 32, 16, 1024, 577), 64)
     x = torch.randn(1, 3, 290, 290, requires_grad=True)
     return net, lambda: net(x)
 

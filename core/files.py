@@ -25,7 +25,7 @@ from torch import Tensor
 
 HEADER_KEY = "likeness"
 CHECKSUMS = "crc32"  # the part of a header with the CRC-32 of each tensor
-LEFTOVER = re.compile(r"likeness-[0-9a-f]{12}\.tmp|.+\.safetensors\.[0-9a-f]{32}\.tmp")  # the second: up to 0.5.0
+LEFTOVER = r"likeness-[0-9a-f]{12}\.tmp|.+\.safetensors\.[0-9a-f]{32}\.tmp"  # the second: up to 0.5.0
 LEFTOVER_SECONDS = 86_400
 MAX_TEXT = 100_000  # characters of a text of a node, and so of a header; the longest prompts have some thousands
 FORMAT = 1  # version of the artifact header
@@ -96,7 +96,7 @@ def _remove_leftovers(folder: Path, now: float) -> None:
     """Remove temporary files of processes that were killed while writing. now: by the clock of the file system."""
     for path in folder.glob("*.tmp"):
         with contextlib.suppress(OSError):
-            if LEFTOVER.fullmatch(path.name) and now - path.stat().st_mtime > LEFTOVER_SECONDS:
+            if re.fullmatch(LEFTOVER, path.name) and now - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink()
 
 

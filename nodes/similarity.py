@@ -7,12 +7,12 @@ from comfy_api.latest import io
 from ..core.session import folders
 from ..core.siso.host import similarity as host
 from ..core.vision.host.extras.retrieval import retrieval_missing
-from ..core.vision.host.vision import load_instance_retrieval
+from ..core.vision.host.vision import load_retrieval_model
 from .node import Node
 from .types import Similarity, schema
 
 
-class LikenessLoadRetrieval(Node):
+class LikenessLoadRetrievalModel(Node):
     """A file in models/ir_features -> CLIP_VISION."""
 
     @classmethod
@@ -47,7 +47,7 @@ class LikenessLoadRetrieval(Node):
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
-        return io.NodeOutput(load_instance_retrieval(folders.resolve(folders.RETRIEVAL, name)))
+        return io.NodeOutput(load_retrieval_model(folders.resolve(folders.RETRIEVAL, name)))
 
 
 class LikenessSimilarity(Node):

@@ -61,10 +61,10 @@ class Executor:
             data = {"error": error, "node_errors": node_errors}
             raise PromptError(error["message"] if error else "a part of the prompt was refused", data)
         self._executor.execute(copy.deepcopy(prompt), identity, {}, outputs)
-        for kind, data in self._executor.status_messages:
-            if kind == "execution_error":
-                raise PromptError(data["exception_message"], data)
-        return PromptRun(identity, status="execution_success", outputs=self._executor.history_result["outputs"])
+        status, data = self._executor.status_messages[-1]
+        if status == "execution_error":
+            raise PromptError(data["exception_message"], data)
+        return PromptRun(identity, status=status, outputs=self._executor.history_result["outputs"])
 
     def log(self) -> str:
         return "\n".join(self._lines)

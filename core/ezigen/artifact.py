@@ -28,8 +28,8 @@ SECONDS = ("model_1.safetensors", "pytorch_model_1.bin")  # the file of w in old
 BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+"
 PARTS = ("adapter.to_q.weight", "adapter.to_k.weight", "adapter.to_v.weight", "adapter.to_out.0.weight",
          "adapter.to_out.0.bias", "adapter_norm.weight", "adapter_norm.bias")  # fmt: skip
-NAME = re.compile(rf"(?:^|\.)({BLOCK}\.(?:{'|'.join(map(re.escape, PARTS))}))$")
-BASE = re.compile(rf"(?:^|\.)({BLOCK}\.attn1\.to_q\.weight)$")
+NAME = rf"(?:^|\.)({BLOCK}\.(?:{'|'.join(map(re.escape, PARTS))}))$"
+BASE = rf"(?:^|\.)({BLOCK}\.attn1\.to_q\.weight)$"
 BASE_PART = ".attn1.to_q.weight"
 SAMPLED = 32  # values of each of the base's sampled weights
 
@@ -88,9 +88,9 @@ def read_adapter(path: Path) -> StoredAdapter:
         contents, file_header = _read(file)
         header = header or file_header
         for name, value in contents.items():
-            if match := NAME.search(name):
+            if match := re.search(NAME, name):
                 tensors[match[1]] = value
-            elif base_match := BASE.search(name):
+            elif base_match := re.search(BASE, name):
                 base[base_match[1]] = value.flatten()[:SAMPLED].float().tolist()
             elif name.rpartition(".")[2] == WEIGHTS:
                 tensors[WEIGHTS] = value
@@ -141,7 +141,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_needed(name: str) -> bool:
-    return bool(NAME.search(name) or BASE.search(name)) or name.rpartition(".")[2] == WEIGHTS
+    return bool(re.search(NAME, name) or re.search(BASE, name)) or name.rpartition(".")[2] == WEIGHTS
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

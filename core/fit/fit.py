@@ -111,6 +111,27 @@ def restore_groups(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 @contextlib.contextmanager
+def random_numbers(seed: int = 0) -> Iterator[None]:
+    """torch's own random numbers, from this seed on; afterwards they are as before. Other nodes' patches of a model,
+    such as ToMe, draw from them.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        start_random_numbers(seed)
+        yield
+
+
+def start_random_numbers(seed: int) -> None:
+    """torch.manual_seed() of what is in use: on a backend that is not, it takes milliseconds to remember the call."""
+    torch.default_generator.manual_seed(seed)
+    for backend in (torch.cuda, torch.xpu):
+        if backend.is_initialized():
+            backend.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+@contextlib.contextmanager
 def rollback_on_interrupt(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Undo an optimizer step when the block is interrupted, for updates that run the model again after their step.
 

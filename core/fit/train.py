@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .fit import Fit
+from .fit import Fit, start_random_numbers
 from .runs import RunStore, digest
 
 log = logging.getLogger("likeness")
@@ -183,6 +183,7 @@ def train(
     checkpointer.resume(fit)
     try:
         while fit.step < steps and not getattr(fit, "done", False):
+            start_random_numbers(fit.step)  # an update does not depend on the one before, whatever the model draws
             preview = fit.update()
             if fit.step % checkpointer.retention.every == 0 or fit.step == steps:
                 checkpointer.keep(fit.step, result())

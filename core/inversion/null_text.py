@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, predicted_noise
-from ..fit.fit import Fit, finite_or_raise, rollback_on_interrupt
+from ..fit.fit import Fit, finite_or_raise, random_numbers, rollback_on_interrupt
 
 Method = Literal["null-text", "negative prompt", "direct"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -104,7 +104,7 @@ class NullText(Fit):
         i = len(self.nulls)
         sigma = self.sigmas[i]
         if self._eps_c is None:  # constant during the inner updates of a step
-            with torch.no_grad():
+            with torch.no_grad(), random_numbers(i):  # in whichever update it is needed first
                 self._eps_c = predicted_noise(self.denoiser, self.x, sigma, self.context)
         eps_u = predicted_noise(self.unguided, self.x, sigma, u)
         return eps_u + self.settings.cfg * (self._eps_c - eps_u)

@@ -27,7 +27,7 @@ NEEDS = "likeness.needs_"  # name prefix of tensors that mark what else the weig
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # in the reference code's patch-trained checkpoints
 MODEL_PREFIXES = ("diffusion_model.", "lora_unet_", "transformer.")  # name prefixes of the tensors of each part
 TEXT_PREFIXES = ("text_encoders.", "lora_te", "text_encoder.")
-KEY = re.compile(
+KEY = (
     r"(diffusion_model\.|text_encoders\.|lora_unet_|lora_te[12]?_|transformer\.|text_encoder\.)[\w.]{1,300}"
     r"\.(lora_up\.weight|lora_down\.weight|lora_A\.weight|lora_B\.weight|alpha|diff|diff_b)"
 )
@@ -130,7 +130,7 @@ def _check_names(path: Path, names: list[str], needs: Collection[str]) -> list[s
     _refuse_official(path, names)
     if not names:
         raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
-    _refuse_foreign(path, [name for name in names if name not in needs and not KEY.fullmatch(name)])
+    _refuse_foreign(path, [name for name in names if name not in needs and not re.fullmatch(KEY, name)])
     return names
 
 

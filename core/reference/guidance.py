@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, predicted_noise
-from ..fit.fit import Fit, finite_or_raise, rollback_on_interrupt
+from ..fit.fit import Fit, finite_or_raise, random_numbers, rollback_on_interrupt
 
 CFG = 7.5
 INNER_STEPS = 10  # J
@@ -95,7 +95,7 @@ class ReferenceGuide(Fit):
 
     def _predict(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """eps for the prompt and for the empty prompt, before a step."""
-        with torch.no_grad():
+        with torch.no_grad(), random_numbers(index):  # in whichever update they are needed first
             sigma = self.sigmas[index]
             eps_c = predicted_noise(self.denoiser, x, sigma, self.contexts[index])
             return eps_c, predicted_noise(self.unguided, x, sigma, self.null)

@@ -27,7 +27,7 @@ DEPTH = 24
 PATCHER = ("patches", "injections", "weight_wrapper_patches")
 TRANSIENT = ("original_forward",)  # set by a bypass LoRA while it is injected; independent of what it does
 COMFY_MARKS = ("model_loaded_weight_memory", "comfy_cast_weights")  # attributes of ComfyUI's networks and their layers
-OWN_ROOM = re.compile(rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.(host\b|\w+$)")
+OWN_ROOM = rf"^({re.escape(__name__.removesuffix('.core.session.describe'))})\.core\.\w+\.(host\b|\w+$)"
 _STATE: contextvars.ContextVar[set[int]] = contextvars.ContextVar("closure cells that functions assign, by id")
 PLAIN = (str, int, float, bool, bytes, type(None))
 
@@ -164,7 +164,7 @@ def unique_value() -> str:
 
 def _name(value: Any) -> str:
     """Module and name. For the pack's own modules the room is left out, so that moving a file does not change keys."""
-    module = OWN_ROOM.sub(r"\1.core.\2", getattr(value, "__module__", None) or "")
+    module = re.sub(OWN_ROOM, r"\1.core.\2", getattr(value, "__module__", None) or "")
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..fit.fit import Fit
+from ..fit.fit import Fit, random_numbers
 from ..fit.runs import RunStore
 from ..fit.train import Checkpointer, Result, Retention, Run, stored_last, stored_run, train
 from .fingerprint import fingerprint
@@ -120,7 +120,8 @@ def run(job: Job, node_id: str | None = None) -> Run:
     progress = Progress(job.model, job.steps, node_id)
     progress.start(0 if stored is None else stored.step)
     if stored is None or not job.is_complete(stored):
-        stored = _train(job, 0 if stored is None else stored.step, store, key, progress)
+        with random_numbers():  # whether a run is trained or served makes no difference to what follows
+            stored = _train(job, 0 if stored is None else stored.step, store, key, progress)
     end = job.end(stored)
     losses = stored.losses[:end]
     progress.finish(losses)

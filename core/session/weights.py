@@ -62,25 +62,34 @@ def gradients() -> Iterator[None]:
 def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Replace all inference parameters and buffers by equal normal tensors; the originals are restored on exit.
+    """Replace all inference parameters and buffers by equal normal tensors; the originals are restored on exit. Those
+    that are normal ones already collect no gradients meanwhile.
 
     Weights that ComfyUI casts in every forward are left alone, since autograd sees only the result of the cast. The
     original objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
     trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
+    frozen: list[Tensor] = []
     try:
         leaves = _leaves(trained or {}, replaced)
+        own = {id(leaf) for leaf in leaves.values()}
         for module in modules:
             dtype = getattr(module, "manual_cast_dtype", None)
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
                     for name, value in store.items():
-                        if value is not None and value.is_inference() and not _is_cast(part, name, value, dtype):
+                        if value is None or id(value) in own:
+                            continue
+                        if value.requires_grad and not value.is_inference():  # loaded outside of inference mode
+                            frozen.append(value.requires_grad_(False))
+                        elif value.is_inference() and not _is_cast(part, name, value, dtype):
                             replaced.append((store, name, value))
                             store[name] = _normal(value, store is part._parameters)  # ty: ignore[invalid-assignment]
         yield leaves
     finally:
+        for value in frozen:
+            value.requires_grad_(True)
         for store, name, value in replaced:
             store[name] = value
 

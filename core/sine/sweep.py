@@ -16,7 +16,7 @@ from torch import Tensor
 from .guidance import LAST_TIMESTEP
 
 MOST_TEXT, MOST_NUMBERS, MOST_PAIRS = 2000, 24, 144
-_NUMBER = re.compile(r"[+-]?(\d{1,12}\.?\d{0,12}|\.\d{1,12})([eE][+-]?\d{1,2})?", re.ASCII)
+_NUMBER = r"[+-]?(\d{1,12}\.?\d{0,12}|\.\d{1,12})([eE][+-]?\d{1,2})?"
 
 
 def numbers(text: str, name: str) -> list[float]:
@@ -27,7 +27,7 @@ def numbers(text: str, name: str) -> list[float]:
     for word in re.split(r"[\s,;]+", text.strip(" \t\r\n,;")):
         if not word:
             raise ValueError(f"{name} is empty: give numbers from 0 to 1, such as '0.3, 0.5, 0.7'.")
-        if not _NUMBER.fullmatch(word):
+        if not re.fullmatch(_NUMBER, word, re.ASCII):
             raise ValueError(f"{name} holds {word[:40]!r}, which is not a number: write it like '0.3, 0.5, 0.7'.")
         value = float(word) + 0.0  # -0 becomes 0
         if not 0.0 <= value <= 1.0:

@@ -61,8 +61,10 @@ class Backbone(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class InstanceRetrieval(nn.Module):
+class RetrievalNetwork(nn.Module):
     """Images [B, 3, 290, 290] from PREPROCESS -> features [B, 64]."""
+
+    __qualname__ = "InstanceRetrieval"  # its name in the keys of stored runs
 
     def __init__(self, backbone: Backbone, features: int) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class InstanceRetrieval(nn.Module):
         return self.fc1(self.backbone(images))
 
 
-def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> InstanceRetrieval:
+def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> RetrievalNetwork:
     """The network of a published file, frozen; ValueError when these are not its weights.
 
     heads: number of attention heads, which the weights do not determine; by default each is 80 wide as in ViT-H.
@@ -97,7 +99,7 @@ def from_published(tensors: Mapping[str, Tensor], heads: int | None = None) -> I
             f"The model looks at {tokens} tokens of patches {patch}, expected {expected} of {PATCH} x {PATCH}: this is "
             "another vision model; load it with Load Vision Model."
         )
-    model = InstanceRetrieval(Backbone(width, layers, heads or max(1, width // HEAD_WIDTH), out, tokens), features)
+    model = RetrievalNetwork(Backbone(width, layers, heads or max(1, width // HEAD_WIDTH), out, tokens), features)
     try:
         model.load_state_dict({name: value.float() for name, value in state.items()})
     except RuntimeError as error:  # lists each missing, unexpected or misshapen tensor

@@ -8,6 +8,8 @@ import torch
 from likeness.tests import gradients
 
 from .. import tiny_models
+from .methods import METHODS, Setting
+from .setting import autoencoder
 
 LIMIT = 0.01
 MODELS = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
@@ -131,3 +133,18 @@ def test_the_check_itself_notices_a_wrong_gradient():
     right = gradient_check("right", lambda x: (x**3).sum(), point)
     wrong = gradient_check("wrong", lambda x: (x**3 + 0.5 * (x.detach() * 2)).sum(), point)
     assert right.relative_error < 1e-3 and wrong.relative_error > 0.2
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("name", ["hiper", "siso"])
+def test_weights_loaded_outside_of_inference_mode_collect_no_gradients(name):
+    """Another pack's loader leaves ordinary parameters, of which torch would keep a gradient each."""
+    setting = Setting()
+    for part in setting.model.model.modules():
+        for key, value in part._parameters.items():
+            part._parameters[key] = None if value is None else torch.nn.Parameter(value.clone().detach())
+    parameters = [*setting.model.model.parameters(), *autoencoder().first_stage_model.parameters()]
+    asked = [value.requires_grad for value in parameters]
+    next(method for method in METHODS if method.name == name).fit(setting)
+    assert all(value.grad is None for value in parameters)
+    assert [value.requires_grad for value in parameters] == asked and any(asked)

@@ -127,3 +127,27 @@ def test_a_run_with_such_a_patch_is_served(patch, monkeypatch):
     monkeypatch.setattr("likeness.core.session.session.Session.run", lambda *_: pytest.fail("it was trained again"))
     again = method.tensors(method.fit(setting)[0])
     assert all(torch.equal(value, again[part]) for part, value in first.items())
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("name", ["hiper", "sine", "siso", "null-text", "reference"])
+def test_what_a_patch_draws_does_not_depend_on_what_ran_before(tmp_path, name):
+    """ToMe draws from torch's own random numbers, in each call of the model."""
+    method, setting = METHOD[name], Setting(size=(16, 16))
+    setting.model = tome(setting.model)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = method.tensors(method.fit(setting, steps=3)[0])
+    assert torch.equal(state, torch.get_rng_state())
+    shutil.rmtree(tmp_path / "user")
+    method.fit(setting, steps=2)
+    torch.manual_seed(2)
+    again = method.tensors(method.fit(setting, steps=3)[0])
+    assert all(torch.equal(value, again[part]) for part, value in first.items())
+
+
+def test_what_a_patch_draws_in_an_inversion_is_the_same_each_time():
+    setting = Setting(size=(16, 16))
+    patched = tome(setting.model)
+    assert torch.equal(inverted(setting, patched), inverted(setting, patched))
+    assert not torch.equal(inverted(setting, patched), inverted(setting, setting.model))

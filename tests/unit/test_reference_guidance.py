@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from likeness.core.fit.fit import start_random_numbers
 from likeness.core.inversion.ddim import invert
 from likeness.core.inversion.null_text import NullText, NullTextSettings
 from likeness.core.inversion.rectify import landing_prediction, step_at
@@ -20,12 +21,20 @@ class Cut(BaseException):
     """Stands for ComfyUI's interrupt."""
 
 
+class Drawing(GaussianDenoiser):
+    """A denoiser that draws from torch's own random numbers in each call, as with ToMe on the model."""
+
+    def denoised(self, x, sigma, context):
+        return super().denoised(x, sigma, context) + 0.01 * torch.rand(x.shape)
+
+
 class World:
     """A denoiser, prompts for every step, a reference's trajectory, a mask and a start."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[GaussianDenoiser] = GaussianDenoiser) -> None:
+        torch.manual_seed(0)
         generator = torch.Generator().manual_seed(4)
-        self.denoiser = GaussianDenoiser(WIDTH)
+        self.denoiser = kind(WIDTH)
         self.contexts = list(torch.randn(STEPS, 1, 7, WIDTH, generator=generator))
         self.null, caption = torch.randn(2, 1, 7, WIDTH, generator=generator)
         self.sigmas = torch.cat([torch.logspace(1, -1, STEPS), torch.zeros(1)])
@@ -63,6 +72,7 @@ class World:
 def finished(fit):
     """A fit, updated to its end."""
     while not fit.done:
+        start_random_numbers(fit.step)  # as train() does
         fit.update()
     return fit
 
@@ -153,17 +163,22 @@ def walked_after_cut(fit, call: int):
     return finished(fit)
 
 
-def test_an_interrupt_at_any_call_of_the_model_leaves_no_trace():
-    whole = finished(World().guide(2))
+KINDS = pytest.mark.parametrize("kind", [GaussianDenoiser, Drawing])
+
+
+@KINDS
+def test_an_interrupt_at_any_call_of_the_model_leaves_no_trace(kind):
+    whole = finished(World(kind).guide(2))
     for call in range(1, 29):
-        fit = walked_after_cut(World().guide(2), call)
+        fit = walked_after_cut(World(kind).guide(2), call)
         assert fit.losses == whole.losses and torch.equal(fit.x, whole.x)
 
 
+@KINDS
 @pytest.mark.parametrize("patience", [0, 1])
-def test_null_text_too(patience):
+def test_null_text_too(patience, kind):
     def fit() -> NullText:
-        world = World()
+        world = World(kind)
         settings = NullTextSettings(3.0, 3, 0.05, 1e-3, patience)
         return NullText(world.denoiser, world.trajectory, world.sigmas, world.contexts[0], world.null, settings)
 

@@ -12,7 +12,7 @@ from likeness.core.vision.host.vision import (
     describe,
     embed,
     features,
-    load_instance_retrieval,
+    load_retrieval_model,
     load_vision,
     text_missing,
 )
@@ -30,7 +30,7 @@ def make(kind: str, folder):
         return core_vision(folder, dino=kind == "core_dino")
     if kind == "retrieval":
         save_file(published(), folder / "retrieval.safetensors")
-        return load_instance_retrieval(folder / "retrieval.safetensors")
+        return load_retrieval_model(folder / "retrieval.safetensors")
     if kind == "open_clip":
         return load_vision(open_clip_file(folder / kind)[0])
     (clip_folder if kind == "clip" else dino_folder)(folder / kind)

@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from likeness.core.vision.host.vision import describe, embed, load_vision, text_missing
+from likeness.core.vision.preprocess import CLIP_MEAN
 
 from .models import (
     CLIP_SIDE,
@@ -261,3 +262,33 @@ def test_more_layers_than_the_file_has_are_refused_before_they_are_built(tmp_pat
     with pytest.raises(ValueError, match=r"asks for 100000 layers \(num_hidden_layers\), its files have \d+: copy"):
         load_vision(tmp_path / "dino")
     assert time.monotonic() - begin < 5
+
+
+PREPROCESSING = {
+    "a list": [1],
+    "a text": "x",
+    "a size of words": {"size": "abc"},
+    "a size in a size": {"size": {"height": {"a": 1}}},
+    "a size without end": {"size": 1e999},
+    "a billion pixels": {"size": 10**9},
+    "less than nothing": {"size": -3},
+    "one mean": {"image_mean": [0.5]},
+    "a mean that is none": {"image_mean": 0.5},
+    "NaN": {"image_mean": [float("nan")] * 3},
+    "a deviation of 0": {"image_std": [0.5, 0.0, 0.5]},
+    "words": {"image_std": ["a", "b", "c"]},
+}
+
+
+@pytest.mark.parametrize("case", PREPROCESSING)
+def test_preprocessing_that_makes_no_image_is_refused_when_it_is_read(tmp_path, case):
+    clip_folder(tmp_path / "clip", tokenizer=False)
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING[case]))
+    with pytest.raises(ValueError, match=r"preprocessor_config.json of clip cannot be read \(.*\): copy it again"):
+        load_vision(tmp_path / "clip")
+
+
+def test_preprocessing_without_numbers_takes_the_familys(tmp_path):
+    clip_folder(tmp_path / "clip", tokenizer=False)
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({"image_mean": None, "size": CLIP_SIDE}))
+    assert load_vision(tmp_path / "clip").preprocess.mean == CLIP_MEAN

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from likeness.core.vision.instance_retrieval import Backbone, InstanceRetrieval
+from likeness.core.vision.instance_retrieval import Backbone, RetrievalNetwork
 
 from .models import pictures, seeded
 
 
 def published() -> dict[str, torch.Tensor]:
     """Random weights of the published layout, narrow; with the classifier of its training."""
-    model = seeded(lambda: InstanceRetrieval(Backbone(80, 2, 1, 16, 577), 8))
+    model = seeded(lambda: RetrievalNetwork(Backbone(80, 2, 1, 16, 577), 8))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -25,13 +25,13 @@ def published() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_both_kinds_of_files_give_the_same_features(tmp_path, ending, prefix):
-    from likeness.core.vision.host.vision import embed, load_instance_retrieval
+    from likeness.core.vision.host.vision import embed, load_retrieval_model
 
     tensors = {prefix + name: value.clone() for name, value in published().items()}
     path = tmp_path / f"ir{ending}"
     torch.save(tensors, path) if ending == ".pth" else save_file(tensors, path)
     with torch.inference_mode():
-        vision = load_instance_retrieval(path)
+        vision = load_retrieval_model(path)
         found = embed(vision, pictures(2))
         other = embed(vision, pictures(2).flip(0))
     assert found.shape == (2, 8) and torch.equal(found, other.flip(0)) and float(found.std()) > 0
@@ -39,7 +39,7 @@ def test_both_kinds_of_files_give_the_same_features(tmp_path, ending, prefix):
 
 
 def test_other_files_are_refused(tmp_path):
-    from likeness.core.vision.host.vision import load_instance_retrieval
+    from likeness.core.vision.host.vision import load_retrieval_model
 
     class Code:
         def __reduce__(self):
@@ -47,13 +47,13 @@ def test_other_files_are_refused(tmp_path):
 
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Code()))
     with pytest.raises(ValueError, match="not a plain tensor file"):
-        load_instance_retrieval(tmp_path / "code.pth")
+        load_retrieval_model(tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no table of weights"):
-        load_instance_retrieval(tmp_path / "list.pth")
+        load_retrieval_model(tmp_path / "list.pth")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not the weights"):
-        load_instance_retrieval(tmp_path / "other.pth")
+        load_retrieval_model(tmp_path / "other.pth")
 
 
 def renamed(old: str, new: str) -> dict[str, torch.Tensor]:
@@ -80,11 +80,11 @@ def test_wrong_tables_are_refused_without_building_what_they_name(case):
 
 
 def test_a_table_inside_a_checkpoint_is_found(tmp_path):
-    from likeness.core.vision.host.vision import load_instance_retrieval
+    from likeness.core.vision.host.vision import load_retrieval_model
 
     torch.save({"state_dict": published(), "epoch": 3}, tmp_path / "ir.pth")
     with torch.inference_mode():
-        assert load_instance_retrieval(tmp_path / "ir.pth").image_size == 290
+        assert load_retrieval_model(tmp_path / "ir.pth").image_size == 290
     torch.save({"state_dict": {3: torch.zeros(1)}}, tmp_path / "numbers.pth")
     with pytest.raises(ValueError, match="no table of weights"):
-        load_instance_retrieval(tmp_path / "numbers.pth")
+        load_retrieval_model(tmp_path / "numbers.pth")

@@ -45,8 +45,8 @@ def edited_prompt(prompt: str, word: str, new: str) -> str:
             f"The word is '{word}' and its replacement '{new}': write one or more words of the prompt, and what takes "
             "their place."
         )
-    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
-    count = len(pattern.findall(prompt))
+    pattern = rf"(?i)(?<!\w){re.escape(word.strip())}(?!\w)"
+    count = len(re.findall(pattern, prompt))
     if count == 0:
         raise ValueError(
             f"The word '{word}' is not in the prompt '{shorten(prompt)}': write it as it stands there ('cats' is "
@@ -57,7 +57,7 @@ def edited_prompt(prompt: str, word: str, new: str) -> str:
             f"The word '{word}' is {count} times in the prompt '{shorten(prompt)}': describe the image so that "
             "it is there once, or name more of the words around it."
         )
-    return pattern.sub(lambda _match: new.strip(), prompt)
+    return re.sub(pattern, lambda _match: new.strip(), prompt)
 
 
 def shorten(text: str) -> str:

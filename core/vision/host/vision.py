@@ -23,7 +23,7 @@ from ..preprocess import Preprocess
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
 from .extras.open_clip_file import load_open_clip
-from .extras.retrieval import load_retrieval
+from .extras.retrieval import load_tower
 from .extras.tower import Tower
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
@@ -103,9 +103,9 @@ def load_vision(path: Path) -> VisionModel:
     return VisionModel(load_transformers(path))
 
 
-def load_instance_retrieval(path: Path) -> VisionModel:
+def load_retrieval_model(path: Path) -> VisionModel:
     """SISO's second vision model, from its published file. ValueError for anything else."""
-    return VisionModel(load_retrieval(path))
+    return VisionModel(load_tower(path))
 
 
 def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:

@@ -20,8 +20,8 @@ from .offline import reason
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for images in -1..1, from the reference code
 SMALLEST = 32  # px; below it the output of the last pooling is empty
-HEAD = re.compile(r"lins?\.?(\d)\.model\.1\.weight")
-LAYER = re.compile(r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))")
+HEAD = r"lins?\.?(\d)\.model\.1\.weight"
+LAYER = r"(?:net\.slice\d+|features)\.(\d+\.(?:weight|bias))"
 MAX_BYTES = 2 << 30  # VGG16 with its classifier is 0.5 GB
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -72,7 +72,7 @@ def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
     Raises ValueError with the remedy when the file has no LPIPS heads, or the backbone is missing or does not match.
     """
     tensors = read_weights(path, MAX_BYTES)
-    by_layer = {int(match[1]): value for name, value in tensors.items() if (match := HEAD.fullmatch(name))}
+    by_layer = {int(match[1]): value for name, value in tensors.items() if (match := re.fullmatch(HEAD, name))}
     heads = [by_layer[i].flatten().float() for i in sorted(by_layer)]
     widths = tuple(head.numel() for head in heads)
     if widths not in BACKBONES:
@@ -113,4 +113,4 @@ def _load_backbone(
 
 
 def _backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {match[1]: value for name, value in tensors.items() if (match := LAYER.fullmatch(name))}
+    return {match[1]: value for name, value in tensors.items() if (match := re.fullmatch(LAYER, name))}

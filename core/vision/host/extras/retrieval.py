@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ....files import read_weights
-from ...instance_retrieval import PREPROCESS, InstanceRetrieval, from_published
+from ...instance_retrieval import PREPROCESS, RetrievalNetwork, from_published
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 8 << 30
@@ -27,7 +27,7 @@ def retrieval_missing(name: object) -> str:
 class RetrievalTower(Tower):
     """The instance-retrieval model; its 64 features are the embedding."""
 
-    def __init__(self, model: InstanceRetrieval, name: str) -> None:
+    def __init__(self, model: RetrievalNetwork, name: str) -> None:
         super().__init__()
         self.model, self.preprocess = model, PREPROCESS
         self.description = f"{name} (instance retrieval, {model.fc1.out_features} numbers)"
@@ -36,7 +36,7 @@ class RetrievalTower(Tower):
         return VisionOutput(self.model(pixel_values), None, None)
 
 
-def load_retrieval(path: Path) -> RetrievalTower:
+def load_tower(path: Path) -> RetrievalTower:
     """Read a .pth (tensors only, no code) or a .safetensors file; ValueError when it holds something else."""
     tensors = read_weights(path, MAX_BYTES)
     return RetrievalTower(from_published(tensors), path.stem)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ....files import is_number
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .install import missing_package
 from .offline import offline, read_table, reason, weights_variant
@@ -19,6 +20,7 @@ from .tower import Tower, VisionOutput
 MORE_LAYERS = 16  # times the layers in a model's files; some share one among several
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+SMALLEST, LARGEST = 8, 4096  # sides in pixels of what a vision model gets
 BILINEAR = 2  # PIL's code for bilinear in preprocessor_config.json
 WITH_PROJECTION = "CLIPVisionModelWithProjection"  # AutoModel would drop the projection
 
@@ -215,20 +217,37 @@ def _preprocess(folder: Path, config: Any) -> Preprocess:
     size = _side(getattr(vision_config, "image_size", 224)) or 224
     clip_like = str(config.model_type).startswith(("clip", "siglip"))
     mean, std = (CLIP_MEAN, CLIP_STD) if clip_like else (IMAGENET_MEAN, IMAGENET_STD)
-    if not (folder / "preprocessor_config.json").is_file():
-        return Preprocess(size, size, mean, std)
-    settings = read_table(folder / "preprocessor_config.json")
+    usual, path = Preprocess(size, size, mean, std), folder / "preprocessor_config.json"
+    if not path.is_file():
+        return usual
+    settings = read_table(path)
+    try:
+        return _described(settings, usual)
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"preprocessor_config.json of {folder.name} cannot be read ({reason(error)}): copy it again, or remove it."
+        ) from error
+
+
+def _described(settings: dict[str, Any], usual: Preprocess) -> Preprocess:
+    """What preprocessor_config.json says, and the usual where it does not. ValueError when no image can be made so."""
+    size = usual.size
     resize = settings.get("size", size)
     crop = _side(settings.get("crop_size")) if settings.get("do_center_crop", "crop_size" in settings) else None
     # A plain number is the shorter side for models that crop afterwards (CLIP, DINOv2), both sides for others (DINO).
     squash = crop is None and (not isinstance(resize, dict) or "height" in resize)
     shorter = _side(resize) or size
     if settings.get("do_normalize", True):
-        mean, std = tuple(settings.get("image_mean", mean)), tuple(settings.get("image_std", std))
+        mean, std = tuple(settings.get("image_mean") or usual.mean), tuple(settings.get("image_std") or usual.std)
     else:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mode = "bilinear" if settings.get("resample") == BILINEAR else "bicubic"
-    return Preprocess(crop or shorter, None if squash else shorter, mean, std, mode)
+    found = Preprocess(crop or shorter, None if squash else shorter, mean, std, mode)
+    sides, numbers = (found.size, shorter), (*mean, *std)
+    right = len(mean) == len(std) == 3 and all(map(is_number, numbers)) and min(std) > 0
+    if not right or not all(SMALLEST <= side <= LARGEST for side in sides):
+        raise ValueError(f"sides from {SMALLEST} to {LARGEST}, three means and three deviations above 0 are expected")
+    return found
 
 
 def _side(size: Any) -> int | None:
