@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from . import inputs
+from ..core.sine.host.personalization import OMEGA, with_personalization
 from .node import Node
 from .types import Subjects, schema
 
@@ -174,3 +175,40 @@ class LikenessGuider(Node):
     @classmethod
     def execute(cls, positive, negative, cfg, **guidance) -> io.NodeOutput:
         return io.NodeOutput(guider(_guided(**guidance), positive, negative, cfg))
+
+
+class LikenessPersonalizationGuidance(Node):
+    """Base MODEL + fine-tuned MODEL -> MODEL whose negative prediction knows less of the subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessPersonalizationGuidance",
+            display_name="Personalization Guidance",
+            category="likeness/guidance",
+            description="Guides a fine-tuned model, or a model with a LoRA, away from what the base model would make "
+            "of no prompt: more of the subject and of the prompt, at the cost of plain sampling (Park et al. 2025).",
+            search_aliases=["lora strength", "autoguidance", "weak model", "cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, without the fine-tuning."),
+                io.Model.Input("tuned", tooltip="The fine-tuned model: from another loader, or the model with a LoRA."),
+                inputs.fraction(
+                    "weak",
+                    OMEGA,
+                    "omega: how much of the fine-tuning the negative prediction keeps. 0 is the base model, 1 is plain "
+                    "guidance. Lower shows more of the subject. Between 0 and 1 the fine-tuning must be a LoRA or "
+                    "weights on the same loaded model.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a "
+                    "cfg above 1.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, tuned, weak=OMEGA) -> io.NodeOutput:
+        return io.NodeOutput(with_personalization(model, tuned, weak))

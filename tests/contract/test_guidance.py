@@ -474,3 +474,70 @@ def test_training_and_inversion_see_the_models_own_prediction_not_the_mix(tmp_pa
         path.unlink()
     other, again = hiper.fit(guided)
     assert losses == again and all(torch.equal(one.rows[step], other.rows[step]) for step in one.rows)
+
+
+def personalized(setting, tuned, weak: float = 0.0):
+    from likeness.nodes.guidance import LikenessPersonalizationGuidance
+
+    return run_node(LikenessPersonalizationGuidance, model=setting.model, tuned=tuned, weak=weak)[0]
+
+
+def by_hand(setting, tuned, weak, cfg: float = 4.0):
+    """Two separately loaded models: the fine-tuned one with the prompt, the weak one with the null prompt."""
+    import comfy.samplers
+
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            prompt = comfy.samplers.calc_cond_batch(
+                self.inner_model, [self.conds["positive"]], x, timestep, model_options or {}
+            )[0]
+            null = comfy.samplers.calc_cond_batch(weak.model, [self.conds["negative"]], x, timestep, {})[0]
+            return null + cfg * (prompt - null)
+
+    guider = Guider(tuned)
+    guider.set_conds(setting.target, setting.empty)
+    noise = torch.randn(setting.latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([weak])
+        weak.pre_run()
+        sigmas = comfy.samplers.calculate_sigmas(setting.model.get_model_object("model_sampling"), "normal", 5)
+        euler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, seed=0, disable_pbar=True)
+
+
+@pytest.mark.parametrize("weights", [lora, differences], ids=["lora", "diff"])
+@pytest.mark.parametrize("weak", [0.0, 0.4])
+def test_personalization_guidance_is_the_papers_equation(weights, weak):
+    setting = Setting()
+    tuned = with_lora(setting.model, weights())
+    expected = by_hand(setting, with_lora(other_loader(), weights()), with_lora(other_loader(), weights(), weak))
+    found = picture(setting, personalized(setting, tuned, weak))
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    assert float((found - picture(setting, tuned)).abs().mean()) > 1e-3
+
+
+def test_personalization_guidance_between_plain_guidance_and_two_files(caplog):
+    setting = Setting()
+    tuned = with_lora(setting.model, lora())
+    plain, base = picture(setting, tuned), picture(setting, setting.model)
+    torch.testing.assert_close(picture(setting, personalized(setting, tuned, 1.0)), plain, atol=2e-4, rtol=1e-4)
+    apart = with_lora(other_loader(), lora())
+    torch.testing.assert_close(
+        picture(setting, personalized(setting, apart)), picture(setting, personalized(setting, tuned)),
+        atol=2e-4, rtol=1e-4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'weak' is 0.5, but the two models are two loaded files"):
+        personalized(setting, apart, 0.5)
+    assert torch.equal(base, picture(setting, setting.model)) and torch.equal(plain, picture(setting, tuned))
+    counted = Evaluations(setting.model)
+    picture(setting, personalized(setting, tuned), steps=10)
+    assert counted.counts == [20], "as many as in plain sampling"
+    import comfy.samplers
+
+    with torch.inference_mode():
+        basic = comfy.samplers.CFGGuider(personalized(setting, tuned))
+        basic.inner_set_conds({"positive": setting.target})
+        noise = torch.zeros_like(setting.latent["samples"])
+        sampler = comfy.samplers.sampler_object("euler")
+        basic.sample(noise, noise, sampler, torch.tensor([2.0, 0.0]), seed=0, disable_pbar=True)
+    assert "no negative prompt, so the guidance takes no part" in caplog.text

@@ -37,14 +37,15 @@ log = logging.getLogger("likeness")
 @dataclass(frozen=True)
 class SubjectModel:
     """A fine-tuned model's part in the guidance. weight: beta = 1 - v; the window in percent of the sampling, 0 is pure
-    noise.
+    noise. Without a conditioning the model predicts the run's own prompt. share: see Overlay.
     """
 
     model: Any
-    conditioning: Conditioning
+    conditioning: Conditioning | None
     weight: float
-    start_percent: float
-    end_percent: float
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    share: float = 1.0
 
     def window(self, sampling: Any) -> SigmaRange:
         """The window in noise levels of a model_sampling."""
@@ -105,7 +106,12 @@ def with_guidance(model: Any, subjects: list[SubjectModel], allow_over_one: bool
     """
     check_weights([subject.weight for subject in subjects], allow_over_one)
     _warn_of_wrappers(subjects, model)
-    separate: list[Any] = []  # one model per module that is not the base model's; these are loaded in addition
+    return attached(model, subjects, "positive")
+
+
+def attached(model: Any, subjects: list[SubjectModel], prompt: str) -> Any:
+    """A clone of the MODEL in whose prediction for this prompt ("positive", "negative") the others' are mixed."""
+    separate: list[Any] = []  # one model per module that is not the running model's; these are loaded in addition
     for subject in subjects:
         _check_pair(subject.model, model)
         owner = next((other for other in [model, *separate] if subject.model.is_clone(other)), None)
@@ -116,7 +122,7 @@ def with_guidance(model: Any, subjects: list[SubjectModel], allow_over_one: bool
     clone = model.clone()
     drop_guidance(clone)
     clone.set_additional_models(KEY, [*separate, *_control_models(subjects)])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(separate)))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(separate), prompt))
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _predict)
     return clone
@@ -158,13 +164,13 @@ def guider(model: Any, positive: Conditioning, negative: Conditioning, cfg: floa
 def _check_pair(tuned: Any, base: Any) -> None:
     if tuned.wrappers.get(WrappersMP.CALC_COND_BATCH, {}).get(KEY):
         raise ValueError(
-            "The tuned model already carries a guidance: connect the tuned model itself, and add further ones with "
-            "Subject Model."
+            "The model to mix in already carries a guidance: connect the model itself, and add further tuned ones "
+            "with Subject Model."
         )
     one, other = (type(each.get_model_object("latent_format")).__name__ for each in (tuned, base))
     if one != other:
         raise ValueError(
-            f"The tuned model works on {one} latents, the base model on {other}: tune the same base model that you "
+            f"The model to mix in works on {one} latents, the other on {other}: tune the same base model that you "
             "sample with."
         )
     a, b = (each.get_model_object("model_sampling") for each in (tuned, base))
@@ -173,8 +179,8 @@ def _check_pair(tuned: Any, base: Any) -> None:
     same = a.sigmas.shape == b.sigmas.shape and torch.allclose(a.sigmas.float().cpu(), b.sigmas.float().cpu(), 1e-3)
     if paths[0] != paths[1] or not same:
         raise ValueError(
-            f"The tuned model's noise schedule ({type(a).__name__}, {float(a.sigma_min):.4g} to "
-            f"{float(a.sigma_max):.4g}) is not the base model's ({type(b).__name__}, {float(b.sigma_min):.4g} to "
+            f"The noise schedule of the model to mix in ({type(a).__name__}, {float(a.sigma_min):.4g} to "
+            f"{float(a.sigma_max):.4g}) is not the other's ({type(b).__name__}, {float(b.sigma_min):.4g} to "
             f"{float(b.sigma_max):.4g}): at one noise level they would see different images. Apply the same model "
             "sampling node (or none) to both."
         )
@@ -182,7 +188,8 @@ def _check_pair(tuned: Any, base: Any) -> None:
 
 def _control_models(subjects: list[SubjectModel]) -> list[Any]:
     """Models attached to the training prompts, such as ControlNets, for ComfyUI to load."""
-    conds = {str(i): comfy.sampler_helpers.convert_cond(subject.conditioning) for i, subject in enumerate(subjects)}
+    prompts = [subject.conditioning for subject in subjects if subject.conditioning is not None]
+    conds = {str(index): comfy.sampler_helpers.convert_cond(prompt) for index, prompt in enumerate(prompts)}
     return comfy.sampler_helpers.get_additional_models(conds, torch.float32)[0]
 
 
@@ -192,18 +199,20 @@ class _Branch:
     def __init__(self, subject: SubjectModel, running: Any, sampling: Any) -> None:
         self.weight, self.window = subject.weight, subject.window(sampling)
         self._subject, self._running = subject, running
-        self._overlay = Overlay(subject.model, running)
+        self._overlay = Overlay(subject.model, running, subject.share)
         self._cache: tuple[Tensor, Tensor] | None = None
 
-    def prepare(
-        self, sigmas: Tensor, seed: int | None, noise: Tensor, latent: Tensor | None, mask: Tensor | None
-    ) -> None:
-        """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model."""
-        device, tuned = self._running.load_device, self._subject.model
-        conds = {"positive": comfy.sampler_helpers.convert_cond(self._subject.conditioning)}
+    def prepare(self, guider: Any, prompt: str, sigmas: Tensor, seed: int | None, *latents: Tensor | None) -> None:
+        """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model.
+
+        latents: noise, latent and mask, as ComfyUI gives them.
+        """
+        device, tuned, own = self._running.load_device, self._subject.model, self._subject.conditioning
+        entries = guider.original_conds[prompt] if own is None else comfy.sampler_helpers.convert_cond(own)
+        noise, conds = latents[0], {prompt: [dict(entry) for entry in entries]}
         with self._overlay.active():  # a network may have a part for prompts, which the fine-tuning changed too
-            processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, latent, mask, seed)
-        self._conds = processed["positive"]
+            processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, *latents[1:], seed)
+        self._conds = processed[prompt]
         if self._overlay.patched_weights:
             log.info(
                 "%d weights of the tuned model are computed anew in every guided step: with memory to spare, load a "
@@ -250,15 +259,15 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Run:
-    """The state of one sampling: ids of the positive prompt's entries, and the fine-tuned models."""
+    """The state of one sampling: ids of the entries of the guided prompt, and the fine-tuned models."""
 
-    positive: frozenset[Any]
+    entries: frozenset[Any]
     branches: tuple[_Branch, ...]
 
     def index(self, conds: list) -> int | None:
-        """The index of the positive prompt among the prompts to evaluate, since guiders order them differently."""
+        """The index of the guided prompt among the prompts to evaluate, since guiders order them differently."""
         for index, cond in enumerate(conds):
-            if cond is not None and any(entry.get("uuid") in self.positive for entry in cond):
+            if cond is not None and any(entry.get("uuid") in self.entries for entry in cond):
                 return index
         return None
 
@@ -269,22 +278,27 @@ class _Sampling:
 
     subjects: tuple[SubjectModel, ...]
     separate: tuple[Any, ...]
+    prompt: str
 
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
         base = guider.model_patcher
+        if not guider.original_conds.get(self.prompt):
+            log.warning("The sampling has no %s prompt, so the guidance takes no part.", self.prompt)
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         loaded = base.get_additional_models_with_key(KEY)[: len(self.separate)]
         branches: list[_Branch] = []
         with _model_runs(loaded, branches):
             for subject in (each for each in self.subjects if each.weight != 0.0):
                 branch = _Branch(subject, self._running(subject.model, base, loaded), guider.inner_model.model_sampling)
-                branch.prepare(sigmas, extra_args.get("seed"), noise, latent_image, denoise_mask)
+                seed = extra_args.get("seed")
+                branch.prepare(guider, self.prompt, sigmas, seed, noise, latent_image, denoise_mask)
                 branches.append(branch)
                 _warn(branch, base, [float(sigma) for sigma in sigmas[:-1]])
-            positive = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get("positive", []))
+            entries = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get(self.prompt, []))
             options = extra_args["model_options"]["transformer_options"]  # this run's copy
-            options[KEY] = _Run(positive, tuple(branches))
+            options[KEY] = _Run(entries, tuple(branches))
             try:
                 return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
             finally:

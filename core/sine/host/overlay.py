@@ -78,24 +78,24 @@ def _module_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
 
 
 class Overlay:
-    """Turns the running model into the fine-tuned one while active()."""
+    """Turns the running model into the fine-tuned one while active(), or moves it a share of the way, in 0..1."""
 
-    def __init__(self, tuned: Any, running: Any) -> None:
+    def __init__(self, tuned: Any, running: Any, share: float = 1.0) -> None:
         """Both are ModelPatchers; only `running` is loaded, and its module predicts."""
         self._hooks: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._functions: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
         model = running.model
         for key, target, current, shared in _differences(tuned, running):
             module, attribute = _module_of(model, key)
-            signed = [(1.0, patch) for patch in target[shared:]] + [(-1.0, patch) for patch in current[shared:]]
+            signed = [(share, patch) for patch in target[shared:]] + [(-share, patch) for patch in current[shared:]]
             if attribute == "weight" and _takes_lora(module) and all(map(_is_plain_lora, signed)):
                 self._hooks.append((module, _lora_hook(signed)))
             elif shared == len(current):
-                self._functions.append((module, attribute, _weight_function(key, target[shared:], None, module)))
+                self._functions.append((module, attribute, _weight_function(key, target[shared:], None, module, share)))
             else:
                 backup = running.backup.get(key)
                 start = functools.partial(getattr, module, attribute) if backup is None else lambda b=backup: b.weight
-                self._functions.append((module, attribute, _weight_function(key, target, start, module)))
+                self._functions.append((module, attribute, _weight_function(key, target, start, module, share)))
 
     @property
     def empty(self) -> bool:
@@ -170,9 +170,10 @@ def _lora_hook(signed: list[tuple[float, Patch]]) -> Callable[..., Tensor]:
 
 
 def _weight_function(
-    key: str, patches: list[Patch], start: Callable[[], Tensor] | None, module: nn.Module
+    key: str, patches: list[Patch], start: Callable[[], Tensor] | None, module: nn.Module, share: float = 1.0
 ) -> Callable[[Tensor], Tensor]:
-    """A weight function that applies ComfyUI's patch arithmetic to its weight, or to start() instead.
+    """A weight function that applies ComfyUI's patch arithmetic to its weight, or to start() instead, and moves a share
+    of the way to the result.
 
     Weights of quantised layers are unpacked first; scaled fp8 is multiplied by its scale after the function.
     """
@@ -186,6 +187,7 @@ def _weight_function(
         copy = source.to(device=weight.device, dtype=torch.float32, copy=True)  # calculate_weight adds in place
         result = comfy.lora.calculate_weight(patches, copy, key)
         result = result if scale is None else result / scale.to(result)
+        result = result if share == 1.0 else torch.lerp(weight.to(result), result, share)
         if (
             weight.dtype.is_floating_point and weight.dtype.itemsize == 1
         ):  # fp8: not every torch version saturates out-of-range values
