@@ -123,7 +123,7 @@ class Bench(subjects.Bench):
 
     def row(self, scene: Scene) -> dict[str, Any]:
         """All ways back to one scene."""
-        from ..core.inversion.host.ddim import invert_image, start_latent
+        from ..core.inversion.host.ddim import invert_image, start_of
         from ..core.inversion.host.null_text import prepare_reconstruction
 
         model, cfg, positive = self.world.model, self.settings.cfg, self.conditioning(scene.caption)
@@ -138,7 +138,7 @@ class Bench(subjects.Bench):
             trajectory, cost = self.measured(
                 invert_image, model, positive, latent, None, None, self.levels, label, ITERATIONS
             )
-            start = start_latent(model, trajectory)["samples"]
+            start = start_of(model, trajectory)[0]["samples"]
             row[f"{label}, unguided"] = {"psnr": psnr(self.again(model, positive, self.empty, start, 1.0)), **cost}
         row["plain"] = {"psnr": psnr(self.again(model, positive, self.empty, start, cfg))}
         for name, (method, first) in WAYS.items():

@@ -137,7 +137,7 @@ class Bench(subjects.Bench):
     @torch.inference_mode()
     def inverted(self, wanted: Replacement) -> Inverted:
         """The published inversion of the source image, and a way back to it."""
-        from ..core.inversion.host.ddim import invert_image, start_latent
+        from ..core.inversion.host.ddim import invert_image, start_of
         from ..core.inversion.host.null_text import prepare_reconstruction
         from ..core.session.images import ImageSource
 
@@ -146,7 +146,7 @@ class Bench(subjects.Bench):
         trajectory = invert_image(model, prompt, ImageSource(latent), self.levels, "published", 0)
         null_text, method = NullTextSettings(self.settings.cfg), cast(Method, self.settings.method)
         way = prepare_reconstruction(model, prompt, empty, trajectory, method, null_text, "empty prompt")
-        return Inverted(start_latent(model, trajectory), way.model, way.negative)
+        return Inverted(start_of(model, trajectory)[0], way.model, way.negative)
 
     @torch.inference_mode()
     def images(self, model: Any, positive: list, start: Inverted) -> Any:

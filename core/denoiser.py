@@ -78,6 +78,13 @@ def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tenso
     return (x - denoiser.denoised(x, sigma.expand(x.shape[0]), context)) / sigma
 
 
+def variance(denoiser: Denoiser, sigma: Tensor) -> Tensor:
+    """Variance of noised latents whose own is 1: 1 + sigma^2, or (1 - sigma)^2 + sigma^2 in flow models."""
+    one, zero, level = torch.ones(1, 1, 1, 1).to(sigma), torch.zeros(1, 1, 1, 1).to(sigma), sigma.view(1)
+    image, noise = denoiser.noised(one, zero, level), denoiser.noised(zero, one, level)
+    return (image**2 + noise**2).view(sigma.shape)
+
+
 def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
     """x at level `sigma`, rescaled to level `to`: what relabelling its timestep does to a VP latent."""
     return x * ((1 + to**2) / (1 + sigma**2)).sqrt()

@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guider, subject_model, with_guidance
-from . import inputs
 from ..core.sine.host.personalization import OMEGA, with_personalization
+from . import inputs
 from .node import Node
 from .types import Subjects, schema
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core.inversion import null_text as published
 from ..core.inversion.ddim import ITERATIONS, LABELS
-from ..core.inversion.host.ddim import invert_image, start_latent
+from ..core.inversion.host.ddim import invert_image, start_of
 from ..core.inversion.host.null_text import prepare_reconstruction
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
@@ -24,9 +24,9 @@ class LikenessInvert(Node):
             node_id="LikenessInvert",
             display_name="Invert Image",
             category="likeness/inversion",
-            description="Finds the noise from which sampling reconstructs an image (DDIM inversion). Sample it with "
-            "the same SIGMAS, no added noise and the euler sampler.",
-            search_aliases=["ddim inversion", "unsampler", "invert", "null text"],
+            description="Finds the noise from which sampling reconstructs an image (DDIM inversion, or the flow ODE). "
+            "Sample latent, noise and SIGMAS of this node with the euler sampler.",
+            search_aliases=["ddim inversion", "unsampler", "invert", "null text", "rf inversion", "fireflow"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
                 io.Conditioning.Input("positive", tooltip="A plain description of the image."),
@@ -38,7 +38,8 @@ class LikenessInvert(Node):
                     "label",
                     LABELS,
                     "Noise level at which the model is evaluated in each step. published: as in null-text inversion; "
-                    "current: as with flipped sigmas; fixed point: most exact, several calls per step.",
+                    "current: as with flipped sigmas; fixed point: most exact, several calls per step; midpoint: second "
+                    "order, for flow models and few steps.",
                 ),
                 *inputs.advanced(
                     io.Int.Input(
@@ -50,24 +51,43 @@ class LikenessInvert(Node):
                     )
                 ),
                 *inputs.encoded_or_image(),
+                *inputs.advanced(
+                    io.Boolean.Input(
+                        "check",
+                        default=True,
+                        optional=True,
+                        tooltip="Samples the noise again without guidance and reports how closely the image comes "
+                        "back: one model call more in each step.",
+                    )
+                ),
             ],
             outputs=[
                 Trajectory.Output(display_name="trajectory", tooltip="All latents of the inversion, for Null-Text."),
                 io.Latent.Output(
-                    display_name="latent", tooltip="The noise. Sample it without adding noise (DisableNoise)."
+                    display_name="latent",
+                    tooltip="The latent to start from. SD1.x to SDXL: the noise; sample it without adding noise "
+                    "(DisableNoise, or the output noise). Flow models: empty, with everything in the output noise.",
                 ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, passed through for the sampler."),
+                io.Noise.Output(
+                    display_name="noise",
+                    tooltip="The noise to start from, for SamplerCustomAdvanced; flow models need it.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="How closely the image comes back without guidance, by euler."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None
+        cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None, check=True
     ) -> io.NodeOutput:
-        node = cls.hidden.unique_id
-        trajectory = invert_image(model, positive, ImageSource(latent, image, vae), sigmas, label, iterations, node)
-        return io.NodeOutput(trajectory, start_latent(model, trajectory), sigmas)
+        source, node = ImageSource(latent, image, vae), cls.hidden.unique_id
+        trajectory = invert_image(model, positive, source, sigmas, label, iterations, node, check)
+        latent, noise = start_of(model, trajectory)
+        return io.NodeOutput(trajectory, latent, sigmas, noise, trajectory.report())
 
 
 class LikenessNullText(Node):

@@ -4,8 +4,8 @@ Guided sampling does not return along the trajectory of an inversion, because gu
 each step i of T a separate unconditional embedding u_i is optimised, starting from the previous one, until the guided
 step matches the trajectory (the pivot). The model and the prompt are not changed.
 
-Source: NullInversion in the authors' notebook. Its loss is a mean over latents of variance 1 (VP); in ComfyUI's
-coordinates these are x / sqrt(1 + sigma^2), so the loss here is divided by 1 + sigma^2 and the constants are the same.
+Source: NullInversion in the authors' notebook. Its loss is a mean over latents of variance 1 (VP); here it is divided
+by the variance of the model's noised latents (1 + sigma^2 for eps and v models), so that the constants are the same.
 Deviations, each with its reason:
 - everything except the network is in float32, whatever the model's dtype: the loss is about 1e-5;
 - `patience`: a step whose loss keeps rising ends with its best embedding; 0 is the reference code's behaviour, which
@@ -31,7 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, predicted_noise
+from ..denoiser import Denoiser, predicted_noise, variance
 from ..fit.fit import Fit, finite_or_raise, random_numbers, rollback_on_interrupt
 
 Method = Literal["null-text", "negative prompt", "direct"]
@@ -117,7 +117,8 @@ class NullText(Fit):
     def update(self) -> Tensor:
         i = len(self.nulls)
         eps = self.guided_noise(self.u)
-        loss = ((self.next_x(eps) - self.trajectory[i + 1]).float().square() / (1 + self.sigmas[i + 1] ** 2)).mean()
+        scale = variance(self.denoiser, self.sigmas[i + 1])
+        loss = ((self.next_x(eps) - self.trajectory[i + 1]).float().square() / scale).mean()
         value = finite_or_raise(loss, self.step)
         before, denoised = self.u.detach().clone(), (self.x - self.sigmas[i] * eps).detach()
         best, best_loss, worse = self.best, self.best_loss, self.worse + 1

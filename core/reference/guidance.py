@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, masked_mean, predicted_noise
+from ..denoiser import Denoiser, masked_mean, predicted_noise, variance
 from ..fit.fit import Fit, finite_or_raise, random_numbers, rollback_on_interrupt
 
 CFG = 7.5
@@ -127,7 +127,8 @@ class ReferenceGuide(Fit):
         sigma, following = self.sigmas[i], self.sigmas[i + 1]
         eps = predicted_noise(self.unguided, x, sigma, self.phi_h)
         x_next = self._guided_step(x, i, eps_c, eps)
-        loss = masked_mean((x_next - self.trajectory[i + 1]).float().square() / (1 + following**2), self.mask)
+        scale = variance(self.denoiser, following)
+        loss = masked_mean((x_next - self.trajectory[i + 1]).float().square() / scale, self.mask)
         value = finite_or_raise(loss, self.step)
         denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()
         last = (self.step + 1) % self.settings.inner_steps == 0

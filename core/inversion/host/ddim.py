@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from torch import Tensor
 
 from ...fit.runs import digest
@@ -13,8 +15,9 @@ from ...session.describe import describe
 from ...session.fingerprint import check_base, fingerprint
 from ...session.images import ImageSource
 from ...session.progress import Steps
+from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, predicting
-from ..ddim import Label, invert
+from ..ddim import Label, invert, reconstruct
 from ..trajectory import Trajectory
 
 
@@ -26,31 +29,35 @@ def invert_image(
     label: Label,
     iterations: int,
     node_id: str | None = None,
+    check: bool = False,
 ) -> Trajectory:
-    """The trajectory of an image along SIGMAS, with the prompt that describes it and without guidance."""
+    """The trajectory of an image along SIGMAS, with the prompt that describes it and without guidance. check: measure
+    how closely Euler steps reconstruct the image, for one evaluation more in each step.
+    """
     single_prompt(positive, "prompt")
     check_invertible(model, sigmas)
     samples = source.encoded(model).latent
     steps = Steps(model, len(sigmas) - 1, node_id, every=10)
-    latents: list[Tensor] = []
+    found: list[Trajectory] = []
+    header = {**_origin(model, positive), "label": label}
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         on_step = lambda _step, x: steps.step(x)  # noqa: E731
-        latents.append(invert(denoiser, x0.float(), denoiser.context, sigmas, label, iterations, on_step).cpu())
+        x0, context = x0.float(), denoiser.context
+        latents = invert(denoiser, x0, context, sigmas, label, iterations, on_step)
+        error = None
+        if check:
+            missed = reconstruct(denoiser, latents[0], context, sigmas) - x0
+            error = float(missed.norm() / x0.norm().clamp_min(1e-6))
+        found.append(Trajectory(latents.cpu(), sigmas.detach().float().cpu(), header, error))
 
     predicting(model, positive, samples, body)
-    header = {**_origin(model, positive), "label": label}
-    return Trajectory(latents[0], sigmas.detach().float().cpu(), header)
+    return found[0]
 
 
 def check_invertible(model: Any, sigmas: Tensor) -> None:
     """ValueError when an image cannot be inverted along these levels with this model."""
     sampling = model.get_model_object("model_sampling")
-    if not _adds_noise(sampling):
-        raise ValueError(
-            "This model mixes noise into the image (SD3, FLUX and other flow models), and samplers start it from "
-            "pure noise, not from an inverted image: use SD1.x, SD2.x or SDXL."
-        )
     if float(sigmas[-1]) > 1.01 * float(sampling.sigma_min):
         raise ValueError(
             f"The SIGMAS end at {float(sigmas[-1]):.4g}, where an image is still noisy; the inversion begins at the "
@@ -58,12 +65,40 @@ def check_invertible(model: Any, sigmas: Tensor) -> None:
         )
 
 
-def start_latent(model: Any, trajectory: Trajectory) -> dict[str, Tensor]:
-    """The noisiest latent as a LATENT, for samplers that add no noise."""
-    return {"samples": model.get_model_object("latent_format").process_out(trajectory.latents[0])}
+@dataclass(frozen=True, eq=False)
+class InvertedNoise:
+    """A NOISE: the noisiest latent as samplers take it, before they scale it to their first level."""
+
+    noise: Tensor
+    seed: int = 0
+
+    def generate_noise(self, latent: dict[str, Tensor]) -> Tensor:
+        shape = tuple(latent["samples"].shape)
+        if shape != tuple(self.noise.shape):
+            raise ValueError(
+                f"The latent to sample is {shape}, the inverted noise {tuple(self.noise.shape)}: connect the latent "
+                "that Invert Image gives with it."
+            )
+        return self.noise.clone()
 
 
-def _adds_noise(sampling: Any) -> bool:
+def start_of(model: Any, trajectory: Trajectory) -> tuple[dict[str, Tensor], Any]:
+    """The LATENT and the NOISE from which a sampler starts at the noisiest latent.
+
+    Where a latent keeps its size under noise (eps and v models), the LATENT is the noisiest one and the NOISE is empty.
+    Flow models scale the latent down, to 0 at full noise: the LATENT is empty, and the NOISE holds everything.
+    """
+    start, latent_format = trajectory.latents[0], model.get_model_object("latent_format")
+    sampling = model.get_model_object("model_sampling")
+    if adds_noise(sampling):
+        return {"samples": latent_format.process_out(start)}, Noise_EmptyNoise()
+    ones = torch.ones(1, 1, 1, 1)
+    scale = float(noisy_start(sampling, ones, 0 * ones, trajectory.sigmas))
+    return {"samples": torch.zeros_like(start)}, InvertedNoise(start / scale)
+
+
+def adds_noise(sampling: Any) -> bool:
+    """Whether a latent keeps its size under noise."""
     ones = torch.ones(1, 1, 1, 1)
     return float(sampling.noise_scaling(torch.full((1,), 0.5), 0 * ones, ones)) == 1.0
 

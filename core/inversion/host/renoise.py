@@ -18,7 +18,7 @@ from ...session.progress import Steps
 from ...session.session import GuiderDenoiser, predicting
 from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
-from .ddim import check_invertible
+from .ddim import adds_noise, check_invertible
 
 REPLAY = "likeness_replay"  # key of the StoredReplay in a LATENT
 
@@ -82,6 +82,11 @@ def renoise_image(
     """
     single_prompt(positive, "prompt")
     check_invertible(model, sigmas)
+    if not adds_noise(model.get_model_object("model_sampling")):
+        raise ValueError(
+            "This is a flow model, whose samplers add noise in another way than ReNoise does: invert it with Invert "
+            "Image and the label 'fixed point', which needs no correction of the noise."
+        )
     samples = source.encoded(model).latent
     if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
         raise ValueError(
