@@ -38,8 +38,8 @@ class LikenessInvert(Node):
                     "label",
                     LABELS,
                     "Noise level at which the model is evaluated in each step. published: as in null-text inversion; "
-                    "current: as with flipped sigmas; fixed point: most exact, several calls per step; midpoint: second "
-                    "order, for flow models and few steps.",
+                    "current: as with flipped sigmas; fixed point: most exact, several calls per step; midpoint: "
+                    "second order, for flow models and few steps.",
                 ),
                 *inputs.advanced(
                     io.Int.Input(
