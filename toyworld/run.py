@@ -21,9 +21,10 @@ STAGES = {
     "data": "dataset", "ae": "train_ae", "latents": "latents", "crops": "subjects", "judge": "train_judge",
     "unet": "train_unet", "encoders": "train_encoders", "scorer": "train_scorer", "export": "export",
     "pairs": "pairs", "adapter": "train_adapter", "check": "check_adapter",
+    "flow": "train_flow", "teacher": "teacher_pairs", "student": "train_student",
     "build": "build", "measure": "measure", "peek": "peek",
 }  # fmt: skip
-PARALLEL = ("ae", "judge", "unet", "encoders", "scorer", "adapter")
+PARALLEL = ("ae", "judge", "unet", "encoders", "scorer", "adapter", "flow", "student")
 
 
 def load_toyworld(module: str) -> types.ModuleType:
