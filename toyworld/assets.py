@@ -12,6 +12,11 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 HASHES = "SHA256SUMS"
 
 
+def exists(name: str, folder: Path = ASSETS) -> bool:
+    """Whether an asset is committed."""
+    return (folder / f"{name}.safetensors").exists()
+
+
 def read(name: str, folder: Path = ASSETS) -> dict[str, torch.Tensor]:
     """The tensors of one asset, as stored."""
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Build the files that ComfyUI loads: the SD1.x checkpoint of the small world and the folders of its vision models."""
+"""Build the files that ComfyUI loads: the checkpoints of the small world and the folders of its vision models."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import os
 import sys
 from pathlib import Path
 
-from . import assets, comfyui
+from . import assets, comfyui, flow_network
 from .vision_models import build_vision_folders
-from .widen import checkpoint, widen_adapter
+from .widen import Tensors, checkpoint, widen_adapter
 
 CHECKPOINT = "likeness_small_world.safetensors"
+FLOW, TURBO, FLOW_TURBO = (f"likeness_small_world_{name}.safetensors" for name in ("flow", "turbo", "flow_turbo"))
 ADAPTER = "likeness_small_world.safetensors"
 
 
-def build_checkpoint(path: Path) -> Path:
-    """Widen the committed generator into an SD1.x checkpoint at `path` (340 MB)."""
+def write(tensors: Tensors, path: Path) -> Path:
+    """Store a checkpoint."""
     from safetensors.torch import save_file
 
-    narrow = assets.read("generator")
-    tensors = checkpoint(narrow, narrow["vocabulary"].tolist())
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(tensors, str(part), metadata={"format": "pt"})
@@ -28,11 +27,33 @@ def build_checkpoint(path: Path) -> Path:
     return path
 
 
+def build_checkpoint(path: Path) -> Path:
+    """Widen the committed generator into an SD1.x checkpoint at `path` (340 MB)."""
+    narrow = assets.read("generator")
+    return write(checkpoint(narrow, narrow["vocabulary"].tolist()), path)
+
+
+def build_others(folder: Path) -> dict[str, Path]:
+    """The checkpoints of the flow transformer and of both students, those of them that are committed."""
+    first = assets.read("generator")
+    vocabulary, flow = first["vocabulary"].tolist(), {}
+    text = {key: value for key, value in first.items() if key.startswith("text.")}
+    paths = {}
+    if assets.exists("turbo"):
+        student = {key.replace("network.", "unet.", 1): value for key, value in assets.read("turbo").items()}
+        paths["turbo"] = write(checkpoint(first | student, vocabulary), folder / TURBO)
+    for name, file in (("flow", FLOW), ("flow_turbo", FLOW_TURBO)):
+        if assets.exists(name):
+            flow = flow | assets.read(name)
+            paths[name] = write(flow_network.checkpoint(text | flow, vocabulary), folder / file)
+    return paths
+
+
 def build_adapter(folder: Path) -> dict[str, Path]:
     """Widen the committed subject adapter, if there is one, into a file in `folder`; returns its path by name."""
     from safetensors.torch import save_file
 
-    if not (assets.ASSETS / "adapter.safetensors").exists():
+    if not assets.exists("adapter"):
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ADAPTER
@@ -52,6 +73,7 @@ def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dic
     assets.check()
     models = Path(models_dir)
     paths = {"checkpoint": build_checkpoint(models / "checkpoints" / CHECKPOINT)}
+    paths |= build_others(models / "checkpoints")
     return paths | build_vision_folders(models / "likeness_vision") | build_adapter(models / "likeness_adapters")
 
 

@@ -115,6 +115,20 @@ def widen_mmdit(narrow: Tensors, mean: torch.Tensor, std: torch.Tensor) -> Tenso
     return wide
 
 
+def as_stored(narrow: Tensors) -> Tensors:
+    """The narrow tensors network.*, encoder.*, ... in fp32 with the rounding of the wide fp16 file."""
+    network, mean, std = part_of(narrow, "network."), narrow["context.mean"].float(), narrow["context.std"].float()
+    wide = {key: value.float() for key, value in widen_mmdit(network, mean, std).items()}
+    reading = wide["context_embedder.weight"][:, : TEXT_REPEATS * len(mean) : TEXT_REPEATS] * TEXT_REPEATS
+    wide["context_embedder.weight"] = reading * std
+    wide["context_embedder.bias"] = wide["context_embedder.bias"] + reading @ mean
+    pooled = wide["y_embedder.mlp.0.weight"][:, : TEXT_REPEATS * len(mean) : TEXT_REPEATS]
+    wide["y_embedder.mlp.0.weight"] = pooled * TEXT_REPEATS
+    rest = {key: value for key, value in narrow.items() if not key.startswith("network.")}
+    small = {k: v.half().float() if k.startswith(("encoder.", "decoder.")) else v.float() for k, v in rest.items()}
+    return small | {f"network.{key}": value for key, value in wide.items()}
+
+
 def checkpoint(narrow: Tensors, vocabulary: list[int]) -> Tensors:
     """The whole SD3 checkpoint from the narrow tensors network.*, text.*, encoder.*, decoder.*, latent.shift/scale."""
     autoencoder = {key: value for key, value in narrow.items() if key.startswith(("encoder.", "decoder."))}

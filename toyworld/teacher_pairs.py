@@ -15,13 +15,20 @@ from . import comfyui, dataset, training, worlds
 from .training import WORK, log
 
 PART, STEPS, FIRST_SEED = 64, 20, 50_000_000
-LOADERS = {"unet": worlds.load_unet_world}
 
 
 def captions_of(count: int) -> list[str]:
     """The captions of the first pairs: those of the training scenes, turn after turn."""
     known = dataset.load("train")["captions"]
     return [known[i % len(known)] for i in range(count)]
+
+
+def load_teacher(name: str) -> worlds.World:
+    """A world's own generator: the one in training in the work folder where there is one, else the committed one."""
+    from .export import flow_tensors
+
+    trained = name == "flow" and (WORK / "flow.pt").exists()
+    return worlds.load_flow_world(tensors=flow_tensors()) if trained else worlds.LOADERS[name]()
 
 
 def load(world: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,12 +44,12 @@ def load(world: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def main(arguments: list[str]) -> None:
     """Sample part after part."""
     parser = argparse.ArgumentParser(prog="run.py teacher")
-    parser.add_argument("world", choices=tuple(LOADERS))
+    parser.add_argument("world", choices=tuple(worlds.LOADERS))
     parser.add_argument("--pairs", type=int, default=4_096)
     options = parser.parse_args(arguments)
     training.start()
     comfyui.prepare()
-    world = LOADERS[options.world]()
+    world = load_teacher(options.world)
     folder, captions, began = WORK / f"teacher_{options.world}", captions_of(options.pairs), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():

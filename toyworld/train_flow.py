@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=32, help="samples per process")
     parser.add_argument("--decay-from", type=float, default=0.5, help="share of the steps at full rate")
+    parser.add_argument("--until", type=int, default=None, help="stop after so many steps, to go on another time")
     options = parser.parse_args(arguments)
+    last = training.stopping_point(options)
     training.start()
     comfyui.prepare()
     stored = torch.load(file_of(autoencoder.FLOW_CHANNELS), weights_only=True)
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> None:
     first, began, total = keeper.resume(), time.time(), 0.0
     log(sum(parameter.numel() for parameter in network.parameters()), "parameters")
     unknown = len(text.vocabulary)
-    for step in range(first, options.steps):
+    for step in range(first, last):
         clean, texts, times, noise = draw_batch(
             latents, rows, options.batch, unknown, training.step_generator(SEED, step)
         )
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> None:
         if (step + 1) % 100 == 0:
             log(step + 1, f"error {total / 100:.4f}", f"{(step + 1 - first) / (time.time() - began):.2f} steps/s")
             total = 0.0
-        if keeper.save(step + 1, now=step + 1 == options.steps):
+        if keeper.save(step + 1, now=step + 1 == last):
             average.swap()
             trained = {"network": network.state_dict(), "mean": standard[0], "std": standard[1], "steps": step + 1}
             torch.save({**trained, "shift": stored["shift"], "scale": stored["scale"]}, WORK / "flow.pt")

@@ -101,16 +101,18 @@ class Learner:
 def main(arguments: list[str]) -> None:
     """Train; student_<world>.pt (averaged weights) is rewritten once a minute."""
     parser = argparse.ArgumentParser(prog="run.py student")
-    parser.add_argument("world", choices=tuple(teacher_pairs.LOADERS))
+    parser.add_argument("world", choices=tuple(worlds.LOADERS))
     parser.add_argument("--pairs", type=int, default=4_096)
     parser.add_argument("--steps", type=int, default=5_000)
     parser.add_argument("--match-from", type=int, default=2_000, help="the step from which the teacher's score pulls")
     parser.add_argument("--batch", type=int, default=32, help="samples per process")
     parser.add_argument("--decay-from", type=float, default=0.6, help="share of the steps at full rate")
+    parser.add_argument("--until", type=int, default=None, help="stop after so many steps, to go on another time")
     options = parser.parse_args(arguments)
+    last = training.stopping_point(options)
     training.start()
     comfyui.prepare()
-    world, name = teacher_pairs.LOADERS[options.world](), f"student_{options.world}"
+    world, name = teacher_pairs.load_teacher(options.world), f"student_{options.world}"
     latents, seeds = teacher_pairs.load(options.world, options.pairs)
     rows = world.rows([*teacher_pairs.captions_of(options.pairs), ""])
     empty = world.given(rows[-1:])
@@ -121,7 +123,7 @@ def main(arguments: list[str]) -> None:
         "mimic": mimic.network, "mimic_optimiser": mimic.optimiser,
     })  # fmt: skip
     first, began, sums = keeper.resume(), time.time(), torch.zeros(3)
-    for step in range(first, options.steps):
+    for step in range(first, last):
         generator = training.step_generator(SEED, step)
         chosen = torch.randint(len(latents), (options.batch,), generator=generator)
         with torch.no_grad():
@@ -144,7 +146,7 @@ def main(arguments: list[str]) -> None:
             shown = "pairs {:.4f} pull {:.4f} mimic {:.4f}".format(*(sums / 50).tolist())
             log(step + 1, shown, f"{(step + 1 - first) / (time.time() - began):.2f} steps/s")
             sums.zero_()
-        if keeper.save(step + 1, now=step + 1 == options.steps):
+        if keeper.save(step + 1, now=step + 1 == last):
             average.swap()
             torch.save({"network": student.network.state_dict(), "steps": step + 1}, WORK / f"{name}.pt")
             average.swap()

@@ -7,6 +7,7 @@ resumed run draws what the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import math
 import os
@@ -49,6 +50,11 @@ def log(*values: object) -> None:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step on this process."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + RANK)
+
+
+def stopping_point(options: argparse.Namespace) -> int:
+    """The step before which this run ends: the last one, or an earlier one of `--until`."""
+    return min(options.steps, options.until or options.steps)
 
 
 def schedule(step: int, steps: int, warm_up: int, decay_from: float) -> float:

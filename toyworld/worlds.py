@@ -81,7 +81,7 @@ class World:
         shape = (self.channels, LATENT_SIDE, LATENT_SIDE)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents -> pictures [B,3,96,96] in 0..1."""
         return self.decoder(latents * self.scale + self.shift).clamp(0, 1)
 
@@ -182,3 +182,14 @@ def load_unet_world(folder: Path = assets.ASSETS) -> UNetWorld:
     stored = assets.read("generator", folder)
     tensors = {key.replace("unet.", "network.", 1): value for key, value in as_stored(stored).items()}
     return UNetWorld(tensors, stored["vocabulary"].tolist())
+
+
+def load_flow_world(folder: Path = assets.ASSETS, tensors: Tensors | None = None) -> FlowWorld:
+    """The committed flow transformer, or the one of `tensors`, with the first world's text encoder."""
+    first = assets.read("generator", folder)
+    text = {key: value for key, value in as_stored(first).items() if key.startswith("text.")}
+    tensors = flow_network.as_stored(assets.read("flow", folder) if tensors is None else tensors)
+    return FlowWorld(text | tensors, first["vocabulary"].tolist())
+
+
+LOADERS = {"unet": load_unet_world, "flow": load_flow_world}
