@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     """Sample part after part."""
     parser = argparse.ArgumentParser(prog="run.py teacher")
     parser.add_argument("world", choices=tuple(worlds.LOADERS))
-    parser.add_argument("--pairs", type=int, default=4_096)
+    parser.add_argument("--pairs", type=int, default=1_792)
     options = parser.parse_args(arguments)
     training.start()
     comfyui.prepare()

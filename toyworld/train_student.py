@@ -102,9 +102,9 @@ def main(arguments: list[str]) -> None:
     """Train; student_<world>.pt (averaged weights) is rewritten once a minute."""
     parser = argparse.ArgumentParser(prog="run.py student")
     parser.add_argument("world", choices=tuple(worlds.LOADERS))
-    parser.add_argument("--pairs", type=int, default=4_096)
-    parser.add_argument("--steps", type=int, default=5_000)
-    parser.add_argument("--match-from", type=int, default=2_000, help="the step from which the teacher's score pulls")
+    parser.add_argument("--pairs", type=int, default=1_792)
+    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--match-from", type=int, default=1_000, help="the step from which the teacher's score pulls")
     parser.add_argument("--batch", type=int, default=32, help="samples per process")
     parser.add_argument("--decay-from", type=float, default=0.6, help="share of the steps at full rate")
     parser.add_argument("--until", type=int, default=None, help="stop after so many steps, to go on another time")
