@@ -145,7 +145,7 @@ def measure_encoders(table: Table) -> None:
     judge = load_judge()
     images = picture_batch(pictures, torch.arange(len(pictures)))
     truth = torch.from_numpy(masks).float() / 255
-    shape = (-1, 1 + len(subjects.CHANGES), subjects.VIEWS, 3, world.SIZE, world.SIZE)
+    shape = (-1, 1 + len(subjects.PLAIN.changes), subjects.VIEWS, 3, world.SIZE, world.SIZE)
     for name in ("dino", "measure"):
         model = load_model(name)
         results = [
