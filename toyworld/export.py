@@ -10,6 +10,7 @@ from . import assets
 from .training import WORK, log
 
 STUDENTS = {"turbo": "unet", "flow_turbo": "flow"}  # and whose they are
+IN_BYTES = ("flow", "flow_turbo")
 
 
 def generator_tensors() -> dict[str, torch.Tensor]:
@@ -71,5 +72,6 @@ def main(arguments: list[str]) -> None:
     names = ("generator", "judge", "dino", "measure", "clip", "adapter", "flow", *STUDENTS)
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     for name in parser.parse_args(arguments).only:
-        path = assets.write(name, tensors_of(name))
+        tensors = tensors_of(name)
+        path = assets.write(name, assets.in_bytes(tensors) if name in IN_BYTES else tensors)
         log(path.name, f"{path.stat().st_size / 1e6:.2f} MB")

@@ -186,3 +186,15 @@ def test_a_training_goes_on_where_it_was_stopped(name: str, tmp_path: Path) -> N
         file = "flow_state.pt" if name == "flow" else "student_unet_state.pt"
         states.append(torch.load(folder / file, weights_only=True))
     assert states[0]["step"] == 4 and same(*states)
+
+
+def test_an_asset_in_bytes_is_half_as_large_and_nearly_the_same(tmp_path: Path, flow_tensors) -> None:
+    from likeness.toyworld import assets
+
+    plain = assets.write("plain", flow_tensors, tmp_path)
+    small = assets.write("small", assets.in_bytes(flow_tensors), tmp_path)
+    assert small.stat().st_size < 0.56 * plain.stat().st_size
+    first, second = (assets.read(name, tmp_path) for name in ("plain", "small"))
+    assert first.keys() == second.keys() == flow_tensors.keys()
+    for key, value in first.items():
+        assert float((second[key].float() - value.float()).norm()) <= 0.015 * float(value.float().norm()), key
