@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import assets, comfyui, flow_network
@@ -12,7 +13,7 @@ from .vision_models import build_vision_folders
 from .widen import Tensors, checkpoint, widen_adapter
 
 CHECKPOINT = "likeness_small_world.safetensors"
-FLOW, TURBO, FLOW_TURBO = (f"likeness_small_world_{name}.safetensors" for name in ("flow", "turbo", "flow_turbo"))
+OTHER = "likeness_small_world_{}.safetensors"  # turbo, flow, flow_turbo
 ADAPTER = "likeness_small_world.safetensors"
 
 
@@ -33,20 +34,18 @@ def build_checkpoint(path: Path) -> Path:
     return write(checkpoint(narrow, narrow["vocabulary"].tolist()), path)
 
 
-def build_others(folder: Path) -> dict[str, Path]:
-    """The checkpoints of the flow transformer and of both students, those of them that are committed."""
-    first = assets.read("generator")
+def other_checkpoints(folder: Path = assets.ASSETS) -> Iterator[tuple[str, Tensors]]:
+    """Name and tensors of the flow transformer's and both students' checkpoints, of those that are committed."""
+    first = assets.read("generator", folder)
     vocabulary, flow = first["vocabulary"].tolist(), {}
     text = {key: value for key, value in first.items() if key.startswith("text.")}
-    paths = {}
-    if assets.exists("turbo"):
-        student = {key.replace("network.", "unet.", 1): value for key, value in assets.read("turbo").items()}
-        paths["turbo"] = write(checkpoint(first | student, vocabulary), folder / TURBO)
-    for name, file in (("flow", FLOW), ("flow_turbo", FLOW_TURBO)):
-        if assets.exists(name):
-            flow = flow | assets.read(name)
-            paths[name] = write(flow_network.checkpoint(text | flow, vocabulary), folder / file)
-    return paths
+    if assets.exists("turbo", folder):
+        student = {key.replace("network.", "unet.", 1): value for key, value in assets.read("turbo", folder).items()}
+        yield "turbo", checkpoint(first | student, vocabulary)
+    for name in ("flow", "flow_turbo"):
+        if assets.exists(name, folder):
+            flow |= assets.read(name, folder)
+            yield name, flow_network.checkpoint(text | flow, vocabulary)
 
 
 def build_adapter(folder: Path) -> dict[str, Path]:
@@ -73,7 +72,8 @@ def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dic
     assets.check()
     models = Path(models_dir)
     paths = {"checkpoint": build_checkpoint(models / "checkpoints" / CHECKPOINT)}
-    paths |= build_others(models / "checkpoints")
+    for name, tensors in other_checkpoints():
+        paths[name] = write(tensors, models / "checkpoints" / OTHER.format(name))
     return paths | build_vision_folders(models / "likeness_vision") | build_adapter(models / "likeness_adapters")
 
 

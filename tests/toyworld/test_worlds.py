@@ -198,3 +198,28 @@ def test_an_asset_in_bytes_is_half_as_large_and_nearly_the_same(tmp_path: Path, 
     assert first.keys() == second.keys() == flow_tensors.keys()
     for key, value in first.items():
         assert float((second[key].float() - value.float()).norm()) <= 0.015 * float(value.float().norm()), key
+
+
+def test_the_committed_ones_of_the_other_models_are_built(tmp_path: Path, flow_tensors) -> None:
+    from likeness.toyworld import assets, build
+
+    assert {name for name, _ in build.other_checkpoints()} == {
+        name for name in ("turbo", "flow", "flow_turbo") if assets.exists(name)
+    }
+    first = assets.read("generator")
+    assets.write("generator", first, tmp_path)
+    assert not list(build.other_checkpoints(tmp_path))
+    unet = {key.replace("unet.", "network."): value + 1 for key, value in first.items() if key.startswith("unet.")}
+    assets.write("turbo", unet, tmp_path)
+    assets.write("flow", flow_tensors, tmp_path)
+    network = {key: value * 2 for key, value in flow_tensors.items() if key.startswith("network.")}
+    assets.write("flow_turbo", assets.in_bytes(network), tmp_path)
+    found = dict(build.other_checkpoints(tmp_path))
+    bias, weight = "out.0.bias", "joint_blocks.3.x_block.mlp.fc1.weight"
+    turbo = found["turbo"][f"model.diffusion_model.{bias}"]
+    assert torch.allclose(turbo.float()[::5], first[f"unet.{bias}"].float() + 1, atol=2e-3)
+    both = (found[name][f"model.diffusion_model.{weight}"].float() for name in ("flow", "flow_turbo"))
+    assert close(2 * next(both), next(both), 0.02)
+    assert found["flow"].keys() == found["flow_turbo"].keys()
+    key = "first_stage_model.taesd_decoder.1.weight"
+    assert found["turbo"][key].shape[1] == 4 and torch.equal(found["flow"][key], found["flow_turbo"][key])
