@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="run.py student")
     parser.add_argument("world", choices=tuple(worlds.LOADERS))
     parser.add_argument("--pairs", type=int, default=1_792)
-    parser.add_argument("--steps", type=int, default=1_600)
+    parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--match-from", type=int, default=400, help="the step from which the teacher's score pulls")
     parser.add_argument("--batch", type=int, default=32, help="samples per process")
     parser.add_argument("--decay-from", type=float, default=0.6, help="share of the steps at full rate")
