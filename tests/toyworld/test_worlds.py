@@ -223,3 +223,24 @@ def test_the_committed_ones_of_the_other_models_are_built(tmp_path: Path, flow_t
     assert found["flow"].keys() == found["flow_turbo"].keys()
     key = "first_stage_model.taesd_decoder.1.weight"
     assert found["turbo"][key].shape[1] == 4 and torch.equal(found["flow"][key], found["flow_turbo"][key])
+
+
+def test_the_encoder_for_harder_subjects_trains_on_their_crops(tmp_path: Path, monkeypatch) -> None:
+    from likeness.toyworld import autoencoder, subjects, train_encoders, training
+
+    for module in (subjects, train_encoders, training):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(subjects, "CHECKING_GROUPS", 2)
+    encoder, decoder = autoencoder.make_encoder(16), autoencoder.make_decoder(16)
+    autoencoder.initialise(encoder, decoder, seed=1)
+    torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, tmp_path / "ae16.pt")
+    monkeypatch.setattr("likeness.toyworld.latents.WORK", tmp_path)
+    subjects.main(["--kind", "fine", "--groups", "3"])
+    crops, labels = subjects.load("train", subjects.KINDS["fine"])
+    assert crops.shape == (3, 5, 3, 3, 96, 96) and labels.shape == (3, 5, 15)
+    assert (labels[:, 0, :8] == labels[:, 3, :8]).all() and not (labels[:, 0] == labels[:, 3]).all()
+    train_encoders.main(["fine", "--steps", "2", "--groups", "2"])
+    model = train_encoders.MAKERS["fine"]()
+    model.load_state_dict(torch.load(tmp_path / "fine.pt", weights_only=True))
+    found = train_encoders.hard_auc(model, crops, subjects.KINDS["fine"])
+    assert set(found) == {*subjects.KINDS["fine"].changes, "all", "second emblem or side"}
