@@ -10,16 +10,37 @@ import torch
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HASHES = "SHA256SUMS"
+ROWS = ".row_factors"  # ending of the factors of a matrix that is stored in bytes
+BYTES_FROM = 8192  # numbers in a matrix
+
+
+def exists(name: str, folder: Path = ASSETS) -> bool:
+    """Whether an asset is committed."""
+    return (folder / f"{name}.safetensors").exists()
 
 
 def read(name: str, folder: Path = ASSETS) -> dict[str, torch.Tensor]:
-    """The tensors of one asset, as stored."""
+    """The tensors of one asset, in fp16."""
     from safetensors.torch import load_file
 
     path = folder / f"{name}.safetensors"
     if not path.exists():
         raise RuntimeError(f"The asset {path.name} is missing in {folder}: check the clone out again or train it.")
-    return load_file(path)
+    stored = load_file(path)
+    sizes = {key: stored.pop(key + ROWS) for key in list(stored) if key + ROWS in stored}
+    return {key: value.half() * sizes[key] if key in sizes else value for key, value in stored.items()}
+
+
+def in_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Large matrices as whole numbers from -127 to 127 with a factor per row: half of fp16, and off by about 1 %."""
+    packed = dict(tensors)
+    for key, value in tensors.items():
+        if value.ndim < 2 or value.numel() < BYTES_FROM:
+            continue
+        rows = (value.float().abs().flatten(1).amax(1) / 127).clamp(min=1e-6).half()
+        rows = rows.view(-1, *[1] * (value.ndim - 1))
+        packed[key], packed[key + ROWS] = (value.float() / rows.float()).round().clamp(-127, 127).char(), rows
+    return packed
 
 
 def write(name: str, tensors: dict[str, torch.Tensor], folder: Path = ASSETS) -> Path:

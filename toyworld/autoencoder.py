@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CHANNELS, FLOW_CHANNELS = 4, 16  # of a latent in SD1.x's layout and in SD3's
 ENCODER_WIDTHS = (16, 32, 64, 64)
 DECODER_WIDTHS = (64, 64, 32, 16)
 
@@ -40,8 +41,8 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x if hasattr(self, "conv") else x)
 
 
-def make_encoder() -> nn.Sequential:
-    """Encoder [B,3,H,W] in 0..1 -> latents [B,4,H/8,W/8], with TAESD's layer numbers."""
+def make_encoder(channels: int = CHANNELS) -> nn.Sequential:
+    """Encoder [B,3,H,W] in 0..1 -> latents [B,channels,H/8,W/8], with TAESD's layer numbers."""
     a, b, c, d = ENCODER_WIDTHS
 
     def down(inputs: int, outputs: int) -> nn.Conv2d:
@@ -62,12 +63,12 @@ def make_encoder() -> nn.Sequential:
         Block(d),
         Block(d),
         Block(d, empty=True),
-        conv(d, 4),
+        conv(d, channels),
     )
 
 
-def make_decoder() -> nn.Sequential:
-    """Decoder [B,4,h,w] -> picture [B,3,8h,8w] around 0..1, with TAESD's layer numbers."""
+def make_decoder(channels: int = CHANNELS) -> nn.Sequential:
+    """Decoder [B,channels,h,w] -> picture [B,3,8h,8w] around 0..1, with TAESD's layer numbers."""
     d, c, b, a = DECODER_WIDTHS
 
     def up(inputs: int, outputs: int) -> list[nn.Module]:
@@ -75,7 +76,7 @@ def make_decoder() -> nn.Sequential:
 
     return nn.Sequential(
         Clamp(),
-        conv(4, d),
+        conv(channels, d),
         nn.ReLU(),
         Block(d),
         Block(d),

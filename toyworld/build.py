@@ -1,26 +1,26 @@
-"""Build the files that ComfyUI loads: the SD1.x checkpoint of the small world and the folders of its vision models."""
+"""Build the files that ComfyUI loads: the checkpoints of the small world and the folders of its vision models."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from . import assets, comfyui
+from . import assets, comfyui, flow_network
 from .vision_models import build_vision_folders
-from .widen import checkpoint, widen_adapter
+from .widen import Tensors, checkpoint, widen_adapter
 
 CHECKPOINT = "likeness_small_world.safetensors"
+OTHER = "likeness_small_world_{}.safetensors"  # turbo, flow, flow_turbo
 ADAPTER = "likeness_small_world.safetensors"
 
 
-def build_checkpoint(path: Path) -> Path:
-    """Widen the committed generator into an SD1.x checkpoint at `path` (340 MB)."""
+def write(tensors: Tensors, path: Path) -> Path:
+    """Store a checkpoint."""
     from safetensors.torch import save_file
 
-    narrow = assets.read("generator")
-    tensors = checkpoint(narrow, narrow["vocabulary"].tolist())
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(tensors, str(part), metadata={"format": "pt"})
@@ -28,11 +28,31 @@ def build_checkpoint(path: Path) -> Path:
     return path
 
 
+def build_checkpoint(path: Path) -> Path:
+    """Widen the committed generator into an SD1.x checkpoint at `path` (340 MB)."""
+    narrow = assets.read("generator")
+    return write(checkpoint(narrow, narrow["vocabulary"].tolist()), path)
+
+
+def other_checkpoints(folder: Path = assets.ASSETS) -> Iterator[tuple[str, Tensors]]:
+    """Name and tensors of the flow transformer's and both students' checkpoints, of those that are committed."""
+    first = assets.read("generator", folder)
+    vocabulary, flow = first["vocabulary"].tolist(), {}
+    text = {key: value for key, value in first.items() if key.startswith("text.")}
+    if assets.exists("turbo", folder):
+        student = {key.replace("network.", "unet.", 1): value for key, value in assets.read("turbo", folder).items()}
+        yield "turbo", checkpoint(first | student, vocabulary)
+    for name in ("flow", "flow_turbo"):
+        if assets.exists(name, folder):
+            flow |= assets.read(name, folder)
+            yield name, flow_network.checkpoint(text | flow, vocabulary)
+
+
 def build_adapter(folder: Path) -> dict[str, Path]:
     """Widen the committed subject adapter, if there is one, into a file in `folder`; returns its path by name."""
     from safetensors.torch import save_file
 
-    if not (assets.ASSETS / "adapter.safetensors").exists():
+    if not assets.exists("adapter"):
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ADAPTER
@@ -52,6 +72,8 @@ def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dic
     assets.check()
     models = Path(models_dir)
     paths = {"checkpoint": build_checkpoint(models / "checkpoints" / CHECKPOINT)}
+    for name, tensors in other_checkpoints():
+        paths[name] = write(tensors, models / "checkpoints" / OTHER.format(name))
     return paths | build_vision_folders(models / "likeness_vision") | build_adapter(models / "likeness_adapters")
 
 

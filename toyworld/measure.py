@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ class Table:
         """One figure, its real-render control and its gate."""
         sys.stdout.write(f"| {what} | {value} | {control} | {gate} |\n")
         sys.stdout.flush()
+
+
+class Painter(Protocol):
+    """Anything that makes pictures of prompts."""
+
+    def pictures(self, prompts: list[str], seed: int) -> torch.Tensor:
+        """Samples [N,3,96,96] in 0..1."""
 
 
 class Generator:
@@ -90,7 +98,7 @@ def measure_judge(table: Table, generator: Generator, scenes: dict) -> None:
     )
 
 
-def measure_samples(table: Table, generator: Generator, sheet: str | None) -> None:
+def measure_samples(table: Table, generator: Painter, sheet: str | None) -> None:
     """96 prompts of held-out combinations, two seeds, beside real renders of the same prompts."""
     judge = load_judge()
     identities, places, truth = evaluation.held_out_prompts()
@@ -137,7 +145,7 @@ def measure_encoders(table: Table) -> None:
     judge = load_judge()
     images = picture_batch(pictures, torch.arange(len(pictures)))
     truth = torch.from_numpy(masks).float() / 255
-    shape = (-1, 1 + len(subjects.CHANGES), subjects.VIEWS, 3, world.SIZE, world.SIZE)
+    shape = (-1, 1 + len(subjects.PLAIN.changes), subjects.VIEWS, 3, world.SIZE, world.SIZE)
     for name in ("dino", "measure"):
         model = load_model(name)
         results = [

@@ -88,14 +88,20 @@ def make_model(tensors: Tensors) -> ModelPatcher:
     )
 
 
-def load_narrow(assets_dir: str | Path = assets.ASSETS) -> NarrowWorld:
-    """Load the committed generator; ComfyUI must be importable."""
+def load_text(assets_dir: str | Path = assets.ASSETS) -> tuple[TextEncoder, object]:
+    """The committed text encoder, frozen, and its tokenizer; ComfyUI must be importable."""
     import comfy.sd1_clip
     from transformers import CLIPTokenizer
 
     stored = assets.read("generator", Path(assets_dir))
-    tensors = as_stored(stored)
     text = TextEncoder(stored["vocabulary"].tolist())
-    text.load_state_dict(part_of(tensors, "text."))
+    text.load_state_dict(part_of(as_stored(stored), "text."))
     tokenizer = CLIPTokenizer.from_pretrained(str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"))
-    return NarrowWorld(make_model(tensors), text.eval().requires_grad_(False), NarrowVAE(tensors), tokenizer)
+    return text.eval().requires_grad_(False), tokenizer
+
+
+def load_narrow(assets_dir: str | Path = assets.ASSETS) -> NarrowWorld:
+    """Load the committed generator; ComfyUI must be importable."""
+    tensors = as_stored(assets.read("generator", Path(assets_dir)))
+    text, tokenizer = load_text(assets_dir)
+    return NarrowWorld(make_model(tensors), text, NarrowVAE(tensors), tokenizer)

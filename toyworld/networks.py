@@ -125,12 +125,16 @@ class TextEncoder(nn.Module):
         """CLIP token ids -> rows of this encoder's table."""
         return self.table[ids]
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Table rows [B, 77] -> context [B, 77, 96]."""
+    def hidden(self, rows: torch.Tensor) -> torch.Tensor:
+        """Table rows [B, 77] -> the last layer's output [B, 77, 96], not yet normalised."""
         x = self.token_embedding(rows) + self.position_embedding.weight
         for layer in self.layers:
             x = layer(x)
-        return self.final_layer_norm(x)
+        return x
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Table rows [B, 77] -> context [B, 77, 96]."""
+        return self.final_layer_norm(self.hidden(rows))
 
 
 def token_ids(tokenizer: object, captions: list[str]) -> torch.Tensor:

@@ -5,6 +5,7 @@ Subject units: the subject spans about -0.5 to 0.5 in both directions, y pointin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,9 @@ SPOT_PERIOD, SPOT_RADIUS = 0.36, 0.115
 CHECK_CELL = 0.22
 EYES = {"dog": ((0.33, -0.25),), "cat": ((-0.1, -0.17), (0.1, -0.17)), "fish": ((0.28, -0.06),)}
 WHEELS = {"car": ((-0.27, 0.24), (0.27, 0.24))}
+
+Polygon = list[tuple[float, float]]  # in subject units
+Layer = tuple[np.ndarray, tuple[int, int, int]]  # coverage [H, W, 1] and colour
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def step(distance: np.ndarray, pixels_per_unit: float) -> np.ndarray:
     return np.clip(distance * np.float32(pixels_per_unit) + np.float32(0.5), 0, 1)[..., None]
 
 
-def _outline(cls: str) -> list[list[tuple[float, float]]]:
+def _outline(cls: str) -> list[Polygon]:
     """The polygons whose union is the silhouette of a class, in subject units."""
 
     def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
@@ -104,13 +108,13 @@ def _outline(cls: str) -> list[list[tuple[float, float]]]:
     return [[(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles, strict=True)]]
 
 
-def silhouette(cls: str, pose: Pose, size: int) -> np.ndarray:
-    """Coverage of the subject, float32 [H, W, 1] in 0..1, from a three times larger drawing."""
+def silhouette(cls: str, pose: Pose, size: int, more: Sequence[Polygon] = ()) -> np.ndarray:
+    """Coverage of the subject and of what it wears, float32 [H, W, 1] in 0..1, from a three times larger drawing."""
     side = 3 * size
     canvas = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(canvas)
     cos, sin = np.cos(pose.rotation), np.sin(pose.rotation)
-    for polygon in _outline(cls):
+    for polygon in [*_outline(cls), *more]:
         draw.polygon(
             [
                 (side * (pose.x + pose.scale * (cos * u - sin * v)), side * (pose.y + pose.scale * (sin * u + cos * v)))
@@ -163,9 +167,8 @@ def pattern(texture: str, angle: str, u: np.ndarray, v: np.ndarray, pixels_per_u
     return np.zeros((*u.shape, 1), np.float32)
 
 
-def emblem(shape: str, du: np.ndarray, dv: np.ndarray, pixels_per_unit: float) -> np.ndarray:
-    """Coverage of the emblem, [H, W, 1]; (du, dv) are subject units from its centre."""
-    r = EMBLEM_RADIUS
+def emblem(shape: str, du: np.ndarray, dv: np.ndarray, pixels_per_unit: float, r: float = EMBLEM_RADIUS) -> np.ndarray:
+    """Coverage of an emblem of radius `r`, [H, W, 1]; (du, dv) are subject units from its centre."""
     if shape == "round":
         distance = r - np.hypot(du, dv)
     elif shape == "square":

@@ -1,6 +1,7 @@
 """Start one stage of the small world's training or measuring: `python toyworld/run.py <stage> [--steps N] ...`.
 
-Stages: data, ae, latents, crops, judge, unet, encoders, scorer, pairs, adapter, check, export, build, measure, peek.
+Stages: data, ae, latents, crops, judge, unet, encoders, scorer, pairs, adapter, check, flow, teacher, student, gates,
+export, build, measure, peek.
 Training stages run in `--ranks` processes with one thread each (faster than one process with as many threads) and
 continue from their saved state. The environment variable COMFYUI_PATH names a ComfyUI tree; work files lie in
 .sandbox/toyworld, or where TOYWORLD_WORK says.
@@ -21,9 +22,10 @@ STAGES = {
     "data": "dataset", "ae": "train_ae", "latents": "latents", "crops": "subjects", "judge": "train_judge",
     "unet": "train_unet", "encoders": "train_encoders", "scorer": "train_scorer", "export": "export",
     "pairs": "pairs", "adapter": "train_adapter", "check": "check_adapter",
+    "flow": "train_flow", "teacher": "teacher_pairs", "student": "train_student", "gates": "gates",
     "build": "build", "measure": "measure", "peek": "peek",
 }  # fmt: skip
-PARALLEL = ("ae", "judge", "unet", "encoders", "scorer", "adapter")
+PARALLEL = ("ae", "judge", "unet", "encoders", "scorer", "adapter", "flow", "student")
 
 
 def load_toyworld(module: str) -> types.ModuleType:

@@ -1,46 +1,77 @@
 """Stage "crops": crops of subjects in groups of hard negatives, for training and checking the identity encoders.
 
-A group holds one identity and three others of the same class and colour: one with another pattern, one with another
-emblem, one with another tone. Every identity is seen in several scenes. Identities whose hash is 0 modulo ten are kept
-for checking only.
+A group holds one identity and others of the same class and colour that differ from it in one thing each: in the
+pattern, the emblem or the tone, or, among the harder subjects (`fine.py`), in one fine part. Every identity is seen in
+several scenes. Identities whose hash is 0 modulo ten are kept for checking only.
 """
 
 from __future__ import annotations
 
+import argparse
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import get_context
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import world
+from . import autoencoder, fine, world
 from .dataset import extra_labels
 from .judge import subject_crop
 from .latents import load_autoencoder
 from .training import WORK, log
 
-CHANGES = ("pattern", "emblem", "tone")
 VIEWS = 3
 TRAINING_GROUPS, CHECKING_GROUPS = 2000, 250
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of subjects: how its identities and their hard negatives are drawn, and what labels they have."""
+
+    prefix: str
+    changes: tuple[str, ...]
+    identity: Callable[[int], world.Identity]
+    variant: Callable[[world.Identity, str, int], world.Identity]
+    labels: Callable[[world.Identity], tuple[int, ...]]
+
+
+def plain_labels(idn: world.Identity) -> tuple[int, ...]:
+    """Class numbers of class, colour, texture, pattern colour, angle, emblem shape, emblem colour and tone."""
+    main = world.CLASSES.index(idn.cls), list(world.COLORS).index(idn.color), world.TEXTURES.index(idn.texture)
+    return (*main, *extra_labels(idn))
+
+
+def fine_labels(idn: world.Identity) -> tuple[int, ...]:
+    """The same, and those of the fine parts."""
+    return (*plain_labels(idn), *fine.labels(idn))
+
+
+KINDS = {
+    "plain": Kind("crops", ("pattern", "emblem", "tone"), world.identity, world.variant, plain_labels),
+    "fine": Kind("crops_fine", fine.CHANGES, fine.identity, fine.variant, fine_labels),
+}
+PLAIN = KINDS["plain"]
+
+
 def for_checking(idn: world.Identity) -> bool:
     """True for the identities that encoder training never sees."""
-    return zlib.crc32(repr(idn).encode()) % 10 == 0
+    return zlib.crc32(idn.family().encode()) % 10 == 0
 
 
-def group(seed: int, checking: bool) -> list[world.Identity]:
-    """One identity and its three hard negatives, all from the training or all from the checking identities."""
+def group(seed: int, checking: bool, kind: Kind = PLAIN) -> list[world.Identity]:
+    """One identity and its hard negatives, all from the training or all from the checking identities."""
     number = seed * 10_000 + (5_000_000_000 if checking else 0)
-    while for_checking(base := world.identity(number)) != checking:
+    while for_checking(base := kind.identity(number)) != checking:
         number += 1
     members = [base]
-    for change in CHANGES:
+    for change in kind.changes:
         attempt = number
         while True:
             attempt += 1
-            other = world.variant(base, change, attempt)
+            other = kind.variant(base, change, attempt)
             # Some identities have no unseen variant: then checking takes a seen one rather than none.
             if other not in members and (for_checking(other) == checking or attempt - number > 200):
                 members.append(other)
@@ -48,19 +79,12 @@ def group(seed: int, checking: bool) -> list[world.Identity]:
     return members
 
 
-def _render_group(job: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:
-    seed, checking = job
+def _render_group(job: tuple[int, bool, str]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:
+    seed, checking, kind = job
     pictures, masks, labels = [], [], []
     rng = np.random.default_rng([7, int(checking), seed])
-    for idn in group(seed, checking):
-        labels.append(
-            (
-                world.CLASSES.index(idn.cls),
-                list(world.COLORS).index(idn.color),
-                world.TEXTURES.index(idn.texture),
-                *extra_labels(idn),
-            )
-        )
+    for idn in group(seed, checking, KINDS[kind]):
+        labels.append(KINDS[kind].labels(idn))
         for _ in range(VIEWS):
             picture, mask = world.render(idn, str(rng.choice(list(world.BACKGROUNDS))), int(rng.integers(2**31)))
             pictures.append(picture)
@@ -88,30 +112,40 @@ def _crops(
     return (subject_crop(images, mask[:, 0], world.SIZE) * 255 + 0.5).clamp(0, 255).byte()
 
 
-def load(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crops uint8 [groups, 4, views, 3, 96, 96] and labels [groups, 4, 8] of "train" or "check"."""
-    saved = np.load(WORK / f"crops_{name}.npy", mmap_mode="c")
-    return torch.from_numpy(saved), torch.from_numpy(np.load(WORK / f"crops_{name}_labels.npy"))
+def load(name: str, kind: Kind = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops uint8 [groups, members, views, 3, 96, 96] and labels [groups, members, n] of "train" or "check"."""
+    saved = np.load(WORK / f"{kind.prefix}_{name}.npy", mmap_mode="c")
+    return torch.from_numpy(saved), torch.from_numpy(np.load(WORK / f"{kind.prefix}_{name}_labels.npy"))
 
 
-def check_scenes(groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 [groups * 4 * views, 96, 96, 3] and masks of the checking groups, undegraded."""
-    made = [_render_group((seed, True)) for seed in range(groups)]
+def check_scenes(groups: int, kind: str = "plain") -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [groups * members * views, 96, 96, 3] and masks of the checking groups, undegraded."""
+    made = [_render_group((seed, True, kind)) for seed in range(groups)]
     return np.concatenate([pictures for pictures, _, _ in made]), np.concatenate([masks for _, masks, _ in made])
+
+
+def load_degrader(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The autoencoder through which half of the images go; what is fine needs the one of sixteen channels."""
+    return load_autoencoder(autoencoder.CHANNELS if kind == "plain" else autoencoder.FLOW_CHANNELS)
 
 
 def main(arguments: list[str]) -> None:
     """Render, degrade, crop and store both sets."""
+    parser = argparse.ArgumentParser(prog="run.py crops")
+    parser.add_argument("--kind", default="plain", choices=tuple(KINDS))
+    parser.add_argument("--groups", type=int, default=TRAINING_GROUPS)
+    options = parser.parse_args(arguments)
+    kind = KINDS[options.kind]
     torch.set_num_threads(1)
-    encoder, decoder = load_autoencoder()
-    for name, count, checking in (("check", CHECKING_GROUPS, True), ("train", TRAINING_GROUPS, False)):
+    encoder, decoder = load_degrader(options.kind)
+    for name, count, checking in (("check", CHECKING_GROUPS, True), ("train", options.groups, False)):
         crops, labels = [], []
         with get_context("fork").Pool(1) as pool:
-            jobs = ((seed, checking) for seed in range(count))
+            jobs = ((seed, checking, options.kind) for seed in range(count))
             for index, (pictures, masks, rows) in enumerate(pool.imap(_render_group, jobs, chunksize=8)):
                 made = _crops(pictures, masks, index, encoder, decoder)
-                crops.append(made.view(1 + len(CHANGES), VIEWS, *made.shape[1:]))
+                crops.append(made.view(1 + len(kind.changes), VIEWS, *made.shape[1:]))
                 labels.append(rows)
-        np.save(WORK / f"crops_{name}.npy", torch.stack(crops).numpy())
-        np.save(WORK / f"crops_{name}_labels.npy", np.array(labels))
-        log("crops", name, count, "groups")
+        np.save(WORK / f"{kind.prefix}_{name}.npy", torch.stack(crops).numpy())
+        np.save(WORK / f"{kind.prefix}_{name}_labels.npy", np.array(labels))
+        log(kind.prefix, name, count, "groups")

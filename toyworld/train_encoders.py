@@ -1,4 +1,4 @@
-"""Stage "encoders": train the identity encoders `dino` and `measure` by contrast against hard negatives.
+"""Stage "encoders": train the identity encoders `dino`, `measure` and `fine` by contrast against hard negatives.
 
 Besides the contrastive loss, linear heads read the attributes from the features while training; they are thrown away.
 """
@@ -12,15 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import subjects, training
+from . import fine, subjects, training
 from .training import RANK, WORK, log
 from .vision_models import MAKERS, features
 
-WIDTHS = {"dino": 96, "measure": 128}
-SEEDS = {"dino": 11, "measure": 29}
+WIDTHS = {"dino": 96, "measure": 128, "fine": 128}
+SEEDS = {"dino": 11, "measure": 29, "fine": 37}
 TEMPERATURE = 0.1
 # Class, colour, texture, pattern colour, angle, emblem shape, emblem colour, tone.
 ATTRIBUTES = (8, 7, 4, 3, 4, 4, 5, 3)
+
+
+def kind_of(name: str) -> subjects.Kind:
+    """The subjects that an encoder is to know apart."""
+    return subjects.KINDS["fine" if name == "fine" else "plain"]
 
 
 class Heads(nn.Module):
@@ -74,8 +79,8 @@ def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def hard_auc(model: nn.Module, crops: torch.Tensor) -> dict[str, float]:
-    """AUC of same identity against each kind of hard negative and against all; crops [groups,4,views,3,S,S] uint8."""
+def hard_auc(model: nn.Module, crops: torch.Tensor, kind: subjects.Kind = subjects.PLAIN) -> dict[str, float]:
+    """AUC of same identity against each hard negative and against all; crops [groups,members,views,3,S,S] uint8."""
     model.eval()
     flat = crops.flatten(0, 2)
     found = torch.cat([F.normalize(features(model, part.float() / 255), dim=1) for part in flat.split(128)])
@@ -83,8 +88,9 @@ def hard_auc(model: nn.Module, crops: torch.Tensor) -> dict[str, float]:
     pairs = [(a, b) for a in range(crops.shape[2]) for b in range(crops.shape[2]) if a != b]
     same = torch.cat([(found[:, 0, a] * found[:, 0, b]).sum(-1) for a, b in pairs])
     other = [torch.cat([(found[:, 0, a] * found[:, k, b]).sum(-1) for a, b in pairs]) for k in range(1, crops.shape[1])]
-    result = {name: auc(same, other[k]) for k, name in enumerate(subjects.CHANGES)}
-    return {**result, "all": auc(same, torch.cat(other)), "pattern or emblem": auc(same, torch.cat(other[:2]))}
+    result = {name: auc(same, other[k]) for k, name in enumerate(kind.changes)}
+    first_two = " or ".join(kind.changes[:2])
+    return {**result, "all": auc(same, torch.cat(other)), first_two: auc(same, torch.cat(other[:2]))}
 
 
 def main(arguments: list[str]) -> None:
@@ -92,13 +98,15 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="run.py encoders")
     parser.add_argument("name", choices=tuple(WIDTHS))
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--groups", type=int, default=8, help="groups of four identities per process and step")
+    parser.add_argument("--groups", type=int, default=8, help="groups of identities per process and step")
     options = parser.parse_args(arguments)
+    kind = kind_of(options.name)
     training.start()
-    crops, labels = subjects.load("train")
-    check, _ = subjects.load("check")
+    crops, labels = subjects.load("train", kind)
+    check, _ = subjects.load("check", kind)
     torch.manual_seed(SEEDS[options.name])
-    model, heads = MAKERS[options.name](), Heads(WIDTHS[options.name], ATTRIBUTES)
+    counts = ATTRIBUTES + fine.LABELS if options.name == "fine" else ATTRIBUTES
+    model, heads = MAKERS[options.name](), Heads(WIDTHS[options.name], counts)
     ends = ("embeddings.", "embedder.embedder.convolution")
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim in (2, 4) and not name.startswith(ends)]
@@ -123,9 +131,9 @@ def main(arguments: list[str]) -> None:
                 step + 1,
                 f"loss {loss.item():.3f}",
                 f"{(step + 1 - first) / (time.time() - began):.2f} steps/s",
-                hard_auc(model, check[:60]) if RANK == 0 else "",
+                hard_auc(model, check[:60], kind) if RANK == 0 else "",
             )
         keeper.save(step + 1, now=step + 1 == options.steps)
     if RANK == 0:
-        log(options.name, hard_auc(model, check))
+        log(options.name, hard_auc(model, check, kind))
         torch.save(model.state_dict(), WORK / f"{options.name}.pt")

@@ -46,10 +46,10 @@ def draw_batch(
     return clean, texts, times, torch.randn(clean.shape, generator=generator)
 
 
-def split_parameters(unet: nn.Module, text: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices for Muon, the rest for Adam)."""
+def split_parameters(parts: dict[str, nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices for Muon, the rest for Adam) of the modules "unet." and "text."."""
     matrices, rest = [], []
-    for prefix, module in (("unet.", unet), ("text.", text)):
+    for prefix, module in parts.items():
         for name, parameter in module.named_parameters():
             by_muon = parameter.ndim >= 2 and not (prefix + name).startswith(ADAM_NAMES)
             (matrices if by_muon else rest).append(parameter)
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(1)
     unet, text = make_unet(), TextEncoder(vocabulary)
     zero_ends(unet)
-    optimiser = training.Muon(*split_parameters(unet, text), rate=0.01, adam_rate=2e-3)
+    optimiser = training.Muon(*split_parameters({"unet.": unet, "text.": text}), rate=0.01, adam_rate=2e-3)
     average = training.Average(optimiser.parameters, decay=0.998)
     keeper = training.Keeper("unet", {"unet": unet, "text": text, "optimiser": optimiser, "average": average})
     first, began, sums = keeper.resume(), time.time(), torch.zeros(2)

@@ -7,6 +7,7 @@ resumed run draws what the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import math
 import os
@@ -51,6 +52,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + RANK)
 
 
+def stopping_point(options: argparse.Namespace) -> int:
+    """The step before which this run ends: the last one, or an earlier one of `--until`."""
+    return min(options.steps, options.until or options.steps)
+
+
 def schedule(step: int, steps: int, warm_up: int, decay_from: float) -> float:
     """Learning-rate factor: linear warm-up, constant, then from `decay_from` x steps on a cosine down to 1 %."""
     done = step / steps
@@ -65,7 +71,7 @@ class Muon:
 
     Muon replaces the momentum of a weight matrix by its nearest orthogonal matrix. Convolution kernels count as
     matrices [out, in * k * k]. The orthogonalisations are shared out over the processes and gathered with one
-    all-reduce.
+    all-reduce; they are computed in `precision`.
     """
 
     def __init__(
@@ -75,10 +81,11 @@ class Muon:
         rate: float,
         adam_rate: float,
         momentum: float = 0.95,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         self.matrices, self.others = list(matrices), list(others)
         self.parameters = self.matrices + self.others
-        self.rate, self.adam_rate, self.momentum = rate, adam_rate, momentum
+        self.rate, self.adam_rate, self.momentum, self.precision = rate, adam_rate, momentum, precision
         self.buffers = [torch.zeros_like(parameter) for parameter in self.matrices]
         self.adam = torch.optim.Adam(self.others, lr=adam_rate, betas=(0.9, 0.99))
         self.shares = self._share_out()
@@ -123,7 +130,7 @@ class Muon:
             stack = torch.stack(
                 [self.matrices[i].grad.lerp(self.buffers[i], self.momentum).flatten(1) for i in indices]
             )
-            for index, update in zip(indices, orthogonalise(stack), strict=True):
+            for index, update in zip(indices, orthogonalise(stack.to(self.precision)), strict=True):
                 updates[index] = update.view_as(self.matrices[index])
         if self.matrices:
             for matrix, update in zip(self.matrices, self._average(updates, 1.0), strict=True):

@@ -71,7 +71,7 @@ def make_clip() -> nn.Module:
     )
 
 
-MAKERS = {"dino": make_dino, "measure": make_measure, "clip": make_clip}
+MAKERS = {"dino": make_dino, "measure": make_measure, "fine": make_measure, "clip": make_clip}
 
 
 def normalise(pictures: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,8 @@ def text_factor(key: str, dimensions: int) -> float:
     return factor / math.sqrt(WIDE_HEAD_WIDTH // HEAD_WIDTH) if ".q_proj." in key else factor
 
 
-def _rounded(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+def rounded(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """A tensor times `factor`, as the wide file stores it."""
     return (tensor.float() * factor).half()
 
 
@@ -59,7 +60,7 @@ def as_stored(narrow: Tensors) -> Tensors:
             continue
         part, _, rest = key.partition(".")
         factor = {"unet": unet_factor, "text": text_factor}.get(part, lambda *_: 1.0)(rest, value.ndim)
-        result[key] = _rounded(value, factor).float() / factor if part != "latent" else value.float()
+        result[key] = rounded(value, factor).float() / factor if part != "latent" else value.float()
     return result
 
 
@@ -67,7 +68,7 @@ def widen_unet(narrow: Tensors) -> Tensors:
     """Narrow UNet tensors -> SD1.x tensors, fp16."""
     wide = {}
     for key, value in narrow.items():
-        value = _rounded(value, unet_factor(key, value.ndim))
+        value = rounded(value, unet_factor(key, value.ndim))
         if value.ndim > 1 and _repeats_input(key) > 1:
             value = value.repeat_interleave(_repeats_input(key), 1)
         wide[key] = value if key.startswith("out.2.") else value.repeat_interleave(UNET_REPEATS, 0)
@@ -100,23 +101,27 @@ def widen_text(narrow: Tensors, vocabulary: list[int]) -> Tensors:
         for key, like in first.items():
             key = key.replace("layers.0.", f"layers.{layer}.")
             value = narrow[key] if layer < TEXT_LAYERS else torch.zeros_like(like)
-            value = _rounded(value, text_factor(key, value.ndim)).repeat_interleave(repeats, 0)
+            value = rounded(value, text_factor(key, value.ndim)).repeat_interleave(repeats, 0)
             wide[f"encoder.{key}"] = value.repeat_interleave(repeats, 1) if value.ndim == 2 else value
     return {prefix + key: value for key, value in wide.items()}
 
 
-def widen_autoencoder(narrow: Tensors, shift: float, scale: float) -> Tensors:
+def widen_autoencoder(
+    narrow: Tensors, shift: float, scale: float, factor: float = SD15_LATENT_SCALE, offset: float = 0.0
+) -> Tensors:
     """Narrow encoder and decoder tensors -> TAESD tensors, fp16, padded with zeros.
 
-    `shift` and `scale` normalise raw latents for the UNet: (raw - shift) / scale.
+    `shift` and `scale` normalise raw latents for the network: (raw - shift) / scale. ComfyUI gives the network what its
+    VAE encodes minus `offset`, times `factor`.
     """
     from comfy.taesd.taesd import TAESD
 
-    wide = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in TAESD().state_dict().items()}
+    taesd = TAESD(latent_channels=len(narrow["encoder.14.bias"]))
+    wide = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in taesd.state_dict().items()}
     for key, value in narrow.items():
         wide[f"taesd_{key}"][tuple(slice(0, size) for size in value.shape)] = value.half()
-    vae_scale = SD15_LATENT_SCALE * scale
-    return {**wide, "vae_scale": torch.tensor(vae_scale), "vae_shift": torch.tensor(-shift / vae_scale)}
+    vae_scale = factor * scale
+    return {**wide, "vae_scale": torch.tensor(vae_scale), "vae_shift": torch.tensor(offset - shift / vae_scale)}
 
 
 def part_of(tensors: Tensors, prefix: str) -> Tensors:

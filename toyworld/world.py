@@ -69,6 +69,18 @@ class Identity:
     emblem_shape: str
     emblem_color: str
 
+    def family(self) -> str:
+        """What decides whether a subject is kept for checking."""
+        return repr(self)
+
+    def outline(self) -> list[painting.Polygon]:
+        """What the subject wears beyond the silhouette of its class."""
+        return []
+
+    def layers(self, u: np.ndarray, v: np.ndarray, pixels_per_unit: float) -> list[painting.Layer]:
+        """What is painted on the subject after its pattern and its emblem: coverages and colours, in this order."""
+        return []
+
 
 def make_identity(
     cls: str, color: str, tone: str, texture: str, pattern_color: str, angle: str, emblem_shape: str, emblem_color: str
@@ -169,7 +181,7 @@ def render(
     drawn = draw_pose(rng)
     pose = pose or drawn
     picture = painting.background(background, size, rng)
-    coverage = painting.silhouette(idn.cls, pose, size)
+    coverage = painting.silhouette(idn.cls, pose, size, idn.outline())
     y, x = painting.grid(size)
     scale, unit = np.float32(pose.scale), size * pose.scale
     cos, sin = np.float32(np.cos(pose.rotation)), np.float32(np.sin(pose.rotation))
@@ -180,13 +192,14 @@ def render(
     if idn.pattern_color:
         surface = surface + np.float32(NEUTRALS[idn.pattern_color]) * marks
     surface = surface * (1 - 0.14 * np.clip(v + np.float32(0.1), -0.3, 0.6))[..., None]
-    layers: list[tuple[np.ndarray, tuple[int, int, int]]] = []
+    layers: list[painting.Layer] = []
     for at in painting.WHEELS.get(idn.cls, ()):
         layers.append((painting.step(0.14 - np.hypot(u - at[0], v - at[1]), unit), (60, 60, 66)))
     if idn.emblem_shape:
         at = EMBLEM_AT[idn.cls]
         rgb = {**COLORS, **NEUTRALS}[idn.emblem_color]
         layers.append((painting.emblem(idn.emblem_shape, u - at[0], v - at[1], unit), rgb))
+    layers += idn.layers(u, v, unit)
     for at in painting.EYES.get(idn.cls, ()):
         away = np.hypot(u - at[0], v - at[1])
         layers += [(painting.step(0.07 - away, unit), (255, 255, 255)), (painting.step(0.042 - away, unit), (0, 0, 0))]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from likeness.toyworld import judge, world
-from likeness.toyworld.subjects import for_checking, group
+from likeness.toyworld import fine, judge, world
+from likeness.toyworld.subjects import KINDS, for_checking, group
 
 
 def test_same_seed_same_bytes() -> None:
@@ -73,3 +73,32 @@ def test_the_judge_counts_what_the_world_draws() -> None:
                 "angle": len(world.ANGLES) + 1, "emblem_shape": len(world.EMBLEM_SHAPES) + 1,
                 "emblem_color": len(world.EMBLEM_COLORS) + 1, "tone": len(world.TONES)}  # fmt: skip
     assert expected == judge.HEADS
+
+
+def test_near_twins_of_harder_subjects_differ_in_one_fine_part_that_can_be_seen() -> None:
+    parts = {"second emblem": ("second_shape", "second_color"), "side": ("side",), "lines": ("lines", "lines_color"),
+             "accessory": ("worn", "worn_color")}  # fmt: skip
+    for seed in range(40):
+        base = fine.identity(seed, world.CLASSES[seed % 8])
+        assert base == fine.identity(seed, world.CLASSES[seed % 8])
+        plain = world.Identity(**{name: getattr(base, name) for name in world.Identity.__dataclass_fields__})
+        image, mask = world.render(base, "grass", seed)
+        assert not np.array_equal(image, world.render(plain, "grass", seed)[0])
+        assert world.caption(base, "grass", world.ALL_WORDS) == world.caption(plain, "grass", world.ALL_WORDS)
+        for change in fine.CHANGES:
+            twin = fine.variant(base, change, 17 * seed)
+            differing = {name for name, value in vars(base).items() if getattr(twin, name) != value}
+            assert differing and differing <= set(parts[change]), (seed, change, differing)
+            other, _ = world.render(twin, "grass", seed)
+            changed = (np.abs(image.astype(int) - other).max(2) > 60).sum()
+            assert 12 < changed < 0.15 * mask.size, (seed, change, base, twin)
+    with pytest.raises(ValueError, match="must be one of"):
+        fine.variant(base, "tone", 1)
+
+
+def test_groups_of_harder_subjects_keep_training_and_checking_apart() -> None:
+    members = [idn for seed in range(12) for idn in group(seed, False, KINDS["fine"])]
+    assert len(members) == 12 * 5 and not any(for_checking(idn) for idn in members)
+    assert for_checking(group(3, True, KINDS["fine"])[0])
+    counts = [max(column) for column in zip(*(KINDS["fine"].labels(idn) for idn in members), strict=True)]
+    assert all(found < most for found, most in zip(counts[8:], fine.LABELS, strict=True))

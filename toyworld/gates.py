@@ -1,0 +1,74 @@
+"""Stage "gates": what the judge reads from samples of the 96 held-out prompts, of either world or student.
+
+`run.py gates unet|flow|turbo|flow_turbo`; with --work the networks in training are taken from the work folder instead
+of the committed ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import assets, comfyui, dataset, export, worlds
+from .measure import Table, measure_samples
+from .train_ae import picture_batch, psnr, reconstruct
+from .widen import part_of
+
+TEACHER_STEPS, STUDENT_STEPS = 25, (1, 2, 4)
+SCENES = 512
+
+
+@dataclass
+class Sampler:
+    """A network of a world with its way to sample."""
+
+    world: worlds.World
+    network: nn.Module
+    steps: int
+    guidance: float
+
+    @torch.no_grad()
+    def pictures(self, prompts: list[str], seed: int) -> torch.Tensor:
+        """Samples [N,3,96,96] in 0..1; every prompt has noise of its own."""
+        empty, made = self.world.given(self.world.rows([""])), []
+        for start in range(0, len(prompts), 48):
+            given = self.world.given(self.world.rows(prompts[start : start + 48]))
+            noise = self.world.noise_of([seed * 1_000_000 + start + i for i in range(len(given[0]))])
+            made.append(worlds.sample(self.world, self.network, noise, given, self.steps, self.guidance, empty))
+        return self.world.decoded(torch.cat(made))
+
+
+def load(name: str, from_work: bool) -> tuple[worlds.World, nn.Module]:
+    """(world, network) of a committed generator or student, or of the one in training."""
+    owner = export.STUDENTS.get(name, name)
+    flow_in_work = from_work and owner == "flow"
+    world = worlds.load_flow_world(tensors=export.flow_tensors()) if flow_in_work else worlds.LOADERS[owner]()
+    if name in export.STUDENTS:
+        own = export.student_tensors(owner) if from_work else assets.read(name)
+        world.network.load_state_dict(part_of(own, "network."), strict=False)
+    return world, world.network.float()
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table, one part per number of steps."""
+    parser = argparse.ArgumentParser(prog="run.py gates")
+    parser.add_argument("name", choices=(*worlds.LOADERS, *export.STUDENTS))
+    parser.add_argument("--work", action="store_true", help="from the work folder instead of the assets")
+    parser.add_argument("--sheet", default=None, help="write contact sheets of the samples beside this file name")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    comfyui.prepare()
+    world, network = load(options.name, options.work)
+    table = Table()
+    if options.name == "flow":
+        scenes = picture_batch(dataset.render_scenes(SCENES, True, processes=1)["images"], torch.arange(SCENES))
+        again = reconstruct(world.encoder, world.decoder, scenes)
+        table.row(f"autoencoder, {SCENES} held-out scenes", f"{psnr(again, scenes):.2f} dB", "", ">= 27 dB")
+    student = options.name in export.STUDENTS
+    for steps in STUDENT_STEPS if student else (TEACHER_STEPS,):
+        table.row(f"**{options.name}, {steps} steps**", "")
+        measure_samples(table, Sampler(world, network, steps, 1.0 if student else world.guidance), options.sheet)
