@@ -133,10 +133,14 @@ class AdapterTraining:
     """The training of an adapter; a Fit (see fit/fit.py)."""
 
     def __init__(
-        self, network: Network, adapter: Adapter, sample: Callable[[int], Sample], settings: TrainingSettings
+        self,
+        network: Network,
+        adapter: Adapter,
+        samples: Callable[[Sequence[int]], list[Sample]],
+        settings: TrainingSettings,
     ) -> None:
-        """sample(number) returns the sample of this number in the run; the adapter is float32 and trained in place."""
-        self.network, self.adapter, self.sample, self.settings = network, adapter, sample, settings
+        """samples(numbers): those with these numbers in the run. The adapter is float32 and is trained in place."""
+        self.network, self.adapter, self.samples, self.settings = network, adapter, samples, settings
         self.parameters = adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, settings.learning_rate)
         self.losses: list[float] = []
@@ -146,19 +150,27 @@ class AdapterTraining:
         return len(self.losses)
 
     def update(self) -> Tensor:
-        first, settings = self.step * self.settings.batch, self.settings
-        numbers = range(first, first + settings.batch)
-        samples = [self.sample(number) for number in numbers]
-        draws = [draw(settings.seed, number, settings.drop) for number in numbers]
-        loss = errors(self.network, samples, draws).mean()
-        value = finite_or_raise(loss, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, latent = self.gradient()
+        value = finite_or_raise(loss, self.step)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM)
         finite_or_raise(norm, self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
-        return samples[0].latent[None].detach()
+        return latent
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of an update; returns its loss and one of its latents."""
+        first = self.step * self.settings.batch
+        return self.backward(range(first, first + self.settings.batch))
+
+    def backward(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the mean error of these samples; returns the error and the first one's latent."""
+        samples = self.samples(numbers)
+        draws = [draw(self.settings.seed, number, self.settings.drop) for number in numbers]
+        loss = errors(self.network, samples, draws).mean()
+        loss.backward()
+        return loss.detach(), samples[0].latent[None].detach()
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -168,9 +180,8 @@ class AdapterTraining:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[f"adapter.{name}"])
+        prefix = "adapter."
+        self.adapter.load({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
         self.losses = state["losses"].tolist()
         restore_adam(self.optimizer, state)
 
