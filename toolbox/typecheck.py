@@ -22,16 +22,12 @@ UNKNOWN = ("comfy*.**", "folder_paths", "latent_preview", "server", "utils.**", 
 """What only ComfyUI and the tests that need it bring along."""
 
 
-def not_python(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if not name.endswith(".py") and not Path(folder, name).is_dir()]
-
-
 def main(arguments: list[str]) -> int:
     """Exit code 0 if the check finds nothing."""
     project = SANDBOX / "types"
     shutil.rmtree(project, ignore_errors=True)
     for name in (*CHECKED, *ALSO_IMPORTED):
-        shutil.copytree(ROOT / name, project / "likeness" / name, ignore=not_python)
+        shutil.copytree(ROOT / name, project / "likeness" / name)
     shutil.copy(ROOT / "__init__.py", project / "likeness")
     shutil.copy(ROOT / "pyproject.toml", project)
     comfyui = Path(os.environ.get("COMFYUI_PATH") or SANDBOX / "comfyui")

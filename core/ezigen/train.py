@@ -61,6 +61,10 @@ class Sample:
     subject_contexts: Tensor
 
 
+Samples = Callable[[Sequence[int]], list[Sample]]
+"""The samples with these numbers in the run."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """The random draws of one sample."""
@@ -132,14 +136,8 @@ class TrainingSettings:
 class AdapterTraining:
     """The training of an adapter; a Fit (see fit/fit.py)."""
 
-    def __init__(
-        self,
-        network: Network,
-        adapter: Adapter,
-        samples: Callable[[Sequence[int]], list[Sample]],
-        settings: TrainingSettings,
-    ) -> None:
-        """samples(numbers): those with these numbers in the run. The adapter is float32 and is trained in place."""
+    def __init__(self, network: Network, adapter: Adapter, samples: Samples, settings: TrainingSettings) -> None:
+        """The adapter is float32 and is trained in place."""
         self.network, self.adapter, self.samples, self.settings = network, adapter, samples, settings
         self.parameters = adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, settings.learning_rate)

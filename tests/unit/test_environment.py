@@ -22,8 +22,7 @@ def sandbox(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "project" / ".sandbox"
     monkeypatch.setattr(environment, "SANDBOX", folder)
     monkeypatch.setattr(environment, "PYTHON", environment.python_in(folder / "venv"))
-    for name in ("COMFYUI_PATH", "COMFYUI_PYTHON"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
     return folder
 
 
@@ -39,8 +38,6 @@ def test_the_sandboxs_own_comfyui_is_not_foreign_when_it_is_named(sandbox, tmp_p
         assert environment.chosen_comfyui() == (own, None)
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui_in(sandbox / "older", tmp_path / "other")))
     assert environment.chosen_comfyui() == (sandbox / "older", None)
-    monkeypatch.setenv("COMFYUI_PYTHON", str(environment.PYTHON))
-    assert environment.chosen_comfyui() == (sandbox / "older", None)
 
 
 @pytest.mark.parametrize("venv", ["ComfyUI/venv", "ComfyUI/.venv", "venv"])
@@ -48,13 +45,6 @@ def test_a_foreign_comfyui_keeps_its_python(sandbox, tmp_path, monkeypatch, venv
     comfyui = comfyui_in(tmp_path / "ComfyUI", tmp_path / venv)
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
     assert environment.chosen_comfyui() == (comfyui, environment.python_in(tmp_path / venv))
-    comfyui_in(tmp_path / "second", tmp_path / "another")
-    named = environment.python_in(tmp_path / "another")
-    monkeypatch.setenv("COMFYUI_PYTHON", str(named))
-    assert environment.chosen_comfyui() == (comfyui, named)
-    monkeypatch.setenv("COMFYUI_PYTHON", str(tmp_path / "none"))
-    with pytest.raises(SystemExit, match="is no file"):
-        environment.chosen_comfyui()
 
 
 def test_a_folder_without_comfyui_is_refused(sandbox, tmp_path, monkeypatch):

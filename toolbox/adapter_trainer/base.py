@@ -35,11 +35,6 @@ class Base:
             part.requires_grad_(False).train(False)
         self.vae.enable_slicing()  # its activations at 512 pixels are the largest of all
 
-    def cell(self) -> int:
-        """The image sides must be multiples of this many pixels."""
-        vae, unet = (len(part.config.block_out_channels) - 1 for part in (self.vae, self.unet))
-        return 2 ** (vae + unet)
-
     @torch.no_grad()
     def samples(self, items: Sequence[Item], seed: int) -> list[Sample]:
         """The samples of one batch, in float32 on the networks' device.

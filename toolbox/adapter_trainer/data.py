@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,17 +15,8 @@ from ...core.ezigen.subject_pairs import EXPECTED, MAX_SUBJECTS, Pair, PairFolde
 from .coco import Coco
 from .youtube_vis import ANNOTATIONS, DRAWS, YoutubeVis
 
-
-class Source(Protocol):
-    """A set of pairs. pair() replaces an unreadable pair by the next usable one, and notes it in `skipped`."""
-
-    skipped: list[str]
-
-    def __len__(self) -> int: ...
-
-    def pair(self, index: int, generator: torch.Generator) -> Pair: ...
-
-    def describe(self) -> str: ...
+Source = Coco | YoutubeVis | PairFolder
+"""A set of pairs. pair() replaces an unreadable pair by the next usable one, and notes it in `skipped`."""
 
 
 @dataclass(frozen=True)

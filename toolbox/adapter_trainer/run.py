@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ...core.ezigen.artifact import base_sample, read_adapter
 from ...core.ezigen.train import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS, Sample, TrainingSettings
+from ...core.fit.runs import digest
 from ...core.fit.train import Retention, train
 from .base import Base, read_base
 from .data import PairDataset, Share, source
@@ -106,11 +107,7 @@ def main(arguments: list[str]) -> int:
 def start_process(options: argparse.Namespace) -> Any:
     """Accelerate's view of this process among the others. ValueError for a configuration that is not supported."""
     from accelerate import Accelerator
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
 
-    for library in (of_diffusers, of_transformers):
-        library.disable_progress_bar()
     accelerator = Accelerator(
         cpu=options.cpu,
         mixed_precision=options.precision,
@@ -142,8 +139,9 @@ def run(options: argparse.Namespace, accelerator: Any) -> None:
     for each in sources:
         log.info("%s", each.describe())
     base = read_base(options.model)
-    if options.size % base.cell():
-        raise ValueError(f"--size is {options.size}: give a multiple of {base.cell()}, 512 as published.")
+    cell = 2 ** sum(len(part.config.block_out_channels) - 1 for part in (base.vae, base.unet))  # pixels
+    if options.size % cell:
+        raise ValueError(f"--size is {options.size}: give a multiple of {cell}, 512 as published.")
     adapter = diffusers_adapter(base.unet)
     if options.start is not None:
         adapter.load(read_adapter(options.start).tensors)
@@ -160,6 +158,7 @@ def run(options: argparse.Namespace, accelerator: Any) -> None:
     determining = {
         **asdict(settings),
         **{name: getattr(options, name) for name in ("size", "max_subjects")},
+        "model": digest(identity)[:12],
         "precision": accelerator.mixed_precision,
         "start": options.start and options.start.name,
         "data": [each.describe() for each in sources],
@@ -167,9 +166,13 @@ def run(options: argparse.Namespace, accelerator: Any) -> None:
     header = {"base": identity, "settings": determining}
     states = States(accelerator, options.out, options.keep, header, options.allow_changed)
     checkpointer = RegularCheckpointer(states, "", {}, Retention(options.save_every, most=1))
+
+    def on_update(_latent: torch.Tensor) -> None:
+        accelerator.log({"loss": training.losses[-1]}, step=training.step)
+
     with training.stops_on_signals(), contextlib.closing(training.batches):
         # The states and the adapter's file hold the result: the empty dict() is what is kept besides.
-        train(training, options.steps, dict, checkpointer, lambda _latent: training.log_loss())
+        train(training, options.steps, dict, checkpointer, on_update)
     skipped = len(set(gather_object(sorted(training.skipped))))
     if accelerator.is_main_process and states.stored_step < training.step:
         raise ValueError(

@@ -56,9 +56,6 @@ class SharedTraining(AdapterTraining):
             gradient.copy_(mean / len(parts))
         return loss, parts[0][1]
 
-    def log_loss(self) -> None:
-        self.accelerator.log({"loss": self.losses[-1]}, step=self.step)
-
     @contextlib.contextmanager
     def stops_on_signals(self) -> Iterator[None]:
         """Stop after the current update on Ctrl+C or a scheduler's SIGTERM.
@@ -88,7 +85,7 @@ class States(RunStore):
     """The last states of a run, and its adapter, in a folder that only the first process reads and writes."""
 
     def __init__(self, accelerator: Any, out: Path, keep: int, header: dict[str, Any], allow_changed: bool) -> None:
-        """header: of the adapter; its `base` and `settings` determine the result."""
+        """header: of the adapter; its `settings` determine the result."""
         super().__init__(out / "states", MAX_BYTES)
         self.accelerator, self.adapter, self.most = accelerator, out / ADAPTER, keep
         self.header, self.allow_changed = header, allow_changed
@@ -144,10 +141,10 @@ class States(RunStore):
         )
 
     def _check_settings(self, stored: dict[str, Any]) -> None:
-        before = {**stored.get("settings", {}), "base": stored.get("base")}
+        before = stored.get("settings", {})
         changes = [
-            "another model" if name == "base" else f"{name} was {before.get(name)}, is {value}"
-            for name, value in {**self.header["settings"], "base": self.header["base"]}.items()
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in self.header["settings"].items()
             if before.get(name) != value
         ]
         text = "; ".join(changes)[:1000]

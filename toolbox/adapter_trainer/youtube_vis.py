@@ -117,16 +117,18 @@ class YoutubeVis:
     def _frame(self, thing: Object, file: Path) -> tuple[Image.Image, Mask]:
         try:
             image = read_image(file)
-            return image, unpack(thing.masks[file], image)
+            mask = unpack(thing.masks[file], image)
         except Exception as error:  # Pillow raises many types for damaged files
             self.skipped.append(f"{file.parent.name}/{file.name}: {error or type(error).__name__}"[:200])
             raise Unusable from error
+        if not AREA[0] <= mask.mean() <= AREA[1]:
+            raise Unusable
+        return image, mask
 
 
 def subject_alone(image: Image.Image, mask: Mask, size: int, dice: random.Random) -> Tensor:
     """The subject on white, [3, size, size] in 0..1. Raises Unusable when its mask breaks a rule."""
     cut = cut_out(image, mask)
-    _check_area(mask)
     small = cut.width < SMALLEST * image.width and cut.height < SMALLEST * image.height
     if small or largest_part(mask) <= ONE_PART:
         raise Unusable
@@ -137,7 +139,6 @@ def subject_alone(image: Image.Image, mask: Mask, size: int, dice: random.Random
 
 def window(image: Image.Image, mask: Mask, size: int, dice: random.Random) -> Tensor:
     """The target: a square around the object, [3, size, size] in 0..1. Raises Unusable when its mask breaks a rule."""
-    _check_area(mask)
     bounds = Image.fromarray(mask).getbbox()
     assert bounds is not None  # unpack() refuses empty masks
     box = widen(bounds, TARGET_MARGIN, image.size)
@@ -164,11 +165,6 @@ def around(box: Box, size: tuple[float, float], frame: tuple[int, int]) -> Box:
         min(frame[0], int((left + right + size[0]) / 2)),
         min(frame[1], int((top + bottom + size[1]) / 2)),
     )
-
-
-def _check_area(mask: Mask) -> None:
-    if not AREA[0] <= mask.mean() <= AREA[1]:
-        raise Unusable
 
 
 def _videos(content: dict[str, Any], frames: Path) -> list[list[Object]]:
