@@ -11,7 +11,7 @@ import sys
 import time
 
 from _load import load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
-from test import ONE_THREAD, PARALLEL, checks, run, say  # ty: ignore[import-not-found]
+from test import ONE_THREAD, PARALLEL, checks, report, run  # ty: ignore[import-not-found]
 
 HOST = "tests/parity/host"
 
@@ -21,16 +21,13 @@ def main() -> int:
     load_pack()
     from likeness.toolbox.environment import prepare_check
 
-    start, python = time.monotonic(), prepare_check()
+    python = prepare_check()
     hidden = ("COMFYUI_PATH", "PYTHONPATH", "PYTHONHOME")
-    variables = {name: value for name, value in os.environ.items() if name not in hidden}
-    say(f"set up after {time.monotonic() - start:.0f} s")
+    variables = {name: value for name, value in os.environ.items() if name not in hidden} | ONE_THREAD
+    tests = [str(python), "-m", "pytest", "-q", *PARALLEL, "tests/unit", "tests/parity", f"--ignore={HOST}"]
     start = time.monotonic()
-    tests = [str(python), "-m", "pytest", "-q", *PARALLEL, "tests/unit", "tests/parity"]
-    commands = {**checks(python), "tests": [*tests, f"--ignore={HOST}", *sys.argv[1:]]}
-    variables |= ONE_THREAD
-    failed = [name for name, command in commands.items() if not run(name, command, variables)]
-    say(f"FAILED: {', '.join(failed)}" if failed else f"all passed after {time.monotonic() - start:.0f} s")
+    failed = run({**checks(python), "tests": [*tests, *sys.argv[1:]]}, variables)
+    report(", ".join(failed) or "all", not failed, start)
     return 1 if failed else 0
 
 

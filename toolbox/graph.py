@@ -45,20 +45,6 @@ class Input(NamedTuple):
     options: Mapping[str, Any]
     optional: bool
 
-    @property
-    def is_widget(self) -> bool:
-        return self.type in WIDGET_TYPES and not self.options.get("forceInput")
-
-    @property
-    def has_control(self) -> bool:
-        """Whether the page adds a 'control after generate' widget after it."""
-        implicit = self.type == "INT" and self.name in ("seed", "noise_seed")
-        return bool(self.options.get("control_after_generate", implicit))
-
-    @property
-    def choices(self) -> list[Any]:
-        return list(self.options.get("options", []))
-
 
 def inputs_of(node_type: str, object_info: ObjectInfo) -> list[Input]:
     """The inputs of a node type in the page's order, from the server's /object_info."""
@@ -79,10 +65,11 @@ def widget_slots(node_type: str, object_info: ObjectInfo) -> list[Slot]:
     """The meaning of each entry of widgets_values for this node type."""
     slots = []
     for entry in inputs_of(node_type, object_info):
-        if not entry.is_widget:
+        if entry.type not in WIDGET_TYPES or entry.options.get("forceInput"):
             continue
         slots.append(Slot(entry.name, "value"))
-        if entry.has_control:
+        implicit = entry.type == "INT" and entry.name in ("seed", "noise_seed")
+        if entry.options.get("control_after_generate", implicit):
             slots.append(Slot(entry.name, "control"))
         if any(entry.options.get(name) for name in UPLOADS):
             slots.append(Slot(entry.name, "upload"))

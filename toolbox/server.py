@@ -9,17 +9,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .environment import Environment
+import requests
+
+from .environment import PATHS, Environment
 
 IMPORT_FAILURES = ("IMPORT FAILED", "Cannot import", "did not import correctly")
 FOLDERS = ("models", "input", "output", "temp", "user/default", "custom_nodes")
@@ -52,7 +52,6 @@ class PromptRun:
     prompt_id: str
     status: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
-    previews: int = 0
     outputs: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -73,13 +72,13 @@ def free_port() -> int:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Create a link if the system allows it, else a copy."""
+    """Create a link to a folder if the system allows it, else a copy."""
     if target.is_symlink() or target.exists():
         return
     try:
-        target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+        target.symlink_to(source.resolve(), target_is_directory=True)
     except OSError:
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+        shutil.copytree(source, target)
 
 
 def name_models(models: Path, base: Path) -> Path:
@@ -107,7 +106,6 @@ class Server:
         models: Path | None = None,
         frontend: Path | None = None,
         port: int | None = None,
-        arguments: Iterable[str] = (),
     ) -> None:
         self.base, self.port = base, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -122,7 +120,7 @@ class Server:
         self._command = [
             *(str(environment.python), "-u", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)),
             *("--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"),
-            *("--disable-auto-launch", "--preview-method", "auto", *page, *more, *arguments),
+            *("--disable-auto-launch", "--preview-method", "auto", *page, *more),
         ]
         self._folder, self._variables = environment.comfyui, {**QUIET, **environment.variables()}
         self._process: subprocess.Popen[bytes] | None = None
@@ -155,7 +153,6 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.2)
-        self.stop()
         raise TimeoutError(f"ComfyUI did not answer within {START_TIMEOUT:.0f} s:\n{self.log()[-4000:]}")
 
     def stop(self) -> None:
@@ -169,11 +166,6 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-    @property
-    def process_id(self) -> int:
-        assert self._process is not None, "the server was not started"
-        return self._process.pid
-
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
@@ -181,19 +173,16 @@ class Server:
         """Lines of the log that report a node pack's failed import."""
         return [line for line in self.log().splitlines() if any(text in line for text in IMPORT_FAILURES)]
 
-    def get_bytes(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
-            return answer.read()
+    def get_bytes(self, path: str, **query: str) -> bytes:
+        answer = requests.get(self.url + path, query, timeout=60)
+        answer.raise_for_status()
+        return answer.content
 
     def get(self, path: str) -> Any:
         return json.loads(self.get_bytes(path))
 
-    def post(self, path: str, data: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(data or {}).encode(), headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            body = answer.read()
-        return json.loads(body) if body else None
+    def post(self, path: str, data: dict[str, Any] | None = None) -> requests.Response:
+        return requests.post(self.url + path, json=data or {}, timeout=60)
 
     def object_info(self) -> dict[str, Any]:
         return self.get("/object_info")
@@ -205,15 +194,13 @@ class Server:
         """Resident bytes of the process."""
         import psutil
 
-        return psutil.Process(self.process_id).memory_info().rss
-
-    def idle(self) -> bool:
-        queue = self.get("/queue")
-        return not queue["queue_running"] and not queue["queue_pending"]
+        assert self._process is not None, "the server was not started"
+        return psutil.Process(self._process.pid).memory_info().rss
 
     def wait_idle(self, timeout: float = 60.0) -> None:
+        """Wait until nothing is running or pending."""
         end = time.monotonic() + timeout
-        while not self.idle():
+        while any(self.get("/queue").values()):
             if time.monotonic() > end:
                 raise TimeoutError("the server's queue did not become empty")
             time.sleep(0.05)
@@ -222,18 +209,13 @@ class Server:
         """The images that an output node of the run saved, as PIL images."""
         from PIL import Image
 
-        images = []
-        for entry in run.outputs[node_id]["images"]:
-            query = urllib.parse.urlencode({name: entry[name] for name in ("filename", "subfolder", "type")})
-            images.append(Image.open(io.BytesIO(self.get_bytes(f"/view?{query}"))))
-        return images
+        return [Image.open(io.BytesIO(self.get_bytes("/view", **entry))) for entry in run.outputs[node_id]["images"]]
 
     def run(
         self,
         prompt: dict[str, Any],
         timeout: float = 600.0,
         on_event: Callable[[dict[str, Any]], None] | None = None,
-        extra_data: dict[str, Any] | None = None,
     ) -> PromptRun:
         """Queue a prompt in API format and follow it to its end. PromptError if it is rejected or a node raises."""
         import websocket
@@ -241,27 +223,23 @@ class Server:
         client, start = uuid.uuid4().hex, time.monotonic()
         channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
         try:
-            run = PromptRun(self.queue(prompt, client, extra_data))
+            run = PromptRun(self.queue(prompt, client))
             while run.status not in FINISHED:
                 channel.settimeout(max(0.1, start + timeout - time.monotonic()))
                 message = channel.recv()
-                if isinstance(message, bytes):
-                    run.previews += 1
-                    continue
-                self._handle(run, json.loads(message), on_event)
+                if isinstance(message, str):  # bytes are previews
+                    self._handle(run, json.loads(message), on_event)
         finally:
             channel.close()
         run.outputs = self._outputs(run.prompt_id)
         run.seconds = time.monotonic() - start
         return run
 
-    def queue(self, prompt: dict[str, Any], client: str = "", extra_data: dict[str, Any] | None = None) -> str:
+    def queue(self, prompt: dict[str, Any], client: str = "") -> str:
         """Queue a prompt in API format and return its id. PromptError if it is rejected, in whole or in part."""
-        try:
-            answer = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra_data or {}})
-        except urllib.error.HTTPError as error:
-            data = json.loads(error.read())
-            raise PromptError(data["error"]["message"], data) from None
+        answer = self.post("/prompt", {"prompt": prompt, "client_id": client}).json()
+        if "error" in answer:
+            raise PromptError(answer["error"]["message"], answer)
         if answer.get("node_errors"):  # the server would skip a part of the graph and report success
             raise PromptError("a part of the prompt was refused", answer)
         return answer["prompt_id"]
@@ -290,13 +268,7 @@ class Server:
 
 def environment_from_variables() -> Environment:
     """The environment that demo.py and test.py pass to the processes they start."""
-    import sys
-
-    def path(name: str) -> Path | None:
-        value = os.environ.get(name)
-        return Path(value) if value else None
-
-    comfyui = path("COMFYUI_PATH")
+    comfyui, *others = (Path(value) if (value := os.environ.get(name)) else None for name in PATHS)
     if comfyui is None:
         raise RuntimeError("COMFYUI_PATH is not set: start this through toolbox/test.py or toolbox/demo.py.")
-    return Environment(Path(sys.executable), comfyui, path("LIKENESS_FRONTEND"), path("LIKENESS_CHROMIUM"))
+    return Environment(Path(sys.executable), comfyui, *others)

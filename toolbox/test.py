@@ -7,10 +7,11 @@ existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
@@ -21,59 +22,41 @@ PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def say(text: str) -> None:
-    print(f"[test] {text}", flush=True)
-
-
 def checks(python: Path) -> dict[str, list[str]]:
     """The commands that only read the source."""
-    load = [str(python), str(ROOT / "toolbox" / "_load.py")]
     ruff = str(python.with_name(f"ruff{python.suffix}"))
     return {
         "ruff": [ruff, "check", str(ROOT)],
         "format": [ruff, "format", "--check", "-q", str(ROOT)],
-        "types": [*load, "toolbox.typecheck"],
+        "types": [str(python), str(ROOT / "toolbox" / "_load.py"), "toolbox.typecheck"],
     }
 
 
-def run(name: str, command: list[str], variables: dict[str, str]) -> bool:
-    """Run one check and print its output and duration."""
-    start = time.monotonic()
-    passed = subprocess.run(command, cwd=ROOT, env=variables).returncode == 0
-    say(f"{name}: {'passed' if passed else 'FAILED'} after {time.monotonic() - start:.0f} s")
-    return passed
+def report(name: str, passed: bool, start: float) -> list[str]:
+    """Print the result of a check; returns its name if it failed."""
+    print(f"[test] {name}: {'passed' if passed else 'FAILED'} after {time.monotonic() - start:.0f} s", flush=True)
+    return [] if passed else [name]
 
 
-def output(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
-    """The exit code and the whole output of a command."""
-    streams = subprocess.PIPE, subprocess.STDOUT
-    process = subprocess.run(
-        command, cwd=ROOT, env=variables, stdout=streams[0], stderr=streams[1], text=True, errors="replace"
-    )
-    return process.returncode, process.stdout
-
-
-def run_parallel(commands: dict[str, list[str]], variables: dict[str, str]) -> list[str]:
-    """Run several checks in parallel; print each output as a block when it ends. Returns those that failed."""
-    start, failed = time.monotonic(), []
-    with ThreadPoolExecutor(len(commands)) as pool:
-        jobs = {pool.submit(output, command, variables): name for name, command in commands.items()}
-        for job in as_completed(jobs):
-            code, text = job.result()
-            print(text, end="")
-            say(f"{jobs[job]}: {'FAILED' if code else 'passed'} after {time.monotonic() - start:.0f} s")
-            failed += [jobs[job]] if code else []
+def run(commands: dict[str, list[str]], variables: dict[str, str]) -> list[str]:
+    """Run checks one after the other; returns those that failed."""
+    failed = []
+    for name, command in commands.items():
+        start = time.monotonic()
+        failed += report(name, subprocess.run(command, cwd=ROOT, env=variables).returncode == 0, start)
     return failed
 
 
-def tests(python: Path, variables: dict[str, str], slow: list[str]) -> list[str]:
-    """Run all tiers; returns those that failed."""
-    pytest = [str(python), "-m", "pytest", "-q", "--durations=10", *slow]
-    folders = [str(ROOT / "tests" / tier) for tier in IN_PROCESS]
-    one_thread = variables | ONE_THREAD
-    failed = [] if run("in process", [*pytest, *PARALLEL, *folders], one_thread) else ["in process"]
-    servers = {tier: [*pytest, str(ROOT / "tests" / tier)] for tier in WITH_SERVER}
-    return failed + run_parallel(servers, one_thread)
+def run_parallel(commands: dict[str, list[str]], variables: dict[str, str]) -> list[str]:
+    """Run checks in parallel and print the output of each as a block; returns those that failed."""
+    start, failed = time.monotonic(), []
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with ThreadPoolExecutor() as pool:
+        jobs = pool.map(functools.partial(subprocess.run, cwd=ROOT, env=variables, **streams), commands.values())
+        for name, job in zip(commands, jobs, strict=True):
+            print(job.stdout, end="")
+            failed += report(name, job.returncode == 0, start)
+    return failed
 
 
 def main() -> int:
@@ -85,17 +68,18 @@ def main() -> int:
     environment = prepare()
     build_models(environment)
     start, variables = time.monotonic(), environment.variables()
-    failed = [name for name, command in checks(environment.python).items() if not run(name, command, variables)]
-    slow, arguments = (
-        [argument for argument in sys.argv[1:] if (argument == "--slow") == is_slow] for is_slow in (True, False)
-    )
+    failed = run(checks(environment.python), variables)
+    slow = [argument for argument in sys.argv[1:] if argument == "--slow"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--slow"]
+    pytest = [str(environment.python), "-m", "pytest", *slow]
     if arguments:
-        command = [str(environment.python), "-m", "pytest", *slow, *arguments]
-        failed += [] if run("tests", command, variables) else ["tests"]
+        failed += run({"tests": [*pytest, *arguments]}, variables)
     else:
-        failed += tests(environment.python, variables, slow)
-    summary = f"FAILED: {', '.join(failed)}" if failed else "all passed"
-    say(f"{summary} after {time.monotonic() - start:.0f} s")
+        pytest, variables = [*pytest, "-q", "--durations=10"], variables | ONE_THREAD
+        in_process = [*pytest, *PARALLEL, *(f"tests/{tier}" for tier in IN_PROCESS)]
+        failed += run({"in process": in_process}, variables)
+        failed += run_parallel({tier: [*pytest, f"tests/{tier}"] for tier in WITH_SERVER}, variables)
+    report(", ".join(failed) or "all", not failed, start)
     return 1 if failed else 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..toolbox.environment import ROOT, SANDBOX, Environment, SetupSteps
+from ..toolbox.environment import ROOT, SANDBOX, Environment, step
 from ..toolbox.graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching_nodes
 from .mask_nodes import PLAYER, with_subject_masks
 
@@ -57,7 +57,7 @@ def build_models(environment: Environment) -> Path:
         subprocess.run([str(part) for part in command], check=True, env=environment.variables())
 
     key = " ".join(line[:8] for line in listed.read_text().splitlines())
-    SetupSteps().do("small world", f"models of the assets {key}", (MODELS / "checkpoints" / CHECKPOINT).is_file, work)
+    step("small world", f"models of the assets {key}", (MODELS / "checkpoints" / CHECKPOINT).is_file, work)
     return MODELS
 
 

@@ -61,6 +61,10 @@ class Sample:
     subject_contexts: Tensor
 
 
+Samples = Callable[[Sequence[int]], list[Sample]]
+"""The samples with these numbers in the run."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """The random draws of one sample."""
@@ -134,29 +138,35 @@ class AdapterTraining(Fit):
 
     prefix = "adapter."
 
-    def __init__(
-        self, network: Network, adapter: Adapter, sample: Callable[[int], Sample], settings: TrainingSettings
-    ) -> None:
-        """sample(number) returns the sample of this number in the run; the adapter is float32 and trained in place."""
-        self.network, self.adapter, self.sample, self.settings = network, adapter, sample, settings
+    def __init__(self, network: Network, adapter: Adapter, samples: Samples, settings: TrainingSettings) -> None:
+        """The adapter is float32 and is trained in place."""
+        self.network, self.adapter, self.samples, self.settings = network, adapter, samples, settings
         self.parameters = adapter.published_parameters()
         self.optimizer = optimizer(self.parameters, settings.learning_rate)
         self.losses: list[float] = []
 
     def update(self) -> Tensor:
-        first, settings = self.step * self.settings.batch, self.settings
-        numbers = range(first, first + settings.batch)
-        samples = [self.sample(number) for number in numbers]
-        draws = [draw(settings.seed, number, settings.drop) for number in numbers]
-        loss = errors(self.network, samples, draws).mean()
-        value = finite_or_raise(loss, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, latent = self.gradient()
+        value = finite_or_raise(loss, self.step)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM)
         finite_or_raise(norm, self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
-        return samples[0].latent[None].detach()
+        return latent
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of an update; returns its loss and one of its latents."""
+        first = self.step * self.settings.batch
+        return self.backward(range(first, first + self.settings.batch))
+
+    def backward(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the mean error of these samples; returns the error and the first one's latent."""
+        samples = self.samples(numbers)
+        draws = [draw(self.settings.seed, number, self.settings.drop) for number in numbers]
+        loss = errors(self.network, samples, draws).mean()
+        loss.backward()
+        return loss.detach(), samples[0].latent[None].detach()
 
 
 def optimizer(parameters: dict[str, nn.Parameter], learning_rate: float = LEARNING_RATE) -> torch.optim.AdamW:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from likeness.core.ezigen.artifact import read_adapter
-from likeness.toolbox.adapter_trainer import loop, run
+from likeness.toolbox.adapter_trainer import training
+from likeness.toolbox.adapter_trainer.base import Base
+from likeness.toolbox.adapter_trainer.data import Share
 from likeness.toolbox.adapter_trainer.run import main
 
 from . import tiny
@@ -61,11 +64,20 @@ def settings(model: Path, data: Path, out: Path, steps: int = 12, **changes: obj
 
 
 def trained(out: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(out / f"state-{step:09d}.safetensors")
+    return {name.removeprefix("fit."): value for name, value in load_file(state(out, step)).items()}
+
+
+def state(out: Path, step: int) -> Path:
+    return out / "states" / f"{step:09d}.safetensors"
 
 
 def written(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.safetensors")}
+
+
+def copied(source: Path, out: Path) -> Path:
+    """A run's folder to go on in."""
+    return shutil.copytree(source, out, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +106,13 @@ def test_the_file(whole, data):
     assert not torch.equal(stored.tensors["learnable_weights"], torch.ones(4))
     assert sorted(written(whole)) == [
         "adapter.safetensors",
-        "state-000000010.safetensors",
-        "state-000000012.safetensors",
+        "states/000000010.safetensors",
+        "states/000000012.safetensors",
     ]
-    state = trained(whole, 12)
-    assert len(state["losses"]) == 12 and bool(state["losses"].isfinite().all())
+    last = trained(whole, 12)
+    assert len(last["losses"]) == 12 and bool(last["losses"].isfinite().all())
     for name, value in stored.tensors.items():
-        assert torch.equal(state[f"adapter.{name}"], value)
+        assert torch.equal(last[f"adapter.{name}"], value)
 
 
 @pytest.mark.slow
@@ -131,12 +143,12 @@ def test_a_killed_run_goes_on_exactly(model, data, tmp_path):
     given = settings(model, data, tmp_path / "killed", steps=60, save_every=3, workers=1)
     process = subprocess.Popen([sys.executable, COMMAND, *given], env=ALONE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
-    while not (tmp_path / "killed" / "state-000000006.safetensors").exists():
+    while not state(tmp_path / "killed", 6).exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    reached = max(int(path.stem.partition("-")[2]) for path in (tmp_path / "killed").glob("state-*.safetensors"))
+    reached = max(int(path.stem) for path in (tmp_path / "killed" / "states").glob("*.safetensors"))
     assert 6 <= reached < 60
     steps = reached + 7
     for name in ("killed", "whole"):
@@ -145,34 +157,42 @@ def test_a_killed_run_goes_on_exactly(model, data, tmp_path):
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later(model, data, whole, tmp_path, monkeypatch, caplog):
-    update = loop.Training.update
+    update = training.SharedTraining.update
 
-    def asked(training, *given):
-        if training.step == 6:
+    def asked(fit):
+        if fit.step == 6:
             signal.raise_signal(signal.SIGTERM)
-        return update(training, *given)
+        return update(fit)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "update", asked)
+        patch.setattr(training.SharedTraining, "update", asked)
         assert main(settings(model, data, tmp_path)) == 0
     assert signal.getsignal(signal.SIGTERM) is before
-    assert len(trained(tmp_path, 8)["losses"]) == 8  # the seventh had begun when the signal came
-    assert "Stopped; the same command goes on behind update 8" in caplog.text
+    assert len(trained(tmp_path, 7)["losses"]) == 7  # it had begun when the signal came
+    assert "Stopped; the same command goes on behind update 7" in caplog.text
     assert main(settings(model, data, tmp_path)) == 0
     assert written(tmp_path)["adapter.safetensors"] == written(whole)["adapter.safetensors"]
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(model, data, whole, tmp_path, caplog):
-    for name, value in written(whole).items():
-        (tmp_path / name).write_bytes(value if "12" not in name else value[:-100])
+    last = state(copied(whole, tmp_path), 12)
+    last.write_bytes(last.read_bytes()[:-100])
     assert main(settings(model, data, tmp_path)) == 0
-    assert "The state before it is taken" in caplog.text
-    assert "Going on behind update 10" in caplog.text
+    assert "000000012.safetensors is not a readable safetensors file" in caplog.text
+    assert "updates 11 to 12." in caplog.text
     assert written(tmp_path) == written(whole)
     caplog.clear()
     assert main(settings(model, data, tmp_path)) == 0
-    assert "Done behind update 12" in caplog.text and "loss" not in caplog.text
+    assert "Done behind update 12" in caplog.text and "updates" not in caplog.text
+
+
+def test_a_run_without_a_state_that_can_be_read_is_not_begun_anew_in_its_folder(model, data, whole, tmp_path, caplog):
+    for path in (copied(whole, tmp_path) / "states").iterdir():
+        path.write_bytes(b"")
+    adapter = (tmp_path / "adapter.safetensors").read_bytes()
+    assert "no state in" in sentence(caplog, settings(model, data, tmp_path))
+    assert (tmp_path / "adapter.safetensors").read_bytes() == adapter
 
 
 def test_bf16_with_checkpointing(model, data, whole, tmp_path):
@@ -203,15 +223,15 @@ def test_tensorboard_events(model, data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_work_kept(model, data, tmp_path, monkeypatch, caplog):
-    samples = loop.Encoder.samples
+    samples = Base.samples
 
-    def broken(encoder, items):
-        found = samples(encoder, items)
+    def broken(base, items, seed):
+        found = samples(base, items, seed)
         if items[0].number >= 12:
             found[0].latent.fill_(float("nan"))
         return found
 
-    monkeypatch.setattr(loop.Encoder, "samples", broken)
+    monkeypatch.setattr(Base, "samples", broken)
     assert main(settings(model, data, tmp_path)) == 1
     assert "The loss became nan at step 4" in caplog.text
     assert len(trained(tmp_path, 3)["losses"]) == 3
@@ -219,7 +239,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_work_kept(model, data, 
 
 def test_what_the_data_raises_ends_the_run_with_its_work_kept(model, data, tmp_path, monkeypatch, caplog):
     """A worker that died, a disk that is gone."""
-    batches = run.batches
+    batches = Share.batches
 
     def broken(*given):
         for number, found in enumerate(batches(*given)):
@@ -227,7 +247,7 @@ def test_what_the_data_raises_ends_the_run_with_its_work_kept(model, data, tmp_p
                 raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
             yield found
 
-    monkeypatch.setattr(run, "batches", broken)
+    monkeypatch.setattr(Share, "batches", broken)
     assert main(settings(model, data, tmp_path)) == 1
     assert "exited unexpectedly" in caplog.text
     assert len(trained(tmp_path, 3)["losses"]) == 3
@@ -239,13 +259,16 @@ def sentence(caplog, arguments: list[str]) -> str:
     return caplog.text
 
 
-def test_what_cannot_work_gets_a_sentence_before_work_begins(model, data, whole, tmp_path, caplog):
+def test_what_cannot_work_gets_a_sentence_before_work_begins(model, data, whole, tmp_path, caplog, capsys):
     out = tmp_path / "out"
-    assert "has no unet, vae, text_encoder" in sentence(caplog, settings(data, data, out))
+    text = sentence(caplog, settings(data, data, out))
+    assert "unet could not be read" in text and "complete with unet, vae, text_encoder, tokenizer, scheduler" in text
     assert "no folder nowhere" in sentence(caplog, settings(model, tmp_path / "nowhere", out))
     assert "give a multiple of 8" in sentence(caplog, settings(model, data, out, size=33))
-    assert "--drop is 1.0" in sentence(caplog, settings(model, data, out, drop=1))
-    assert "--learning-rate is 2.0" in sentence(caplog, settings(model, data, out, learning_rate=2))
+    for name, value in (("drop", 1), ("learning_rate", 2), ("batch", 0)):
+        with pytest.raises(SystemExit, match="2"):
+            main(settings(model, data, out, **{name: value}))
+        assert f"{value}: a number " in capsys.readouterr().err
     bare = tiny.write_subjects(tmp_path / "bare")
     for path in bare.rglob("*.txt"):
         path.unlink()
@@ -265,17 +288,11 @@ def test_a_model_that_predicts_v(data, tmp_path, caplog):
 
 
 def test_a_state_of_other_widths(model, data, whole, tmp_path, caplog):
-    for name, value in written(whole).items():
-        (tmp_path / name).write_bytes(value)
-    path = tmp_path / "state-000000012.safetensors"
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    path = state(copied(whole, tmp_path), 12)
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("adapter_norm.bias"))
-    save_file({**tensors, name: torch.zeros(7)}, path, metadata)
-    assert f"{name.removeprefix('adapter.')} is 7" in sentence(caplog, settings(model, data, tmp_path, steps=14))
+    save_file({**tensors, name: torch.zeros(7)}, path)
+    assert f"{name.removeprefix('fit.adapter.')} is 7" in sentence(caplog, settings(model, data, tmp_path, steps=14))
 
 
 def test_from_another_adapter(model, data, whole, tmp_path, caplog):
@@ -292,8 +309,7 @@ def test_from_another_adapter(model, data, whole, tmp_path, caplog):
 
 
 def test_changed_settings_when_they_are_allowed(model, data, whole, tmp_path, caplog):
-    for name, value in written(whole).items():
-        (tmp_path / name).write_bytes(value)
+    copied(whole, tmp_path)
     assert main(settings(model, data, tmp_path, steps=13, learning_rate=1e-3, allow_changed=True)) == 0
     assert "learning_rate was 0.003, is 0.001" in caplog.text
     assert len(trained(tmp_path, 13)["losses"]) == 13
@@ -301,12 +317,15 @@ def test_changed_settings_when_they_are_allowed(model, data, whole, tmp_path, ca
 
 def test_asked_twice(monkeypatch):
     """What the launcher passes on at once is no second wish; one much later is."""
-    asked, now = loop.StopRequest(), [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    with asked.listening():
+    fit, now, ended = training.SharedTraining.__new__(training.SharedTraining), [100.0], []
+    fit.stop = False
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training.os, "_exit", ended.append)
+    with fit.stops_on_signals():
         signal.raise_signal(signal.SIGINT)
-        assert asked.stop
+        assert fit.stop
         signal.raise_signal(signal.SIGTERM)
-        now[0] += loop.PATIENCE + 1
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        assert not ended
+        now[0] += training.PATIENCE + 1
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [128 + signal.SIGINT]

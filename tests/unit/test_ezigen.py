@@ -102,8 +102,8 @@ def sample(number: int) -> Sample:
 
 
 def training(batch: int = 2) -> AdapterTraining:
-    made = adapter()
-    return AdapterTraining(TinyNetwork(made), made, sample, TrainingSettings(seed=4, batch=batch, learning_rate=1e-2))
+    made, settings = adapter(), TrainingSettings(seed=4, batch=batch, learning_rate=1e-2)
+    return AdapterTraining(TinyNetwork(made), made, lambda numbers: list(map(sample, numbers)), settings)
 
 
 def test_training_lowers_the_loss_and_resumes_bit_for_bit():

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from ...core.ezigen.subject_pairs import EXPECTED, MAX_SUBJECTS, Pair, PairFolder, index_of
-from ...core.fit.fit import step_generator
-from .data_coco import Coco
-from .data_youtube_vis import ANNOTATIONS, DRAWS, YoutubeVis
+from ...core.ezigen.subject_pairs import EXPECTED, MAX_SUBJECTS, Pair, PairFolder, index_of, pair_generator
+from .coco import Coco
+from .youtube_vis import ANNOTATIONS, DRAWS, YoutubeVis
 
-
-class Source(Protocol):
-    """A set of pairs. pair() replaces an unreadable pair by the next usable one, and notes it in `skipped`."""
-
-    skipped: list[str]
-
-    def __len__(self) -> int: ...
-
-    def pair(self, index: int, generator: torch.Generator) -> Pair: ...
-
-    def describe(self) -> str: ...
+Source = Coco | YoutubeVis | PairFolder
+"""A set of pairs. pair() replaces an unreadable pair by the next usable one, and notes it in `skipped`."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A pair in the form passed between processes: uint8 images, [3, S, S] and [R, 3, S, S]."""
+    """A sample as it passes between processes: its pair, images in uint8, and the files that were skipped for it."""
 
     number: int
-    target: Tensor
-    caption: str
-    subjects: Tensor
-    classes: list[str]
-    problems: list[str]
-    """Files that could not be read on the way to it."""
+    pair: Pair
+    skipped: list[str]
 
 
 def source(path: Path, size: int, max_subjects: int = MAX_SUBJECTS, images: int = 0, draws: int = DRAWS) -> Source:
@@ -63,20 +46,16 @@ class PairDataset(Dataset[Item]):
     """The samples of a run over several sets; each pass takes every pair of every set once, in its own order."""
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
-        self.sources, self.seed = sources, seed
-        self.ends = list(itertools.accumulate(map(len, sources)))
+        self.seed = seed
+        self.places = [(each, index) for each in sources for index in range(len(each))]
 
     def __getitem__(self, index: int) -> Item:
         """Sample number `index` of the run."""
-        number = index
-        place = index_of(self.seed, number, self.ends[-1])
-        which = bisect.bisect_right(self.ends, place)
-        pairs = self.sources[which]
+        pairs, place = self.places[index_of(self.seed, index, len(self.places))]
         before = len(pairs.skipped)
-        first = self.ends[which - 1] if which else 0
-        pair = pairs.pair(place - first, step_generator(self.seed, number, "pair"))
-        target, subjects = (_bytes(images) for images in (pair.target, pair.subjects))
-        return Item(number, target, pair.caption, subjects, pair.classes, pairs.skipped[before:])
+        pair = pairs.pair(place, pair_generator(self.seed, index))
+        pair = replace(pair, target=_bytes(pair.target), subjects=_bytes(pair.subjects))
+        return Item(index, pair, pairs.skipped[before:])
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -97,39 +76,21 @@ class Share:
         """Samples per update, over all processes."""
         return self.batch * self.accumulate * self.processes
 
-    def numbers(self, step: int) -> list[list[int]]:
-        """The sample numbers of its batches in an update."""
-        firsts = [
-            step * self.total + (turn * self.processes + self.rank) * self.batch for turn in range(self.accumulate)
-        ]
-        return [list(range(first, first + self.batch)) for first in firsts]
+    def numbers(self, first: int, steps: int) -> Iterator[list[int]]:
+        """The sample numbers of each of its batches in the updates from `first` to before `steps`."""
+        start, end = first * self.total + self.rank * self.batch, steps * self.total
+        return (list(range(at, at + self.batch)) for at in range(start, end, self.batch * self.processes))
 
-
-class _Numbers(Sampler[list[int]]):
-    def __init__(self, share: Share, first: int, steps: int) -> None:
-        self.share, self.steps = share, range(first, steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            yield from self.share.numbers(step)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.share.accumulate
-
-
-def batches(samples: PairDataset, share: Share, first: int, steps: int, workers: int) -> Iterator[list[list[Item]]]:
-    """This process's batches for each update from `first` on; `workers` processes read ahead."""
-    loader = DataLoader(
-        samples,
-        batch_sampler=_Numbers(share, first, steps),
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # else the workers' (unused) seeds are drawn from the global generator
-    )
-    iterator = iter(loader)
-    for _ in range(first, steps):
-        yield list(itertools.islice(iterator, share.accumulate))
+    def batches(self, samples: PairDataset, first: int, steps: int, workers: int) -> Iterator[list[Item]]:
+        """Its batches in these updates; `workers` processes read ahead."""
+        loader = DataLoader(
+            samples,
+            batch_sampler=self.numbers(first, steps),
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=_ignore_signals,
+        )
+        return iter(loader)
 
 
 def _ignore_signals(_worker: int) -> None:

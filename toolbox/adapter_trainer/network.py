@@ -7,7 +7,7 @@ gradient checkpointing requires.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from ...core.ezigen.adapter import Adapter, Layer, SubjectTokens
 from ...core.ezigen.artifact import sort_layers
 
-BLOCK = ".transformer_blocks."
-
 
 def blocks(unet: nn.Module) -> dict[str, Any]:
     """The transformer blocks of a UNet by name, in execution order."""
-    parts = {name: part for name, part in unet.named_modules() if name.rpartition(".")[0].endswith(BLOCK[:-1])}
+    parts = {
+        name: part for name, part in unet.named_modules() if name.rpartition(".")[0].endswith(".transformer_blocks")
+    }
     return {name: parts[name] for name in sort_layers(parts)}
 
 
 def layers(unet: nn.Module) -> list[Layer]:
     """The layers that get the adapter. ValueError for an unsupported UNet."""
     parts = blocks(unet)
-    plain = all(
+    plain = (
         getattr(part, "norm_type", None) == "layer_norm" and not part.only_cross_attention for part in parts.values()
     )
-    if not parts or not plain:
+    if not parts or not all(plain):
         raise ValueError(
             f"The UNet ({type(unet).__name__}) has no transformer blocks with self-attention like those of SD1.x and "
             "SD2.x: choose a folder of SD2.1-base."
@@ -54,47 +54,37 @@ class DiffusersUNet:
         self.alphas_cumprod = alphas_cumprod.detach().float().cpu()
         self._inputs: dict[int, Tensor] | None = None
         self._called: set[int] = set()
-        unet.position_net = _identity
-        self._count = 0
+        unet.position_net = nn.Identity()  # in the place of GLIGEN's network for boxes
         for index, part in enumerate(blocks(unet).values()):
-            part.fuser = self._fuser(index)
-            part.attn1.register_forward_pre_hook(self._input_hook(index))
-            self._count += 1
+            part.fuser = partial(self._add, index)
+            part.attn1.register_forward_pre_hook(partial(self._record, index))
 
     def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
         self._inputs = {}
         try:
-            self.unet(z, timestep, context)
-            return [self._inputs[index] for index in range(self._count)]
+            self._predicted(z, timestep, context)
+            return [self._inputs[index] for index in range(len(self.adapter.described))]
         finally:
             self._inputs = None
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
         self._called.clear()
-        attention_kwargs = {"gligen": {"tokens": tokens}}
-        noise = self.unet(z, timestep, context, cross_attention_kwargs=attention_kwargs).sample
-        if len(self._called) != self._count:
+        noise = self._predicted(z, timestep, context, cross_attention_kwargs={"gligen": {"input": tokens}})
+        if len(self._called) != len(self.adapter.described):
             raise RuntimeError(
-                f"This version of diffusers asked the adapter in {len(self._called)} of {self._count} blocks: install "
-                "one that the docs name."
+                f"This version of diffusers asked the adapter in {len(self._called)} of {len(self.adapter.described)} "
+                "blocks: install one that the docs name."
             )
         return noise
 
-    def _fuser(self, index: int) -> Callable[[Tensor, SubjectTokens | None], Tensor]:
-        def behind_self_attention(h: Tensor, tokens: SubjectTokens | None) -> Tensor:
-            self._called.add(index)
-            return self.adapter(index, h, tokens)
+    def _predicted(self, z: Tensor, timestep: Tensor, context: Tensor, **options: Any) -> Tensor:
+        """In the precision of the UNet."""
+        return self.unet(z.to(self.unet.dtype), timestep, context.to(self.unet.dtype), **options).sample
 
-        return behind_self_attention
+    def _add(self, index: int, h: Tensor, tokens: SubjectTokens | None) -> Tensor:
+        self._called.add(index)
+        return self.adapter(index, h, tokens)
 
-    def _input_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_attention: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._inputs is not None:
-                self._inputs[index] = inputs[0].detach()
-
-        return record
-
-
-def _identity(tokens: SubjectTokens | None) -> SubjectTokens | None:
-    """Replaces GLIGEN's network for boxes."""
-    return tokens
+    def _record(self, index: int, _attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._inputs is not None:
+            self._inputs[index] = inputs[0].detach()

@@ -136,7 +136,7 @@ class AdapterJob(Job):
             check_errors = torch.tensor(mean_errors(network, UNet(base, None), sample, self.settings.seed))
             return {**pack_adapter(adapter, {}).tensors, CHECK_ERRORS: check_errors, FOLDER_REPORT: folder_report}
 
-        yield AdapterTraining(network, adapter, sample, self.settings), result
+        yield AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
 
 
 def train_adapter(

@@ -14,16 +14,18 @@ cropped and padded to a square. Deviations, each with its reason:
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...core.ezigen.subject_pairs import MAX_SUBJECTS, Pair
-from .masks import Pixels, bounds, on_white, pack_if_valid, pixels, place, unpack
+from .masks import cut_out, place, read_image, run_lengths, unpack
 
 MIN_AREA = 1000
 PREFIX = "instances_"
@@ -32,20 +34,12 @@ TRIES = 200  # consecutive unusable images, which mean that the disk is gone and
 
 
 @dataclass(frozen=True)
-class Instance:
-    """An object in an image: its class, and its mask in the form of pack()."""
-
-    noun: str
-    segmentation: Any
-
-
-@dataclass(frozen=True)
 class Record:
-    """An image with its caption and its usable instances, the largest first."""
+    """An image with its caption, and the class and mask of each usable instance, the largest first."""
 
     path: Path
     caption: str
-    instances: list[Instance]
+    instances: list[tuple[str, dict[str, Any]]]
 
 
 class Coco:
@@ -81,36 +75,22 @@ class Coco:
         for number in range(index, index + min(TRIES, len(self))):
             record = self.records[number % len(self)]
             try:
-                image = pixels(record.path)
-                subjects, nouns = self._subjects(record, image)
+                return self._read(record)
             except Exception as error:  # Pillow raises many types for damaged files
                 self.skipped.append(f"{record.path.name}: {error or type(error).__name__}"[:200])
-                continue
-            if subjects:
-                return Pair(
-                    place(image, (self.size, self.size), self.size), record.caption, torch.stack(subjects), nouns
-                )
         raise ValueError(f"{self.path.name}: no image can be read. {'; '.join(self.skipped[-3:])}.")
 
-    def _subjects(self, record: Record, image: Pixels) -> tuple[list[Tensor], list[str]]:
-        """The first instances that can be cut out; the others are skipped and counted."""
-        subjects, nouns = [], []
-        height, width = image.shape[:2]
-        for instance in record.instances:
-            if len(subjects) == self.max_subjects:
-                break
-            try:
-                mask = unpack(instance.segmentation, height, width)
-            except Exception as error:
-                self.skipped.append(f"a {instance.noun} in {record.path.name}: {error}"[:200])
-                continue
-            left, top, right, bottom = bounds(mask)
-            inner = ((right - left) / width, (bottom - top) / height)  # of the image stretched to a square
-            scale = self.size / max(inner)
-            cut = on_white(image, mask)[top:bottom, left:right]
-            subjects.append(place(cut, (inner[0] * scale, inner[1] * scale), self.size))
-            nouns.append(instance.noun)
-        return subjects, nouns
+    def _read(self, record: Record) -> Pair:
+        image, instances = read_image(record.path), record.instances[: self.max_subjects]
+        subjects = [self._subject(image, runs) for _, runs in instances]
+        target = place(image, self.size, self.size, self.size)
+        return Pair(target, record.caption, torch.stack(subjects), [noun for noun, _ in instances])
+
+    def _subject(self, image: Image.Image, runs: dict[str, Any]) -> Tensor:
+        cut = cut_out(image, unpack(runs, image))
+        width, height = cut.width / image.width, cut.height / image.height  # of the image stretched to a square
+        scale = self.size / max(width, height)
+        return place(cut, width * scale, height * scale, self.size)
 
     def _add_part(self, file: Path, limit: int) -> None:
         part = file.stem.removeprefix(PREFIX)
@@ -121,42 +101,26 @@ class Coco:
                     f"{self.path.name} has no {what} of {part}: {expected.relative_to(self.path)} was expected. "
                     f"It should hold {EXPECTED}."
                 )
-        try:
-            self._add_records(file, folder, _longest(captions), limit)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file.name} is not a file of COCO annotations ({error!r}): download it again."
-            ) from error
+        texts, objects = read_coco(captions), read_coco(file)
+        with annotation_file(file):
+            for image in objects.dataset["images"][: limit or None]:
+                own = [" ".join(each["caption"].split()) for each in texts.imgToAnns[image["id"]]]
+                caption, instances = max(own, key=len, default=""), self._instances(objects, image)
+                if caption and instances:
+                    self.records.append(Record(folder / Path(image["file_name"]).name, caption, instances))
+                else:
+                    self.left_out += 1
 
-    def _add_records(self, file: Path, folder: Path, captions: dict[int, str], limit: int) -> None:
-        categories, annotations, images = tables(file, "categories", "annotations", "images")
-        nouns = {each["id"]: each["name"] for each in categories}
-        by_image: dict[int, list[dict[str, Any]]] = {}
-        for each in annotations:
-            by_image.setdefault(each["image_id"], []).append(each)
-        for each in images[: limit or len(images)]:
-            candidates = [
-                (nouns[one["category_id"]], pack_if_valid(one["segmentation"]))
-                for one in usable_instances(by_image.get(each["id"], []))
-            ]
-            instances = [Instance(noun, mask) for noun, mask in candidates if mask is not None]
-            self.damaged += len(candidates) - len(instances)
-            caption = captions.get(each["id"])
-            if instances and caption:
-                self.records.append(Record(folder / Path(each["file_name"]).name, caption, instances))
+    def _instances(self, coco: Any, image: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """An image's usable instances; a damaged one among half a million is counted and left out."""
+        instances = []
+        for each in usable_instances(coco.imgToAnns[image["id"]]):
+            runs = run_lengths(each["segmentation"], image["height"], image["width"])
+            if runs is None:
+                self.damaged += 1
             else:
-                self.left_out += 1
-
-
-def _longest(file: Path) -> dict[int, str]:
-    """The longest caption of every image."""
-    (annotations,) = tables(file, "annotations")
-    longest: dict[int, str] = {}
-    for each in annotations:
-        text = " ".join(each["caption"].split())
-        if len(text) > len(longest.get(each["image_id"], "")):
-            longest[each["image_id"]] = text
-    return longest
+                instances.append((coco.cats[each["category_id"]]["name"], runs))
+        return instances
 
 
 def usable_instances(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,13 +130,18 @@ def usable_instances(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each for each in half if each["area"] >= MIN_AREA and isinstance(each["segmentation"], list)]
 
 
-def tables(file: Path, *names: str) -> list[list[dict[str, Any]]]:
-    """The tables of an annotation file. ValueError when it is not one."""
+def read_coco(file: Path) -> Any:
+    """The annotations of a file, by image. ValueError when it holds none."""
+    from pycocotools.coco import COCO
+
+    with annotation_file(file):
+        return COCO(str(file))
+
+
+@contextlib.contextmanager
+def annotation_file(file: Path) -> Iterator[None]:
+    """Reading an annotation file: ValueError, with the remedy, when it is none."""
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is no JSON file ({error}): download it again.") from error
-    for name in names:
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{file.name} has no table '{name}': it is not a file of annotations.")
-    return [content[name] for name in names]
+        yield
+    except (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{file.name} is not a file of annotations ({error!r}): download it again.") from error
