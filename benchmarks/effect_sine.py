@@ -101,14 +101,14 @@ class Bench(subjects.Bench):
     def tune(self, edit: Edit) -> Any:
         """The tuned MODEL."""
         from ..core.sine.host.crops import CropSettings
-        from ..core.sine.host.fine_tune import FineTuneData, FineTunePlan, PriorImages, fine_tune
+        from ..core.sine.host.fine_tune import FineTuneData, FineTunePlan, fine_tune
 
         how, prior = self.settings, None
         crop = CropSettings(SIDE, 2 * SIDE // 8, whole_image=how.whole_image) if how.patches else CropSettings(SIDE)
         if how.prior_weight:
             of_class = edit.case.class_prompt()
             images = self.images(self.world.model, edit, of_class, seed=edit.seed + 1)
-            prior = PriorImages(images.movedim(1, -1), of_class, self.conditioning(of_class))
+            prior = FineTuneData(images.movedim(1, -1), of_class, positive=self.conditioning(of_class))
         return fine_tune(
             self.world.model,
             self.world.vae,

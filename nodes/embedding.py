@@ -188,14 +188,10 @@ class LikenessTrainEmbedding(Node):
         cls,
         model,
         positive,
-        steps,
         learning_rate,
         tokens,
-        save_every,
         init,
         seed,
-        start_percent,
-        end_percent,
         preview_steps,
         preview_cfg,
         latent=None,
@@ -206,6 +202,7 @@ class LikenessTrainEmbedding(Node):
         negative=None,
         anchor_weight=0.0,
         anchor=ANCHORS[0],
+        **schedule,
     ) -> io.NodeOutput:
         if init == EMPTY and negative is None:
             raise ValueError(
@@ -217,7 +214,7 @@ class LikenessTrainEmbedding(Node):
             positive,
             images,
             hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
-            Schedule(steps, save_every, start_percent, end_percent),
+            Schedule(**schedule),
             TrainingPrompts(negative if init == EMPTY else None, target, held(negative, anchor_weight, anchor)),
             cls.hidden.unique_id,
         )

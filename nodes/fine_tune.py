@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
-from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, PriorImages, fine_tune
+from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
@@ -167,7 +167,7 @@ class LikenessFineTune(Node):
             FineTuneData(image, prompt, mask, clip, positive),
             FineTunePlan(crop, method, steps, rank, interpolation, checkpointing),
             sine.FineTuneSettings(**settings),
-            None if prior_image is None else PriorImages(prior_image, prior_prompt, prior_positive),
+            None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
             node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))

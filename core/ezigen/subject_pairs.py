@@ -259,7 +259,8 @@ class PairFolder:
     def _check(self, entries: list[ImageEntry]) -> None:
         name = self.path.name
         if not entries:
-            raise ValueError(f"{name} holds no images of subjects{self._first()}: make it of {EXPECTED}.")
+            why = f" ({self.skipped[0]})" if self.skipped else ""
+            raise ValueError(f"{name} holds no images of subjects{why}: make it of {EXPECTED}.")
         first = entries[0]
         for missing, suffix, kind in (
             (not any(entry.caption for entry in entries), CAPTION, "captions"),
@@ -271,9 +272,6 @@ class PairFolder:
                     f"{first.path.name}, and so for the others. The folder should be {EXPECTED}."
                 )
 
-    def _first(self) -> str:
-        return f" ({self.skipped[0]})" if self.skipped else ""
-
     def _usable(self, path: Path) -> bool:
         if path.name.startswith(".") or path.suffix.lower() not in (*EXTENSIONS, CAPTION):
             return False
@@ -283,9 +281,7 @@ class PairFolder:
         return False
 
     def _inside(self, path: Path) -> bool:
-        real = os.path.realpath(path)
-        same_drive = os.path.splitdrive(real)[0] == os.path.splitdrive(self.path)[0]
-        return same_drive and os.path.commonpath([real, str(self.path)]) == str(self.path)
+        return Path(os.path.realpath(path)).is_relative_to(self.path)
 
     def _try_read(self, entry: ImageEntry, cut: bool, read: Callable[[], Tensor]) -> Tensor | None:
         if (entry.path, cut) in self._unreadable:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from likeness.core.fit.fit import adam_state, finite_or_raise, restore_adam
+from likeness.core.fit.fit import Fit, finite_or_raise
 from likeness.core.fit.runs import digest
 from likeness.core.session import job as job_module
 from likeness.core.session.fingerprint import fingerprint
@@ -22,35 +22,22 @@ from .methods import Setting
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
-class Toy:
+class Toy(Fit):
     """Learns one number that is added to the prompt's tokens."""
 
     def __init__(self, denoiser, x0, rate: float) -> None:
         self.denoiser, self.x0, self.losses = denoiser, x0, []
         self.shift = torch.zeros((), device=x0.device, requires_grad=True)
+        self.parameters = {"shift": self.shift}
         self.optimizer = torch.optim.Adam([self.shift], lr=rate)
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
 
     def update(self):
         sigma = self.denoiser.sigmas[500].to(self.x0).view(1)
         denoised = self.denoiser.denoised(self.x0, sigma, self.denoiser.context.detach() + self.shift)
         loss = (denoised - self.x0).square().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.descend(loss, self.shift)
         self.losses.append(finite_or_raise(loss, self.step))
         return denoised.detach()
-
-    def state(self):
-        return {"shift": self.shift.detach(), "losses": torch.tensor(self.losses), **adam_state(self.optimizer)}
-
-    def restore(self, state) -> None:
-        self.shift.data.copy_(state["shift"])
-        self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,16 @@ from ..staged import (
     split,
 )
 from .adapter import Subject, with_adapter, without_adapter
-from .staged import SEEDS, SimilarityTracker, StagedModels, StagedSettings, crop_to_cells, levels, warn_of_size
+from .staged import (
+    SEEDS,
+    SimilarityTracker,
+    StagedModels,
+    StagedResult,
+    StagedSettings,
+    crop_to_cells,
+    levels,
+    warn_of_size,
+)
 
 WHITE = 1.0 - 1e-4  # a 1 after a mask was scaled; above 254 / 255
 
@@ -52,16 +61,6 @@ class EditSettings:
     loops: Loops = Loops()
     published: bool = False
     paste: bool = False
-
-
-@dataclass(frozen=True)
-class EditResult:
-    """latent [1, C, h, w] as in a LATENT, its image, and the images of all loops, with the source first."""
-
-    latent: Tensor
-    image: Tensor
-    images: Tensor
-    report: str
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,10 @@ def edit_staged(
     mask: Tensor,
     settings: EditSettings,
     node_id: str | None = None,
-) -> EditResult:
-    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes."""
+) -> StagedResult:
+    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the result's
+    images is the source.
+    """
     model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
     _check(source, mask, vision, settings)
     check_vae(model, vae)
@@ -146,8 +147,8 @@ def edit_staged(
         lines.append(f"loop {loop}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
     image = images[-1]
     if settings.paste:
-        image = _paste_pixels(image, source, mask)
-    return EditResult(
+        image = paste(image, source.to(image), mask[..., None].to(image))
+    return StagedResult(
         vae.encode(source).cpu() if result is None else result, image, torch.cat(images), "\n".join(lines)
     )
 
@@ -175,11 +176,6 @@ def _upward_levels(down: Tensor, lowest: Tensor) -> Tensor:
 def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:
     selected = (mask > WHITE).float() if published else mask.float()
     return resize_mask(selected, like.shape[-2], like.shape[-1])[:, None].to(like)
-
-
-def _paste_pixels(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    part = mask[..., None].to(image)
-    return part * image + (1 - part) * source.to(image)
 
 
 def _invert(

@@ -17,8 +17,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ...vision.host.extras.install import missing_package
-from ...vision.host.extras.offline import offline, read_table, reason, weights_variant
+from ...vision.host.extras.offline import missing_package, offline, read_table, reason, weights_variant
 from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
 
 PIPELINE = "SanaPipeline"

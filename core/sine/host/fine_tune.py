@@ -57,7 +57,9 @@ class FineTunePlan:
 
 @dataclass(frozen=True)
 class FineTuneData:
-    """Images [B, H, W, 3], a mask [B or 1, H, W] or None, and their training prompt."""
+    """Images [B, H, W, 3], a mask [B or 1, H, W] or None, and their training prompt; or prior images, of the subject's
+    class, whose prompt is text if the text encoder trains, else CONDITIONING.
+    """
 
     image: Tensor
     prompt: str
@@ -77,15 +79,6 @@ class FineTuneData:
 
 
 @dataclass(frozen=True)
-class PriorImages:
-    """Images of the subject's class; their prompt is text if the text encoder trains, else CONDITIONING."""
-
-    image: Tensor
-    prompt: str
-    positive: Conditioning | None = None
-
-
-@dataclass(frozen=True)
 class FineTuneJob(Job):
     """A complete fine-tuning job. model: with its position map. begin() sets samples, the encoded images, and text,
     the text encoder if it trains too.
@@ -99,7 +92,7 @@ class FineTuneJob(Job):
     positive: Conditioning
     plan: FineTunePlan
     settings: FineTuneSettings
-    prior: PriorImages | None
+    prior: FineTuneData | None
     samples: tuple[Samples, Samples | None] | None = None
     text: TextEncoder | None = None
 
@@ -179,7 +172,7 @@ def fine_tune(
     data: FineTuneData,
     plan: FineTunePlan,
     settings: FineTuneSettings,
-    prior: PriorImages | None = None,
+    prior: FineTuneData | None = None,
     node_id: str | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
@@ -217,8 +210,8 @@ def _check(
     positive: Conditioning,
     plan: FineTunePlan,
     settings: FineTuneSettings,
-    prior: PriorImages | None,
-) -> PriorImages | None:
+    prior: FineTuneData | None,
+) -> FineTuneData | None:
     """Check all inputs before anything is loaded; returns the prior, or None if it is unused."""
     single_prompt(positive, "training prompt")
     modules = _modules(model, data)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...lora.artifact import FineTunedWeights
 from ...lora.host.apply import apply_lora
 from ...session.session import BOXES
-from ..position_map import needed_map, position_map
+from ..position_map import MAX_CELLS, needed_map, position_map
 
 KEY = "likeness.position_map"
 PICTURE = "likeness.picture"  # transformer_options: (h, w) of the whole latent
@@ -97,7 +97,7 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
     """A clone of the MODEL with the map; replaces an earlier map.
 
     window: (y, x, height, width) of the latent to sample, as fractions of the whole image. ValueError for models
-    without ComfyUI's UNet (the map is defined on its first convolution), or a window beyond the image.
+    without ComfyUI's UNet (the map is defined on its first convolution), too many cells, or a window beyond the image.
     """
     blocks = getattr(model.model.diffusion_model, "input_blocks", None)
     if blocks is None:
@@ -105,6 +105,8 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
             f"The position map belongs to the UNet of SD1.x, SD2.x and SDXL; this model is a "
             f"{type(model.model.model_config).__name__}, which has no first convolution to add it to."
         )
+    if cells > MAX_CELLS:
+        raise ValueError(f"The map would have {cells} cells, expected {MAX_CELLS} at most: set fewer cells.")
     y, x, height, width = window
     if min(window) < 0 or min(height, width) <= 0 or y + height > 1 + 1e-6 or x + width > 1 + 1e-6:
         raise ValueError(

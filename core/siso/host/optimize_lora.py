@@ -235,14 +235,9 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if background is not None:
         background.check(generator.vae, sampling.latent)
-    if sampling.replay is not None:
-        _check_replay(sampling.replay, sampling)
-
-
-def _check_replay(replay: Replay, sampling: Sampling) -> None:
-    if not _same_levels(replay.sigmas, sampling.sigmas):
+    if sampling.replay is not None and not _same_levels(sampling.replay.sigmas, sampling.sigmas):
         raise ValueError(
-            f"The latent was inverted along the noise levels {_round(replay.sigmas)}, and the SIGMAS are "
+            f"The latent was inverted along the noise levels {_round(sampling.replay.sigmas)}, and the SIGMAS are "
             f"{_round(sampling.sigmas)}: connect the SIGMAS that came with the latent."
         )
 

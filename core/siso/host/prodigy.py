@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ...vision.host.extras.install import missing_package
+from ...vision.host.extras.offline import missing_package
 
 # As in common LoRA training scripts, including SISO's.
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}

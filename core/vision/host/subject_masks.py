@@ -61,12 +61,12 @@ def _folders(matches: Callable[[Path], bool]) -> Names:
 def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> SubjectMasks:
     """Masks of the subject in images [B, H, W, C] in 0..1.
 
-    ValueError when an image does not show it, before segment-anything is built; a problem with its package or file is
-    reported before the detection.
+    ValueError when an image does not show it; a problem with segment-anything's package or file is reported before the
+    detection.
     """
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
-    weights = sam.read_sam(segmenter)
+    segmenter_model = sam.load_sam(segmenter)
     images = [_pixels(each) for each in image]
     detector_model = grounding.load_detector(detector)
     detector_model.check(request.subject)
@@ -76,7 +76,6 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
         mm.throw_exception_if_processing_interrupted()
         detections.append(detect(pixels, request.subject, request.box_threshold, request.text_threshold))
     _check_detections(detections, request)
-    segmenter_model = sam.load_sam(weights)
     segment = _LoadedModel(segmenter_model, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
     masks, overlays = [], []
     lines = [f"'{request.subject.strip()}' by {detector_model.description} and {segmenter_model.description}"]

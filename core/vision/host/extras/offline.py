@@ -1,9 +1,10 @@
-"""Use other libraries' models without network access and without changing the global random state; and their files."""
+"""Other libraries: without network access or a change of the random state, their files, and what to install."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,13 @@ def weights_variant(folder: Path, base: str = "model", variants: Sequence[str | 
     problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
     where = f"{folder.parent.name}/{folder.name}"
     raise ValueError(f"The folder {where} {problem}: put the model's {base}.safetensors there.")
+
+
+def missing_package(what: str, package: str, why: object, asked: str, otherwise: str = "") -> RuntimeError:
+    """A RuntimeError with the pip command that installs `asked`. The command uses the running Python's path: ComfyUI's
+    portable and desktop versions bring their own Python, into which a bare `pip` does not install.
+    """
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    terminal = "the Command Prompt (cmd)" if sys.platform == "win32" else "a terminal"  # PowerShell runs no quoted path
+    command = f"`{python} -m pip install {asked}` in {terminal}{otherwise}, and restart ComfyUI"
+    return RuntimeError(f"{what} needs the {package} package ({why}): run {command}.")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ....files import read_weights
 from ...preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .install import missing_package
-from .offline import offline, reason
+from .offline import missing_package, offline, reason
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 32 << 30

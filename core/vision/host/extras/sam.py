@@ -6,7 +6,7 @@ sizes a file contains.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ....files import read_weights
-from .install import missing_package
-from .offline import offline, reason
+from .offline import missing_package, offline, reason
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 MAX_BYTES = 8 << 30
@@ -41,17 +40,8 @@ class Segmenter(nn.Module):
         return masks[:, 0].cpu()
 
 
-@dataclass(frozen=True)
-class SamWeights:
-    """The validated content of a segment-anything file; load_sam() builds the network from it."""
-
-    name: str
-    variant: str
-    tensors: dict[str, Tensor]
-
-
-def read_sam(path: Path) -> SamWeights:
-    """Read sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors.
+def load_sam(path: Path) -> Segmenter:
+    """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors; frozen, in float32.
 
     Raises ValueError when the file holds something else; RuntimeError when the package is not installed.
     """
@@ -68,24 +58,17 @@ def read_sam(path: Path) -> SamWeights:
             f"{path.name} does not hold a segment-anything model ({VARIANT_KEY} of width 768, 1024 or 1280 is "
             "expected): choose one of the authors' files, such as sam_vit_b_01ec64.pth."
         )
-    with offline(), torch.device("meta"):  # only names and shapes
-        empty = segment_anything.sam_model_registry[variant]()
+    with offline(), torch.device("meta"):  # only names and shapes, until it gets the file's tensors
+        sam = segment_anything.sam_model_registry[variant]()
         try:
-            empty.load_state_dict(tensors, strict=True, assign=True)
+            sam.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(
                 f"{path.name} does not fit segment-anything's {variant} ({reason(error)}): SAM 2, HQ-SAM and MobileSAM "
                 "are other networks; choose one of the authors' files, such as sam_vit_b_01ec64.pth."
             ) from error
-    return SamWeights(path.name, variant, tensors)
-
-
-def load_sam(weights: SamWeights) -> Segmenter:
-    """The network with these weights, frozen, in float32."""
-    import segment_anything
-
-    with offline():
-        sam = segment_anything.sam_model_registry[weights.variant]()
-        sam.load_state_dict(weights.tensors, strict=True)
-        sam = sam.float().train(False).requires_grad_(False)
-        return Segmenter(sam, segment_anything.SamPredictor, f"{weights.name} ({weights.variant})")
+    for name in ("pixel_mean", "pixel_std"):  # in no file
+        numbers = inspect.signature(type(sam)).parameters[name].default
+        setattr(sam, name, torch.tensor(numbers).view(-1, 1, 1))
+    sam = sam.float().train(False).requires_grad_(False)
+    return Segmenter(sam, segment_anything.SamPredictor, f"{path.name} ({variant})")

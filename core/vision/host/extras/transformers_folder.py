@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ....files import is_number
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from .install import missing_package
-from .offline import offline, read_table, reason, weights_variant
+from .offline import missing_package, offline, read_table, reason, weights_variant
 from .tower import Tower, VisionOutput
 
 MORE_LAYERS = 16  # times the layers in a model's files; some share one among several
