@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from ...files import is_number, read_table, tensor_names
 from ...vision.host.extras.install import missing_package
-from ...vision.host.extras.offline import offline, reason
+from ...vision.host.extras.offline import offline, reason, running
+from ...vision.host.extras.settings import check_layers, check_weights
 from ...vision.host.extras.transformers_folder import check_complete, read_model
 
 PIPELINE = "SanaPipeline"
@@ -35,7 +36,7 @@ SHIFT = 3.0  # default shift of the noise levels, if the folder specifies none
 def pipeline_of(folder: Path) -> str:
     """The pipeline class in model_index.json; empty when it cannot be read."""
     try:
-        return str(_table(folder / "model_index.json").get("_class_name", ""))
+        return str(read_table(folder / "model_index.json").get("_class_name", ""))
     except ValueError:
         return ""
 
@@ -52,10 +53,10 @@ def check_folder(folder: Path) -> None:
         if not (folder / part).is_dir():
             raise ValueError(f"The folder {folder.name} has no folder {part}: copy {SOURCE} whole.")
     for part, kind in (("transformer", NETWORK), ("vae", AUTOENCODER)):
-        class_name = _table(folder / part / "config.json").get("_class_name")
+        class_name = read_table(folder / part / "config.json").get("_class_name")
         if class_name != kind:
             raise ValueError(f"{folder.name}/{part} holds {class_name}, expected {kind}: copy {SOURCE} whole.")
-    if _table(folder / "transformer" / "config.json").get("guidance_embeds"):
+    if read_table(folder / "transformer" / "config.json").get("guidance_embeds"):
         raise ValueError(
             f"The folder {folder.name} is of the Sana-Sprint family, which takes its guidance as an input: use "
             f"{SOURCE}."
@@ -111,14 +112,16 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[P
 def noise_shift(folder: Path) -> float:
     """The shift of the noise levels in the folder's scheduler config, for any scheduler."""
     path = folder / "scheduler" / "scheduler_config.json"
-    table = _table(path) if path.is_file() else {}
-    value = table.get("flow_shift", table.get("shift", SHIFT))
-    return float(value) if isinstance(value, (int, float)) and value > 0 else SHIFT
+    table = read_table(path) if path.is_file() else {}
+    value = next((table[name] for name in ("flow_shift", "shift") if table.get(name) is not None), SHIFT)
+    if not is_number(value) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"The shift of {folder.name} is {ascii(value)[:60]}, expected above 0: copy {SOURCE} whole.")
+    return float(value)
 
 
 def latent_spec(folder: Path) -> tuple[float, int, int]:
     """Scaling factor and channels of the autoencoder's latents, and their downscaling relative to images."""
-    table = _table(folder / "vae" / "config.json")
+    table = read_table(folder / "vae" / "config.json")
     try:
         levels = len(table["encoder_block_out_channels"])
         return float(table["scaling_factor"]), int(table["latent_channels"]), 2 ** (levels - 1)
@@ -168,7 +171,8 @@ class Gemma(nn.Module):
         not depend on later tokens, and masked tokens have no effect in cross attention: omitting them is equivalent.
         """
         ids = [entry[0] for entry in next(iter(tokens.values()))[0]]
-        hidden = self.model(torch.tensor([ids], device=next(self.model.parameters()).device))[0]
+        with running("Sana's text encoder"):
+            hidden = self.model(torch.tensor([ids], device=next(self.model.parameters()).device))[0]
         length = len(self._instruction_ids) - 1  # the instruction's last token may merge with the prompt's first
         instructed = len(ids) > length and ids[:length] == self._instruction_ids[:length]
         context = torch.cat([hidden[:, :1], hidden[:, length:]], 1) if instructed else hidden
@@ -228,6 +232,7 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
     from diffusers.utils import is_accelerate_available
 
     variant = _variant(part, WEIGHTS)
+    _check_settings(part, kind)
     with offline():
         try:
             model, info = kind.from_pretrained(
@@ -244,8 +249,30 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
                 f"The folder {part.parent.name}/{part.name} could not be loaded by diffusers ({reason(error)}): check "
                 "that config.json and the weights belong together and are complete."
             ) from error
-    check_complete(part, set(info["missing_keys"]))
+    check_complete(part, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return model.train(False).requires_grad_(False)
+
+
+def _check_settings(part: Path, kind: Any) -> None:
+    """ValueError for a config.json with values of another kind than the network's own defaults, or for a much larger
+    network than its files hold; before it is built.
+    """
+    config, known = read_table(part / "config.json"), inspect.signature(kind.__init__).parameters
+    where = f"config.json of {part.parent.name}/{part.name}"
+    for name in known.keys() & {name for name, value in config.items() if value is not None}:
+        value, default = config[name], known[name].default
+        number = is_number(value) and not isinstance(value, bool)
+        if isinstance(default, bool):
+            fits, expected = isinstance(value, bool), "true or false"
+        elif number or is_number(default):
+            fits, expected = number and (value > 0 or value == default), "a number above 0"
+        else:
+            fits, expected = True, ""
+        if not fits:
+            raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy {SOURCE} whole.")
+    files = [*part.glob("*.safetensors")]
+    check_layers(where, config, [name for file in files for name in tensor_names(file)])
+    check_weights(where, lambda: kind.from_config(config), sum(file.stat().st_size for file in files))
 
 
 def _variant(part: Path, base: str) -> str | None:
@@ -259,15 +286,3 @@ def _variant(part: Path, base: str) -> str | None:
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in part.glob(suffix))
     problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
     raise ValueError(f"The folder {part.parent.name}/{part.name} {problem}: put its {base}*.safetensors there.")
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name} of {path.parent.name} cannot be read ({reason(error)}): copy the folder again."
-        ) from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path.name} of {path.parent.name} is not a table of settings: copy the folder again.")
-    return table

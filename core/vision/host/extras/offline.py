@@ -22,6 +22,22 @@ def offline() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
+@contextlib.contextmanager
+def running(what: str) -> Iterator[None]:
+    """ValueError when a network of another library cannot be run: what its folder says of it may fit its weights and
+    still not work.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} cannot be run ({reason(error)}): its settings are not those of its weights, copy the whole folder "
+            "again."
+        ) from error
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error, shortened for use inside a sentence."""
     lines = str(error).strip().splitlines()
