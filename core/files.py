@@ -180,6 +180,37 @@ def read_weights(path: Path, max_bytes: int, choose: Callable[[list[str]], list[
     return tensors
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file; none when it cannot be read."""
+    with contextlib.suppress(OSError, ValueError), _open_safetensors(path) as file:
+        return list(file.keys())
+    return []
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The settings in another program's JSON file. ValueError unless it is a table, of finite numbers only."""
+    where = f"{path.name} of {path.parent.name}"
+    try:
+        if path.stat().st_size > MAX_HEADER:
+            raise ValueError(f"it has {megabytes(path.stat().st_size)}")
+        text, number = path.read_text(encoding="utf-8"), _checked(float)
+        table = json.loads(text, parse_int=_checked(int), parse_float=number, parse_constant=number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be read ({str(error)[:200]}): copy it again.") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} is not a table of settings: copy it again.")
+    return table
+
+
+def _checked(convert: Callable[[str], float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not is_number(convert(text)):
+            raise ValueError(f"it holds the number {text[:20]}")
+        return convert(text)
+
+    return number
+
+
 def read_plain(path: Path, max_bytes: int) -> Any:
     """The content of a pickle of plain values and tensors; no code in it is run. ValueError for any other file."""
     size = path.stat().st_size
@@ -202,7 +233,7 @@ def check_tensor(path: Path, value: Tensor, name: str = "") -> None:
     can be expanded to a view of billions of numbers.
     """
     where = f" in '{name[:80]}'" if name else ""
-    plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
     if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"{path.name} holds something other than plain numbers{where}: save it again as safetensors.")
     numbers = value.float() if value.element_size() == 1 else value  # torch has no isfinite for 8-bit floats

@@ -17,7 +17,9 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ...vision.host.extras.offline import missing_package, offline, read_table, reason, weights_variant
+from ...files import is_number, read_table, tensor_names
+from ...vision.host.extras.offline import missing_package, offline, reason, running, weights_variant
+from ...vision.host.extras.settings import check_layers, check_weights
 from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
 
 PIPELINE = "SanaPipeline"
@@ -101,8 +103,10 @@ def noise_shift(folder: Path) -> float:
     """The shift of the noise levels in the folder's scheduler config, for any scheduler."""
     path = folder / "scheduler" / "scheduler_config.json"
     table = read_table(path) if path.is_file() else {}
-    value = table.get("flow_shift", table.get("shift", SHIFT))
-    return float(value) if isinstance(value, (int, float)) and value > 0 else SHIFT
+    value = next((table[name] for name in ("flow_shift", "shift") if table.get(name) is not None), SHIFT)
+    if not is_number(value) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"The shift of {folder.name} is {ascii(value)[:60]}, expected above 0: copy {SOURCE} whole.")
+    return float(value)
 
 
 def latent_spec(folder: Path) -> tuple[float, int, int]:
@@ -138,7 +142,8 @@ class Gemma(nn.Module):
         not depend on later tokens, and masked tokens have no effect in cross attention: omitting them is equivalent.
         """
         ids = [entry[0] for entry in next(iter(tokens.values()))[0]]
-        hidden = self.model(torch.tensor([ids], device=next(self.model.parameters()).device))[0]
+        with running("Sana's text encoder"):
+            hidden = self.model(torch.tensor([ids], device=next(self.model.parameters()).device))[0]
         length = len(self._instruction_ids) - 1  # the instruction's last token may merge with the prompt's first
         instructed = len(ids) > length and ids[:length] == self._instruction_ids[:length]
         context = torch.cat([hidden[:, :1], hidden[:, length:]], 1) if instructed else hidden
@@ -198,6 +203,7 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
     from diffusers.utils import is_accelerate_available
 
     variant = weights_variant(part, WEIGHTS, VARIANTS)
+    _check_settings(part, kind)
     with offline():
         try:
             model, info = kind.from_pretrained(
@@ -214,5 +220,27 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
                 f"The folder {part.parent.name}/{part.name} could not be loaded by diffusers ({reason(error)}): check "
                 "that config.json and the weights belong together and are complete."
             ) from error
-    check_complete(part, set(info["missing_keys"]))
+    check_complete(part, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return model.train(False).requires_grad_(False)
+
+
+def _check_settings(part: Path, kind: Any) -> None:
+    """ValueError for a config.json with values of another kind than the network's own defaults, or for a much larger
+    network than its files hold; before it is built.
+    """
+    config, known = read_table(part / "config.json"), inspect.signature(kind.__init__).parameters
+    where = f"config.json of {part.parent.name}/{part.name}"
+    for name in known.keys() & {name for name, value in config.items() if value is not None}:
+        value, default = config[name], known[name].default
+        number = is_number(value) and not isinstance(value, bool)
+        if isinstance(default, bool):
+            fits, expected = isinstance(value, bool), "true or false"
+        elif number or is_number(default):
+            fits, expected = number and (value > 0 or value == default), "a number above 0"
+        else:
+            fits, expected = True, ""
+        if not fits:
+            raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy {SOURCE} whole.")
+    files = [*part.glob("*.safetensors")]
+    check_layers(where, config, [name for file in files for name in tensor_names(file)])
+    check_weights(where, lambda: kind.from_config(config), sum(file.stat().st_size for file in files))

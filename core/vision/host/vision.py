@@ -22,9 +22,10 @@ from ...session.weights import load_fully
 from ..preprocess import Preprocess
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
+from .extras.offline import running
 from .extras.open_clip_file import load_open_clip
 from .extras.retrieval import load_tower
-from .extras.tower import Tower
+from .extras.tower import Tower, VisionOutput
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
 BYTES_PER_PIXEL = 600.0  # upper estimate of one forward pass's activations, for ComfyUI's memory management
@@ -52,7 +53,7 @@ class VisionModel:
         """[B, H, W, C] in 0..1 -> Output with image_embeds, last_hidden_state, penultimate_hidden_states."""
         _load(self, image.shape[0])
         with torch.no_grad():
-            result = self.model(self.preprocess(image.to(self.load_device), crop))
+            result = self._run(image, crop, self.preprocess)
         output, device = comfy.clip_vision.Output(), mm.intermediate_device()
         output["image_embeds"] = result.embedding.to(device)
         output["last_hidden_state"] = None if result.last is None else result.last.to(device)
@@ -62,14 +63,18 @@ class VisionModel:
 
     def features(self, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
         """See features(); call inside of a session that has loaded the model, or use embed() without gradients."""
-        return self.model((preprocess or self.preprocess)(pixels.to(self.load_device), crop)).embedding
+        return self._run(pixels, crop, preprocess or self.preprocess).embedding
+
+    def _run(self, pixels: Tensor, crop: bool, preprocess: Preprocess) -> VisionOutput:
+        with running(self.describe()):
+            return self.model(preprocess(pixels.to(self.load_device), crop))
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """Text embeddings [len(texts), D]. ValueError when the model has no text encoder."""
         if self.model.text_missing:
             raise ValueError(f"{self.describe()} cannot read a text: {self.model.text_missing}.")
         _load(self, len(texts))
-        with torch.no_grad():
+        with torch.no_grad(), running(self.describe()):
             return self.model.encode_text(texts).float().to(mm.intermediate_device())
 
     def describe(self) -> str:

@@ -35,7 +35,9 @@ class Captioner(nn.Module):
                 inputs["pixel_values"] = inputs["pixel_values"].to(first.dtype)
                 ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
                 text = tokenizer.batch_decode(ids, skip_special_tokens=True)[0]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a model that needs a text prompt
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # or it needs a text prompt
             raise ValueError(
                 f"{self.description} gives no caption for an image alone ({reason(error)}): choose a captioning "
                 "model such as blip2-opt-2.7b or blip-image-captioning-base."

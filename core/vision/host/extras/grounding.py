@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import boxes as geometry
-from .offline import offline
+from .offline import offline, running
 from .transformers_folder import check_complete, kind_of, read_model, read_processor
 
 BY_TOKEN = ("grounding-dino", "mm-grounding-dino")
@@ -70,8 +70,8 @@ class Detector(nn.Module):
         from torchvision import ops
 
         text = self.query(subject)
-        inputs = self.processor(images=image, text=[text], return_tensors="pt").to(_device(self.model))
-        with offline():
+        with offline(), running(self.description):
+            inputs = self.processor(images=image, text=[text], return_tensors="pt").to(_device(self.model))
             output = self.model(**inputs)
         probabilities = output.logits[0].float().sigmoid().cpu()  # [queries, tokens or texts]; 0 beyond the text
         scores = probabilities.amax(1)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,23 +24,26 @@ def offline() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
+@contextlib.contextmanager
+def running(what: str) -> Iterator[None]:
+    """ValueError when a network of another library cannot be run: what its folder says of it may fit its weights and
+    still not work.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} cannot be run ({reason(error)}): its settings are not those of its weights, copy the whole folder "
+            "again."
+        ) from error
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error, shortened for use inside a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file. ValueError when it cannot be read."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name} of {path.parent.name} cannot be read ({reason(error)}): copy the folder again."
-        ) from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path.name} of {path.parent.name} is not a table of settings: copy the folder again.")
-    return table
 
 
 def weights_variant(folder: Path, base: str = "model", variants: Sequence[str | None] = (None,)) -> str | None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ....files import read_weights
-from ...preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from ....files import read_table, read_weights, tensor_names
+from ...preprocess import CLIP_MEAN, CLIP_STD, MAX_SIDE, Preprocess
 from .offline import missing_package, offline, reason
+from .settings import check_layers, check_weights, is_color, is_side
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 32 << 30
 CONFIG = "open_clip_config.json"
+TABLES = ("vision_cfg", "text_cfg")  # of its model_cfg
 NAMING = (
     "name it <model>__<anything>.safetensors (ViT-B-32__mine.safetensors), put its open_clip_config.json beside it, "
     "or, for a model of transformers, copy its whole folder (config.json, model.safetensors)"
@@ -60,8 +61,8 @@ def load_open_clip(path: Path) -> Tower:
     weights = path if path.is_file() else _weights_in(path)
     name, model_config, image_config = _configuration(weights, open_clip)
     with offline():
-        model = _build(path.name, open_clip, model_config)
-        _load_weights(path.name, model, weights)
+        model = _build(weights, open_clip, model_config)
+        _load_weights(model, weights)
         length = model_config.get("text_cfg", {}).get("context_length", 77)
         tower = OpenClipTower(
             model.train(False).requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
@@ -82,13 +83,15 @@ def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], 
     """(display name, architecture, image settings) from the sidecar file or, without one, from the file name."""
     sidecar = weights.with_name(CONFIG)
     if sidecar.is_file():
-        try:
-            config = json.loads(sidecar.read_text(encoding="utf-8"))
-            return weights.stem, dict(config["model_cfg"]), dict(config.get("preprocess_cfg", {}))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        config = read_table(sidecar)
+        model: Any = config.get("model_cfg")
+        image: Any = config.get("preprocess_cfg", {})
+        tables = [model, image, *(model.get(part) for part in TABLES)] if isinstance(model, dict) else [model]
+        if not all(isinstance(table, dict) for table in tables):
             raise ValueError(
-                f"{CONFIG} beside {weights.name} is not usable ({reason(error)}): copy it again."
-            ) from error
+                f"{CONFIG} beside {weights.name} has no tables {', '.join(('model_cfg', *TABLES))}: copy it again."
+            )
+        return weights.stem, model, image
     name, _, tag = weights.stem.partition("__")
     config = open_clip.get_model_config(name)
     if config is None:
@@ -99,8 +102,8 @@ def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], 
     return f"{name} {tag}".strip(), config, pretrained
 
 
-def _build(file: str, open_clip: Any, config: dict[str, Any]) -> Any:
-    config = dict(config)
+def _build(weights: Path, open_clip: Any, config: dict[str, Any]) -> Any:
+    file, config = weights.name, dict(config)
     custom_text = config.pop("custom_text", False)
     hub_text = "hf_model_name" in config.get("text_cfg", {})
     if hub_text or "multimodal_cfg" in config:
@@ -108,18 +111,20 @@ def _build(file: str, open_clip: Any, config: dict[str, Any]) -> Any:
             f"{file} has a text encoder that open_clip fetches from the network: use a transformers folder of it."
         )
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
+    check_layers(f"The architecture of {file}", config, tensor_names(weights))
+    check_weights(f"The architecture of {file}", lambda: kind(**config), weights.stat().st_size)
     try:
         return kind(**config)
     except Exception as error:  # the settings come from the user's file
         raise ValueError(f"open_clip cannot build {file} ({reason(error)}): check its {CONFIG}.") from error
 
 
-def _load_weights(file: str, model: Any, weights: Path) -> None:
+def _load_weights(model: Any, weights: Path) -> None:
     tensors = read_weights(weights, MAX_BYTES)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{weights.name} does not fit the model of {file} ({reason(error)}): {NAMING}.") from error
+        raise ValueError(f"{weights.name} does not fit the model of its name ({reason(error)}): {NAMING}.") from error
 
 
 def _text_missing(config: dict[str, Any]) -> str | None:
@@ -129,8 +134,13 @@ def _text_missing(config: dict[str, Any]) -> str | None:
 
 def _preprocess(model: Any, settings: dict[str, Any]) -> Preprocess:
     size = model.visual.image_size
-    size = int(size[0] if isinstance(size, (list, tuple)) else size)
+    size = size[0] if isinstance(size, (list, tuple)) else size
+    mean, std = settings.get("mean") or CLIP_MEAN, settings.get("std") or CLIP_STD
+    if not (is_side(size) and is_color(mean) and is_color(std, positive=True)):
+        raise ValueError(
+            f"{CONFIG} of a model for {ascii(size)[:60]} pixels has mean {ascii(mean)[:60]} and std {ascii(std)[:60]}, "
+            f"expected up to {MAX_SIDE} pixels and three numbers each, of std above 0: copy it again."
+        )
     squash = settings.get("resize_mode", "shortest") == "squash"
     mode = "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic"
-    mean, std = tuple(settings.get("mean") or CLIP_MEAN), tuple(settings.get("std") or CLIP_STD)
-    return Preprocess(size, None if squash else size, mean, std, mode)
+    return Preprocess(int(size), None if squash else int(size), tuple(mean), tuple(std), mode)

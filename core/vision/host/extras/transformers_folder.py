@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ....files import is_number
+from ....files import read_table, tensor_names
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from .offline import missing_package, offline, read_table, reason, weights_variant
+from .offline import missing_package, offline, reason, weights_variant
+from .settings import check_layers, check_weights, is_side, read_preprocessing
 from .tower import Tower, VisionOutput
 
-MORE_LAYERS = 16  # times the layers in a model's files; some share one among several
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-SMALLEST, LARGEST = 8, 4096  # sides in pixels of what a vision model gets
 BILINEAR = 2  # PIL's code for bilinear in preprocessor_config.json
 WITH_PROJECTION = "CLIPVisionModelWithProjection"  # AutoModel would drop the projection
 
@@ -87,8 +85,8 @@ def read_model(
     config = read_config(folder)
     if variant is None:
         weights_variant(folder)
-    _check_layers(folder, config)
     transformers = library(folder)
+    _check_size(folder, config, getattr(transformers, class_name))
     setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
     with offline(), _no_progress_bar(transformers):
         try:
@@ -112,6 +110,7 @@ def read_model(
 def read_processor(folder: Path, class_name: str = "AutoProcessor") -> Any:
     """The processor for a folder's model, which prepares images and texts. ValueError when its files are missing."""
     kind = getattr(library(folder), class_name)
+    read_preprocessing(folder)  # for its checks
     with offline():
         try:
             return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -141,13 +140,17 @@ def kind_of(folder: Path) -> tuple[str, str]:
     return str(config.get("model_type", "")), str(classes[0] if isinstance(classes, list) else "")
 
 
-def check_complete(folder: Path, missing: set[str]) -> None:
-    """ValueError when weights are missing."""
-    if missing:
-        raise ValueError(
-            f"The weights of {folder.name} lack {len(missing)} tensors that its config.json asks for (first: "
-            f"{min(missing)}): copy config.json and model.safetensors of the same model."
-        )
+def check_complete(folder: Path, missing: set[str], unused: Collection[str] = ()) -> None:
+    """ValueError when weights are missing, or are there without a place."""
+    for names, problem in (
+        (missing, "lack {} tensors that its config.json asks for"),
+        (unused, "have {} without a use"),
+    ):
+        if names:
+            raise ValueError(
+                f"The weights of {folder.name} {problem.format(len(names))} (first: {min(names)}): copy config.json "
+                "and model.safetensors of the same model."
+            )
 
 
 @contextlib.contextmanager
@@ -169,23 +172,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_table(folder / "config.json")
 
 
-def _check_layers(folder: Path, config: dict[str, Any]) -> None:
-    """ValueError when config.json asks for far more layers than the files have: they are built before they are read."""
-    names: list[str] = []
-    for file in folder.glob("*.safetensors"):
-        with contextlib.suppress(SafetensorError, OSError), safe_open(str(file), framework="pt") as opened:
-            names += opened.keys()
-    indices = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
-    todo = [config]
-    while todo:
-        for name, value in todo.pop().items():
-            if isinstance(value, dict):
-                todo.append(value)
-            elif "layers" in name and isinstance(value, int) and value > MORE_LAYERS * (max(indices, default=0) + 1):
-                raise ValueError(
-                    f"config.json of {folder.name} asks for {value} layers ({name}), its files have "
-                    f"{max(indices, default=0) + 1}: copy config.json and model.safetensors of the same model."
-                )
+def _check_size(folder: Path, config: dict[str, Any], kind: Any) -> None:
+    """ValueError when config.json asks for a much larger network than the files hold: it is built before it is read."""
+    import transformers
+
+    where, files = f"config.json of {folder.name}", [*folder.glob("*.safetensors")]
+    check_layers(where, config, [name for file in files for name in tensor_names(file)])
+
+    def build() -> Any:
+        settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return getattr(kind, "from_config", kind)(settings)
+
+    if "quantization_config" not in config:  # whose files have fewer bytes than weights
+        with offline():
+            check_weights(where, build, sum(file.stat().st_size for file in files))
 
 
 def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
@@ -211,42 +211,26 @@ def _tokenizer(folder: Path, model: Any) -> tuple[Any, str | None]:
 
 
 def _preprocess(folder: Path, config: Any) -> Preprocess:
-    """The Preprocess in preprocessor_config.json; without it, the config's image size and the family's mean and std."""
+    """The Preprocess of the folder's settings; without them, the config's image size and the family's mean and std."""
     vision_config = getattr(config, "vision_config", config)
-    size = _side(getattr(vision_config, "image_size", 224)) or 224
+    size = _side(getattr(vision_config, "image_size", None)) or 224
     clip_like = str(config.model_type).startswith(("clip", "siglip"))
     mean, std = (CLIP_MEAN, CLIP_STD) if clip_like else (IMAGENET_MEAN, IMAGENET_STD)
-    usual, path = Preprocess(size, size, mean, std), folder / "preprocessor_config.json"
-    if not path.is_file():
-        return usual
-    settings = read_table(path)
-    try:
-        return _described(settings, usual)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"preprocessor_config.json of {folder.name} cannot be read ({reason(error)}): copy it again, or remove it."
-        ) from error
-
-
-def _described(settings: dict[str, Any], usual: Preprocess) -> Preprocess:
-    """What preprocessor_config.json says, and the usual where it does not. ValueError when no image can be made so."""
-    size = usual.size
+    settings = read_preprocessing(folder)
+    if settings is None:
+        return Preprocess(size, size, mean, std)
+    settings = {name: value for name, value in settings.items() if value is not None or name[:3] == "do_"}
     resize = settings.get("size", size)
     crop = _side(settings.get("crop_size")) if settings.get("do_center_crop", "crop_size" in settings) else None
     # A plain number is the shorter side for models that crop afterwards (CLIP, DINOv2), both sides for others (DINO).
     squash = crop is None and (not isinstance(resize, dict) or "height" in resize)
     shorter = _side(resize) or size
     if settings.get("do_normalize", True):
-        mean, std = tuple(settings.get("image_mean") or usual.mean), tuple(settings.get("image_std") or usual.std)
+        mean, std = tuple(settings.get("image_mean", mean)), tuple(settings.get("image_std", std))
     else:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mode = "bilinear" if settings.get("resample") == BILINEAR else "bicubic"
-    found = Preprocess(crop or shorter, None if squash else shorter, mean, std, mode)
-    sides, numbers = (found.size, shorter), (*mean, *std)
-    right = len(mean) == len(std) == 3 and all(map(is_number, numbers)) and min(std) > 0
-    if not right or not all(SMALLEST <= side <= LARGEST for side in sides):
-        raise ValueError(f"sides from {SMALLEST} to {LARGEST}, three means and three deviations above 0 are expected")
-    return found
+    return Preprocess(crop or shorter, None if squash else shorter, mean, std, mode)
 
 
 def _side(size: Any) -> int | None:
@@ -254,5 +238,5 @@ def _side(size: Any) -> int | None:
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
     if isinstance(size, (list, tuple)):
-        size = size[0] if size else None
-    return int(size) if size else None
+        size = size[0]
+    return int(size) if is_side(size) else None

@@ -1,0 +1,106 @@
+"""What a model's folder says of itself, checked before anything is built from it: any program may have written it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....files import is_number, read_table
+from ...preprocess import MAX_SIDE
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+SIDES = ("size", "crop_size", "pad_size")
+CHANNELS = ("image_mean", "image_std")
+FILTERS = range(6)  # PIL's codes
+PIXELS = "merge_size"  # of processors whose size is a number of pixels, not a side
+MORE_LAYERS = 16  # times the layers in a model's files; some share one among several
+SMALL = 1 << 20  # weights that need not be counted
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any] | None:
+    """preprocessor_config.json of a folder, None without one. ValueError for values that no image processor can have,
+    there or in processor_config.json, where newer libraries write them.
+    """
+    tables = {name: read_table(folder / name) for name in PROCESSORS if (folder / name).is_file()}
+    for name, table in tables.items():
+        part = table.get("image_processor")
+        _check_preprocessing(f"{name} of {folder.name}", {**table, **(part if isinstance(part, dict) else {})})
+    return tables.get(PROCESSORS[0])
+
+
+def _check_preprocessing(where: str, settings: dict[str, Any]) -> None:
+    most = MAX_SIDE**2 if PIXELS in settings else MAX_SIDE
+    for name, value in settings.items():
+        if value is None:
+            fits, expected = True, ""
+        elif name in SIDES:
+            fits, expected = all(is_side(side, most) for side in _sides(value)), f"sides of 1 to {most} pixels"
+        elif name in CHANNELS:
+            fits, expected = is_color(value, positive=name == "image_std"), "three numbers, of image_std above 0"
+        elif name.startswith("do_"):
+            fits, expected = value in (True, False), "true or false"
+        elif name == "resample":
+            fits, expected = value in FILTERS, "a number from 0 to 5"
+        elif name == "rescale_factor":
+            fits, expected = is_number(value) and value > 0, "a number above 0"
+        else:
+            fits, expected = True, ""
+        if not fits:
+            raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy it again.")
+
+
+def is_side(value: Any, most: int = MAX_SIDE) -> bool:
+    """Whether this is a number of pixels."""
+    return is_number(value) and not isinstance(value, bool) and 1 <= value <= most and value == int(value)
+
+
+def is_color(value: Any, positive: bool = False) -> bool:
+    """Whether these are three numbers, one for each channel."""
+    listed = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
+    return listed and (not positive or min(value) > 0)
+
+
+def _sides(value: Any) -> list[Any]:
+    """The numbers of 224, [224, 224] or {"height": 224, "width": 224}; a table may name some without a number."""
+    if isinstance(value, dict):
+        value = [side for side in value.values() if side is not None]
+    return (list(value) or [value]) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_layers(where: str, config: dict[str, Any], names: Collection[str]) -> None:
+    """ValueError when settings ask for far more layers than the files have, by their names: layers take time."""
+    indices = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
+    stored = max(indices, default=0) + 1
+    todo: list[tuple[str, Any]] = [*config.items()]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.items()
+        elif isinstance(value, list):
+            todo += [(name, each) for each in value]
+        elif "layers" in name and isinstance(value, int) and value > MORE_LAYERS * stored:
+            raise ValueError(
+                f"{where} asks for {value} layers ({name}), its files have {stored}: copy the settings and the weights "
+                "of the same model."
+            )
+
+
+def check_weights(where: str, build: Callable[[], nn.Module], stored: int) -> None:
+    """ValueError when the network that build() makes has more weights than its files have bytes: it would take that
+    memory before they are read. A network that cannot be built without memory is left to its library.
+    """
+    count = 0
+    with contextlib.suppress(Exception), torch.device("meta"):
+        network = build()
+        count = sum(math.prod(part.shape) for part in (*network.parameters(), *network.buffers()))
+    if count > stored + SMALL:
+        raise ValueError(
+            f"{where} asks for a network of {count} weights, its files have {stored} bytes: copy the settings and the "
+            "weights of the same model."
+        )
