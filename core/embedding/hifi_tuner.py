@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, noise_error
-from ..fit.fit import adam_state, finite_or_raise, gradient_or_raise, restore_adam, step_generator
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
 from ..prompt.conditioning import with_tail
 from .hiper import HiPer, HiPerSettings
 
@@ -141,7 +141,7 @@ class StepWise:
         value = finite_or_raise(loss, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient_or_raise(self.c_s.grad, self.step)
+        finite_or_raise(torch.as_tensor(self.c_s.grad).square().sum(), self.step, "gradient")
         self.optimizer.step()
         if self.regularizer is not None:
             self.regularizer.pull(self.c_s, self.settings.learning_rate)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, masked_mean, noise_error
-from ..fit.fit import adam_state, finite_or_raise, gradient_or_raise, restore_adam, step_generator
+from ..fit.fit import adam_state, finite_or_raise, restore_adam, step_generator
 from ..prompt.conditioning import with_tail
 
 TOKENS = 5  # train.py --n_hiper: more tokens capture more identity and leave less room for the edit
@@ -86,7 +86,7 @@ class HiPer:
         value = finite_or_raise(loss, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient_or_raise(self.h.grad, self.step)
+        finite_or_raise(torch.as_tensor(self.h.grad).square().sum(), self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
         return denoised.detach()

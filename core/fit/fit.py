@@ -114,17 +114,6 @@ def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
     return value
 
 
-def gradient_or_raise(gradient: Tensor | None, step: int) -> None:
-    """RuntimeError when the gradient of learned tokens is not finite, or when the first one is zero everywhere."""
-    values = torch.as_tensor(gradient)
-    finite_or_raise(values.square().sum(), step, "gradient")
-    if step == 0 and not bool(values.any()):
-        raise RuntimeError(
-            "The learned tokens get no gradient, expected is a model that looks at the end of a prompt: this one masks "
-            "it, so that nothing would be learned. Use another model with this node."
-        )
-
-
 def curve(losses: Iterable[float], points: int = 200) -> list[float]:
     """At most `points` means of consecutive losses: the resolution of a plot of this width."""
     values = torch.tensor(list(losses), dtype=torch.float64)

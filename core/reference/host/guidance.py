@@ -23,7 +23,7 @@ from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import checked_mask
 from ...session.job import Job, run
 from ...session.sampling import noisy_start
-from ...session.session import GuiderDenoiser, Session, check_tokens
+from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import Reference, ReferenceGuide, ReferenceSettings
 
@@ -97,7 +97,6 @@ class ReferenceJob(Job):
         start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
         contexts = [context.to(x0.device) for context in detached(self.contexts)]
         unguided = denoiser.of("negative")
-        check_tokens(unguided, self.negative[0][0])
         reference = Reference(latents, sigmas, mask, self.window)
         fit = ReferenceGuide(denoiser, start, reference, contexts, null, self.settings, unguided)
         if not self.steps:

@@ -150,6 +150,7 @@ class FineTuneJob(Job):
             self.model,
             self.positive,
             self.samples[0].x0[:1],
+            negative=None if self.prior is None or self.text is not None else self.prior.positive,
             checkpointing=self.plan.checkpointing,
             text=None if self.text is None else self.text.patcher,
             all_weights=self.plan.method == FULL,
@@ -162,9 +163,9 @@ class FineTuneJob(Job):
         latent_format = self.model.get_model_object("latent_format")
         prior = None
         if self.prior is not None and prior_samples is not None:
-            positive = self.prior.positive
-            prior_prompt = _prompt_of(text, self.prior.prompt, lambda: _prompt(positive))
-            prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt)
+            of_prior = denoiser if text is not None else denoiser.of("negative")
+            prior_prompt = _prompt_of(text, self.prior.prompt, lambda: Prompt(of_prior.context))
+            prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt, of_prior)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
         weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
@@ -292,11 +293,6 @@ def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
         whole = prior_samples.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
         prior_samples = replace(prior_samples, boxes=whole.expand(prior_samples.x0.shape[0], -1))
     return samples, prior_samples
-
-
-def _prompt(positive: Conditioning | None) -> Prompt:
-    (rows, options), *_ = detached(positive or [])
-    return Prompt(rows, options.get("pooled_output"))
 
 
 class _TrainedWeights:
