@@ -62,7 +62,8 @@ def gradients() -> Iterator[None]:
 def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Replace all inference parameters and buffers by equal normal tensors; the originals are restored on exit.
+    """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors; the
+    originals are restored on exit.
 
     Weights that ComfyUI casts in every forward are left alone, since autograd sees only the result of the cast. The
     original objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
@@ -73,6 +74,11 @@ def thawed(
         leaves = _leaves(trained or {}, replaced)
         for module in modules:
             dtype = getattr(module, "manual_cast_dtype", None)
+            scales = getattr(getattr(module, "latent_format", None), "__dict__", {})
+            for name, value in dict(scales).items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    replaced.append((scales, name, value))
+                    scales[name] = value.clone()
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
                     for name, value in store.items():

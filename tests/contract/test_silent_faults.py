@@ -7,9 +7,7 @@ import logging
 import pytest
 import torch
 
-from likeness.core.fit.fit import gradient_or_raise
-from likeness.core.session.session import GuiderDenoiser, check_tokens
-
+from ..tiny_families import families
 from .methods import METHODS, Setting, run_node, sample
 from .test_guidance import other_loader
 

@@ -20,7 +20,7 @@ from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
 from ...prompt.windows import active_entries, windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
-from ...session.images import checked_mask
+from ...session.images import as_latent, checked_mask
 from ...session.job import Job, run
 from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
@@ -182,7 +182,7 @@ def subject_cells(mask: Tensor, latents: Tensor) -> Tensor:
     """The reference subject's mask [1, 1, h, w] at the size of a trajectory's latents, ones and zeros."""
     rows, columns = latents.shape[-2:]
     mask = checked_mask(mask, 1, (rows, columns), empty=ALIGNED, full=ALIGNED)
-    return checked_mask(latent_mask(mask, rows, columns), 1, (rows, columns), full=ALIGNED)[None]
+    return as_latent(checked_mask(latent_mask(mask, rows, columns), 1, (rows, columns), full=ALIGNED)[None], latents[0])
 
 
 def plain_prompt(
@@ -224,7 +224,9 @@ def masked_negative(
         return [[phi, options.copy()]]
 
     def entry(rows: Tensor, start: float, stop: float, where: Tensor | None = None) -> list[Any]:
-        mask_options = {} if where is None else {"mask": where[0], "mask_strength": 1.0, "set_area_to_bounds": False}
+        mask_options = (
+            {} if where is None else {"mask": where.flatten(0, -3), "mask_strength": 1.0, "set_area_to_bounds": False}
+        )
         return [rows, {**options, "start_percent": start, "end_percent": stop, **mask_options}]
 
     entries = [entry(phi, 0.0, begin), entry(phi, begin, end, 1 - mask)]

@@ -24,6 +24,7 @@ from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
 from ...session.fingerprint import patches_digest, precision
+from ...session.images import check_vae, image_latents
 from ...session.job import LAST, Job, run
 from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy_start
@@ -225,13 +226,8 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if sampling.cfg != 1.0 and generator.negative is None:
         raise ValueError(f"cfg is {sampling.cfg:g} but no negative prompt is connected: connect it, or set cfg to 1.")
-    channels = generator.model.get_model_object("latent_format").latent_channels
-    vae_channels = getattr(generator.vae, "latent_channels", channels)
-    if vae_channels != channels or sampling.latent.shape[1] != channels:
-        raise ValueError(
-            f"The model's latents have {channels} channels, the connected latent has {sampling.latent.shape[1]} and "
-            f"the VAE decodes {vae_channels}: use the model's own VAE, and an empty latent or one of this model."
-        )
+    image_latents(generator.model, sampling.latent)
+    check_vae(generator.model, generator.vae)
     if background is not None:
         background.check(generator.vae, sampling.latent)
     if sampling.replay is not None:
@@ -318,7 +314,7 @@ class ImageSampling:
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
                 sigma = self._sigmas[step]
                 x = self._replay.step(x, (x - self._predict(x, sigma, prompt)) / sigma, step)
-        latent_format = self._generator.model.get_model_object("latent_format")
+        latent_format = self._denoiser.model.latent_format  # with a gradient
         samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
         return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
 
