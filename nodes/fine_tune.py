@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, PriorImages, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from .node import Node
-from .types import LoraModel, LossMap, advanced, schema, seed_input
+from .types import LoraModel, LossMap, advanced, layers_input, schema, seed_input
 
 
 class LikenessFineTune(Node):
@@ -119,6 +120,7 @@ class LikenessFineTune(Node):
                     optional=True,
                     tooltip="The encoded class prompt, if no 'clip' is connected.",
                 ),
+                *advanced(layers_input("those of the attention")),
             ],
             outputs=[
                 io.Model.Output(
@@ -163,6 +165,7 @@ class LikenessFineTune(Node):
         mask=None,
         prior_image=None,
         prior_positive=None,
+        layers=ATTENTION,
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
         crop = CropSettings(resolution, grid, crops, whole_image) if patches else CropSettings(resolution)
@@ -170,7 +173,7 @@ class LikenessFineTune(Node):
             model,
             vae,
             FineTuneData(image, prompt, mask, clip, positive),
-            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing),
+            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers),
             sine.FineTuneSettings(learning_rate, seed, recon_weight, prior_weight),
             None if prior_image is None else PriorImages(prior_image, prior_prompt, prior_positive),
             node_id=cls.hidden.unique_id,

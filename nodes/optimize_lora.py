@@ -8,12 +8,13 @@ from comfy_api.latest import io
 
 from ..core.inversion.host.renoise import replay_of
 from ..core.lora.host.apply import apply_lora
+from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
 from .node import Node
-from .types import LoraModel, LossMap, Similarity, advanced, cfg_input, schema, seed_input
+from .types import LoraModel, LossMap, Similarity, advanced, cfg_input, layers_input, schema, seed_input
 
 
 class LikenessOptimizeLora(Node):
@@ -71,12 +72,13 @@ class LikenessOptimizeLora(Node):
         image=None,
         mask=None,
         optimizer="AdamW",
+        layers=ATTENTION,
     ) -> io.NodeOutput:
         job = host.SisoJob(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
-            host.SisoPlan(iterations, rank, keep, checkpointing),
+            host.SisoPlan(iterations, rank, keep, checkpointing, layers),
             siso.SisoSettings(learning_rate, weight_decay, text_rate, text_decay, threshold, patience, optimizer),
             background(image, mask, background_weight),
         )
@@ -197,7 +199,8 @@ def _optional_inputs() -> list[io.Input]:
                 optional=True,
                 tooltip="SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the "
                 "prodigyopt package.",
-            )
+            ),
+            layers_input("those of the attention (of FLUX.1 also some others, as in the authors' script)"),
         ),
     ]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.lora.low_rank import ATTENTION, LAYERS
+
 Adapter = io.Custom("LIKENESS_ADAPTER")
 Embedding = io.Custom("LIKENESS_EMBEDDING")
 LoraModel = io.Custom("LORA_MODEL")
@@ -52,6 +54,18 @@ def encoded_or_image() -> list[io.Input]:
         io.Image.Input("image", optional=True, tooltip="The image to encode. Needs the VAE."),
         io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
     ]
+
+
+def layers_input(attention: str) -> io.Input:
+    """Which layers get a LoRA; attention: what that choice covers."""
+    return io.Combo.Input(
+        "layers",
+        options=list(LAYERS),
+        default=ATTENTION,
+        optional=True,
+        tooltip=f"Which layers get the LoRA: {attention}, or all linear layers of the model's blocks. All of them hold "
+        "more of the subject and take more memory.",
+    )
 
 
 def seed_input(tooltip: str, default: int = 0) -> io.Input:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..prompt.conditioning import Conditioning, detached
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .weights import (
+    calls,
     check_fully_loaded,
     checkpointed,
     drop_all_guidance,
@@ -55,6 +56,7 @@ class GuiderDenoiser:
         """
         self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, role
         self.leaves = leaves or {}
+        self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
         self._entry = guider.conds[role][0]
         self._sampling = guider.inner_model.model_sampling
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
@@ -235,7 +237,8 @@ class Session:
             if self.checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
             denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
-            _probe(denoiser, x0[:1], self.learned)
+            with calls(denoiser.called):
+                _probe(denoiser, x0[:1], self.learned)
             yield denoiser
 
     def _modules(self, guider: Any) -> list[nn.Module]:

@@ -150,6 +150,16 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def calls(ids: set[int]) -> Iterator[None]:
+    """Collect the ids of all modules that run."""
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _inputs: ids.add(id(module)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def private_skips(unet: nn.Module) -> Iterator[None]:
     """Keep a ControlNet from overwriting tensors that backward needs.
 

@@ -18,8 +18,8 @@ from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
 from ...inversion.trajectory import check_sigmas
-from ...lora.host.layers import trained_layers
-from ...lora.low_rank import attached_lora, factors, new_adapters
+from ...lora.host.layers import check_run, trained_layers
+from ...lora.low_rank import ATTENTION, attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
@@ -59,12 +59,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SisoPlan:
-    """Length of the run, and what is trained."""
+    """Length of the run, and what is trained. layers: which ones get a LoRA (LAYERS)."""
 
     iterations: int = ITERATIONS
     rank: int = RANK
     keep: Keep = "best"
     checkpointing: bool = False
+    layers: str = ATTENTION
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ class SisoJob(Job):
         background = [] if self.background is None else [self.background.key_parts()]
         parts = [part.key_parts() for part in self.similarity.parts]
         training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
-        return digest([*training, [self.base, *self.generator.key_parts()], *background])
+        layers = [] if self.plan.layers == ATTENTION else [self.plan.layers]
+        return digest([*training, [self.base, *self.generator.key_parts()], *background, *layers])
 
     def store(self) -> RunStore:
-        layers = trained_layers(*self.generator.networks())
+        layers = trained_layers(*self.generator.networks(), self.plan.layers)
         size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
         return dedicated_store("picture_runs", size)
 
@@ -163,7 +165,8 @@ class SisoJob(Job):
         generator, plan, text = self.generator, self.plan, self.text
         if text is not None:
             _check_prompt(text, generator)
-        layers = trained_layers(denoiser.model, None if text is None else text.patcher.model)
+        layers = trained_layers(denoiser.model, None if text is None else text.patcher.model, plan.layers)
+        check_run(denoiser.model, layers.layers, denoiser.called)
         adapters = new_adapters(layers.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
         with attached_lora(layers.layers, adapters), _checkpointing(generator, self.similarity, plan):
             images = ImageSampling(generator, self.sampling, denoiser, x0, text)
