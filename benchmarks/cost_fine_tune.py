@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..core.denoiser import Prompt
-from ..core.lora.low_rank import attached_lora, attention_layers, factors, new_adapters
+from ..core.lora.low_rank import attached_lora, block_layers, factors, new_adapters
 from ..core.sine.fine_tune import FineTune, FineTuneSettings, Samples
 from ..core.sine.position_map import position_map
 from . import frame, hosting
@@ -50,7 +50,7 @@ def measured(model: Any, prompt: list, full: bool, how: Settings) -> dict[str, d
 
     def body(denoiser: Any, x0: Any) -> None:
         unet = model.model.diffusion_model
-        layers = {} if full else attention_layers(unet, "diffusion_model")
+        layers = {} if full else block_layers(unet, "diffusion_model")
         adapters = new_adapters(layers, how.rank, 0)
         leaves = denoiser.leaves if full else factors(adapters)
         context = prompt[0][0].clone()

@@ -262,4 +262,5 @@ class LikenessApplyEmbedding(Node):
     def execute(cls, conditioning, embedding, scale, step, model=None) -> io.NodeOutput:
         if model is not None:
             check_base(embedding.header.get("base", {}), model)
-        return io.NodeOutput(apply_embedding(conditioning, embedding.at(step), scale, embedding.windows))
+        rows = embedding.at(step)
+        return io.NodeOutput(apply_embedding(conditioning, rows, scale, embedding.windows, embedding.placement))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
@@ -117,6 +118,7 @@ class LikenessFineTune(Node):
                     optional=True,
                     tooltip="The encoded class prompt, if no 'clip' is connected.",
                 ),
+                *inputs.advanced(inputs.layers("those of the attention")),
             ],
             outputs=[
                 io.Model.Output(
@@ -157,6 +159,7 @@ class LikenessFineTune(Node):
         mask=None,
         prior_image=None,
         prior_positive=None,
+        layers=ATTENTION,
         **settings,
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
@@ -165,7 +168,7 @@ class LikenessFineTune(Node):
             model,
             vae,
             FineTuneData(image, prompt, mask, clip, positive),
-            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing),
+            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers),
             sine.FineTuneSettings(**settings),
             None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
             node_id=cls.hidden.unique_id,

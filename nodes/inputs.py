@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.ezigen.staged import SPLIT_RATIO
+from ..core.lora.low_rank import LAYERS
 
 
 def advanced(*widgets: io.Input) -> list[io.Input]:
@@ -80,6 +81,17 @@ def checkpointing() -> io.Input:
     """The switch of gradient checkpointing."""
     cost = "recomputes activations instead of storing them. Less VRAM, more time, the same result."
     return io.Boolean.Input("checkpointing", default=False, tooltip=f"Gradient checkpointing: {cost}")
+
+
+def layers(attention: str) -> io.Input:
+    """Which layers get a LoRA; attention: what that choice covers."""
+    return choice(
+        "layers",
+        LAYERS,
+        f"Which layers get the LoRA: {attention}, or all linear layers of the model's blocks. All of them hold more of "
+        "the subject and take more memory.",
+        optional=True,
+    )
 
 
 def encoded_or_image() -> list[io.Input]:

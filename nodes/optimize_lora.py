@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..core.inversion.host.renoise import replay_of
 from ..core.lora.host.apply import apply_lora
+from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
@@ -65,13 +66,14 @@ class LikenessOptimizeLora(Node):
         prompt="",
         image=None,
         mask=None,
+        layers=ATTENTION,
         **settings,
     ) -> io.NodeOutput:
         job = host.SisoJob(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
-            host.SisoPlan(iterations, rank, keep, checkpointing),
+            host.SisoPlan(iterations, rank, keep, checkpointing, layers),
             siso.SisoSettings(**settings),
             background(image, mask, background_weight),
         )
@@ -192,6 +194,7 @@ def _optional_inputs() -> list[io.Input]:
                 "SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the prodigyopt "
                 "package.",
                 optional=True,
-            )
+            ),
+            inputs.layers("those of the attention (of FLUX.1 also some others, as in the authors' script)"),
         ),
     ]

@@ -1,7 +1,8 @@
 """The LIKENESS_EMBEDDING artifact: token embeddings learned from a subject, with the metadata needed to use them.
 
 One tensor [T, n, d] for each saved step. T is 1 for an embedding used at every denoising step (HiPer) and the number of
-denoising steps for a step-wise one, whose header gives the time window of each in "windows".
+denoising steps for a step-wise one, whose header gives the time window of each in "windows". The header's "placement"
+says where the tokens stand in a prompt (conditioning.py); files without it replace the last ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files import FORMAT, check_header, check_tensor, read_plain, read_tensors, write_tensors
+from ..prompt.conditioning import PLACEMENTS, TAIL_OF_PADDING, Placement
 from ..prompt.windows import PercentRange
 
 KIND = "embedding"
@@ -39,11 +41,20 @@ class Embedding:
                 f"The embedding holds tables of shapes {sorted(shapes)}, expected one shape [steps, tokens, width]: "
                 f"train it again."
             )
+        if self.placement not in PLACEMENTS:
+            raise ValueError(
+                f"The embedding's placement is {self.placement!r:.80}, expected tail or append: train it again."
+            )
         if self.denoising_steps > 1 and not _tile(self.header.get("windows"), self.denoising_steps):
             raise ValueError(
                 f"The embedding has rows for {self.denoising_steps} denoising steps, but not a time window for each: "
                 "train it again."
             )
+
+    @property
+    def placement(self) -> Placement:
+        """Where the tokens stand in a prompt."""
+        return self.header.get("placement", TAIL_OF_PADDING)
 
     @property
     def denoising_steps(self) -> int:

@@ -37,11 +37,11 @@ class Fit(ABC):
     def update(self) -> Tensor:
         """Make one update; return the current denoised estimate [1, C, h, w], detached, for the preview."""
 
-    def descend(self, loss: Tensor, leaf: Tensor, *, may_vanish: bool = False) -> None:
+    def descend(self, loss: Tensor, leaf: Tensor) -> None:
         """One step of the optimizer, down the gradient of a loss that depends on this leaf alone."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient_or_raise(leaf.grad, self.step, may_vanish)
+        finite_or_raise(torch.as_tensor(leaf.grad).square().sum(), self.step, "gradient")
         self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -159,17 +159,6 @@ def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
             "Lower the learning rate, or load the model in bf16 or fp32."
         )
     return value
-
-
-def gradient_or_raise(gradient: Tensor | None, step: int, may_vanish: bool = False) -> None:
-    """RuntimeError when the gradient of learned tokens is not finite, or when the first one is zero everywhere."""
-    values = torch.as_tensor(gradient)
-    finite_or_raise(values.square().sum(), step, "gradient")
-    if step == 0 and not may_vanish and not bool(values.any()):
-        raise RuntimeError(
-            "The learned tokens get no gradient, expected is a model that looks at the end of a prompt: this one masks "
-            "it, so that nothing would be learned. Use another model with this node."
-        )
 
 
 def curve(losses: Iterable[float], points: int = 200) -> list[float]:

@@ -126,7 +126,7 @@ class NullText(Fit):
             best, best_loss, worse = before, value, 0
         is_last, following = self._is_last_update(value, i, worse), self.x
         with rollback_on_interrupt(self.optimizer):
-            self.descend(loss, self.u, may_vanish=True)
+            self.descend(loss, self.u)
             null = best if self.settings.patience and worse else self.u.detach()
             if is_last:  # continue from the latent that the embedding actually leads to, not from the pivot
                 with torch.no_grad():

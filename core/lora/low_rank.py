@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +27,25 @@ class Rows:
     start: int
     count: int
 
-    @property
-    def weight(self) -> Tensor:
-        full: Tensor = self.layer.weight  # ty: ignore[invalid-assignment]
-        return full[self.start : self.start + self.count]
-
 
 Layer = nn.Module | Rows
 
 
+def module_of(layer: Layer) -> nn.Module:
+    """The layer itself, or the one that it is rows of."""
+    return layer.layer if isinstance(layer, Rows) else layer
+
+
+def sizes(layer: Layer) -> tuple[int, int]:
+    """Output and input channels, also of a layer whose weight is stored in another shape. ValueError if not linear."""
+    linear: Any = module_of(layer)
+    if not _is_linear(linear):
+        raise ValueError(f"LoRA needs a linear layer, this one is a {type(linear).__name__}.")
+    return layer.count if isinstance(layer, Rows) else linear.out_features, linear.in_features
+
+
 class LowRank(nn.Module):
-    """The factors A [r, in, ...] and B [out, r] for one linear or convolution layer; B starts at zero, so the output is
-    unchanged at first.
-    """
+    """The factors A [r, in] and B [out, r] of one linear layer; B starts at zero: the output is unchanged at first."""
 
     def __init__(
         self,
@@ -52,34 +59,25 @@ class LowRank(nn.Module):
         initialises a linear layer.
         """
         super().__init__()
-        weight: Tensor = layer.weight  # ty: ignore[invalid-assignment]
-        if weight.ndim not in (2, 4):
-            raise ValueError(
-                f"LoRA needs a linear or 2-D convolution layer, this one has a weight of shape {tuple(weight.shape)}."
-            )
-        shape, bound = (rank, *weight.shape[1:]), float(weight[0].numel()) ** -0.5
+        rows, columns = sizes(layer)
+        device = torch.as_tensor(module_of(layer).weight).device
+        shape, bound = (rank, columns), float(columns) ** -0.5
         if deviation is None:
             down = torch.rand(shape, generator=generator) * 2 * bound - bound
         else:
             down = torch.randn(shape, generator=generator) * deviation
-        self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.scale = (rank if alpha is None else alpha) / rank
-        self.stride, self.padding = getattr(layer, "stride", 1), getattr(layer, "padding", 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if self.down.ndim == 2:
-            return self.scale * F.linear(F.linear(x, down), up)
-        hidden = F.conv2d(x, down, stride=self.stride, padding=self.padding)
-        return self.scale * F.conv2d(hidden, up[:, :, None, None])
+        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
     def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The factors under ComfyUI's LoRA names; path is the layer's path in the model. values: "up" and "down" to use
         instead of the current ones."""
         up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
-        up = up if down.ndim == 2 else up[:, :, None, None]
         alpha = torch.tensor(self.scale * down.shape[0])
         named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
@@ -115,15 +113,54 @@ def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) 
         yield
 
 
-# The usual default targets in the UNet and in CLIP; at rank 16 that is 3.2 M and 1.2 M parameters for SD1.x.
-UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_PREFIX = "text_encoders."  # name prefix of a text encoder's parameters
-TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION, ALL = "attention", "all"  # which layers of a network get a LoRA
+LAYERS = (ATTENTION, ALL)
 
 
-def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = UNET_LAYERS) -> dict[str, nn.Module]:
-    """The query, key, value and output projections in a module, by path."""
-    return {f"{prefix}.{name}": part for name, part in module.named_modules() if name.endswith(ends)}
+def _counts_heads(part: nn.Module) -> bool:
+    """Whether a module divides its channels among attention heads."""
+    return any("head" in name and type(value) is int for name, value in vars(part).items())
+
+
+def _is_linear(part: nn.Module) -> bool:
+    """Also of a quantised layer, which need not be torch's."""
+    return all(type(getattr(part, name, None)) is int for name in ("in_features", "out_features"))
+
+
+def attention_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The projections of every attention in a module, whatever their names, by path: the linear layers directly in the
+    innermost modules that count heads. In SD1.x at rank 16 that is 3.2 M parameters, in its text encoder 1.2 M.
+    """
+    layers: dict[str, nn.Module] = {}
+
+    def add(owner: nn.Module, path: str) -> None:
+        for name, part in owner.named_children():
+            if _is_linear(part):
+                layers[f"{path}.{name}"] = part
+            elif isinstance(part, (nn.Sequential, nn.ModuleList)):
+                add(part, f"{path}.{name}")
+
+    for path, part in module.named_modules():
+        _self, *below = part.modules()
+        if path and _counts_heads(part) and not any(map(_counts_heads, below)):
+            add(part, f"{prefix}.{path}")
+    return layers
+
+
+def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict[str, nn.Module]:
+    """The linear layers of the blocks of a network, by path: those of its attention, or all of them. Blocks are what
+    stands in a list at the top level and contains attention; embedders and refiners of the prompt do not.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, blocks in network.named_children():
+        if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+            continue
+        path = f"{prefix}.{name}"
+        attention = attention_layers(blocks, path)
+        linear = {f"{path}.{below}": part for below, part in blocks.named_modules() if _is_linear(part)}
+        layers |= linear if attention and kind == ALL else attention
+    return layers
 
 
 def new_adapters(

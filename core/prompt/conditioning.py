@@ -1,28 +1,48 @@
-"""Insert learned token embeddings into a CONDITIONING: a list of [token embeddings [B, 77 * k, d], dict of options].
+"""Insert learned token embeddings into a CONDITIONING: a list of [token embeddings [B, N, d], dict of options].
 
-Applying a learned embedding only replaces the last n token embeddings of a prompt. They must match the text encoder's
-width, and the prompt must end in at least n padding tokens, or words are lost.
+Where the text encoder pads its prompts, a learned embedding replaces the last n token embeddings; the prompt must end
+in at least n padding tokens, or words are lost. Other encoders (most language models) end a prompt with its last word
+or with a template's suffix, and the embedding is appended. Its width must be the text encoder's.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .windows import Conditioning, PercentRange, step_wise
 
 log = logging.getLogger("likeness")
 TAIL = "likeness.tail"  # option of a prompt: the token embeddings that a learned embedding has inserted
+MASK = "attention_mask"  # option of a prompt: which of its tokens the model looks at, [1, N]
+Placement = Literal["tail", "append"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+TAIL_OF_PADDING, APPENDED = PLACEMENTS
 CHUNK = 77  # tokens in one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
 
 
 def with_tail(context: Tensor, h: Tensor) -> Tensor:
     """[c, h]: context [B, tokens, d] with its last n tokens replaced by h [n, d]."""
     return torch.cat([context[:, : -h.shape[0]], h.to(context).expand(context.shape[0], -1, -1)], dim=1)
+
+
+def with_room(conditioning: Conditioning, tokens: int, placement: Placement) -> Conditioning:
+    """The same prompts with the last `tokens` of each to be replaced: its padding, or zeros appended to it. The model
+    looks at them even if it does not look at padding.
+    """
+    more = tokens if placement == APPENDED else 0
+    prompts = []
+    for context, options in conditioning:
+        mask = options.get(MASK)
+        if mask is not None and mask.ndim == 2:
+            mask = F.pad(mask[:, : mask.shape[1] - tokens + more], (0, tokens), value=1)
+        prompts.append([F.pad(context, (0, 0, 0, more)), options if mask is None else {**options, MASK: mask}])
+    return prompts
 
 
 def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
@@ -70,7 +90,11 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
 
 
 def apply_embedding(
-    conditioning: Conditioning, rows: Tensor, scale: float, windows: Sequence[PercentRange] = ()
+    conditioning: Conditioning,
+    rows: Tensor,
+    scale: float,
+    windows: Sequence[PercentRange] = (),
+    placement: Placement = TAIL_OF_PADDING,
 ) -> Conditioning:
     """A new conditioning whose last n tokens are scale * rows [T, n, d]; areas, masks and time windows are unchanged.
 
@@ -86,15 +110,17 @@ def apply_embedding(
         if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
             content = "nothing" if text is None else f"rows of width {text.shape[-1]}"
             raise ValueError(
-                f"The embedding has width {rows.shape[-1]}, the prompt {content}: it belongs to another model family. "
-                "Widths are 768 (SD1.x), 1024 (SD2.x) and 2048 (SDXL)."
+                f"The embedding has width {rows.shape[-1]}, the prompt {content}: it belongs to another model family, "
+                "encode the prompt with the text encoder that the embedding was trained with."
             )
     if scale == 0.0:
         return [[text, options.copy()] for text, options in conditioning]
-    check_room(conditioning, rows.shape[1])
+    if placement == TAIL_OF_PADDING:
+        check_room(conditioning, rows.shape[1])
+        for text, options in conditioning:
+            _check_tail(text, options.get(TAIL))
     applied: Conditioning = []
-    for text, options in conditioning:
-        _check_tail(text, options.get(TAIL))
+    for text, options in with_room(conditioning, rows.shape[1], placement):
         contexts = [with_tail(text, scale * step_rows) for step_rows in rows]
         entry = [[contexts[0], options.copy()]]
         applied += entry if len(contexts) == 1 else step_wise(entry, contexts, windows)
@@ -147,11 +173,11 @@ def detached(value: Any) -> Any:
 
 
 def start_rows(context: Tensor, empty: Tensor | None, tokens: int) -> Tensor:
-    """The initial token embeddings [n, d]: the source prompt's padding, or the empty prompt's (HiFi Tuner phi_s)."""
+    """The initial token embeddings [n, d]: the source prompt's last ones, or the empty prompt's (HiFi Tuner phi_s)."""
     source = context if empty is None else empty
     if source.shape[-1] != context.shape[-1]:
         raise ValueError(
             f"The empty prompt has width {source.shape[-1]}, the source prompt {context.shape[-1]}: use one "
             "text encoder."
         )
-    return torch.as_tensor(source[0, -tokens:]).clone()
+    return source[0][torch.arange(-tokens, 0) % source.shape[1]]  # again from the end where there are fewer

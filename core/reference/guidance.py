@@ -133,7 +133,7 @@ class ReferenceGuide(Fit):
         denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()
         last = (self.step + 1) % self.settings.inner_steps == 0
         with rollback_on_interrupt(self.optimizer):
-            self.descend(loss, self.phi_h, may_vanish=True)
+            self.descend(loss, self.phi_h)
             if last:
                 with torch.no_grad():
                     eps_h = predicted_noise(self.unguided, x, sigma, self.phi_h)

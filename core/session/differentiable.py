@@ -12,12 +12,13 @@ from .weights import fixed_clone
 
 
 def decode(vae: Any, samples: Tensor) -> Tensor:
-    """Images [B, H, W, 3], not clamped, from samples [B, C, h, w] in a LATENT's scale. Call only inside of a
-    session that has loaded the VAE.
+    """Images [B, H, W, 3], not clamped, from samples [B, C, h, w] (or [B, C, 1, h, w]) in a LATENT's scale. Call only
+    inside of a session that has loaded the VAE.
 
     Not vae.decode(): it clamps, which has no gradient at saturated pixels, and silently falls back to tiled decoding.
     """
     pixels = vae.first_stage_model.decode(samples.to(vae.device, vae.vae_dtype)).float()
+    pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
     return ((pixels + 1.0) / 2.0).movedim(1, -1)
 
 

@@ -108,7 +108,9 @@ def subject_mask(mask: Tensor, name: str = "mask") -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The training data: latent [B, C, h, w] as in a LATENT; mask [B or 1, 1, h, w] of ones and zeros, or None."""
+    """The training data: latent [B, C, h, w] (video models: [B, C, 1, h, w]) as in a LATENT; mask [B or 1, 1, h, w]
+    (likewise) of ones and zeros, or None.
+    """
 
     latent: Tensor
     mask: Tensor | None
@@ -125,24 +127,14 @@ class ImageSource:
 
     def encoded(self, model: Any) -> TrainingImages:
         """The training images, checked against the model; ValueError says what is missing or does not fit."""
-        samples = self._samples()
-        channels = model.get_model_object("latent_format").latent_channels
-        if getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2:
-            raise ValueError(
-                f"This model's latents have a time axis, the latent is {tuple(samples.shape)}, expected is a model of "
-                "single images: this node cannot learn from or invert images with a video model's latents yet."
-            )
-        if getattr(samples, "is_nested", False) or samples.ndim != 4 or samples.shape[1] != channels:
-            shape = "a video or nested latent" if getattr(samples, "is_nested", False) else tuple(samples.shape)
-            raise ValueError(
-                f"The latent is {shape}, the model expects images [batch, {channels}, height, width]: use its own VAE."
-            )
+        samples = image_latents(model, self._samples())
         if not bool(torch.isfinite(samples).all()):
             raise ValueError("The latent holds NaN or infinite numbers: encode the image again, with the VAE in fp32.")
         samples, size = samples.float().cpu(), (samples.shape[-2], samples.shape[-1])
         if self.mask is None:
             return TrainingImages(samples, None)
-        return TrainingImages(samples, latent_mask(checked_mask(self.mask, len(samples), size, subject=True), *size))
+        mask = latent_mask(checked_mask(self.mask, len(samples), size, subject=True), *size)
+        return TrainingImages(samples, as_latent(mask, samples))
 
     def _samples(self) -> Tensor:
         if (self.latent is None) == (self.image is None):
@@ -155,7 +147,39 @@ class ImageSource:
             raise ValueError(
                 "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the image to a LATENT."
             )
-        return self.vae.encode(self.image[..., :3])
+        images = self.image[..., :3]
+        if getattr(self.vae, "latent_dim", 2) == 2:
+            return self.vae.encode(images)
+        return torch.cat([self.vae.encode(image[None]) for image in images])  # together they would be a video
+
+
+def image_latents(model: Any, samples: Tensor) -> Tensor:
+    """Latents of images with the number of axes that the model's have: those of video models have frames, here one.
+
+    ValueError for latents of another model, or of a video.
+    """
+    latent_format = model.get_model_object("latent_format")
+    channels, axes = latent_format.latent_channels, getattr(latent_format, "latent_dimensions", 2)
+    nested = getattr(samples, "is_nested", False)
+    if not nested and axes == 3 and samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if nested or samples.ndim != 2 + axes or samples.shape[1] != channels:
+        shape = "nested, of several media" if nested else tuple(samples.shape)
+        frame = ", 1" if axes == 3 else ""
+        raise ValueError(
+            f"The latent is {shape}, the model expects [batch, {channels}{frame}, height, width] for images: use its "
+            "own VAE."
+        )
+    if axes == 3 and samples.shape[2] != 1:
+        raise ValueError(
+            f"The latent holds a video of {samples.shape[2]} frames, expected images of one: encode a single image."
+        )
+    return samples
+
+
+def as_latent(mask: Tensor, latent: Tensor) -> Tensor:
+    """A mask [B, 1, h, w] with as many axes as a latent."""
+    return mask.unsqueeze(2) if latent.ndim == 5 else mask
 
 
 def check_vae(model: Any, vae: Any) -> None:

@@ -58,4 +58,4 @@ def sample_image(
     samples = comfy.sample.sample(
         model, noise, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
     )
-    return vae.decode(samples)
+    return vae.decode(samples).flatten(0, -4)  # a video VAE's images have frames

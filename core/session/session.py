@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.conds
 import comfy.model_management as mm
 import comfy.samplers
 import torch
@@ -21,6 +20,7 @@ from ..prompt.conditioning import Conditioning, detached
 from . import sampling
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .weights import (
+    calls,
     check_fully_loaded,
     checkpointed,
     drop_all_guidance,
@@ -48,12 +48,16 @@ class GuiderDenoiser:
         self,
         guider: Any,
         extra_args: dict[str, Any],
+        x0: Tensor,
         leaves: dict[str, nn.Parameter] | None = None,
         role: str = "positive",
     ) -> None:
-        """leaves: the weights that the session trains, by name. role: the name of the prompt in the guider."""
-        self._guider, self._extra_args, self._role = guider, extra_args, role
+        """x0: the latent of the run. leaves: the weights that the session trains, by name. role: the name of the prompt
+        in the guider.
+        """
+        self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, role
         self.leaves = leaves or {}
+        self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
         self._entry = guider.conds[role][0]
         self._sampling = guider.inner_model.model_sampling
         self._as_noise = not sampling.objective(self._sampling)
@@ -80,35 +84,32 @@ class GuiderDenoiser:
             options = extra_args["model_options"]
             with_boxes = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
             extra_args = {**extra_args, "model_options": {**options, "transformer_options": with_boxes}}
-        with self._prompt(context, None if pooled is None else self._vector(pooled, x), x.device):
+        texts = {"cross_attn": context, "pooled_output": pooled}
+        changed = {name: value.to(x.device) for name, value in texts.items() if value is not None}
+        with self._prompt(changed, x.detach()):
             return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
 
-    def _vector(self, pooled: Tensor, x: Tensor) -> Tensor | None:
-        """The model's vector conditioning from the text encoder's pooled output; None for models without one."""
-        inputs = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8, **self._entry}
-        inputs |= {"pooled_output": pooled, "device": x.device, "noise": x, "prompt_type": self._role}
-        return self._guider.inner_model.encode_adm(**inputs)
-
     @contextlib.contextmanager
-    def _prompt(self, context: Tensor | None, vector: Tensor | None, device: torch.device) -> Iterator[None]:
-        conds = self._guider.conds
-        model_conds = dict(self._entry["model_conds"])
-        if context is not None:
-            model_conds["c_crossattn"] = model_conds["c_crossattn"]._copy_with(context.to(device))
-        if vector is not None:
-            model_conds["y"] = comfy.conds.CONDRegular(vector.to(device))
-        if context is not None or vector is not None:
-            self._guider.conds = {"positive": [{**self._entry, "model_conds": model_conds}]}
-        else:
-            self._guider.conds = {"positive": conds[self._role]}
+    def _prompt(self, changed: dict[str, Tensor], x: Tensor) -> Iterator[None]:
+        """The prompt with these of its texts changed. The model prepares them as for a sampling (extra_conds): some pad
+        or number the tokens, or send them through layers of their own.
+        """
+        guider, conds = self._guider, self._guider.conds
+        entries = conds[self._role]
+        if changed:
+            prepare = guider.inner_model.extra_conds
+            entries = comfy.samplers.encode_model_conds(
+                prepare, [{**self._entry, **changed}], x, x.device, self._role, latent_image=self._x0
+            )
+        guider.conds = {"positive": entries}
         try:
             yield
         finally:
-            self._guider.conds = conds
+            guider.conds = conds
 
     def of(self, role: str) -> GuiderDenoiser:
         """The same model's predictions for another of the guider's prompts, with everything attached to that prompt."""
-        return GuiderDenoiser(self._guider, self._extra_args, self.leaves, role)
+        return GuiderDenoiser(self._guider, self._extra_args, self._x0, self.leaves, role)
 
     @property
     def model(self) -> nn.Module:
@@ -117,22 +118,8 @@ class GuiderDenoiser:
 
     @property
     def context(self) -> Tensor:
-        """The prompt's token embeddings as the model receives them, [1, tokens, width]."""
-        return self._entry["model_conds"]["c_crossattn"].cond
-
-
-def check_tokens(denoiser: GuiderDenoiser, rows: Tensor) -> None:
-    """RuntimeError when the model changes a prompt's tokens [1, N, d] before it looks at them: learned ones in their
-    place would not be what a sampling with the same prompt gets.
-    """
-    context = denoiser.context.float().cpu()
-    same = context.shape == rows.shape and torch.allclose(context, rows.float().cpu(), rtol=1e-2, atol=1e-2)
-    if not same:
-        raise RuntimeError(
-            f"This model prepares the tokens of a prompt by itself ({tuple(rows.shape)} to {tuple(context.shape)}), "
-            "expected is one that takes them as they are: tokens learned here would have no effect when it is sampled. "
-            "Use another model with this node."
-        )
+        """The prompt's token embeddings as its text encoder made them, [1, tokens, width]."""
+        return self._entry["cross_attn"]
 
 
 class _Body(comfy.samplers.Sampler):
@@ -160,7 +147,7 @@ def predicting(
     drop_sampling_wrappers(clone)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
-    run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args), x0))
+    run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args, x0), x0))
     guider.sample(torch.zeros_like(latent), latent, run, _ends(clone), disable_pbar=True)
 
 
@@ -173,7 +160,8 @@ class Session:
     encoder that also runs. others: further ModelPatchers (a VAE, vision models) that need gradients to their inputs;
     more_memory: bytes they need for that. exact: an fp16 model computes in float32 instead of bf16, for results that
     must match an fp16 sampling. all_weights: every weight of the diffusion model (and of the text encoder) becomes a
-    float32 leaf during the session, in denoiser.leaves.
+    float32 leaf during the session, in denoiser.leaves. learned: the number of the prompt's last tokens that are
+    trained, each of which must have an effect.
     """
 
     model: Any
@@ -186,6 +174,7 @@ class Session:
     more_memory: float = 0.0
     exact: bool = False
     all_weights: bool = False
+    learned: int = 0
 
     def run(self, body: Callable[[GuiderDenoiser, Tensor], None]) -> None:
         """Run body(denoiser, x0); x0 is the latent in the model's own latent space, on the model's device.
@@ -252,8 +241,9 @@ class Session:
                 stack.enter_context(private_skips(guider.inner_model.diffusion_model))
             if self.checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
-            denoiser = GuiderDenoiser(guider, extra_args, leaves)
-            _probe(denoiser, x0[:1])
+            denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
+            with calls(denoiser.called):
+                _probe(denoiser, x0[:1], self.learned)
             yield denoiser
 
     def _modules(self, guider: Any) -> list[nn.Module]:
@@ -284,16 +274,22 @@ def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights:
     return memory
 
 
-def _probe(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+def _probe(denoiser: GuiderDenoiser, x0: Tensor, learned: int) -> None:
     """Two small backward passes before any work: quantised layers and some attention kernels have none; a step cache
     has none in the second.
     """
     middle = denoiser.sigmas.shape[0] // 2
     for number, index in enumerate((middle, middle - 1)):
-        _probe_once(denoiser, x0, denoiser.sigmas[index].to(x0).view(1), again=bool(number))
+        gradient = _probe_once(denoiser, x0, denoiser.sigmas[index].to(x0).view(1), again=bool(number))
+        effective = int(gradient[0, -learned:].any(-1).sum())
+        if effective < learned:
+            raise RuntimeError(
+                f"This model looks at {effective} of the {learned} tokens to be learned (it masks or cuts off the end "
+                "of this prompt), expected is each of them: shorten the prompt, or learn fewer tokens."
+            )
 
 
-def _probe_once(denoiser: GuiderDenoiser, x0: Tensor, sigma: Tensor, again: bool) -> None:
+def _probe_once(denoiser: GuiderDenoiser, x0: Tensor, sigma: Tensor, again: bool) -> Tensor:
     context = denoiser.context.detach().clone().requires_grad_(True)
     try:
         loss = denoiser.denoised(x0, sigma, context).float().square().mean()
@@ -318,3 +314,4 @@ def _probe_once(denoiser: GuiderDenoiser, x0: Tensor, sigma: Tensor, again: bool
             "This model gives no usable gradient to its text rows: load it in bf16 or fp32, and check that the prompt "
             "comes from the model's own text encoder."
         )
+    return context.grad

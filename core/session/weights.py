@@ -62,8 +62,8 @@ def gradients() -> Iterator[None]:
 def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Replace all inference parameters and buffers by equal normal tensors; the originals are restored on exit. Those
-    that are normal ones already collect no gradients meanwhile.
+    """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors; the
+    originals are restored on exit. Those that are normal ones already collect no gradients meanwhile.
 
     Weights that ComfyUI casts in every forward are left alone, since autograd sees only the result of the cast. The
     original objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
@@ -76,6 +76,11 @@ def thawed(
         own = {id(leaf) for leaf in leaves.values()}
         for module in modules:
             dtype = getattr(module, "manual_cast_dtype", None)
+            scales = getattr(getattr(module, "latent_format", None), "__dict__", {})
+            for name, value in dict(scales).items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    replaced.append((scales, name, value))
+                    scales[name] = value.clone()
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
                     for name, value in store.items():
@@ -147,6 +152,16 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
 
 def _copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (inputs[0].clone(), *inputs[1:])
+
+
+@contextlib.contextmanager
+def calls(ids: set[int]) -> Iterator[None]:
+    """Collect the ids of all modules that run."""
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _inputs: ids.add(id(module)))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -68,10 +68,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Prior:
-    """Other images of the subject's class with their own prompt, so that the model does not forget the class."""
+    """Other images of the subject's class with their own prompt, so that the model does not forget the class.
+
+    denoiser: the model with what else that prompt brings (masks, another encoder's tokens); None for the training
+    prompt's.
+    """
 
     samples: Samples
     prompt: Callable[[], Prompt]
+    denoiser: PlacedDenoiser | None = None
 
 
 def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
@@ -129,12 +134,13 @@ class FineTune(Fit):
         box: Tensor | None = None,
         mask: Tensor | None = None,
         recon_weight: float = 0.0,
+        denoiser: PlacedDenoiser | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 1 plus recon_weight times the second term, for one batch; and the denoised estimate."""
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
         inputs = {} if prompt.pooled is None else {"pooled": prompt.pooled}
         inputs |= {} if box is None else {"boxes": box}
-        error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)
+        error, denoised = output_error(denoiser or self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)
         loss = masked_mean(error.float().square(), mask)
         if recon_weight:
             loss = loss + recon_weight * recon_term(denoised, x0, t, self.denoiser.sigmas.shape[0], mask)
@@ -168,7 +174,8 @@ class FineTune(Fit):
         """The prior-preservation term, with its own backward pass so that only one graph is held at a time."""
         x0, box, mask = prior.samples.at(self.step, self.device)
         t, noise = self.draw(prior.samples, generator)
-        loss = self.settings.prior_weight * self.loss(prior.prompt(), x0, t, noise, box, mask)[0]
+        error = self.loss(prior.prompt(), x0, t, noise, box, mask, denoiser=prior.denoiser)[0]
+        loss = self.settings.prior_weight * error
         value = finite_or_raise(loss, self.step, "prior loss")
         loss.backward()
         return value

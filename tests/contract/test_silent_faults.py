@@ -7,9 +7,7 @@ import logging
 import pytest
 import torch
 
-from likeness.core.fit.fit import gradient_or_raise
-from likeness.core.session.session import GuiderDenoiser, check_tokens
-
+from ..tiny_families import families
 from .methods import METHODS, Setting, run_node, sample
 from .test_guidance import other_loader
 
@@ -32,42 +30,40 @@ def padding(setting: Setting, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize("name", ["hiper", "step-wise", "null-text", "reference"])
-def test_a_model_that_changes_the_tokens_is_refused_before_work(name, monkeypatch):
+def test_a_model_that_changes_the_tokens_gets_those_it_is_sampled_with(name, monkeypatch):
     setting = Setting()
+    seen, own = [], setting.model.model.diffusion_model.forward
+
+    def forward(*inputs, context, **more):
+        seen.append(context.shape[1])
+        return own(*inputs, context=context, **more)
+
     padding(setting, monkeypatch)
-    with pytest.raises(RuntimeError, match=r"prepares the tokens of a prompt by itself .* no effect"):
-        METHOD[name].fit(setting)
-
-
-def test_the_tokens_are_those_of_the_prompt():
-    rows = torch.randn(1, 7, 4)
-
-    class Denoiser(GuiderDenoiser):
-        def __init__(self, context: torch.Tensor) -> None:
-            self.given = context
-
-        @property
-        def context(self) -> torch.Tensor:
-            return self.given
-
-    check_tokens(Denoiser(rows.half()), rows)
-    for other in (rows + 1, torch.cat([rows, rows], 1)):
-        with pytest.raises(RuntimeError, match="prepares the tokens"):
-            check_tokens(Denoiser(other), rows)
-
-
-def test_tokens_behind_the_models_mask_are_said():
-    gradient_or_raise(torch.tensor([0.0, 1e-9]), 0)
-    gradient_or_raise(torch.zeros(2), 3)
-    with pytest.raises(RuntimeError, match="get no gradient, expected is a model that looks at the end of a prompt"):
-        gradient_or_raise(torch.zeros(2), 0)
+    monkeypatch.setattr(setting.model.model.diffusion_model, "forward", forward)
+    METHOD[name].fit(setting)
+    assert set(seen) == {setting.source[0][0].shape[1] + 11}
 
 
 @pytest.mark.usefixtures("own_folders")
-def test_latents_with_a_time_axis_are_refused(monkeypatch):
+def test_tokens_that_a_model_cuts_off_are_said_before_work(monkeypatch):
     setting = Setting()
-    monkeypatch.setattr(setting.model.model.latent_format, "latent_dimensions", 3)
-    with pytest.raises(ValueError, match=r"have a time axis, the latent is \(1, 4, 8, 8\), expected is a model"):
+    own = setting.model.model.diffusion_model.forward
+
+    def forward(*inputs, context, **more):
+        return own(*inputs, context=context[:, :-3], **more)
+
+    monkeypatch.setattr(setting.model.model.diffusion_model, "forward", forward)
+    with pytest.raises(RuntimeError, match="looks at 2 of the 5 tokens to be learned .* fewer tokens"):
+        METHOD["hiper"].fit(setting)
+
+
+@pytest.mark.usefixtures("own_folders")
+def test_a_video_is_not_an_image():
+    family = families()["Wan"]
+    setting = Setting()
+    setting.model, setting.source = family.model(), family.prompt(1)
+    setting.latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
+    with pytest.raises(ValueError, match="holds a video of 3 frames, expected images of one: encode a single image"):
         METHOD["hiper"].fit(setting)
 
 

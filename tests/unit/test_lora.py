@@ -6,17 +6,41 @@ import pytest
 import torch
 from torch import nn
 
-from likeness.core.lora.low_rank import Rows, attached_lora, attention_layers, factors, new_adapters
+from likeness.core.lora.low_rank import ALL, Rows, attached_lora, attention_layers, block_layers, factors, new_adapters
+
+NAME = "net.attention.wide.0"
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.wide = 2, nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+        self.narrow, self.norm, self.inner = nn.Linear(5, 6), nn.LayerNorm(6), Modulation()
+
+    def forward(self, x):
+        return self.wide(self.inner.lin(self.norm(self.narrow(x))))
+
+
+class Modulation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.to_q, self.other = nn.Linear(5, 6), nn.Linear(6, 6)
-        self.to_k = nn.Conv2d(6, 4, 3, stride=2, padding=1)
+        self.heads, self.first, self.attention, self.last = 2, nn.Linear(5, 5), Attention(), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.to_k(self.other(self.to_q(x)).movedim(-1, 1))
+        return self.last(self.attention(self.first(x)))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedder, self.blocks = nn.Sequential(nn.Linear(5, 5)), nn.ModuleList([Block()])
+        self.refiner, self.out = Attention(), nn.Linear(4, 4)
 
 
 def block() -> Block:
@@ -36,9 +60,17 @@ def trained(layers) -> dict:
 def test_only_attention_layers_are_chosen_and_nothing_changes_at_first():
     net, x = block(), torch.randn(1, 4, 4, 5, generator=torch.Generator().manual_seed(2))
     layers = attention_layers(net, "net")
-    assert sorted(layers) == ["net.to_k", "net.to_q"]
+    assert sorted(layers) == ["net.attention.narrow", "net.attention.wide.0"]
     with attached_lora(layers, new_adapters(layers, 2, 0)):
         assert torch.equal(net(x), block()(x))
+
+
+def test_the_layers_of_a_network_are_those_of_its_blocks():
+    attention, everything = block_layers(Network(), "net"), block_layers(Network(), "net", ALL)
+    assert sorted(attention) == ["net.blocks.0.attention.narrow", "net.blocks.0.attention.wide.0"]
+    others = ["net.blocks.0.attention.inner.lin", "net.blocks.0.first", "net.blocks.0.last"]
+    assert sorted(everything) == sorted([*attention, *others])
+    assert block_layers(nn.Sequential(nn.Linear(5, 5)), "net", ALL) == {}
 
 
 def test_exported_factors_merged_into_the_weights_give_the_same_output():
@@ -59,12 +91,12 @@ def test_exported_factors_merged_into_the_weights_give_the_same_output():
 def test_an_adapter_is_drawn_from_seed_and_name_alone():
     layers = attention_layers(block(), "net")
     state = torch.get_rng_state()
-    all_of_them, alone = new_adapters(layers, 2, 0), new_adapters({"net.to_k": layers["net.to_k"]}, 2, 0)
-    assert torch.equal(all_of_them["net.to_k"].down, alone["net.to_k"].down)
+    all_of_them, alone = new_adapters(layers, 2, 0), new_adapters({NAME: layers[NAME]}, 2, 0)
+    assert torch.equal(all_of_them[NAME].down, alone[NAME].down)
     other = new_adapters(layers, 2, 1)
-    assert not torch.equal(all_of_them["net.to_k"].down, other["net.to_k"].down)
+    assert not torch.equal(all_of_them[NAME].down, other[NAME].down)
     assert torch.equal(state, torch.get_rng_state())
-    assert sorted(factors(alone)) == ["net.to_k.down", "net.to_k.up"]
+    assert sorted(factors(alone)) == [f"{NAME}.down", f"{NAME}.up"]
     assert all(value.requires_grad and value.dtype == torch.float32 for value in factors(alone).values())
 
 
@@ -81,8 +113,8 @@ def test_factors_stay_in_float32_and_the_output_keeps_its_precision():
 
 
 def test_a_layer_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="linear or 2-D convolution"):
-        new_adapters({"x": nn.LayerNorm(4)}, 2, 0)
+    with pytest.raises(ValueError, match="needs a linear layer"):
+        new_adapters({"x": nn.Conv2d(4, 4, 1)}, 2, 0)
 
 
 def test_adapters_of_some_rows_of_a_layer_are_those_of_the_weight_merged_in_rows():

@@ -7,28 +7,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...fit.fit import Fit, curve
 from ...fit.runs import digest
 from ...fit.train import Result
-from ...prompt.conditioning import Conditioning, detached
+from ...prompt.conditioning import Conditioning, Placement, detached, with_room
 from ...prompt.windows import windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
-from ...session.session import GuiderDenoiser, Session, check_tokens
+from ...session.session import GuiderDenoiser, Session
 from ..artifact import Embedding
 from ..hifi_tuner import Regularizer, StepWise, StepWiseSettings
-from .train import RegularizerOptions, source_rows
+from .train import RegularizerOptions, key_part, source_rows
 
 METHOD = "hifi tuner, step-wise"
 
 
 @dataclass(frozen=True)
 class RefiningJob(Job):
-    """Algorithm 1. rows [1, N, d] of the source prompt; start [1, n, d] of the embedding; sigmas [T + 1]."""
+    """Algorithm 1. start [1, n, d] of the embedding; sigmas [T + 1]."""
 
     method: ClassVar[str] = METHOD
 
@@ -36,7 +37,7 @@ class RefiningJob(Job):
     positive: Conditioning
     images: TrainingImages
     settings: StepWiseSettings
-    rows: Tensor
+    placement: Placement
     start: Tensor
     sigmas: Tensor
     regularizer: Regularizer | None = None
@@ -49,19 +50,22 @@ class RefiningJob(Job):
         attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = None if self.regularizer is None else asdict(self.regularizer)
         what = [self.method, asdict(self.settings), self.base, attached]
-        return digest([*what, self.start, self.sigmas, asdict(self.images), regularizer, *self.objective.values()])
+        what += [self.start, self.sigmas, asdict(self.images), regularizer]
+        return digest([*what, *self.objective.values(), *key_part(self.placement)])
 
     def session(self) -> Session:
-        return Session(self.model, self.positive, self.images.latent)
+        tokens = self.start.shape[1]
+        prompt = with_room(self.positive, tokens, self.placement)
+        return Session(self.model, prompt, self.images.latent, learned=tokens)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        check_tokens(denoiser, self.rows)
-        context, start, mask = detached([self.rows, self.start[0], self.images.mask])
+        start, mask = detached([self.start[0], self.images.mask])
         mask = None if mask is None else mask.to(x0.device)
         regularizer = None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
         levels = self.sigmas[:-1].tolist()
-        fit = StepWise(denoiser, x0, context.to(x0.device), start, levels, self.settings, regularizer, mask)
+        context = denoiser.context.to(x0.device, torch.float32)
+        fit = StepWise(denoiser, x0, context, start, levels, self.settings, regularizer, mask)
         yield fit, lambda: {"": fit.rows()}
 
     def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
@@ -74,6 +78,7 @@ class RefiningJob(Job):
             "settings": {**before, "refined": refined, "sigmas": self.sigmas.tolist()},
             "losses": curve(losses),
             "windows": windows(self.sigmas.tolist(), sampling.percent_to_sigma),
+            "placement": self.placement,
         }
 
 
@@ -105,14 +110,14 @@ def refine_embedding(
     start = embedding.at(step)
     if len(start) != 1:
         raise ValueError(f"The embedding has rows for {len(start)} denoising steps already: connect the one before.")
-    rows, _ = source_rows(positive, None, embedding.tokens)
+    rows, _ = source_rows(positive, None, embedding.tokens, embedding.placement)
     if rows.shape[-1] != embedding.width:
         raise ValueError(
             f"The embedding has width {embedding.width}, the prompt {rows.shape[-1]}: use the prompt and the text "
             "encoder that it was trained with."
         )
     regularizer = None if options is None else options.build(rows, embedding.tokens)
-    job = RefiningJob(model, positive, images, settings, rows, start, sigmas, regularizer)
+    job = RefiningJob(model, positive, images, settings, embedding.placement, start, sigmas, regularizer)
     finished = run(job, node_id)
     header = job.header(embedding.header.get("settings", {}), finished.losses)
     return Embedding({step or embedding.recommended_step: finished.last[""]}, header), finished.losses

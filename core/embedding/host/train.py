@@ -17,21 +17,25 @@ from ...fit.runs import digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
     CHUNK,
+    TAIL_OF_PADDING,
     Conditioning,
+    Placement,
     apply_embedding,
     check_room,
     detached,
     padding_rows,
     single_prompt,
     start_rows,
+    with_room,
     without_tail,
 )
+from ...prompt.host.placement import placement_for
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
 from ...session.sampling import sample_image
-from ...session.session import GuiderDenoiser, Session, check_tokens
+from ...session.session import GuiderDenoiser, Session
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
@@ -76,12 +80,15 @@ class TrainingPrompts:
     regularizer: RegularizerOptions | None = None
 
 
-def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int) -> tuple[Tensor, Tensor]:
-    """The source prompt's token embeddings [1, N, d] and the initial tokens [n, d]; ValueError for a prompt without n
-    padding tokens.
+def source_rows(
+    positive: Conditioning, empty: Conditioning | None, tokens: int, placement: Placement
+) -> tuple[Tensor, Tensor]:
+    """The source prompt's token embeddings [1, N, d] and the initial tokens [n, d]; ValueError for a padded prompt
+    without n padding tokens.
     """
     rows = single_prompt(positive, "source prompt").detach().float().cpu()
-    check_room(positive, tokens)
+    if placement == TAIL_OF_PADDING:
+        check_room(positive, tokens)
     if padding_rows(rows, positive[0][1].get("pooled_output")) == CHUNK - 2:
         log.warning("The source prompt is empty: describe the image plainly in it, as HiPer does.")
     start = None if empty is None else single_prompt(empty, "empty prompt").detach().float().cpu()
@@ -90,7 +97,7 @@ def source_rows(positive: Conditioning, empty: Conditioning | None, tokens: int)
 
 @dataclass(frozen=True)
 class EmbeddingJob(Job):
-    """HiPer's training, or HiFi Tuner's with a regularizer. rows [1, N, d] of the source prompt; start [n, d]."""
+    """HiPer's training, or HiFi Tuner's with a regularizer. start [n, d]: the initial tokens."""
 
     method: ClassVar[str] = METHOD
 
@@ -99,7 +106,7 @@ class EmbeddingJob(Job):
     images: TrainingImages
     settings: hiper.HiPerSettings
     schedule: Schedule
-    rows: Tensor
+    placement: Placement
     start: Tensor
     regularizer: Regularizer | None = None
 
@@ -115,17 +122,19 @@ class EmbeddingJob(Job):
         attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
-        return digest([*what, attached, self.start, asdict(self.images), *regularizer, *self.objective.values()])
+        what += [attached, self.start, asdict(self.images), *regularizer]
+        return digest([*what, *self.objective.values(), *key_part(self.placement)])
 
     def session(self) -> Session:
-        return Session(self.model, self.positive, self.images.latent)
+        tokens = len(self.start)
+        prompt = with_room(self.positive, tokens, self.placement)
+        return Session(self.model, prompt, self.images.latent, learned=tokens)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        check_tokens(denoiser, self.rows)
-        context, start, mask = detached([self.rows, self.start, self.images.mask])
+        start, mask = detached([self.start, self.images.mask])
         mask = None if mask is None else mask.to(x0.device)
-        inputs = (denoiser, x0, context.to(x0.device), start, self.settings)
+        inputs = (denoiser, x0, denoiser.context.to(x0.device, torch.float32), start, self.settings)
         if self.regularizer is None:
             fit = hiper.HiPer(*inputs, mask)
         else:
@@ -139,7 +148,13 @@ class EmbeddingJob(Job):
         if self.regularizer is not None:
             settings |= {"anchor_weight": self.regularizer.weight, "decoupled": self.regularizer.decoupled}
         method = METHOD if self.regularizer is None else METHOD_REGULARIZED
-        return {"method": method, "base": self.base, "settings": settings, "losses": curve(losses)}
+        header = {"method": method, "base": self.base, "settings": settings, "losses": curve(losses)}
+        return {**header, "placement": self.placement}
+
+
+def key_part(placement: Placement) -> list[str]:
+    """Of a run's key; nothing where stored runs have nothing."""
+    return [] if placement == TAIL_OF_PADDING else [placement]
 
 
 def train_embedding(
@@ -152,14 +167,16 @@ def train_embedding(
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
     """Train an embedding, resuming or reusing a stored run; returns it and the loss of every step."""
-    rows, initial = source_rows(positive, prompts.empty, settings.tokens)
+    single_prompt(positive, "source prompt")
+    placement = placement_for(model, positive)
+    rows, initial = source_rows(positive, prompts.empty, settings.tokens, placement)
     if prompts.target is not None:
-        apply_embedding(prompts.target, initial[None], hiper.SCALE)
+        apply_embedding(prompts.target, initial[None], hiper.SCALE, (), placement)
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
     regularizer = None if prompts.regularizer is None else prompts.regularizer.build(rows, settings.tokens)
-    job = EmbeddingJob(model, positive, images, settings, schedule, rows, initial, regularizer)
+    job = EmbeddingJob(model, positive, images, settings, schedule, placement, initial, regularizer)
     finished = run(job, node_id)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
@@ -191,9 +208,9 @@ def preview_images(
     prompts = [] if target is None else [target]
     source = without_tail(source)  # the learned tokens replace those they started from
     for _, rows in sorted(embedding.rows.items()):
-        prompts.append(apply_embedding(source, rows, 1.0))
+        prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
         if target is not None:
-            prompts.append(apply_embedding(target, rows, hiper.SCALE))
+            prompts.append(apply_embedding(target, rows, hiper.SCALE, (), embedding.placement))
     size = (1, *shape[1:])
 
     def sample(prompt: Conditioning) -> Tensor:

@@ -18,7 +18,7 @@ from ...prompt.windows import step_wise, windows
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.job import Job, run
-from ...session.session import GuiderDenoiser, Session, check_tokens
+from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..null_text import Method, NullText, NullTextSettings, Start
 from ..trajectory import Trajectory
@@ -101,7 +101,6 @@ class NullTextJob(Job):
         parts = detached([self.trajectory.latents, self.trajectory.sigmas, self.first[0][0]])
         latents, sigmas, null = (part.to(x0.device).float() for part in parts)
         unguided = denoiser.of("negative")
-        check_tokens(unguided, self.first[0][0])
         fit = NullText(denoiser, latents, sigmas, denoiser.context, null, self.settings, unguided)
 
         def result() -> Result:

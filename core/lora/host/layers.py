@@ -1,24 +1,21 @@
-"""The layers of a MODEL and a CLIP that a likeness optimisation trains, and their names in files.
+"""The layers of a MODEL and a CLIP that get a LoRA, and their names in files.
 
-Fine-tuning chooses its own, in sine/host/fine_tune.py; both begin with the names in low_rank.py.
-
-Both stock LoRA loaders and diffusers can read these names: for UNets those of common training scripts
-("lora_unet_..."), for transformers those of diffusers ("transformer....lora_A"). ComfyUI's own maps between the two
-give the corresponding layers, and the rows of fused layers.
+Which layers a network has is asked of its structure (low_rank.py), and ComfyUI's own paths are their names, which its
+loader reads for every model. A likeness optimisation writes the names that diffusers reads too, where ComfyUI has a map
+to them: for UNets those of common training scripts ("lora_unet_..."), for FLUX.1 those of diffusers
+("transformer....lora_A"), with the rows of fused layers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-import comfy.model_base
 import comfy.utils
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from ..low_rank import TEXT_LAYERS, TEXT_PREFIX, UNET_LAYERS, Layer, LowRank, Rows
+from ..low_rank import ATTENTION, TEXT_PREFIX, Layer, LowRank, Rows, attention_layers, block_layers, module_of, sizes
 
 # In FLUX's double-stream and single-stream blocks (SISO's script; in the latter the suffixes match only q, k, v).
 FLUX_LAYERS = (
@@ -26,8 +23,10 @@ FLUX_LAYERS = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
+FLUX_OPTIONAL = ("guidance_in.", "pos_embed_input.")  # of guidance-distilled models, of ControlNets
 ENCODERS = ("clip_l", "clip_g", "clip_h")  # ComfyUI's names for the CLIP text encoders
-MODEL_PREFIX = "diffusion_model."
+NETWORK = "diffusion_model"
+MODEL_PREFIX = f"{NETWORK}."
 
 
 @runtime_checkable
@@ -47,7 +46,7 @@ class LoraLayers:
 
     def numbers(self, rank: int) -> int:
         """Number of parameters of a LoRA of this rank."""
-        return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in map(_shape, self.layers.values()))
+        return sum(rank * sum(sizes(layer)) for layer in self.layers.values())
 
     def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors. values: the factors, by "<key>.up" and "<key>.down"."""
@@ -59,53 +58,79 @@ class LoraLayers:
         return tensors
 
 
-def _shape(layer: Layer) -> Size:
-    if isinstance(layer, Rows):
-        return Size([layer.count, *_shape(layer.layer)[1:]])
-    return layer.state_dict()["weight"].shape  # the full weight's shape, also for quantised layers
-
-
-def trained_layers(base: Any, text: nn.Module | None = None) -> LoraLayers:
-    """The trained layers of a ComfyUI model (a MODEL's .model) and, if given, of a text encoder (a CLIP's
-    cond_stage_model).
-
-    ValueError when one of them has no layers known to the pack.
-    """
-    unet = cast(nn.Module, base.diffusion_model)
-    peft = True
-    if isinstance(base, HasLoraLayers):
-        by_name: dict[str, Layer] = dict(base.lora_layers())
-    elif isinstance(base, comfy.model_base.Flux) and base.model_config.unet_config.get("image_model") == "flux":
-        by_name = _flux(unet, base.model_config.unet_config)
-    else:
-        by_name, peft = _unet(unet, base.model_config.unet_config), False
-    if not by_name:
+def network_layers(base: Any, kind: str = ATTENTION) -> dict[str, nn.Module]:
+    """The linear layers of a ComfyUI model (a MODEL's .model) to train, by ComfyUI's paths; ValueError for none."""
+    layers = block_layers(cast(nn.Module, base.diffusion_model), NETWORK, kind)
+    if not layers:
         raise ValueError(
-            f"No attention layers that a LoRA of this pack knows are in this {type(base.model_config).__name__} "
-            "model: use SD1.x, SD2.x, SDXL, FLUX.1 or Sana."
+            f"The blocks of this {type(base.model_config).__name__} model hold no attention made of linear layers, "
+            "expected by a LoRA: train full weights, or use another file of the model (not fused or compiled)."
         )
+    return layers
+
+
+def trained_layers(base: Any, text: nn.Module | None = None, kind: str = ATTENTION) -> LoraLayers:
+    """The layers that a likeness optimisation trains of a ComfyUI model and, if given, of a text encoder (a CLIP's
+    cond_stage_model). ValueError when one of them has none.
+    """
+    by_name, peft = _published(base) if kind == ATTENTION else ({}, False)
     names = {MODEL_PREFIX + name: name for name in by_name}
-    layers = {MODEL_PREFIX + name: layer for name, layer in by_name.items()}
+    layers: dict[str, Layer] = {MODEL_PREFIX + name: layer for name, layer in by_name.items()}
+    if not by_name:
+        layers |= network_layers(base, kind)
+        names = {name: name for name in layers}
     for name, layer in ({} if text is None else _text(text, peft)).items():
         names[TEXT_PREFIX + name], layers[TEXT_PREFIX + name] = name, layer
     return LoraLayers(layers, names, peft)
 
 
+def check_run(network: nn.Module, layers: Mapping[str, Layer], called: Collection[int]) -> None:
+    """RuntimeError for layers whose weights a network uses without running them: nothing can be added to their output.
+
+    called: the ids of the modules that ran in a prediction.
+    """
+    owners = {id(part): owner for owner in network.modules() for part in owner.children()}
+    ids = {name: id(module_of(layer)) for name, layer in layers.items()}
+    fused = [name for name, key in ids.items() if key in owners and key not in called and id(owners[key]) in called]
+    if fused:
+        raise RuntimeError(
+            f"{len(fused)} of the {len(layers)} layers to be trained, such as '{fused[0]}', are fused with others in "
+            "this model, expected are layers that run by themselves: connect the model before the node that fuses "
+            "them, or load another file of it."
+        )
+
+
+def _published(base: Any) -> tuple[dict[str, Layer], bool]:
+    """The layers that the methods' own scripts train, by names that diffusers reads too, and whether these are PEFT's;
+    nothing where there are no such names.
+    """
+    network, config = cast(nn.Module, base.diffusion_model), base.model_config.unet_config
+    if isinstance(base, HasLoraLayers):
+        return dict(base.lora_layers()), True
+    if "num_res_blocks" in config:
+        return _unet(network, config), False
+    keys = comfy.utils.flux_to_diffusers(config) if "depth_single_blocks" in config else {}
+    targets = [target[0] if isinstance(target, tuple) else target for target in keys.values()]
+    known = network.state_dict().keys()
+    if keys and all(target in known or target.startswith(FLUX_OPTIONAL) for target in targets):
+        return _flux(network, keys), True
+    return {}, False
+
+
 def _unet(unet: nn.Module, config: dict[str, Any]) -> dict[str, Layer]:
-    parts = dict(unet.named_modules())
+    attention = block_layers(unet, NETWORK)
     layers: dict[str, Layer] = {}
-    keys = comfy.utils.unet_to_diffusers(config) if "num_res_blocks" in config else {}
-    for diffusers_name, comfy_name in keys.items():
-        diffusers_name, comfy_name = diffusers_name.removesuffix(".weight"), comfy_name.removesuffix(".weight")
-        if diffusers_name.endswith(UNET_LAYERS) and comfy_name in parts:
-            layers["lora_unet_" + diffusers_name.replace(".", "_")] = parts[comfy_name]
+    for diffusers_name, comfy_name in comfy.utils.unet_to_diffusers(config).items():
+        layer = attention.get(MODEL_PREFIX + comfy_name.removesuffix(".weight"))
+        if layer is not None and comfy_name.endswith(".weight"):
+            layers["lora_unet_" + diffusers_name.removesuffix(".weight").replace(".", "_")] = layer
     return layers
 
 
-def _flux(flux: nn.Module, config: dict[str, Any]) -> dict[str, Layer]:
+def _flux(flux: nn.Module, keys: dict[str, Any]) -> dict[str, Layer]:
     parts = dict(flux.named_modules())
     layers: dict[str, Layer] = {}
-    for name, target in comfy.utils.flux_to_diffusers(config).items():
+    for name, target in keys.items():
         name, end = name.rpartition(".")[::2]
         if end == "weight" and name.endswith(FLUX_LAYERS):
             key, rows = target if isinstance(target, tuple) else (target, None)  # rows: (dimension, start, count)
@@ -125,8 +150,8 @@ def _text(encoder: nn.Module, peft: bool) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for index, name in enumerate(clips, 1):
         number = f"{index}" if len(clips) > 1 else ""
-        for path, part in getattr(encoder, name).transformer.named_modules():
-            if path.endswith(TEXT_LAYERS):
-                kohya = f"lora_te{number}_" + path.replace(".", "_")
-                layers[f"text_encoder.{path}" if peft else kohya] = part
+        for path, part in attention_layers(getattr(encoder, name).transformer, name).items():
+            path = path.removeprefix(f"{name}.")
+            kohya = f"lora_te{number}_" + path.replace(".", "_")
+            layers[f"text_encoder.{path}" if peft else kohya] = part
     return layers

@@ -20,10 +20,10 @@ from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
 from ...prompt.windows import active_entries, windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
-from ...session.images import checked_mask
+from ...session.images import as_latent, checked_mask
 from ...session.job import Job, run
 from ...session.sampling import noisy_start
-from ...session.session import GuiderDenoiser, Session, check_tokens
+from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import Reference, ReferenceGuide, ReferenceSettings
 
@@ -97,7 +97,6 @@ class ReferenceJob(Job):
         start, latents, sigmas, null, mask = (detached(part).to(x0) for part in parts)
         contexts = [context.to(x0.device) for context in detached(self.contexts)]
         unguided = denoiser.of("negative")
-        check_tokens(unguided, self.negative[0][0])
         reference = Reference(latents, sigmas, mask, self.window)
         fit = ReferenceGuide(denoiser, start, reference, contexts, null, self.settings, unguided)
         if not self.steps:
@@ -183,7 +182,7 @@ def subject_cells(mask: Tensor, latents: Tensor) -> Tensor:
     """The reference subject's mask [1, 1, h, w] at the size of a trajectory's latents, ones and zeros."""
     rows, columns = latents.shape[-2:]
     mask = checked_mask(mask, 1, (rows, columns), empty=ALIGNED, full=ALIGNED)
-    return checked_mask(latent_mask(mask, rows, columns), 1, (rows, columns), full=ALIGNED)[None]
+    return as_latent(checked_mask(latent_mask(mask, rows, columns), 1, (rows, columns), full=ALIGNED)[None], latents[0])
 
 
 def plain_prompt(
@@ -225,7 +224,9 @@ def masked_negative(
         return [[phi, options.copy()]]
 
     def entry(rows: Tensor, start: float, stop: float, where: Tensor | None = None) -> list[Any]:
-        mask_options = {} if where is None else {"mask": where[0], "mask_strength": 1.0, "set_area_to_bounds": False}
+        mask_options = (
+            {} if where is None else {"mask": where.flatten(0, -3), "mask_strength": 1.0, "set_area_to_bounds": False}
+        )
         return [rows, {**options, "start_percent": start, "end_percent": stop, **mask_options}]
 
     entries = [entry(phi, 0.0, begin), entry(phi, begin, end, 1 - mask)]

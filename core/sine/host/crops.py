@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import latent_mask
-from ...session.images import checked_mask
+from ...session.images import as_latent, checked_mask, image_latents
 from ..fine_tune import Samples
 from ..patches import Box, box_of, check_size, cut, resize_to_square
 
@@ -60,7 +60,7 @@ def make_samples(
         # One at a time: in a batch the last bits of a latent depend on its neighbours.
         latents.append(_encode(model, vae, square))
         if patch_mask is not None:
-            latent_masks.append(latent_mask(patch_mask, *latents[-1].shape[-2:]))
+            latent_masks.append(as_latent(latent_mask(patch_mask, *latents[-1].shape[-2:]), latents[-1]))
     return Samples(
         torch.cat(latents),
         torch.tensor(boxes, dtype=torch.int64) if boxes else None,
@@ -78,13 +78,7 @@ def _box(mask: Tensor | None, settings: CropSettings, seed: int, index: int, cel
 
 def _encode(model: Any, vae: Any, pixels: Tensor) -> Tensor:
     """Encode pixels [1, 3, H, W] to a latent [1, C, h, w] on the CPU; ValueError when the VAE is not the model's."""
-    samples = vae.encode(pixels.movedim(1, -1))
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise ValueError(
-            f"The VAE makes latents {tuple(samples.shape)}, the model expects [batch, {channels}, height, width]: use "
-            "the model's own VAE."
-        )
+    samples = image_latents(model, vae.encode(pixels.movedim(1, -1)))
     if not bool(torch.isfinite(samples).all()):
         raise ValueError("The VAE gave NaN or infinite numbers: load it in fp32 (--fp32-vae) or use a fixed one.")
     return samples.float().cpu()

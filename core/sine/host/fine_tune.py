@@ -17,7 +17,8 @@ from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
 from ...lora.host.apply import encode_prompt
-from ...lora.low_rank import TEXT_LAYERS, attached_lora, attention_layers, factors, new_adapters
+from ...lora.host.layers import LoraLayers, check_run, network_layers
+from ...lora.low_rank import ATTENTION, TEXT_PREFIX, Layer, attached_lora, attention_layers, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
@@ -44,7 +45,7 @@ log = logging.getLogger("likeness")
 @dataclass(frozen=True)
 class FineTunePlan:
     """What is trained and how, besides FineTuneSettings. interpolation: of the position map; checkpointing: less
-    memory, more time, the same result.
+    memory, more time, the same result; layers: which ones get a LoRA (LAYERS).
     """
 
     crop: CropSettings
@@ -53,6 +54,7 @@ class FineTunePlan:
     rank: int = 16
     interpolation: str = "bilinear"
     checkpointing: bool = False
+    layers: str = ATTENTION
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,11 @@ class FineTuneJob(Job):
 
     @functools.cached_property
     def _numbers(self) -> int:
-        return _count(_modules(self.model, self.data), self.plan)
+        if self.one_result:
+            return sum(value.numel() for module in _modules(self.model, self.data) for value in module.parameters())
+        clip = self.data.clip
+        layers = _layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan)
+        return LoraLayers(layers, {}, False).numbers(self.plan.rank)
 
     def key(self) -> str:
         plan, data, clip, prior = self.plan, self.data, self.data.clip, self.prior
@@ -126,6 +132,8 @@ class FineTuneJob(Job):
         precisions = [precision(self.model), str(self.vae.vae_dtype), encoder]
         prompt_parts = describe([self.vae.patcher, self.positive, text])
         model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
+        if plan.method == LORA and plan.layers != ATTENTION:
+            weights.append(plan.layers)
         images = [data.image, data.mask, prior_parts, *self.objective.values()]
         return digest([self.method, weights, asdict(self.settings), model_parts, *images])
 
@@ -144,6 +152,7 @@ class FineTuneJob(Job):
             self.model,
             self.positive,
             self.samples[0].x0[:1],
+            negative=None if self.prior is None or self.text is not None else self.prior.positive,
             checkpointing=self.plan.checkpointing,
             text=None if self.text is None else self.text.patcher,
             all_weights=self.plan.method == FULL,
@@ -156,9 +165,9 @@ class FineTuneJob(Job):
         latent_format = self.model.get_model_object("latent_format")
         prior = None
         if self.prior is not None and prior_samples is not None:
-            positive = self.prior.positive
-            prior_prompt = _prompt_of(text, self.prior.prompt, lambda: _prompt(positive))
-            prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt)
+            of_prior = denoiser if text is not None else denoiser.of("negative")
+            prior_prompt = _prompt_of(text, self.prior.prompt, lambda: Prompt(of_prior.context))
+            prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt, of_prior)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
         weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
@@ -214,14 +223,10 @@ def _check(
 ) -> FineTuneData | None:
     """Check all inputs before anything is loaded; returns the prior, or None if it is unused."""
     single_prompt(positive, "training prompt")
-    modules = _modules(model, data)
     if plan.method == FULL:
-        check_trainable_weights(modules.values())
-    elif any(not layers for layers in _layers(modules).values()):
-        raise ValueError(
-            f"No attention layers that a LoRA of this pack knows are in this {type(model.model.model_config).__name__} "
-            "model or its text encoder: use SD1.x, SD2.x or SDXL, or train full weights."
-        )
+        check_trainable_weights(_modules(model, data))
+    else:
+        _layers(model.model, None, plan)
     if not settings.prior_weight:
         return None
     if prior is None:
@@ -255,24 +260,15 @@ def _advise(data: FineTuneData, plan: FineTunePlan, settings: FineTuneSettings) 
         )
 
 
-def _modules(model: Any, data: FineTuneData) -> dict[str, nn.Module]:
-    """The modules to train, by the prefix of their parameter names."""
-    modules = {"diffusion_model": model.model.diffusion_model}
-    return modules if data.clip is None else {**modules, "text_encoders": data.clip.cond_stage_model}
+def _modules(model: Any, data: FineTuneData) -> list[nn.Module]:
+    """The modules to train as a whole."""
+    return [model.model.diffusion_model, *([] if data.clip is None else [data.clip.cond_stage_model])]
 
 
-def _layers(modules: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """The attention layers of each module, which get a LoRA."""
-    ends = {"text_encoders": (TEXT_LAYERS,)}
-    return {prefix: attention_layers(module, prefix, *ends.get(prefix, ())) for prefix, module in modules.items()}
-
-
-def _count(modules: dict[str, nn.Module], plan: FineTunePlan) -> int:
-    """The number of trained parameters."""
-    if plan.method == FULL:
-        return sum(value.numel() for module in modules.values() for value in module.parameters())
-    shapes = [layer.state_dict()["weight"].shape for part in _layers(modules).values() for layer in part.values()]
-    return sum(plan.rank * (shape[0] + shape[1:].numel()) for shape in shapes)
+def _layers(base: Any, text: nn.Module | None, plan: FineTunePlan) -> dict[str, Layer]:
+    """The layers of the model and of the text encoder that get a LoRA."""
+    encoder = {} if text is None else attention_layers(text, TEXT_PREFIX.removesuffix("."))
+    return {**network_layers(base, plan.layers), **encoder}
 
 
 def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
@@ -288,26 +284,17 @@ def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
     return samples, prior_samples
 
 
-def _prompt(positive: Conditioning | None) -> Prompt:
-    (rows, options), *_ = detached(positive or [])
-    return Prompt(rows, options.get("pooled_output"))
-
-
 class _TrainedWeights:
     """The trained parameters inside a session: LoRAs on the layers, or the weights themselves."""
 
     def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int) -> None:
         self.full = plan.method == FULL
-        self._layers: dict[str, nn.Module] = {}
         if self.full:
             self._before = {name: leaf.detach().to("cpu", copy=True) for name, leaf in denoiser.leaves.items()}
             self.parameters = denoiser.leaves
             return
-        modules = {"diffusion_model": denoiser.model.diffusion_model}
-        if text is not None:
-            modules["text_encoders"] = text.patcher.model
-        for layers in _layers(modules).values():  # ty: ignore[invalid-argument-type]
-            self._layers |= layers
+        self._layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
+        check_run(denoiser.model, self._layers, denoiser.called)
         self._adapters = new_adapters(self._layers, plan.rank, seed)
         self.parameters = factors(self._adapters)
 
@@ -331,6 +318,7 @@ def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWe
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
     data, plan = job.data, job.plan
     lora = {"rank": plan.rank} if plan.method == LORA else {}
+    lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
     patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {

@@ -17,12 +17,13 @@ from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
-from ...lora.host.layers import trained_layers
-from ...lora.low_rank import attached_lora, factors, new_adapters
+from ...lora.host.layers import check_run, trained_layers
+from ...lora.low_rank import ATTENTION, attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
 from ...session.fingerprint import patches_digest, precision
+from ...session.images import check_vae, image_latents
 from ...session.job import LAST, Job, run
 from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy_start
@@ -57,12 +58,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SisoPlan:
-    """Length of the run, and what is trained."""
+    """Length of the run, and what is trained. layers: which ones get a LoRA (LAYERS)."""
 
     iterations: int = ITERATIONS
     rank: int = RANK
     keep: Keep = "best"
     checkpointing: bool = False
+    layers: str = ATTENTION
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,11 @@ class SisoJob(Job):
         background = [] if self.background is None else [self.background.key_parts()]
         parts = [part.key_parts() for part in self.similarity.parts]
         training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
-        return digest([*training, [self.base, *self.generator.key_parts()], *background])
+        layers = [] if self.plan.layers == ATTENTION else [self.plan.layers]
+        return digest([*training, [self.base, *self.generator.key_parts()], *background, *layers])
 
     def store(self) -> RunStore:
-        layers = trained_layers(*self.generator.networks())
+        layers = trained_layers(*self.generator.networks(), self.plan.layers)
         size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
         return dedicated_store("picture_runs", size)
 
@@ -163,7 +166,8 @@ class SisoJob(Job):
         generator, plan, text = self.generator, self.plan, self.text
         if text is not None:
             _check_prompt(text, generator)
-        layers = trained_layers(denoiser.model, None if text is None else text.patcher.model)
+        layers = trained_layers(denoiser.model, None if text is None else text.patcher.model, plan.layers)
+        check_run(denoiser.model, layers.layers, denoiser.called)
         adapters = new_adapters(layers.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
         with attached_lora(layers.layers, adapters), _checkpointing(generator, self.similarity, plan):
             images = ImageSampling(generator, self.sampling, denoiser, x0, text)
@@ -226,13 +230,8 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
         )
     if sampling.cfg != 1.0 and generator.negative is None:
         raise ValueError(f"cfg is {sampling.cfg:g} but no negative prompt is connected: connect it, or set cfg to 1.")
-    channels = generator.model.get_model_object("latent_format").latent_channels
-    vae_channels = getattr(generator.vae, "latent_channels", channels)
-    if vae_channels != channels or sampling.latent.shape[1] != channels:
-        raise ValueError(
-            f"The model's latents have {channels} channels, the connected latent has {sampling.latent.shape[1]} and "
-            f"the VAE decodes {vae_channels}: use the model's own VAE, and an empty latent or one of this model."
-        )
+    image_latents(generator.model, sampling.latent)
+    check_vae(generator.model, generator.vae)
     if background is not None:
         background.check(generator.vae, sampling.latent)
     if sampling.replay is not None and not _same_levels(sampling.replay.sigmas, sampling.sigmas):
@@ -314,7 +313,7 @@ class ImageSampling:
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
                 sigma = self._sigmas[step]
                 x = self._replay.step(x, (x - self._predict(x, sigma, prompt)) / sigma, step)
-        latent_format = self._generator.model.get_model_object("latent_format")
+        latent_format = self._denoiser.model.latent_format  # with a gradient
         samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
         return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
 

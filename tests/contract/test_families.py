@@ -1,0 +1,129 @@
+"""Every transformer family of the running ComfyUI: what is trained is what a sampling gets, and it has a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from likeness.tests import gradients
+
+from .. import tiny_families
+
+FAMILIES = tiny_families.families()
+TOKENS = 5
+each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The stock guider's prediction for a prompt."""
+    import comfy.samplers
+
+    found = []
+
+    class Once(comfy.samplers.Sampler):
+        def sample(self, wrap, _sigmas, extra_args, *_rest, **_more):
+            found.append(wrap(x, sigma.expand(x.shape[0]), **extra_args))
+            return x
+
+    with torch.inference_mode():
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": positive})
+        highest = float(model.get_model_object("model_sampling").sigma_max)
+        guider.sample(torch.zeros_like(x), torch.zeros_like(x), Once(), torch.tensor([highest, 0.0]), disable_pbar=True)
+    return found[0]
+
+
+@each_family
+def test_tokens_stand_where_the_encoder_leaves_room(name):
+    from likeness.core.prompt.host.placement import placement_for
+
+    family = FAMILIES[name]
+    placement = placement_for(family.model(), family.prompt(1))
+    assert placement == ("tail" if family.padded else "append")
+
+
+@each_family
+def test_learned_tokens_are_seen_as_in_a_sampling_and_each_has_a_gradient(name):
+    from likeness.core.prompt.conditioning import apply_embedding, with_room, with_tail
+    from likeness.core.prompt.host.placement import placement_for
+    from likeness.core.session.session import GuiderDenoiser, Session
+
+    family = FAMILIES[name]
+    model, source, latent = family.model(), family.prompt(1), family.latents()
+    rows = torch.randn(TOKENS, family.width, generator=torch.Generator().manual_seed(8))
+    placement, found = placement_for(model, source), []
+    sigmas = model.get_model_object("model_sampling").sigmas
+    sigma = sigmas[len(sigmas) // 2].float().view(1)
+    x = family.latents(2) * max(1.0, float(sigma))
+
+    def body(denoiser: GuiderDenoiser, _x0: torch.Tensor) -> None:
+        context = denoiser.context.float()
+        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+
+        def function(h: torch.Tensor) -> torch.Tensor:
+            return (denoiser.denoised(x.clone(), sigma, with_tail(context, h)) * weight).sum()
+
+        found.append(denoiser.denoised(x.clone(), sigma, with_tail(context, rows)).detach())
+        found.append(denoiser.denoised(x.clone(), sigma).detach())
+        found.append(gradients.gradient_check("tokens", function, rows))
+        leaf = rows.clone().requires_grad_(True)
+        found.append(torch.autograd.grad(function(leaf), leaf)[0])
+
+    Session(model, with_room(source, TOKENS, placement), latent, learned=TOKENS).run(body)
+    ours, without, check, gradient = found
+    wanted = predicted(model, apply_embedding(source, rows[None], 1.0, (), placement), x, sigma)
+    effect = float((wanted - without).abs().mean())
+    error = float((ours - wanted).abs().mean())
+    assert error < 1e-5 * float(wanted.std()) and error < 0.01 * effect, (error, effect)
+    assert bool(gradient.any(-1).all())
+    assert check.relative_error < 0.01, check
+
+
+@each_family
+@pytest.mark.parametrize("kind", ["attention", "all"])
+def test_a_lora_of_its_layers_is_what_the_stock_loader_makes_of_the_file(name, kind, tmp_path, caplog):
+    import comfy.sd
+    import comfy.utils
+    from safetensors.torch import save_file
+
+    from likeness.core.lora.host.layers import check_run, network_layers, trained_layers
+    from likeness.core.lora.low_rank import attached_lora, factors, new_adapters
+    from likeness.core.session.session import GuiderDenoiser, Session
+
+    family = FAMILIES[name]
+    model, source = family.model(), family.prompt(1)
+    trained = trained_layers(model.model, kind=kind)
+    modules = {id(getattr(layer, "layer", layer)) for layer in trained.layers.values()}
+    assert modules <= {id(layer) for layer in network_layers(model.model, "all").values()}
+    sigmas = model.get_model_object("model_sampling").sigmas
+    sigma, x, found = sigmas[len(sigmas) // 2].float().view(1), family.latents(2), []
+
+    def body(denoiser: GuiderDenoiser, _x0: torch.Tensor) -> None:
+        layers = trained_layers(denoiser.model, kind=kind)
+        check_run(denoiser.model, layers.layers, denoiser.called)
+        adapters = new_adapters(layers.layers, 2, 0, deviation=0.2)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad(), attached_lora(layers.layers, adapters):
+            for adapter in adapters.values():
+                adapter.up.normal_(0, 0.2, generator=generator)
+            found.append(denoiser.denoised(x.clone(), sigma))
+            found.append(layers.tensors(adapters, factors(adapters)))
+
+    Session(model, source, family.latents()).run(body)
+    ours, tensors = found
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with torch.inference_mode():
+        read = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
+        patched, _ = comfy.sd.load_lora_for_models(model, None, read, 1.0, 0.0)
+    plain, wanted = predicted(model, source, x, sigma), predicted(patched, source, x, sigma)
+    assert "not loaded" not in caplog.text
+    error, effect = float((ours - wanted).abs().mean()), float((wanted - plain).abs().mean())
+    assert error < 1e-4 * float(wanted.std()) and error < 0.01 * effect, (error, effect)
+
+
+@each_family
+def test_the_gradient_of_a_lora_and_of_the_latent(name):
+    family = FAMILIES[name]
+    for check in (gradients.check_lora, gradients.check_latent):
+        found = check(family.model(), family.prompt(1), family.latents())
+        assert abs(found.numeric) > 1e-3 and found.relative_error < 0.01, found
