@@ -174,8 +174,9 @@ def install_packages(comfyui: Path | None, owner: Path | None) -> None:
     """
     if owner:
         uv("venv", "-q", "--clear", "-p", owner, VENV)
-        line = f"import site; site.addsitedir({str(site_packages(owner))!r})"  # including its .pth files
-        (site_packages(PYTHON) / "borrowed.pth").write_text(line + "\n")
+        packages = str(site_packages(owner))
+        lines = f"{packages}\nimport site; site.addsitedir({packages!r})\n"  # for ty, and for its own .pth files
+        (site_packages(PYTHON) / "borrowed.pth").write_text(lines)
         install_tested("--group", f"{PROJECT}:test")
     else:
         if not PYTHON.exists() or any(VENV.rglob("borrowed.pth")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -69,6 +70,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait(condition: Callable[[], Any], timeout: float, problem: str) -> Any:
+    """Ask until the answer is true, and return it. TimeoutError, with the problem, when it takes too long."""
+    end = time.monotonic() + timeout
+    while not (answer := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(problem)
+        time.sleep(0.05)
+    return answer
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -142,18 +153,14 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
             )
-        end = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < end:
-            if self._process.poll() is not None:
-                raise RuntimeError(
-                    f"ComfyUI ended while starting (exit code {self._process.returncode}):\n{self.log()[-4000:]}"
-                )
-            try:
-                self.get("/system_stats")
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise TimeoutError(f"ComfyUI did not answer within {START_TIMEOUT:.0f} s:\n{self.log()[-4000:]}")
+        wait(self._answers, START_TIMEOUT, f"ComfyUI did not answer: see {self.log_path}")
+
+    def _answers(self) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended while starting:\n{self.log()[-4000:]}")
+        with contextlib.suppress(OSError):
+            return bool(self.get("/system_stats"))
+        return False
 
     def stop(self) -> None:
         """End the process."""
@@ -199,11 +206,7 @@ class Server:
 
     def wait_idle(self, timeout: float = 60.0) -> None:
         """Wait until nothing is running or pending."""
-        end = time.monotonic() + timeout
-        while any(self.get("/queue").values()):
-            if time.monotonic() > end:
-                raise TimeoutError("the server's queue did not become empty")
-            time.sleep(0.05)
+        wait(lambda: not any(self.get("/queue").values()), timeout, "the server's queue did not become empty")
 
     def images(self, run: PromptRun, node_id: str) -> list[Any]:
         """The images that an output node of the run saved, as PIL images."""
@@ -231,7 +234,9 @@ class Server:
                     self._handle(run, json.loads(message), on_event)
         finally:
             channel.close()
-        run.outputs = self._outputs(run.prompt_id)
+        # The history is written just after the last event.
+        history = wait(lambda: self.get(f"/history/{run.prompt_id}"), 10, f"no history of the prompt {run.prompt_id}")
+        run.outputs = history[run.prompt_id]["outputs"]
         run.seconds = time.monotonic() - start
         return run
 
@@ -256,14 +261,6 @@ class Server:
             raise PromptError(data.get("exception_message", ""), data)
         if event["type"] in FINISHED:
             run.status = event["type"]
-
-    def _outputs(self, prompt_id: str) -> dict[str, Any]:
-        for _ in range(100):  # the history is written just after the last event
-            history = self.get(f"/history/{prompt_id}").get(prompt_id)
-            if history:
-                return history["outputs"]
-            time.sleep(0.05)
-        raise TimeoutError(f"the server has no history of the prompt {prompt_id}")
 
 
 def environment_from_variables() -> Environment:

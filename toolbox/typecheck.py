@@ -7,7 +7,6 @@ modules count as unknown.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if (comfyui / "comfy").is_dir():
         more = ["--extra-search-path", str(comfyui)]
     else:
-        more = ["--config", f"analysis.allowed-unresolved-imports = {json.dumps(UNKNOWN)}"]
+        more = ["--config", f"analysis.allowed-unresolved-imports = {list(UNKNOWN)}"]
     command = [str(Path(sys.executable).with_name("ty")), "check", "--no-progress", "--output-format", "concise"]
     folders = [f"likeness/{name}" for name in ("__init__.py", *CHECKED)]
     return subprocess.run([*command, "--python", sys.executable, *more, *folders, *arguments], cwd=project).returncode

@@ -27,10 +27,8 @@ def blocks(unet: nn.Module) -> dict[str, Any]:
 def layers(unet: nn.Module) -> list[Layer]:
     """The layers that get the adapter. ValueError for an unsupported UNet."""
     parts = blocks(unet)
-    plain = (
-        getattr(part, "norm_type", None) == "layer_norm" and not part.only_cross_attention for part in parts.values()
-    )
-    if not parts or not all(plain):
+    kinds = {(getattr(part, "norm_type", ""), getattr(part, "only_cross_attention", True)) for part in parts.values()}
+    if kinds != {("layer_norm", False)}:
         raise ValueError(
             f"The UNet ({type(unet).__name__}) has no transformer blocks with self-attention like those of SD1.x and "
             "SD2.x: choose a folder of SD2.1-base."

@@ -117,20 +117,16 @@ class States(RunStore):
         if not self.accelerator.is_main_process or step == self.stored_step:
             return
         super().save(f"{step:09d}", tensors, {})
-        for old in self._files()[: -self.most]:
+        for old in sorted(self.folder.glob("*.safetensors"))[: -self.most]:
             old.unlink(missing_ok=True)
         weights = {name.removeprefix(WEIGHT): value for name, value in tensors.items() if name.startswith(WEIGHT)}
         save_adapter(self.adapter, StoredAdapter(weights, {**self.header, "steps": step}))
         self.stored_step = step
 
-    def _files(self) -> list[Path]:
-        """The oldest first."""
-        return sorted(self.folder.glob("*.safetensors"))
-
     def _newest(self) -> dict[str, Tensor]:
         stored = read_adapter(self.adapter).header
         self._check_settings(stored)
-        for path in reversed(self._files()):
+        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
             tensors = super().load(path.stem)
             if tensors is not None:
                 self.stored_step = min(stored.get("steps", 0), len(tensors[LOSSES]))
