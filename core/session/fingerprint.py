@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fit.runs import digest
 from .describe import PATCHER, contents_of_file, describe, sampled, unique_value
-from .weights import is_pack_guidance, options_of_sampling, sampling_keys
+from .weights import NOTES, WINDOWS, is_pack_guidance, options_of_sampling, sampling_keys, uncompiled
 
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
@@ -86,12 +86,13 @@ def patches_digest(model: Any) -> str:
     of_sampling = sampling_keys(wrappers)
     names = ("object_patches", "hook_patches", "attachments")
     parts = {name: getattr(model, name, None) for name in (*PATCHER, *names)}
+    parts["object_patches"] = uncompiled(parts["object_patches"] or {})
     parts["additional_models"] = _without_guidance(getattr(model, "additional_models", {}))
     for name in ("wrappers", "callbacks"):
         kinds = {kind: _without_guidance(by_key) for kind, by_key in getattr(model, name, {}).items()}
         kinds = {kind: {k: v for k, v in by_key.items() if k not in of_sampling} for kind, by_key in kinds.items()}
         parts[name] = {kind: by_key for kind, by_key in kinds.items() if by_key}
-    options = dict(model.model_options)
+    options = {name: value for name, value in model.model_options.items() if name not in (NOTES, WINDOWS)}
     inner = options.get("transformer_options", {})
     state = options_of_sampling(wrappers, inner)
     options["transformer_options"] = {name: value for name, value in inner.items() if name not in state}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..prompt.conditioning import Conditioning, detached
 from . import sampling
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
+from .reuse import check_reuse, may_reuse, network
 from .weights import (
     calls,
     check_fully_loaded,
@@ -33,10 +34,6 @@ from .weights import (
     trainable_clone,
 )
 
-STEP_CACHE = (
-    "This model uses an earlier step again (a step cache, such as TeaCache), expected is one that computes each step: "
-    "connect the model before that node; it may follow for sampling."
-)
 COMPANIONS = "likeness.beside"  # key of the session's other models among the clone's additional models
 BOXES = "likeness.boxes"  # transformer_options: [B, 4] in latent cells, one box per sample of a training batch
 
@@ -147,8 +144,13 @@ def predicting(
     drop_sampling_wrappers(clone)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
-    run = _Body(lambda running, extra_args, x0: body(GuiderDenoiser(running, extra_args, x0), x0))
-    guider.sample(torch.zeros_like(latent), latent, run, _ends(clone), disable_pbar=True)
+
+    def run(running: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
+        denoiser = GuiderDenoiser(running, extra_args, x0)
+        _check_reuse(clone, denoiser, x0)
+        body(denoiser, x0)
+
+    guider.sample(torch.zeros_like(latent), latent, _Body(run), _ends(clone), disable_pbar=True)
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ class Session:
             if self.checkpointing:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
             denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
+            _check_reuse(self.model, denoiser, x0)
             with calls(denoiser.called):
                 _probe(denoiser, x0[:1], self.learned)
             yield denoiser
@@ -274,44 +277,32 @@ def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights:
     return memory
 
 
+def _check_reuse(model: Any, denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    if may_reuse(model):
+        check_reuse(denoiser, network(model), x0[:1])
+
+
 def _probe(denoiser: GuiderDenoiser, x0: Tensor, learned: int) -> None:
-    """Two small backward passes before any work: quantised layers and some attention kernels have none; a step cache
-    has none in the second.
-    """
-    middle = denoiser.sigmas.shape[0] // 2
-    for number, index in enumerate((middle, middle - 1)):
-        gradient = _probe_once(denoiser, x0, denoiser.sigmas[index].to(x0).view(1), again=bool(number))
-        effective = int(gradient[0, -learned:].any(-1).sum())
-        if effective < learned:
-            raise RuntimeError(
-                f"This model looks at {effective} of the {learned} tokens to be learned (it masks or cuts off the end "
-                "of this prompt), expected is each of them: shorten the prompt, or learn fewer tokens."
-            )
-
-
-def _probe_once(denoiser: GuiderDenoiser, x0: Tensor, sigma: Tensor, again: bool) -> Tensor:
+    """A small backward pass before any work: quantised layers and some attention kernels have none."""
     context = denoiser.context.detach().clone().requires_grad_(True)
+    sigma = denoiser.sigmas[denoiser.sigmas.shape[0] // 2].to(x0).view(1)
     try:
-        loss = denoiser.denoised(x0, sigma, context).float().square().mean()
-        if again:  # no sum with the first one's gradients, which fp8 weights do not have
-            (context.grad,) = torch.autograd.grad(loss, context, allow_unused=True)
-        else:
-            loss.backward()
+        denoiser.denoised(x0, sigma, context).float().square().mean().backward()
     except mm.OOM_EXCEPTION:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        if again:
-            raise RuntimeError(STEP_CACHE) from error
         raise RuntimeError(
-            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, without "
-            "torch.compile, and connect it before nodes that change its inner tensors in place (FreeU); they may "
-            "follow for sampling."
+            f"This model cannot be trained through ({error}): load it in fp16, bf16, fp32 or plain fp8, and connect it "
+            "before nodes that change its inner tensors in place (FreeU); they may follow for sampling."
         ) from error
     if context.grad is None or not bool(torch.isfinite(context.grad).all()) or not bool(context.grad.any()):
-        if again:
-            raise RuntimeError(STEP_CACHE)
         raise RuntimeError(
             "This model gives no usable gradient to its text rows: load it in bf16 or fp32, and check that the prompt "
             "comes from the model's own text encoder."
         )
-    return context.grad
+    effective = int(context.grad[0, -learned:].any(-1).sum())
+    if effective < learned:
+        raise RuntimeError(
+            f"This model looks at {effective} of the {learned} tokens to be learned (it masks or cuts off the end "
+            "of this prompt), expected is each of them: shorten the prompt, or learn fewer tokens."
+        )

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 GUIDANCE_PREFIX = "likeness.guidance"  # key prefix of everything the pack attaches to a MODEL for sampling only
 POST_CFG = "sampler_post_cfg_function"
 SAMPLING = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)  # what wraps these decides what a step predicts
+COMPILED = "torch.compile"  # key of ComfyUI's wrapper around a compiled network
+WINDOWS, NOTES = "context_handler", "torch_compile_kwargs"  # model_options: context windows, and notes of the above
 GUIDANCE = (
     "sampler_cfg_function",
     "sampler_pre_cfg_function",
@@ -296,9 +298,10 @@ def sampling_keys(wrappers: dict[str, dict[Any, Any]]) -> set[Any]:
     """The keys of a MODEL's wrappers that belong to something that lives in the steps of a sampling, such as EasyCache.
 
     An optimization or inversion has no such steps: an earlier one that is used again gives wrong results there, or no
-    gradient. A key that wraps the prediction of a step wraps the network for the same purpose.
+    gradient. A key that wraps the prediction of a step wraps the network for the same purpose. A compiled network has
+    no backward pass, and its weights could not be replaced.
     """
-    keys = {key for kind in SAMPLING for key in wrappers.get(kind, {})}
+    keys = {key for kind in SAMPLING for key in wrappers.get(kind, {})} | {COMPILED}
     return {key for key in keys if not str(key).startswith("likeness")}
 
 
@@ -311,13 +314,25 @@ def options_of_sampling(wrappers: dict[str, dict[Any, Any]], options: Mapping[st
 
 
 def drop_sampling_wrappers(clone: Any) -> None:
-    """Remove from a clone what lives in the steps of a sampling, and log its keys."""
-    keys = sampling_keys(clone.wrappers)
+    """Remove from a clone what is for the steps of a sampling, and log its names."""
+    keys, names = sampling_keys(clone.wrappers), set[str]()
     for kind, by_key in clone.wrappers.items():
         for key in keys & by_key.keys() - (set() if kind in SAMPLING else {None}):
+            names.add(str(key))
             del by_key[key]
-    if keys:
-        log.info("Left out here: %s, which belongs to sampling steps.", ", ".join(sorted(map(str, keys))))
+    clone.model_options.pop(NOTES, None)
+    if clone.model_options.pop(WINDOWS, None) is not None:
+        names.add("context windows")
+    for patch in clone.object_patches.keys() - uncompiled(clone.object_patches).keys():
+        names.add(f"{COMPILED} of {patch}")
+        del clone.object_patches[patch]
+    if names:
+        log.info("Left out here: %s, which belongs to sampling steps.", ", ".join(sorted(names)))
+
+
+def uncompiled(object_patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the compiled modules that other packs put in the place of a network's own."""
+    return {name: value for name, value in object_patches.items() if not hasattr(value, "_orig_mod")}
 
 
 def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:

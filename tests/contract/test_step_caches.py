@@ -49,6 +49,67 @@ def tea_cache(model):
     return clone
 
 
+def first_block_cache(model):
+    """As others do it: the network's own method is replaced, for this model."""
+    clone, last = model.clone(), {}
+    forward = clone.model.diffusion_model.forward
+
+    def cached(x, *more, **named):
+        if "x" not in last or float((x - last["x"]).abs().mean()) >= 1.0:
+            last["x"], last["result"] = x.detach(), forward(x, *more, **named).detach()
+        return last["result"]
+
+    clone.add_object_patch("diffusion_model.forward", cached)
+    return clone
+
+
+def wrapped_cache(model):
+    """And others: a wrapper in the transformer options, which ComfyUI's networks call."""
+    import comfy.patcher_extension as patcher_extension
+
+    clone, last = model.clone(), {}
+
+    def cached(executor, x, *more, **named):
+        if "x" not in last or float((x - last["x"]).abs().mean()) >= 1.0:
+            last["x"], last["result"] = x.detach(), executor(x, *more, **named).detach()
+        return last["result"]
+
+    options = clone.model_options.setdefault("transformer_options", {})
+    kind = patcher_extension.WrappersMP.DIFFUSION_MODEL
+    patcher_extension.add_wrapper_with_key(kind, "tea", cached, options)
+    return clone
+
+
+def hyper_tile(model):
+    from comfy_extras.nodes_hypertile import HyperTile
+
+    found = HyperTile.execute(model=model, tile_size=1, swap_size=2, max_depth=0, scale_depth=False)
+    return getattr(found, "args", found)[0]  # 0.3.75 has it without
+
+
+def windows(model):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    values = {"context_length": 4, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
+    return run_node(ContextWindowsManualNode, model=model, **values, closed_loop=False, fuse_method="pyramid", dim=2)[0]
+
+
+def compiled(model):
+    """By core's own function, with the backend that needs no compiler."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = model.clone()
+    set_torch_compile_wrapper(clone, backend="eager")
+    return clone
+
+
+def compiled_blocks(model):
+    """As other packs do it: compiled modules in the place of the network's own."""
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model.out", torch.compile(model.model.diffusion_model.out, backend="eager"))
+    return clone
+
+
 def tome(model, ratio: float = 0.3):
     from comfy_extras.nodes_tomesd import TomePatchModel
 
@@ -98,13 +159,93 @@ def test_it_is_said_what_was_left_out(caplog):
     assert "easycache, which belongs to sampling steps" in caplog.text
 
 
+CACHES = [tea_cache, first_block_cache, wrapped_cache]
+
+
 @pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["hiper", "sine"])
-def test_another_packs_cache_is_refused_before_work(name):
+def test_another_packs_cache_is_refused_before_work(name, cache):
     setting = Setting()
-    setting.model = tea_cache(setting.model)
+    setting.model = cache(setting.model)
     with pytest.raises(RuntimeError, match="uses an earlier step again .*: connect the model before that node"):
         METHOD[name].fit(setting)
+
+
+def renoised(setting: Setting, model) -> torch.Tensor:
+    from likeness.core.inversion.host.renoise import renoise_image
+    from likeness.core.inversion.renoise import ReNoiseSettings
+    from likeness.core.session.images import ImageSource
+
+    with torch.inference_mode():
+        source = ImageSource(setting.latent)
+        found = renoise_image(model, setting.source, source, levels(setting, 3, 4), ReNoiseSettings())
+    return found.latent["samples"]
+
+
+@pytest.mark.parametrize("invert", [inverted, renoised])
+@pytest.mark.parametrize("cache", CACHES)
+def test_another_packs_cache_is_refused_before_an_inversion(cache, invert):
+    """It was silently wrong: the steps of a trajectory are like each other."""
+    setting = Setting()
+    with pytest.raises(RuntimeError, match="uses an earlier step again .*: connect the model before that node"):
+        invert(setting, cache(setting.model))
+
+
+@pytest.mark.parametrize("patch", [tome, sag, hyper_tile])
+def test_patches_that_draw_or_keep_something_are_no_caches(patch):
+    setting = Setting(size=(16, 16))
+    assert bool(torch.isfinite(inverted(setting, patch(setting.model))).all())
+
+
+def test_a_patch_of_some_noise_levels_is_no_cache():
+    """It calls no layer of a block below the middle one of the levels; and so after any other step."""
+    setting = Setting()
+    model, sampling = setting.model.clone(), setting.model.get_model_object("model_sampling")
+    middle = float(sampling.sigmas[len(sampling.sigmas) // 2]) - 1e-6
+    forward = model.model.diffusion_model.forward
+
+    def skipping(x, timesteps, **named):
+        low = float(sampling.sigma(timesteps.max())) < middle
+        return x * 0.5 if low else forward(x, timesteps, **named)
+
+    model.add_object_patch("diffusion_model.forward", skipping)
+    assert bool(torch.isfinite(inverted(setting, model)).all())
+
+
+LEFT_OUT = {
+    "context windows": windows,
+    "torch.compile": compiled,
+    "torch.compile of diffusion_model.out": compiled_blocks,
+}
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("said", LEFT_OUT)
+@pytest.mark.parametrize("name", ["hiper", "sine", "null-text"])
+def test_windows_and_compiled_models_are_left_out_of_a_training(caplog, tmp_path, name, said):
+    method, setting = METHOD[name], Setting()
+    plain = method.tensors(method.fit(setting)[0])
+    shutil.rmtree(tmp_path / "user")
+    setting.model = LEFT_OUT[said](setting.model)
+    with caplog.at_level(logging.INFO, "likeness"):
+        left_out = method.tensors(method.fit(setting)[0])
+    assert f"Left out here: {said}, which belongs to sampling steps" in caplog.text
+    assert all(torch.equal(value, left_out[part]) for part, value in plain.items())
+
+
+@pytest.mark.parametrize("said", LEFT_OUT)
+def test_windows_and_compiled_models_are_left_out_of_an_inversion(caplog, said):
+    setting = Setting()
+    patched = LEFT_OUT[said](setting.model)
+    with caplog.at_level(logging.INFO, "likeness"):
+        assert torch.equal(inverted(setting, setting.model), inverted(setting, patched))
+    assert f"Left out here: {said}, which belongs to sampling steps" in caplog.text
+
+
+@pytest.mark.parametrize("patch", [compiled, compiled_blocks])
+def test_a_run_is_found_again_with_a_compiled_model(patch):
+    assert patches_digest(patch(Setting().model)) == patches_digest(Setting().model)
 
 
 @pytest.mark.parametrize(("patch", "value"), [(tome, 0.5), (sag, 1.0)])

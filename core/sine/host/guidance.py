@@ -22,14 +22,13 @@ from torch import Tensor
 from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import entries_by_prompt
 from ...prompt.windows import SigmaRange
-from ...session.weights import GUIDANCE_PREFIX
+from ...session.weights import COMPILED, GUIDANCE_PREFIX
 from ..guidance import base_share, check_weights, mix_predictions, percent_of
 from .overlay import Overlay, check_separable
 from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
 
 KEY = GUIDANCE_PREFIX
-COMPILED = "torch.compile"  # the key of ComfyUI's own wrapper
 WRAPPERS = (WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 log = logging.getLogger("likeness")
 

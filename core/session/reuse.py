@@ -1,0 +1,64 @@
+"""Notice what uses an earlier step again: in an optimization or inversion it gives wrong results, or no gradient.
+
+ComfyUI's own step caches are known by what they wrap and are left out (weights.py). Those of other packs may replace
+the network's call, its blocks or its methods, so the network is watched: in a step that is like the one before, a cache
+runs fewer of its layers, and all of them after another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OBJECTS = ("model_sampling", "latent_format", "manual_cast_dtype")  # object patches that are no part of the network
+FAR = 10.0  # times the noise of the highest level: like no step
+STEPS = 3  # like each other; a cache may need some to begin
+
+
+def may_reuse(model: Any) -> bool:
+    """Whether something on a MODEL, or in its network, could compute in the network's place."""
+    options = model.model_options
+    attached = [options.get("model_function_wrapper"), options.get("transformer_options"), *model.wrappers.values()]
+    replaced = model.object_patches.keys() - set(OBJECTS)
+    return any(attached) or bool(replaced) or any("forward" in vars(part) for part in network(model).modules())
+
+
+def network(model: Any) -> nn.Module:
+    """The network of a MODEL."""
+    return model.model.diffusion_model
+
+
+def check_reuse(denoiser: Any, layers: nn.Module, x0: Tensor) -> None:
+    """RuntimeError when a prediction needs fewer calls of the network's layers because of the ones before it."""
+    last = denoiser.sigmas.shape[0] - 1
+
+    def calls(index: int, x: Tensor) -> int:
+        with torch.no_grad(), _counted(layers) as count:
+            denoiser.denoised(x, denoiser.sigmas[index].to(x).view(1))
+        return len(count)
+
+    first, *others = (calls(last // 2 - step, x0) for step in range(STEPS))
+    if min(others) >= first:
+        return
+    calls(last, FAR * torch.randn_like(x0) * float(denoiser.sigmas[-1]))
+    step = 1 + others.index(min(others))
+    if calls(last // 2 - step, x0) > min(others):  # else these noise levels alone decide it, as some patches have it
+        raise RuntimeError(
+            "This model uses an earlier step again (a step cache, such as TeaCache), expected is one that computes "
+            "each step: connect the model before that node; it may follow for sampling."
+        )
+
+
+@contextlib.contextmanager
+def _counted(layers: nn.Module) -> Iterator[list[None]]:
+    count: list[None] = []
+    handles = [part.register_forward_pre_hook(lambda *_: count.append(None)) for part in layers.modules()]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
