@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..core.lora.host.layers import trained_layers
 from ..core.lora.low_rank import attached_lora, new_adapters
 from ..core.prompt.conditioning import Conditioning
+from ..core.session.checkpointing import DECODER, checkpointed, layers_checkpointed
 from ..core.session.differentiable import TextEncoder, decode, decoding, encode_tokens, text_encoding
 from ..core.session.session import GuiderDenoiser, Session
-from ..core.session.weights import DECODER, checkpointed, layers_checkpointed
 from ..core.vision.host.vision import features, vision_encoding
 
 LORA_RANK = 4

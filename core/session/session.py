@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..prompt.conditioning import Conditioning, detached
+from .checkpointing import checkpointed
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .weights import (
     calls,
     check_fully_loaded,
-    checkpointed,
     drop_all_guidance,
     drop_sampling_wrappers,
     gradients,
