@@ -39,8 +39,8 @@ class Settings:
 
 def training(model: Any, prompt: list, rounds: int) -> dict[str, dict[str, float]]:
     """One HiPer update in the gradient session against the same update on the bare UNet."""
+    from ..core.session.checkpointing import checkpointed
     from ..core.session.session import Session
-    from ..core.session.weights import checkpointed
 
     found: dict[str, dict[str, float]] = {}
     context, options = prompt[0][0].clone(), hosting.plain_attention()

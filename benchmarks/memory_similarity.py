@@ -107,15 +107,15 @@ def figures() -> Iterator[tuple[str, dict[str, float]]]:
     """GB of each model: its weights, and all that is alive beside them, plain and with recomputation."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..core.session import weights
+    from ..core.session import checkpointing, weights
 
     parts: dict[str, tuple[Callable[[], tuple[Any, Callable[[], Any]]], Callable[[Any], Any]]] = {
-        "SD1.x": (lambda: unet(SD1), weights.checkpointed),
-        "SDXL": (lambda: unet(SDXL), weights.checkpointed),
-        "FLUX.1": (flux, weights.checkpointed),
-        "decoder": (decoder, lambda net: weights.checkpointed(net, weights.DECODER)),
-        "DINOv2 large": (dino, weights.layers_checkpointed),
-        "retrieval": (retrieval, weights.layers_checkpointed),
+        "SD1.x": (lambda: unet(SD1), checkpointing.checkpointed),
+        "SDXL": (lambda: unet(SDXL), checkpointing.checkpointed),
+        "FLUX.1": (flux, checkpointing.checkpointed),
+        "decoder": (decoder, lambda net: checkpointing.checkpointed(net, checkpointing.DECODER)),
+        "DINOv2 large": (dino, checkpointing.layers_checkpointed),
+        "retrieval": (retrieval, checkpointing.layers_checkpointed),
     }
     for name, (make, recomputed) in parts.items():
         with FakeTensorMode(allow_non_fake_inputs=True):

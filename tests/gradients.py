@@ -17,17 +17,10 @@ from torch import Tensor, nn
 from ..core.lora.host.layers import trained_layers
 from ..core.lora.low_rank import attached_lora, new_adapters
 from ..core.prompt.conditioning import Conditioning
+from ..core.session.checkpointing import DECODER, checkpointed, layers_checkpointed
 from ..core.session.differentiable import TextEncoder, decode
 from ..core.session.session import GuiderDenoiser, Session
-from ..core.session.weights import (
-    DECODER,
-    checkpointed,
-    gradients,
-    layers_checkpointed,
-    load_fully,
-    out_of_place,
-    thawed,
-)
+from ..core.session.weights import gradients, load_fully, out_of_place, thawed
 from ..core.vision.host.vision import features
 
 LORA_RANK = 4

@@ -116,6 +116,7 @@ def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) 
 TEXT_PREFIX = "text_encoders."  # name prefix of a text encoder's parameters
 ATTENTION, ALL = "attention", "all"  # which layers of a network get a LoRA
 LAYERS = (ATTENTION, ALL)
+LISTS = (nn.Sequential, nn.ModuleList)
 
 
 def _counts_heads(part: nn.Module) -> bool:
@@ -138,7 +139,7 @@ def attention_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
         for name, part in owner.named_children():
             if _is_linear(part):
                 layers[f"{path}.{name}"] = part
-            elif isinstance(part, (nn.Sequential, nn.ModuleList)):
+            elif isinstance(part, LISTS):
                 add(part, f"{path}.{name}")
 
     for path, part in module.named_modules():
@@ -148,18 +149,21 @@ def attention_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     return layers
 
 
-def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict[str, nn.Module]:
-    """The linear layers of the blocks of a network, by path: those of its attention, or all of them. Blocks are what
-    stands in a list at the top level and contains attention; embedders and refiners of the prompt do not.
+def block_lists(network: nn.Module) -> dict[str, nn.Module]:
+    """The lists of blocks at the top level of a network, by name: those with attention in them. Embedders, and refiners
+    of the prompt, are none.
     """
+    lists = ((name, part) for name, part in network.named_children() if isinstance(part, LISTS))
+    return {name: part for name, part in lists if any(map(_counts_heads, part.modules()))}
+
+
+def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict[str, nn.Module]:
+    """The linear layers of the blocks of a network, by path: those of its attention, or all of them."""
     layers: dict[str, nn.Module] = {}
-    for name, blocks in network.named_children():
-        if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
-            continue
+    for name, blocks in block_lists(network).items():
         path = f"{prefix}.{name}"
-        attention = attention_layers(blocks, path)
         linear = {f"{path}.{below}": part for below, part in blocks.named_modules() if _is_linear(part)}
-        layers |= linear if attention and kind == ALL else attention
+        layers |= linear if kind == ALL else attention_layers(blocks, path)
     return layers
 
 

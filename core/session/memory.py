@@ -16,6 +16,8 @@ import comfy.model_base
 import comfy.model_management as mm
 from torch import Tensor, nn
 
+from ..lora.low_rank import block_lists
+
 log = logging.getLogger("likeness")
 GB = 2**30
 
@@ -45,7 +47,8 @@ def activations(model: Any, latent: Tensor, checkpointing: bool) -> float:
     if type(base).memory_required is not comfy.model_base.BaseModel.memory_required:
         return factor(checkpointing) * base.memory_required([1, *latent.shape[1:]])
     size = mm.dtype_size(model.get_model_object("manual_cast_dtype") or base.get_dtype())  # as set by the session
-    network_factor = NETWORK_FACTOR_CHECKPOINTED if checkpointing else NETWORK_FACTOR
+    blocks = checkpointing and block_lists(base.diffusion_model)
+    network_factor = NETWORK_FACTOR_CHECKPOINTED if blocks else NETWORK_FACTOR
     return network_factor * BYTES_PER_PASS * base.memory_usage_factor * size * math.prod(latent.shape[2:])
 
 

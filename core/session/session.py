@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..prompt.conditioning import Conditioning, detached
 from . import sampling
+from .checkpointing import checkpointed
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .reuse import check_reuse, may_reuse, network
 from .weights import (
     calls,
     check_fully_loaded,
-    checkpointed,
     drop_all_guidance,
     drop_sampling_wrappers,
     gradients,

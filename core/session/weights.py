@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 GUIDANCE_PREFIX = "likeness.guidance"  # key prefix of everything the pack attaches to a MODEL for sampling only
 POST_CFG = "sampler_post_cfg_function"
@@ -33,16 +33,6 @@ GUIDANCE = (
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)
 log = logging.getLogger("likeness")
-IN_PLACE = ("CLIPLayer", "DoubleStreamBlock", "SingleStreamBlock")  # ComfyUI's blocks that modify their input in place
-NORMS = ("layer_norm1", "layer_norm2", "img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")  # inside them
-CHECKPOINTED = (
-    *("ResBlock", "SpatialTransformer", "DoubleStreamBlock", "SingleStreamBlock"),  # ComfyUI's models
-    "SanaTransformerBlock",  # diffusers
-)
-DECODER = (
-    *("ResnetBlock", "AttnBlock", "Upsample", "Block"),  # ComfyUI's KL autoencoders and TAESD
-    *("ResBlock", "EfficientViTBlock", "DCUpBlock2d"),  # diffusers' deep compression autoencoder
-)
 
 
 @contextlib.contextmanager
@@ -53,11 +43,28 @@ def gradients() -> Iterator[None]:
     try:
         if had_flag:
             setattr(mm, "in_training", True)  # noqa: B010 (its type is that of False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _plain_kernels():
             yield
     finally:
         if had_flag:
             setattr(mm, "in_training", before)  # noqa: B010
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Newer ComfyUI's fused kernels for rotary positions have no backward pass: its own plain versions take over, where
+    a model calls them without looking at the flag (Cosmos-Predict2, Anima).
+    """
+    fused, plain = (sys.modules.get(f"comfy_kitchen{part}") for part in ("", ".backends.eager"))
+    names = [name for name in getattr(plain, "__all__", ()) if "rope" in name and hasattr(fused, name)]
+    originals = {name: getattr(fused, name) for name in names}
+    try:
+        for name in names:
+            setattr(fused, name, getattr(plain, name))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(fused, name, function)
 
 
 @contextlib.contextmanager
@@ -137,18 +144,16 @@ def _normal(value: Tensor, parameter: bool) -> Tensor:
 
 @contextlib.contextmanager
 def out_of_place(module: nn.Module) -> Iterator[None]:
-    """Keep ComfyUI's CLIP layers and FLUX blocks from overwriting tensors that backward needs.
+    """Keep blocks that add to their input in place (ComfyUI's CLIP layers, FLUX) from overwriting what backward needs.
 
-    They add to their input in place. Plain autograd detects this and raises; checkpointing does not and gives wrong
-    gradients. Each layer norm gets a copy of its input, so the tensor it saves is never modified.
+    Plain autograd detects this and raises; checkpointing does not and gives wrong gradients. Each layer norm gets a
+    copy of its input, so the tensor it saves is never modified.
     """
 
     with contextlib.ExitStack() as stack:
         for part in module.modules():
-            for name in NORMS if type(part).__name__ in IN_PLACE else ():
-                norm = getattr(part, name, None)
-                if isinstance(norm, nn.Module):
-                    stack.callback(norm.register_forward_pre_hook(_copy_input).remove)
+            if isinstance(part, nn.LayerNorm):
+                stack.callback(part.register_forward_pre_hook(_copy_input).remove)
         yield
 
 
@@ -180,64 +185,6 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
         for block in blocks:
             stack.callback(block[0].register_forward_pre_hook(_copy_input).remove)
         yield
-
-
-@contextlib.contextmanager
-def checkpointed(module: nn.Module, class_names: Iterable[str] = CHECKPOINTED) -> Iterator[None]:
-    """Recompute blocks of these classes in backward instead of storing their activations: less memory, more time."""
-    names = set(class_names)
-    blocks = [part for part in module.modules() if type(part).__name__ in names]
-    if not blocks:
-        log.warning("Checkpointing saves nothing: it knows no blocks of this %s.", type(module).__name__)
-    with _checkpointed(blocks):
-        yield
-
-
-@contextlib.contextmanager
-def layers_checkpointed(module: nn.Module) -> Iterator[None]:
-    """The same for every stack of equal layers in a vision model, whichever library it comes from."""
-    stacks: list[list[nn.Module]] = []
-    inner: set[int] = set()
-    for part in module.modules():
-        layers = list(part.children()) if isinstance(part, nn.ModuleList) and id(part) not in inner else []
-        if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
-            stacks.append(layers)
-            inner |= {id(below) for layer in layers for below in layer.modules()}
-    with _checkpointed([layer for layers in stacks for layer in layers]):
-        yield
-
-
-@contextlib.contextmanager
-def _checkpointed(parts: list[nn.Module]) -> Iterator[None]:
-    originals = [(part, "forward" in part.__dict__, part.forward) for part in parts]  # other packs may have set it
-    try:
-        for part in parts:
-            part.forward = _recompute(part.forward, type(part).__name__ in IN_PLACE)  # type: ignore[method-assign]
-        yield
-    finally:
-        for part, was_set, forward in originals:
-            part.__dict__.pop("forward", None)
-            if was_set:
-                part.forward = forward  # type: ignore[method-assign]
-
-
-def _recompute(forward: Callable[..., Tensor], in_place: bool) -> Callable[..., Tensor]:
-    def forward_copies(*args: Any, **kwargs: Any) -> Tensor:
-        """A block that overwrites its inputs gets copies of them, so that they are unchanged when it is recomputed."""
-        copies = [_copy(value) for value in args]
-        return forward(*copies, **{name: _copy(value) for name, value in kwargs.items()})
-
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        # transformer_options names the running block and changes as the model runs: recomputing needs it as it is now.
-        fixed = tuple(dict(a) if isinstance(a, dict) else a for a in args)
-        fixed_kw: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        return checkpoint(forward_copies if in_place else forward, *fixed, use_reentrant=False, **fixed_kw)
-
-    return run
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

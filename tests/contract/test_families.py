@@ -127,3 +127,32 @@ def test_the_gradient_of_a_lora_and_of_the_latent(name):
     for check in (gradients.check_lora, gradients.check_latent):
         found = check(family.model(), family.prompt(1), family.latents())
         assert abs(found.numeric) > 1e-3 and found.relative_error < 0.01, found
+
+
+@each_family
+def test_checkpointing_saves_memory_and_gives_the_same_gradient(name):
+    from likeness.core.session.session import GuiderDenoiser, Session
+
+    family = FAMILIES[name]
+    model, source, latent = family.model(), family.prompt(1), family.latents()
+    stored, gradient = [], []
+
+    def body(denoiser: GuiderDenoiser, x0: torch.Tensor) -> None:
+        sigma = denoiser.sigmas[len(denoiser.sigmas) // 2].view(1)
+        x, seen = x0.clone().requires_grad_(True), {}
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            if value.requires_grad:  # neither a weight nor the prompt
+                seen[value.data_ptr()] = value.numel() * value.element_size()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            out = denoiser.denoised(x, sigma)
+        stored.append(sum(seen.values()))
+        gradient.append(torch.autograd.grad(out.square().mean(), x)[0])
+
+    for checkpointing in (False, True):
+        Session(model, source, latent, checkpointing=checkpointing).run(body)
+    assert stored[1] < stored[0] / 2, stored
+    plain, recomputed = gradient
+    assert float((plain - recomputed).abs().max()) <= 1e-6 * float(plain.abs().max())

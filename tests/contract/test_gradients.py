@@ -57,7 +57,7 @@ def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch
 
 
 def test_a_forward_that_another_pack_has_set_comes_back():
-    from likeness.core.session.weights import checkpointed
+    from likeness.core.session.checkpointing import checkpointed
 
     layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     forward = layer.forward = lambda x: 3 * x

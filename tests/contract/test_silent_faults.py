@@ -96,7 +96,7 @@ def test_the_tuned_prompt_is_processed_by_the_tuned_network(monkeypatch):
 
 
 def test_checkpointing_that_saves_nothing_is_said(caplog):
-    from likeness.core.session.weights import checkpointed
+    from likeness.core.session.checkpointing import checkpointed
 
     with caplog.at_level(logging.WARNING, "likeness"), checkpointed(torch.nn.Linear(2, 2)):
         pass

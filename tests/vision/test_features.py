@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from likeness.core.session.weights import layers_checkpointed
+from likeness.core.session.checkpointing import layers_checkpointed
 from likeness.core.vision.host.vision import (
     describe,
     embed,

@@ -20,6 +20,7 @@ from ...inversion.renoise import Replay
 from ...lora.host.layers import check_run, trained_layers
 from ...lora.low_rank import ATTENTION, attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
+from ...session.checkpointing import DECODER, checkpointed, layers_checkpointed
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
 from ...session.fingerprint import patches_digest, precision
@@ -29,7 +30,6 @@ from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
-from ...session.weights import DECODER, checkpointed, layers_checkpointed
 from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
 from .background import Background
 from .prodigy import prodigy
