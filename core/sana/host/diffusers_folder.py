@@ -18,6 +18,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from ...files import is_number
 from ...vision.host.extras.install import missing_package
 from ...vision.host.extras.offline import offline, reason
 from ...vision.host.extras.transformers_folder import check_complete, read_model
@@ -29,6 +30,7 @@ NETWORK, AUTOENCODER = "SanaTransformer2DModel", "AutoencoderDC"
 WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
 VARIANTS = (None, "bf16", "fp16")  # of the weight files, in order of preference
 MAX_TOKENS = 300  # of the prompt, after the instruction (paper, 3.1); SISO's script truncates at 256
+MAX_CHANNELS = 4096  # of latents; Sana has 32
 SHIFT = 3.0  # default shift of the noise levels, if the folder specifies none
 
 
@@ -94,17 +96,17 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[P
     part = folder / "text_encoder"
     model, missing = read_model(part, "AutoModel", dtype, _variant(part, TEXT_WEIGHTS))
     check_complete(part, missing)
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     with offline():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder / "tokenizer"), local_files_only=True, trust_remote_code=False
             )
+            prompt_tokenizer = PromptTokenizer(tokenizer, "\n".join(lines))
         except Exception as error:  # transformers raises many types for a damaged folder
             raise ValueError(
                 f"The tokenizer of {folder.name} could not be loaded ({reason(error)}): copy the folder again."
             ) from error
-        lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-        prompt_tokenizer = PromptTokenizer(tokenizer, "\n".join(lines))
     return prompt_tokenizer, Gemma(model, prompt_tokenizer.instruction_ids, device)
 
 
@@ -113,7 +115,7 @@ def noise_shift(folder: Path) -> float:
     path = folder / "scheduler" / "scheduler_config.json"
     table = _table(path) if path.is_file() else {}
     value = table.get("flow_shift", table.get("shift", SHIFT))
-    return float(value) if isinstance(value, (int, float)) and value > 0 else SHIFT
+    return float(value) if is_number(value) and value > 0 else SHIFT
 
 
 def latent_spec(folder: Path) -> tuple[float, int, int]:
@@ -121,10 +123,14 @@ def latent_spec(folder: Path) -> tuple[float, int, int]:
     table = _table(folder / "vae" / "config.json")
     try:
         levels = len(table["encoder_block_out_channels"])
-        return float(table["scaling_factor"]), int(table["latent_channels"]), 2 ** (levels - 1)
-    except (KeyError, TypeError, ValueError) as error:
+        scale, channels = float(table["scaling_factor"]), int(table["latent_channels"])
+        if not (is_number(scale) and scale > 0 and 0 < channels <= MAX_CHANNELS):
+            raise ValueError(f"scaling_factor {scale}, latent_channels {channels}")
+        return scale, channels, 2 ** (levels - 1)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"config.json of {folder.name}/vae lacks an entry ({reason(error)}): copy {SOURCE} whole."
+            f"config.json of {folder.name}/vae lacks an entry, or has a wrong one ({reason(error)}): copy {SOURCE} "
+            "whole."
         ) from error
 
 
