@@ -58,7 +58,7 @@ def write_tensors(
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        text = f"{path.name} needs {megabytes(size)}, {megabytes(free)} are free: make room on that disk"
+        text = f"{path.name} needs {shown_bytes(size)}, {shown_bytes(free)} are free: make room on that disk"
         raise OSError(errno.ENOSPC, text)
     temporary = path.with_name(f"likeness-{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -87,9 +87,9 @@ def _take_name(temporary: Path, path: Path) -> None:
         raise
 
 
-def megabytes(size: int) -> str:
+def shown_bytes(size: int) -> str:
     """A number of bytes for people."""
-    return f"{size / 2**20:.1f} MB"
+    return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB"
 
 
 def _remove_leftovers(folder: Path, now: float) -> None:
@@ -192,7 +192,7 @@ def read_table(path: Path) -> dict[str, Any]:
     where = f"{path.name} of {path.parent.name}"
     try:
         if path.stat().st_size > MAX_HEADER:
-            raise ValueError(f"it has {megabytes(path.stat().st_size)}")
+            raise ValueError(f"it has {shown_bytes(path.stat().st_size)}")
         text, number = path.read_text(encoding="utf-8"), _checked(float)
         table = json.loads(text, parse_int=_checked(int), parse_float=number, parse_constant=number)
     except (OSError, ValueError, RecursionError) as error:

@@ -29,6 +29,7 @@ NETWORK, AUTOENCODER = "SanaTransformer2DModel", "AutoencoderDC"
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = (None, "bf16", "fp16")  # of the weight files, in order of preference
 MAX_TOKENS = 300  # of the prompt, after the instruction (paper, 3.1); SISO's script truncates at 256
+MAX_CHANNELS = 4096  # of latents; Sana has 32
 SHIFT = 3.0  # default shift of the noise levels, if the folder specifies none
 
 
@@ -96,7 +97,9 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[A
     tokenizer = read_processor(folder / "tokenizer", "AutoTokenizer")
     lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     instruction = "\n".join(lines)
-    return tokenizer, instruction, Gemma(model, tokenizer.encode(instruction), device)
+    with running(f"The tokenizer of {folder.name}"):
+        tokens = tokenizer.encode(instruction)
+    return tokenizer, instruction, Gemma(model, tokens, device)
 
 
 def noise_shift(folder: Path) -> float:
@@ -114,10 +117,14 @@ def latent_spec(folder: Path) -> tuple[float, int, int]:
     table = read_table(folder / "vae" / "config.json")
     try:
         levels = len(table["encoder_block_out_channels"])
-        return float(table["scaling_factor"]), int(table["latent_channels"]), 2 ** (levels - 1)
-    except (KeyError, TypeError, ValueError) as error:
+        scale, channels = float(table["scaling_factor"]), int(table["latent_channels"])
+        if not (is_number(scale) and scale > 0 and 0 < channels <= MAX_CHANNELS):
+            raise ValueError(f"scaling_factor {scale}, latent_channels {channels}")
+        return scale, channels, 2 ** (levels - 1)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"config.json of {folder.name}/vae lacks an entry ({reason(error)}): copy {SOURCE} whole."
+            f"config.json of {folder.name}/vae lacks an entry, or has a wrong one ({reason(error)}): copy {SOURCE} "
+            "whole."
         ) from error
 
 
