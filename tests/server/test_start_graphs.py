@@ -27,7 +27,7 @@ def test_server_lists_the_blueprints(server):
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
 def test_blueprint_says_the_same_to_pages_that_keep_its_values_and_to_those_that_do_not(path, object_info):
-    """Pages from 1.40 on take the values of the folded node, older ones those of the nodes inside."""
+    """Newer pages take the values of the folded node, older ones those of the nodes inside."""
     graph = load(path)
     assert not list(graph_checks.foreign(graph, object_info))
     older = {**graph, "nodes": [{**graph["nodes"][0], "widgets_values": []}]}
