@@ -10,7 +10,19 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from likeness.toolbox.graph import NOTES, Graph, GraphError, ObjectInfo, convert, label, named_values, widget_slots
+from likeness.toolbox.graph import (
+    NOTES,
+    Graph,
+    GraphError,
+    ObjectInfo,
+    all_nodes,
+    convert,
+    flattened,
+    label,
+    named_values,
+    subgraphs,
+    widget_slots,
+)
 from likeness.toyworld import workflows
 
 TITLE_BAR = 30  # pixels above a node's position
@@ -18,6 +30,9 @@ MODEL_FILES = (".safetensors", ".ckpt", ".sft", ".gguf", ".bin", ".pt", ".pth")
 SAVED = "likeness/"  # where graphs save what others load
 PAGE_WORDS = {"Open in MaskEditor", "Set Group Nodes to Always", "Bypass Group Nodes"}  # that a note may quote
 NODE_QUOTE = re.compile(r"(?<!\w)'([A-Z](?:[^'\n]|'(?=s ))*)'")
+START = re.compile(r"[1-8] Start - ")  # the names of the graphs for the first ten minutes
+MOST_NODES, NOTE_WIDTH, TITLE_HEIGHT, GROUP_COLOR = 12, 460, 34, "#3f789e"
+BARS = (100, 180)  # pixels of the page's own bars, at the left and at the top
 GROUP_QUOTE = re.compile(r'"([A-Z][^"\n]*)"')
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -25,12 +40,17 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 def complaints(name: str, graph: Graph, object_info: ObjectInfo | None = None) -> list[str]:
     """All that is wrong with a shipped graph; without object_info only what can be told without a server."""
-    checks = [overlaps(graph), groups(graph), sidecar_titles(name, graph), tables(graph), image(name)]
+    parts = [graph, *subgraphs(graph).values()]
+    checks = [check(part) for check in (overlaps, groups) for part in parts]
+    checks += [sidecar_titles(name, graph), tables(graph), image(name)]
+    checks += [few_nodes(graph), steps(graph), app(graph)] if START.match(name) else []
     if object_info is not None:
         found = list(foreign(graph, object_info))
         if found:
             return found  # the other checks need to know every node
-        checks += [quoted(graph, object_info), unfixed_seeds(graph, object_info), unnamed_models(graph, object_info)]
+        flat = flattened(graph, object_info)
+        checks += [check(flat, object_info) for check in (quoted, unfixed_seeds, unnamed_models)]
+        checks += [stale_texts(flat, object_info)] if START.match(name) else []
     return [f"{name}: {sentence}" for check in checks for sentence in check]
 
 
@@ -88,12 +108,64 @@ def groups(graph: Graph) -> Iterator[str]:
                 yield f"The groups {title} and {other} lie on each other; move them apart."
 
 
+def few_nodes(graph: Graph) -> Iterator[str]:
+    """A start graph is seen at a glance: few nodes, a note that can be read, nothing under the page's bars."""
+    if len(graph["nodes"]) > MOST_NODES:
+        yield f"It has {len(graph['nodes'])} nodes, expected are {MOST_NODES} at most: fold some into a subgraph."
+    for node in graph["nodes"]:
+        if node["type"] in NOTES and pair(node["size"])[0] < NOTE_WIDTH:
+            yield f"{label(node)} is narrower than {NOTE_WIDTH}; widen it."
+    offset = pair(graph["extra"]["ds"]["offset"])
+    first = [min(box_of(node)[axis] for node in graph["nodes"]) for axis in (0, 1)]
+    if any(place + moved < bar for place, moved, bar in zip(first, offset, BARS, strict=True)):
+        yield f"The view is saved at {offset}, where the page's bars cover nodes; expected is {BARS} at least."
+
+
+def steps(graph: Graph) -> Iterator[str]:
+    """A start graph's groups are its steps, counted from 1, whose titles no node covers."""
+    numbers = [int(group["title"].split()[0]) for group in graph["groups"] if group["title"][0].isdigit()]
+    if sorted(numbers) != list(range(1, len(numbers) + 1)) or not numbers:
+        yield f"Its groups are counted {numbers}; count the steps from 1."
+    boxes = [(node, box_of(node)) for node in graph["nodes"] if node["type"] not in NOTES]
+    for group in graph["groups"]:
+        frame = frame_of(group)
+        if group["color"] != GROUP_COLOR:
+            yield f"The group {group['title']} is {group['color']}, expected is ComfyUI's own {GROUP_COLOR}."
+        for node, box in boxes:
+            if inside(box, frame) and box[1] < frame[1] + TITLE_HEIGHT:
+                yield f"{label(node)} covers the title of the group {group['title']}; move it down."
+    for node, box in boxes:
+        if not any(inside(box, frame_of(group)) for group in graph["groups"]):
+            yield f"{label(node)} is in no group."
+
+
+def app(graph: Graph) -> Iterator[str]:
+    """A start graph can be used as an app: what is asked and shown there exists."""
+    nodes = {str(node["id"]): node for node in graph["nodes"]}
+    asked, shown = (graph["extra"].get("linearData", {}).get(key, []) for key in ("inputs", "outputs"))
+    if not asked or [nodes[str(identity)]["type"] for identity in shown] != ["SaveImage"]:
+        yield "Its app asks nothing, or does not show one saved image; build it in the page's App mode."
+    for identity, name in asked:
+        entry = {entry["name"]: entry for entry in nodes[str(identity)]["inputs"] if "widget" in entry}.get(name)
+        if entry is None or not entry.get("label"):
+            yield f"Its app asks for {name} of node {identity}, which is not there or has no label of its own."
+
+
+def stale_texts(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
+    """A text box into which a link leads shows no other text."""
+    for node in graph["nodes"]:
+        values = {} if node["type"] in NOTES else named_values(node, object_info)
+        for entry in node.get("inputs", []):
+            if entry["type"] == "STRING" and entry.get("link") is not None and values.get(entry["name"]):
+                yield f"{label(node)} shows {values[entry['name']]!r} in {entry['name']}, but a link leads there."
+
+
 def notes(graph: Graph) -> str:
     return "\n".join(node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES)
 
 
 def titles(graph: Graph) -> list[str]:
-    return [node["title"] for node in graph["nodes"] if node.get("title")]
+    return [node["title"] for node in all_nodes(graph) if node.get("title")]
 
 
 def quoted(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
@@ -103,7 +175,7 @@ def quoted(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
     known |= {object_info[node["type"]]["display_name"] for node in graph["nodes"] if node["type"] in object_info}
     for path in workflows.WORKFLOWS.glob("*.json"):
         words = path.stem.partition("_")[2].replace("_", " ").capitalize()
-        if path.stem in text or words in text:
+        if path.stem in text or (words and words in text):
             known |= {words, *titles(workflows.shipped(path.stem))}
     for kind, pattern in (("node", NODE_QUOTE), ("group", GROUP_QUOTE)):
         for title in sorted(set(pattern.findall(text)) - known):
@@ -165,8 +237,8 @@ def image(name: str) -> Iterator[str]:
 def foreign(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
     """Only nodes of the core and of this pack, in the form that is converted without the page."""
     pack = f"custom_nodes.{next(iter(workflows.NODE_FOLDERS))}"
-    for node in graph["nodes"]:
-        if node["type"] in NOTES:
+    for node in all_nodes(graph):
+        if node["type"] in NOTES or node["type"] in subgraphs(graph):
             continue
         module = object_info[node["type"]]["python_module"] if node["type"] in object_info else "unknown"
         if module.split(".")[0] not in ("nodes", "comfy_extras") and module != pack:

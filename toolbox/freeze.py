@@ -23,6 +23,11 @@ def version(root: Path = ROOT) -> str:
     return re.findall(r'^version = "(.+)"$', text, re.MULTILINE)[0]
 
 
+def title(name: str) -> str:
+    """The name of a graph without the release that it was frozen with."""
+    return re.sub(r"\.\d+\.\d+\.\d+$", "", name)
+
+
 def freeze(root: Path = ROOT) -> list[str]:
     """Freeze the graphs of this version; returns the names of the added files."""
     index_path, release, added = root / FROZEN_GRAPHS / "index.json", version(root), []

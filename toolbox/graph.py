@@ -1,7 +1,7 @@
 """Graphs as the page saves them: read them, change them, and convert them to the server's prompt format.
 
-convert() does the same as the page's graphToPrompt() for the graphs that this project ships. It raises GraphError on
-anything unknown instead of guessing, such as subgraphs, primitive nodes and %tokens%.
+convert() does the same as the page's graphToPrompt() for the graphs that this project ships, subgraphs included. It
+raises GraphError on anything unknown instead of guessing, such as primitive nodes and %tokens%.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ PAGE_WIDGETS = ("PreviewAny",)  # all their widgets belong to the page, the serv
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 MUTED, BYPASSED = 2, 4
+ENTRY, EXIT = -10, -20  # where the links inside a subgraph come from the outside, and lead there
 FORMAT_VERSION = 0.4
 
 Graph = dict[str, Any]
@@ -124,6 +125,8 @@ class _Links:
         if link not in self._origins:
             raise GraphError(f"Link {link} is used but not defined.")
         identity, index = self._origins[link]
+        if identity is None:  # the subgraph gives nothing there
+            return None
         node = self._nodes[identity]
         if node.get("mode", 0) == MUTED:
             return None
@@ -142,10 +145,75 @@ class _Links:
         return None
 
 
+def subgraphs(graph: Graph) -> dict[str, Graph]:
+    """The definitions of subgraphs by their id, which is the type of the nodes that stand for them."""
+    return {entry["id"]: entry for entry in (graph.get("definitions") or {}).get("subgraphs", [])}
+
+
+def all_nodes(graph: Graph) -> list[dict[str, Any]]:
+    """The nodes of a graph and those inside its subgraphs."""
+    return [node for part in (graph, *subgraphs(graph).values()) for node in part["nodes"]]
+
+
+def flattened(graph: Graph, object_info: ObjectInfo) -> Graph:
+    """The graph with each subgraph's inner nodes in its place, also those of subgraphs inside; the ids are the page's
+    ("node:inner"), and the values of the node's widgets are those of the inner ones that they stand for.
+    """
+    flat, definitions = copy.deepcopy({**graph, "definitions": {}}), subgraphs(graph)
+    while host := next((node for node in flat["nodes"] if node["type"] in definitions and not node.get("mode")), None):
+        if str(host["id"]).count(":") >= len(definitions):
+            raise GraphError(f"{label(host)} is a subgraph that holds itself.")
+        _unfold(flat, host, copy.deepcopy(definitions[host["type"]]), definitions, object_info)
+    return flat
+
+
+def _unfold(
+    flat: Graph, host: Mapping[str, Any], inside: Graph, definitions: Mapping[str, Graph], info: ObjectInfo
+) -> None:
+    """Put the nodes and links of a subgraph in the place of the node that stands for it."""
+    entries, chosen = {entry["name"]: entry for entry in host.get("inputs", [])}, _own_values(host)
+    origins, results = {link[0]: link[1:3] for link in flat["links"]}, {}
+    for node in inside["nodes"]:
+        for entry in (entry for entry in node.get("inputs", []) if entry.get("link") is not None):
+            entry["link"] = f"{host['id']}:{entry['link']}"
+    nodes = {node["id"]: node for node in inside["nodes"]}
+    for link in inside["links"]:
+        source = [f"{host['id']}:{link['origin_id']}", link["origin_slot"]]
+        if link["origin_id"] == ENTRY:
+            name = inside["inputs"][link["origin_slot"]]["name"]
+            source = origins.get(entries.get(name, {}).get("link"))
+        if link["target_id"] == EXIT:
+            results[link["target_slot"]] = source
+        elif source:
+            place = [f"{host['id']}:{link['target_id']}", link["target_slot"], link["type"]]
+            flat["links"].append([f"{host['id']}:{link['id']}", *source, *place])
+        else:  # nothing arrives: the value of the widget counts
+            target = nodes[link["target_id"]]
+            entry = target["inputs"][link["target_slot"]]
+            entry["link"] = None
+            if name in chosen and target["type"] in definitions:
+                target["widgets_values"] = list({**_own_values(target), entry["name"]: chosen[name]}.values())
+            elif name in chosen:
+                set_value(target, entry["name"], chosen[name], info)
+    for link in [link for link in flat["links"] if link[1] == host["id"]]:
+        link[1:3] = results.get(link[2]) or [None, 0]
+    for node in inside["nodes"]:
+        node["id"] = f"{host['id']}:{node['id']}"
+    index = flat["nodes"].index(host)
+    flat["nodes"][index : index + 1] = inside["nodes"]
+
+
+def _own_values(host: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a subgraph's node holds, by input; none where an older page left them to the inner nodes."""
+    names = [entry["name"] for entry in host.get("inputs", []) if "widget" in entry]
+    values = host.get("widgets_values") or []
+    if len(values) not in (0, len(names)):
+        raise GraphError(f"{label(host)} holds the values {values}, but its widgets are {names}.")
+    return dict(zip(names, values, strict=False))
+
+
 def active_nodes(graph: Graph) -> Iterator[dict[str, Any]]:
     """The nodes that are sent to the server."""
-    if (graph.get("definitions") or {}).get("subgraphs"):
-        raise GraphError("The graph holds subgraphs, which this converter does not know.")
     for node in graph["nodes"]:
         mode = node.get("mode", 0)
         if mode not in (0, MUTED, BYPASSED):
@@ -156,7 +224,8 @@ def active_nodes(graph: Graph) -> Iterator[dict[str, Any]]:
 
 def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
     """The graph in the format of POST /prompt."""
-    links, prompt = _Links(graph), {}
+    graph, prompt = flattened(graph, object_info), {}
+    links = _Links(graph)
     for node in active_nodes(graph):
         known = {entry.name for entry in inputs_of(node["type"], object_info)}
         inputs = named_values(node, object_info)
@@ -200,6 +269,16 @@ def matching_nodes(graph: Graph, name: str) -> list[dict[str, Any]]:
     return nodes
 
 
+def set_value(node: dict[str, Any], entry: str, value: Any, object_info: ObjectInfo) -> None:
+    """Change one widget value of a node."""
+    slots = widget_slots(node["type"], object_info)
+    if Slot(entry, "value") not in slots:
+        raise GraphError(f"{label(node)} has no widget {entry}.")
+    named_values(node, object_info)  # raises for values that do not fit the widgets
+    node["widgets_values"] = complete_values(node, object_info)
+    node["widgets_values"][slots.index(Slot(entry, "value"))] = value
+
+
 def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: ObjectInfo) -> Graph:
     """A copy of the graph with changed widget values.
 
@@ -209,10 +288,5 @@ def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: Ob
     copied = copy.deepcopy(graph)
     for (name, entry), value in settings.items():
         for node in matching_nodes(copied, name):
-            slots = widget_slots(node["type"], object_info)
-            if Slot(entry, "value") not in slots:
-                raise GraphError(f"{label(node)} has no widget {entry}.")
-            named_values(node, object_info)  # raises for values that do not fit the widgets
-            node["widgets_values"] = complete_values(node, object_info)
-            node["widgets_values"][slots.index(Slot(entry, "value"))] = value
+            set_value(node, entry, value, object_info)
     return copied

@@ -40,7 +40,8 @@ def insert_mask(graph: Graph, node: dict[str, Any], image_input: str, mask_input
     index, entry = slots[mask_input]
     entry["link"] = first + 1
     source = next(other for other in graph["nodes"] if other["id"] == origin[1])
-    source["outputs"][origin[2]]["links"].append(first)
+    output = source["outputs"][origin[2]]
+    output["links"] = [*(output["links"] or []), first]
     graph["links"] += [
         [first, origin[1], origin[2], identity, 0, "IMAGE"],
         [first + 1, identity, 0, node["id"], index, "MASK"],

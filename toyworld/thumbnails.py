@@ -38,6 +38,17 @@ def montage(pictures: list[Any]) -> Any:
     return sheet
 
 
+def halves(source: Any, result: Any) -> Any:
+    """One square, as the template list shows it: on the left the middle of the source, on the right of the result."""
+    from PIL import Image, ImageOps
+
+    square = Image.new("RGB", (2 * TILE, 2 * TILE))
+    for left, picture in ((0, source), (TILE, result)):
+        whole = ImageOps.fit(picture.convert("RGB"), square.size)
+        square.paste(whole.crop((TILE // 2, 0, TILE // 2 + TILE, 2 * TILE)), (left, 0))
+    return square
+
+
 def without_sana(graph: Graph, checkpoint: str) -> Graph:
     """The graph with the toyworld's checkpoint in the place of Sana, which has no small form that was trained."""
     if not any(node["type"] == "LikenessLoadSana" for node in graph["nodes"]):
@@ -94,7 +105,9 @@ def make(names: list[str], quick: bool) -> None:
             graph = workflows.in_small_world(name, object_info, quick, graph=shipped)
             run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
             path = workflows.WORKFLOWS / f"{name}.jpg"
-            montage(pictures_of(name, server, graph, run)).save(path, quality=QUALITY)
+            pictures = pictures_of(name, server, graph, run)
+            square = workflows.sidecar(name).get("square")
+            (halves(pictures[0], pictures[-1]) if square else montage(pictures)).save(path, quality=QUALITY)
             print(f"{path.relative_to(ROOT)} written", flush=True)
 
 

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..toolbox.environment import ROOT, SANDBOX, Environment, step
-from ..toolbox.graph import BYPASSED, Graph, GraphError, ObjectInfo, adapt, load, matching_nodes
+from ..toolbox.graph import (
+    BYPASSED,
+    Graph,
+    GraphError,
+    ObjectInfo,
+    adapt,
+    all_nodes,
+    flattened,
+    load,
+    matching_nodes,
+)
 from .mask_nodes import PLAYER, with_subject_masks
 
 if TYPE_CHECKING:
@@ -41,6 +51,7 @@ SOURCE_BACKGROUND, STYLE_BACKGROUND = "grass", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
 TRAINING_SET, TRAINING_SUBJECTS, TRAINING_PICTURES = "small_world_subjects", 6, 2
+PAINTED_PICTURE = "small_world_painted.png"  # the subject's, with the subject painted as the page's mask editor does
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 
 Settings = dict[tuple[str, str], Any]
@@ -73,8 +84,12 @@ def draw_subject(folder: Path) -> Path:
         (SECOND_PICTURE, subject(), SECOND_BACKGROUND, SECOND_SEED),
         (EDITED_PICTURE, edited(), STYLE_BACKGROUND, EDITED_SEED),
     ):
-        picture, _ = world.render(identity, background, seed)
+        picture, mask = world.render(identity, background, seed)
         Image.fromarray(picture).save(folder / name)
+        if name == PICTURE:
+            painted = Image.fromarray(picture)
+            painted.putalpha(Image.fromarray(255 - mask))
+            painted.save(folder / PAINTED_PICTURE)
     draw_training_set(folder / TRAINING_SET)
     return folder / PICTURE
 
@@ -140,7 +155,7 @@ def settings(name: str, graph: Graph, quick: bool = False) -> Settings:
 
 def has(graph: Graph, name: str) -> bool:
     """Whether a node of the graph has this title or type."""
-    return any(name in (node.get("title"), node["type"]) for node in graph["nodes"])
+    return any(name in (node.get("title"), node["type"]) for node in all_nodes(graph))
 
 
 def shipped(name: str) -> Graph:
@@ -155,11 +170,12 @@ def in_small_world(
     more: Mapping[tuple[str, str], Any] | None = None,
     graph: Graph | None = None,
 ) -> Graph:
-    """A shipped graph with the toyworld's models, sizes and prompts, and with the judge's masks at the scores.
+    """A shipped graph with the toyworld's models, sizes and prompts, and with the judge's masks at the scores; what is
+    inside subgraphs stands in their place.
 
     more: further widget values. graph: another version of the graph of this name.
     """
-    graph = played(switched_on(graph or shipped(name)))
+    graph = played(flattened(switched_on(graph or shipped(name)), object_info))
     return with_subject_masks(adapt(graph, {**settings(name, graph, quick), **(more or {})}, object_info))
 
 

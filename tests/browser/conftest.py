@@ -16,6 +16,7 @@ OF_GRAPHS = (
     "test_graphs_open_and_keep_their_values",
     "test_graph_runs_with_live_loss",
     "test_sampling_in_stages_shows_how_far_it_is",
+    "test_blueprint_is_listed_dropped_and_runs",
 )
 EVERYWHERE = {"family": "hiper", "name": "hiper_train_and_edit"}
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from likeness.toolbox.freeze import FROZEN_GRAPHS
+from likeness.toolbox import freeze
 from likeness.toolbox.graph import NOTES, Graph, active_nodes, convert, load
 from likeness.toolbox.server import PromptError
 from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
 
-FOLDER = workflows.ROOT / FROZEN_GRAPHS
+FOLDER = workflows.ROOT / freeze.FROZEN_GRAPHS
 FROZEN = {name: load(FOLDER / f"{name}.json") for name in json.loads((FOLDER / "index.json").read_text())}
 FIRST_SAVED = "likeness/subject_00001_.safetensors"  # what the graph names that loads a subject
 PLACEHOLDER = "likeness/frozen.safetensors"  # in place of what another graph saves
@@ -30,7 +30,7 @@ def wiring(graph: Graph) -> list[tuple[str, list[str]]]:
 
 def in_server(server, object_info, name: str) -> Graph:
     """A frozen graph with values that the server can take."""
-    title = name.partition(".")[0]
+    title = freeze.title(name)
     chosen = workflows.sidecar(title).get("after", {}).get("chosen in")
     more = {tuple(chosen): PLACEHOLDER} if chosen else {}
     if title == "siso_sana":
@@ -101,7 +101,7 @@ def test_frozen_graphs_open_and_are_valid(server):
 def test_what_no_shipped_graph_does_any_more_still_runs(server, results):
     """A frozen graph that is wired as the present one is not run again: test_graphs runs that."""
     for name, graph in FROZEN.items():
-        title = name.partition(".")[0]
+        title = freeze.title(name)
         if title in live.NAMES and wiring(graph) == wiring(workflows.shipped(title)):
             continue
         object_info = server.object_info()

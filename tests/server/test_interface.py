@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from urllib.parse import quote
 
 import pytest
 
@@ -132,8 +133,9 @@ def test_shipped_graph_holds_what_people_rely_on(object_info, name):
 def test_templates_are_served_with_thumbnails(server):
     assert tuple(sorted(server.get("/api/workflow_templates")[live.PACK])) == live.NAMES
     for name in live.NAMES:
-        assert server.get(f"/api/workflow_templates/{live.PACK}/{name}.json") == workflows.shipped(name)
-        assert server.get_bytes(f"/api/workflow_templates/{live.PACK}/{name}.jpg")[:2] == b"\xff\xd8"
+        address = f"/api/workflow_templates/{live.PACK}/{quote(name)}"
+        assert server.get(f"{address}.json") == workflows.shipped(name)
+        assert server.get_bytes(f"{address}.jpg")[:2] == b"\xff\xd8"
 
 
 def test_script_is_served(server):
