@@ -115,13 +115,15 @@ def finite_or_raise(number: Tensor, step: int, name: str = "loss") -> float:
 
 
 def gradient_or_raise(gradient: Tensor | None, step: int) -> None:
-    """RuntimeError when the gradient of learned tokens is not finite, or when the first one is zero everywhere."""
+    """RuntimeError when the gradient [n, d] of learned tokens is not finite, or when the first one is zero for any."""
     values = torch.as_tensor(gradient)
     finite_or_raise(values.square().sum(), step, "gradient")
-    if step == 0 and not bool(values.any()):
+    unseen = int((~values.any(-1)).sum())
+    if step == 0 and unseen:
         raise RuntimeError(
-            "The learned tokens get no gradient, expected is a model that looks at the end of a prompt: this one masks "
-            "it, so that nothing would be learned. Use another model with this node."
+            f"{unseen} of the {values[..., 0].numel()} learned tokens get no gradient, expected is a model that looks "
+            "at the end of a prompt: this one masks it, so that nothing would be learned there. Use another model with "
+            "this node."
         )
 
 

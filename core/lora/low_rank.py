@@ -8,6 +8,7 @@ any storage format.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -122,13 +123,16 @@ def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) 
 
 # The usual default targets in the UNet and in CLIP; at rank 16 that is 3.2 M and 1.2 M parameters for SD1.x.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = re.compile(r"(.*\.)?(to_(q|k|v|out)(_\w+)?|add_[qkv]_proj|to_add_out)(\.0)?")  # also of a second stream
 TEXT_PREFIX = "text_encoders."  # name prefix of a text encoder's parameters
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = UNET_LAYERS) -> dict[str, nn.Module]:
-    """The query, key, value and output projections in a module, by path."""
-    return {f"{prefix}.{name}": part for name, part in module.named_modules() if name.endswith(ends)}
+def attention_layers(module: nn.Module, prefix: str, ends: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """The query, key, value and output projections in a module, by path: those of all streams, or with these ends."""
+    layers = {name: part for name, part in module.named_modules() if getattr(part, "weight", None) is not None}
+    chosen = (name for name in layers if (name.endswith(ends) if ends else ATTENTION.fullmatch(name)))
+    return {f"{prefix}.{name}": layers[name] for name in chosen}
 
 
 def new_adapters(

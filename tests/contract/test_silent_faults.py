@@ -57,10 +57,30 @@ def test_the_tokens_are_those_of_the_prompt():
 
 
 def test_tokens_behind_the_models_mask_are_said():
-    gradient_or_raise(torch.tensor([0.0, 1e-9]), 0)
-    gradient_or_raise(torch.zeros(2), 3)
-    with pytest.raises(RuntimeError, match="get no gradient, expected is a model that looks at the end of a prompt"):
-        gradient_or_raise(torch.zeros(2), 0)
+    gradient_or_raise(torch.tensor([[0.0, 1e-9], [1.0, 0.0]]), 0)
+    gradient_or_raise(torch.zeros(2, 2), 3)
+    for gradient, unseen in ((torch.zeros(2, 2), 2), (torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 1)):
+        with pytest.raises(
+            RuntimeError, match=f"^{unseen} of the 2 learned tokens get no gradient, expected is a model"
+        ):
+            gradient_or_raise(gradient, 0)
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize(("hidden", "unseen"), [(2, 2), (9, 5)])
+@pytest.mark.parametrize("name", ["hiper", "hifi", "step-wise"])
+def test_a_model_that_masks_the_end_of_a_prompt_is_refused(name, hidden, unseen):
+    """As HunyuanDiT does: the last tokens, some or all of the learned ones, have no part in its attention."""
+    setting = Setting()
+    setting.model = setting.model.clone()
+
+    def masked(apply, arguments):
+        context = arguments["c"]["c_crossattn"][:, :-hidden]
+        return apply(arguments["input"], arguments["timestep"], **{**arguments["c"], "c_crossattn": context})
+
+    setting.model.set_model_unet_function_wrapper(masked)
+    with pytest.raises(RuntimeError, match=f"{unseen} of the 5 learned tokens get no gradient"):
+        METHOD[name].fit(setting)
 
 
 @pytest.mark.usefixtures("own_folders")

@@ -41,6 +41,25 @@ def test_only_attention_layers_are_chosen_and_nothing_changes_at_first():
         assert torch.equal(net(x), block()(x))
 
 
+class Joint(nn.Module):
+    """The attention of a network with a stream for the image and one for the prompt."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(2, 2))
+        self.to_rest, self.q_rms_norm_t = nn.Linear(2, 2), nn.LayerNorm(2)
+
+
+def test_both_streams_of_an_attention_are_chosen():
+    parts = ("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t")  # as HiDream names them
+    more = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # as Qwen-Image
+    net = nn.ModuleDict({"a": Joint(*parts), "b": Joint(*more)})
+    net["b"].to_out = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    expected = [f"net.a.{name}" for name in parts] + [f"net.b.{name}" for name in (*more, "to_out.0")]
+    assert sorted(attention_layers(net, "net")) == sorted(expected)
+
+
 def test_exported_factors_merged_into_the_weights_give_the_same_output():
     net, x = block(), torch.randn(1, 4, 4, 5, generator=torch.Generator().manual_seed(2))
     layers = attention_layers(net, "net")

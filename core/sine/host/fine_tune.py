@@ -17,7 +17,7 @@ from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
 from ...lora.host.apply import encode_prompt
-from ...lora.low_rank import TEXT_LAYERS, attached_lora, attention_layers, factors, new_adapters
+from ...lora.low_rank import TEXT_LAYERS, UNET_LAYERS, attached_lora, attention_layers, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
@@ -129,6 +129,7 @@ class FineTuneJob(Job):
         if prior is not None:
             prior_parts = [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
         weights = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.crop)]
+        weights += _second_stream(_modules(self.model, data)) if plan.method == LORA else []
         encoder = None if clip is None else precision(clip.patcher)
         precisions = [precision(self.model), str(self.vae.vae_dtype), encoder]
         prompt_parts = describe([self.vae.patcher, self.positive, text])
@@ -272,6 +273,12 @@ def _layers(modules: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     """The attention layers of each module, which get a LoRA."""
     ends = {"text_encoders": (TEXT_LAYERS,)}
     return {prefix: attention_layers(module, prefix, *ends.get(prefix, ())) for prefix, module in modules.items()}
+
+
+def _second_stream(modules: dict[str, nn.Module]) -> list[str]:
+    """The layers that a LoRA had not before 0.6, by name."""
+    known = (*UNET_LAYERS, *TEXT_LAYERS)
+    return sorted(name for layers in _layers(modules).values() for name in layers if not name.endswith(known))
 
 
 def _count(modules: dict[str, nn.Module], plan: FineTunePlan) -> int:
