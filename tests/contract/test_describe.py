@@ -278,3 +278,49 @@ def test_a_run_is_found_again_when_a_file_has_moved_to_its_room(now, before):
     """Keys of 0.5.0 hold the modules of then."""
     moved = type("Moved", (), {"__module__": f"likeness.{now}"})
     assert describe(moved) == f"likeness.{before}.Moved"
+
+
+OWN_NAMES = {  # without the room, so that moving a file changes no key; see tests/unit/test_run_keys.py
+    "map": ("host.position_map.PositionMap", "host.position_map._tell_areas", "host.position_map._tell_size"),
+    "adapter": (
+        "adapter.Adapter",
+        "adapter.Layer",
+        "adapter.SubjectTokens",
+        "host.adapter._Injection",
+        "host.layers.Place",
+    ),
+    "landing": ("host.landing.Landing",),
+    "vision": ("host.extras.tower.Tower", "host.extras.transformers_folder.TransformersTower"),
+}
+
+
+def with_own_part(what: str, setting: Setting, folder):
+    """A model with a part of the pack on it that a training goes through."""
+    from likeness.core.ezigen.host.adapter import with_adapter
+    from likeness.core.inversion.host.landing import Landing, attach_landing
+    from likeness.core.sine.host.position_map import with_same_map
+    from likeness.core.vision.host.vision import load_vision
+
+    from ..vision.models import clip_folder
+    from .test_adapter import stored, subject
+
+    if what == "vision":
+        clip_folder(folder)
+        return load_vision(folder).patcher
+    if what == "map":
+        return with_same_map(setting.model, 8, "bilinear")
+    if what == "adapter":
+        return with_adapter(setting.model, stored(setting.model), subject(setting))
+    return attach_landing(setting.model, Landing({0: torch.zeros(1, 4, 8, 8)}, (1.0, 0.0)))
+
+
+@pytest.mark.parametrize("what", OWN_NAMES)
+def test_the_packs_own_names_in_a_key_stay(what, tmp_path, monkeypatch):
+    from likeness.core.session import describe as module
+
+    patched, names, own = with_own_part(what, Setting(), tmp_path), set(), module._name
+    monkeypatch.setattr(module, "_name", lambda value: names.add(own(value)) or own(value))
+    module.describe(patched) if what == "vision" else patches_digest(patched)
+    assert {name for name in names if name.startswith("likeness.")} == {
+        f"likeness.core.{name}" for name in OWN_NAMES[what]
+    }

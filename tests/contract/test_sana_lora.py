@@ -145,3 +145,47 @@ def test_stopped_early_it_goes_on_as_if_it_had_not_been(sana, sana_prompts, visi
 def test_its_text_encoder_is_not_trained(sana, sana_prompts, vision):
     with pytest.raises(ValueError, match="disconnect 'clip'"):
         optimised(sana, sana_prompts, vision, clip=sana.clip)
+
+
+def random_lora(model, seed: int = 4) -> dict[str, torch.Tensor]:
+    """Weights of a LoRA file, under the names that the pack writes for Sana."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, layer in model.model.lora_layers().items():
+        rows, columns = layer.weight.shape
+        found[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+        found[f"{name}.lora_A.weight"] = 0.3 * torch.randn(2, columns, generator=generator)
+    return found
+
+
+def guided(sana, sana_prompts, tuned) -> torch.Tensor:
+    from likeness.nodes.guidance import LikenessGuidance
+
+    from .setting import run_node
+
+    inputs = {"model": sana.model, "tuned": tuned, "tuned_positive": sana_prompts[0]}
+    model = run_node(LikenessGuidance, **inputs, base_weight=0.6, end_percent=1.0)[0]
+    return pictured(model, sana.vae, sana_prompts, levels(sana.model))
+
+
+def test_a_lora_of_sana_guides_beside_the_model_that_it_was_trained_on(sana, sana_prompts, sana_folder):
+    """Sana's layers are not ComfyUI's, but take a LoRA beside them: as with a second copy of the folder."""
+    import comfy.sd
+
+    from likeness.core.sana.host.sana import load_sana
+
+    weights, pictures = random_lora(sana.model), []
+    for loaded in (sana, load_sana(sana_folder)):
+        with torch.inference_mode():
+            tuned = comfy.sd.load_lora_for_models(loaded.model, None, weights, 1.0, 0.0)[0]
+        pictures.append(guided(sana, sana_prompts, tuned))
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-4)
+    plain = pictured(sana.model, sana.vae, sana_prompts, levels(sana.model))
+    assert float((pictures[0] - plain).abs().mean()) > 1e-3
+
+
+def test_other_patches_of_sana_cannot_be_separated(sana, sana_prompts):
+    tuned = sana.model.clone()
+    name = "diffusion_model.transformer_blocks.0.attn1.to_q.weight"
+    tuned.add_patches({name: ("diff", (torch.ones_like(sana.model.model.state_dict()[name]),))})
+    with pytest.raises(ValueError, match="cannot be separated .* no plain LoRA: load a copy"):
+        guided(sana, sana_prompts, tuned)

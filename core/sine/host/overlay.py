@@ -42,8 +42,8 @@ def check_separable(tuned: Any, base: Any) -> None:
                 "difference to both of them, load LoRAs without 'bypass', or load a copy of the checkpoint file (under "
                 "another name) for the tuned model."
             )
-    for key, _, _, _ in _differences(tuned, base):
-        _module_of(base.model, key)
+    for key, target, current, shared in _differences(tuned, base):
+        _module_of(base.model, key, _signed(target, current, shared))
         if any(hasattr(value, "_orig_mod") for value in base.object_patches.values()):
             raise ValueError(
                 "The model is compiled, and the tuned model is the same loaded model with other weights: compile with "
@@ -66,15 +66,23 @@ def _equal(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _module_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+def _signed(target: list[Patch], current: list[Patch], shared: int, share: float = 1.0) -> list[tuple[float, Patch]]:
+    """The patches to add to the running model's weight, and those to take from it, each with its factor."""
+    return [(share, patch) for patch in target[shared:]] + [(-share, patch) for patch in current[shared:]]
+
+
+def _module_of(model: nn.Module, key: str, signed: list[tuple[float, Patch]]) -> tuple[nn.Module, str, bool]:
+    """The module and attribute of a weight, and whether its patches can be added to the module's output."""
     path, _, attribute = key.rpartition(".")
     module = comfy.utils.get_attr(model, path)
-    if not hasattr(module, f"{attribute}_function"):
+    hooked = attribute == "weight" and _takes_lora(module) and all(map(_is_plain_lora, signed))
+    if not hooked and not hasattr(module, f"{attribute}_function"):
         raise ValueError(
             f"The tuned model's patch of '{key}' cannot be separated from the base model, because that layer is not "
-            "one of ComfyUI's: load a copy of the checkpoint file (under another name) for the tuned model."
+            "one of ComfyUI's and the patch is no plain LoRA: load a copy of the checkpoint file (under another name) "
+            "for the tuned model."
         )
-    return module, attribute
+    return module, attribute, hooked
 
 
 class Overlay:
@@ -86,9 +94,9 @@ class Overlay:
         self._functions: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
         model = running.model
         for key, target, current, shared in _differences(tuned, running):
-            module, attribute = _module_of(model, key)
-            signed = [(share, patch) for patch in target[shared:]] + [(-share, patch) for patch in current[shared:]]
-            if attribute == "weight" and _takes_lora(module) and all(map(_is_plain_lora, signed)):
+            signed = _signed(target, current, shared, share)
+            module, attribute, hooked = _module_of(model, key, signed)
+            if hooked:
                 self._hooks.append((module, _lora_hook(signed)))
             elif shared == len(current):
                 self._functions.append((module, attribute, _weight_function(key, target[shared:], None, module, share)))
