@@ -8,6 +8,7 @@ import torch
 from likeness.tests import gradients
 
 from .. import tiny_families
+from .methods import _similarity_model, run_node, sample
 
 FAMILIES = tiny_families.families()
 TOKENS = 5
@@ -156,3 +157,83 @@ def test_checkpointing_saves_memory_and_gives_the_same_gradient(name):
     assert stored[1] < stored[0] / 2, stored
     plain, recomputed = gradient
     assert float((plain - recomputed).abs().max()) <= 1e-6 * float(plain.abs().max())
+
+
+def image_of(family) -> torch.Tensor:
+    """An image of smooth colours."""
+    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(6))
+    return torch.nn.functional.interpolate(coarse, size=(family.image,) * 2, mode="bilinear").movedim(1, -1)
+
+
+@pytest.mark.usefixtures("own_folders")
+@each_family
+def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
+    from likeness.nodes.embedding import LikenessApplyEmbedding, LikenessTrainEmbedding
+    from likeness.nodes.refine import LikenessRefineEmbedding
+
+    family = FAMILIES[name]
+    model, mask = family.model(), torch.zeros(1, family.image, family.image)
+    mask[:, :, family.image // 2 :] = 1
+    data = {"image": image_of(family), "vae": family.autoencoder(), "mask": mask, "negative": family.prompt(3)}
+    settings = {"steps": 3, "learning_rate": 0.02, "tokens": TOKENS, "save_every": 3, "init": "source prompt"}
+    settings |= {"start_percent": 0.0, "end_percent": 1.0, "preview_steps": 1, "preview_cfg": 1.0, "seed": 0}
+    shared = {"model": model, "positive": family.prompt(1), **data, "anchor_weight": 0.01}
+    embedding, loss, previews = run_node(LikenessTrainEmbedding, **shared, **settings, target=family.prompt(2))
+    assert len(loss["loss"]) == 3 and previews.shape == (3, family.image, family.image, 3)
+    sigmas = torch.tensor([0.9, 0.5, 0.0]) * float(model.get_model_object("model_sampling").sigma_max)
+    refining = {"embedding": embedding, "sigmas": sigmas, "inner_steps": 1, "learning_rate": 0.02, "step": 0, "seed": 0}
+    refined, _ = run_node(LikenessRefineEmbedding, **shared, **refining)
+    inputs = {"conditioning": family.prompt(2), "embedding": refined, "scale": 1.0, "step": 0}
+    applied = run_node(LikenessApplyEmbedding, **inputs)[0]
+    assert refined.placement == embedding.placement and len(applied) == 2
+    latent = {"samples": family.latents()}
+    plain, subject = (sample(model, prompt, family.prompt(3), latent) for prompt in (family.prompt(2), applied))
+    assert bool(torch.isfinite(subject).all()) and not torch.equal(plain, subject)
+
+
+@pytest.mark.usefixtures("own_folders")
+@each_family
+def test_a_fine_tune_with_mask_and_prior_images_is_trained(name):
+    from likeness.nodes.fine_tune import LikenessFineTune
+
+    family = FAMILIES[name]
+    inputs = {"model": family.model(), "vae": family.autoencoder(), "image": image_of(family), "patches": False}
+    inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 2, "learning_rate": 0.01}
+    inputs |= {"rank": 2, "resolution": family.image, "seed": 0, "whole_image": 0.0, "recon_weight": 0.0, "cells": 0}
+    inputs |= {"interpolation": "bilinear", "crops": 5, "prior_weight": 1.0, "prior_prompt": "", "checkpointing": True}
+    inputs |= {"prior_image": image_of(family), "prior_positive": family.prompt(2)}
+    inputs |= {"mask": torch.ones(1, family.image, family.image)}
+    for method in ("LoRA", "full weights"):
+        tuned, _, artifact, loss = run_node(LikenessFineTune, method=method, **inputs)
+        assert len(loss["loss"]) == 2 and len(artifact) > 10
+        latent = {"samples": family.latents()}
+        before, after = (sample(each, family.prompt(2), family.prompt(3), latent) for each in (inputs["model"], tuned))
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("own_folders")
+@each_family
+def test_the_image_of_an_optimized_lora_is_the_stock_samplers(name):
+    import comfy.sample
+    import comfy.samplers
+
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    family, seed = FAMILIES[name], 4
+    model, vae, positive = family.model(), family.autoencoder(), family.prompt(1)
+    alike = run_node(LikenessSimilarity, vision=_similarity_model(), image=image_of(family), weight=1.0)[0]
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    shape = family.latent if len(family.latent) == 4 else (*family.latent[:2], *family.latent[3:])
+    inputs = {"model": model, "vae": vae, "positive": positive, "similarity": alike, "sigmas": sigmas, "rank": 2}
+    inputs |= {"latent": {"samples": torch.zeros(shape)}, "cfg": 1.0, "grad_steps": 1, "iterations": 3, "patience": 0}
+    tuned, _, lora, best, _, loss, _ = run_node(LikenessOptimizeLora, **inputs, learning_rate=0.02, seed=seed)
+    assert len(set(loss["loss"])) == 3 and any(value.any() for value in lora.values())
+    noise = torch.randn(family.latent, generator=torch.Generator().manual_seed(seed))
+    euler = comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        samples = comfy.sample.sample_custom(
+            tuned, noise, 1.0, euler, sigmas, positive, positive, torch.zeros(family.latent), disable_pbar=True
+        )
+        stock = vae.decode(samples).flatten(0, -4)
+    torch.testing.assert_close(best, stock, atol=1e-4, rtol=0)
