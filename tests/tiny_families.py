@@ -244,8 +244,8 @@ def families() -> dict[str, Family]:
             },
             *(12, 64),
             padded=False,
-            latent=(1, 4, 16, 16),
-            image=128,
+            latent=(1, 4, 36, 36),  # its positions want 33 or more
+            image=288,
             vae="taesd4",
         ),
         "HunyuanDiT": Family(

@@ -102,8 +102,8 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
     blocks = getattr(model.model.diffusion_model, "input_blocks", None)
     if blocks is None:
         raise ValueError(
-            f"The position map belongs to the UNet of SD1.x, SD2.x and SDXL; this model is a "
-            f"{type(model.model.model_config).__name__}, which has no first convolution to add it to."
+            "The position map belongs to the UNet of SD1.x, SD2.x and SDXL; this model is a "
+            f"{type(model.model.model_config).__name__}, which has no first convolution to add it to: switch patches off."
         )
     if cells > MAX_CELLS:
         raise ValueError(f"The map would have {cells} cells, expected {MAX_CELLS} at most: set fewer cells.")
