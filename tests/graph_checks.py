@@ -140,7 +140,12 @@ def steps(graph: Graph) -> Iterator[str]:
 
 
 def app(graph: Graph) -> Iterator[str]:
-    """A start graph can be used as an app: what is asked and shown there exists."""
+    """A start graph can be used as an app: what is asked and shown there exists.
+
+    It opens as a graph: pages of 2025 have an app mode that ignores the choice and lays all nodes on each other.
+    """
+    if graph["extra"].get("linearMode") is not False:
+        yield "It opens as an app, which older pages cannot show; save it from the page's graph view."
     nodes = {str(node["id"]): node for node in graph["nodes"]}
     asked, shown = (graph["extra"].get("linearData", {}).get(key, []) for key in ("inputs", "outputs"))
     if not asked or [nodes[str(identity)]["type"] for identity in shown] != ["SaveImage"]:

@@ -78,6 +78,7 @@ def test_start_graph_is_an_app(page, object_info):
     settings |= {(title, "value"): text for title, text in TEXTS.items()}
     graph = with_small_values(adapt(workflows.shipped(START), settings, object_info))
     page.load(graph, START)
+    page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
     tour = page.tab.get_by_role("button", name="Skip")  # the page introduces apps at first
     if tour.count():
         tour.first.click()

@@ -92,6 +92,7 @@ def titled(graph: Graph, title: str) -> dict[str, Any]:
         (lambda graph: titled(graph, "Model")["pos"].__setitem__(1, 50), "covers the title"),
         (lambda graph: graph["groups"].clear(), "is in no group"),
         (lambda graph: graph["extra"].pop("linearData"), "Its app asks nothing"),
+        (lambda graph: graph["extra"].update(linearMode=True), "opens as an app"),
         (lambda graph: titled(graph, "Your photo")["inputs"][0].pop("label"), "no label of its own"),
     ],
 )
