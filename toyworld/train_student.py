@@ -76,11 +76,7 @@ def mimic_loss(
 ) -> torch.Tensor:
     """How far the mimic is from seeing the noise in the student's latents."""
     x, level, noise = noised(world, clean, generator)
-    found = world.answer(mimic, x, level, given)
-    # In either world the network's own answer weighs alike at every level: noise, or noise minus clean.
-    if world.name == "unet":
-        return (found[1] - noise).square().mean()
-    return (found[1] - found[0] - noise + clean).square().mean()
+    return world.error(world.answer(mimic, x, level, given), clean, noise)
 
 
 class Learner:

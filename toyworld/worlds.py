@@ -56,6 +56,10 @@ class World:
         """(clean latent, noise) that `network` sees in x [B,C,h,w] at the levels [B]."""
         raise NotImplementedError
 
+    def error(self, found: list[torch.Tensor], clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of what the network itself predicts, given what it sees."""
+        raise NotImplementedError
+
     def given(self, rows: torch.Tensor) -> Condition:
         """The condition of prompts as rows of the text encoder's table [B,77]."""
         raise NotImplementedError
@@ -135,6 +139,10 @@ class UNetWorld(World):
         noise = network(x, self.times[level], context=given[0])
         return [(x - self.noise[level].view(-1, 1, 1, 1) * noise) / self.signal[level].view(-1, 1, 1, 1), noise]
 
+    def error(self, found: list[torch.Tensor], clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Of the noise."""
+        return (found[1] - noise).square().mean()
+
     def given(self, rows: torch.Tensor) -> Condition:
         """The text encoder's output."""
         return (self.text(rows),)
@@ -171,6 +179,10 @@ class FlowWorld(World):
         flow = network(x, self.times[level], context=given[0], y=given[1])
         noise = self.noise[level].view(-1, 1, 1, 1)
         return [x - noise * flow, x + (1 - noise) * flow]
+
+    def error(self, found: list[torch.Tensor], clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Of noise minus clean latent."""
+        return (found[1] - found[0] - noise + clean).square().mean()
 
     def given(self, rows: torch.Tensor) -> Condition:
         """What CLIP-L gives an SD3 network: the last layer's output, and the normalised one at the end of the text."""

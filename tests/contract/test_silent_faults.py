@@ -58,6 +58,22 @@ def test_tokens_that_a_model_cuts_off_are_said_before_work(monkeypatch):
 
 
 @pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("name", ["sine", "siso"])
+def test_layers_that_are_used_without_being_run_are_named(name, monkeypatch):
+    setting = Setting()
+    attention = setting.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1
+
+    def fused(x, *_inputs, **_options):
+        weights = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
+        q, k, v = (part[:, None] for part in torch.nn.functional.linear(x, weights).chunk(3, -1))
+        return attention.to_out(torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+    monkeypatch.setattr(attention, "forward", fused)
+    with pytest.raises(RuntimeError, match=r"3 of the 56 layers to be trained, such as .*attn1[._]to_.', are fused"):
+        METHOD[name].fit(setting)
+
+
+@pytest.mark.usefixtures("own_folders")
 def test_a_video_is_not_an_image():
     family = families()["Wan"]
     setting = Setting()

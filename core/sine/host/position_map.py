@@ -101,9 +101,10 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
     """
     blocks = getattr(model.model.diffusion_model, "input_blocks", None)
     if blocks is None:
+        family = type(model.model.model_config).__name__
         raise ValueError(
-            "The position map belongs to the UNet of SD1.x, SD2.x and SDXL; this model is a "
-            f"{type(model.model.model_config).__name__}, which has no first convolution to add it to: switch patches off."
+            f"The position map belongs to the UNet of SD1.x, SD2.x and SDXL; this model is a {family}, which has no "
+            "first convolution to add it to: switch patches off."
         )
     if cells > MAX_CELLS:
         raise ValueError(f"The map would have {cells} cells, expected {MAX_CELLS} at most: set fewer cells.")
