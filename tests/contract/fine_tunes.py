@@ -28,3 +28,9 @@ def picture(setting: Setting, model, positive=None) -> torch.Tensor:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest relative distance of two tensors of one name: what another order of sums leaves in some updates."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).float().norm() / a[name].float().norm().clamp_min(1e-6)) for name in a)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .. import narrow_world, tiny_models
+from .fine_tunes import distance
 from .methods import Setting, autoencoder, run_node
 from .test_describe import quantised
 
@@ -217,7 +218,7 @@ def test_checkpointing_gives_the_same(job):
     plain, losses, _ = job.train()
     forget_runs()
     saving, again, _ = job.train(checkpointing=True)
-    assert losses == again and equal(plain, saving)
+    assert again == pytest.approx(losses, rel=1e-5) and distance(plain.tensors, saving.tensors) < 1e-3
 
 
 def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_path):

@@ -12,7 +12,7 @@ from likeness.core.session.session import Session
 from likeness.core.sine.position_map import needed_map
 
 from .. import tiny_models
-from .fine_tunes import picture, same, train
+from .fine_tunes import distance, picture, same, train
 from .methods import Setting, autoencoder, fit_sine, run_node, sine_inputs
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -118,13 +118,13 @@ def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
 
 
 def test_checkpointing_gives_the_same_weights():
-
+    """But for rounding: what a block adds to the gradient of a tensor that others use too is summed up first."""
     first = train(Setting(), patches=True)[2]
     import folder_paths
 
     for path in Path(folder_paths.get_user_directory()).glob("likeness/*/*"):
         path.unlink()
-    assert same(first, train(Setting(), checkpointing=True)[2])
+    assert distance(first, train(Setting(), checkpointing=True)[2]) < 1e-4
 
 
 def test_fewer_steps_are_answered_from_what_is_there(monkeypatch, caplog):

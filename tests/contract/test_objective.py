@@ -51,7 +51,7 @@ def denoiser_of(sampling) -> GuiderDenoiser:
         def __call__(self, x, sigma, **_more):
             return sampling.calculate_denoised(sigma, OUTPUT, x)
 
-    return GuiderDenoiser(Guider(), {})
+    return GuiderDenoiser(Guider(), {}, OUTPUT)
 
 
 @pytest.mark.parametrize("case", TARGETS)

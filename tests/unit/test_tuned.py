@@ -105,7 +105,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(OSError, match="MB are free"):
+    with pytest.raises(OSError, match="0.1 KB, 0.0 KB are free"):
         save_fine_tune(tmp_path / "a.safetensors", FineTunedWeights(tensors(), HEADER))
     assert not list(tmp_path.iterdir())
 
