@@ -245,7 +245,7 @@ class Session:
                 stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
             denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
             _check_reuse(self.model, denoiser, x0)
-            with calls(denoiser.called):
+            with calls(parts, denoiser.called):
                 _probe(denoiser, x0[:1], self.learned)
             yield denoiser
 

@@ -162,13 +162,13 @@ def _copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 @contextlib.contextmanager
-def calls(ids: set[int]) -> Iterator[None]:
-    """Collect the ids of all modules that run."""
-    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _inputs: ids.add(id(module)))
-    try:
+def calls(modules: Iterable[nn.Module], ids: set[int]) -> Iterator[None]:
+    """Collect the ids of those parts of the modules that run."""
+    with contextlib.ExitStack() as stack:
+        for part in (part for module in modules for part in module.modules()):
+            hook = part.register_forward_pre_hook(lambda module, _inputs: ids.add(id(module)))
+            stack.callback(hook.remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
