@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.fit.fit import random_numbers
-from ..core.session.inputs import check_input, check_pooled, check_width
+from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.texts import ascii_only
 
 CHECKED = "_likeness_checked"
@@ -56,9 +56,12 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         owner = name.rpartition("_")[0]  # tuned_positive belongs to `tuned`, which the guidance compares with the model
         model = None if owner in found else found.get("model")
-        if model is not None and value is not None and widgets[name].get_io_type() == "CONDITIONING":
-            check_width(name, value, model)
+        kind = widgets[name].get_io_type() if model is not None and value is not None else ""
+        if kind == "CONDITIONING":
+            check_width(name, value, model, found.get("positive"))
             check_pooled(name, value, model)
+        elif kind == "LATENT":
+            check_axes(name, value, model)
     return found
 
 
