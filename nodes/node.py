@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..core.fit.fit import random_numbers
 from ..core.session import folders
-from ..core.session.inputs import check_input, check_pooled, check_width
+from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only
 
@@ -75,9 +75,12 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         owner = name.rpartition("_")[0]  # tuned_positive belongs to `tuned`, which the guidance compares with the model
         model = None if owner in found else found.get("model")
-        if model is not None and value is not None and widgets[name].get_io_type() == "CONDITIONING":
-            check_width(name, value, model)
+        kind = widgets[name].get_io_type() if model is not None and value is not None else ""
+        if kind == "CONDITIONING":
+            check_width(name, value, model, found.get("positive"))
             check_pooled(name, value, model)
+        elif kind == "LATENT":
+            check_axes(name, value, model)
     return found
 
 

@@ -41,10 +41,21 @@ def check_input(name: str, kind: str, value: Any, options: Mapping[str, Any]) ->
     return value
 
 
-def check_width(name: str, conditioning: Sequence[Any], model: Any) -> None:
-    """ValueError when a prompt's tokens are not as wide as this model's, as far as its configuration tells."""
+def check_axes(name: str, latent: Any, model: Any) -> None:
+    """ValueError for the latent of a video where this model makes single images."""
+    samples, expected = latent["samples"], 2 + getattr(model.get_model_object("latent_format"), "latent_dimensions", 2)
+    if not getattr(samples, "is_nested", False) and samples.ndim > expected:
+        raise ValueError(
+            f"'{name}' is {shown(samples)}, expected {expected} axes for this model: use its own VAE, on an image."
+        )
+
+
+def check_width(name: str, conditioning: Sequence[Any], model: Any, positive: Sequence[Any] | None = None) -> None:
+    """ValueError when a prompt's tokens are not as wide as this model's, as far as its configuration or the positive
+    prompt tells.
+    """
     config = getattr(getattr(getattr(model, "model", None), "model_config", None), "unet_config", {})
-    width = config.get("context_dim")
+    width = config.get("context_dim", positive[0][0].shape[-1] if positive else None)
     for tokens, _ in conditioning:
         if isinstance(width, int) and tokens.shape[-1] != width:
             raise ValueError(

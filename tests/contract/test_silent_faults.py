@@ -83,6 +83,21 @@ def test_a_video_is_not_an_image():
         METHOD["hiper"].fit(setting)
 
 
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize(
+    ("family", "given", "said"),
+    [
+        ("flux", {"negative": [[torch.zeros(1, 77, 96), {}]]}, "'negative' has tokens of width 96, expected 64"),
+        ("sd1", {"negative": [[torch.zeros(1, 77, 96), {}]]}, "'negative' has tokens of width 96, expected 768"),
+        ("flux", {"latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}}, r"\(1, 16, 1, 8, 8\), expected 4 axes"),
+    ],
+)
+def test_what_belongs_to_another_model_is_refused_before_work(family, given, said):
+    """Also by a model whose configuration does not tell the width of its tokens: all prompts of a node are alike."""
+    with pytest.raises(ValueError, match=said):
+        METHOD["siso"].fit(Setting(family), **given)
+
+
 def test_the_tuned_prompt_is_processed_by_the_tuned_network(monkeypatch):
     """A LoRA may lie on a part that is for prompts alone, as Anima's adapter is."""
     import comfy.samplers

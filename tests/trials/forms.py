@@ -103,6 +103,18 @@ TEXTS = {
 }
 
 
+WELL_FORMED: dict[str, Any] = {
+    "IMAGE": torch.full((1, 64, 64, 3), 0.5),
+    "MASK": torch.ones(1, 64, 64),
+    "LATENT": {"samples": torch.zeros(1, 4, 8, 8)},
+    "CONDITIONING": [[torch.zeros(1, 77, 768), {}]],
+    "SIGMAS": torch.tensor([14.0, 1.0, 0.0]),
+    "STRING": "a dog",
+    "BOOLEAN": True,
+}
+"""What passes the checks of an input, no more."""
+
+
 def malformed(kind: str, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(what it is, the value) of all that an input of this type must refuse. options: of its widget."""
     yield from BY_TYPE.get(kind, OBJECTS).items()

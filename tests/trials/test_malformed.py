@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from .. import inprocess
-from .forms import malformed
+from .forms import WELL_FORMED, malformed
 
 inprocess.start()
 from likeness.core.session import inputs as checks  # noqa: E402
@@ -27,15 +27,6 @@ NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(LikenessExtensi
 ROOT = Path(__file__).parents[2]
 SECONDS = 2.0  # of one pair, on a loaded machine; they take less than a thousandth
 ROOM = 16 << 20  # bytes that the process may have grown by: the longest text of the table has one megabyte
-WELL_FORMED: dict[str, Any] = {
-    "IMAGE": torch.full((1, 64, 64, 3), 0.5),
-    "MASK": torch.ones(1, 64, 64),
-    "LATENT": {"samples": torch.zeros(1, 4, 8, 8)},
-    "CONDITIONING": [[torch.zeros(1, 77, 768), {}]],
-    "SIGMAS": torch.tensor([14.0, 1.0, 0.0]),
-    "STRING": "a dog",
-    "BOOLEAN": True,
-}
 
 
 def well_formed(widget: Any) -> Any:

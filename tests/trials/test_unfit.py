@@ -62,9 +62,9 @@ def said(error: Exception) -> str | None:
     return f"{type(error).__name__}: {ascii(str(error))[:300]} in {frame.name}"
 
 
-def optional_image(node: str) -> bool:
+def optional_image(node: Any) -> bool:
     """Whether a node takes a latent or an image."""
-    optional = {widget.id for widget in own_nodes()[node].GET_SCHEMA().inputs if widget.optional}
+    optional = {widget.id for widget in node.GET_SCHEMA().inputs if widget.optional}
     return {"latent", "image", "vae"} <= optional
 
 
@@ -75,7 +75,11 @@ def trials(node: str, forms: dict[str, dict[str, Any]], recorded: Recorded) -> l
     for widget in own_nodes()[node].GET_SCHEMA().inputs:
         for form, value in forms.get(widget.get_io_type(), {}).items():
             try:
-                others = dict.fromkeys(("image", "vae")) if widget.id == "latent" and optional_image(node) else {}
+                others = (
+                    dict.fromkeys(("image", "vae"))
+                    if widget.id == "latent" and optional_image(own_nodes()[node])
+                    else {}
+                )
                 with torch.inference_mode():
                     recorded.call(node, **others, **{widget.id: [value] if listed else value})
             except Exception as error:
