@@ -12,6 +12,7 @@ from likeness.core.prompt.conditioning import (
     padding_rows,
     single_prompt,
     start_rows,
+    with_room,
 )
 
 D = 8
@@ -112,3 +113,25 @@ def test_start_rows():
     assert torch.equal(start_rows(text, empty, 5), empty[0, -5:])
     with pytest.raises(ValueError, match="one text encoder"):
         start_rows(text, prompt(width=16)[0][0], 5)
+
+
+def test_an_appended_embedding_leaves_every_word_and_the_model_looks_at_it():
+    rows, words = torch.randn(1, 3, D), torch.randn(1, 9, D)
+    options = {"pooled_output": None, "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    ((text, seen),) = apply_embedding([[words, options]], rows, 0.5, (), "append")
+    assert torch.equal(text[:, :9], words) and torch.equal(text[:, 9:], 0.5 * rows)
+    assert seen["attention_mask"].tolist() == [[1] * 12] and options["attention_mask"].shape == (1, 9)
+    ((twice, _),) = apply_embedding([[text, seen]], rows, 1.0, (), "append")
+    assert torch.equal(twice[:, :12], text) and twice.shape[1] == 15
+
+
+def test_masked_padding_is_looked_at_where_an_embedding_stands():
+    mask = (torch.arange(9) < 4).long()[None]
+    ((text, options),) = with_room([[torch.randn(1, 9, D), {"attention_mask": mask}]], 2, "tail")
+    assert options["attention_mask"].tolist() == [[1] * 4 + [0] * 3 + [1] * 2] and text.shape[1] == 9
+    assert mask.sum() == 4
+
+
+def test_as_many_tokens_start_as_are_learned():
+    text = torch.arange(6.0).view(1, 3, 2)
+    assert start_rows(text, None, 5)[:, 0].tolist() == [2, 4, 0, 2, 4]
