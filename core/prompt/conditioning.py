@@ -7,6 +7,7 @@ or with a template's suffix, and the embedding is appended. Its width must be th
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -24,6 +25,32 @@ Placement = Literal["tail", "append"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 TAIL_OF_PADDING, APPENDED = PLACEMENTS
 CHUNK = 77  # tokens in one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
+
+
+def placement_for(model: Any, prompt: Conditioning) -> Placement:
+    """Where learned tokens stand, asked of the prompt, and of the tokenizer that a MODEL names as its own: they replace
+    the padding of an encoder that pads every prompt to one length; to others' prompts they are appended.
+    """
+    rows, options = prompt[0]
+    mask = options.get(MASK)
+    if not bool(rows[0, -1].any()) or mask is not None and not bool(mask[..., -1].any()):
+        return TAIL_OF_PADDING  # zeros, or masked
+    target = getattr(model.model.model_config, "clip_target", lambda: None)()
+    pads = None if target is None else _pads(target.tokenizer)
+    if pads is None:  # CLIP's tables are padded, and language models as a rule are not
+        pads = rows.shape[1] % CHUNK == 0
+    return TAIL_OF_PADDING if pads else APPENDED
+
+
+@functools.cache
+def _pads(tokenizer: type) -> bool | None:
+    """Whether a short prompt has as many tokens as an empty one; None for a tokenizer that is part of a model file."""
+    try:
+        encode = tokenizer(embedding_directory=None, tokenizer_data={}).tokenize_with_weights
+        empty, short = encode(""), encode("a photo of a small dog")
+    except Exception:  # whatever it lacks
+        return None
+    return all(len(empty[name][0]) == len(short[name][0]) for name in empty)
 
 
 def with_tail(context: Tensor, h: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor) -> torch.Te
 
 @each_family
 def test_tokens_stand_where_the_encoder_leaves_room(name):
-    from likeness.core.prompt.host.placement import placement_for
+    from likeness.core.prompt.conditioning import placement_for
 
     family = FAMILIES[name]
     placement = placement_for(family.model(), family.prompt(1))
@@ -45,8 +45,7 @@ def test_tokens_stand_where_the_encoder_leaves_room(name):
 
 @each_family
 def test_learned_tokens_are_seen_as_in_a_sampling_and_each_has_a_gradient(name):
-    from likeness.core.prompt.conditioning import apply_embedding, with_room, with_tail
-    from likeness.core.prompt.host.placement import placement_for
+    from likeness.core.prompt.conditioning import apply_embedding, placement_for, with_room, with_tail
     from likeness.core.session.session import GuiderDenoiser, Session
 
     family = FAMILIES[name]

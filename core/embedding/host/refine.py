@@ -110,7 +110,7 @@ def refine_embedding(
     start = embedding.at(step)
     if len(start) != 1:
         raise ValueError(f"The embedding has rows for {len(start)} denoising steps already: connect the one before.")
-    rows, _ = source_rows(positive, None, embedding.tokens, embedding.placement)
+    rows, *_ = source_rows(model, positive, None, embedding.tokens, embedding.placement)
     if rows.shape[-1] != embedding.width:
         raise ValueError(
             f"The embedding has width {embedding.width}, the prompt {rows.shape[-1]}: use the prompt and the text "

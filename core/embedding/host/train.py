@@ -24,12 +24,12 @@ from ...prompt.conditioning import (
     check_room,
     detached,
     padding_rows,
+    placement_for,
     single_prompt,
     start_rows,
     with_room,
     without_tail,
 )
-from ...prompt.host.placement import placement_for
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import TrainingImages
@@ -81,18 +81,19 @@ class TrainingPrompts:
 
 
 def source_rows(
-    positive: Conditioning, empty: Conditioning | None, tokens: int, placement: Placement
-) -> tuple[Tensor, Tensor]:
-    """The source prompt's token embeddings [1, N, d] and the initial tokens [n, d]; ValueError for a padded prompt
-    without n padding tokens.
+    model: Any, positive: Conditioning, empty: Conditioning | None, tokens: int, placement: Placement | None = None
+) -> tuple[Tensor, Tensor, Placement]:
+    """The source prompt's token embeddings [1, N, d], the initial tokens [n, d] and where they stand, unless that is
+    given; ValueError for a padded prompt without n padding tokens.
     """
     rows = single_prompt(positive, "source prompt").detach().float().cpu()
+    placement = placement or placement_for(model, positive)
     if placement == TAIL_OF_PADDING:
         check_room(positive, tokens)
     if padding_rows(rows, positive[0][1].get("pooled_output")) == CHUNK - 2:
         log.warning("The source prompt is empty: describe the image plainly in it, as HiPer does.")
     start = None if empty is None else single_prompt(empty, "empty prompt").detach().float().cpu()
-    return rows, start_rows(rows, start, tokens)
+    return rows, start_rows(rows, start, tokens), placement
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,7 @@ def train_embedding(
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
     """Train an embedding, resuming or reusing a stored run; returns it and the loss of every step."""
-    single_prompt(positive, "source prompt")
-    placement = placement_for(model, positive)
-    rows, initial = source_rows(positive, prompts.empty, settings.tokens, placement)
+    rows, initial, placement = source_rows(model, positive, prompts.empty, settings.tokens)
     if prompts.target is not None:
         apply_embedding(prompts.target, initial[None], hiper.SCALE, (), placement)
     count = len(model.get_model_object("model_sampling").sigmas)
