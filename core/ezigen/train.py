@@ -145,6 +145,10 @@ class AdapterTraining(Fit):
         self.optimizer = optimizer(self.parameters, settings.learning_rate)
         self.losses: list[float] = []
 
+    def restore_own(self, state: dict[str, Tensor]) -> None:
+        start = len(self.prefix)
+        self.adapter.load({name[start:]: value for name, value in state.items() if name.startswith(self.prefix)})
+
     def update(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss, latent = self.gradient()

@@ -284,7 +284,7 @@ PREPROCESSING = {
 def test_preprocessing_that_makes_no_image_is_refused_when_it_is_read(tmp_path, case):
     clip_folder(tmp_path / "clip", tokenizer=False)
     (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING[case]))
-    with pytest.raises(ValueError, match=r"preprocessor_config.json of clip cannot be read \(.*\): copy it again"):
+    with pytest.raises(ValueError, match=r"preprocessor_config.json of clip (cannot|is|has) .*: copy it again"):
         load_vision(tmp_path / "clip")
 
 
