@@ -3,14 +3,12 @@
 On toyworld, counted. For each held-out subject a LoRA is fine-tuned on one image under "a photo of a sks <class>", and
 images of "a photo of a sks <class> <another place>" are sampled from the same noise: by the base model, by the
 fine-tuned model with plain guidance (omega 1), and with weak models of several omega. 120 updates leave the LoRA
-under-trained in toyworld; with 300 it is over-fitted, and plain guidance is better.
+under-trained in toyworld.
 
 - Identity: the measuring encoder's cosine between the judge's subject crops on white and the source image's.
 - Text: the scorer's cosine with the class in the new place. Reached: the judge sees that class in that place.
 
     python toolbox/_load.py benchmarks.effect_personalization --out benchmarks/results/effect_personalization.json
-    python toolbox/_load.py benchmarks.effect_personalization --steps 300 \
-        --out benchmarks/results/effect_personalization_longer.json
 """
 
 from __future__ import annotations
@@ -56,7 +54,12 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
     """Means, and paired intervals over plain guidance."""
     kinds = [kind for kind in frame.kinds_of(rows) if kind not in ("base", PLAIN)]
     gains = {kind: {score: frame.gain(rows, kind, PLAIN, score) for score in SCORES} for kind in kinds}
-    gates = {f"more {score} at omega 0.5": gains["omega 0.5"][score]["low"] > 0 for score in ("identity", "text")}
+    best = gains["omega 0.75"]
+    gates = {
+        "more of the subject at omega 0.75": best["identity"]["low"] > 0,
+        "text not lower": best["text"]["high"] > 0,
+        "place reached as often": best["reached"]["mean"] >= -0.05,
+    }
     return frame.gated({"subjects": len(rows), "mean": frame.means(rows), "over plain guidance": gains}, gates)
 
 

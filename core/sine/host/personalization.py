@@ -16,7 +16,7 @@ from typing import Any
 
 from .guidance import SubjectModel, attached
 
-OMEGA = 0.5  # in toyworld it raises identity and text score together
+OMEGA = 0.75  # in toyworld it raises identity and leaves text score and place as they are
 
 
 def with_personalization(base: Any, tuned: Any, omega: float) -> Any:
