@@ -35,17 +35,19 @@ def network(model: Any) -> nn.Module:
 def check_reuse(denoiser: Any, layers: nn.Module, x0: Tensor) -> None:
     """RuntimeError when a prediction needs fewer calls of the network's layers because of the ones before it."""
     last = denoiser.sigmas.shape[0] - 1
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    far = FAR * float(denoiser.sigmas[-1]) * noise
 
     def calls(index: int, x: Tensor) -> int:
         with torch.no_grad(), _counted(layers) as count:
             denoiser.denoised(x, denoiser.sigmas[index].to(x).view(1))
         return len(count)
 
+    calls(last, far)  # nothing is like what was sampled before
     first, *others = (calls(last // 2 - step, x0) for step in range(STEPS))
     if min(others) >= first:
         return
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
-    calls(last, FAR * float(denoiser.sigmas[-1]) * noise)
+    calls(last, far)
     step = 1 + others.index(min(others))
     if calls(last // 2 - step, x0) > min(others):  # else these noise levels alone decide it, as some patches have it
         raise RuntimeError(

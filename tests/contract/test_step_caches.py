@@ -192,6 +192,14 @@ def test_another_packs_cache_is_refused_before_an_inversion(cache, invert):
         invert(setting, cache(setting.model))
 
 
+def test_a_cache_that_has_just_been_sampled_with_is_noticed_too():
+    setting = Setting()
+    cached = first_block_cache(setting.model)
+    sample(cached, setting.source, setting.empty, {"samples": 0 * setting.latent["samples"]})
+    with pytest.raises(RuntimeError, match="uses an earlier step again"):
+        inverted(setting, cached)
+
+
 @pytest.mark.parametrize("patch", [tome, sag, hyper_tile])
 def test_patches_that_draw_or_keep_something_are_no_caches(patch):
     setting = Setting(size=(16, 16))
