@@ -33,7 +33,9 @@ class Settings(effect_sine.Settings):
 class Bench(effect_sine.Bench):
     """The pack's own fine-tuning and guidance on toyworld."""
 
-    def row(self, edit: effect_sine.Edit, _swept: bool = False) -> dict[str, dict[str, float]]:
+    settings: Settings
+
+    def scored_models(self, edit: effect_sine.Edit) -> dict[str, dict[str, float]]:
         """The scores of the base model and of each omega."""
         from ..core.sine.host.personalization import with_personalization
 
@@ -66,5 +68,5 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
     run = frame.Run("effect_personalization", arguments, Settings(), subjects=16)
-    rows = run.rows(run.chosen(effect_sine.edits), lambda: Bench(run.settings), Bench.row)
+    rows = run.rows(run.chosen(effect_sine.edits), lambda: Bench(run.settings), Bench.scored_models)
     return run.judged(rows, summary(rows))

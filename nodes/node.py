@@ -63,7 +63,7 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a node, each checked. ValueError, with the name of the input, for the first that does not fit."""
     widgets = {widget.id: widget for widget in schema.inputs}
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in given.items():
         widget = widgets[name]
         if value is None and widget.optional:

@@ -34,6 +34,7 @@ NODES = (
     "LikenessLoadVision",
     "LikenessNullText",
     "LikenessOptimizeLora",
+    "LikenessPersonalizationGuidance",
     "LikenessPositionMap",
     "LikenessReferenceGuide",
     "LikenessRefineEmbedding",

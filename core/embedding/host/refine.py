@@ -49,7 +49,7 @@ class RefiningJob(Job):
     def key(self) -> str:
         attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = None if self.regularizer is None else asdict(self.regularizer)
-        what = [self.method, asdict(self.settings), self.base, attached]
+        what: list[Any] = [self.method, asdict(self.settings), self.base, attached]
         what += [self.start, self.sigmas, asdict(self.images), regularizer]
         return digest([*what, *self.objective.values(), *key_part(self.placement)])
 

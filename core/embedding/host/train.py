@@ -122,7 +122,7 @@ class EmbeddingJob(Job):
     def key(self) -> str:
         attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
-        what = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
+        what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
         what += [attached, self.start, asdict(self.images), *regularizer]
         return digest([*what, *self.objective.values(), *key_part(self.placement)])
 

@@ -317,7 +317,7 @@ def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWe
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
     data, plan = job.data, job.plan
-    lora = {"rank": plan.rank} if plan.method == LORA else {}
+    lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
     lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
     patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}

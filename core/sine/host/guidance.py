@@ -201,16 +201,18 @@ class _Branch:
         self._overlay = Overlay(subject.model, running, subject.share)
         self._cache: tuple[Tensor, Tensor] | None = None
 
-    def prepare(self, guider: Any, prompt: str, sigmas: Tensor, seed: int | None, *latents: Tensor | None) -> None:
+    def prepare(
+        self, guider: Any, prompt: str, sigmas: Tensor, seed: int | None, noise: Tensor, *latents: Tensor | None
+    ) -> None:
         """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model.
 
-        latents: noise, latent and mask, as ComfyUI gives them.
+        latents: latent and mask, as ComfyUI gives them.
         """
         device, tuned, own = self._running.load_device, self._subject.model, self._subject.conditioning
         entries = guider.original_conds[prompt] if own is None else comfy.sampler_helpers.convert_cond(own)
-        noise, conds = latents[0], {prompt: [dict(entry) for entry in entries]}
+        conds = {prompt: [dict(entry) for entry in entries]}
         with self._overlay.active():  # a network may have a part for prompts, which the fine-tuning changed too
-            processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, *latents[1:], seed)
+            processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, *latents, seed)
         self._conds = processed[prompt]
         if self._overlay.patched_weights:
             log.info(

@@ -313,7 +313,7 @@ class ImageSampling:
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
                 sigma = self._sigmas[step]
                 x = self._replay.step(x, (x - self._predict(x, sigma, prompt)) / sigma, step)
-        latent_format = self._denoiser.model.latent_format  # with a gradient
+        latent_format: Any = self._denoiser.model.latent_format  # with a gradient
         samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
         return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
 
