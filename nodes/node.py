@@ -75,7 +75,9 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         owner = name.rpartition("_")[0]  # tuned_positive belongs to `tuned`, which the guidance compares with the model
         model = None if owner in found else found.get("model")
-        kind = widgets[name].get_io_type() if model is not None and value is not None else ""
+        kind = widgets[name].get_io_type()
+        if model is None or value is None:
+            continue
         if kind == "CONDITIONING":
             check_width(name, value, model, found.get("positive"))
             check_pooled(name, value, model)
