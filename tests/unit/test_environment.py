@@ -51,3 +51,15 @@ def test_a_folder_without_comfyui_is_refused(sandbox, tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"no main\.py"):
         environment.chosen_comfyui()
+
+
+def test_a_link_to_a_checkout_that_has_moved_is_replaced(tmp_path):
+    from likeness.toolbox.server import link_or_copy
+
+    target, here = tmp_path / "link", tmp_path / "here"
+    here.mkdir()
+    target.symlink_to(tmp_path / "gone")
+    link_or_copy(here, target)
+    assert target.resolve() == here.resolve()
+    link_or_copy(here, target)
+    assert target.is_dir()
