@@ -153,7 +153,7 @@ class Server:
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
-        with self.log_path.open("ab") as log:
+        with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
             )
