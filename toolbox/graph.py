@@ -159,7 +159,8 @@ def flattened(graph: Graph, object_info: ObjectInfo) -> Graph:
     """The graph with each subgraph's inner nodes in its place, also those of subgraphs inside; the ids are the page's
     ("node:inner"), and the values of the node's widgets are those of the inner ones that they stand for.
     """
-    flat, definitions = copy.deepcopy({**graph, "definitions": {}}), subgraphs(graph)
+    flat, definitions = copy.deepcopy(graph), subgraphs(graph)
+    flat.pop("definitions", None)
     while host := next((node for node in flat["nodes"] if node["type"] in definitions and not node.get("mode")), None):
         if str(host["id"]).count(":") >= len(definitions):
             raise GraphError(f"{label(host)} is a subgraph that holds itself.")
