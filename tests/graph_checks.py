@@ -179,7 +179,7 @@ def quoted(graph: Graph, object_info: ObjectInfo) -> Iterator[str]:
     known = PAGE_WORDS | set(titles(graph)) | {group["title"] for group in graph.get("groups") or []}
     known |= {object_info[node["type"]]["display_name"] for node in graph["nodes"] if node["type"] in object_info}
     for path in workflows.WORKFLOWS.glob("*.json"):
-        words = path.stem.partition("_")[2].replace("_", " ").capitalize()
+        words = path.stem.rpartition(" - ")[2].capitalize()
         if path.stem in text or (words and words in text):
             known |= {words, *titles(workflows.shipped(path.stem))}
     for kind, pattern in (("node", NODE_QUOTE), ("group", GROUP_QUOTE)):

@@ -60,7 +60,7 @@ class Training:
 
     def __init__(self, server: Server, object_info: dict[str, Any]) -> None:
         self._server = server
-        graph = lowered("hiper_train_and_edit", object_info)
+        graph = lowered("9 Lab - HiPer - train and edit", object_info)
         self.node = workflows.node_id(graph, "Learn the subject")
         self.saver = workflows.node_id(graph, "Save the subject")
         self.loader = workflows.node_id(graph, "Model")

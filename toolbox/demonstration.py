@@ -13,7 +13,7 @@ from .graph import Graph, convert
 from .server import PromptRun, Server, environment_from_variables
 
 BASE = SANDBOX / "demo"
-NAME = "hiper_train_and_edit"
+NAME = "9 Lab - HiPer - train and edit"
 IMAGES = {
     "Reconstruction": "source prompt with the subject",
     "Edit without the subject": "edit prompt alone",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MODELS = SANDBOX / "models"
 WORKFLOWS = ROOT / "workflows"
-VALUES, DEFAULTS = ROOT / "toyworld" / "graphs", "defaults"
+VALUES, DEFAULTS, RENAMED = ROOT / "toyworld" / "graphs", "defaults", "renamed"
 NODE_FOLDERS = {"ComfyUI-Likeness": ROOT, "likeness_small_world": ROOT / "toyworld" / "comfyui_nodes"}
 CHECKPOINT = "likeness_small_world.safetensors"
 ADAPTER = CHECKPOINT  # of that name in its own folder
@@ -139,6 +139,11 @@ def edited() -> world.Identity:
 def sidecar(name: str) -> dict[str, Any]:
     """What toyworld/graphs says of a shipped graph, described in its README."""
     return json.loads((VALUES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def present(name: str) -> str:
+    """The present name of a graph that a release up to 0.5.0 shipped."""
+    return sidecar(RENAMED).get(name, name)
 
 
 def settings(name: str, graph: Graph, quick: bool = False) -> Settings:

@@ -18,7 +18,7 @@ OF_GRAPHS = (
     "test_sampling_in_stages_shows_how_far_it_is",
     "test_blueprint_is_listed_dropped_and_runs",
 )
-EVERYWHERE = {"family": "hiper", "name": "hiper_train_and_edit"}
+EVERYWHERE = {"family": "HiPer", "name": "9 Lab - HiPer - train and edit"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,7 +17,7 @@ SAMPLER, SUBJECT, ADAPTER = "Sample in stages", "Look at the subject", "Adapter"
 
 @pytest.fixture(scope="module")
 def graph(object_info) -> dict:
-    return live.lowered("ezigen_generate", object_info)
+    return live.lowered("9 Lab - EZIGen - generate", object_info)
 
 
 def changed(server, graph, title: str, **inputs) -> dict:
@@ -119,7 +119,7 @@ def test_an_adapter_that_is_not_there(server, graph, name):
 
 
 def test_an_edit_without_a_place(server, object_info):
-    graph = live.lowered("ezigen_edit", object_info)
+    graph = live.lowered("9 Lab - EZIGen - edit", object_info)
     painted = next(node for node in graph["nodes"] if node["type"] == "ImageToMask")
     said = refused(server, changed(server, graph, "Put it there", mask=[str(painted["id"]), 0]))
     assert "The mask is empty: paint the place of the subject" in said

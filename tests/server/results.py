@@ -85,6 +85,6 @@ class Results(Mapping[str, Result]):
             if "saved by" in after:
                 node, widget = after["chosen in"]
                 found[node, widget] = made.text(after["saved by"]).splitlines()[0]
-        if name == "siso_sana":
+        if name == "9 Lab - SISO - Sana":
             found |= tiny_sana.in_server(self._server)
         return found

@@ -33,20 +33,20 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def test_the_steps_by_stock_nodes_give_the_very_same_pictures(results):
-    together = results["ezigen_generate"].pictures("First sampling and loops")
-    steps = results["ezigen_steps"]
+    together = results["9 Lab - EZIGen - generate"].pictures("First sampling and loops")
+    steps = results["9 Lab - EZIGen - steps"]
     titles = ("After the first sampling", "After loop 1", "After loop 2", "After loop 3")
     alone = [steps.pictures(title)[0] for title in titles]
     assert len(together) == len(alone)
     for one, other in zip(together, alone, strict=True):
         assert np.array_equal(one, other)
     check_images(alone)
-    assert np.array_equal(results["ezigen_generate"].pictures("Result")[0], alone[-1])
+    assert np.array_equal(results["9 Lab - EZIGen - generate"].pictures("Result")[0], alone[-1])
 
 
 def test_the_prompt_alone_has_the_same_layout(results):
     """The first sampling differs from it in its last steps only."""
-    result = results["ezigen_generate"]
+    result = results["9 Lab - EZIGen - generate"]
     alone, first = result.pictures("Prompt alone")[0], result.pictures("First sampling and loops")[0]
     assert 1e-3 < distance(alone, first) < 0.15
     assert f"{live.EXACT_STEPS} steps and 3 times 2" in result.text("Report")
@@ -57,7 +57,7 @@ def test_the_subject_is_more_alike_than_by_the_prompt_alone(server):
     """Four images of more steps; identity by the measuring encoder, on the subject alone."""
     wanted = {title: 10 for title in ("Sample in stages", "Without the subject")}
     settings = {(title, "steps"): steps for title, steps in wanted.items()}
-    result = run_graph(server, "ezigen_generate", {**settings, ("Size of the results", "batch_size"): 4})
+    result = run_graph(server, "9 Lab - EZIGen - generate", {**settings, ("Size of the results", "batch_size"): 4})
     rows = [line.split() for line in result.text("Score").splitlines() if line.split()[0].isdigit()]
     identity = np.array([float(row[1]) for row in rows])
     assert len(identity) == 8
@@ -65,7 +65,7 @@ def test_the_subject_is_more_alike_than_by_the_prompt_alone(server):
 
 
 def test_what_is_looked_at_is_the_subject_alone_on_white(results):
-    seen = results["ezigen_generate"].pictures("What is looked at")[0]
+    seen = results["9 Lab - EZIGen - generate"].pictures("What is looked at")[0]
     picture, mask = subject_drawn()
     rows, columns = np.nonzero(mask)
     assert all(corner.min() > 0.97 for corner in (seen[0, 0], seen[0, -1], seen[-1, 0], seen[-1, -1]))
@@ -82,7 +82,7 @@ def test_a_painted_subject_is_cut_out(server):
     object_info = server.object_info()
     settings = {("LoadImage", "image"): "painted.png", ("LikenessEncodeSubject", "size"): workflows.SIZE}
     settings["CheckpointLoaderSimple", "ckpt_name"] = workflows.CHECKPOINT
-    graph = workflows.adapt(workflows.shipped("ezigen_generate"), settings, object_info)
+    graph = workflows.adapt(workflows.shipped("9 Lab - EZIGen - generate"), settings, object_info)
     shown = workflows.node_id(graph, "What is looked at")
     prompt = with_ancestors(convert(graph, object_info), [shown])
     assert not {node["class_type"] for node in prompt.values()} & {"LikenessSubjectMask", "JoinImageWithAlpha"}
@@ -94,10 +94,10 @@ def test_a_painted_subject_is_cut_out(server):
 
 
 def test_two_pictures_of_a_person_are_not_one(server, results):
-    two = results["ezigen_person"]
+    two = results["9 Lab - EZIGen - person"]
     assert len(two.pictures("First sampling and loops")) == 7
     object_info = server.object_info()
-    graph = live.lowered("ezigen_person", object_info)
+    graph = live.lowered("9 Lab - EZIGen - person", object_info)
     for node in graph["nodes"]:
         node["mode"] = 4 if node.get("title") == "Look at both" else node["mode"]
     run = server.run(convert(graph, object_info))
@@ -106,7 +106,7 @@ def test_two_pictures_of_a_person_are_not_one(server, results):
 
 
 def test_the_loops_begin_with_the_other_models_picture(results):
-    result = results["ezigen_any_picture"]
+    result = results["9 Lab - EZIGen - any picture"]
     scene, loops = result.pictures("Scene of the other model")[0], result.pictures("First sampling and loops")
     assert np.array_equal(scene, loops[0]) and len(loops) == 7
     check_images(loops)
@@ -114,7 +114,7 @@ def test_the_loops_begin_with_the_other_models_picture(results):
 
 
 def test_an_edit_changes_the_place_and_leaves_the_rest(results):
-    result = results["ezigen_edit"]
+    result = results["9 Lab - EZIGen - edit"]
     loops, edited = result.pictures("Picture and loops"), result.pictures("Edited picture")[0]
     source, mask = drawn(workflows.edited(), workflows.STYLE_BACKGROUND, workflows.EDITED_SEED)
     assert distance(loops[0], source) < 1 / 254 and np.array_equal(loops[-1], edited)
@@ -138,7 +138,7 @@ def grown(mask: np.ndarray, pixels_wide: int) -> np.ndarray:
 
 
 def test_three_methods_work_together(results):
-    result = results["ezigen_with_hiper_and_sine"]
+    result = results["9 Lab - EZIGen - with HiPer and SINE"]
     pictures = [result.pictures(title)[0] for title in ("Prompt alone", "With the rows", "Guided too", "All three")]
     check_images(pictures, apart=5e-4)
     table = result.text("Score").splitlines()
@@ -149,16 +149,16 @@ def test_three_methods_work_together(results):
 
 
 def test_the_adapter_is_kept_alone(server, results):
-    name = results["ezigen_generate"].text("Save the adapter").splitlines()[0]
+    name = results["9 Lab - EZIGen - generate"].text("Save the adapter").splitlines()[0]
     file = server.base / "models" / "likeness_adapters" / name
     with safe_open(file, "pt") as opened:
         keys = list(opened.keys())
     assert "learnable_weights" in keys
     assert all(".adapter" in key for key in keys if key != "learnable_weights")
     settings = {("LikenessLoadAdapter", "name"): name}
-    again = run_graph(server, "ezigen_generate", settings)
+    again = run_graph(server, "9 Lab - EZIGen - generate", settings)
     assert not [word for word in UNWANTED if word in again.log]
-    assert distance(again.pictures("Result")[0], results["ezigen_generate"].pictures("Result")[0]) < 0.01
+    assert distance(again.pictures("Result")[0], results["9 Lab - EZIGen - generate"].pictures("Result")[0]) < 0.01
 
 
 @pytest.fixture(scope="module")
@@ -177,5 +177,5 @@ def rounded(server, results) -> np.ndarray:
 def test_the_background_of_an_edit_is_as_good_as_the_autoencoder(results, rounded):
     source, mask = drawn(workflows.edited(), workflows.STYLE_BACKGROUND, workflows.EDITED_SEED)
     outside = ~grown(mask, 2 * CELL)
-    edited = results["ezigen_edit"].pictures("Edited picture")[0]
+    edited = results["9 Lab - EZIGen - edit"].pictures("Edited picture")[0]
     assert psnr(edited[outside], source[outside]) > psnr(rounded[outside], source[outside]) - 0.5

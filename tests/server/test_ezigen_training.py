@@ -17,7 +17,7 @@ from .. import live
 from .results import UNWANTED, check_images, distance
 from .test_training import equal
 
-NAME, TITLES = "ezigen_train_adapter", ("Prompt alone", "Adapter as it was", "Trained adapter")
+NAME, TITLES = "9 Lab - EZIGen - train adapter", ("Prompt alone", "Adapter as it was", "Trained adapter")
 
 
 class Job:

@@ -15,7 +15,7 @@ from .results import SAID, UNWANTED, Result, check_images, distance, pixels
 @pytest.mark.parametrize("name", live.NAMES)
 def test_the_log_is_clean(results, name):
     log = results[name].log
-    assert (SAID in log) == (name == "sine_stock_loader")
+    assert (SAID in log) == (name == "9 Lab - SINE - stock loader")
     lines = [line for line in log.splitlines() if SAID not in line]
     assert not [line for line in lines if any(word in line for word in UNWANTED)]
 
@@ -23,7 +23,7 @@ def test_the_log_is_clean(results, name):
 def test_train_and_edit(results, server):
     from PIL import Image
 
-    result = results["hiper_train_and_edit"]
+    result = results["9 Lab - HiPer - train and edit"]
     titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
     pictures = [result.pictures(title)[0] for title in titles]
     check_images([pixels(Image.open(server.base / "input" / workflows.PICTURE)), *pictures])
@@ -34,13 +34,13 @@ def test_train_and_edit(results, server):
 
 
 def test_load_and_reuse(results):
-    result = results["hiper_load_and_reuse"]
+    result = results["9 Lab - HiPer - load and reuse"]
     check_images([result.pictures(f"Result {index}")[0] for index in (1, 2, 3)])
     assert "tokens of width 768" in result.text("What it is")
 
 
 def test_pick_the_step(results):
-    result = results["hiper_pick_the_step"]
+    result = results["9 Lab - HiPer - pick the step"]
     steps, best = result.pictures("All steps"), result.pictures("Best step")
     check_images(steps, apart=2e-4)  # after so few steps they are alike, but not the same
     rows = [line for line in result.text("Score").splitlines() if line.rstrip().endswith("best")]
@@ -62,7 +62,7 @@ def test_a_real_photograph_goes_through_the_whole_graph(server):
         ("LikenessTrainEmbedding", "steps"): 60,
         ("LikenessTrainEmbedding", "learning_rate"): 0.05,
     }
-    graph = live.lowered("hiper_train_and_edit", object_info, settings=settings)
+    graph = live.lowered("9 Lab - HiPer - train and edit", object_info, settings=settings)
     run = server.run(convert(graph, object_info))
     result = Result(server, graph, run, "")
     titles = ("Reconstruction", "Edit without the subject", "Edit with the subject")
@@ -75,5 +75,5 @@ def test_a_real_photograph_goes_through_the_whole_graph(server):
 
 
 def test_a_finished_training_is_shared_between_graphs(results):
-    data = results["hiper_pick_the_step"].run.of_type("likeness.progress")
+    data = results["9 Lab - HiPer - pick the step"].run.of_type("likeness.progress")
     assert all(entry["resumed"] == live.STEPS for entry in data)

@@ -25,7 +25,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 def test_ways_back(results, source):
     """Plain guidance drifts away; direct inversion gives back what the autoencoder does, null-text comes near it."""
-    result = results["invert_and_reconstruct"]
+    result = results["9 Lab - Inversion - invert and reconstruct"]
     plain, null_text, prompt, direct = (
         psnr(result.pictures(f"Back: {way}")[0], source) for way in ("plain", "null-text", "negative prompt", "direct")
     )
@@ -39,7 +39,7 @@ def test_ways_back(results, source):
 
 def test_a_swapped_word(results, source):
     """With the local blend the border of the image stays nearer to what it was; five steps show little of it."""
-    result = results["invert_and_edit"]
+    result = results["9 Lab - Inversion - invert and edit"]
     again, edited = result.pictures("Picture and edit")
     plain = result.pictures("Edit without control")[0]
     check_images([again, edited, plain], apart=0.005)
@@ -50,7 +50,7 @@ def test_a_swapped_word(results, source):
 
 
 def test_train_subject(results, source):
-    result = results["hifi_train_subject"]
+    result = results["9 Lab - HiFi Tuner - train subject"]
     titles = ("Prompt alone", "One embedding", "Step-wise embedding")
     check_images([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
     assert f"others at each of {live.EXACT_STEPS} denoising steps" in result.text("Save the subject")
@@ -60,7 +60,7 @@ def test_train_subject(results, source):
 
 
 def test_reference_guided(results):
-    result = results["hifi_reference_guided"]
+    result = results["9 Lab - HiFi Tuner - reference guided"]
     unguided, guided, again = (
         result.pictures(title)[0] for title in ("Unguided", "Guided by the reference", "The same again")
     )
@@ -75,7 +75,7 @@ def test_reference_guided(results):
 
 
 def test_replace_subject(results, server):
-    result = results["hifi_replace_subject"]
+    result = results["9 Lab - HiFi Tuner - replace subject"]
     again, swapped = result.pictures("Picture and word swap")
     once_more, replaced = result.pictures("Picture and replaced subject")
     picture = pixels(Image.open(server.base / "input" / workflows.STYLE_PICTURE))
@@ -84,7 +84,7 @@ def test_replace_subject(results, server):
 
 
 def test_ablation(results):
-    result = results["hifi_ablation"]
+    result = results["9 Lab - HiFi Tuner - ablation"]
     titles = ("Base", "+ mask", "+ regularisation", "+ step-wise", "+ reference")
     check_images([result.pictures(title)[0] for title in titles], apart=2e-5)
     rows = [line for line in result.text("Score").splitlines() if line.strip()[:1].isdigit()]
@@ -101,5 +101,5 @@ def test_ablation(results):
 
 def test_what_was_found_stands_beside_a_caption_that_is_switched_off(results):
     """The group of the captioning model stays bypassed; everything else of its graph ran."""
-    graph = results["hifi_replace_subject"].graph
+    graph = results["9 Lab - HiFi Tuner - replace subject"].graph
     assert [node["mode"] for node in graph["nodes"] if node["type"] in workflows.ABSENT] == [4]

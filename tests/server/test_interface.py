@@ -54,7 +54,7 @@ NODES = (
     "LikenessTrainEmbedding",
 )
 PREFIX = "Likeness"
-FOLDERS_ALONE = ("siso_sana",)  # its models are folders, which the page cannot look for
+FOLDERS_ALONE = ("9 Lab - SISO - Sana",)  # its models are folders, which the page cannot look for
 MESSAGE_SYNTAX = set("{}@|")  # the page's translator reads these as instructions
 
 

@@ -22,7 +22,7 @@ def source(server) -> np.ndarray:
 
 
 def test_edit(results, source):
-    result = results["sine_edit"]
+    result = results["9 Lab - SINE - edit"]
     titles = ("Base model alone", "Tuned model alone", "Guided edit")
     check_images([source, *(result.pictures(title)[0] for title in titles)], apart=BARELY)
     assert "DINO" in result.text("Score") and "best" in result.text("Score")
@@ -32,18 +32,18 @@ def test_edit(results, source):
 
 
 def test_edit_wide(results):
-    result = results["sine_edit_wide"]
+    result = results["9 Lab - SINE - edit wide"]
     alone, guided = (result.pictures(f"Wide, {title}")[0] for title in ("base model alone", "guided edit"))
     assert alone.shape == guided.shape == (144, 192, 3)
     assert alone.std() > 0.03 and guided.std() > 0.03 and distance(alone, guided) > BARELY
 
 
 PAIRS = {
-    "sine_style_transfer": ("Content alone", "Content and style"),
-    "sine_style_generation": ("Without the style", "In the style"),
-    "sine_remove_content": ("Still there", "Removed"),
-    "sine_faces": ("Stylise", "Accessory", "Age"),
-    "sine_load_and_edit": ("Result 1", "Result 2", "Result 3"),
+    "9 Lab - SINE - style transfer": ("Content alone", "Content and style"),
+    "9 Lab - SINE - style generation": ("Without the style", "In the style"),
+    "9 Lab - SINE - remove content": ("Still there", "Removed"),
+    "9 Lab - SINE - faces": ("Stylise", "Accessory", "Age"),
+    "9 Lab - SINE - load and edit": ("Result 1", "Result 2", "Result 3"),
 }
 
 
@@ -53,23 +53,23 @@ def test_the_results_of_a_graph_differ(results, source, name):
 
 
 def test_a_saved_model_edits_as_the_one_it_was_saved_from(results):
-    made = results["sine_edit"].pictures("Guided edit")[0]
-    loaded = results["sine_load_and_edit"].pictures("Result 1")[0]
+    made = results["9 Lab - SINE - edit"].pictures("Guided edit")[0]
+    loaded = results["9 Lab - SINE - load and edit"].pictures("Result 1")[0]
     assert np.abs(made - loaded).max() <= 1 / 255
-    assert distance(made, results["sine_edit"].pictures("Base model alone")[0]) > BARELY
-    assert "sks" in results["sine_load_and_edit"].text("What it is")
+    assert distance(made, results["9 Lab - SINE - edit"].pictures("Base model alone")[0]) > BARELY
+    assert "sks" in results["9 Lab - SINE - load and edit"].text("What it is")
 
 
 def test_a_stock_loader_and_the_map_edit_as_the_guider_did(results):
     """KSampler with a MODEL patch against SamplerCustomAdvanced with a guider, on a model that was tuned on patches."""
-    made = results["sine_edit_wide"].pictures("Wide, guided edit")[0]
-    assert np.abs(made - results["sine_stock_loader"].pictures("Guided edit")[0]).max() <= 1 / 255
+    made = results["9 Lab - SINE - edit wide"].pictures("Wide, guided edit")[0]
+    assert np.abs(made - results["9 Lab - SINE - stock loader"].pictures("Guided edit")[0]).max() <= 1 / 255
 
 
 def test_sweep_lays_every_pair_into_its_cell(results):
     """Columns v 0.3, 0.7 and rows K 400, 200: the second cell has the settings of the edit graph, and its image."""
-    grid = results["sine_sweep"].pictures("Grid")[0]
-    edit = Image.fromarray((results["sine_edit"].pictures("Guided edit")[0] * 255).round().astype(np.uint8))
+    grid = results["9 Lab - SINE - sweep"].pictures("Grid")[0]
+    edit = Image.fromarray((results["9 Lab - SINE - edit"].pictures("Guided edit")[0] * 255).round().astype(np.uint8))
     wanted = pixels(edit.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
     step, height, width = THUMBNAIL + 8, *grid.shape[:2]
     cells = [
@@ -83,7 +83,7 @@ def test_sweep_lays_every_pair_into_its_cell(results):
 
 
 def test_sweep_maps_every_node_over_the_pairs(results):
-    result = results["sine_sweep"]
+    result = results["9 Lab - SINE - sweep"]
     assert len(result.run.outputs[workflows.node_id(result.graph, "Score")]["text"]) == 4
     curves = result.pictures("Curves")[0]
     assert curves.shape == (2 * 288, 2 * 526, 3), "two measures over two axes"
@@ -92,7 +92,7 @@ def test_sweep_maps_every_node_over_the_pairs(results):
 
 def test_one_training_serves_all_graphs(results):
     """The sweep, the faces and the edit are tuned on the same image with the same settings."""
-    for name in ("sine_sweep", "sine_faces"):
+    for name in ("9 Lab - SINE - sweep", "9 Lab - SINE - faces"):
         assert all(entry["resumed"] == live.STEPS for entry in results[name].run.of_type("likeness.progress"))
 
 
@@ -104,7 +104,7 @@ def test_guidance_brings_the_edit_nearer_to_the_picture(server, source):
         ("LikenessGuidance", "base_weight"): 0.4,
         ("KSampler", "steps"): 10,
     }
-    graph = live.lowered("sine_edit", object_info, settings=settings)
+    graph = live.lowered("9 Lab - SINE - edit", object_info, settings=settings)
     run = server.run(convert(graph, object_info))
     losses = np.array(run.of_type("likeness.progress")[-1]["losses"])
     assert losses[-20:].mean() < 0.7 * losses[:20].mean()

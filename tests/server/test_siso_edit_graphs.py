@@ -12,7 +12,7 @@ from likeness.toyworld import workflows
 from .. import live
 from .results import UNWANTED, distance, pixels, run_graph
 
-NAMES = ("siso_edit_sdxl_turbo", "siso_edit_sd_turbo")
+NAMES = ("9 Lab - SISO - edit SDXL-turbo", "9 Lab - SISO - edit SD-turbo")
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -17,19 +17,19 @@ from ..vision.test_retrieval import published
 from .results import UNWANTED, check_images, distance, run_graph
 
 RETRIEVAL = ("Retrieval model", "Like it in retrieval too")
-NAMES = ("siso_generate", "siso_sdxl_turbo", "siso_references")
+NAMES = ("9 Lab - SISO - generate", "9 Lab - SISO - SDXL-turbo", "9 Lab - SISO - references")
 
 
 @pytest.fixture(scope="module")
 def ran(server):
     done = {name: run_graph(server, name) for name in NAMES}
-    done["siso_flux"] = run_graph(server, "siso_flux")
-    saved = done["siso_generate"].text("Save the LoRA").splitlines()[0]
-    done["siso_reuse"] = run_graph(server, "siso_reuse", {("Saved LoRA", "lora_name"): saved})
+    done["9 Lab - SISO - FLUX.1-schnell"] = run_graph(server, "9 Lab - SISO - FLUX.1-schnell")
+    saved = done["9 Lab - SISO - generate"].text("Save the LoRA").splitlines()[0]
+    done["9 Lab - SISO - reuse"] = run_graph(server, "9 Lab - SISO - reuse", {("Saved LoRA", "lora_name"): saved})
     return done
 
 
-@pytest.mark.parametrize("name", [*NAMES, "siso_flux"])
+@pytest.mark.parametrize("name", [*NAMES, "9 Lab - SISO - FLUX.1-schnell"])
 def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(ran, name):
     result = ran[name]
     assert not [word for word in UNWANTED if word in result.log]
@@ -45,9 +45,9 @@ def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(ran
 
 
 KEYS = {
-    "siso_generate": ("lora_unet_",),
-    "siso_sdxl_turbo": ("lora_unet_", "lora_te_"),
-    "siso_flux": ("transformer.", "text_encoder."),
+    "9 Lab - SISO - generate": ("lora_unet_",),
+    "9 Lab - SISO - SDXL-turbo": ("lora_unet_", "lora_te_"),
+    "9 Lab - SISO - FLUX.1-schnell": ("transformer.", "text_encoder."),
 }
 
 
@@ -62,19 +62,20 @@ def test_the_saved_file_holds_the_parts_that_were_learned(server, ran, name):
 
 
 def test_the_stock_loader_shows_the_subject_in_three_prompts(ran):
-    assert "not loaded" not in ran["siso_reuse"].log
-    check_images([ran["siso_reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
+    assert "not loaded" not in ran["9 Lab - SISO - reuse"].log
+    check_images([ran["9 Lab - SISO - reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
 
 
 def test_several_references_are_not_one(ran):
-    one, two = (ran[name].pictures("Most alike")[0] for name in ("siso_generate", "siso_references"))
+    both = ("9 Lab - SISO - generate", "9 Lab - SISO - references")
+    one, two = (ran[name].pictures("Most alike")[0] for name in both)
     assert distance(one, two) > 1e-4
 
 
 def with_retrieval(server) -> dict:
-    """siso_generate with the group of the retrieval model switched on, as the server takes it."""
+    """9 Lab - SISO - generate with the group of the retrieval model switched on, as the server takes it."""
     object_info = server.object_info()
-    graph = live.lowered("siso_generate", object_info)
+    graph = live.lowered("9 Lab - SISO - generate", object_info)
     for node in graph["nodes"]:
         if node.get("title") in RETRIEVAL:
             node["mode"] = 0

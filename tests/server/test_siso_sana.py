@@ -22,7 +22,7 @@ def settings(server):
 
 @pytest.fixture(scope="module")
 def ran(server, settings):
-    return run_graph(server, "siso_sana", settings)
+    return run_graph(server, "9 Lab - SISO - Sana", settings)
 
 
 def test_the_lora_changes_the_pictures_of_another_prompt(ran):
@@ -48,7 +48,7 @@ def test_the_saved_lora_gives_the_same_picture_in_the_stock_loader(server, setti
     """In place of the optimisation's own output."""
     name = ran.text("Save the LoRA").splitlines()[0]
     object_info = server.object_info()
-    graph = live.lowered("siso_sana", object_info, settings=settings)
+    graph = live.lowered("9 Lab - SISO - Sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
     learner, sana = (workflows.node_id(graph, title) for title in ("Optimize", "Sana"))
     prompt["900"] = {
@@ -74,7 +74,7 @@ def needed(prompt: dict, node: str) -> set[str]:
 def test_gradients_in_the_server(server, settings, ran):
     """After stock samplers have run the model; with and without checkpointing."""
     object_info = server.object_info()
-    graph = live.lowered("siso_sana", object_info, settings=settings)
+    graph = live.lowered("9 Lab - SISO - Sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
     sana = workflows.node_id(graph, "Sana")
     learner = prompt[workflows.node_id(graph, "Optimize")]["inputs"]
@@ -89,7 +89,7 @@ def test_gradients_in_the_server(server, settings, ran):
 
 def refused(server, settings) -> str:
     object_info = server.object_info()
-    graph = live.lowered("siso_sana", object_info, settings=settings)
+    graph = live.lowered("9 Lab - SISO - Sana", object_info, settings=settings)
     with pytest.raises(PromptError) as caught:
         server.run(convert(graph, object_info))
     return caught.value.sentences()
@@ -115,7 +115,7 @@ def test_hostile_names_are_refused(server, settings):
 
 def test_a_text_encoder_is_not_trained(server, settings):
     object_info = server.object_info()
-    graph = live.lowered("siso_sana", object_info, settings=settings)
+    graph = live.lowered("9 Lab - SISO - Sana", object_info, settings=settings)
     prompt = convert(graph, object_info)
     learner, sana = (workflows.node_id(graph, title) for title in ("Optimize", "Sana"))
     prompt[learner]["inputs"] |= {"clip": [sana, 1], "prompt": "a photo of a dog"}

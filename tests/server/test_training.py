@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(server, tr
 
 
 def test_the_base_model_samples_the_same_before_and_after(server, object_info, training):
-    graph = live.lowered("hiper_train_and_edit", object_info)
+    graph = live.lowered("9 Lab - HiPer - train and edit", object_info)
     shown = workflows.node_id(graph, "Edit without the subject")
     sampling = with_ancestors(convert(graph, object_info), [shown])
     pictures = []

@@ -76,11 +76,13 @@ def rows(tmp_path_factory) -> Iterator[Rows]:
         with Server(environment_from_variables(), base, folders, workflows.MODELS) as server:
             live.draw(base / "input")
             found = Rows(server)
-            found.results["siso_sana"]  # also writes its models
+            found.results["9 Lab - SISO - Sana"]  # also writes its models
             before, memory = files(base), server.memory()
             yield found
             server.wait_idle()
-            assert found.results["invert_and_edit"].run.status == "execution_success", "the worker is dead"
+            assert found.results["9 Lab - Inversion - invert and edit"].run.status == "execution_success", (
+                "the worker is dead"
+            )
             left = files(base) - before
             assert not [name for name in left if name.endswith(".tmp")], "a half-written file"
             assert not [name for name in left if not name.startswith(SAVED)], "a file outside of its folder"

@@ -76,7 +76,7 @@ def test_list_of_graphs_names_every_graph_once() -> None:
 @pytest.mark.parametrize("page", HELP, ids=lambda page: page.stem)
 def test_help_page_names_graphs_that_hold_its_node(page: Path) -> None:
     line = page.read_text(encoding="utf-8").split("\n\n")[1]
-    named = re.findall(r"`(\w+)`", line)
+    named = re.findall(r"`(9 Lab - [^`]+)`", line)
     assert line.startswith("Graph") and named
     for name in named:
         nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
