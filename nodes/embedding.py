@@ -89,12 +89,11 @@ class LikenessTrainEmbedding(Node):
                     tooltip="The source prompt: a plain description of the image, such as 'a standing cat'. It must "
                     "leave at least as many unused tokens as 'tokens' asks for.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "steps",
-                    default=hiper.STEPS,
-                    min=1,
-                    max=100_000,
-                    tooltip="Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to "
+                    hiper.STEPS,
+                    100_000,
+                    "Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to "
                     "resume the run. A lower value returns that step if it was saved, else the longer run with a "
                     "warning.",
                 ),
@@ -102,20 +101,18 @@ class LikenessTrainEmbedding(Node):
                     hiper.LEARNING_RATE,
                     "Adam's learning rate. 0.005 for SD1.x, 0.002 for SDXL; try 0.001 to 0.01.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "tokens",
-                    default=hiper.TOKENS,
-                    min=1,
-                    max=75,
-                    tooltip="Number of token embeddings that hold the subject, 3 to 8. More keep more of the image "
+                    hiper.TOKENS,
+                    75,
+                    "Number of token embeddings that hold the subject, 3 to 8. More keep more of the image "
                     "and leave less room for the edit.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "save_every",
-                    default=hiper.SAVE_EVERY,
-                    min=1,
-                    max=100_000,
-                    tooltip="Interval in steps at which the embedding is saved, to choose the best one later.",
+                    hiper.SAVE_EVERY,
+                    100_000,
+                    "Interval in steps at which the embedding is saved, to choose the best one later.",
                 ),
                 inputs.choice(
                     "init",
@@ -140,12 +137,12 @@ class LikenessTrainEmbedding(Node):
                         "End of the part of the denoising process to train on. 1 is the finished image.",
                         round=None,
                     ),
-                    io.Int.Input(
+                    inputs.count(
                         "preview_steps",
-                        default=20,
+                        20,
+                        1000,
+                        "Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
                         min=0,
-                        max=1000,
-                        tooltip="Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
                     ),
                     io.Float.Input(
                         "preview_cfg",

@@ -31,6 +31,11 @@ def fraction(name: str, default: float, tooltip: str, **more: Any) -> io.Input:
     return io.Float.Input(name, default=default, tooltip=tooltip, **limits)
 
 
+def count(name: str, default: int, most: int, tooltip: str, **more: Any) -> io.Input:
+    """A whole number from 1 to `most`. more: another minimum or step."""
+    return io.Int.Input(name, default=default, tooltip=tooltip, **{"min": 1, "max": most, **more})
+
+
 def seed(tooltip: str, default: int = 0) -> io.Input:
     """A seed. Its range leaves headroom, since newer ComfyUI samplers add to it."""
     return io.Int.Input("seed", default=default, min=0, max=2**63 - 1, control_after_generate=True, tooltip=tooltip)

@@ -33,17 +33,13 @@ class LikenessInspect(Node):
                     tooltip="The encoded image to inspect. Noise of each level is added to it; only the first image "
                     "of a batch is used.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "tokens",
-                    default=5,
-                    min=1,
-                    max=77,
-                    tooltip="Number of tokens to show, counted from the end of the prompt: as many as the embedding "
-                    "has.",
+                    5,
+                    77,
+                    "Number of tokens to show, counted from the end of the prompt: as many as the embedding has.",
                 ),
-                io.Int.Input(
-                    "columns", default=8, min=1, max=50, tooltip="Number of noise levels to show, evenly spaced."
-                ),
+                inputs.count("columns", 8, 50, "Number of noise levels to show, evenly spaced."),
                 inputs.seed("Seed of the noise, which is the same at every level."),
             ],
             outputs=[

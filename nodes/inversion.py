@@ -42,12 +42,8 @@ class LikenessInvert(Node):
                     "second order, for flow models and few steps.",
                 ),
                 *inputs.advanced(
-                    io.Int.Input(
-                        "iterations",
-                        default=ITERATIONS,
-                        min=1,
-                        max=50,
-                        tooltip="Additional model calls per step. Only for 'fixed point'.",
+                    inputs.count(
+                        "iterations", ITERATIONS, 50, "Additional model calls per step. Only for 'fixed point'."
                     )
                 ),
                 *inputs.encoded_or_image(),
@@ -140,13 +136,13 @@ class LikenessNullText(Node):
                         step=1e-5,
                         round=1e-7,
                     ),
-                    io.Int.Input(
+                    inputs.count(
                         "patience",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="A step also ends after this many updates in a row without improvement, and keeps its "
+                        0,
+                        1000,
+                        "A step also ends after this many updates in a row without improvement, and keeps its "
                         "best negative. 0 never does, as in the reference code.",
+                        min=0,
                     ),
                 ),
             ],

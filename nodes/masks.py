@@ -73,13 +73,7 @@ class LikenessCaption(Node):
                     tooltip="A transformers folder of BLIP-2, BLIP or GIT in models/likeness_vision. Press R to "
                     "refresh the list.",
                 ),
-                io.Int.Input(
-                    "max_tokens",
-                    default=30,
-                    min=1,
-                    max=256,
-                    tooltip="Maximum length of a caption; 30 tokens are about 20 words.",
-                ),
+                inputs.count("max_tokens", 30, 256, "Maximum length of a caption; 30 tokens are about 20 words."),
             ],
             outputs=[
                 io.String.Output(display_name="caption", tooltip="The caption of the first image."),

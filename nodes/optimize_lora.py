@@ -99,12 +99,11 @@ def _inputs() -> list[io.Input]:
             "sigmas",
             tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others.",
         ),
-        io.Int.Input(
+        inputs.count(
             "iterations",
-            default=siso.ITERATIONS,
-            min=1,
-            max=10_000,
-            tooltip="Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
+            siso.ITERATIONS,
+            10_000,
+            "Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -119,12 +118,11 @@ def _inputs() -> list[io.Input]:
         inputs.cfg(
             1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."
         ),
-        io.Int.Input(
+        inputs.count(
             "grad_steps",
-            default=1,
-            min=1,
-            max=1000,
-            tooltip="Number of last sampling steps with gradients, usually 1 to 3. More need more memory.",
+            1,
+            1000,
+            "Number of last sampling steps with gradients, usually 1 to 3. More need more memory.",
         ),
         inputs.seed("Seed of the noise, which is the same in every iteration, and of the LoRA initialization."),
     ]
@@ -135,7 +133,7 @@ def _advanced_inputs() -> list[io.Input]:
         return inputs.fraction(name, default, tooltip, max=most, step=default / 10, round=1e-8)
 
     return inputs.advanced(
-        io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA."),
+        inputs.count("rank", siso.RANK, 512, "Rank of the LoRA."),
         number("weight_decay", 1e-2, 1.0, "Weight decay of the optimizer. 0.0001 for FLUX and Sana."),
         number(
             "text_rate",
@@ -145,13 +143,13 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder. 0.001 for FLUX."),
         number("threshold", siso.THRESHOLD, 100.0, "Decrease of the loss, in percent, that counts as an improvement."),
-        io.Int.Input(
+        inputs.count(
             "patience",
-            default=siso.PATIENCE,
-            min=0,
-            max=10_000,
-            tooltip="Stops after this many iterations without an improvement; 0 never stops early. A higher value "
+            siso.PATIENCE,
+            10_000,
+            "Stops after this many iterations without an improvement; 0 never stops early. A higher value "
             "resumes a stopped run.",
+            min=0,
         ),
         inputs.choice(
             "keep",

@@ -26,13 +26,13 @@ class LikenessPositionMap(Node):
             search_aliases=["sine", "patch", "tile"],
             inputs=[
                 io.Model.Input("model", tooltip="A model that was fine-tuned on patches."),
-                io.Int.Input(
+                inputs.count(
                     "cells",
-                    default=CELLS,
-                    min=2,
-                    max=MAX_CELLS,
-                    tooltip="Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
+                    CELLS,
+                    MAX_CELLS,
+                    "Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
                     "training at 512 pixels.",
+                    min=2,
                 ),
                 inputs.choice(
                     "interpolation",

@@ -72,19 +72,14 @@ class LikenessRenoise(Node):
 
 def _advanced_inputs() -> list[io.Input]:
     return inputs.advanced(
-        io.Int.Input(
+        inputs.count(
             "iterations",
-            default=published.ITERATIONS,
-            min=1,
-            max=100,
-            tooltip="Number of iterations per step, each from the latent that the previous one found.",
+            published.ITERATIONS,
+            100,
+            "Number of iterations per step, each from the latent that the previous one found.",
         ),
-        io.Int.Input(
-            "averaged",
-            default=published.AVERAGED,
-            min=1,
-            max=100,
-            tooltip="Number of last iterations whose predicted noise is averaged.",
+        inputs.count(
+            "averaged", published.AVERAGED, 100, "Number of last iterations whose predicted noise is averaged."
         ),
         inputs.fraction(
             "kl_weight",

@@ -29,28 +29,26 @@ def _numbers(cfg: float) -> list[io.Input]:
     """The inputs shared by both nodes: sampling settings."""
     return [
         inputs.seed("Seed of all noise; every loop draws new noise from it."),
-        io.Int.Input(
-            "steps", default=published.STEPS, min=2, max=1000, tooltip="Steps of a full sampling. EZIGen uses 50."
-        ),
+        inputs.count("steps", published.STEPS, 1000, "Steps of a full sampling. EZIGen uses 50.", min=2),
         inputs.cfg(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
         inputs.split_ratio(
             0.99,
             "Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more likeness "
             "and less freedom.",
         ),
-        io.Int.Input(
+        inputs.count(
             "min_loops",
-            default=published.MIN_LOOPS,
+            published.MIN_LOOPS,
+            100,
+            "Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
             min=0,
-            max=100,
-            tooltip="Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
         ),
-        io.Int.Input(
+        inputs.count(
             "max_loops",
-            default=published.MIN_LOOPS,
+            published.MIN_LOOPS,
+            100,
+            "Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
             min=0,
-            max=100,
-            tooltip="Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
         ),
         inputs.fraction(
             "threshold",

@@ -92,20 +92,15 @@ def _inputs() -> list[io.Input]:
             "(its caption) and <name>.mask.png (white on the subject). Press R to refresh the list.",
         ),
         inputs.side("Side in pixels of the squares that images and subjects are scaled to: the model's native size."),
-        io.Int.Input(
+        inputs.count(
             "steps",
-            default=2000,
-            min=1,
-            max=10_000_000,
-            tooltip="Number of updates: a few thousand when starting from the published adapter, which itself took "
+            2000,
+            10_000_000,
+            "Number of updates: a few thousand when starting from the published adapter, which itself took "
             "200,000. Raise it later to resume the run.",
         ),
-        io.Int.Input(
-            "batch",
-            default=1,
-            min=1,
-            max=256,
-            tooltip="Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory.",
+        inputs.count(
+            "batch", 1, 256, "Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory."
         ),
         io.Float.Input(
             "learning_rate",
@@ -130,12 +125,11 @@ def _advanced_inputs() -> list[io.Input]:
             step=0.05,
             round=0.001,
         ),
-        io.Int.Input(
+        inputs.count(
             "max_subjects",
-            default=MAX_SUBJECTS,
-            min=1,
-            max=MAX_SUBJECTS,
-            tooltip="Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
+            MAX_SUBJECTS,
+            MAX_SUBJECTS,
+            "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
             "and is enough if you will only ever use one.",
         ),
         inputs.checkpointing(),
