@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from comfy_api.latest import io
 
 from ..core.embedding import hiper
@@ -18,7 +20,7 @@ from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import Node
+from .node import Node, build
 from .types import Embedding, LossMap, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
@@ -58,16 +60,24 @@ def image_inputs(vae: str) -> list[io.Input]:
     ]
 
 
-def held(negative: list | None, weight: float, anchor: str) -> RegularizerOptions | None:
-    """The regularizer that the inputs ask for, None for weight 0."""
-    if weight == 0.0:
-        return None
-    if negative is None:
-        raise ValueError(
-            f"anchor_weight is {weight} but nothing is connected to 'negative': connect the empty prompt there, or "
-            "set anchor_weight to 0."
-        )
-    return RegularizerOptions(negative, weight, anchor == ANCHORS[1])
+@dataclass(frozen=True)
+class Anchor:
+    """The inputs of HiFi Tuner's regularizer."""
+
+    negative: list | None = None
+    anchor_weight: float = 0.0
+    anchor: str = ANCHORS[0]
+
+    def options(self) -> RegularizerOptions | None:
+        """The regularizer that they ask for, None for weight 0."""
+        if self.anchor_weight == 0.0:
+            return None
+        if self.negative is None:
+            raise ValueError(
+                f"anchor_weight is {self.anchor_weight} but nothing is connected to 'negative': connect the empty "
+                "prompt there, or set anchor_weight to 0."
+            )
+        return RegularizerOptions(self.negative, self.anchor_weight, self.anchor == ANCHORS[1])
 
 
 class LikenessTrainEmbedding(Node):
@@ -181,44 +191,20 @@ class LikenessTrainEmbedding(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        learning_rate,
-        tokens,
-        init,
-        seed,
-        preview_steps,
-        preview_cfg,
-        latent=None,
-        image=None,
-        vae=None,
-        mask=None,
-        target=None,
-        negative=None,
-        anchor_weight=0.0,
-        anchor=ANCHORS[0],
-        **schedule,
-    ) -> io.NodeOutput:
-        if init == EMPTY and negative is None:
+    def execute(cls, model, positive, init, preview_steps, preview_cfg, target=None, **more) -> io.NodeOutput:
+        source, settings, schedule, anchor = build(more, ImageSource, hiper.HiPerSettings, Schedule, Anchor)
+        if init == EMPTY and anchor.negative is None:
             raise ValueError(
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
-        images = ImageSource(latent, image, vae, mask).encoded(model)
-        embedding, losses = train_embedding(
-            model,
-            positive,
-            images,
-            hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
-            Schedule(**schedule),
-            TrainingPrompts(negative if init == EMPTY else None, target, held(negative, anchor_weight, anchor)),
-            cls.hidden.unique_id,
-        )
+        images = source.encoded(model)
+        prompts = TrainingPrompts(anchor.negative if init == EMPTY else None, target, anchor.options())
+        node = cls.hidden.unique_id
+        embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts, node)
         loss = loss_map(losses)
-        if vae is None or preview_steps == 0:
+        if source.vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
-        how = Previews(vae, negative, preview_steps, preview_cfg, seed)
+        how = Previews(source.vae, anchor.negative, preview_steps, preview_cfg, settings.seed)
         previews = preview_images(model, embedding, positive, target, tuple(images.latent.shape), how)
         return io.NodeOutput(embedding, loss, previews)
 

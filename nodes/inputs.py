@@ -46,9 +46,9 @@ def cfg(default: float, tooltip: str, least: float = 1.0) -> io.Input:
     return io.Float.Input("cfg", default=default, min=least, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
-def rate(default: float, tooltip: str, step: float = 1e-4) -> io.Input:
-    """Adam's learning rate."""
-    return fraction("learning_rate", default, tooltip, min=1e-9, step=step, round=1e-6)
+def rate(default: float, tooltip: str, **more: float) -> io.Input:
+    """The learning rate. more: another step, round or minimum."""
+    return fraction("learning_rate", default, tooltip, **{"min": 1e-9, "step": 1e-4, "round": 1e-6, **more})
 
 
 def inner_steps(default: int, tooltip: str, least: int = 1) -> io.Input:

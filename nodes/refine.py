@@ -9,8 +9,8 @@ from ..core.embedding.host.refine import SavedStep, refine_embedding
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
 from . import inputs
-from .embedding import ANCHORS, anchor_inputs, held, image_inputs
-from .node import Node
+from .embedding import Anchor, anchor_inputs, image_inputs
+from .node import Node, build
 from .types import Embedding, LossMap, schema
 
 
@@ -58,30 +58,9 @@ class LikenessRefineEmbedding(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        embedding,
-        sigmas,
-        step,
-        latent=None,
-        image=None,
-        vae=None,
-        mask=None,
-        negative=None,
-        anchor_weight=0.0,
-        anchor=ANCHORS[0],
-        **settings,
-    ) -> io.NodeOutput:
-        refined, losses = refine_embedding(
-            model,
-            positive,
-            ImageSource(latent, image, vae, mask).encoded(model),
-            SavedStep(embedding, step),
-            sigmas,
-            hifi_tuner.StepWiseSettings(**settings),
-            held(negative, anchor_weight, anchor),
-            cls.hidden.unique_id,
-        )
+    def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
+        source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, Anchor)
+        saved, node = SavedStep(embedding, step), cls.hidden.unique_id
+        images = source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor.options(), node)
         return io.NodeOutput(refined, loss_map(losses))

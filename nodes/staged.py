@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..core.ezigen import staged as published
@@ -63,6 +65,14 @@ def _numbers(cfg: float) -> list[io.Input]:
             tooltip="Measures the similarity of consecutive images. Not needed for a fixed number of loops.",
         ),
     ]
+
+
+def _shared(
+    model, vae, adapter, min_loops, max_loops, threshold, vision=None, **more
+) -> tuple[host.StagedModels, dict[str, Any]]:
+    """What the inputs shared by both nodes make: the models, and the settings."""
+    loops = published.Loops(min_loops, max_loops, threshold)
+    return host.StagedModels(model, vae, adapter, vision), {"loops": loops, **more}
 
 
 class LikenessStagedSampler(Node):
@@ -131,28 +141,12 @@ class LikenessStagedSampler(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        adapter,
-        subject,
-        positive,
-        negative,
-        latent,
-        min_loops,
-        max_loops,
-        threshold,
-        vision=None,
-        loop_negative=None,
-        image=None,
-        exact_noise_level=True,
-        **settings,
+        cls, subject, positive, negative, latent, image=None, loop_negative=None, exact_noise_level=True, **more
     ) -> io.NodeOutput:
-        loops = published.Loops(min_loops, max_loops, threshold)
-        how = host.StagedSettings(loops=loops, published_level=not exact_noise_level, **settings)
+        models, settings = _shared(**more)
+        how = host.StagedSettings(published_level=not exact_noise_level, **settings)
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
-        models, node = host.StagedModels(model, vae, adapter, vision), cls.hidden.unique_id
-        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, node)
+        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, cls.hidden.unique_id)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
@@ -212,27 +206,10 @@ class LikenessStagedEdit(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        adapter,
-        subject,
-        positive,
-        negative,
-        image,
-        mask,
-        min_loops,
-        max_loops,
-        threshold,
-        vision=None,
-        exact_background=True,
-        inversion_prompt=None,
-        clip=None,
-        **settings,
+        cls, subject, positive, negative, image, mask, exact_background=True, inversion_prompt=None, clip=None, **more
     ) -> io.NodeOutput:
-        loops = published.Loops(min_loops, max_loops, threshold)
-        how = editing.EditSettings(loops=loops, published=not exact_background, **settings)
-        prompts, node = editing.EditPrompts(positive, negative, inversion_prompt, clip), cls.hidden.unique_id
-        models = host.StagedModels(model, vae, adapter, vision)
-        found = editing.edit_staged(models, subject, prompts, image, mask, how, node)
+        models, settings = _shared(**more)
+        how = editing.EditSettings(published=not exact_background, **settings)
+        prompts = editing.EditPrompts(positive, negative, inversion_prompt, clip)
+        found = editing.edit_staged(models, subject, prompts, image, mask, how, cls.hidden.unique_id)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)

@@ -10,7 +10,7 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Node
+from .node import Node, build
 from .types import Adapter, LossMap, schema
 
 
@@ -54,27 +54,11 @@ class LikenessTrainAdapter(Node):
         return folders.image_folder_state(folder)
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        folder,
-        size,
-        steps,
-        max_subjects=MAX_SUBJECTS,
-        checkpointing=False,
-        adapter=None,
-        **settings,
-    ) -> io.NodeOutput:
-        pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
-        trained, losses, report = host.train_adapter(
-            host.TrainingModels(model, clip, vae, adapter),
-            pairs,
-            host.AdapterPlan(size, steps, max_subjects, checkpointing),
-            TrainingSettings(**settings),
-            cls.hidden.unique_id,
-        )
+    def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
+        kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
+        models, plan, settings = build({**more, "start": adapter}, *kinds)
+        pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
+        trained, losses, report = host.train_adapter(models, pairs, plan, settings, cls.hidden.unique_id)
         return io.NodeOutput(trained, loss_map(losses), report)
 
 
@@ -102,14 +86,12 @@ def _inputs() -> list[io.Input]:
         inputs.count(
             "batch", 1, 256, "Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory."
         ),
-        io.Float.Input(
-            "learning_rate",
-            default=LEARNING_RATE,
+        inputs.rate(
+            LEARNING_RATE,
+            "AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
             min=1e-8,
-            max=1.0,
             step=1e-5,
             round=1e-8,
-            tooltip="AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
         ),
         inputs.seed("Seed of the order of the images, the timesteps and the noise."),
     ]
