@@ -97,19 +97,44 @@ def source_rows(
 
 
 @dataclass(frozen=True)
-class EmbeddingJob(Job):
-    """HiPer's training, or HiFi Tuner's with a regularizer. start [n, d]: the initial tokens."""
-
-    method: ClassVar[str] = METHOD
+class TokensJob(Job):
+    """What the trainings of tokens share. start [n, d]: the initial tokens."""
 
     model: Any
     positive: Conditioning
     images: TrainingImages
-    settings: hiper.HiPerSettings
-    schedule: Schedule
+    settings: Any
     placement: Placement
     start: Tensor
-    regularizer: Regularizer | None = None
+    regularizer: Regularizer | None
+
+    def attached(self) -> list[Any]:
+        """Of a run's key: what is on top of the model's weights, and the prompt."""
+        return [patches_digest(self.model), precision(self.model), describe(self.positive)]
+
+    def session(self) -> Session:
+        tokens = len(self.start)
+        prompt = with_room(self.positive, tokens, self.placement)
+        return Session(self.model, prompt, self.images.latent, learned=tokens)
+
+    def inputs(self, denoiser: GuiderDenoiser, x0: Tensor) -> tuple[Any, ...]:
+        """What the fit is made of, besides its regularizer."""
+        start, mask = detached([self.start, self.images.mask])
+        context = denoiser.context.to(x0.device, torch.float32)
+        return denoiser, x0, context, start, self.settings, None if mask is None else mask.to(x0.device)
+
+    def pull(self) -> Regularizer | None:
+        """The fit's regularizer."""
+        return None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
+
+
+@dataclass(frozen=True)
+class EmbeddingJob(TokensJob):
+    """HiPer's training, or HiFi Tuner's with a regularizer."""
+
+    method: ClassVar[str] = METHOD
+
+    schedule: Schedule
 
     @property
     def steps(self) -> int:
@@ -120,26 +145,14 @@ class EmbeddingJob(Job):
         return Retention(self.schedule.save_every)
 
     def key(self) -> str:
-        attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
-        what += [attached, self.start, asdict(self.images), *regularizer]
+        what += [self.attached(), self.start, asdict(self.images), *regularizer]
         return digest([*what, *self.objective.values(), *key_part(self.placement)])
-
-    def session(self) -> Session:
-        tokens = len(self.start)
-        prompt = with_room(self.positive, tokens, self.placement)
-        return Session(self.model, prompt, self.images.latent, learned=tokens)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        start, mask = detached([self.start, self.images.mask])
-        mask = None if mask is None else mask.to(x0.device)
-        inputs = (denoiser, x0, denoiser.context.to(x0.device, torch.float32), start, self.settings)
-        if self.regularizer is None:
-            fit = hiper.HiPer(*inputs, mask)
-        else:
-            fit = RegularizedHiPer(*inputs, Regularizer(**detached(asdict(self.regularizer))), mask)
+        fit = RegularizedHiPer(*self.inputs(denoiser, x0), regularizer=self.pull())
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
@@ -175,7 +188,7 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
     regularizer = None if prompts.regularizer is None else prompts.regularizer.build(rows, settings.tokens)
-    job = EmbeddingJob(model, positive, images, settings, schedule, placement, initial, regularizer)
+    job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule)
     finished = run(job, node_id)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
