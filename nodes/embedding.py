@@ -103,9 +103,8 @@ class LikenessTrainEmbedding(Node):
                     "steps",
                     hiper.STEPS,
                     100_000,
-                    "Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to "
-                    "resume the run. A lower value returns that step if it was saved, else the longer run with a "
-                    "warning.",
+                    "Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to resume "
+                    "the run. A lower value returns that step if it was saved, else the longer run with a warning.",
                 ),
                 inputs.rate(
                     hiper.LEARNING_RATE,

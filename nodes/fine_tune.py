@@ -61,9 +61,8 @@ class LikenessFineTune(Node):
                     "steps",
                     1000,
                     1_000_000,
-                    "Number of updates. Raise it later to resume the run. A lower value returns that step of "
-                    "a LoRA if it was saved (every 500), else the longer run with a warning; full weights are trained "
-                    "again.",
+                    "Number of updates. Raise it later to resume the run. A lower value returns that step of a LoRA if "
+                    "it was saved (every 500), else the longer run with a warning; full weights are trained again.",
                 ),
                 io.Float.Input(
                     "learning_rate",

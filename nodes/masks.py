@@ -6,15 +6,16 @@ from comfy_api.latest import io
 
 from ..core.session import folders
 from ..core.vision import boxes
+from ..core.vision.host.extras.caption import is_captioner
+from ..core.vision.host.extras.grounding import is_detector
 from ..core.vision.host.subject_masks import (
     BOX_THRESHOLD,
     TEXT_THRESHOLD,
     MaskRequest,
-    captioners,
     captions,
-    detectors,
     subject_masks,
 )
+from ..core.vision.host.vision import vision_names
 from . import inputs
 from .node import Node
 from .types import schema
@@ -69,7 +70,7 @@ class LikenessCaption(Node):
                 io.Image.Input("image", tooltip="The images to caption."),
                 io.Combo.Input(
                     "model",
-                    options=captioners(),
+                    options=vision_names(is_captioner),
                     tooltip="A transformers folder of BLIP-2, BLIP or GIT in models/likeness_vision. Press R to "
                     "refresh the list.",
                 ),
@@ -103,7 +104,7 @@ def _mask_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "detector",
-            options=detectors(),
+            options=vision_names(is_detector),
             tooltip="A transformers folder of Grounding DINO (such as grounding-dino-tiny), OWL-ViT or OWLv2 in "
             "models/likeness_vision. Press R to refresh the list.",
         ),

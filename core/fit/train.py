@@ -38,13 +38,11 @@ class Run:
         """Whether a request for `steps` can be answered without the model."""
         return self.step >= steps and (steps in self.results or self.step in self.results)
 
-    def end(self, steps: int) -> int:
-        """The step returned for a request for `steps`: that exact step if it was saved, otherwise the last one."""
-        return steps if steps in self.results else self.step
-
     def end_with_warning(self, steps: int) -> int:
-        """As end(), with a warning when the run is longer than requested and the requested step was not saved."""
-        end = self.end(steps)
+        """The step returned for a request for `steps`: that exact step if it was saved, otherwise the last one, with a
+        warning when the run is longer.
+        """
+        end = steps if steps in self.results else self.step
         if end > steps:
             saved = ", ".join(str(step) for step in sorted(self.results) if step < end) or "none"
             log.warning(

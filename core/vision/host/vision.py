@@ -6,6 +6,7 @@ with the pack's preprocessing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,14 @@ class VisionModel:
         return self.model.state_dict()
 
 
-def vision_names() -> Names:
-    """Entries of models/likeness_vision except detectors and captioning models, which other nodes load."""
+def is_vision_model(path: Path) -> bool:
+    """Whether an entry of models/likeness_vision is neither a detector nor a captioning model, which have own nodes."""
+    return not (is_detector(path) or is_captioner(path))
 
-    def is_excluded(name: str) -> bool:
-        path = folders.resolve(folders.VISION, name)
-        return is_detector(path) or is_captioner(path)
 
-    return Names(name for name in folders.names(folders.VISION) if not is_excluded(name))
+def vision_names(matches: Callable[[Path], bool] = is_vision_model) -> Names:
+    """The entries of models/likeness_vision that match."""
+    return Names(name for name in folders.names(folders.VISION) if matches(folders.resolve(folders.VISION, name)))
 
 
 def load_vision(path: Path) -> VisionModel:
