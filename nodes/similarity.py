@@ -96,5 +96,5 @@ class LikenessSimilarity(Node):
 
     @classmethod
     def execute(cls, vision, image, weight, similarity=None, mask=None) -> io.NodeOutput:
-        before = host.Similarity(()) if similarity is None else similarity
-        return io.NodeOutput(before.with_part(host.similarity_part(vision, weight, image, mask)))
+        parts = () if similarity is None else similarity.parts
+        return io.NodeOutput(host.Similarity((*parts, host.similarity_part(vision, weight, image, mask))))

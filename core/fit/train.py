@@ -62,10 +62,6 @@ class Run:
         return self.results[self.step]
 
 
-def _tensor_name(step: int, name: str) -> str:
-    return f"kept.{step:06d}" + (f".{name}" if name else "")
-
-
 def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collection[str] = ()) -> Run | None:
     """The run stored under this key, or None. whole=False is for a run that is not to be continued: it loads only the
     results and the tensors of the fit's state that `more` names.
@@ -148,7 +144,7 @@ class Checkpointer:
         """Store the run. A full disk must neither stop a healthy run nor mask an interrupt."""
         tensors = {f"fit.{name}": value for name, value in fit.state().items()}
         for step, result in self.results.items():
-            tensors |= {_tensor_name(step, name): value for name, value in result.items()}
+            tensors |= {f"kept.{step:06d}.{name}".rstrip("."): value for name, value in result.items()}
         try:
             self.store.save(self.key, tensors, self.header)
         except OSError as problem:

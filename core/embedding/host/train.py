@@ -211,7 +211,7 @@ def preview_images(
     source: Conditioning,
     target: Conditioning | None,
     shape: tuple[int, ...],
-    sampling: Previews,
+    how: Previews,
 ) -> Tensor:
     """[source, h] for each saved step; with a target, first [target], then alternately [source, h] and [target, 0.8 h].
 
@@ -224,13 +224,8 @@ def preview_images(
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE, (), embedding.placement))
     size = (1, *shape[1:])
-
-    def sample(prompt: Conditioning) -> Tensor:
-        return sample_image(
-            *(model, sampling.vae, prompt, sampling.negative, size),
-            steps=sampling.steps,
-            cfg=sampling.cfg,
-            seed=sampling.seed,
-        )
-
-    return torch.cat([sample(prompt) for prompt in prompts])
+    images = [
+        sample_image(model, how.vae, prompt, how.negative, size, steps=how.steps, cfg=how.cfg, seed=how.seed)
+        for prompt in prompts
+    ]
+    return torch.cat(images)

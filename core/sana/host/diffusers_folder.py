@@ -17,9 +17,9 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ...files import is_number, read_table, tensor_names
+from ...files import is_number, read_table
 from ...vision.host.extras.offline import missing_package, offline, reason, running, weights_variant
-from ...vision.host.extras.settings import check_layers, check_weights
+from ...vision.host.extras.settings import check_size
 from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
 
 PIPELINE = "SanaPipeline"
@@ -248,6 +248,4 @@ def _check_settings(part: Path, kind: Any) -> None:
             fits, expected = True, ""
         if not fits:
             raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy {SOURCE} whole.")
-    files = [*part.glob("*.safetensors")]
-    check_layers(where, config, [name for file in files for name in tensor_names(file)])
-    check_weights(where, lambda: kind.from_config(config), sum(file.stat().st_size for file in files))
+    check_size(where, config, [*part.glob("*.safetensors")], lambda: kind.from_config(config))

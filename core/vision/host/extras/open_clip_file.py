@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ....files import read_table, read_weights, tensor_names
+from ....files import read_table, read_weights
 from ...preprocess import CLIP_MEAN, CLIP_STD, MAX_SIDE, Preprocess
 from .offline import missing_package, offline, reason
-from .settings import check_layers, check_weights, is_color, is_side
+from .settings import check_size, is_color, is_side
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 32 << 30
@@ -111,8 +111,7 @@ def _build(weights: Path, open_clip: Any, config: dict[str, Any]) -> Any:
             f"{file} has a text encoder that open_clip fetches from the network: use a transformers folder of it."
         )
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
-    check_layers(f"The architecture of {file}", config, tensor_names(weights))
-    check_weights(f"The architecture of {file}", lambda: kind(**config), weights.stat().st_size)
+    check_size(f"The architecture of {file}", config, [weights], lambda: kind(**config))
     try:
         return kind(**config)
     except Exception as error:  # the settings come from the user's file

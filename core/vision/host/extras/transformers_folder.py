@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....files import read_table, tensor_names
+from ....files import read_table
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .offline import missing_package, offline, reason, weights_variant
-from .settings import check_layers, check_weights, is_side, read_preprocessing
+from .settings import check_size, is_side, read_preprocessing
 from .tower import Tower, VisionOutput
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -176,16 +176,13 @@ def _check_size(folder: Path, config: dict[str, Any], kind: Any) -> None:
     """ValueError when config.json asks for a much larger network than the files hold: it is built before it is read."""
     import transformers
 
-    where, files = f"config.json of {folder.name}", [*folder.glob("*.safetensors")]
-    check_layers(where, config, [name for file in files for name in tensor_names(file)])
-
     def build() -> Any:
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return getattr(kind, "from_config", kind)(settings)
 
-    if "quantization_config" not in config:  # whose files have fewer bytes than weights
-        with offline():
-            check_weights(where, build, sum(file.stat().st_size for file in files))
+    files = [*folder.glob("*.safetensors")]
+    with offline():
+        check_size(f"config.json of {folder.name}", config, files, None if "quantization_config" in config else build)
 
 
 def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
