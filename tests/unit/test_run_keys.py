@@ -93,8 +93,9 @@ def test_every_training_is_in_the_table():
     found = set()
     for path in CORE.rglob("*.py"):
         name = path.relative_to(CORE).as_posix()
-        jobs = [kind for kind, node in classes(name).items() if "Job" in map(ast.unparse, node.bases)]
-        found |= {f"{name} {kind}" for kind in jobs}
+        values = ((kind, each) for kind, node in classes(name).items() for each in node.body)
+        annotated = ((kind, each) for kind, each in values if isinstance(each, ast.AnnAssign) and each.value)
+        found |= {f"{name} {kind}" for kind, each in annotated if ast.unparse(each.target) == "method"}
     assert found == TRAININGS.keys()
 
 
