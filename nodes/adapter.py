@@ -15,8 +15,6 @@ from .types import Adapter, Subject, schema
 
 
 class LikenessLoadAdapter(Node):
-    """A file or folder in models/likeness_adapters -> LIKENESS_ADAPTER."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -58,8 +56,6 @@ class LikenessLoadAdapter(Node):
 
 
 class LikenessExtractAdapter(SavingNode):
-    """LIKENESS_ADAPTER -> a safetensors file with only the adapter's tensors."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -92,8 +88,6 @@ class LikenessExtractAdapter(SavingNode):
 
 
 class LikenessEncodeSubject(Node):
-    """MODEL + images of a subject -> LIKENESS_SUBJECT."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -149,8 +143,6 @@ class LikenessEncodeSubject(Node):
 
 
 class LikenessApplyAdapter(Node):
-    """MODEL + adapter + subject -> MODEL."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -12,8 +12,6 @@ from .types import schema
 
 
 class LikenessChooseReference(Node):
-    """Images of the subject + a generated image -> the most similar one."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -55,8 +53,6 @@ class LikenessChooseReference(Node):
 
 
 class LikenessAlign(Node):
-    """A reference image and its mask + the mask of the subject in another image -> the reference, aligned to it."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

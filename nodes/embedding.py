@@ -81,8 +81,6 @@ class Anchor:
 
 
 class LikenessTrainEmbedding(Node):
-    """MODEL + one image + the prompt that describes it -> learned token embeddings for the end of that prompt."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -209,8 +207,6 @@ class LikenessTrainEmbedding(Node):
 
 
 class LikenessApplyEmbedding(Node):
-    """CONDITIONING + learned embedding -> CONDITIONING."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

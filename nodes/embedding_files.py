@@ -12,8 +12,6 @@ from .types import Embedding, schema
 
 
 class LikenessSaveEmbedding(SavingNode):
-    """LIKENESS_EMBEDDING -> a safetensors file in models/likeness_embeddings."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -41,8 +39,6 @@ class LikenessSaveEmbedding(SavingNode):
 
 
 class LikenessLoadEmbedding(Node):
-    """A file in models/likeness_embeddings -> LIKENESS_EMBEDDING."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

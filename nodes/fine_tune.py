@@ -16,8 +16,6 @@ from .types import LoraModel, LossMap, schema
 
 
 class LikenessFineTune(Node):
-    """MODEL + VAE + image + prompt -> the same model, overfitted to the image."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -84,8 +84,6 @@ def _guided(model, tuned, tuned_positive, base_weight, allow_over_one=False, sub
 
 
 class LikenessSubjectModel(Node):
-    """Another fine-tuned model for the guidance, with its own weight and window."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -116,8 +114,6 @@ class LikenessSubjectModel(Node):
 
 
 class LikenessGuidance(Node):
-    """Base MODEL + fine-tuned MODEL -> MODEL, for any sampler."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -146,8 +142,6 @@ class LikenessGuidance(Node):
 
 
 class LikenessGuider(Node):
-    """Subject Guidance as a GUIDER."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -178,8 +172,6 @@ class LikenessGuider(Node):
 
 
 class LikenessPersonalizationGuidance(Node):
-    """Base MODEL + fine-tuned MODEL -> MODEL whose negative prediction knows less of the subject."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -12,8 +12,6 @@ from .types import schema
 
 
 class LikenessInspect(Node):
-    """MODEL + prompt + image -> attention maps of the prompt's last tokens over the denoising process."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -16,8 +16,6 @@ from .types import LossMap, Trajectory, schema
 
 
 class LikenessInvert(Node):
-    """MODEL + image + its prompt + SIGMAS -> the noise from which sampling reconstructs the image."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -87,8 +85,6 @@ class LikenessInvert(Node):
 
 
 class LikenessNullText(Node):
-    """MODEL + trajectory -> negative and MODEL with which guided sampling reconstructs the image."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -22,8 +22,6 @@ from .types import schema
 
 
 class LikenessSubjectMask(Node):
-    """IMAGE + the name of a subject in it -> MASK."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -55,8 +53,6 @@ class LikenessSubjectMask(Node):
 
 
 class LikenessCaption(Node):
-    """IMAGE -> a caption."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

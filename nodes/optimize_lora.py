@@ -19,8 +19,6 @@ from .types import LoraModel, LossMap, Similarity, schema
 
 
 class LikenessOptimizeLora(Node):
-    """MODEL + VAE + prompt + LIKENESS_SIMILARITY -> a LoRA with which the prompt's images show the subject."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -12,8 +12,6 @@ from .types import schema
 
 
 class LikenessPositionMap(Node):
-    """MODEL -> MODEL with SINE's position map."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -13,8 +13,6 @@ from .types import LossMap, Trajectory, schema
 
 
 class LikenessReferenceGuide(Node):
-    """MODEL + prompt + noise + inverted reference + its mask -> the guided image, and what reproduces it."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

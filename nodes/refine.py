@@ -15,8 +15,6 @@ from .types import Embedding, LossMap, schema
 
 
 class LikenessRefineEmbedding(Node):
-    """LIKENESS_EMBEDDING + SIGMAS -> separate token embeddings for each denoising step."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

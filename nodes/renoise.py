@@ -15,8 +15,6 @@ ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
 
 class LikenessRenoise(Node):
-    """MODEL + image + its prompt + a few SIGMAS -> the noise, and the SAMPLER that reconstructs the image from it."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -12,8 +12,6 @@ from .types import Embedding, schema
 
 
 class LikenessReplaceSubject(Node):
-    """MODEL + an inverted image + a word swap -> MODEL, prompts and noise for the image and its edit."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

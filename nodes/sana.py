@@ -12,8 +12,6 @@ from .types import schema
 
 
 class LikenessLoadSana(Node):
-    """A folder in models/diffusers -> MODEL, CLIP, VAE."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

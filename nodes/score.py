@@ -17,8 +17,6 @@ NO_LPIPS = "none"
 
 
 class LikenessLoadVision(Node):
-    """A folder or file in models/likeness_vision -> CLIP_VISION."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -54,8 +52,6 @@ class LikenessLoadVision(Node):
 
 
 class LikenessScore(Node):
-    """Images + what they should resemble -> scores, ranking, table and a sheet of the images with their scores."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -13,8 +13,6 @@ from .types import Similarity, schema
 
 
 class LikenessLoadRetrievalModel(Node):
-    """A file in models/ir_features -> CLIP_VISION."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -51,8 +49,6 @@ class LikenessLoadRetrievalModel(Node):
 
 
 class LikenessSimilarity(Node):
-    """CLIP_VISION + images of the subject -> LIKENESS_SIMILARITY."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

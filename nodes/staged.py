@@ -76,8 +76,6 @@ def _shared(
 
 
 class LikenessStagedSampler(Node):
-    """MODEL + adapter + subject + prompts -> images of the subject, and a report."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -151,8 +149,6 @@ class LikenessStagedSampler(Node):
 
 
 class LikenessStagedEdit(Node):
-    """An image + mask + subject -> the image with the subject in the masked area."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

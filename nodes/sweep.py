@@ -12,8 +12,6 @@ from .types import schema
 
 
 class LikenessSweep(Node):
-    """Two lists of numbers as text -> all pairs, as two lists."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -59,8 +57,6 @@ class LikenessSweep(Node):
 
 
 class LikenessSweepPlot(Node):
-    """The results of a sweep -> a grid of images and a plot of their metrics."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -15,8 +15,6 @@ from .types import Adapter, LossMap, schema
 
 
 class LikenessTrainAdapter(Node):
-    """MODEL + CLIP + VAE + a folder of images -> LIKENESS_ADAPTER."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -17,8 +17,6 @@ from .types import LoraModel, schema
 
 
 class LikenessSaveTuned(SavingNode):
-    """LORA_MODEL -> a safetensors file in models/loras."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -50,8 +48,6 @@ class LikenessSaveTuned(SavingNode):
 
 
 class LikenessLoadTuned(Node):
-    """A file in models/loras + MODEL (+ CLIP) -> the fine-tuned ones, with position map and prompt."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
