@@ -8,13 +8,12 @@ from comfy_api.latest import io
 
 from ..core.inversion.host.renoise import replay_of
 from ..core.lora.host.apply import apply_lora
-from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
 from . import inputs
-from .node import Node
+from .node import Node, build
 from .types import LoraModel, LossMap, Similarity, schema
 
 
@@ -44,40 +43,16 @@ class LikenessOptimizeLora(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        positive,
-        similarity,
-        latent,
-        sigmas,
-        iterations,
-        cfg,
-        grad_steps,
-        seed,
-        rank=siso.RANK,
-        keep="best",
-        checkpointing=False,
-        background_weight=siso.BACKGROUND,
-        negative=None,
-        clip=None,
-        prompt="",
-        image=None,
-        mask=None,
-        layers=ATTENTION,
-        **settings,
+        cls, similarity, latent, image=None, mask=None, background_weight=siso.BACKGROUND, **more
     ) -> io.NodeOutput:
-        job = host.SisoJob(
-            host.Generator(model, vae, positive, negative, clip, prompt),
-            similarity,
-            host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
-            host.SisoPlan(iterations, rank, keep, checkpointing, layers),
-            siso.SisoSettings(**settings),
-            background(image, mask, background_weight),
-        )
+        kinds = host.Generator, host.Sampling, host.SisoPlan, siso.SisoSettings
+        start = {"latent": latent["samples"], "replay": replay_of(latent)}
+        generator, sampling, plan, settings = build({**more, **start}, *kinds)
+        rest = background(image, mask, background_weight)
+        job = host.SisoJob(generator, similarity, sampling, plan, settings, rest)
         found = host.optimize_lora(job, cls.hidden.unique_id)
         lora = found.tuned()
-        tuned, encoder = apply_lora(lora, model, clip, 1.0)
+        tuned, encoder = apply_lora(lora, generator.model, generator.clip, 1.0)
         encoder = nothing() if encoder is None else encoder
         loss = loss_map(found.losses)
         return io.NodeOutput(tuned, encoder, lora, found.image, found.images, loss, found.report())
