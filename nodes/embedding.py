@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from comfy_api.latest import io
 
 from ..core.embedding import hiper
 from ..core.embedding.host.train import (
+    ANCHORS,
     Previews,
     RegularizerOptions,
     Schedule,
@@ -24,7 +23,6 @@ from .node import Node, build
 from .types import Embedding, LossMap, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
-ANCHORS = ("in the loss", "decoupled")
 
 
 def anchor_inputs(weight: float) -> list[io.Input]:
@@ -58,26 +56,6 @@ def image_inputs(vae: str) -> list[io.Input]:
         io.Vae.Input("vae", optional=True, tooltip=vae),
         io.Mask.Input("mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."),
     ]
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """The inputs of HiFi Tuner's regularizer."""
-
-    negative: list | None = None
-    anchor_weight: float = 0.0
-    anchor: str = ANCHORS[0]
-
-    def options(self) -> RegularizerOptions | None:
-        """The regularizer that they ask for, None for weight 0."""
-        if self.anchor_weight == 0.0:
-            return None
-        if self.negative is None:
-            raise ValueError(
-                f"anchor_weight is {self.anchor_weight} but nothing is connected to 'negative': connect the empty "
-                "prompt there, or set anchor_weight to 0."
-            )
-        return RegularizerOptions(self.negative, self.anchor_weight, self.anchor == ANCHORS[1])
 
 
 class LikenessTrainEmbedding(Node):
@@ -189,13 +167,13 @@ class LikenessTrainEmbedding(Node):
 
     @classmethod
     def execute(cls, model, positive, init, preview_steps, preview_cfg, target=None, **more) -> io.NodeOutput:
-        source, settings, schedule, anchor = build(more, ImageSource, hiper.HiPerSettings, Schedule, Anchor)
+        source, settings, schedule, anchor = build(more, ImageSource, hiper.HiPerSettings, Schedule, RegularizerOptions)
         if init == EMPTY and anchor.negative is None:
             raise ValueError(
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
         images = source.encoded(model)
-        prompts = TrainingPrompts(anchor.negative if init == EMPTY else None, target, anchor.options())
+        prompts = TrainingPrompts(anchor.negative if init == EMPTY else None, target, anchor)
         node = cls.hidden.unique_id
         embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts, node)
         loss = loss_map(losses)

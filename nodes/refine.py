@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner
 from ..core.embedding.host.refine import SavedStep, refine_embedding
+from ..core.embedding.host.train import RegularizerOptions
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
 from . import inputs
-from .embedding import Anchor, anchor_inputs, image_inputs
+from .embedding import anchor_inputs, image_inputs
 from .node import Node, build
 from .types import Embedding, LossMap, schema
 
@@ -57,8 +58,8 @@ class LikenessRefineEmbedding(Node):
 
     @classmethod
     def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
-        source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, Anchor)
+        source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, RegularizerOptions)
         saved, node = SavedStep(embedding, step), cls.hidden.unique_id
         images = source.encoded(model)
-        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor.options(), node)
+        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor, node)
         return io.NodeOutput(refined, loss_map(losses))

@@ -77,7 +77,7 @@ def refine_embedding(
     saved: SavedStep,
     sigmas: Tensor,
     settings: StepWiseSettings,
-    options: RegularizerOptions | None,
+    options: RegularizerOptions,
     node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
     """Refine one saved step of an embedding, resuming or reusing a stored run; returns the refined embedding and the
@@ -96,7 +96,7 @@ def refine_embedding(
             f"The embedding has width {embedding.width}, the prompt {rows.shape[-1]}: use the prompt and the text "
             "encoder that it was trained with."
         )
-    regularizer = None if options is None else options.build(rows, embedding.tokens)
+    regularizer = options.build(rows, embedding.tokens)
     job = RefiningJob(model, positive, images, settings, embedding.placement, start[0], regularizer, sigmas)
     finished = run(job, node_id)
     header = job.header(embedding.header.get("settings", {}), finished.losses)

@@ -41,6 +41,7 @@ from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
+ANCHORS = ("in the loss", "decoupled")
 log = logging.getLogger("likeness")
 
 
@@ -56,28 +57,35 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RegularizerOptions:
-    """HiFi Tuner's regularizer: the empty prompt, the weight, and whether it is applied outside the gradient."""
+    """HiFi Tuner's regularizer: the empty prompt, the weight (0: none), and how it is applied, one of ANCHORS."""
 
-    empty: Conditioning
-    weight: float
-    decoupled: bool = False
+    negative: Conditioning | None = None
+    anchor_weight: float = 0.0
+    anchor: str = ANCHORS[0]
 
-    def build(self, context: Tensor, tokens: int) -> Regularizer:
+    def build(self, context: Tensor, tokens: int) -> Regularizer | None:
         """The Regularizer for the last `tokens` tokens of a prompt with this context."""
-        empty = single_prompt(self.empty, "empty prompt").detach().float().cpu()
-        return Regularizer(start_rows(context, empty, tokens), self.weight, self.decoupled)
+        if self.anchor_weight == 0.0:
+            return None
+        if self.negative is None:
+            raise ValueError(
+                f"anchor_weight is {self.anchor_weight} but nothing is connected to 'negative': connect the empty "
+                "prompt there, or set anchor_weight to 0."
+            )
+        empty = single_prompt(self.negative, "empty prompt").detach().float().cpu()
+        return Regularizer(start_rows(context, empty, tokens), self.anchor_weight, self.anchor == ANCHORS[1])
 
 
 @dataclass(frozen=True)
 class TrainingPrompts:
     """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
     prompt that will get the embedding; it is only checked, so that a mismatch is reported before the training starts.
-    regularizer: use HiFi Tuner eq. 6 instead of HiPer's objective.
+    regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
     """
 
     empty: Conditioning | None = None
     target: Conditioning | None = None
-    regularizer: RegularizerOptions | None = None
+    regularizer: RegularizerOptions = RegularizerOptions()
 
 
 def source_rows(
@@ -187,7 +195,7 @@ def train_embedding(
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
-    regularizer = None if prompts.regularizer is None else prompts.regularizer.build(rows, settings.tokens)
+    regularizer = prompts.regularizer.build(rows, settings.tokens)
     job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule)
     finished = run(job, node_id)
     saved = {step: result[""] for step, result in finished.results.items()}
