@@ -20,7 +20,7 @@ from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import Node, build
-from .types import Embedding, LossMap, schema
+from .types import Embedding, LossMap, output, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
 
@@ -153,11 +153,12 @@ class LikenessTrainEmbedding(Node):
                 *anchor_inputs(0.0),
             ],
             outputs=[
-                Embedding.Output(display_name="embedding", tooltip="The learned embedding at every saved step."),
-                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.Image.Output(
-                    display_name="previews",
-                    tooltip="With a target: first the target alone, then [source + embedding] and [target + 0.8 "
+                output(Embedding, "embedding", "The learned embedding at every saved step."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
+                output(
+                    io.Image,
+                    "previews",
+                    "With a target: first the target alone, then [source + embedding] and [target + 0.8 "
                     "embedding] for each saved step. Without: [source + embedding] for each saved step. Nodes "
                     "connected here do not run without a VAE or with preview_steps 0.",
                 ),
@@ -211,7 +212,7 @@ class LikenessApplyEmbedding(Node):
                     tooltip="Connect the model to check that the embedding was trained on it. It has no other effect.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The prompt with the subject in it.")],
+            outputs=[output(io.Conditioning, "conditioning", "The prompt with the subject in it.")],
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTun
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
-from .types import LoraModel, LossMap, schema
+from .types import LoraModel, LossMap, output, schema
 
 
 class LikenessFineTune(Node):
@@ -116,17 +116,10 @@ class LikenessFineTune(Node):
                 *inputs.advanced(inputs.layers("those of the attention")),
             ],
             outputs=[
-                io.Model.Output(
-                    display_name="model", tooltip="The fine-tuned model, with its position map if patches were used."
-                ),
-                io.Clip.Output(
-                    display_name="clip",
-                    tooltip="The fine-tuned text encoder. Nodes connected here do not run without 'clip'.",
-                ),
-                LoraModel.Output(
-                    display_name="lora", tooltip="The trained weights, for Save Fine-Tune and the stock LoRA nodes."
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                output(io.Model, "model", "The fine-tuned model, with its position map if patches were used."),
+                output(io.Clip, "clip", "The fine-tuned text encoder. Nodes connected here do not run without 'clip'."),
+                output(LoraModel, "lora", "The trained weights, for Save Fine-Tune and the stock LoRA nodes."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
             ],
             hidden=[io.Hidden.unique_id],
         )

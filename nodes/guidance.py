@@ -11,7 +11,7 @@ from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from ..core.sine.host.personalization import OMEGA, with_personalization
 from . import inputs
 from .node import Node
-from .types import Subjects, schema
+from .types import Subjects, output, schema
 
 
 def _tuned() -> list[io.Input]:
@@ -105,7 +105,7 @@ class LikenessSubjectModel(Node):
                 *_window(),
                 Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
             ],
-            outputs=[Subjects.Output(display_name="subjects", tooltip="The fine-tuned models, for a guidance node.")],
+            outputs=[output(Subjects, "subjects", "The fine-tuned models, for a guidance node.")],
         )
 
     @classmethod
@@ -131,9 +131,7 @@ class LikenessGuidance(Node):
                 *_window(),
                 *_more(),
             ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The guided model. Sample it with the edit prompt.")
-            ],
+            outputs=[output(io.Model, "model", "The guided model. Sample it with the edit prompt.")],
         )
 
     @classmethod
@@ -163,7 +161,7 @@ class LikenessGuider(Node):
                 *_window(),
                 *_more(),
             ],
-            outputs=[io.Guider.Output(display_name="guider", tooltip="The guider, for SamplerCustomAdvanced.")],
+            outputs=[output(io.Guider, "guider", "The guider, for SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -193,9 +191,10 @@ class LikenessPersonalizationGuidance(Node):
                 ),
             ],
             outputs=[
-                io.Model.Output(
-                    display_name="model",
-                    tooltip="The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a "
+                output(
+                    io.Model,
+                    "model",
+                    "The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a "
                     "cfg above 1.",
                 )
             ],

@@ -8,7 +8,7 @@ from ..core.attention.host.map_sheet import map_sheet
 from ..core.attention.host.maps import attention_maps
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessInspect(Node):
@@ -41,15 +41,13 @@ class LikenessInspect(Node):
                 inputs.seed("Seed of the noise, which is the same at every level."),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="maps",
-                    tooltip="One row per token and one for their mean, one column per noise level. Each row is "
+                output(
+                    io.Image,
+                    "maps",
+                    "One row per token and one for their mean, one column per noise level. Each row is "
                     "normalized by itself, with its highest attention written beside it.",
                 ),
-                io.Mask.Output(
-                    display_name="mask",
-                    tooltip="The mean over tokens and noise levels, from 0 to 1, at the image's size.",
-                ),
+                output(io.Mask, "mask", "The mean over tokens and noise levels, from 0 to 1, at the image's size."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -18,7 +18,7 @@ from ..core.vision.host.subject_masks import (
 from ..core.vision.host.vision import vision_names
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessSubjectMask(Node):
@@ -33,11 +33,9 @@ class LikenessSubjectMask(Node):
             search_aliases=["grounding dino", "segment anything", "sam", "grounded sam", "owl", "mask by text"],
             inputs=_mask_inputs(),
             outputs=[
-                io.Mask.Output(display_name="mask", tooltip="White on the subject, one mask per image."),
-                io.Image.Output(
-                    display_name="picture", tooltip="The images with the mask, the boxes and their scores."
-                ),
-                io.String.Output(display_name="info", tooltip="The detections in each image, and which were used."),
+                output(io.Mask, "mask", "White on the subject, one mask per image."),
+                output(io.Image, "picture", "The images with the mask, the boxes and their scores."),
+                output(io.String, "info", "The detections in each image, and which were used."),
             ],
         )
 
@@ -73,10 +71,8 @@ class LikenessCaption(Node):
                 inputs.count("max_tokens", 30, 256, "Maximum length of a caption; 30 tokens are about 20 words."),
             ],
             outputs=[
-                io.String.Output(display_name="caption", tooltip="The caption of the first image."),
-                io.String.Output(
-                    display_name="captions", is_output_list=True, tooltip="The captions of all images, as a list."
-                ),
+                output(io.String, "caption", "The caption of the first image."),
+                output(io.String, "captions", "The captions of all images, as a list.", is_output_list=True),
             ],
         )
 

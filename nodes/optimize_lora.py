@@ -14,7 +14,7 @@ from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
 from . import inputs
 from .node import Node, build
-from .types import LoraModel, LossMap, Similarity, schema
+from .types import LoraModel, LossMap, Similarity, output, schema
 
 
 class LikenessOptimizeLora(Node):
@@ -30,13 +30,13 @@ class LikenessOptimizeLora(Node):
             search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
             inputs=[*_inputs(), *_advanced_inputs(), *_optional_inputs()],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder with the LoRA, if 'clip' is connected."),
-                LoraModel.Output(display_name="lora", tooltip="The LoRA, for Save Fine-Tune and the stock LoRA nodes."),
-                io.Image.Output(display_name="best", tooltip="The image most similar to the subject."),
-                io.Image.Output(display_name="images", tooltip="The images of all iterations."),
-                LossMap.Output(display_name="loss", tooltip="The loss of every iteration, for Plot Loss Graph."),
-                io.String.Output(display_name="report", tooltip="The best iteration and its similarities."),
+                output(io.Model, "model", "The model with the LoRA."),
+                output(io.Clip, "clip", "The text encoder with the LoRA, if 'clip' is connected."),
+                output(LoraModel, "lora", "The LoRA, for Save Fine-Tune and the stock LoRA nodes."),
+                output(io.Image, "best", "The image most similar to the subject."),
+                output(io.Image, "images", "The images of all iterations."),
+                output(LossMap, "loss", "The loss of every iteration, for Plot Loss Graph."),
+                output(io.String, "report", "The best iteration and its similarities."),
             ],
             hidden=[io.Hidden.unique_id],
         )

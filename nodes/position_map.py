@@ -8,7 +8,7 @@ from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessPositionMap(Node):
@@ -40,7 +40,7 @@ class LikenessPositionMap(Node):
                 ),
                 *inputs.advanced(*(inputs.fraction(name, default, TILE + what) for name, default, what in WINDOW)),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model with its position map.")],
+            outputs=[output(io.Model, "model", "The model with its position map.")],
         )
 
     @classmethod

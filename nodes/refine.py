@@ -12,7 +12,7 @@ from ..core.session.outputs import loss_map
 from . import inputs
 from .embedding import anchor_inputs, image_inputs
 from .node import Node, build
-from .types import Embedding, LossMap, schema
+from .types import Embedding, LossMap, output, schema
 
 
 class LikenessRefineEmbedding(Node):
@@ -47,11 +47,8 @@ class LikenessRefineEmbedding(Node):
                 *anchor_inputs(0.0),
             ],
             outputs=[
-                Embedding.Output(
-                    display_name="embedding",
-                    tooltip="The step-wise embedding, for Apply Subject Embedding with scale 1.",
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
+                output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
             ],
             hidden=[io.Hidden.unique_id],
         )

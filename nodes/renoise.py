@@ -9,7 +9,7 @@ from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
@@ -47,16 +47,15 @@ class LikenessRenoise(Node):
                 *inputs.encoded_or_image(),
             ],
             outputs=[
-                io.Latent.Output(
-                    display_name="latent",
-                    tooltip="The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
+                output(
+                    io.Latent,
+                    "latent",
+                    "The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
                     "connect it to Optimize LoRA.",
                 ),
-                io.Sampler.Output(
-                    display_name="sampler", tooltip="The sampler, which adds exactly the noise that was found."
-                ),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for the sampler or Optimize LoRA."),
-                io.String.Output(display_name="report", tooltip="The steps, and how well they match the image."),
+                output(io.Sampler, "sampler", "The sampler, which adds exactly the noise that was found."),
+                output(io.Sigmas, "sigmas", "The noise levels, for the sampler or Optimize LoRA."),
+                output(io.String, "report", "The steps, and how well they match the image."),
             ],
             hidden=[io.Hidden.unique_id],
         )

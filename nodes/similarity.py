@@ -9,7 +9,7 @@ from ..core.siso.host import similarity as host
 from ..core.vision.host.extras.retrieval import retrieval_missing
 from ..core.vision.host.vision import load_retrieval_model
 from .node import Node
-from .types import Similarity, schema
+from .types import Similarity, output, schema
 
 
 class LikenessLoadRetrievalModel(Node):
@@ -31,7 +31,7 @@ class LikenessLoadRetrievalModel(Node):
                     "tensors as safetensors. Press R to refresh the list.",
                 )
             ],
-            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The vision model, for Likeness To Images.")],
+            outputs=[output(io.ClipVision, "vision", "The vision model, for Likeness To Images.")],
         )
 
     @classmethod
@@ -85,9 +85,7 @@ class LikenessSimilarity(Node):
                     "the border. Not in the paper, which uses the whole image.",
                 ),
             ],
-            outputs=[
-                Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to combine with another.")
-            ],
+            outputs=[output(Similarity, "similarity", "For Optimize LoRA, or to combine with another.")],
         )
 
     @classmethod

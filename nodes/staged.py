@@ -11,7 +11,7 @@ from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
 from . import inputs
 from .node import Node
-from .types import Adapter, Subject, schema
+from .types import Adapter, Subject, output, schema
 
 LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
 LARGE = " It is sampled at its own size, so scale its short side to 512 first."
@@ -129,10 +129,10 @@ class LikenessStagedSampler(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The final image."),
-                io.Image.Output(display_name="loops", tooltip="The image of the first sampling, and of every loop."),
-                io.Latent.Output(display_name="latent", tooltip="The final latent, before decoding."),
-                io.String.Output(display_name="report", tooltip="Similarities of the loops, and the number of steps."),
+                output(io.Image, "image", "The final image."),
+                output(io.Image, "loops", "The image of the first sampling, and of every loop."),
+                output(io.Latent, "latent", "The final latent, before decoding."),
+                output(io.String, "report", "Similarities of the loops, and the number of steps."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -192,10 +192,10 @@ class LikenessStagedEdit(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The edited image."),
-                io.Image.Output(display_name="loops", tooltip="The source image, and the result of every loop."),
-                io.Latent.Output(display_name="latent", tooltip="The final latent, before decoding and pasting."),
-                io.String.Output(display_name="report", tooltip="Similarities of the loops."),
+                output(io.Image, "image", "The edited image."),
+                output(io.Image, "loops", "The source image, and the result of every loop."),
+                output(io.Latent, "latent", "The final latent, before decoding and pasting."),
+                output(io.String, "report", "Similarities of the loops."),
             ],
             hidden=[io.Hidden.unique_id],
         )

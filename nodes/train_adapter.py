@@ -11,7 +11,7 @@ from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
 from .node import Node, build
-from .types import Adapter, LossMap, schema
+from .types import Adapter, LossMap, output, schema
 
 
 class LikenessTrainAdapter(Node):
@@ -35,13 +35,12 @@ class LikenessTrainAdapter(Node):
                 ),
             ],
             outputs=[
-                Adapter.Output(
-                    display_name="adapter", tooltip="For Apply Subject Adapter; Extract Subject Adapter saves it."
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="The files used and skipped, and the error with and without the subject's images.",
+                output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
+                output(
+                    io.String,
+                    "report",
+                    "The files used and skipped, and the error with and without the subject's images.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
