@@ -33,7 +33,8 @@ def fraction(name: str, default: float, tooltip: str, **more: Any) -> io.Input:
 
 def count(name: str, default: int, most: int, tooltip: str, **more: Any) -> io.Input:
     """A whole number from 1 to `most`. more: another minimum or step."""
-    return io.Int.Input(name, default=default, tooltip=tooltip, **{"min": 1, "max": most, **more})
+    limits: dict[str, Any] = {"min": 1, "max": most, **more}
+    return io.Int.Input(name, default=default, tooltip=tooltip, **limits)
 
 
 def seed(tooltip: str, default: int = 0) -> io.Input:

@@ -119,9 +119,8 @@ def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees:
                 f"The {name} mask has {count} set pixels, {SMALLEST} are needed: check that the subject was found."
             )
     reference_xy, target_xy = points(reference), points(target)
-    coarse, fine = (
-        [_subsample(at, count) for at in (reference_xy, target_xy)] for count in (COARSE_POINTS, FINE_POINTS)
-    )
+    coarse = _subsample(reference_xy, COARSE_POINTS), _subsample(target_xy, COARSE_POINTS)
+    fine = _subsample(reference_xy, FINE_POINTS), _subsample(target_xy, FINE_POINTS)
     if literal:
         matrix = matrices(_descend(torch.zeros(1, 4), *fine, LITERAL_STEPS, True))[0]
         return Alignment(matrix, overlap(reference, target, matrix))

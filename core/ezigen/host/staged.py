@@ -198,7 +198,8 @@ class LoopImages(list[Tensor]):
         self.append(image)
         if self.vision is not None:
             self.embeddings.append(embed(self.vision, image))
-            self.similarity = float(F.cosine_similarity(*self.embeddings[-2:]).min())
+            before, now = self.embeddings[-2:]
+            self.similarity = float(F.cosine_similarity(before, now).min())
             line += f": {self.similarity:.4f} like the one before"
         self.lines.append(line)
 
