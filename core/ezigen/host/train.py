@@ -221,7 +221,8 @@ class EncodedFolder:
     def __init__(self, models: TrainingModels, places: list[Place], folder: PairFolder, seed: int) -> None:
         """Encode the folder. ValueError when nothing in it can be read, or it does not fit into memory."""
         self.folder, self.seed = folder, seed
-        self._width = _context_width(models, places)
+        reader = models.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
+        self._width = reader.weight.shape[1]
         self._check_memory(models)
         process = models.model.get_model_object("latent_format").process_in
 
@@ -282,11 +283,6 @@ class EncodedFolder:
                 "are free: take a smaller folder, or train on large sets with the command-line trainer (see "
                 "docs/train_adapter.md in the pack's repository)."
             )
-
-
-def _context_width(models: TrainingModels, places: list[Place]) -> int:
-    reader = models.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
-    return reader.weight.shape[1]
 
 
 def _memory(model: Any, places: list[Place], latent: Tensor, plan: AdapterPlan, batch: int) -> float:
