@@ -100,11 +100,7 @@ def is_detector(folder: Path) -> bool:
 
 
 def load_detector(folder: Path) -> Detector:
-    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
-
-    Raises ValueError with the remedy when it holds something else or is incomplete; RuntimeError when transformers is
-    not installed.
-    """
+    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     kind, name = kind_of(folder)
     if kind not in DETECTORS:
         raise ValueError(

@@ -67,10 +67,7 @@ class Lpips(nn.Module):
 
 
 def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
-    """Load the heads from `path`, and the backbone from the same file or the first matching file in `folders`.
-
-    Raises ValueError with the remedy when the file has no LPIPS heads, or the backbone is missing or does not match.
-    """
+    """Load the heads from `path`, and the backbone from the same file or the first matching file in `folders`."""
     tensors = read_weights(path, MAX_BYTES)
     by_layer = {int(match[1]): value for name, value in tensors.items() if (match := re.fullmatch(HEAD, name))}
     heads = [by_layer[i].flatten().float() for i in sorted(by_layer)]
