@@ -36,7 +36,7 @@ class LikenessSaveEmbedding(SavingNode):
         return cls.saved(folders.EMBEDDINGS, embedding, filename_prefix, save_embedding, embedding.describe())
 
 
-class LikenessLoadEmbedding(Node):
+class LikenessLoadEmbedding(Node, files={"name": folders.EMBEDDINGS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -58,10 +58,6 @@ class LikenessLoadEmbedding(Node):
                 output(io.String, "info", "Method, number of tokens, base model, saved steps and loss."),
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, name) -> str:
-        return folders.state(folders.EMBEDDINGS, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

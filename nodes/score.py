@@ -16,7 +16,7 @@ from .types import output, schema
 NO_LPIPS = "none"
 
 
-class LikenessLoadVision(Node):
+class LikenessLoadVision(Node, files={"name": folders.VISION}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -42,10 +42,6 @@ class LikenessLoadVision(Node):
                 )
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, name) -> str:
-        return folders.state(folders.VISION, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
