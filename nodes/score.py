@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..core.session import folders
 from ..core.session.inputs import Names
 from ..core.vision.host import scoring
-from ..core.vision.host.score_sheet import score_sheet
+from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
 from .node import Node
