@@ -37,6 +37,10 @@ class Detections:
     labels: list[str]
     highest: float
 
+    def each(self) -> list[tuple[str, float, list[float]]]:
+        """The label, score and box of each."""
+        return list(zip(self.labels, self.scores.tolist(), self.boxes.tolist(), strict=True))
+
 
 class Detector(nn.Module):
     """A detector with its processor."""
