@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,13 +53,14 @@ class SavingNode(Node):
 
 
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    names, schemas = list(inspect.signature(execute).parameters)[1:], list[io.Schema]()
+    schemas: list[io.Schema] = []
 
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
         with ascii_only(), random_numbers():
             if not schemas:
                 schemas.append(cls.define_schema())  # once: it looks for files
+            names = (widget.id for widget in schemas[0].inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
             return execute(cls, **checked(schemas[0], given))
 
