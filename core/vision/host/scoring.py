@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...session import folders
-from ...session.images import check_image, checked_mask
+from ...session.images import checked_mask
 from ...session.weights import load_fully
 from .. import measures
 from .extras.lpips_files import SMALLEST, Lpips, load_lpips
@@ -112,7 +112,10 @@ def _number(name: str, value: float) -> str:
 
 def check(request: Request) -> None:
     """ValueError, with the remedy, for a request that cannot be scored."""
-    _check_shapes(request)
+    if not request.several:
+        _check_count("reference images", request.reference, "images", request.images)
+    _check_count("masks", request.mask, "images", request.images)
+    _check_count("reference masks", request.reference_mask, "reference images", request.reference)
     prompt = request.prompt.strip()
     if request.dino is not None and request.reference is None:
         raise ValueError("A dino model is connected without a reference: connect the subject's image to reference.")
@@ -139,16 +142,6 @@ def check(request: Request) -> None:
     if request.rank_by not in possible:
         choices = ", ".join(name for name in RANKINGS if name in possible)
         raise ValueError(f"rank_by is {request.rank_by}, which is not measured here: choose one of {choices}.")
-
-
-def _check_shapes(request: Request) -> None:
-    for name, images in (("images", request.images), ("reference", request.reference)):
-        if images is not None:
-            check_image(images, name)
-    if not request.several:
-        _check_count("reference images", request.reference, "images", request.images)
-    _check_count("masks", request.mask, "images", request.images)
-    _check_count("reference masks", request.reference_mask, "reference images", request.reference)
 
 
 def _check_count(name: str, batch: Tensor | None, other: str, expected: Tensor | None) -> None:
