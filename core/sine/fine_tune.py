@@ -84,7 +84,8 @@ def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor
     difference = (denoised - x0).float()
     size = (min(x0.shape[-2], POOLED), min(x0.shape[-1], POOLED))
     if mask is not None:
-        difference, mask = difference * mask, mask.float().expand(x0.shape[0], -1, -1, -1)
+        difference, mask = difference * mask, mask.float().expand(x0.shape[0], *mask.shape[1:]).flatten(1, -3)
+    difference = difference.flatten(1, -3)  # the only frame of a video model
     if size != tuple(x0.shape[-2:]):
         difference = F.adaptive_avg_pool2d(difference, size)
         mask = None if mask is None else F.adaptive_avg_pool2d(mask, size)

@@ -30,7 +30,7 @@ from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
-from .position_map import apply_fine_tune, position_map_of, with_same_map
+from .position_map import apply_fine_tune, follows_map, position_map_of, takes_map, with_same_map
 
 METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
@@ -45,7 +45,8 @@ log = logging.getLogger("likeness")
 @dataclass(frozen=True)
 class FineTunePlan:
     """What is trained and how, besides FineTuneSettings. interpolation: of the position map; checkpointing: less
-    memory, more time, the same result; layers: which ones get a LoRA (LAYERS).
+    memory, more time, the same result; layers: which ones get a LoRA (LAYERS). placed: False for a model that cannot
+    be trained on the patches that were asked for.
     """
 
     crop: CropSettings
@@ -55,6 +56,7 @@ class FineTunePlan:
     interpolation: str = "bilinear"
     checkpointing: bool = False
     layers: str = ATTENTION
+    placed: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,17 @@ def fine_tune(
     node_id: str | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
-    positive = data.conditioning()
-    data = replace(data, mask=check_images(data.image, data.mask, plan.crop))
+    positive, crop = data.conditioning(), plan.crop if takes_map(model) else CropSettings(plan.crop.resolution)
+    data = replace(data, mask=check_images(data.image, data.mask, crop))
     prior = _check(model, data, positive, plan, settings, prior)
     _advise(data, plan, settings)
+    if plan.crop.cells and not follows_map(model, positive):
+        log.info(
+            "Patches are off: this model, a %s, cannot be told where in an image it is. It is trained on the whole "
+            "image, for which 400 to 800 steps are enough.",
+            type(model.model.model_config).__name__,
+        )
+        plan = replace(plan, crop=CropSettings(crop.resolution), placed=False)
     mapped = with_same_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
     if not plan.crop.cells:
         settings = replace(settings, recon_weight=0.0)
@@ -320,6 +329,7 @@ def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]
     lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
     lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
     patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
+    patches |= {} if plan.placed else {"patches": "not on this model"}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
         "method": METHOD,

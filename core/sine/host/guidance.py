@@ -229,7 +229,7 @@ class _Branch:
         if not self._overlay.empty:  # a compiled network ignores hooks on its layers
             calls = options["wrappers"].get(WrappersMP.APPLY_MODEL, {})
             options["wrappers"][WrappersMP.APPLY_MODEL] = {k: v for k, v in calls.items() if k != COMPILED}
-        options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[-2:])
+        options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[2:])
 
     def predict(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Tensor:
         """The denoised prediction for the training prompt; computed once if called twice in a step, as PAG does."""
