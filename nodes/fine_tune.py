@@ -8,7 +8,7 @@ from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
-from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
+from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
@@ -118,7 +118,17 @@ class LikenessFineTune(Node):
                     optional=True,
                     tooltip="The encoded class prompt, if no 'clip' is connected.",
                 ),
-                *inputs.advanced(inputs.layers("those of the attention")),
+                *inputs.advanced(
+                    inputs.layers("those of the attention"),
+                    inputs.choice(
+                        "lora_type",
+                        FORMS,
+                        "T-LoRA uses half of the ranks at high noise and all at low noise, so that a single image is "
+                        "over-fitted less. LoKr is a product of two small matrices: 'rank' is then the size of the "
+                        "first, and a higher one makes a smaller file. Not used with full weights.",
+                        optional=True,
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -160,6 +170,7 @@ class LikenessFineTune(Node):
         prior_image=None,
         prior_positive=None,
         layers=ATTENTION,
+        lora_type=LORA,
         **settings,
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
@@ -168,7 +179,7 @@ class LikenessFineTune(Node):
             model,
             vae,
             FineTuneData(image, prompt, mask, clip, positive),
-            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers),
+            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers, lora_type),
             sine.FineTuneSettings(**settings),
             None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
             node_id=cls.hidden.unique_id,

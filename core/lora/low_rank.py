@@ -8,7 +8,7 @@ any storage format.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,20 @@ def sizes(layer: Layer) -> tuple[int, int]:
     return layer.count if isinstance(layer, Rows) else linear.out_features, linear.in_features
 
 
-class LowRank(nn.Module):
+class Adapter(nn.Module):
+    """What is added to the output of a layer, from its input."""
+
+    @staticmethod
+    def numbers(rows: int, columns: int, rank: int) -> int:
+        """How many numbers the file holds for a layer of these channels."""
+        raise NotImplementedError
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The file's tensors under ComfyUI's names; path is the layer's path in the model."""
+        raise NotImplementedError
+
+
+class LowRank(Adapter):
     """The factors A [r, in] and B [out, r] of one linear layer; B starts at zero: the output is unchanged at first."""
 
     def __init__(
@@ -70,14 +83,24 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.scale = (rank if alpha is None else alpha) / rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def numbers(rows: int, columns: int, rank: int) -> int:
+        return rank * (rows + columns)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """B and A."""
+        return self.up, self.down
+
+    def added(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """(alpha / r) B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.added(x, *self.product())
 
     def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The factors under ComfyUI's LoRA names; path is the layer's path in the model. values: "up" and "down" to use
-        instead of the current ones."""
-        up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
+        """values: "up" and "down" to use instead of the current ones."""
+        up, down = self.product() if values is None else (values["up"], values["down"])
         alpha = torch.tensor(self.scale * down.shape[0])
         named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
@@ -90,10 +113,10 @@ class LowRank(nn.Module):
 
 
 @contextlib.contextmanager
-def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iterator[None]:
+def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """While active, each adapter's output is added to the output of the layer with the same name."""
 
-    def hook(adapter: LowRank, start: int | None, count: int):
+    def hook(adapter: Callable[[Tensor], Tensor], start: int | None, count: int):
         def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             delta = adapter(inputs[0]).to(output.dtype)
             if start is None:
@@ -168,15 +191,13 @@ def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict
 
 
 def new_adapters(
-    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None
-) -> dict[str, LowRank]:
+    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None, kind: type[Adapter] = LowRank
+) -> dict[str, Any]:
     """One adapter per layer, initialised from the seed and the layer's name only."""
-    return {
-        name: LowRank(layer, rank, step_generator(seed, 0, f"lora {name}"), None, deviation).requires_grad_(True)
-        for name, layer in layers.items()
-    }
+    more = {} if deviation is None else {"deviation": deviation}
+    return {name: kind(layer, rank, step_generator(seed, 0, f"lora {name}"), **more) for name, layer in layers.items()}
 
 
-def factors(adapters: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
+def factors(adapters: Mapping[str, Adapter]) -> dict[str, nn.Parameter]:
     """All trainable parameters of the adapters, by name."""
     return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

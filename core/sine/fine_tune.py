@@ -108,12 +108,14 @@ class FineTune(Fit):
         parameters: Mapping[str, nn.Parameter],
         settings: FineTuneSettings,
         prior: Prior | None = None,
+        at: Callable[[int, int], None] = lambda _t, _count: None,
     ) -> None:
-        """prompt() is called before every prediction, so that a text encoder that trains too is run again.
+        """prompt() is called before every prediction, so that a text encoder that trains too is run again; at(t, T)
+        too, for weights that depend on the timestep.
 
         parameters: float32 leaves that the denoiser (and prompt) depend on, keyed by the names used in state().
         """
-        self.denoiser, self.samples, self.prompt, self.prior = denoiser, samples, prompt, prior
+        self.denoiser, self.samples, self.prompt, self.prior, self.at = denoiser, samples, prompt, prior, at
         self.parameters, self.settings = dict(parameters), settings
         leaves = list(self.parameters.values())
         large = sum(leaf.numel() * leaf.element_size() for leaf in leaves) > LARGE
@@ -139,6 +141,7 @@ class FineTune(Fit):
     ) -> tuple[Tensor, Tensor]:
         """Eq. 1 plus recon_weight times the second term, for one batch; and the denoised estimate."""
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
+        self.at(int(t), len(self.denoiser.sigmas))
         inputs = {} if prompt.pooled is None else {"pooled": prompt.pooled}
         inputs |= {} if box is None else {"boxes": box}
         error, denoised = output_error(denoiser or self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...denoiser import Prompt
@@ -17,8 +18,21 @@ from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
 from ...lora.host.apply import encode_prompt
-from ...lora.host.layers import LoraLayers, check_run, network_layers
-from ...lora.low_rank import ATTENTION, TEXT_PREFIX, Layer, attached_lora, attention_layers, factors, new_adapters
+from ...lora.host.layers import check_run, network_layers
+from ...lora.kronecker import Kronecker
+from ...lora.low_rank import (
+    ATTENTION,
+    TEXT_PREFIX,
+    Layer,
+    LowRank,
+    attached_lora,
+    attention_layers,
+    factors,
+    new_adapters,
+    sizes,
+)
+from ...lora.timestep_rank import MARKER as RANKS
+from ...lora.timestep_rank import TimestepRank
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
@@ -34,6 +48,7 @@ from .position_map import apply_fine_tune, follows_map, position_map_of, takes_m
 
 METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
+FORMS = {LORA: LowRank, "T-LoRA": TimestepRank, "LoKr": Kronecker}  # what the method "LoRA" trains
 PROMPT = "photo of a sks dog"  # the node's default
 HIGH_RATE_FULL = 1e-5  # ten times the paper's; higher rates give a warning
 KEEP_EVERY = 500  # LoRAs are small: intermediate ones are stored, so that fewer steps can be requested later
@@ -45,8 +60,8 @@ log = logging.getLogger("likeness")
 @dataclass(frozen=True)
 class FineTunePlan:
     """What is trained and how, besides FineTuneSettings. interpolation: of the position map; checkpointing: less
-    memory, more time, the same result; layers: which ones get a LoRA (LAYERS). placed: False for a model that cannot
-    be trained on the patches that were asked for.
+    memory, more time, the same result; layers: which ones get a LoRA (LAYERS); form: what is trained of it (FORMS);
+    placed: False for a model that cannot be trained on the patches that were asked for.
     """
 
     crop: CropSettings
@@ -56,6 +71,7 @@ class FineTunePlan:
     interpolation: str = "bilinear"
     checkpointing: bool = False
     layers: str = ATTENTION
+    form: str = LORA
     placed: bool = True
 
 
@@ -121,7 +137,7 @@ class FineTuneJob(Job):
             return sum(value.numel() for module in _modules(self.model, self.data) for value in module.parameters())
         clip = self.data.clip
         layers = _layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan)
-        return LoraLayers(layers, {}, False).numbers(self.plan.rank)
+        return sum(FORMS[self.plan.form].numbers(*sizes(layer), self.plan.rank) for layer in layers.values())
 
     def key(self) -> str:
         plan, data, clip, prior = self.plan, self.data, self.data.clip, self.prior
@@ -136,6 +152,8 @@ class FineTuneJob(Job):
         model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
         if plan.method == LORA and plan.layers != ATTENTION:
             weights.append(plan.layers)
+        if plan.method == LORA and plan.form != LORA:
+            weights.append(plan.form)
         images = [data.image, data.mask, prior_parts, *self.objective.values()]
         return digest([self.method, weights, asdict(self.settings), model_parts, *images])
 
@@ -174,7 +192,8 @@ class FineTuneJob(Job):
         weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
         with weights.active():
-            yield FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior), weights.result
+            fit = FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior, weights.at)
+            yield fit, weights.result
 
 
 def fine_tune(
@@ -304,12 +323,18 @@ class _TrainedWeights:
             return
         self._layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
         check_run(denoiser.model, self._layers, denoiser.called)
-        self._adapters = new_adapters(self._layers, plan.rank, seed)
+        self._adapters = new_adapters(self._layers, plan.rank, seed, kind=FORMS[plan.form])
         self.parameters = factors(self._adapters)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the LoRAs are active."""
         return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
+
+    def at(self, t: int, count: int) -> None:
+        """Called before the model predicts at a timestep; a text encoder has none."""
+        for name, adapter in ({} if self.full else self._adapters).items():
+            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):
+                adapter.at(t, count)
 
     def result(self) -> Result:
         """The current tensors of the artifact."""
@@ -321,13 +346,15 @@ class _TrainedWeights:
 def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWeights:
     patch = position_map_of(model)
     map_marker = {} if patch is None else marker(patch.cells, patch.interpolation)
-    return FineTunedWeights({**result, **map_marker}, header)
+    ranks = {RANKS: torch.ones(1)} if header["settings"].get("form") == "T-LoRA" else {}
+    return FineTunedWeights({**result, **map_marker, **ranks}, header)
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
     data, plan = job.data, job.plan
     lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
     lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
+    lora |= {} if plan.form == LORA or not lora else {"form": plan.form}
     patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
     patches |= {} if plan.placed else {"patches": "not on this model"}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
