@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import comfy.ldm.common_dit
 import comfy.model_management as mm
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
+
+from ..lora.low_rank import LISTS, is_attention
 
 GUIDANCE_PREFIX = "likeness.guidance"  # key prefix of everything the pack attaches to a MODEL for sampling only
 POST_CFG = "sampler_post_cfg_function"
@@ -147,13 +150,23 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
     """Keep blocks that add to their input in place (ComfyUI's CLIP layers, FLUX) from overwriting what backward needs.
 
     Plain autograd detects this and raises; checkpointing does not and gives wrong gradients. Each layer norm gets a
-    copy of its input, so the tensor it saves is never modified.
+    copy of its input, so the tensor it saves is never modified. Where a block has none and calls a function instead
+    (LTXV), the function copies, and the block's attention, whose input is the block's, gets a copy.
     """
+    original = comfy.ldm.common_dit.rms_norm
+
+    def rms_norm(x: Tensor, weight: Tensor | None = None, *args: Any, **more: Any) -> Tensor:
+        return original(x.clone() if weight is None else x, weight, *args, **more)
 
     with contextlib.ExitStack() as stack:
+        stack.callback(setattr, comfy.ldm.common_dit, "rms_norm", original)
+        setattr(comfy.ldm.common_dit, "rms_norm", rms_norm)  # noqa: B010
         for part in module.modules():
-            if isinstance(part, nn.LayerNorm):
-                stack.callback(part.register_forward_pre_hook(_copy_input).remove)
+            children = [] if isinstance(part, LISTS) else list(part.children())
+            norms = any("norm" in type(child).__name__.lower() for child in children)
+            copies = [] if norms else [child for child in children if is_attention(child)]
+            for copied in [*copies, *([part] if isinstance(part, nn.LayerNorm) else [])]:
+                stack.callback(copied.register_forward_pre_hook(_copy_input).remove)
         yield
 
 

@@ -1,15 +1,14 @@
-"""What the kinds of a LoRA train, what the stock loader makes of their files, and the mask of a T-LoRA in a sampling."""
+"""The kinds of a LoRA: what they train, what the stock loader makes of their files, and the mask of a T-LoRA."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from likeness.core.lora.timestep_rank import MARKER, active_ranks
+from likeness.core.lora.timestep_rank import MARKER
 
 from .. import tiny_families
-from .fine_tunes import picture, train
-from .methods import Setting, run_node, sample
+from .methods import run_node
 from .test_families import each_family, image_of, predicted
 
 FAMILIES = tiny_families.families()
