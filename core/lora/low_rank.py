@@ -142,7 +142,7 @@ LAYERS = (ATTENTION, ALL)
 LISTS = (nn.Sequential, nn.ModuleList)
 
 
-def counts_heads(part: nn.Module) -> bool:
+def _counts_heads(part: nn.Module) -> bool:
     """Whether a module divides its channels among attention heads."""
     return any("head" in name and type(value) is int for name, value in vars(part).items())
 
@@ -150,7 +150,7 @@ def counts_heads(part: nn.Module) -> bool:
 def is_attention(part: nn.Module) -> bool:
     """Whether it is an innermost module that counts heads."""
     _self, *below = part.modules()
-    return counts_heads(part) and not any(map(counts_heads, below))
+    return _counts_heads(part) and not any(map(_counts_heads, below))
 
 
 def _is_linear(part: nn.Module) -> bool:
@@ -182,7 +182,7 @@ def block_lists(network: nn.Module) -> dict[str, nn.Module]:
     of the prompt, are none.
     """
     lists = ((name, part) for name, part in network.named_children() if isinstance(part, LISTS))
-    return {name: part for name, part in lists if any(map(counts_heads, part.modules()))}
+    return {name: part for name, part in lists if any(map(_counts_heads, part.modules()))}
 
 
 def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict[str, nn.Module]:
