@@ -195,6 +195,21 @@ def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict
     return layers
 
 
+def hidden_layers(network: nn.Module) -> dict[str, str]:
+    """Parts of the blocks with packed weights that do not tell their size, by path, and what they are."""
+
+    def packed(part: nn.Module) -> bool:
+        own = {**part._parameters, **part._buffers}
+        return any(
+            "weight" in name and value is not None and not value.is_floating_point() for name, value in own.items()
+        )
+
+    parts = {
+        f"{name}.{path}": part for name, each in block_lists(network).items() for path, part in each.named_modules()
+    }
+    return {path: type(part).__name__ for path, part in parts.items() if packed(part) and not _is_linear(part)}
+
+
 def new_adapters(
     layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None, kind: type[Adapter] = LowRank
 ) -> dict[str, Any]:

@@ -75,10 +75,10 @@ def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors; the
-    originals are restored on exit. Those that are normal ones already collect no gradients meanwhile.
+    originals are restored on exit. Weights that stay collect no gradients meanwhile.
 
-    Weights that ComfyUI casts in every forward are left alone, since autograd sees only the result of the cast. The
-    original objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
+    Those that ComfyUI casts in every forward stay, since autograd sees only the result of the cast. The original
+    objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
     trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
@@ -98,15 +98,16 @@ def thawed(
                     for name, value in store.items():
                         if value is None or id(value) in own:
                             continue
-                        if value.requires_grad and not value.is_inference():  # loaded outside of inference mode
-                            frozen.append(value.requires_grad_(False))
-                        elif value.is_inference() and not _is_cast(part, name, value, dtype):
+                        if value.is_inference() and not _is_cast(part, name, value, dtype):
                             replaced.append((store, name, value))
                             store[name] = _normal(value, store is part._parameters)  # ty: ignore[invalid-assignment]
+                        elif value.requires_grad:  # loaded outside of inference mode, or cast with a gradient
+                            frozen.append(value.requires_grad_(False))
         yield leaves
     finally:
-        for value in frozen:
-            value.requires_grad_(True)
+        with torch.inference_mode():  # which alone may set it for inference tensors
+            for value in frozen:
+                value.requires_grad_(True)
         for store, name, value in replaced:
             store[name] = value
 
