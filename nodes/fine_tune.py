@@ -54,8 +54,8 @@ class LikenessFineTune(Node):
                     "patches",
                     default=True,
                     tooltip="Trains on random patches with a position map, so that the fine-tuned model can draw the "
-                    "image at any size and shape. Off: trains on the whole image at the training size (400 to 800 "
-                    "steps).",
+                    "image at any size and shape. Off, or on a model that cannot have a map: trains on the whole image "
+                    "at the training size (400 to 800 steps).",
                 ),
                 io.Int.Input(
                     "steps",

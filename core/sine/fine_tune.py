@@ -141,7 +141,7 @@ class FineTune(Fit):
     ) -> tuple[Tensor, Tensor]:
         """Eq. 1 plus recon_weight times the second term, for one batch; and the denoised estimate."""
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
-        self.at(int(t), len(self.denoiser.sigmas))
+        self.at(int(t.max()), len(self.denoiser.sigmas))
         inputs = {} if prompt.pooled is None else {"pooled": prompt.pooled}
         inputs |= {} if box is None else {"boxes": box}
         error, denoised = output_error(denoiser or self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)

@@ -14,7 +14,7 @@ from .test_lora_types import lora_of
 
 
 class Packed(nn.Module):
-    """As packs for GGUF and 4-bit files have them: bytes for a weight, unpacked when it runs, and no layer of torch's."""
+    """As packs for GGUF and 4-bit files have them: no layer of torch, bytes for a weight, unpacked when it runs."""
 
     def __init__(self, layer: nn.Linear, sized: bool) -> None:
         super().__init__()
