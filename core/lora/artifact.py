@@ -119,7 +119,7 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
     if not header:
         _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
     for name, value in tensors.items():
-        sizes = {"alpha": (0,), ".lokr_w1": (2,), ".lokr_w2": (2,)}
+        sizes: dict[str, tuple[int, ...]] = {"alpha": (0,), ".lokr_w1": (2,), ".lokr_w2": (2,)}
         sizes |= {f"{side}.weight": (2, 4) for pair in PAIRS for side in pair}
         allowed = next((dims for end, dims in sizes.items() if name.endswith(end)), None)
         if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .low_rank import Adapter, Layer, module_of, sizes
+from .low_rank import Layer, module_of, sizes
 
 
 def divisor(size: int, factor: int) -> int:
@@ -20,7 +20,7 @@ def divisor(size: int, factor: int) -> int:
     return max(d for d in range(1, min(factor, math.isqrt(size)) + 1) if size % d == 0)
 
 
-class Kronecker(Adapter):
+class Kronecker(nn.Module):
     """The factors C and D of one linear layer; C starts at zero. factor: the largest side of C."""
 
     def __init__(self, layer: Layer, factor: int, generator: torch.Generator) -> None:
@@ -31,11 +31,6 @@ class Kronecker(Adapter):
         large = torch.rand(rows // a, columns // b, generator=generator) * 2 - 1
         self.small = nn.Parameter(torch.zeros(a, b, device=device))
         self.large = nn.Parameter((large * (columns // b) ** -0.5).to(device))
-
-    @staticmethod
-    def numbers(rows: int, columns: int, rank: int) -> int:
-        small = divisor(rows, rank) * divisor(columns, rank)
-        return small + rows * columns // small
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x.unflatten(-1, (self.small.shape[1], -1)), self.large.to(x.dtype))

@@ -44,20 +44,7 @@ def sizes(layer: Layer) -> tuple[int, int]:
     return layer.count if isinstance(layer, Rows) else linear.out_features, linear.in_features
 
 
-class Adapter(nn.Module):
-    """What is added to the output of a layer, from its input."""
-
-    @staticmethod
-    def numbers(rows: int, columns: int, rank: int) -> int:
-        """How many numbers the file holds for a layer of these channels."""
-        raise NotImplementedError
-
-    def tensors(self, path: str) -> dict[str, Tensor]:
-        """The file's tensors under ComfyUI's names; path is the layer's path in the model."""
-        raise NotImplementedError
-
-
-class LowRank(Adapter):
+class LowRank(nn.Module):
     """The factors A [r, in] and B [out, r] of one linear layer; B starts at zero: the output is unchanged at first."""
 
     def __init__(
@@ -83,10 +70,6 @@ class LowRank(Adapter):
         self.up = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.scale = (rank if alpha is None else alpha) / rank
 
-    @staticmethod
-    def numbers(rows: int, columns: int, rank: int) -> int:
-        return rank * (rows + columns)
-
     def product(self) -> tuple[Tensor, Tensor]:
         """B and A."""
         return self.up, self.down
@@ -99,7 +82,8 @@ class LowRank(Adapter):
         return self.added(x, *self.product())
 
     def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """values: "up" and "down" to use instead of the current ones."""
+        """The factors under ComfyUI's LoRA names; path is the layer's path in the model. values: "up" and "down" to use
+        instead of the current ones."""
         up, down = self.product() if values is None else (values["up"], values["down"])
         alpha = torch.tensor(self.scale * down.shape[0])
         named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
@@ -197,27 +181,23 @@ def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict
 
 def hidden_layers(network: nn.Module) -> dict[str, str]:
     """Parts of the blocks with packed weights that do not tell their size, by path, and what they are."""
-
-    def packed(part: nn.Module) -> bool:
-        own = {**part._parameters, **part._buffers}
-        return any(
-            "weight" in name and value is not None and not value.is_floating_point() for name, value in own.items()
-        )
-
-    parts = {
-        f"{name}.{path}": part for name, each in block_lists(network).items() for path, part in each.named_modules()
-    }
-    return {path: type(part).__name__ for path, part in parts.items() if packed(part) and not _is_linear(part)}
+    hidden: dict[str, str] = {}
+    for name, blocks in block_lists(network).items():
+        for path, part in blocks.named_modules():
+            weights = [value for key, value in {**part._parameters, **part._buffers}.items() if "weight" in key]
+            if not _is_linear(part) and any(each is not None and not each.is_floating_point() for each in weights):
+                hidden[f"{name}.{path}"] = type(part).__name__
+    return hidden
 
 
 def new_adapters(
-    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None, kind: type[Adapter] = LowRank
+    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None, kind: type[Any] = LowRank
 ) -> dict[str, Any]:
     """One adapter per layer, initialised from the seed and the layer's name only."""
     more = {} if deviation is None else {"deviation": deviation}
     return {name: kind(layer, rank, step_generator(seed, 0, f"lora {name}"), **more) for name, layer in layers.items()}
 
 
-def factors(adapters: Mapping[str, Adapter]) -> dict[str, nn.Parameter]:
+def factors(adapters: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """All trainable parameters of the adapters, by name."""
     return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

@@ -57,10 +57,6 @@ class TimestepRank(LowRank):
         self.first_up, self.first_down = (self.up * self.values).detach(), self.down.detach().clone()
         self.active = rank
 
-    @staticmethod
-    def numbers(rows: int, columns: int, rank: int) -> int:
-        return 2 * LowRank.numbers(rows, columns, rank)
-
     def at(self, t: int, count: int) -> None:
         """Use the ranks of timestep t of `count` from now on."""
         self.active = active_ranks(t, count, len(self.values))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from likeness.core.session.session import BOXES
-from likeness.core.sine.host.position_map import RotaryMap, follows_map, position_map_of, with_position_map
+from likeness.core.sine.host.position_map import RotaryMap, position_map_of, takes_map, with_position_map
 from likeness.core.sine.position_map import needed_map, rotary_positions
 
 from .methods import run_node
@@ -49,7 +49,7 @@ def test_a_model_is_told_where_it_is_if_its_positions_move(name):
     family = FAMILIES[name]
     model, x = family.model(), family.latents(2)
     with torch.inference_mode():
-        follows = follows_map(model, family.prompt(1))
+        follows = takes_map(model, family.prompt(1))
     plain = predicted(model, family.prompt(1), x, level(model))
     shifted = predicted(with_options(model, {"shift_y": 3.0}), family.prompt(1), x, level(model))
     assert follows == (not torch.equal(plain, shifted))

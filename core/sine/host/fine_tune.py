@@ -18,7 +18,7 @@ from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
 from ...lora.host.apply import encode_prompt
-from ...lora.host.layers import check_run, network_layers
+from ...lora.host.layers import LoraLayers, check_run, network_layers
 from ...lora.kronecker import Kronecker
 from ...lora.low_rank import (
     ATTENTION,
@@ -29,7 +29,6 @@ from ...lora.low_rank import (
     attention_layers,
     factors,
     new_adapters,
-    sizes,
 )
 from ...lora.timestep_rank import MARKER as RANKS
 from ...lora.timestep_rank import TimestepRank
@@ -44,7 +43,7 @@ from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
-from .position_map import apply_fine_tune, follows_map, position_map_of, takes_map, with_same_map
+from .position_map import apply_fine_tune, position_map_of, takes_map, with_same_map
 
 METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
@@ -137,7 +136,7 @@ class FineTuneJob(Job):
             return sum(value.numel() for module in _modules(self.model, self.data) for value in module.parameters())
         clip = self.data.clip
         layers = _layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan)
-        return sum(FORMS[self.plan.form].numbers(*sizes(layer), self.plan.rank) for layer in layers.values())
+        return LoraLayers(layers, {}, False).numbers(self.plan.rank)
 
     def key(self) -> str:
         plan, data, clip, prior = self.plan, self.data, self.data.clip, self.prior
@@ -210,7 +209,7 @@ def fine_tune(
     data = replace(data, mask=check_images(data.image, data.mask, crop))
     prior = _check(model, data, positive, plan, settings, prior)
     _advise(data, plan, settings)
-    if plan.crop.cells and not follows_map(model, positive):
+    if plan.crop.cells and not takes_map(model, positive):
         log.info(
             "Patches are off: this model, a %s, cannot be told where in an image it is. It is trained on the whole "
             "image, for which 400 to 800 steps are enough.",
@@ -355,8 +354,9 @@ def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]
     lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
     lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
     lora |= {} if plan.form == LORA or not lora else {"form": plan.form}
-    patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
-    patches |= {} if plan.placed else {"patches": "not on this model"}
+    patches: dict[str, Any] = {} if plan.placed else {"patches": "not on this model"}
+    if plan.crop.cells:
+        patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
         "method": METHOD,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class RotaryMap:
                 "expected are areas of different sizes, or a prompt without areas."
             )
         patch, given = _patch(executor.class_obj.diffusion_model), options.get(ROPE) or {}
-        rope = rotary_positions(places[0], x.shape[-2:], patch, given)
+        rope = rotary_positions(places[0], (x.shape[-2], x.shape[-1]), patch, given)
         return executor(x, t, *others, {**options, ROPE: rope}, **more)
 
 
@@ -172,17 +173,15 @@ def _is_unet(model: Any) -> bool:
     return hasattr(model.model.diffusion_model, "input_blocks")
 
 
-def takes_map(model: Any) -> bool:
-    """Whether a MODEL is a UNet, or its network's code reads ComfyUI's rope options. It runs nothing."""
-    return _is_unet(model) or ROPE in inspect.getsource(inspect.getmodule(type(model.model.diffusion_model)))
-
-
-def follows_map(model: Any, prompt: Conditioning) -> bool:
-    """Whether a map will tell a MODEL where it is; a transformer is asked by predictions, once for each class."""
+def takes_map(model: Any, prompt: Conditioning | None = None) -> bool:
+    """Whether a MODEL is a UNet, or a network whose code reads ComfyUI's rope options; with a prompt also whether it
+    follows them, which predictions tell, once for each class of network.
+    """
     network = type(model.model.diffusion_model)
-    if takes_map(model) and not _is_unet(model) and network not in _follows:
+    takes = _is_unet(model) or ROPE in inspect.getsource(sys.modules[network.__module__])
+    if takes and prompt and not _is_unet(model) and network not in _follows:
         _follows[network] = _is_moved(model, prompt)
-    return takes_map(model) and _follows.get(network, True)
+    return takes and (not prompt or _follows.get(network, True))
 
 
 def _is_moved(model: Any, prompt: Conditioning) -> bool:
