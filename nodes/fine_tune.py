@@ -8,7 +8,7 @@ from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
-from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
+from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
@@ -52,8 +52,8 @@ class LikenessFineTune(Node):
                     "patches",
                     default=True,
                     tooltip="Trains on random patches with a position map, so that the fine-tuned model can draw the "
-                    "image at any size and shape. Off: trains on the whole image at the training size (400 to 800 "
-                    "steps).",
+                    "image at any size and shape. Off, or on a model that cannot have a map: trains on the whole image "
+                    "at the training size (400 to 800 steps).",
                 ),
                 inputs.count(
                     "steps",
@@ -110,7 +110,17 @@ class LikenessFineTune(Node):
                     optional=True,
                     tooltip="The encoded class prompt, if no 'clip' is connected.",
                 ),
-                *inputs.advanced(inputs.layers("those of the attention")),
+                *inputs.advanced(
+                    inputs.layers("those of the attention"),
+                    inputs.choice(
+                        "lora_type",
+                        FORMS,
+                        "T-LoRA uses half of the ranks at high noise and all at low noise, so that a single image is "
+                        "over-fitted less. LoKr is a product of two small matrices: 'rank' is then the size of the "
+                        "first, and a higher one makes a smaller file. Not used with full weights.",
+                        optional=True,
+                    ),
+                ),
             ],
             outputs=[
                 output(io.Model, "model", "The fine-tuned model, with its position map if patches were used."),
@@ -145,6 +155,7 @@ class LikenessFineTune(Node):
         prior_image=None,
         prior_positive=None,
         layers=ATTENTION,
+        lora_type=LORA,
         **settings,
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
@@ -153,7 +164,7 @@ class LikenessFineTune(Node):
             model,
             vae,
             FineTuneData(image, prompt, mask, clip, positive),
-            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers),
+            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers, lora_type),
             sine.FineTuneSettings(**settings),
             None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
             node_id=cls.hidden.unique_id,

@@ -1,11 +1,11 @@
 """The artifact of a fine-tuning: weights under ComfyUI's LoRA names, with the metadata needed to use them correctly.
 
 It is a plain dict of tensors, so every stock LoRA node accepts it: low-rank factors ("<path>.lora_up.weight",
-"<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight") or differences of
-full weights ("<path>.diff", "<path>.diff_b"). Paths are ComfyUI's, those of common training scripts ("lora_unet_...",
-"lora_te_..."), or diffusers' ("transformer....", "text_encoder...."). An extra tensor (NEEDS) marks a further
-requirement, such as a position map, without which the weights misbehave; stock nodes log its name as not loaded, which
-is the right warning.
+"<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight"), Kronecker factors
+("<path>.lokr_w1", "<path>.lokr_w2") or differences of full weights ("<path>.diff", "<path>.diff_b"). Paths are
+ComfyUI's, those of common training scripts ("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....",
+"text_encoder...."). An extra tensor (NEEDS) marks a further requirement, such as a position map, without which the
+weights misbehave; stock nodes log its name as not loaded, which is the right warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODEL_PREFIXES = ("diffusion_model.", "lora_unet_", "transformer.")  # name pref
 TEXT_PREFIXES = ("text_encoders.", "lora_te", "text_encoder.")
 KEY = (
     r"(diffusion_model\.|text_encoders\.|lora_unet_|lora_te[12]?_|transformer\.|text_encoder\.)[\w.]{1,300}"
-    r"\.(lora_up\.weight|lora_down\.weight|lora_A\.weight|lora_B\.weight|alpha|diff|diff_b)"
+    r"\.(lora_up\.weight|lora_down\.weight|lora_A\.weight|lora_B\.weight|alpha|diff|diff_b|lokr_w[12])"
 )
 OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # prefixes that other programs' LoRAs use too
 PAIRS = (("lora_up", "lora_down"), ("lora_B", "lora_A"))
@@ -60,6 +60,7 @@ class FineTunedWeights(dict[str, Tensor]):
         """A short summary for display: method, base model, prompt, what else it needs, settings, losses."""
         base, settings = self.header.get("base", {}), self.header.get("settings", {})
         what = "all weights (differences)" if self.full else f"LoRA of rank {self._rank()}"
+        what = "LoKr" if any(name.endswith(".lokr_w1") for name in self) else what
         parts = "UNet and text encoder" if self.part(TEXT_PREFIXES) else "UNet"
         lines = [
             f"{self.header.get('method', 'unknown method')}: {what} of the {parts}",
@@ -118,7 +119,8 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
     if not header:
         _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
     for name, value in tensors.items():
-        sizes = {"alpha": (0,), **{f"{side}.weight": (2, 4) for pair in PAIRS for side in pair}}
+        sizes: dict[str, tuple[int, ...]] = {"alpha": (0,), ".lokr_w1": (2,), ".lokr_w2": (2,)}
+        sizes |= {f"{side}.weight": (2, 4) for pair in PAIRS for side in pair}
         allowed = next((dims for end, dims in sizes.items() if name.endswith(end)), None)
         if not value.is_floating_point() or allowed is not None and value.ndim not in allowed:
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")

@@ -8,7 +8,7 @@ any storage format.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,21 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.scale = (rank if alpha is None else alpha) / rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self) -> tuple[Tensor, Tensor]:
+        """B and A."""
+        return self.up, self.down
+
+    def added(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """(alpha / r) B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.added(x, *self.product())
 
     def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The factors under ComfyUI's LoRA names; path is the layer's path in the model. values: "up" and "down" to use
         instead of the current ones."""
-        up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
+        up, down = self.product() if values is None else (values["up"], values["down"])
         alpha = torch.tensor(self.scale * down.shape[0])
         named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
@@ -90,10 +97,10 @@ class LowRank(nn.Module):
 
 
 @contextlib.contextmanager
-def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, LowRank]) -> Iterator[None]:
+def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """While active, each adapter's output is added to the output of the layer with the same name."""
 
-    def hook(adapter: LowRank, start: int | None, count: int):
+    def hook(adapter: Callable[[Tensor], Tensor], start: int | None, count: int):
         def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             delta = adapter(inputs[0]).to(output.dtype)
             if start is None:
@@ -124,6 +131,12 @@ def _counts_heads(part: nn.Module) -> bool:
     return any("head" in name and type(value) is int for name, value in vars(part).items())
 
 
+def is_attention(part: nn.Module) -> bool:
+    """Whether it is an innermost module that counts heads."""
+    _self, *below = part.modules()
+    return _counts_heads(part) and not any(map(_counts_heads, below))
+
+
 def _is_linear(part: nn.Module) -> bool:
     """Also of a quantised layer, which need not be torch's."""
     return all(type(getattr(part, name, None)) is int for name in ("in_features", "out_features"))
@@ -143,8 +156,7 @@ def attention_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
                 add(part, f"{path}.{name}")
 
     for path, part in module.named_modules():
-        _self, *below = part.modules()
-        if path and _counts_heads(part) and not any(map(_counts_heads, below)):
+        if path and is_attention(part):
             add(part, f"{prefix}.{path}")
     return layers
 
@@ -167,16 +179,25 @@ def block_layers(network: nn.Module, prefix: str, kind: str = ATTENTION) -> dict
     return layers
 
 
+def hidden_layers(network: nn.Module) -> dict[str, str]:
+    """Parts of the blocks with packed weights that do not tell their size, by path, and what they are."""
+    hidden: dict[str, str] = {}
+    for name, blocks in block_lists(network).items():
+        for path, part in blocks.named_modules():
+            weights = [value for key, value in {**part._parameters, **part._buffers}.items() if "weight" in key]
+            if not _is_linear(part) and any(each is not None and not each.is_floating_point() for each in weights):
+                hidden[f"{name}.{path}"] = type(part).__name__
+    return hidden
+
+
 def new_adapters(
-    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None
-) -> dict[str, LowRank]:
+    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None, kind: type[Any] = LowRank
+) -> dict[str, Any]:
     """One adapter per layer, initialised from the seed and the layer's name only."""
-    return {
-        name: LowRank(layer, rank, step_generator(seed, 0, f"lora {name}"), None, deviation).requires_grad_(True)
-        for name, layer in layers.items()
-    }
+    more = {} if deviation is None else {"deviation": deviation}
+    return {name: kind(layer, rank, step_generator(seed, 0, f"lora {name}"), **more) for name, layer in layers.items()}
 
 
-def factors(adapters: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
+def factors(adapters: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """All trainable parameters of the adapters, by name."""
     return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

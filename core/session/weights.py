@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import comfy.ldm.common_dit
 import comfy.model_management as mm
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
+
+from ..lora.low_rank import LISTS, is_attention
 
 GUIDANCE_PREFIX = "likeness.guidance"  # key prefix of everything the pack attaches to a MODEL for sampling only
 POST_CFG = "sampler_post_cfg_function"
@@ -72,10 +75,10 @@ def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors; the
-    originals are restored on exit. Those that are normal ones already collect no gradients meanwhile.
+    originals are restored on exit. Weights that stay collect no gradients meanwhile.
 
-    Weights that ComfyUI casts in every forward are left alone, since autograd sees only the result of the cast. The
-    original objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
+    Those that ComfyUI casts in every forward stay, since autograd sees only the result of the cast. The original
+    objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
     trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
@@ -95,15 +98,16 @@ def thawed(
                     for name, value in store.items():
                         if value is None or id(value) in own:
                             continue
-                        if value.requires_grad and not value.is_inference():  # loaded outside of inference mode
-                            frozen.append(value.requires_grad_(False))
-                        elif value.is_inference() and not _is_cast(part, name, value, dtype):
+                        if value.is_inference() and not _is_cast(part, name, value, dtype):
                             replaced.append((store, name, value))
                             store[name] = _normal(value, store is part._parameters)  # ty: ignore[invalid-assignment]
+                        elif value.requires_grad:  # loaded outside of inference mode, or cast with a gradient
+                            frozen.append(value.requires_grad_(False))
         yield leaves
     finally:
-        for value in frozen:
-            value.requires_grad_(True)
+        with torch.inference_mode():  # which alone may set it for inference tensors
+            for value in frozen:
+                value.requires_grad_(True)
         for store, name, value in replaced:
             store[name] = value
 
@@ -147,13 +151,23 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
     """Keep blocks that add to their input in place (ComfyUI's CLIP layers, FLUX) from overwriting what backward needs.
 
     Plain autograd detects this and raises; checkpointing does not and gives wrong gradients. Each layer norm gets a
-    copy of its input, so the tensor it saves is never modified.
+    copy of its input, so the tensor it saves is never modified. Where a block has none and calls a function instead
+    (LTXV), the function copies, and the block's attention, whose input is the block's, gets a copy.
     """
+    original = comfy.ldm.common_dit.rms_norm
+
+    def rms_norm(x: Tensor, weight: Tensor | None = None, *args: Any, **more: Any) -> Tensor:
+        return original(x.clone() if weight is None else x, weight, *args, **more)
 
     with contextlib.ExitStack() as stack:
+        stack.callback(setattr, comfy.ldm.common_dit, "rms_norm", original)
+        setattr(comfy.ldm.common_dit, "rms_norm", rms_norm)  # noqa: B010
         for part in module.modules():
-            if isinstance(part, nn.LayerNorm):
-                stack.callback(part.register_forward_pre_hook(_copy_input).remove)
+            children = [] if isinstance(part, LISTS) else list(part.children())
+            norms = any("norm" in type(child).__name__.lower() for child in children)
+            copies = [] if norms else [child for child in children if is_attention(child)]
+            for copied in [*copies, *([part] if isinstance(part, nn.LayerNorm) else [])]:
+                stack.callback(copied.register_forward_pre_hook(_copy_input).remove)
         yield
 
 

@@ -84,7 +84,8 @@ def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor
     difference = (denoised - x0).float()
     size = (min(x0.shape[-2], POOLED), min(x0.shape[-1], POOLED))
     if mask is not None:
-        difference, mask = difference * mask, mask.float().expand(x0.shape[0], -1, -1, -1)
+        difference, mask = difference * mask, mask.float().expand(x0.shape[0], *mask.shape[1:]).flatten(1, -3)
+    difference = difference.flatten(1, -3)  # the only frame of a video model
     if size != tuple(x0.shape[-2:]):
         difference = F.adaptive_avg_pool2d(difference, size)
         mask = None if mask is None else F.adaptive_avg_pool2d(mask, size)
@@ -107,12 +108,14 @@ class FineTune(Fit):
         parameters: Mapping[str, nn.Parameter],
         settings: FineTuneSettings,
         prior: Prior | None = None,
+        at: Callable[[int, int], None] = lambda _t, _count: None,
     ) -> None:
-        """prompt() is called before every prediction, so that a text encoder that trains too is run again.
+        """prompt() is called before every prediction, so that a text encoder that trains too is run again; at(t, T)
+        too, for weights that depend on the timestep.
 
         parameters: float32 leaves that the denoiser (and prompt) depend on, keyed by the names used in state().
         """
-        self.denoiser, self.samples, self.prompt, self.prior = denoiser, samples, prompt, prior
+        self.denoiser, self.samples, self.prompt, self.prior, self.at = denoiser, samples, prompt, prior, at
         self.parameters, self.settings = dict(parameters), settings
         leaves = list(self.parameters.values())
         large = sum(leaf.numel() * leaf.element_size() for leaf in leaves) > LARGE
@@ -138,6 +141,7 @@ class FineTune(Fit):
     ) -> tuple[Tensor, Tensor]:
         """Eq. 1 plus recon_weight times the second term, for one batch; and the denoised estimate."""
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
+        self.at(int(t.max()), len(self.denoiser.sigmas))
         inputs = {} if prompt.pooled is None else {"pooled": prompt.pooled}
         inputs |= {} if box is None else {"boxes": box}
         error, denoised = output_error(denoiser or self.denoiser, x0, noise.to(x0), sigma, prompt.context, **inputs)

@@ -7,12 +7,15 @@ covers, resized to its latent; no box means the whole grid. Nothing in it is lea
 
 Source: ldm/modules/position_encoding.py and UNetModelPatch of the reference code. Its `center_shift` has no effect, and
 it silently rebuilds its table for grids of more than 128 rows; both are left out here.
+
+Transformers have no first convolution. Where their rotary positions can be moved, these say the same: the tokens of a
+patch get the positions that they have in the whole image, at one latent pixel for each cell (not in the paper).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +72,22 @@ def _line(part: Tensor, length: int, interpolation: str) -> Tensor:
     if interpolation == "nearest":
         return F.interpolate(part, size=length, mode="nearest")
     return F.interpolate(part, size=length, mode="linear", align_corners=True)
+
+
+def rotary_positions(
+    box: Sequence[float], size: tuple[int, int], patch: int, given: Mapping[str, float]
+) -> dict[str, float]:
+    """ComfyUI's rope options for a latent of size (h, w), in tokens of patch x patch, that shows the box (y0, x0, y1,
+    x1) in cells: token i stands at shift + i scale, such that its centre is where the whole image has it.
+
+    given: options of the whole image, which other nodes may have set.
+    """
+    options = dict(given)
+    for axis, start, end, length in (("y", box[0], box[2], size[0]), ("x", box[1], box[3], size[1])):
+        scale, before = (end - start) / length, given.get(f"scale_{axis}", 1.0)
+        shift = start / patch + (scale - 1) / 2
+        options |= {f"scale_{axis}": before * scale, f"shift_{axis}": given.get(f"shift_{axis}", 0.0) + before * shift}
+    return options
 
 
 def marker(cells: int, interpolation: str) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ def test_a_fine_tune_with_mask_and_prior_images_is_trained(name):
     from likeness.nodes.fine_tune import LikenessFineTune
 
     family = FAMILIES[name]
-    inputs = {"model": family.model(), "vae": family.autoencoder(), "image": image_of(family), "patches": False}
+    inputs = {"model": family.model(), "vae": family.autoencoder(), "image": image_of(family), "patches": True}
     inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 2, "learning_rate": 0.01}
     inputs |= {"rank": 2, "resolution": family.image, "seed": 0, "whole_image": 0.0, "recon_weight": 0.0, "cells": 0}
     inputs |= {"interpolation": "bilinear", "crops": 5, "prior_weight": 1.0, "prior_prompt": "", "checkpointing": True}

@@ -112,6 +112,8 @@ def test_large_latents_are_pooled_to_64_and_small_ones_are_not():
     a, b = (torch.randn(1, 4, 128, 128, generator=generator) for _ in range(2))
     pooled = (a - b).view(1, 4, 64, 2, 64, 2).mean((3, 5)).abs().mean() * 0.25
     torch.testing.assert_close(recon_term(a, b, torch.tensor([500]), 1000), pooled)
+    frame = recon_term(a[:, :, None], b[:, :, None], torch.tensor([500]), 1000, torch.ones(1, 1, 1, 128, 128))
+    torch.testing.assert_close(frame, pooled)
     small = recon_term(a[..., :64, :64], b[..., :64, :64], torch.tensor([500]), 1000)
     torch.testing.assert_close(small, (a - b)[..., :64, :64].abs().mean() * 0.25)
 

@@ -1,15 +1,25 @@
-"""Apply a fine-tune to a MODEL and a CLIP with ComfyUI's own LoRA loading."""
+"""Apply a fine-tune to a MODEL and a CLIP with ComfyUI's own LoRA loading, and with the mask that a T-LoRA needs."""
 
 from __future__ import annotations
 
+import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.sd
+import torch
+import torch.nn.functional as F
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
-from ...prompt.conditioning import Conditioning
+from ...prompt.conditioning import Conditioning, detached
 from ..artifact import MODEL_PREFIXES, TEXT_PREFIXES, FineTunedWeights
+from ..low_rank import attached_lora
+from ..timestep_rank import MARKER, active_ranks
 
+RANK_MASK = "likeness.rank_mask"  # key of the wrappers
+UP = ".lora_up.weight"
 log = logging.getLogger("likeness")
 
 
@@ -20,9 +30,41 @@ def apply_lora(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: 
     if clip is None and tuned.part(TEXT_PREFIXES):
         log.warning("The fine-tune has a text encoder too: connect a CLIP, or its prompt will not show the subject.")
     patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.part(MODEL_PREFIXES), strength, 0.0)
+    if MARKER in tuned:
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RANK_MASK, _rank_mask(tuned, strength))
     if clip is not None:
         _, clip = comfy.sd.load_lora_for_models(None, clip, tuned.part(TEXT_PREFIXES), 0.0, strength)
     return patched, clip
+
+
+@dataclass(frozen=True)
+class RankMask:
+    """A wrapper of the network that takes away what the masked ranks of a T-LoRA add: loaded weights hold all ranks.
+
+    factors: B and A of each layer, by its path in the model.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    strength: float
+
+    def __call__(self, executor: Any, x: Tensor, sigma: Tensor, *args: Any, **more: Any) -> Tensor:
+        layers, levels = dict(executor.class_obj.named_modules()), executor.class_obj.model_sampling.sigmas
+        t, masked = int((levels.to(sigma) - sigma.max()).abs().argmin()), {}
+        for name, (up, down) in self.factors.items():
+            first = 2 * active_ranks(t, len(levels), len(down) // 2)
+            masked[name] = functools.partial(self._masked, up[:, first:], down[first:])
+        with attached_lora(layers, {name: each for name, each in masked.items() if name in layers}):
+            return executor(x, sigma, *args, **more)
+
+    def _masked(self, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+        return -self.strength * F.linear(F.linear(x, down.to(x)), up.to(x))
+
+
+def _rank_mask(tuned: FineTunedWeights, strength: float) -> RankMask:
+    with torch.inference_mode(False):
+        parts = detached(tuned.part(MODEL_PREFIXES))
+    paths = [name.removesuffix(UP) for name in parts if name.endswith(UP)]
+    return RankMask({path: (parts[path + UP], parts[f"{path}.lora_down.weight"]) for path in paths}, strength)
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:

@@ -15,7 +15,18 @@ from typing import Any, Protocol, cast, runtime_checkable
 import comfy.utils
 from torch import Tensor, nn
 
-from ..low_rank import ATTENTION, TEXT_PREFIX, Layer, LowRank, Rows, attention_layers, block_layers, module_of, sizes
+from ..low_rank import (
+    ATTENTION,
+    TEXT_PREFIX,
+    Layer,
+    LowRank,
+    Rows,
+    attention_layers,
+    block_layers,
+    hidden_layers,
+    module_of,
+    sizes,
+)
 
 # In FLUX's double-stream and single-stream blocks (SISO's script; in the latter the suffixes match only q, k, v).
 FLUX_LAYERS = (
@@ -60,10 +71,18 @@ class LoraLayers:
 
 def network_layers(base: Any, kind: str = ATTENTION) -> dict[str, nn.Module]:
     """The linear layers of a ComfyUI model (a MODEL's .model) to train, by ComfyUI's paths; ValueError for none."""
-    layers = block_layers(cast(nn.Module, base.diffusion_model), NETWORK, kind)
+    network, family = cast(nn.Module, base.diffusion_model), type(base.model_config).__name__
+    hidden = hidden_layers(network)
+    if hidden:
+        path, packed = next(iter(hidden.items()))
+        raise ValueError(
+            f"{len(hidden)} layers of this {family} model, such as '{path}' ({packed}), hold packed weights and do not "
+            "tell their size, expected are linear layers: load it in bf16, fp16, fp32 or fp8."
+        )
+    layers = block_layers(network, NETWORK, kind)
     if not layers:
         raise ValueError(
-            f"The blocks of this {type(base.model_config).__name__} model hold no attention made of linear layers, "
+            f"The blocks of this {family} model hold no attention made of linear layers, "
             "expected by a LoRA: train full weights, or use another file of the model (not fused or compiled)."
         )
     return layers

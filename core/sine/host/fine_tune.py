@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...denoiser import Prompt
@@ -18,7 +19,19 @@ from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
 from ...lora.host.apply import encode_prompt
 from ...lora.host.layers import LoraLayers, check_run, network_layers
-from ...lora.low_rank import ATTENTION, TEXT_PREFIX, Layer, attached_lora, attention_layers, factors, new_adapters
+from ...lora.kronecker import Kronecker
+from ...lora.low_rank import (
+    ATTENTION,
+    TEXT_PREFIX,
+    Layer,
+    LowRank,
+    attached_lora,
+    attention_layers,
+    factors,
+    new_adapters,
+)
+from ...lora.timestep_rank import MARKER as RANKS
+from ...lora.timestep_rank import TimestepRank
 from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
@@ -30,10 +43,11 @@ from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
-from .position_map import apply_fine_tune, position_map_of, with_same_map
+from .position_map import apply_fine_tune, position_map_of, takes_map, with_same_map
 
 METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
+FORMS = {LORA: LowRank, "T-LoRA": TimestepRank, "LoKr": Kronecker}  # what the method "LoRA" trains
 PROMPT = "photo of a sks dog"  # the node's default
 HIGH_RATE_FULL = 1e-5  # ten times the paper's; higher rates give a warning
 KEEP_EVERY = 500  # LoRAs are small: intermediate ones are stored, so that fewer steps can be requested later
@@ -45,7 +59,8 @@ log = logging.getLogger("likeness")
 @dataclass(frozen=True)
 class FineTunePlan:
     """What is trained and how, besides FineTuneSettings. interpolation: of the position map; checkpointing: less
-    memory, more time, the same result; layers: which ones get a LoRA (LAYERS).
+    memory, more time, the same result; layers: which ones get a LoRA (LAYERS); form: what is trained of it (FORMS);
+    placed: False for a model that cannot be trained on the patches that were asked for.
     """
 
     crop: CropSettings
@@ -55,6 +70,8 @@ class FineTunePlan:
     interpolation: str = "bilinear"
     checkpointing: bool = False
     layers: str = ATTENTION
+    form: str = LORA
+    placed: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,8 @@ class FineTuneJob(Job):
         model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
         if plan.method == LORA and plan.layers != ATTENTION:
             weights.append(plan.layers)
+        if plan.method == LORA and plan.form != LORA:
+            weights.append(plan.form)
         images = [data.image, data.mask, prior_parts, *self.objective.values()]
         return digest([self.method, weights, asdict(self.settings), model_parts, *images])
 
@@ -172,7 +191,8 @@ class FineTuneJob(Job):
         weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
         with weights.active():
-            yield FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior), weights.result
+            fit = FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior, weights.at)
+            yield fit, weights.result
 
 
 def fine_tune(
@@ -185,10 +205,17 @@ def fine_tune(
     node_id: str | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
-    positive = data.conditioning()
-    data = replace(data, mask=check_images(data.image, data.mask, plan.crop))
+    positive, crop = data.conditioning(), plan.crop if takes_map(model) else CropSettings(plan.crop.resolution)
+    data = replace(data, mask=check_images(data.image, data.mask, crop))
     prior = _check(model, data, positive, plan, settings, prior)
     _advise(data, plan, settings)
+    if plan.crop.cells and not takes_map(model, positive):
+        log.info(
+            "Patches are off: this model, a %s, cannot be told where in an image it is. It is trained on the whole "
+            "image, for which 400 to 800 steps are enough.",
+            type(model.model.model_config).__name__,
+        )
+        plan = replace(plan, crop=CropSettings(crop.resolution), placed=False)
     mapped = with_same_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
     if not plan.crop.cells:
         settings = replace(settings, recon_weight=0.0)
@@ -295,12 +322,18 @@ class _TrainedWeights:
             return
         self._layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
         check_run(denoiser.model, self._layers, denoiser.called)
-        self._adapters = new_adapters(self._layers, plan.rank, seed)
+        self._adapters = new_adapters(self._layers, plan.rank, seed, kind=FORMS[plan.form])
         self.parameters = factors(self._adapters)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the LoRAs are active."""
         return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
+
+    def at(self, t: int, count: int) -> None:
+        """Called before the model predicts at a timestep; a text encoder has none."""
+        for name, adapter in ({} if self.full else self._adapters).items():
+            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):
+                adapter.at(t, count)
 
     def result(self) -> Result:
         """The current tensors of the artifact."""
@@ -312,14 +345,18 @@ class _TrainedWeights:
 def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWeights:
     patch = position_map_of(model)
     map_marker = {} if patch is None else marker(patch.cells, patch.interpolation)
-    return FineTunedWeights({**result, **map_marker}, header)
+    ranks = {RANKS: torch.ones(1)} if header["settings"].get("form") == "T-LoRA" else {}
+    return FineTunedWeights({**result, **map_marker, **ranks}, header)
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
     data, plan = job.data, job.plan
     lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
     lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
-    patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image} if plan.crop.cells else {}
+    lora |= {} if plan.form == LORA or not lora else {"form": plan.form}
+    patches: dict[str, Any] = {} if plan.placed else {"patches": "not on this model"}
+    if plan.crop.cells:
+        patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
         "method": METHOD,

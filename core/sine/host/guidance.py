@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_patcher
@@ -19,6 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
+from ...lora.host.apply import RANK_MASK
 from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import entries_by_prompt
 from ...prompt.windows import SigmaRange
@@ -226,10 +227,14 @@ class _Branch:
         options = self._options.setdefault("transformer_options", {})
         for name in ("wrappers", "callbacks"):
             merge_nested_dicts(options.setdefault(name, {}), getattr(tuned, name), copy_dict1=False)
+        masks = self._running.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(RANK_MASK, [])
+        if self._subject.share != 1.0 and masks:  # the weights that stay keep their mask
+            scaled = [replace(mask, strength=mask.strength * (1 - self._subject.share)) for mask in masks]
+            options["wrappers"].setdefault(WrappersMP.APPLY_MODEL, {})[RANK_MASK] = scaled
         if not self._overlay.empty:  # a compiled network ignores hooks on its layers
             calls = options["wrappers"].get(WrappersMP.APPLY_MODEL, {})
             options["wrappers"][WrappersMP.APPLY_MODEL] = {k: v for k, v in calls.items() if k != COMPILED}
-        options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[-2:])
+        options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[2:])
 
     def predict(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Tensor:
         """The denoised prediction for the training prompt; computed once if called twice in a step, as PAG does."""
