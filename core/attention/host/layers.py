@@ -13,13 +13,10 @@ Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
 def transformer_layers(unet: Any) -> list[Key]:
-    """Keys of all transformer layers, as ComfyUI names them. ValueError for a network that is not ComfyUI's UNet."""
+    """Keys of the transformer layers of ComfyUI's UNet, as it names them; none for another network."""
     parts = {name: getattr(unet, f"{name}_blocks", None) for name in ("input", "output")}
     if None in parts.values():
-        raise ValueError(
-            f"This model is a {type(unet).__name__}; prompts are looked at in layers of their own (cross-attention) in "
-            "the UNet of SD1.x, SD2.x and SDXL only: connect one of these."
-        )
+        return []
     parts["middle"] = [getattr(unet, "middle_block", None) or []]
     return [
         (name, number, index)

@@ -74,12 +74,12 @@ class InvertedNoise:
 
     def generate_noise(self, latent: dict[str, Tensor]) -> Tensor:
         shape = tuple(latent["samples"].shape)
-        if shape != tuple(self.noise.shape):
+        if shape[1:] != tuple(self.noise.shape[1:]) or shape[0] % len(self.noise):
             raise ValueError(
                 f"The latent to sample is {shape}, the inverted noise {tuple(self.noise.shape)}: connect the latent "
                 "that Invert Image gives with it."
             )
-        return self.noise.clone()
+        return self.noise.repeat(shape[0] // len(self.noise), *[1] * (self.noise.ndim - 1))  # an image and its edit
 
 
 def start_of(model: Any, trajectory: Trajectory) -> tuple[dict[str, Tensor], Any]:
