@@ -100,8 +100,15 @@ class LikenessNullText(Node):
             display_name="Null-Text",
             category="likeness/inversion",
             description="Makes guided sampling reconstruct an inverted image: with its own negative prompt for every "
-            "step (null-text inversion), or with one of two methods that need no optimization.",
-            search_aliases=["null text inversion", "negative prompt inversion", "direct inversion", "pnp", "pivotal"],
+            "step (null-text inversion), or with one of three methods that need no optimization.",
+            search_aliases=[
+                "null text inversion",
+                "negative prompt inversion",
+                "direct inversion",
+                "directedit",
+                "pnp",
+                "pivotal",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The same prompt that the image was inverted with."),
@@ -112,7 +119,8 @@ class LikenessNullText(Node):
                     published.METHODS,
                     "null-text: optimizes a negative for each step. negative prompt: the prompt is its own negative; "
                     "immediate, slightly less exact. direct: the output model puts the first latent of a batch back "
-                    "on the inversion's trajectory after each step; immediate and exact, for euler.",
+                    "on the inversion's trajectory after each step; immediate and exact, for euler. direct edit: "
+                    "direct, and the model also sees the edits as the inversion saw the image (DirectEdit).",
                 ),
                 inputs.cfg(
                     published.CFG,
@@ -159,7 +167,8 @@ class LikenessNullText(Node):
                 ),
                 io.String.Output(display_name="report", tooltip="Number of updates and losses of every step."),
                 io.Model.Output(
-                    display_name="model", tooltip="The model to sample with; it differs from the input only for direct."
+                    display_name="model",
+                    tooltip="The model to sample with; it differs from the input only for direct and direct edit.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -39,7 +39,7 @@ class LikenessRenoise(Node):
                     "sampler",
                     SAMPLERS,
                     "euler_ancestral: the reference code's for SDXL-turbo. euler: the reference code's for SD-turbo, "
-                    "with correlation_weight 0.",
+                    "and for flow models, with correlation_weight 0.",
                 ),
                 inputs.seed(
                     "Seed of the noise that the sampler adds, and of the randomness in the correction.",
@@ -51,14 +51,18 @@ class LikenessRenoise(Node):
             outputs=[
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
-                    "connect it to Optimize LoRA.",
+                    tooltip="The latent to start sampling from. Sample it with this node's noise, or connect it "
+                    "to Optimize LoRA.",
                 ),
                 io.Sampler.Output(
                     display_name="sampler", tooltip="The sampler, which adds exactly the noise that was found."
                 ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for the sampler or Optimize LoRA."),
                 io.String.Output(display_name="report", tooltip="The steps, and how well they match the image."),
+                io.Noise.Output(
+                    display_name="noise",
+                    tooltip="The noise to sample the latent with: none (as DisableNoise), but what flow models need.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -67,7 +71,7 @@ class LikenessRenoise(Node):
     def execute(cls, model, positive, sigmas, sampler, latent=None, image=None, vae=None, **settings) -> io.NodeOutput:
         how, node = published.ReNoiseSettings(sampler == ANCESTRAL, **settings), cls.hidden.unique_id
         found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how, node)
-        return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report())
+        return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report(), found.noise)
 
 
 def _advanced_inputs() -> list[io.Input]:
