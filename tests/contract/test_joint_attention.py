@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from .. import tiny_models
 from .methods import run_node
 from .test_families import FAMILIES
 
@@ -252,3 +253,56 @@ def test_prompts_of_different_lengths_and_appended_subjects_are_refused():
     assert swaps_of(t5, "my cat sat", "my dog sat", tail)
     with pytest.raises(ValueError, match="leaves only 2 unused: shorten the prompt by 3"):
         swaps_of(t5, "my cat sat" + 17 * "x", "my dog sat" + 17 * "x", tail)
+
+
+def z_image_encoder():
+    """Z-Image's text encoder, three layers of its tiny network's width."""
+    import comfy.sd
+    import comfy.text_encoders.z_image
+
+    class Target:
+        params: dict = {}
+        clip = comfy.text_encoders.z_image.ZImageTEModel
+        tokenizer = comfy.text_encoders.z_image.ZImageTokenizer
+
+    config = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(Target, model_options={"qwen3_4b_model_config": config, **tiny_models.EXACT})
+        tiny_models.randomise(clip.cond_stage_model, 0)
+    return clip
+
+
+def test_an_inverted_image_is_edited_on_a_flow_model():
+    """From the image's own text encoder to the two images, by the nodes' outputs as they are connected."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+    from likeness.nodes.inversion import LikenessInvert, LikenessNullText
+    from likeness.nodes.replace import LikenessReplaceSubject
+
+    family, clip, text = FAMILIES["Z-Image"], z_image_encoder(), "a photo of a cat on the grass"
+    model = family.model()
+    with torch.inference_mode():
+        source, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(each)) for each in (text, ""))
+    levels = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
+    image = {"samples": family.latents()}
+    inputs = {"model": model, "positive": source, "sigmas": levels, "label": "published", "latent": image}
+    trajectory, latent, _, noise, _ = run_node(LikenessInvert, **inputs)
+    settings = {"cfg": 4.0, "start": "prompt", "inner_steps": 1, "method": "direct edit"}
+    shared = {"model": model, "positive": source, "negative": empty, "trajectory": trajectory}
+    negative, _, _, pinned = run_node(LikenessNullText, **shared, **settings)
+    swap = {"clip": clip, "latent": latent, "negative": negative, "prompt": text, "word": "cat", "end_percent": 1.0}
+    patched, positive, negative, both = run_node(LikenessReplaceSubject, model=pinned, **swap, replacement="dog")
+    guider = comfy.samplers.CFGGuider(patched)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(4.0)
+    euler = comfy.samplers.sampler_object("euler")
+    sampling = {"noise": noise, "guider": guider, "sampler": euler, "sigmas": levels, "latent_image": both}
+    found = run_node(SamplerCustomAdvanced, **sampling)[0]["samples"]
+    torch.testing.assert_close(found[:1], image["samples"], atol=1e-4, rtol=0)
+    assert float((found[1:] - found[:1]).abs().mean()) > 1e-3
+    with pytest.raises(ValueError, match=r"choose a replacement of 1 tokens, not \d"):
+        run_node(LikenessReplaceSubject, model=pinned, **swap, replacement="hippopotamus calf")
+    with pytest.raises(ValueError, match="does not have: set it to 0"):
+        run_node(LikenessReplaceSubject, model=pinned, **swap, replacement="dog", self_percent=0.4)
