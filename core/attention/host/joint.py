@@ -128,12 +128,13 @@ def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) ->
     prompt = {n: v[:1] if isinstance(v, Tensor) else v for n, v in entry.items() if n not in left_out}
     prompt["cross_attn"] = torch.cat([rows, other * rows.std(), rows])
     model, probe = guider.inner_model, _Probe(rows.shape[1], x.shape[-2:])
-    entries = comfy.samplers.encode_model_conds(
-        model.extra_conds, [prompt], three, x.device, "positive", latent_image=torch.zeros_like(three)
-    )
-    with contextlib.suppress(_Done):
-        options = {"transformer_options": {OVERRIDE: probe}}
-        comfy.samplers.calc_cond_batch(model, [entries], three, sigma.to(x).expand(3), options)
+    if all(value.ndim > 1 for value in prompt.values() if isinstance(value, Tensor)):  # else not one for each latent
+        entries = comfy.samplers.encode_model_conds(
+            model.extra_conds, [prompt], three, x.device, "positive", latent_image=torch.zeros_like(three)
+        )
+        with contextlib.suppress(_Done):
+            options = {"transformer_options": {OVERRIDE: probe}}
+            comfy.samplers.calc_cond_batch(model, [entries], three, sigma.to(x).expand(3), options)
     if probe.layout is None:
         raise ValueError(
             f"This model is a {type(model.diffusion_model).__name__}, whose layers do not show what of the image looks "

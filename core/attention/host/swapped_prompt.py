@@ -190,11 +190,14 @@ def pair_prompts(
             joined = {**edit_options, KEY: prompts}
             for name, value in options.items():
                 other = edit_options.get(name)
-                if (
-                    isinstance(value, Tensor)
-                    and isinstance(other, Tensor)
-                    and (name == "pooled_output" or value.shape == other.shape and not torch.equal(value, other))
-                ):
+                if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+                    continue
+                if value.shape != other.shape or len(value) != 1:
+                    raise ValueError(
+                        f"Prompts of this text encoder carry {name} of one image only, so that an image and its edit "
+                        "cannot be sampled together: use a model of another family."
+                    )
+                if name == "pooled_output" or not torch.equal(value, other):
                     joined[name] = torch.cat([value, other])
             pairs.append([torch.cat([rows, edit_rows.to(rows)]), joined])
     return pairs
