@@ -81,8 +81,8 @@ def token_swap(source: Sequence[Hashable], edit: Sequence[Hashable]) -> Swap | N
     shorter = min(len(source), len(edit))
     start = next((i for i in range(shorter) if source[i] != edit[i]), shorter)
     behind = next((i for i in range(shorter - start) if source[-1 - i] != edit[-1 - i]), shorter - start)
-    if start + behind == shorter and start:  # the shorter one has nothing in that place
-        start -= 1
+    if start + behind == shorter:  # the shorter one has nothing in that place
+        start, behind = (start - 1, behind) if start else (0, behind - 1)
     return Swap(start, len(source) - start - behind, len(edit) - start - behind)
 
 

@@ -45,8 +45,6 @@ class Call:
         if not named.get("skip_reshape"):  # heads lie side by side
             size = q.flatten(2).shape[-1] // heads
             self.q, self.k, self.v = (x.flatten(2).unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))
-        if self.k.shape[1] != heads:  # several queries for each key
-            self.k, self.v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (self.k, self.v))
         self._split_out, self.heads, self.scale = bool(named.get("skip_output_reshape")), heads, named.get("scale")
         self.options: dict[str, Any] = named.get("transformer_options") or {}
         self._mask = named.get("mask", more[0] if more else None)
@@ -58,7 +56,11 @@ class Call:
     def probabilities(self, rows: slice, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         """From these rows' image to the prompt's tokens, see column_probabilities()."""
         q, mask = self.q[rows, :, layout.image], self._added(rows, layout.image)
-        return column_probabilities(q, self.k[rows], layout.text, mask, self.scale)
+        return column_probabilities(q, self.for_each_query(self.k[rows]), layout.text, mask, self.scale)
+
+    def for_each_query(self, keys: Tensor) -> Tensor:
+        """Keys or values [B, heads, N, d], of models that have one for several queries too."""
+        return keys if keys.shape[1] == self.heads else keys.repeat_interleave(self.heads // keys.shape[1], 1)
 
     def _added(self, rows: slice, queries: slice) -> Tensor | None:
         """The mask as what is added to the scores, [B, heads, T, N] or 1 of them."""
@@ -152,40 +154,34 @@ class _Probe:
     """The hook while a model predicts for [a latent, it with another prompt, it with another image]."""
 
     def __init__(self, tokens: int, size: tuple[int, ...]) -> None:
-        self._tokens, self._size = tokens, size
-        self._text: int | None = None  # where the first of the prompt's tokens is in layers of text alone
-        self._image: int | None = None  # the number of the image's tokens
+        self._tokens = tokens
+        self._grids = [tuple(-(-side // patch) for side in size) for patch in range(1, 1 + max(size))]
+        self._text: int | None = None  # where the prompt's tokens begin, in the first layer that has them
+        self._cells = 0  # the image's tokens
         self.layout: Layout | None = None
 
     def __call__(self, function: Any, *args: Any, **named: Any) -> Tensor:
         call = Call(*args, **named)
         if len(call.q) == 3:
             text, image = _changed(call.k, 1), _changed(call.q, 2)
-            if self._image is None and len(image):
-                self._image = len(image) if _adjacent(image) else 0
-            if len(text) and len(image):
-                self._found(call, int(text[0]), int(image[0]), len(text) == self._tokens and _adjacent(text))
-                raise _Done
-            if self._text is None and len(text):
-                self._text = int(text[0]) if len(text) == self._tokens and _adjacent(text) else -1
+            if len(image) and not self._cells:
+                self._cells = _count(image)
+            if len(text):
+                before = 0 if self._text is None else int(text[0])  # of all text, in a layer of text and image
+                if self._text is None:
+                    self._text = int(text[0])
+                    if _count(text) != self._tokens:
+                        raise _Done
+                if len(image):
+                    self._found(call, int(image[0]), before + self._text)
+                    raise _Done
         return function(*args, **named)
 
-    def _found(self, call: Call, text: int, image: int, told: bool) -> None:
-        shape = next(
-            (
-                grid
-                for patch in range(1, 1 + max(self._size))
-                if (grid := self._grid(patch))[0] * grid[1] == self._image
-            ),
-            None,
-        )
-        begin = text + (self._text or 0)
-        if shape is not None and (told if self._text is None else self._text >= 0):
-            places = slice(image, image + self._image), slice(begin, begin + self._tokens)
+    def _found(self, call: Call, image: int, text: int) -> None:
+        shape = next((grid for grid in self._grids if grid[0] * grid[1] == self._cells), None)
+        if shape is not None:
+            places = slice(image, image + self._cells), slice(text, text + self._tokens)
             self.layout = Layout(call.lengths, *places, shape)
-
-    def _grid(self, patch: int) -> tuple[int, int]:
-        return tuple(-(-side // patch) for side in self._size)
 
 
 def _changed(tokens: Tensor, other: int) -> Tensor:
@@ -195,5 +191,6 @@ def _changed(tokens: Tensor, other: int) -> Tensor:
     return (difference > CHANGED * first.norm(dim=(0, 2))).nonzero()[:, 0]
 
 
-def _adjacent(places: Tensor) -> bool:
-    return int(places[-1] - places[0]) + 1 == len(places)
+def _count(places: Tensor) -> int:
+    """How many they are, 0 if they are not side by side."""
+    return len(places) if int(places[-1] - places[0]) + 1 == len(places) else 0

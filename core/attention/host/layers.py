@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
@@ -35,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def wrap_attention(
-    patches: dict[str, Any], kind: Literal["attn1", "attn2"], layers: list[Key], wrap: Callable[[Attention], Any]
+    patches: dict[str, Any], kind: str, layers: list[Key], wrap: Callable[[Attention], Any]
 ) -> dict[str, Any]:
     """A copy of transformer_options["patches_replace"] in which every layer calls wrap(its previous attention).
 
@@ -48,3 +49,17 @@ def wrap_attention(
     places = {key if key in before else key[:2] for key in layers}
     wrapped = {place: wrap(before.get(place, attend)) for place in places}
     return {**patches, kind: {**before, **wrapped}}
+
+
+@contextlib.contextmanager
+def wrapped(extra_args: dict[str, Any], layers: list[Key], **wraps: Callable[[Attention], Any]) -> Iterator[None]:
+    """wrap_attention() during one run, by kind."""
+    options = extra_args["model_options"]["transformer_options"]  # this run's copy
+    before = patches = options.get("patches_replace", {})
+    for kind, wrap in wraps.items():
+        patches = wrap_attention(patches, kind, layers, wrap)
+    options["patches_replace"] = patches
+    try:
+        yield
+    finally:
+        options["patches_replace"] = before

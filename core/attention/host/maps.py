@@ -17,7 +17,7 @@ from ...session.images import ImageSource
 from ...session.session import GuiderDenoiser, predicting
 from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
 from .joint import Call, Layout, find_layout, looking
-from .layers import Attention, transformer_layers, wrap_attention
+from .layers import Attention, transformer_layers, wrapped
 
 KEY = "likeness.inspect"
 
@@ -98,18 +98,13 @@ class _MapRecorder:
     maps: list[Tensor] = field(default_factory=list)
 
     def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
-        net, (entry, *_) = guider.inner_model.diffusion_model, guider.conds["positive"]
-        if not (layers := transformer_layers(net)):
-            layout = find_layout(guider, entry, more[1], sigmas[0])
-            with looking(extra_args, functools.partial(self._look, layout), lambda _options: True, layout):
-                return executor(guider, sigmas, extra_args, *more)
-        options = extra_args["model_options"]["transformer_options"]  # this run's copy
-        before = options.get("patches_replace", {})
-        options["patches_replace"] = wrap_attention(before, "attn2", layers, lambda inner: _RecordedLayer(self, inner))
-        try:
+        if layers := transformer_layers(guider.inner_model.diffusion_model):
+            run = wrapped(extra_args, layers, attn2=lambda inner: _RecordedLayer(self, inner))
+        else:
+            layout = find_layout(guider, guider.conds["positive"][0], more[1], sigmas[0])
+            run = looking(extra_args, functools.partial(self._look, layout), lambda _options: True, layout)
+        with run:
             return executor(guider, sigmas, extra_args, *more)
-        finally:
-            options["patches_replace"] = before
 
     def _look(self, layout: Layout, call: Call, out: Tensor) -> Tensor:
         attention = torch.cat([part.mean(1) for _, part in call.probabilities(slice(None), layout)], 1)

@@ -8,7 +8,6 @@ patch of the cross-attention layers; in transformers it is in ComfyUI's hook for
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from ..prompt_to_prompt import (
     joint_correction,
 )
 from .joint import Call, Layout, find_layout, looking
-from .layers import Attention, transformer_layers, wrap_attention
+from .layers import Attention, transformer_layers, wrapped
 from .swapped_prompt import (
     KEY,
     LearnedSubject,
@@ -182,41 +181,21 @@ class _Sampling:
         if run.blends:
             model_options[POST_CFG] = [run.commit, *after_cfg, run.blend]
         try:
-            with self._installed(run, guider, extra_args, entries, noise, sigmas[0]):
+            with self._installed(run, guider, extra_args, entries, sigmas[0]):
                 return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         finally:
             model_options[POST_CFG] = after_cfg
 
-    @contextlib.contextmanager
-    def _installed(
-        self,
-        run: _Run,
-        guider: Any,
-        extra_args: dict[str, Any],
-        entries: list[dict[str, Any]],
-        x: Tensor,
-        sigma: Tensor,
-    ) -> Iterator[None]:
-        """The control on every layer in which the image looks at the prompt."""
+    def _installed(self, run: _Run, guider: Any, extra_args: dict[str, Any], entries: list[Any], sigma: Tensor) -> Any:
+        """A context with the control on every layer in which the image looks at the prompt."""
         layers = transformer_layers(guider.inner_model.diffusion_model)
-        rows = [_rows(each) if layers else each["cross_attn"].shape[1] for each in entries]
-        for count in rows:
-            _check_rows(self.control.rows, count)
+        for entry in entries:
+            _check_rows(self.control.rows, _rows(entry) if layers else entry["cross_attn"].shape[1])
         if not layers:
-            look = _Joint(run, find_layout(guider, entries[0], x, sigma))
-            with looking(extra_args, look, look.expected, look.layout):
-                yield
-            return
-        options = extra_args["model_options"]["transformer_options"]
-        before = options.get("patches_replace", {})
-        patches = wrap_attention(before, "attn2", layers, lambda inner: _Cross(run, inner))
-        if self.control.self_percent > 0:
-            patches = wrap_attention(patches, "attn1", layers, lambda inner: _Self(run, inner))
-        options["patches_replace"] = patches
-        try:
-            yield
-        finally:
-            options["patches_replace"] = before
+            look = _Joint(run, find_layout(guider, entries[0], run.noise, sigma))
+            return looking(extra_args, look, look.expected, look.layout)
+        of_self = {"attn1": lambda inner: _Self(run, inner)} if self.control.self_percent > 0 else {}
+        return wrapped(extra_args, layers, attn2=lambda inner: _Cross(run, inner), **of_self)
 
     def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
         """The entries of the prompt that belongs to this control, since guiders name and order prompts differently."""
@@ -277,11 +256,12 @@ class _Run:
             for end in (control.end_percent, control.self_percent)
         )
         self._prompt_uuids, self._levels, self._size = uuids, levels, (noise.shape[-2], noise.shape[-1])
+        self.noise = noise
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
         self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths up to this
         self._attention, self._pending = torch.zeros(2, *self._size), torch.zeros(2, *self._size)
         self.blends = control.blend > 0 or control.mask is not None
-        self.records = control.blend > 0
+        self.records = control.blend > 0 and bool(control.swaps)
 
     def holds_prompt(self, options: dict[str, Any]) -> bool:
         """Whether the positive prompt is evaluated in this call."""
@@ -383,7 +363,7 @@ class _Joint:
             if controls:
                 out = out.clone()
                 edit = call.by_head(out)[pair.stop - 1, :, layout.image]
-                values = call.v[pair.stop - 1, :, layout.text]
+                values = call.for_each_query(call.v[pair][1:])[0, :, layout.text]
                 joint_correction(parts(), edit, values, run.mapping, run.is_edit, control.renormalise)
         return out
 

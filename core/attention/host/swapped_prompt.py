@@ -68,13 +68,21 @@ def shorten(text: str) -> str:
 def tokens_of(clip: Any, text: str) -> list[str | int]:
     """A text's tokens without begin, end and padding; learned tokens (textual inversion) as their digest."""
     chunks = next(iter(clip.tokenize(text, return_word_ids=True).values()))
-    tokens = [token for chunk in chunks for token, _, word in chunk if word != 0]
+    tokens = [_comparable(token) for chunk in chunks for token, _, word in chunk if word != 0]
+    _check_one_table(chunks, tokens, text)
+    return tokens
+
+
+def _check_one_table(chunks: list[Any], tokens: list[Any], text: str) -> None:
     if len(chunks) > 1:
         raise ValueError(
             f"The prompt '{shorten(text)}' has {len(tokens)} tokens, {ROOM} fit into one table of rows: shorten it by "
             f"{max(1, len(tokens) - ROOM)}."
         )
-    return [token if isinstance(token, int) else digest(describe(token)) for token in tokens]
+
+
+def _comparable(token: Any) -> str | int:
+    return token if isinstance(token, int) else digest(describe(token))
 
 
 def clip_swap(clip: Any, prompt: str, edited: str, word: str, learned: LearnedSubject | None) -> Swap:
@@ -111,7 +119,7 @@ def encoder_swaps(
     rows, swaps, room = source[0][0], [], 0
     for name in plain[0]:
         both = [[token for chunk in each[name] for token in chunk] for each in tokenized]
-        words = [[token for token, _, word in each if word] for each in both]
+        words = [[_comparable(token) for token, _, word in each if word] for each in both]
         swap = token_swap(*words)
         if swap is None:
             continue
@@ -126,6 +134,8 @@ def encoder_swaps(
             )
         changed = (other.float() - rows.float()).abs().amax((0, 2)).nonzero()[:, 0].tolist()
         if changed:  # others give a pooled vector only
+            for text, each, own in zip(prompts, tokenized, words, strict=True):
+                _check_one_table(each[name], own, text)
             lead = next(index for index, (_, _, word) in enumerate(both[0]) if word)
             first, end = _rows_of(changed, len(both[0]), lead + max(map(len, words)), lead + swap.start)
             swaps.append(Swap(first + lead + swap.start, swap.old, swap.new, end))
