@@ -21,7 +21,7 @@ from torch import Tensor
 from ..maps import column_probabilities
 
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name of the hook
-CHANGED = 1e-3  # relative: a token differs that differs by more
+CHANGED = 1e-2  # relative: a token differs that differs by more
 KEY = "likeness.joint"
 
 
