@@ -125,6 +125,7 @@ class Bench(subjects.Bench):
         """All ways back to one scene."""
         from ..core.inversion.host.ddim import invert_image, start_of
         from ..core.inversion.host.null_text import prepare_reconstruction
+        from ..core.session.images import ImageSource
 
         model, cfg, positive = self.world.model, self.settings.cfg, self.conditioning(scene.caption)
 
@@ -136,7 +137,7 @@ class Bench(subjects.Bench):
             row: dict[str, Any] = {ROUND_TRIP: psnr(self.world.vae.decode(latent["samples"]))}
         for label in reversed(LABELS):
             trajectory, cost = self.measured(
-                invert_image, model, positive, latent, None, None, self.levels, label, ITERATIONS
+                invert_image, model, positive, ImageSource(latent), self.levels, label, ITERATIONS
             )
             start = start_of(model, trajectory)[0]["samples"]
             row[f"{label}, unguided"] = {"psnr": psnr(self.again(model, positive, self.empty, start, 1.0)), **cost}

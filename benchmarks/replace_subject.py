@@ -41,7 +41,7 @@ class Settings:
     cfg: float = 7.5
     sampling_steps: int = 50
     samples: int = 2
-    method: str = field(default="null-text", metadata={"choices": ("null-text", "direct")})
+    method: str = field(default="null-text", metadata={"choices": ("null-text", "direct", "direct edit")})
     margin: int = 2
 
 

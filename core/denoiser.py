@@ -85,6 +85,11 @@ def variance(denoiser: Denoiser, sigma: Tensor) -> Tensor:
     return (image**2 + noise**2).view(sigma.shape)
 
 
+def relabelled(denoiser: Denoiser, x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
+    """x at level `sigma`, rescaled to the variance of level `to`: x / sqrt(variance) is the same at both."""
+    return x * (variance(denoiser, to) / variance(denoiser, sigma)).sqrt()
+
+
 def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
     """x at level `sigma`, rescaled to level `to`: what relabelling its timestep does to a VP latent."""
     return x * ((1 + to**2) / (1 + sigma**2)).sqrt()

@@ -88,8 +88,15 @@ class LikenessNullText(Node):
             display_name="Null-Text",
             category="likeness/inversion",
             description="Makes guided sampling reconstruct an inverted image: with its own negative prompt for every "
-            "step (null-text inversion), or with one of two methods that need no optimization.",
-            search_aliases=["null text inversion", "negative prompt inversion", "direct inversion", "pnp", "pivotal"],
+            "step (null-text inversion), or with one of three methods that need no optimization.",
+            search_aliases=[
+                "null text inversion",
+                "negative prompt inversion",
+                "direct inversion",
+                "directedit",
+                "pnp",
+                "pivotal",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The same prompt that the image was inverted with."),
@@ -100,7 +107,8 @@ class LikenessNullText(Node):
                     published.METHODS,
                     "null-text: optimizes a negative for each step. negative prompt: the prompt is its own negative; "
                     "immediate, slightly less exact. direct: the output model puts the first latent of a batch back "
-                    "on the inversion's trajectory after each step; immediate and exact, for euler.",
+                    "on the inversion's trajectory after each step; immediate and exact, for euler. direct edit: "
+                    "direct, and the model also sees the edits as the inversion saw the image (DirectEdit).",
                 ),
                 inputs.cfg(
                     published.CFG,
@@ -142,7 +150,11 @@ class LikenessNullText(Node):
                 output(io.Conditioning, "negative", "One negative per step, as time windows, for any sampler."),
                 output(LossMap, "loss", "The loss of every update, for Plot Loss Graph. Only with null-text."),
                 output(io.String, "report", "Number of updates and losses of every step."),
-                output(io.Model, "model", "The model to sample with; it differs from the input only for direct."),
+                output(
+                    io.Model,
+                    "model",
+                    "The model to sample with; it differs from the input only for direct and direct edit.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -37,7 +37,7 @@ class LikenessRenoise(Node):
                     "sampler",
                     SAMPLERS,
                     "euler_ancestral: the reference code's for SDXL-turbo. euler: the reference code's for SD-turbo, "
-                    "with correlation_weight 0.",
+                    "and for flow models, with correlation_weight 0.",
                 ),
                 inputs.seed(
                     "Seed of the noise that the sampler adds, and of the randomness in the correction.",
@@ -50,12 +50,17 @@ class LikenessRenoise(Node):
                 output(
                     io.Latent,
                     "latent",
-                    "The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
-                    "connect it to Optimize LoRA.",
+                    "The latent to start sampling from. Sample it with this node's noise, or connect it to Optimize "
+                    "LoRA.",
                 ),
                 output(io.Sampler, "sampler", "The sampler, which adds exactly the noise that was found."),
                 output(io.Sigmas, "sigmas", "The noise levels, for the sampler or Optimize LoRA."),
                 output(io.String, "report", "The steps, and how well they match the image."),
+                output(
+                    io.Noise,
+                    "noise",
+                    "The noise to sample the latent with: none (as DisableNoise), but what flow models need.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -64,7 +69,7 @@ class LikenessRenoise(Node):
     def execute(cls, model, positive, sigmas, sampler, latent=None, image=None, vae=None, **settings) -> io.NodeOutput:
         how, node = published.ReNoiseSettings(sampler == ANCESTRAL, **settings), cls.hidden.unique_id
         found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how, node)
-        return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report())
+        return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report(), found.noise)
 
 
 def _advanced_inputs() -> list[io.Input]:

@@ -25,7 +25,7 @@ class LikenessReplaceSubject(Node):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                io.Latent.Input("latent", tooltip="The noise of one image, from Invert Image."),
+                io.Latent.Input("latent", tooltip="The latent of one image, from Invert Image."),
                 io.Conditioning.Input(
                     "negative", tooltip="From Null-Text, for reconstruction with guidance. Passed through."
                 ),
@@ -33,7 +33,7 @@ class LikenessReplaceSubject(Node):
                     "prompt",
                     multiline=True,
                     default="a photo of a cat on the grass",
-                    tooltip="The same prompt that the image was inverted with, at most 75 tokens.",
+                    tooltip="The same prompt that the image was inverted with, at most 75 tokens of a CLIP encoder.",
                 ),
                 io.String.Input(
                     "word",
@@ -54,7 +54,7 @@ class LikenessReplaceSubject(Node):
                         "self_percent",
                         0.0,
                         "Point in the sampling until which self-attention is kept too (0.4 in prompt-to-prompt). This "
-                        "keeps shapes, including the old subject's. 0 is off.",
+                        "keeps shapes, including the old subject's. Only in UNets (SD1.x to SDXL). 0 is off.",
                     ),
                     io.Boolean.Input(
                         "renormalise",

@@ -8,14 +8,35 @@ each map is resized to the latent first.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+SCORES = 2**26  # numbers held at a time in column_probabilities()
 
 
 def probabilities(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """[B, heads, T, N] in float32, from image queries [B, T, heads * d] and prompt keys [B, N, heads * d]."""
     q, k = (each.float().unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k))
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+
+
+def column_probabilities(
+    q: Tensor, k: Tensor, columns: slice, mask: Tensor | None = None, scale: float | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some queries at a time, and their probabilities [B, heads, n, columns] in float32 of a layer whose keys are more
+    than the prompt's. q [B, heads, T, d], k [B, heads, N, d], mask [B, heads, T, N] (or 1 of them) added to the scores.
+    The scores of all queries would be gigabytes.
+    """
+    k = k.float().mT * (scale or q.shape[-1] ** -0.5)
+    step = max(1, SCORES // (k.shape[0] * k.shape[1] * k.shape[-1]))
+    for begin in range(0, q.shape[2], step):
+        part = slice(begin, begin + step)
+        scores = q[:, :, part].float() @ k
+        if mask is not None:
+            scores += mask[:, :, part if mask.shape[2] > 1 else slice(None)]
+        yield part, scores.softmax(-1)[..., columns]
 
 
 def token_maps(attention: Tensor, shape: tuple[int, int]) -> Tensor:

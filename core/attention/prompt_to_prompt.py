@@ -14,7 +14,9 @@ they share the old word's attention evenly, and all later tokens shift. Deviatio
 - after the last swapped word the reference code continues with Map[j, j] = 1, which would give the words after a longer
   word their neighbours' attention; here they shift, as between two swapped words in the reference code. After a shorter
   word the edit's last tokens have no source token; they use the source's last one, and so receive padding's attention;
-- the sum over a row of `a` is no longer 1, and neither paper says what to do. An option divides by it.
+- the sum over a row of `a` is no longer 1, and neither paper says what to do. An option divides by it;
+- where image and text attend in one layer (FLUX, Qwen-Image), the attention to the prompt's tokens is treated so, and
+  that to the image is the edit's own.
 
 Prompt-to-prompt's local blend is optional too (Algorithm 3 has none): after each step the edit's latent is the
 source's, except where the attention to either prompt's word exceeds a share of the maximum. Source: LocalBlend in the
@@ -27,7 +29,7 @@ reference notebook. Deviations, each with its reason:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +46,14 @@ BLEND_CELLS = 16  # side of the maps in the reference code
 
 @dataclass(frozen=True)
 class Swap:
-    """A word of `old` tokens that begins at token `start` of the prompt becomes one of `new` tokens."""
+    """A word of `old` tokens that begins at token `start` of the prompt becomes one of `new` tokens. end: behind the
+    last token of its text encoder, where the prompt holds several encoders' tokens; None for the prompt's.
+    """
 
     start: int
     old: int
     new: int
+    end: int | None = None
 
 
 def word_swap(source: Sequence[Hashable], edit: Sequence[Hashable], word: Sequence[Hashable], first: int = 1) -> Swap:
@@ -67,12 +72,27 @@ def word_swap(source: Sequence[Hashable], edit: Sequence[Hashable], word: Sequen
     return Swap(first + start, old, new)
 
 
+def token_swap(source: Sequence[Hashable], edit: Sequence[Hashable]) -> Swap | None:
+    """The part in which two prompts' tokens differ, at least one token of each; None for equal prompts. For encoders
+    whose tokens hold their spaces, so that a word's own tokens are not those in the prompt.
+    """
+    if list(source) == list(edit):
+        return None
+    shorter = min(len(source), len(edit))
+    start = next((i for i in range(shorter) if source[i] != edit[i]), shorter)
+    behind = next((i for i in range(shorter - start) if source[-1 - i] != edit[-1 - i]), shorter - start)
+    if start + behind == shorter:  # the shorter one has nothing in that place
+        start, behind = (start - 1, behind) if start else (0, behind - 1)
+    return Swap(start, len(source) - start - behind, len(edit) - start - behind)
+
+
 def column_map(swap: Swap, rows: int) -> Tensor:
     """Map [rows, rows]: the share of each source token's attention that goes to each token of the edit."""
-    origin = (torch.arange(rows) - swap.new + swap.old).clamp(max=rows - 1)
+    end = swap.end or rows
+    origin = (torch.arange(rows) - swap.new + swap.old).clamp(max=end - 1)
     behind = torch.arange(rows).unsqueeze(1) == origin
     mapping = torch.eye(rows)
-    mapping[:, swap.start :] = behind[:, swap.start :].float()
+    mapping[:, swap.start : end] = behind[:, swap.start : end].float()
     if swap.new != swap.old:  # words with the same number of tokens map one to one
         of_word = slice(swap.start, swap.start + swap.new)
         mapping[:, of_word] = 0.0
@@ -114,6 +134,20 @@ def correction(
     change = controlled_attention(source, edit, mapping, is_edit, renormalise) - edit
     values = v[1].float().unflatten(-1, (heads, -1)).transpose(0, 1)
     return (change @ values).transpose(0, 1).flatten(1)
+
+
+def joint_correction(
+    parts: Iterable[tuple[slice, Tensor]], out: Tensor, v: Tensor, mapping: Tensor, is_edit: Tensor, renormalise: bool
+) -> None:
+    """correction() where the keys are more than the prompt's, added to out [heads, T, d], the edit's attention output.
+
+    parts: column_probabilities() of the source and the edit for the prompt's tokens; v [heads, N, d], the edit's values
+    of these.
+    """
+    for part, (source, edit) in parts:
+        change = controlled_attention(source, edit, mapping, is_edit) - edit
+        controlled = out[:, part].float() + change @ v.float()
+        out[:, part] = controlled / (1 + change.sum(-1, keepdim=True)) if renormalise else controlled
 
 
 def blend_mask(attention: Tensor, share: float) -> Tensor:

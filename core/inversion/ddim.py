@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, predicted_noise, variance
+from ..denoiser import Denoiser, predicted_noise, relabelled
 
 Label = Literal["published", "current", "fixed point", "midpoint"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -55,8 +55,7 @@ def invert(
             eps = predicted_noise(denoiser, x + (high - low) / 2 * eps, (low + high) / 2, context)
         else:
             level = torch.maximum(low, lowest) if label == "current" else high
-            scale = (variance(denoiser, level) / variance(denoiser, low)).sqrt()
-            eps = predicted_noise(denoiser, x * scale, level, context)
+            eps = predicted_noise(denoiser, relabelled(denoiser, x, low, level), level, context)
         following = x + (high - low) * eps
         for _ in range(iterations if label == "fixed point" else 0):
             following = x + (high - low) * predicted_noise(denoiser, following, high, context)

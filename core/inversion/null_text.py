@@ -15,12 +15,14 @@ Deviations, each with its reason:
 
 Start selects the first embedding. The paper uses the empty prompt, whose guidance errors are large and take hundreds of
 updates. With the prompt's own token embeddings, u = c, guidance has no effect and only the inversion's small error is
-left, for which one or two updates per step suffice. Two other methods need no updates at all:
+left, for which one or two updates per step suffice. Three other methods need no updates at all:
 
 - negative-prompt inversion (Miyake et al. 2023, arXiv 2305.16807) uses u_i = c at every step, so that guided sampling
   equals unguided sampling, with the inversion's error;
 - direct inversion (Ju et al. 2023, arXiv 2310.01506) keeps the empty prompt and moves the latent back onto the
-  trajectory after each step (rectify.py).
+  trajectory after each step (rectify.py);
+- DirectEdit (Yang and Ye 2026, arXiv 2605.02417) does so too, and evaluates the model at latents moved by the source's
+  next step (rectify.py), the edit's as well as the source's.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from torch import Tensor
 from ..denoiser import Denoiser, predicted_noise, variance
 from ..fit.fit import Fit, finite_or_raise, random_numbers, rollback_on_interrupt
 
-Method = Literal["null-text", "negative prompt", "direct"]
+Method = Literal["null-text", "negative prompt", "direct", "direct edit"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Start = Literal["prompt", "empty prompt"]
 STARTS: tuple[Start, ...] = get_args(Start)

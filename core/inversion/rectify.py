@@ -8,13 +8,21 @@ For other samplers, D defines the straight line from (x, sigma) through the targ
 within the step (dpm_2) still reach the target; those that combine several evaluations (heun, dpmpp_2m, ancestral ones)
 come close in every step, and reach it at the end if their step to level 0 returns D unchanged (uni_pc, dpm_fast,
 dpm_adaptive and dpmpp_3m_sde do not, and end close to it).
+
+DirectEdit (Yang and Ye 2026, arXiv 2605.02417) looks at the model instead. An inversion predicted the step from x_i to
+x_(i+1) at x_(i+1), the only latent it knew. So on the way back the model is evaluated at x + r_i, r_i = x_(i+1) - x_i,
+with the same residual for the image and for its edit, and the image's steps are those of the inversion. Deviation: the
+residual is that of x_(i+1) rescaled to the variance of level i, as the label "published" inverts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from ..denoiser import Denoiser, relabelled
 
 CLOSE = 1e-4  # relative: noise levels closer than this are equal
 
@@ -22,6 +30,12 @@ CLOSE = 1e-4  # relative: noise levels closer than this are equal
 def landing_prediction(x: Tensor, sigma: float, target: Tensor, following: float) -> Tensor:
     """The denoised prediction D at (x, sigma), of any shape, whose Euler step to level `following` gives target."""
     return x - sigma * (target - x) / (following - sigma)
+
+
+def residuals(denoiser: Denoiser, latents: Tensor, sigmas: Tensor) -> Tensor:
+    """r [T, B, C, h, w] of a trajectory's latents [T + 1, B, C, h, w] along levels sigmas [T + 1]."""
+    steps = zip(latents[1:], sigmas[1:], sigmas[:-1], strict=True)
+    return torch.stack([relabelled(denoiser, *step) for step in steps]) - latents[:-1]
 
 
 def step_at(sigma: float, levels: Sequence[float]) -> int | None:

@@ -115,10 +115,3 @@ def test_what_cannot_be_looked_at_is_refused():
     short = [[setting.source[0][0][:, :3], setting.source[0][1]]]
     with pytest.raises(ValueError, match="5 rows were asked for, the prompt has 3"):
         looked_at(setting, short)
-
-
-def test_another_kind_of_network_is_refused():
-    from likeness.core.attention.host.layers import transformer_layers
-
-    with pytest.raises(ValueError, match="is a Linear.*SD1.x, SD2.x and SDXL only"):
-        transformer_layers(torch.nn.Linear(1, 1))

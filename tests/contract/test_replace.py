@@ -45,7 +45,7 @@ def controlled_by(setting, positive, swap, **more):
     """A model whose control is made by hand."""
     from likeness.core.attention.host.prompt_to_prompt import KEY, Control, with_control
 
-    return with_control(setting.model, Control(positive[0][1][KEY], swap, 77, **more))
+    return with_control(setting.model, Control(positive[0][1][KEY], (swap,), 77, **more))
 
 
 class Corrections:

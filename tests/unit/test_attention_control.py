@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.attention.maps import mean_over_layers, normalize_maps, probabilities, token_maps
+from likeness.core.attention import maps
+from likeness.core.attention.maps import (
+    column_probabilities,
+    mean_over_layers,
+    normalize_maps,
+    probabilities,
+    token_maps,
+)
 from likeness.core.attention.prompt_to_prompt import (
     Swap,
     blend_mask,
@@ -14,6 +21,8 @@ from likeness.core.attention.prompt_to_prompt import (
     controlled_attention,
     correction,
     edit_columns,
+    joint_correction,
+    token_swap,
     word_swap,
 )
 
@@ -150,3 +159,46 @@ def test_the_blend_s_mask_is_where_either_word_is_looked_at():
     assert found[6:15, 6:15].all() and found[46:55, 46:55].all()  # the neighbourhood: 4 cells of 64 to each side
     assert int(found.sum()) == 2 * 81
     assert blend_mask(looked, 0.1)[0, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("source", "edit", "swap"),
+    [
+        ("a cat here", "a dog here", Swap(1, 1, 1)),
+        ("a cat here", "a big dog here", Swap(1, 1, 2)),
+        ("a cat here", "a big cat here", Swap(0, 1, 2)),  # at least one token of each
+        ("a big cat here", "a cat here", Swap(0, 2, 1)),
+        ("cat", "big cat", Swap(0, 1, 2)),
+        ("cat a", "cat a", None),
+        ("a a a", "a a", Swap(1, 2, 1)),
+    ],
+)
+def test_the_part_in_which_two_prompts_differ(source, edit, swap):
+    assert token_swap(source.split(), edit.split()) == swap
+
+
+def test_a_swap_of_one_encoder_leaves_the_others_tokens():
+    found = column_map(Swap(1, 1, 3, 5), ROWS)
+    assert torch.equal(found[:5, :5], column_map(Swap(1, 1, 3), 5))
+    assert torch.equal(found[5:, 5:], torch.eye(ROWS - 5)) and not found[:5, 5:].any() and not found[5:, :5].any()
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_joint_attention_is_controlled_as_on_the_whole_table(renormalise, masked, monkeypatch):
+    """A part of the queries at a time; the prompt's columns are some of the keys."""
+    cells, keys, text = 7, 5 + ROWS, slice(3, 3 + ROWS)
+    q, k, v = drawn(2, 2, cells, 4), drawn(2, 2, keys, 4, seed=1), drawn(2, 2, keys, 4, seed=2)
+    mask = drawn(1, 1, cells, keys, seed=3) if masked else None
+    mapping, is_edit = column_map(Swap(2, 1, 2), ROWS), edit_columns(Swap(2, 1, 2), ROWS)
+    table = (q @ k.mT / 2 + (mask if masked else 0)).softmax(-1)
+    expected = table[1].clone()
+    expected[..., text] = controlled_attention(table[0, ..., text], table[1, ..., text], mapping, is_edit)
+    if renormalise:
+        expected = expected / expected.sum(-1, keepdim=True)
+    monkeypatch.setattr(maps, "SCORES", 2 * 2 * keys * 3)
+    parts = list(column_probabilities(q, k, text, mask))
+    assert [part.start for part, _ in parts] == [0, 3, 6]
+    out = table[1] @ v[1]
+    joint_correction(parts, out, v[1, :, text], mapping, is_edit, renormalise)
+    torch.testing.assert_close(out, expected @ v[1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
@@ -13,13 +14,10 @@ Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
 def transformer_layers(unet: Any) -> list[Key]:
-    """Keys of all transformer layers, as ComfyUI names them. ValueError for a network that is not ComfyUI's UNet."""
+    """Keys of the transformer layers of ComfyUI's UNet, as it names them; none for another network."""
     parts = {name: getattr(unet, f"{name}_blocks", None) for name in ("input", "output")}
     if None in parts.values():
-        raise ValueError(
-            f"This model is a {type(unet).__name__}; prompts are looked at in layers of their own (cross-attention) in "
-            "the UNet of SD1.x, SD2.x and SDXL only: connect one of these."
-        )
+        return []
     parts["middle"] = [getattr(unet, "middle_block", None) or []]
     return [
         (name, number, index)
@@ -38,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def wrap_attention(
-    patches: dict[str, Any], kind: Literal["attn1", "attn2"], layers: list[Key], wrap: Callable[[Attention], Any]
+    patches: dict[str, Any], kind: str, layers: list[Key], wrap: Callable[[Attention], Any]
 ) -> dict[str, Any]:
     """A copy of transformer_options["patches_replace"] in which every layer calls wrap(its previous attention).
 
@@ -51,3 +49,17 @@ def wrap_attention(
     places = {key if key in before else key[:2] for key in layers}
     wrapped = {place: wrap(before.get(place, attend)) for place in places}
     return {**patches, kind: {**before, **wrapped}}
+
+
+@contextlib.contextmanager
+def wrapped(extra_args: dict[str, Any], layers: list[Key], **wraps: Callable[[Attention], Any]) -> Iterator[None]:
+    """wrap_attention() during one run, by kind."""
+    options = extra_args["model_options"]["transformer_options"]  # this run's copy
+    before = patches = options.get("patches_replace", {})
+    for kind, wrap in wraps.items():
+        patches = wrap_attention(patches, kind, layers, wrap)
+    options["patches_replace"] = patches
+    try:
+        yield
+    finally:
+        options["patches_replace"] = before

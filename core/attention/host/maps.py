@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,24 +16,25 @@ from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import ImageSource
 from ...session.session import GuiderDenoiser, predicting
 from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
-from .layers import Attention, transformer_layers, wrap_attention
+from .joint import Call, Layout, find_layout, looking
+from .layers import Attention, transformer_layers, wrapped
 
 KEY = "likeness.inspect"
-SCALE = 8  # pixels per latent cell, the same in all models that have such layers
 
 
 @dataclass(frozen=True)
 class Maps:
     """values [levels, tokens, h, w]: attention to each token, at latent resolution. percents: position in the
-    sampling, 0 is pure noise."""
+    sampling, 0 is pure noise. cell: pixels of the image in one of the latent."""
 
     values: Tensor
     percents: list[float]
+    cell: int = 8
 
     def mask(self) -> Tensor:
         """The mean over levels and tokens, in 0..1, at image size: [1, H, W]."""
         mean = self.values.mean((0, 1))[None, None]
-        return normalize_maps(torch.nn.functional.interpolate(mean, scale_factor=SCALE, mode="bilinear")[0])
+        return normalize_maps(torch.nn.functional.interpolate(mean, scale_factor=self.cell, mode="bilinear")[0])
 
 
 def attention_maps(
@@ -45,7 +47,6 @@ def attention_maps(
     node_id: str | None = None,
 ) -> Maps:
     """The maps of the prompt's last `tokens` tokens at `levels` noise levels, evenly spaced over the sampling."""
-    transformer_layers(model.model.diffusion_model)
     percents = [(index + 0.5) / levels for index in range(levels)]
     prompts = [prompt_at(conditioning, percent) for percent in percents]
     fewest = min(prompt[0].shape[1] for prompt in prompts)
@@ -68,7 +69,8 @@ def attention_maps(
             bar.update(1)
 
     predicting(clone, [prompts[0]], samples, body)
-    return Maps(torch.cat(maps), percents)
+    cell = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # newer ComfyUI knows it
+    return Maps(torch.cat(maps), percents, cell)
 
 
 def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
@@ -89,21 +91,25 @@ def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
 
 @dataclass(frozen=True)
 class _MapRecorder:
-    """A sampling wrapper that records the maps of every cross-attention layer."""
+    """A sampling wrapper that records the maps of every layer in which the image looks at the prompt."""
 
     tokens: int
     size: tuple[int, int]
     maps: list[Tensor] = field(default_factory=list)
 
     def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
-        options = extra_args["model_options"]["transformer_options"]  # this run's copy
-        layers = transformer_layers(guider.inner_model.diffusion_model)
-        before = options.get("patches_replace", {})
-        options["patches_replace"] = wrap_attention(before, "attn2", layers, lambda inner: _RecordedLayer(self, inner))
-        try:
+        if layers := transformer_layers(guider.inner_model.diffusion_model):
+            run = wrapped(extra_args, layers, attn2=lambda inner: _RecordedLayer(self, inner))
+        else:
+            layout = find_layout(guider, guider.conds["positive"][0], more[1], sigmas[0])
+            run = looking(extra_args, functools.partial(self._look, layout), lambda _options: True, layout)
+        with run:
             return executor(guider, sigmas, extra_args, *more)
-        finally:
-            options["patches_replace"] = before
+
+    def _look(self, layout: Layout, call: Call, out: Tensor) -> Tensor:
+        attention = torch.cat([part.mean(1) for _, part in call.probabilities(slice(None), layout)], 1)
+        self.maps.append(attention[..., -self.tokens :].transpose(1, 2).unflatten(-1, layout.shape).cpu())
+        return out
 
     def mean(self) -> Tensor:
         """The mean over the layers of the last prediction, [1, tokens, h, w]; clears the record."""

@@ -2,7 +2,8 @@
 
 Source and edit are the two rows of one latent batch, and the CONDITIONING's token embeddings have batch size 2 as
 well: ComfyUI gives each image its own prompt. Where the positive prompt is evaluated, the edit's attention is corrected
-with the source's attention of the same call; nothing is stored and no steps are counted.
+with the source's attention of the same call; nothing is stored and no steps are counted. In ComfyUI's UNet this is a
+patch of the cross-attention layers; in transformers it is in ComfyUI's hook for every attention call (joint.py).
 """
 
 from __future__ import annotations
@@ -32,22 +33,31 @@ from ..prompt_to_prompt import (
     column_map,
     correction,
     edit_columns,
-    word_swap,
+    joint_correction,
 )
-from .layers import Attention, transformer_layers, wrap_attention
-from .swapped_prompt import KEY, ROOM, LearnedSubject, edited_prompt, encode_prompts, pair_prompts, shorten, tokens_of
+from .joint import Call, Layout, find_layout, looking
+from .layers import Attention, transformer_layers, wrapped
+from .swapped_prompt import (
+    KEY,
+    LearnedSubject,
+    clip_swap,
+    edited_prompt,
+    encode_prompts,
+    encoder_swaps,
+    pair_prompts,
+)
 
 
 @dataclass(frozen=True)
 class Control:
-    """The attention control of a MODEL. prompts: source and edit. rows: tokens of a prompt, padding included. tail:
-    tokens of the learned subject at its end. The percents are where control ends, 1 being the finished image. blend: a
-    place may change if its attention is above this share of the maximum; 0 allows all places. mask [1, 1, H, W]: where
-    the image may change; with blend, where both allow it.
+    """The attention control of a MODEL. prompts: source and edit. swaps: one for each text encoder in the prompt. rows:
+    tokens of a prompt, padding included. tail: tokens of the learned subject at its end. The percents are where control
+    ends, 1 being the finished image. blend: a place may change if its attention is above this share of the maximum; 0
+    allows all places. mask [1, 1, H, W]: where the image may change; with blend, where both allow it.
     """
 
     prompts: tuple[str, str]
-    swap: Swap
+    swaps: tuple[Swap, ...]
     rows: int
     tail: int = 0
     end_percent: float = 1.0
@@ -55,6 +65,20 @@ class Control:
     renormalise: bool = False
     blend: float = 0.0
     mask: Tensor | None = None
+
+    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Map [rows, rows], and which tokens are the edit's own."""
+        mapping, is_edit = torch.eye(self.rows), edit_columns(Swap(0, 0, 0), self.rows, self.tail)
+        for swap in self.swaps:
+            mapping, is_edit = mapping @ column_map(swap, self.rows), is_edit | edit_columns(swap, self.rows)
+        return mapping.to(device), is_edit.to(device)
+
+    def words(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The places of the word's tokens in the source and in the edit."""
+        ranges = [(range(s.start, s.start + s.old), range(s.start, s.start + s.new)) for s in self.swaps]
+        return tuple(
+            torch.tensor([i for each in ends for i in each], device=device) for ends in zip(*ranges, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -71,12 +95,12 @@ class SubjectSwap:
     blend: float = 0.0
     mask: Tensor | None = None
 
-    def control(self, swap: Swap, edited: str, rows: int) -> Control:
+    def control(self, swaps: tuple[Swap, ...], edited: str, rows: int) -> Control:
         """The Control, once the prompts are tokenized."""
         tail = self.subject.tokens if self.subject else 0
         ends = (self.end_percent, self.self_percent)
         return Control(
-            (self.prompt, edited), swap, rows, tail, *ends, self.renormalise, self.blend, _checked_mask(self.mask)
+            (self.prompt, edited), swaps, rows, tail, *ends, self.renormalise, self.blend, _checked_mask(self.mask)
         )
 
 
@@ -87,28 +111,23 @@ def replace_subject(
 
     source: the prompt that the image was inverted with; its sizes and ControlNets apply to both.
     """
-    transformer_layers(model.model.diffusion_model)
     learned, prompt, word = request.subject, request.prompt, request.word
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
     edited = edited_prompt(prompt, word, request.replacement)
-    of_source, of_edit, of_word = (tokens_of(clip, text) for text in (prompt, edited, word.strip()))
-    try:
-        swap = word_swap(of_source, of_edit, of_word)
-    except ValueError as error:
-        raise ValueError(
-            f"'{word}' is no token sequence of its own in '{shorten(prompt)}' ({error}): put spaces around it, and "
-            "give weights such as (word:1.2) to the whole word."
-        ) from error
-    tail = learned.tokens if learned else 0
-    if tail > ROOM - len(of_edit):
-        raise ValueError(
-            f"The embedding takes the last {tail} rows of the prompt, but '{shorten(edited)}' leaves only "
-            f"{ROOM - len(of_edit)} unused: shorten the prompt by {tail - ROOM + len(of_edit)} tokens."
-        )
-    positive = pair_prompts(*encode_prompts(clip, (prompt, edited), source), learned, (prompt, edited))
-    rows = positive[0][0].shape[1]
-    return with_control(model, request.control(swap, edited, rows)), positive
+    if transformer_layers(model.model.diffusion_model):
+        swaps = (clip_swap(clip, prompt, edited, word, learned),)
+        encoded = encode_prompts(clip, (prompt, edited), source)
+    else:
+        if request.self_percent > 0:
+            raise ValueError(
+                "self_percent copies the attention of the UNet's layers of at most 32 x 32 places, which this model "
+                "does not have: set it to 0."
+            )
+        encoded = encode_prompts(clip, (prompt, edited), source)
+        swaps = encoder_swaps(clip, (prompt, edited), *encoded, learned)
+    positive = pair_prompts(*encoded, learned, (prompt, edited))
+    return with_control(model, request.control(swaps, edited, positive[0][0].shape[1])), positive
 
 
 def _checked_mask(mask: Tensor | None) -> Tensor | None:
@@ -153,26 +172,33 @@ class _Sampling:
     def __call__(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
     ) -> Any:
-        uuids = self._prompt_uuids(entries_by_prompt(guider), noise)
+        entries = self._prompts(entries_by_prompt(guider), noise)
+        uuids = frozenset(entry["uuid"] for entry in entries)
         lengths = [_rows(entry) for entries in guider.conds.values() for entry in entries or []]
         run = _Run(self.control, uuids, lengths, guider.inner_model.model_sampling, sigmas.tolist(), noise)
         model_options = extra_args["model_options"]  # this run's copy
-        options = model_options["transformer_options"]
-        before, after_cfg = options.get("patches_replace", {}), model_options.get(POST_CFG, [])
-        layers = transformer_layers(guider.inner_model.diffusion_model)
-        patches = wrap_attention(before, "attn2", layers, lambda inner: _Cross(run, inner))
-        if self.control.self_percent > 0:
-            patches = wrap_attention(patches, "attn1", layers, lambda inner: _Self(run, inner))
-        options["patches_replace"] = patches
+        after_cfg = model_options.get(POST_CFG, [])
         if run.blends:
             model_options[POST_CFG] = [run.commit, *after_cfg, run.blend]
         try:
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
+            with self._installed(run, guider, extra_args, entries, sigmas[0]):
+                return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         finally:
-            options["patches_replace"], model_options[POST_CFG] = before, after_cfg
+            model_options[POST_CFG] = after_cfg
 
-    def _prompt_uuids(self, conds: dict[str, list], noise: Tensor) -> frozenset[Any]:
-        """The uuids of the prompt that belongs to this control, since guiders name and order prompts differently."""
+    def _installed(self, run: _Run, guider: Any, extra_args: dict[str, Any], entries: list[Any], sigma: Tensor) -> Any:
+        """A context with the control on every layer in which the image looks at the prompt."""
+        layers = transformer_layers(guider.inner_model.diffusion_model)
+        for entry in entries:
+            _check_rows(self.control.rows, _rows(entry) if layers else entry["cross_attn"].shape[1])
+        if not layers:
+            look = _Joint(run, find_layout(guider, entries[0], run.noise, sigma))
+            return looking(extra_args, look, look.expected, look.layout)
+        of_self = {"attn1": lambda inner: _Self(run, inner)} if self.control.self_percent > 0 else {}
+        return wrapped(extra_args, layers, attn2=lambda inner: _Cross(run, inner), **of_self)
+
+    def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
+        """The entries of the prompt that belongs to this control, since guiders name and order prompts differently."""
         if noise.shape[0] != 2:
             raise ValueError(
                 f"The latent holds {noise.shape[0]} image(s); a model from Replace Subject works on two, the "
@@ -188,13 +214,12 @@ class _Sampling:
                 "from."
             )
         for entry in own_prompts:
-            _check_rows(self.control.rows, _rows(entry))
             if "area" in entry and self.control.blend > 0:
                 raise ValueError(
                     "A prompt, the negative one included, holds in an area, whose maps do not show the whole image: "
                     "take the area off, or give Replace Subject a mask in place of blend."
                 )
-        return frozenset(entry["uuid"] for entry in own_prompts)
+        return own_prompts
 
 
 def _rows(entry: dict[str, Any]) -> int:
@@ -225,18 +250,22 @@ class _Run:
         noise: Tensor,
     ) -> None:
         self.control = control
-        self.mapping = column_map(control.swap, control.rows).to(noise.device)
-        self.is_edit = edit_columns(control.swap, control.rows, control.tail).to(noise.device)
+        self.mapping, self.is_edit = control.columns(noise.device)
         self.cross, self.self_ = (
             SigmaRange(float("inf"), sampling.percent_to_sigma(end))
             for end in (control.end_percent, control.self_percent)
         )
         self._prompt_uuids, self._levels, self._size = uuids, levels, (noise.shape[-2], noise.shape[-1])
+        self.noise = noise
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
         self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths up to this
         self._attention, self._pending = torch.zeros(2, *self._size), torch.zeros(2, *self._size)
         self.blends = control.blend > 0 or control.mask is not None
-        self.records = control.blend > 0
+        self.records = control.blend > 0 and bool(control.swaps)
+
+    def holds_prompt(self, options: dict[str, Any]) -> bool:
+        """Whether the positive prompt is evaluated in this call."""
+        return not self._prompt_uuids.isdisjoint(options.get("uuids", ()))
 
     def pairs(self, batch: int, options: dict[str, Any]) -> Iterator[slice]:
         """The batch slices in which source and edit are evaluated with the positive prompt."""
@@ -252,12 +281,10 @@ class _Run:
                 )
             yield slice(2 * index, 2 * index + 2)
 
-    def record(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
-        """Add a layer's attention to the word: q and k [2, T or N, heads * d] of source and edit."""
-        swap = self.control.swap
-        maps = token_maps(probabilities(q, k, options["n_heads"]), tuple(options["activations_shape"][-2:]))
-        of_word = [maps[0, swap.start : swap.start + swap.old], maps[1, swap.start : swap.start + swap.new]]
-        means = torch.stack([each.mean(0) for each in of_word])
+    def record(self, maps: Tensor) -> None:
+        """Add a layer's attention [2, tokens, h, w] of source and edit to the prompt: that to the word."""
+        words = self.control.words(maps.device)
+        means = torch.stack([each[word].mean(0) for each, word in zip(maps, words, strict=True)])
         self._pending = self._pending.to(means) + mean_over_layers([means[None]], self._size)[0]
 
     def commit(self, args: dict[str, Any]) -> Tensor:
@@ -303,12 +330,41 @@ class _Cross:
         for pair in run.pairs(q.shape[0], options) if controls or run.records else ():
             run.check_rows(k.shape[1])
             if run.records:
-                run.record(q[pair], k[pair], options)
+                attention = probabilities(q[pair], k[pair], options["n_heads"])
+                run.record(token_maps(attention, tuple(options["activations_shape"][-2:])))
             if controls:
                 heads = options["n_heads"]
                 change = correction(q[pair], k[pair], v[pair], heads, run.mapping, run.is_edit, control.renormalise)
                 out = out.clone()
                 out[pair.stop - 1] += change.to(out)
+        return out
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """All layers of a transformer in which the image looks at the prompt, under control."""
+
+    run: _Run
+    layout: Layout
+
+    def expected(self, options: dict[str, Any]) -> bool:
+        """Whether the prompt is evaluated, at a level with control."""
+        active = self.run.records or self.run.cross.holds(float(options["sigmas"].max()))
+        return active and self.run.holds_prompt(options)
+
+    def __call__(self, call: Call, out: Tensor) -> Tensor:
+        run, control, layout = self.run, self.run.control, self.layout
+        controls = run.cross.holds(float(call.options["sigmas"].max()))
+        for pair in run.pairs(len(call.q), call.options) if controls or run.records else ():
+            parts = lambda: call.probabilities(pair, layout)  # noqa: E731, B023
+            if run.records:
+                attention = torch.cat([part.mean(1) for _, part in parts()], 1)
+                run.record(attention.transpose(1, 2).unflatten(-1, layout.shape))
+            if controls:
+                out = out.clone()
+                edit = call.by_head(out)[pair.stop - 1, :, layout.image]
+                values = call.for_each_query(call.v[pair][1:])[0, :, layout.text]
+                joint_correction(parts(), edit, values, run.mapping, run.is_edit, control.renormalise)
         return out
 
 

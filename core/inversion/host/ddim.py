@@ -74,12 +74,12 @@ class InvertedNoise:
 
     def generate_noise(self, latent: dict[str, Tensor]) -> Tensor:
         shape = tuple(latent["samples"].shape)
-        if shape != tuple(self.noise.shape):
+        if shape[1:] != tuple(self.noise.shape[1:]) or shape[0] % len(self.noise):
             raise ValueError(
                 f"The latent to sample is {shape}, the inverted noise {tuple(self.noise.shape)}: connect the latent "
                 "that Invert Image gives with it."
             )
-        return self.noise.clone()
+        return self.noise.repeat(shape[0] // len(self.noise), *[1] * (self.noise.ndim - 1))  # an image and its edit
 
 
 def start_of(model: Any, trajectory: Trajectory) -> tuple[dict[str, Tensor], Any]:
@@ -88,13 +88,18 @@ def start_of(model: Any, trajectory: Trajectory) -> tuple[dict[str, Tensor], Any
     Where a latent keeps its size under noise (eps and v models), the LATENT is the noisiest one and the NOISE is empty.
     Flow models scale the latent down, to 0 at full noise: the LATENT is empty, and the NOISE holds everything.
     """
-    start, latent_format = trajectory.latents[0], model.get_model_object("latent_format")
-    sampling = model.get_model_object("model_sampling")
+    start, sampling = trajectory.latents[0], model.get_model_object("model_sampling")
     if adds_noise(sampling):
-        return {"samples": latent_format.process_out(start)}, Noise_EmptyNoise()
-    ones = torch.ones(1, 1, 1, 1)
-    scale = float(noisy_start(sampling, ones, 0 * ones, trajectory.sigmas))
-    return {"samples": torch.zeros_like(start)}, InvertedNoise(start / scale)
+        return {"samples": model.get_model_object("latent_format").process_out(start)}, Noise_EmptyNoise()
+    empty = torch.zeros_like(start)
+    return {"samples": empty}, InvertedNoise(noise_to(sampling, start, empty, trajectory.sigmas))
+
+
+def noise_to(sampling: Any, start: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:
+    """The noise that samplers scale and add to a latent to begin at `start`, all in the model's own space."""
+    none = torch.zeros_like(latent)
+    scale = float(noisy_start(sampling, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), sigmas))
+    return (start - noisy_start(sampling, none, latent, sigmas)) / scale
 
 
 def adds_noise(sampling: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -20,13 +21,15 @@ log = logging.getLogger("likeness")
 class Landing(Playback):
     """A post-CFG function that pins a sampling to latents. targets: step -> the latent [B, C, h, w] after it, in the
     model's latent space. levels: the sampling's noise levels, descending. mask [1, 1, h, w]: where it applies; None for
-    everywhere. rows: the number of rows of the latent batch it applies to, from the first on; None for all.
+    everywhere. rows: the number of rows of the latent batch it applies to, from the first on; None for all. residuals:
+    step -> what the model sees all rows moved by (DirectEdit).
     """
 
     targets: dict[int, Tensor]
     levels: tuple[float, ...]
     mask: Tensor | None = None
     rows: int | None = None
+    residuals: dict[int, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, _memo: dict) -> Landing:
         return self  # cloning a MODEL deep-copies its options; these latents never change
@@ -43,6 +46,15 @@ class Landing(Playback):
         result = denoised.clone()
         result[: self.rows] = prediction
         return result
+
+    def moved(self, executor: Any, model: Any, conds: Any, x: Tensor, sigma: Tensor, *more: Any) -> list[Tensor]:
+        """Wrapper around the predictions for all prompts: D(x + r) - r, whose Euler step from x is that of x + r."""
+        step = step_at(float(sigma.max()), self.levels)
+        if step not in self.residuals:
+            return executor(model, conds, x, sigma, *more)
+        of_image = self.residuals[step].to(x)
+        residual = of_image[torch.arange(len(x)) % len(of_image)]
+        return [each - residual for each in executor(model, conds, x + residual, sigma, *more)]
 
     def check(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *more, **named) -> Any:
         """Wrapper around a whole sampling: rejects latents that do not fit the targets before the model is loaded, and
@@ -72,6 +84,8 @@ def attach_landing(model: Any, landing: Landing) -> Any:
     drop_landing(clone)
     clone.set_model_sampler_post_cfg_function(landing)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, landing.check)
+    if landing.residuals:
+        clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, landing.moved)
     return clone
 
 
@@ -81,4 +95,5 @@ def drop_landing(clone: Any) -> None:
     clone.model_options.pop(POST_CFG, None)
     if others:
         clone.model_options[POST_CFG] = others
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
+        clone.remove_wrappers_with_key(kind, KEY)

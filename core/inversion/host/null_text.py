@@ -1,10 +1,11 @@
-"""Reconstruct an inverted image with a MODEL: null-text optimization, and two methods that need no optimization."""
+"""Reconstruct an inverted image with a MODEL: null-text optimization, and three methods that need no optimization."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from ...session.job import Job, run
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..null_text import Method, NullText, NullTextSettings, Start
+from ..rectify import residuals
 from ..trajectory import Trajectory
 from .ddim import check_trajectory
 from .landing import Landing, attach_landing
@@ -48,7 +50,7 @@ def prepare_reconstruction(
     start: Start,
     node_id: str | None = None,
 ) -> Reconstruction:
-    """The Reconstruction by null-text optimisation, or by one of the two methods without it (see null_text.py)."""
+    """The Reconstruction by null-text optimisation, or by one of the methods without it (see null_text.py)."""
     if method == "null-text":
         return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings, node_id)
     check_trajectory(model, positive, trajectory)
@@ -56,8 +58,12 @@ def prepare_reconstruction(
         copy = [[context, options.copy()] for context, options in positive]
         return Reconstruction(model, copy, None, "The negative prompt of every step is the prompt itself; no updates.")
     levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
-    targets = dict(enumerate(trajectory.latents[1:]))
-    pinned = attach_landing(model, Landing(targets, levels, rows=count))
+    targets, moves = dict(enumerate(trajectory.latents[1:])), {}
+    if method == "direct edit":
+        sampling = model.get_model_object("model_sampling")
+        noising = SimpleNamespace(noised=lambda x0, noise, sigma: sampling.noise_scaling(sigma, noise, x0))
+        moves = dict(enumerate(residuals(noising, trajectory.latents, trajectory.sigmas)))
+    pinned = attach_landing(model, Landing(targets, levels, rows=count, residuals=moves))
     report = (
         f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"
     ) + f" will be put back on the trajectory after each of {trajectory.steps} steps; no updates."
@@ -126,7 +132,10 @@ def null_text(
             "image at a time."
         )
     if settings.cfg == 1.0:
-        raise ValueError("With cfg 1 the negative prompt is unused: set the cfg that the image is sampled with.")
+        raise ValueError(
+            "With cfg 1 the negative prompt is unused: set the cfg that the image is sampled with. A model without "
+            "classifier-free guidance (FLUX.1, turbo models) needs no null-text: choose direct or direct edit."
+        )
     warn_of_guidance(model)
     single_prompt(first, "negative prompt")
     finished = run(NullTextJob(model, positive, first, trajectory, settings), node_id)

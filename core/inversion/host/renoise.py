@@ -18,7 +18,7 @@ from ...session.progress import Steps
 from ...session.session import GuiderDenoiser, predicting
 from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
-from .ddim import adds_noise, check_invertible
+from .ddim import InvertedNoise, adds_noise, check_invertible, noise_to
 
 REPLAY = "likeness_replay"  # key of the StoredReplay in a LATENT
 
@@ -34,14 +34,16 @@ class StoredReplay(Replay):
 
 @dataclass(frozen=True)
 class ReNoiseResult:
-    """latent: the start of the sampling, as a LATENT with a Replay. sampler: a SAMPLER that reconstructs the image from
-    it, without other noise. error: root mean square error of the reconstructed latent, relative to the latent's own.
+    """latent: the start of the sampling, as a LATENT with a Replay; noise: the NOISE to sample it with, empty but for
+    flow models; sampler: a SAMPLER that then reconstructs the image. error: root mean square error of the
+    reconstructed latent, relative to the latent's own.
     """
 
     latent: dict[str, Any]
     sampler: Any
     error: float
     replay: Replay
+    noise: Any
 
     def report(self) -> str:
         """Steps, noise levels and the error."""
@@ -82,10 +84,12 @@ def renoise_image(
     """
     single_prompt(positive, "prompt")
     check_invertible(model, sigmas)
-    if not adds_noise(model.get_model_object("model_sampling")):
+    sampling = model.get_model_object("model_sampling")
+    if not adds_noise(sampling) and (settings.ancestral or settings.correlation_weight):
         raise ValueError(
-            "This is a flow model, whose samplers add noise in another way than ReNoise does: invert it with Invert "
-            "Image and the label 'fixed point', which needs no correction of the noise."
+            "This is a flow model, whose ancestral samplers take another step than ReNoise inverts, and whose "
+            "predictions are no noise to be decorrelated: choose the sampler euler and correlation_weight 0, or invert "
+            "it with Invert Image."
         )
     samples = source.encoded(model).latent
     if samples.shape[0] != 1 or min(samples.shape[-2:]) < 4:
@@ -114,9 +118,10 @@ def renoise_image(
             "Check that the prompt describes the image and that the VAE is the model's own, or lower kl_weight and "
             "correlation_weight, down to 0."
         )
+    noise = InvertedNoise(noise_to(sampling, start, start, levels))
     start = model.get_model_object("latent_format").process_out(start)
     stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
-    return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay)
+    return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay, noise)
 
 
 def _sample(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:

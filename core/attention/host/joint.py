@@ -1,0 +1,196 @@
+"""Attention in transformers, seen through ComfyUI's hook for every attention call.
+
+Image and text attend in one layer (FLUX, Qwen-Image, SD3.5), or in layers of their own (Wan, Cosmos). Which queries are
+the image's and which keys the prompt's is asked of the model: it predicts for three latents, the second with another
+prompt and the third with another image, up to the first layer in which the image looks at the prompt. No layer needs a
+name afterwards: such a call is known by its lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..maps import column_probabilities
+
+OVERRIDE = "optimized_attention_override"  # ComfyUI's name of the hook
+CHANGED = 1e-2  # relative: a token differs that differs by more
+KEY = "likeness.joint"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A call in which the image looks at the prompt. lengths: of queries and of keys. image: its queries, in the order
+    of `shape`; text: the keys of the prompt's tokens.
+    """
+
+    lengths: tuple[int, int]
+    image: slice
+    text: slice
+    shape: tuple[int, int]
+
+
+class Call:
+    """One attention call. q, k, v [B, heads, N, d]; options: ComfyUI's transformer_options."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *more: Any, **named: Any) -> None:
+        self.q, self.k, self.v = q, k, v
+        if not named.get("skip_reshape"):  # heads lie side by side
+            size = q.flatten(2).shape[-1] // heads
+            self.q, self.k, self.v = (x.flatten(2).unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))
+        self._split_out, self.heads, self.scale = bool(named.get("skip_output_reshape")), heads, named.get("scale")
+        self.options: dict[str, Any] = named.get("transformer_options") or {}
+        self._mask = named.get("mask", more[0] if more else None)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.q.shape[2], self.k.shape[2]
+
+    def probabilities(self, rows: slice, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+        """From these rows' image to the prompt's tokens, see column_probabilities()."""
+        q, mask = self.q[rows, :, layout.image], self._added(rows, layout.image)
+        return column_probabilities(q, self.for_each_query(self.k[rows]), layout.text, mask, self.scale)
+
+    def for_each_query(self, keys: Tensor) -> Tensor:
+        """Keys or values [B, heads, N, d], of models that have one for several queries too."""
+        return keys if keys.shape[1] == self.heads else keys.repeat_interleave(self.heads // keys.shape[1], 1)
+
+    def _added(self, rows: slice, queries: slice) -> Tensor | None:
+        """The mask as what is added to the scores, [B, heads, T, N] or 1 of them."""
+        mask = self._mask
+        if mask is None:
+            return None
+        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim != 3 else mask[:, None]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+        return mask[rows if len(mask) > 1 else slice(None), :, queries if mask.shape[2] > 1 else slice(None)]
+
+    def by_head(self, out: Tensor) -> Tensor:
+        """The output as [B, heads, N, d], a view."""
+        return out if self._split_out else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+Look = Callable[[Call, Tensor], Tensor]  # from a call and its output to the output
+
+
+@contextlib.contextmanager
+def looking(
+    extra_args: dict[str, Any], look: Look, expected: Callable[[dict[str, Any]], bool], layout: Layout
+) -> Iterator[None]:
+    """Send every call in which the image looks at the prompt through look(), in one run, around other nodes' hooks.
+    RuntimeError when there is none in an evaluation for which expected(transformer_options) holds.
+    """
+    options = extra_args["model_options"]["transformer_options"]  # this run's copy
+    before, wrappers, seen = options.get(OVERRIDE), options.get("wrappers", {}), [0]
+
+    def hook(function: Any, *args: Any, **named: Any) -> Tensor:
+        out = function(*args, **named) if before is None else before(function, *args, **named)
+        call = Call(*args, **named)
+        if call.lengths != layout.lengths:
+            return out
+        seen[0] += 1
+        return look(call, out)
+
+    def checked(executor: Any, *args: Any, **named: Any) -> Any:
+        count, to = seen[0], named.get("transformer_options") or args[5]
+        result = executor(*args, **named)
+        if seen[0] == count and expected(to):
+            raise RuntimeError(
+                "The attention to this prompt is not seen: a node on the model cuts the image or the prompt (areas, "
+                "context windows) or takes attention away from ComfyUI (a compiled model). Take it off."
+            )
+        return result
+
+    of_apply = wrappers.get(WrappersMP.APPLY_MODEL, {})
+    options["wrappers"] = {**wrappers, WrappersMP.APPLY_MODEL: {**of_apply, KEY: [checked]}}
+    options[OVERRIDE] = hook
+    try:
+        yield
+    finally:
+        options["wrappers"] = wrappers
+        del options[OVERRIDE]
+        if before is not None:
+            options[OVERRIDE] = before
+
+
+def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) -> Layout:
+    """Asked of a running guider's model with one of its prompts, for latents like x. ValueError when it is not told."""
+    rows = entry["cross_attn"][:1].to(x)
+    generator = torch.Generator().manual_seed(0)
+    other, one, another = (torch.randn(each.shape, generator=generator).to(x) for each in (rows, x[:1], x[:1]))
+    three = torch.cat([one, one, another]) * sigma.to(x)
+    left_out = {"area", "mask", "control", "timestep_start", "timestep_end"}
+    prompt = {n: v[:1] if isinstance(v, Tensor) else v for n, v in entry.items() if n not in left_out}
+    prompt["cross_attn"] = torch.cat([rows, other * rows.std(), rows])
+    model, probe = guider.inner_model, _Probe(rows.shape[1], x.shape[-2:])
+    if all(value.ndim > 1 for value in prompt.values() if isinstance(value, Tensor)):  # else not one for each latent
+        entries = comfy.samplers.encode_model_conds(
+            model.extra_conds, [prompt], three, x.device, "positive", latent_image=torch.zeros_like(three)
+        )
+        with contextlib.suppress(_Done):
+            options = {"transformer_options": {OVERRIDE: probe}}
+            comfy.samplers.calc_cond_batch(model, [entries], three, sigma.to(x).expand(3), options)
+    if probe.layout is None:
+        raise ValueError(
+            f"This model is a {type(model.diffusion_model).__name__}, whose layers do not show what of the image looks "
+            "at which token of the prompt (they mix the tokens first, or hide their attention from ComfyUI's hook): "
+            "connect one that does, such as SDXL, FLUX or Qwen-Image."
+        )
+    return probe.layout
+
+
+class _Done(Exception):
+    """The layout is known; the rest of the prediction is not needed."""
+
+
+class _Probe:
+    """The hook while a model predicts for [a latent, it with another prompt, it with another image]."""
+
+    def __init__(self, tokens: int, size: tuple[int, ...]) -> None:
+        self._tokens = tokens
+        self._grids = [tuple(-(-side // patch) for side in size) for patch in range(1, 1 + max(size))]
+        self._text: int | None = None  # where the prompt's tokens begin, in the first layer that has them
+        self._cells = 0  # the image's tokens
+        self.layout: Layout | None = None
+
+    def __call__(self, function: Any, *args: Any, **named: Any) -> Tensor:
+        call = Call(*args, **named)
+        if len(call.q) == 3:
+            text, image = _changed(call.k, 1), _changed(call.q, 2)
+            if len(image) and not self._cells:
+                self._cells = _count(image)
+            if len(text):
+                before = 0 if self._text is None else int(text[0])  # of all text, in a layer of text and image
+                if self._text is None:
+                    self._text = int(text[0])
+                    if _count(text) != self._tokens:
+                        raise _Done
+                if len(image):
+                    self._found(call, int(image[0]), before + self._text)
+                    raise _Done
+        return function(*args, **named)
+
+    def _found(self, call: Call, image: int, text: int) -> None:
+        shape = next((grid for grid in self._grids if grid[0] * grid[1] == self._cells), None)
+        if shape is not None:
+            places = slice(image, image + self._cells), slice(text, text + self._tokens)
+            self.layout = Layout(call.lengths, *places, shape)
+
+
+def _changed(tokens: Tensor, other: int) -> Tensor:
+    """The places at which tokens [B, heads, N, d] differ from the first row's."""
+    first = tokens[0].float()
+    difference = (tokens[other].float() - first).norm(dim=(0, 2))
+    return (difference > CHANGED * first.norm(dim=(0, 2))).nonzero()[:, 0]
+
+
+def _count(places: Tensor) -> int:
+    """How many they are, 0 if they are not side by side."""
+    return len(places) if int(places[-1] - places[0]) + 1 == len(places) else 0
