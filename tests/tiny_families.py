@@ -1,6 +1,6 @@
 """Random models of ComfyUI's transformer families, small enough for a laptop, each with prompts and latents of its own.
 
-Only what the running ComfyUI knows is listed. Text encoders are left out: the prompts have the shape, and the options,
+Only what the running ComfyUI knows is run. Text encoders are left out: the prompts have the shape, and the options,
 that the family's own encoder gives.
 """
 
@@ -132,10 +132,15 @@ QWEN = {
 FRAME = (1, 16, 1, 8, 8)
 
 
-@functools.cache
 def families() -> dict[str, Family]:
     """Every transformer family of the running ComfyUI."""
-    listed = {
+    return {name: family for name, family in listed().items() if family.known}
+
+
+@functools.cache
+def listed() -> dict[str, Family]:
+    """Every transformer family, also of a newer ComfyUI."""
+    return {
         "SD3.5": Family(
             "SD3",
             "SD3",
@@ -330,7 +335,6 @@ def families() -> dict[str, Family]:
             vae="wan_vae",
         ),
     }
-    return {name: family for name, family in listed.items() if family.known}
 
 
 @functools.cache
