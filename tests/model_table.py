@@ -24,9 +24,10 @@ PAGES = {"docs/models.md": "table of models", "README.md": "short table of model
 
 @dataclass(frozen=True)
 class Step:
-    """each: the test that every transformer family passes. unets: tests of UNets, as file::function, or the name of a
-    method of the contract suite; all are needed, and of those with a bar between one. sana: the test with Sana.
-    refused: why no transformer can, but for not_refused; says: what the refusal's sentence holds.
+    """each: the test that every family of transformers passes, but those that are refused. unets: tests of UNets, as
+    file::function, or the name of a method of the contract suite; all are needed, and of those with a bar between one.
+    sana: the test with Sana. refused: why no transformer can, but for those that are able; says: what the refusal's
+    sentence holds.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Step:
     sana: str = ""
     refused: str = ""
     says: str = ""
-    not_refused: frozenset[str] = field(default=frozenset())
+    able: frozenset[str] = field(default=frozenset())
 
 
 STEPS = (
@@ -84,7 +85,7 @@ STEPS = (
         ("test_renoise.py::test_a_stock_sampler_comes_back_to_the_picture",),
         refused="Samplers of flow models add noise in another way; *Invert Image* with *fixed point* takes its place",
         says="This is a flow model",
-        not_refused=frozenset({"PixArt", "HunyuanDiT", "Cosmos-Predict2"}),
+        able=frozenset({"PixArt", "HunyuanDiT", "Cosmos-Predict2"}),
     ),
     Step(
         "Replace, Inspect",
@@ -149,7 +150,7 @@ def cells(step: Step) -> Mapping[str, str]:
     if step.each and not any(ast.unparse(mark) == "each_family" for mark in function(step.each).decorator_list):
         raise ValueError(f"{step.each} does not run with each_family, but the table of models says so.")
     for family in tiny_families.listed():
-        refused = step.refused and family not in step.not_refused
+        refused = step.refused and family not in step.able
         found[family] = "no" if refused else TESTED if step.each else UNTESTED
     if step.sana:
         function(step.sana)
