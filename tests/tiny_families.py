@@ -1,6 +1,6 @@
 """Random models of ComfyUI's transformer families, small enough for a laptop, each with prompts and latents of its own.
 
-Only what the running ComfyUI knows is listed. Text encoders are left out: the prompts have the shape, and the options,
+Only what the running ComfyUI knows is run. Text encoders are left out: the prompts have the shape, and the options,
 that the family's own encoder gives.
 """
 
@@ -97,7 +97,7 @@ def _if_known(module: str, params: str, **fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in known}
 
 
-def _flux(**more: Any) -> dict[str, Any]:
+def flux_layout(**more: Any) -> dict[str, Any]:
     """FLUX's layout with two blocks of each kind."""
     return {
         **{"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 64, "hidden_size": 32},
@@ -108,7 +108,7 @@ def _flux(**more: Any) -> dict[str, Any]:
     }
 
 
-def _lumina(**more: Any) -> dict[str, Any]:
+def lumina_layout(**more: Any) -> dict[str, Any]:
     return {
         **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "cap_feat_dim": 64, "n_layers": 2},
         **{"n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 8, 8]},
@@ -133,10 +133,15 @@ QWEN = {
 FRAME = (1, 16, 1, 8, 8)
 
 
-@functools.cache
 def families() -> dict[str, Family]:
     """Every transformer family of the running ComfyUI."""
-    listed = {
+    return {name: family for name, family in listed().items() if family.known}
+
+
+@functools.cache
+def listed() -> dict[str, Family]:
+    """Every transformer family, also of a newer ComfyUI."""
+    return {
         "SD3.5": Family(
             "SD3",
             "SD3",
@@ -151,11 +156,13 @@ def families() -> dict[str, Family]:
             },
             *(154, 4096, 2048),
         ),
-        "FLUX.1": Family("Flux", "Flux", _flux(image_model="flux"), 256, 64, 768, options=lambda _: {"guidance": 3.5}),
+        "FLUX.1": Family(
+            "Flux", "Flux", flux_layout(image_model="flux"), 256, 64, 768, options=lambda _: {"guidance": 3.5}
+        ),
         "FLUX.2": Family(
             "Flux2",
             "Flux2",
-            _flux(
+            flux_layout(
                 **{"image_model": "flux2", "in_channels": 128, "out_channels": 128, "vec_in_dim": None},
                 **{"context_in_dim": 48, "hidden_size": 64, "mlp_ratio": 3.0, "axes_dim": [8] * 4, "theta": 2000},
                 **{"patch_size": 1, "qkv_bias": False, "global_modulation": True, "mlp_silu_act": True},
@@ -184,7 +191,7 @@ def families() -> dict[str, Family]:
         "Z-Image": Family(
             "Lumina2",
             "ZImage",
-            _lumina(
+            lumina_layout(
                 **{"dim": 256, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24], "rope_theta": 256.0},
                 **{"axes_lens": [1536, 512, 512], "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True},
                 **{"time_scale": 1000.0, "pad_tokens_multiple": 32},
@@ -195,7 +202,7 @@ def families() -> dict[str, Family]:
         "Lumina2": Family(
             "Lumina2",
             "Lumina2",
-            _lumina(),
+            lumina_layout(),
             *(20, 64),
             padded=False,
             options=lambda seed: {"attention_mask": _mask(20 + seed, 20 + seed)},
@@ -344,7 +351,6 @@ def families() -> dict[str, Family]:
             vae="wan_vae",
         ),
     }
-    return {name: family for name, family in listed.items() if family.known}
 
 
 @functools.cache

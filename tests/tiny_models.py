@@ -218,6 +218,24 @@ def clip_flux(seed: int = 0):
     return clip
 
 
+def clip_qwen(width: int, seed: int = 0):
+    """Z-Image's text encoder with few layers, and as wide as a tiny model wants it: no padding, a chat's frame."""
+    import comfy.sd
+    import comfy.text_encoders.z_image
+
+    class Target:
+        params: dict = {}
+        clip = comfy.text_encoders.z_image.ZImageTEModel
+        tokenizer = comfy.text_encoders.z_image.ZImageTokenizer
+
+    few = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 3}
+    few |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(Target, model_options={"qwen3_4b_model_config": few, **EXACT})
+        randomise(clip.cond_stage_model, seed)
+    return clip
+
+
 def controlnet(seed: int = 0):
     """A ControlNet for sd1()."""
     import comfy.cldm.cldm

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..toolbox.server import PromptRun, Server
 
 ROOT = Path(__file__).resolve().parents[1]
-TILE, QUALITY = 192, 90
+TILE, QUALITY, STRIP = 192, 90, 16
+TRANSFORMERS = ("UNETLoader", "LikenessLoadSana")  # whose graphs the toyworld has no trained model for
 
 
 def montage(pictures: list[Any]) -> Any:
@@ -49,18 +50,41 @@ def halves(source: Any, result: Any) -> Any:
     return square
 
 
-def without_sana(graph: Graph, checkpoint: str) -> Graph:
-    """The graph with the toyworld's checkpoint in the place of Sana, which has no small form that was trained."""
-    if not any(node["type"] == "LikenessLoadSana" for node in graph["nodes"]):
+def with_the_toyworlds_model(graph: Graph, checkpoint: str) -> Graph:
+    """The graph with what the toyworld's checkpoint, of SD1.5's kind, needs: no transformer was trained there."""
+    loader = next((node for node in graph["nodes"] if node["type"] in TRANSFORMERS), None)
+    if loader is None:
         return graph
     for node in graph["nodes"]:
         if node["type"] == "LikenessLoadSana":
             node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [checkpoint]}
-        elif node["type"] == "EmptyHunyuanImageLatent":
+        elif node["type"] in ("EmptyHunyuanImageLatent", "EmptyFlux2LatentImage"):
             node["type"] = "EmptyLatentImage"
+        elif node["type"] == "ModelSamplingAuraFlow":
+            node["mode"] = 4  # bypassed: a shift of flow models
         elif node["type"] == "BasicScheduler":
             node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
+        elif node["type"] == "Flux2Scheduler":
+            link = max(entry[0] for entry in graph["links"]) + 1
+            graph["links"].append([link, loader["id"], 0, node["id"], 0, "MODEL"])
+            loader["outputs"][0]["links"].append(link)
+            node |= {"type": "BasicScheduler", "widgets_values": ["normal", node["widgets_values"][0], 1.0]}
+            node["inputs"] = [{"name": "model", "type": "MODEL", "link": link}]
     return graph
+
+
+def labelled(sheet: Any) -> Any:
+    """An image with a line that says which model drew it, where the graph is for another one."""
+    from PIL import Image, ImageDraw
+
+    line = Image.new("RGB", (sheet.width, STRIP), "white")
+    ImageDraw.Draw(line).text(
+        (4, 2), "drawn by the toyworld's model, of SD1.5's kind, not by this graph's", fill="black"
+    )
+    whole = Image.new("RGB", (sheet.width, sheet.height + STRIP))
+    whole.paste(sheet, (0, 0))
+    whole.paste(line, (0, sheet.height))
+    return whole
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -101,13 +125,16 @@ def make(names: list[str], quick: bool) -> None:
     with server:
         for name in in_order(names):
             object_info = server.object_info()
-            shipped = without_sana(workflows.shipped(name), workflows.CHECKPOINT)
+            shipped = workflows.shipped(name)
+            foreign = any(workflows.has(shipped, loader) for loader in TRANSFORMERS)
+            shipped = with_the_toyworlds_model(shipped, workflows.CHECKPOINT)
             graph = workflows.in_small_world(name, object_info, quick, graph=shipped)
             run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
             path = workflows.WORKFLOWS / f"{name}.jpg"
             pictures = pictures_of(name, server, graph, run)
             square = workflows.sidecar(name).get("square")
-            (halves(pictures[0], pictures[-1]) if square else montage(pictures)).save(path, quality=QUALITY)
+            sheet = halves(pictures[0], pictures[-1]) if square else montage(pictures)
+            (labelled(sheet) if foreign else sheet).save(path, quality=QUALITY)
             print(f"{path.relative_to(ROOT)} written", flush=True)
 
 

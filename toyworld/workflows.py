@@ -39,6 +39,7 @@ ADAPTER = CHECKPOINT  # of that name in its own folder
 PLAYED = {
     "LikenessSubjectMask": PLAYER,
     "UNETLoader": "ToyworldLoadModel",
+    "CLIPLoader": "ToyworldLoadCLIP",
     "DualCLIPLoader": "ToyworldLoadCLIP",
     "VAELoader": "ToyworldLoadVAE",
 }

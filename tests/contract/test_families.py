@@ -15,7 +15,7 @@ TOKENS = 5
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor, negative=None, cfg: float = 1.0) -> torch.Tensor:
     """The stock guider's prediction for a prompt."""
     import comfy.samplers
 
@@ -28,7 +28,8 @@ def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor) -> torch.Te
 
     with torch.inference_mode():
         guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive})
+        guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
+        guider.set_cfg(cfg)
         highest = float(model.get_model_object("model_sampling").sigma_max)
         guider.sample(torch.zeros_like(x), torch.zeros_like(x), Once(), torch.tensor([highest, 0.0]), disable_pbar=True)
     return found[0]

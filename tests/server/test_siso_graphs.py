@@ -1,4 +1,6 @@
-"""The shipped graphs of SISO's generation in the small world, and on a tiny random FLUX: what they show, by numbers."""
+"""The shipped graphs of SISO's generation in the small world, and on tiny random transformers: what they show, by
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,21 @@ from ..vision.test_retrieval import published
 from .results import UNWANTED, check_images, distance, run_graph
 
 RETRIEVAL = ("Retrieval model", "Like it in retrieval too")
-NAMES = ("9 Lab - SISO - generate", "9 Lab - SISO - SDXL-turbo", "9 Lab - SISO - references")
+NAMES = tuple(
+    f"9 Lab - SISO - {name}"
+    for name in ("generate", "SDXL-turbo", "references", "FLUX.1-schnell", "FLUX.2 Klein", "Z-Image-Turbo")
+)
 
 
 @pytest.fixture(scope="module")
 def ran(server):
     done = {name: run_graph(server, name) for name in NAMES}
-    done["9 Lab - SISO - FLUX.1-schnell"] = run_graph(server, "9 Lab - SISO - FLUX.1-schnell")
     saved = done["9 Lab - SISO - generate"].text("Save the LoRA").splitlines()[0]
     done["9 Lab - SISO - reuse"] = run_graph(server, "9 Lab - SISO - reuse", {("Saved LoRA", "lora_name"): saved})
     return done
 
 
-@pytest.mark.parametrize("name", [*NAMES, "9 Lab - SISO - FLUX.1-schnell"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(ran, name):
     result = ran[name]
     assert not [word for word in UNWANTED if word in result.log]
@@ -48,6 +52,8 @@ KEYS = {
     "9 Lab - SISO - generate": ("lora_unet_",),
     "9 Lab - SISO - SDXL-turbo": ("lora_unet_", "lora_te_"),
     "9 Lab - SISO - FLUX.1-schnell": ("transformer.", "text_encoder."),
+    "9 Lab - SISO - FLUX.2 Klein": ("diffusion_model.",),
+    "9 Lab - SISO - Z-Image-Turbo": ("diffusion_model.",),
 }
 
 

@@ -15,7 +15,8 @@ from comfy_api.latest import ComfyExtension, io
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "likeness_small_world.safetensors"
-KINDS = ("small world", "random tiny FLUX")
+SMALL_WORLD, RANDOM = "small world", "random tiny "
+KINDS = (SMALL_WORLD, *(f"{RANDOM}{name}" for name in ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image")))
 
 
 def _judge_module() -> object:
@@ -23,9 +24,17 @@ def _judge_module() -> object:
     return _loaded("likeness_toyworld_judge", ROOT / "toyworld" / "judge.py")
 
 
-def _tiny_models() -> object:
-    """tests/tiny_models.py."""
-    return _loaded("likeness_tiny_models", ROOT / "tests" / "tiny_models.py")
+def _tests(module: str) -> object:
+    """A module of the tests, of the pack that this server has loaded."""
+    import nodes
+
+    pack = nodes.NODE_CLASS_MAPPINGS["LikenessLoadVision"].__module__.rpartition(".nodes.")[0]
+    return importlib.import_module(f"{pack}.tests.{module}")
+
+
+def _family(kind: str) -> object:
+    """The random model's family."""
+    return _tests("tiny_families").families()[kind.removeprefix(RANDOM)]
 
 
 def _loaded(name: str, path: Path) -> object:
@@ -93,7 +102,7 @@ class ToyworldLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_checkpoint()[0] if kind == KINDS[0] else _tiny_models().flux())
+        return io.NodeOutput(_checkpoint()[0] if kind == SMALL_WORLD else _family(kind).model())
 
 
 class ToyworldLoadCLIP(io.ComfyNode):
@@ -101,13 +110,16 @@ class ToyworldLoadCLIP(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """As DualCLIPLoader's."""
+        """As CLIPLoader's and DualCLIPLoader's."""
         return _loader("CLIP", io.Clip.Output(display_name="CLIP"))
 
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_checkpoint()[1] if kind == KINDS[0] else _tiny_models().clip_flux())
+        if kind == SMALL_WORLD:
+            return io.NodeOutput(_checkpoint()[1])
+        family, models = _family(kind), _tests("tiny_models")
+        return io.NodeOutput(models.clip_flux() if family.padded else models.clip_qwen(family.width))
 
 
 class ToyworldLoadVAE(io.ComfyNode):
@@ -121,7 +133,7 @@ class ToyworldLoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_checkpoint()[2] if kind == KINDS[0] else _tiny_models().taesd(channels=16))
+        return io.NodeOutput(_checkpoint()[2] if kind == SMALL_WORLD else _family(kind).autoencoder())
 
 
 class ToyworldCheckGradients(io.ComfyNode):
@@ -149,10 +161,7 @@ class ToyworldCheckGradients(io.ComfyNode):
         """Run the checks of the pack that this server has loaded."""
         import comfy.sample
 
-        import nodes
-
-        pack = nodes.NODE_CLASS_MAPPINGS["LikenessLoadVision"].__module__.rpartition(".nodes.")[0]
-        checks = importlib.import_module(f"{pack}.tests.gradients")
+        checks = _tests("gradients")
         shape = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).shape
         samples = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         found = []

@@ -1,0 +1,205 @@
+"""The table of docs/models.md, what runs on which model, made of the tests that show it.
+
+A cell says "tested" only where a test with that family exists; an entry without its test is an error. After a change:
+`python toolbox/_load.py tests.model_table` writes both tables anew.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import tiny_families
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTRACT = ROOT / "tests" / "contract"
+UNETS = {"sd1": "SD1.x", "sd2_v": "SD2.x", "sdxl": "SDXL"}  # as the tests' settings and as people call them
+SANA = "Sana (Load Sana)"
+TESTED, UNTESTED = "tested", "in principle"
+MARK = "<!-- {}: made by tests/model_table.py -->"
+PAGES = {"docs/models.md": "table of models", "README.md": "short table of models"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """each: the test that every family of transformers passes, but those that are refused. unets: tests of UNets, as
+    file::function, or the name of a method of the contract suite; all are needed, and of those with a bar between one.
+    sana: the test with Sana. refused: why no transformer can, but for those that are able; says: what the refusal's
+    sentence holds.
+    """
+
+    name: str
+    nodes: str
+    unets: tuple[str, ...]
+    each: str = ""
+    sana: str = ""
+    refused: str = ""
+    says: str = ""
+    able: frozenset[str] = field(default=frozenset())
+
+
+STEPS = (
+    Step(
+        "Subject embedding",
+        "*Train*, *Refine* and *Apply Subject Embedding* (HiPer, HiFi Tuner)",
+        ("hiper", "step-wise"),
+        "test_families.py::test_an_embedding_is_trained_from_an_image_with_mask_and_previews",
+    ),
+    Step(
+        "Fine-tune",
+        "*Fine-Tune On Image* (SINE) as a LoRA or with all weights, patches off",
+        ("sine", "sine-full"),
+        "test_families.py::test_a_fine_tune_with_mask_and_prior_images_is_trained",
+    ),
+    Step(
+        "Optimize LoRA",
+        "*Optimize LoRA* (SISO)",
+        ("siso",),
+        "test_families.py::test_the_image_of_an_optimized_lora_is_the_stock_samplers",
+        "test_sana_lora.py::test_the_lora_in_stock_nodes_makes_the_kept_picture",
+    ),
+    Step(
+        "Guidance",
+        "*Subject Guidance* (SINE) and *Personalization Guidance*, also with a LoRA of any trainer",
+        ("test_guidance.py::test_one_model_is_the_chain_with_one_model",),
+        "test_family_steps.py::test_guidance_is_the_papers_equation",
+        "test_sana_lora.py::test_a_lora_of_sana_guides_beside_the_model_that_it_was_trained_on",
+    ),
+    Step(
+        "Inversion",
+        "*Invert Image*, *Null-Text*",
+        ("null-text",),
+        "test_family_steps.py::test_an_inverted_image_comes_back",
+    ),
+    Step(
+        "Reference Guide",
+        "*Reference Guide* (HiFi Tuner)",
+        ("reference",),
+        "test_family_steps.py::test_a_reference_guided_image_is_made_again_by_the_stock_sampler",
+    ),
+    Step(
+        "ReNoise",
+        "*Invert For Few Steps* (ReNoise)",
+        ("test_renoise.py::test_a_stock_sampler_comes_back_to_the_picture",),
+        refused="Samplers of flow models add noise in another way; *Invert Image* with *fixed point* takes its place",
+        says="This is a flow model",
+        able=frozenset({"PixArt", "HunyuanDiT", "Cosmos-Predict2"}),
+    ),
+    Step(
+        "Replace, Inspect",
+        "*Replace Subject* (prompt-to-prompt), *Inspect Attention*",
+        (
+            "test_replace.py::test_it_is_prompt_to_prompt_written_out",
+            "test_inspect.py::test_every_row_and_level_has_its_map",
+        ),
+        refused="These look at the attention to the prompt in layers of their own, which only the UNets have",
+        says="layers of their own",
+    ),
+    Step(
+        "Patches",
+        "*Fine-Tune On Image* with patches, *Position Map* (SINE)",
+        ("test_position_map.py::test_the_map_changes_the_picture_and_nothing_stays_behind",),
+        refused="The position map is added to a UNet's first convolution",
+        says="no first convolution",
+    ),
+    Step(
+        "EZIGen",
+        "the nodes of EZIGen, with an adapter that was trained for the model; the published one is SD2.1-base's",
+        ("adapter|test_adapter_training.py::test_gradients_of_every_tensor",),
+        refused="Adapters stand in a UNet's blocks",
+        says="the adapter stands in the transformer blocks of the UNet",
+    ),
+)
+
+
+def function(test: str) -> ast.FunctionDef:
+    """The definition of file::name; ValueError if there is none."""
+    file, _, name = test.partition("::")
+    for node in ast.walk(ast.parse((CONTRACT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    raise ValueError(f"The table of models names {test}, which is not there; name the test that shows it.")
+
+
+def of_unets(evidence: tuple[str, ...]) -> set[str]:
+    """The UNets with which these tests run."""
+    found = set(UNETS)
+    for tests in evidence:
+        found &= {name for test in tests.split("|") for name in _unets_of(test)}
+    return found
+
+
+def _unets_of(test: str) -> set[str]:
+    from .contract.methods import METHODS
+
+    methods = {entry.name: set(entry.families) for entry in METHODS}
+    if test in methods:
+        return methods[test]
+    code = ast.unparse(function(test))
+    if "tiny_models.FAMILIES" in code:
+        return set(UNETS)
+    return {"sd2_v"} if "sd2_base" in code else {"sd1"}  # that of a Setting()
+
+
+def cells(step: Step) -> Mapping[str, str]:
+    """What is said of each model."""
+    tested = of_unets(step.unets)
+    found = {label: TESTED if name in tested else UNTESTED for name, label in UNETS.items()}
+    if step.each and not any(ast.unparse(mark) == "each_family" for mark in function(step.each).decorator_list):
+        raise ValueError(f"{step.each} does not run with each_family, but the table of models says so.")
+    for family in tiny_families.listed():
+        refused = step.refused and family not in step.able
+        found[family] = "no" if refused else TESTED if step.each else UNTESTED
+    if step.sana:
+        function(step.sana)
+    found[SANA] = "no" if step.refused else TESTED if step.sana else UNTESTED
+    return found
+
+
+def table() -> Iterator[str]:
+    """A row for each model, a column for each step, and why not below."""
+    columns = {step.name: cells(step) for step in STEPS}
+    notes = {step.name: number for number, step in enumerate((step for step in STEPS if step.refused), 1)}
+    yield "| model | " + " | ".join(columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for model in columns[STEPS[0].name]:
+        row = [said[model] if said[model] != "no" else f"no ({notes[name]})" for name, said in columns.items()]
+        yield f"| {model} | " + " | ".join(row) + " |"
+    yield ""
+    yield from (f"- {step.name}: {step.nodes}." for step in STEPS)
+    yield ""
+    yield from (f"{notes[step.name]}. {step.refused}." for step in STEPS if step.refused)
+
+
+def short() -> Iterator[str]:
+    """A row for each step, a column for each kind of model."""
+    families = len(tiny_families.listed())
+    yield f"| step | SD1.x, SD2.x, SDXL | {families} families of transformers (FLUX, Z-Image, Qwen-Image and others) |"
+    yield "|---|---|---|"
+    for step in STEPS:
+        said = cells(step)
+        untested = [label for label in UNETS.values() if said[label] != TESTED]
+        unets = "yes" if not untested else f"yes; {', '.join(untested)} in principle"
+        able = [family for family in tiny_families.listed() if said[family] == TESTED]
+        others = "yes" if len(able) == families else f"only {', '.join(able)}" if able else "no"
+        yield f"| {step.nodes} | {unets} | {others} |"
+
+
+def written(text: str, page: str) -> str:
+    """A page's text with its table made anew."""
+    begin, end = MARK.format(PAGES[page]), MARK.format("end")
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{page} has no place for the table: put {begin} and {end} around it.")
+    return "\n".join([before + begin, "", *(table() if page.startswith("docs") else short()), "", end + after])
+
+
+def main(_arguments: list[str]) -> int:
+    """Write the tables."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(written(path.read_text(encoding="utf-8"), page), encoding="utf-8")
+    return 0
