@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +45,12 @@ class SubjectMasks:
 
 def detectors() -> Names:
     """Folders in models/likeness_vision that contain a detector."""
-    return _folders(grounding.is_detector)
+    return folders.matching(folders.VISION, grounding.is_detector)
 
 
 def captioners() -> Names:
     """Folders in models/likeness_vision that contain a captioning model."""
-    return _folders(caption.is_captioner)
-
-
-def _folders(matches: Callable[[Path], bool]) -> Names:
-    return Names(name for name in folders.names(folders.VISION) if matches(folders.resolve(folders.VISION, name)))
+    return folders.matching(folders.VISION, caption.is_captioner)
 
 
 def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> SubjectMasks:

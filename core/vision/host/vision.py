@@ -88,12 +88,7 @@ class VisionModel:
 
 def vision_names() -> Names:
     """Entries of models/likeness_vision except detectors and captioning models, which other nodes load."""
-
-    def is_excluded(name: str) -> bool:
-        path = folders.resolve(folders.VISION, name)
-        return is_detector(path) or is_captioner(path)
-
-    return Names(name for name in folders.names(folders.VISION) if not is_excluded(name))
+    return folders.matching(folders.VISION, lambda path: not is_detector(path) and not is_captioner(path))
 
 
 def load_vision(path: Path) -> VisionModel:
