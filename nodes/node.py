@@ -13,7 +13,7 @@ from ..core.fit.fit import random_numbers
 from ..core.session import folders
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
-from ..core.session.texts import ascii_only
+from ..core.session.texts import ascii_only, disk_errors
 
 CHECKED = "_likeness_checked"
 
@@ -50,7 +50,7 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
-        with ascii_only(), random_numbers():
+        with ascii_only(), disk_errors(), random_numbers():
             if not schemas:
                 schemas.append(cls.define_schema())  # once: it looks for files
             given = {**dict(zip(names, arguments, strict=False)), **named}
