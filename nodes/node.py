@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..core.fit.fit import random_numbers
 from ..core.session import folders
@@ -54,7 +56,9 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
             if not schemas:
                 schemas.append(cls.define_schema())  # once: it looks for files
             given = {**dict(zip(names, arguments, strict=False)), **named}
-            return execute(cls, **checked(schemas[0], given))
+            output = execute(cls, **checked(schemas[0], given))
+            check_results(schemas[0], output)
+            return output
 
     setattr(run, CHECKED, True)
     return run
@@ -84,6 +88,19 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
         elif kind == "LATENT":
             check_axes(name, value, model)
     return found
+
+
+def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
+    """RuntimeError when a node gives numbers that are none: a picture of them is black, and every later one as well."""
+    for wanted, value in zip(schema.outputs, output.args or (), strict=False):
+        kind = wanted.get_io_type()
+        tensor = value["samples"] if kind == "LATENT" and isinstance(value, Mapping) else value
+        plain = kind in ("IMAGE", "LATENT") and isinstance(tensor, Tensor) and not tensor.is_nested
+        if plain and not bool(torch.isfinite(tensor).all()):
+            raise RuntimeError(
+                f"'{wanted.display_name}' came out with NaN or infinite numbers, expected finite ones: load the model "
+                "and the VAE in bf16 or fp32, and check that the prompts come from this model's own text encoder."
+            )
 
 
 def _value(widget: io.Input, value: Any) -> Any:

@@ -212,6 +212,7 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("strength", "mask_strength", "start_percent", "end_percent"), _is_finite),
     "control": lambda given: hasattr(given, "get_control"),
     "hooks": lambda given: hasattr(given, "hooks"),
+    "gligen": lambda given: isinstance(given, Sequence) and len(given) == 3 and hasattr(given[1], "model"),
     "area": lambda given: isinstance(given, Sequence),
     "mask": lambda given: isinstance(given, Tensor),
 }

@@ -91,6 +91,7 @@ PROMPTS = {
     **{form: [[value, {}]] for form, value in of_other_numbers(torch.ones(1, 77, 768)).items()},
     "a ControlNet that is none": prompt(control=None),
     "a hook that is none": prompt(hooks="x"),
+    "a GLIGEN without a model": prompt(gligen=("position", None, [])),
     "no area": prompt(area=None),
     "no mask": prompt(mask=None),
     "a strength of NaN": prompt(strength=NAN),
