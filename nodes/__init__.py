@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
+from importlib import import_module
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -20,6 +20,6 @@ class LikenessExtension(ComfyExtension):
         keep_log_plain()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = [importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)]
+        modules = [import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)]
         classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
         return [each for each in classes if issubclass(each, Node) and "define_schema" in vars(each)]

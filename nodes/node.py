@@ -7,13 +7,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..core.fit.fit import random_numbers
 from ..core.session import folders
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
-from ..core.session.texts import ascii_only
+from ..core.session.texts import ascii_only, disk_errors
 
 CHECKED = "_likeness_checked"
 
@@ -57,12 +59,14 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
-        with ascii_only(), random_numbers():
+        with ascii_only(), disk_errors(), random_numbers():
             if not schemas:
                 schemas.append(cls.define_schema())  # once: it looks for files
             names = (widget.id for widget in schemas[0].inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
-            return execute(cls, **checked(schemas[0], given))
+            output = execute(cls, **checked(schemas[0], given))
+            check_results(schemas[0], output)
+            return output
 
     setattr(run, CHECKED, True)
     return run
@@ -104,6 +108,19 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
         elif kind == "LATENT":
             check_axes(name, value, model)
     return found
+
+
+def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
+    """RuntimeError when a node gives numbers that are none: a picture of them is black, and every later one as well."""
+    for wanted, value in zip(schema.outputs, output.args or (), strict=False):
+        kind = wanted.get_io_type()
+        tensor = value["samples"] if kind == "LATENT" and isinstance(value, Mapping) else value
+        plain = kind in ("IMAGE", "LATENT") and isinstance(tensor, Tensor) and not tensor.is_nested
+        if plain and not bool(torch.isfinite(tensor).all()):
+            raise RuntimeError(
+                f"'{wanted.display_name}' came out with NaN or infinite numbers, expected finite ones: load the model "
+                "and the VAE in bf16 or fp32, and check that the prompts come from this model's own text encoder."
+            )
 
 
 def _value(widget: io.Input, value: Any) -> Any:

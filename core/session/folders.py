@@ -8,8 +8,9 @@ write to, so links must not lead out of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -84,6 +85,18 @@ def names(kind: Kind) -> Names:
     return Names(sorted(name for name in entries if "\\" not in name and _plain_parts(name)))
 
 
+def matching(kind: Kind, matches: Callable[[Path], bool]) -> Names:
+    """Those names() whose paths match. What cannot be used, such as a link that leads nowhere, does not: as above, the
+    lists must not prevent ComfyUI's start.
+    """
+    found = Names()
+    for name in names(kind):
+        with contextlib.suppress(OSError, ValueError):
+            if matches(resolve(kind, name)):
+                found.append(name)
+    return found
+
+
 def listed_name(kind: Kind, path: str | os.PathLike[str]) -> str:
     """The name under which names() lists a path. ValueError when the path is in none of the kind's folders."""
     real = Path(os.path.realpath(path))
@@ -106,8 +119,9 @@ def resolve(kind: Kind, name: str) -> Path:
         )
     paths = [path for root in roots(kind) if os.path.exists(path := Path(root, *parts))]
     for path in paths:
-        folder = path.is_dir()
-        if any((path / marker).is_file() for marker in kind.markers) if folder else _has_extension(kind, path.name):
+        if any((path / marker).is_file() for marker in kind.markers):
+            return path
+        if path.is_file() and _has_extension(kind, path.name):
             return path
     if paths:
         raise ValueError(

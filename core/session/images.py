@@ -15,6 +15,7 @@ from torch import Tensor
 from ..denoiser import latent_mask
 
 SMALLEST = 8  # px, one cell of the latents of most models
+OVERSHOOT = 0.5  # beyond 0 to 1: filters do so a little; bytes (0 to 255) and signed images (-1 to 1) go further
 BORDER, DOUBT = 0.55, 0.3  # shares of white along the border from which a mask is, or may be, that of surroundings
 SAME_PROPORTION = 0.02  # relative: masks and images are cropped and scaled separately, each rounded to whole pixels
 log = logging.getLogger("likeness")
@@ -27,18 +28,30 @@ def check_image(image: Tensor, name: str = "image") -> None:
         raise ValueError(
             f"{name} has shape {tuple(image.shape)}, expected [batch, height, width, 3], with colour: connect an IMAGE."
         )
-    if not image.is_floating_point():
-        raise ValueError(f"{name} holds {image.dtype}, expected numbers from 0 to 1: connect an IMAGE.")
     if min(image.shape[1:3]) < SMALLEST:
         raise ValueError(
             f"{name} has {image.shape[2]} x {image.shape[1]} pixels, expected {SMALLEST} or more on each side: connect "
             "a larger image."
         )
-    if not bool(torch.isfinite(image).all()):
-        raise ValueError(
-            f"{name} holds NaN or infinite pixels, expected numbers from 0 to 1: make the image again, with the VAE in "
-            "fp32 where it was decoded."
-        )
+    check_range(name, image, "make the image again, with the VAE in fp32 where it was decoded")
+
+
+def check_finite(name: str, value: Any, remedy: str) -> None:
+    """ValueError for anything but a plain tensor of finite numbers, in floating point of 16 bits or more."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not plain or not value.is_floating_point() or value.element_size() == 1:
+        given = f"{value.dtype} ({value.layout}, {value.device})" if isinstance(value, Tensor) else "no tensor"
+        raise ValueError(f"'{name}' holds {given}, expected plain numbers in fp16, bf16 or fp32: {remedy}.")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"'{name}' holds NaN or infinite numbers, expected finite ones: {remedy}.")
+
+
+def check_range(name: str, value: Tensor, remedy: str) -> None:
+    """ValueError for anything but finite numbers from 0 to 1, or a little beyond."""
+    check_finite(name, value, remedy)
+    low, high = (float(end) for end in value.aminmax())
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise ValueError(f"'{name}' holds numbers from {low:g} to {high:g}, expected 0 to 1: {remedy}.")
 
 
 def checked_mask(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..files import MAX_NUMBER, MAX_TEXT
-from .images import check_image
+from .images import check_finite, check_image, check_range
 
 POOLED = "pooled_output"
+ENCODE = "encode the prompt again, with the text encoder in fp32"
 SHOWN = 60  # characters of a value in a message
 
 
@@ -69,13 +70,13 @@ def check_pooled(name: str, conditioning: Sequence[Any], model: Any) -> None:
     encode = getattr(getattr(model, "model", None), "encode_adm", None)
     made_up = {"device": "cpu", "noise": torch.zeros(1, 4, 8, 8), "width": 64, "height": 64, "prompt_type": "positive"}
     for _, options in conditioning if encode else ():
-        if POOLED in options:
+        if options.get(POOLED) is not None:
             continue
         try:
             with torch.random.fork_rng(devices=[]):
                 encode(**{**options, **made_up})
         except Exception as error:  # of what else the model asks for, the session will say
-            if isinstance(error, KeyError) and error.args == (POOLED,):
+            if (POOLED in options and "NoneType" in str(error)) or error.args == (POOLED,):
                 raise ValueError(
                     f"'{name}' has no {POOLED}, expected with this model: connect a prompt of its own text encoder, as "
                     "CLIP Text Encode gives it."
@@ -129,12 +130,15 @@ def _flag(name: str, value: Any, _options: Mapping[str, Any]) -> bool:
 def _number(name: str, value: Any, options: Mapping[str, Any]) -> float:
     low, high = options.get("min"), options.get("max")
     span = "a number" if low is None or high is None else f"a number from {low:g} to {high:g}"
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not -MAX_NUMBER <= value <= MAX_NUMBER:
+    if isinstance(value, bool) or not _is_finite(value):
         raise _unfit(name, value, span, "give a finite number")
     if (low is not None and value < low) or (high is not None and value > high):
         raise _unfit(name, value, span, "change it")
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def _integer(name: str, value: Any, options: Mapping[str, Any]) -> int:
@@ -153,7 +157,8 @@ def _images(name: str, value: Any) -> None:
 def _mask(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.ndim not in (2, 3) or not value.numel():
         raise _unfit(name, value, "a mask [batch, height, width]", "connect a MASK")
-    _check_finite(name, value, "make the mask again")
+    whole = value.dtype in (torch.bool, torch.uint8, torch.int32, torch.int64) and not value.is_meta
+    check_range(name, value.float() if whole else value, "make the mask again")
 
 
 def _latent(name: str, value: Any) -> None:
@@ -162,7 +167,7 @@ def _latent(name: str, value: Any) -> None:
         return  # of a model for several media at once: the node says what it can do with it
     if not isinstance(samples, Tensor) or samples.ndim < 4 or not samples.numel():
         raise _unfit(name, samples, "a latent [batch, channels, height, width]", "connect a LATENT")
-    _check_finite(name, samples, "encode the image again, with the VAE in fp32")
+    check_finite(name, samples, "encode the image again, with the VAE in fp32")
 
 
 def _conditioning(name: str, value: Any) -> None:
@@ -173,7 +178,12 @@ def _conditioning(name: str, value: Any) -> None:
         pair = isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[1], Mapping)
         if not pair or not isinstance(entry[0], Tensor) or entry[0].ndim != 3 or not entry[0].numel():
             raise _unfit(name, entry[0] if pair else entry, expected, remedy)
-        _check_finite(name, entry[0], "encode the prompt again, with the text encoder in fp32")
+        check_finite(name, entry[0], ENCODE)
+        if entry[1].get(POOLED) is not None:
+            check_finite(f"{name}: {POOLED}", entry[1][POOLED], ENCODE)
+        for option, fits in _OPTIONS.items():
+            if option in entry[1] and not fits(entry[1][option]):
+                raise _unfit(f"{name}: {option}", entry[1][option], "what ComfyUI's own nodes attach", ENCODE)
 
 
 def _subjects(name: str, value: Any) -> None:
@@ -184,15 +194,10 @@ def _subjects(name: str, value: Any) -> None:
 def _sigmas(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.ndim != 1 or len(value) < 2:
         raise _unfit(name, value, "two noise levels or more [steps + 1]", "connect SIGMAS, from a scheduler")
-    _check_finite(name, value, "take them from a scheduler")
+    check_finite(name, value, "take them from a scheduler")
     if bool((value < 0).any()) or bool((value.diff() >= 0).any()):
         given = ", ".join(f"{float(level):g}" for level in value[:6])
         raise _unfit(name, given, "falling noise levels of 0 or more", "connect a scheduler's, do not flip or cut them")
-
-
-def _check_finite(name: str, value: Tensor, remedy: str) -> None:
-    if not bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all()):
-        raise ValueError(f"'{name}' holds NaN or infinite numbers, expected finite ones: {remedy}.")
 
 
 _WIDGETS: dict[str, Callable[[str, Any, Mapping[str, Any]], Any]] = {
@@ -202,6 +207,15 @@ _TENSORS: dict[str, Callable[[str, Any], None]] = {
     "IMAGE": _images, "MASK": _mask, "LATENT": _latent, "CONDITIONING": _conditioning, "SIGMAS": _sigmas,
     "LIKENESS_SUBJECTS": _subjects,
 }  # fmt: skip
+# Of a prompt, where ComfyUI itself uses them unseen.
+_OPTIONS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("strength", "mask_strength", "start_percent", "end_percent"), _is_finite),
+    "control": lambda given: hasattr(given, "get_control"),
+    "hooks": lambda given: hasattr(given, "hooks"),
+    "gligen": lambda given: isinstance(given, Sequence) and len(given) == 3 and hasattr(given[1], "model"),
+    "area": lambda given: isinstance(given, Sequence),
+    "mask": lambda given: isinstance(given, Tensor),
+}
 # A checkpoint without one gives nothing in its place.
 _LOADERS = {
     "CLIP": "the loaded file has none, connect Load CLIP",

@@ -12,6 +12,8 @@ import folder_paths
 from comfy_execution.graph_utils import ExecutionBlocker
 
 MAX_NAME = 200  # bytes of a part of a name; file systems allow 255, of which a number and an ending take 19
+MAX_PREFIX = 500  # characters; whole paths may have 1024 bytes on some systems
+DEVICE = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # names that Windows keeps for itself
 TRIES = 1000
 
 
@@ -34,8 +36,8 @@ def save_numbered(folder: str, prefix: str, save: Callable[[Path], None]) -> Pat
     save(path) raises FileExistsError when another process was faster: the next number is taken then. ValueError for a
     prefix that check_prefix() refuses, or a folder that cannot be written.
     """
-    for _ in range(TRIES):
-        path = numbered_path(folder, prefix)
+    for more in range(TRIES):  # some disks do not tell Subject from subject, which the number does
+        path = numbered_path(folder, prefix, more)
         try:
             save(path)
         except FileExistsError:
@@ -53,16 +55,17 @@ def check_prefix(prefix: str) -> tuple[str, ...]:
     plain = re.sub(r"%date:[^%:/\\]*%", "", prefix)
     parts = PurePosixPath(prefix.replace("\\", "/")).parts
     odd = [part for part in parts if part.startswith((".", "~")) or part != part.strip() or part.endswith(".")]
+    odd += [part for part in parts if os.name == "nt" and re.fullmatch(DEVICE, part, re.IGNORECASE)]
     forbidden = any(c in plain for c in ":\0") or (os.name == "nt" and any(c in plain for c in '<>"|?*'))
     if odd or forbidden or not parts or prefix.startswith(("/", "\\")) or any(map(_is_control, prefix)):
         raise ValueError(
             f"The file name {shown} is not a plain name below the pack's folder: use letters, digits, '-', '_' and '/'."
         )
     longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
-    if longest > MAX_NAME:
+    if longest > MAX_NAME or len(prefix) > MAX_PREFIX:
         raise ValueError(
-            f"The file name {shown} is not a plain name that a disk can hold: a part has {longest} bytes: shorten "
-            f"it to {MAX_NAME}."
+            f"The file name {shown} is not a plain name that a disk can hold: it has {len(prefix)} characters, a part "
+            f"{longest} bytes: shorten it to {MAX_PREFIX}, each part to {MAX_NAME}."
         )
     return parts
 
@@ -79,8 +82,10 @@ def prefix_answer(prefix: str | None) -> bool | str:
         return str(error)
 
 
-def numbered_path(folder: str, prefix: str) -> Path:
-    """The next free path of a prefix. ValueError as save_numbered(), and for what would leave the folder by a link."""
+def numbered_path(folder: str, prefix: str, more: int = 0) -> Path:
+    """The next free path of a prefix, or so many numbers later. ValueError as save_numbered(), and for what would leave
+    the folder by a link.
+    """
     name = "/".join(check_prefix(prefix))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -92,7 +97,7 @@ def numbered_path(folder: str, prefix: str) -> Path:
             f"The folder {ascii(folder)} cannot be written ({error.strerror or type(error).__name__}): allow it, or "
             "name another one in extra_model_paths.yaml."
         ) from error
-    path = os.path.join(directory, f"{stem}_{counter:05}_.safetensors")
+    path = os.path.join(directory, f"{stem}_{counter + more:05}_.safetensors")
     _refuse_outside(root, path, prefix)
     return Path(path)
 

@@ -30,6 +30,21 @@ def ascii_only() -> Iterator[None]:
         raise replaced(plain(str(error))).with_traceback(error.__traceback__) from None
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """An error of the disk leaves as a sentence; those of the pack's own, which have no number, as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        name = str(error.filename or "A file")
+        raise RuntimeError(
+            f"{name} cannot be read or written ({error.strerror}): make room on that disk, or let ComfyUI use the file "
+            "and its folder, then queue again."
+        ) from error
+
+
 def _beyond_ascii(error: BaseException | None) -> bool:
     """Whether this error, or one that stands behind it in a traceback, has such a text."""
     seen: set[int] = set()

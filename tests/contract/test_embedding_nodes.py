@@ -261,10 +261,12 @@ def test_where_the_end_of_a_prompt_cannot_be_told_apply_says_so_too(caplog):
     assert "this prompt of 154 tokens ends cannot be told" in caplog.text
 
 
-def test_a_prompt_without_its_pooled_output_is_refused():
+@pytest.mark.parametrize("none", [False, True])
+def test_a_prompt_without_its_pooled_output_is_refused(none):
     setting = Setting("sdxl")
     rows, options = setting.source[0]
-    bare = [[rows, {name: value for name, value in options.items() if name != "pooled_output"}]]
+    others = {name: value for name, value in options.items() if name != "pooled_output"}
+    bare = [[rows, {**others, "pooled_output": None} if none else others]]
     with pytest.raises(ValueError, match="'positive' has no pooled_output, expected with this model: connect"):
         train(setting, positive=bare, preview_steps=0)
 

@@ -50,6 +50,14 @@ def distance(setting, found) -> float:
     return float((found - setting.latent["samples"]).square().mean().sqrt())
 
 
+def test_predictions_without_numbers_give_no_result():
+    """As a model in fp16 has them that overflows."""
+    setting = Setting()
+    huge = [[1e25 * setting.source[0][0], setting.source[0][1]]]
+    with pytest.raises(RuntimeError, match="came out with NaN or infinite numbers, expected finite ones: load the"):
+        invert(setting, positive=huge)
+
+
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_the_picture_comes_back_without_guidance_and_the_fixed_point_is_exact(family):
     setting = calm(Setting(family))

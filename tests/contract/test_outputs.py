@@ -14,7 +14,7 @@ from likeness.core.session.outputs import check_prefix, numbered_path, prefix_an
 REFUSED = [
     *("", "/", "a/../b", "..", "/etc/x", "\\\\server\\x", "C:\\x", "C:x", "x:stream", "%date:C:%", "x%date:s"),
     *(".hidden/x", "a/.x", "~/x", "~name", "a\0b", "a\nb", "a /b", "a./b", "\ud800"),
-    *("x" * 201, "\u00e9" * 150, "\U0001f415" * 70, f"{'x' * 201}/a"),
+    *("x" * 201, "\u00e9" * 150, "\U0001f415" * 70, f"{'x' * 201}/a", "/".join(["x" * 100] * 6)),
 ]
 TAKEN = [
     "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
@@ -58,6 +58,26 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "models").write_text("a file")
     with pytest.raises(ValueError, match="cannot be written .*: allow it, or"):
         numbered_path(str(tmp_path / "models"), "x")
+
+
+def test_names_that_windows_keeps_for_itself_are_refused_there(monkeypatch):
+    names = ("con", "a/NUL", "com1.x/a", "Aux.dog")
+    assert [check_prefix(name) for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr("likeness.core.session.outputs.os.name", "nt")
+        answers = [prefix_answer(name) for name in names]
+    assert all("is not a plain name" in str(answer) for answer in answers)
+
+
+def test_a_disk_that_does_not_tell_upper_from_lower_case_loses_no_file(tmp_path):
+    (tmp_path / "Dog_00001_.safetensors").touch()
+
+    def save(path: Path) -> None:
+        if path.name.lower() in [each.name.lower() for each in tmp_path.iterdir()]:
+            raise FileExistsError(path)
+        path.touch()
+
+    assert save_numbered(str(tmp_path), "dog", save).name == "dog_00002_.safetensors"
 
 
 def test_two_that_save_at_once_lose_no_file(tmp_path):

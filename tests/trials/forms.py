@@ -17,6 +17,20 @@ def _with(shape: tuple[int, ...], value: float) -> Tensor:
     return tensor
 
 
+def of_other_numbers(tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor in forms that no node computes with."""
+    return {
+        "8-bit floats": tensor.to(torch.float8_e4m3fn),
+        "complex": tensor.to(torch.complex64),
+        "without data": tensor.to("meta"),
+        "sparse": tensor.to_sparse(),
+    }
+
+
+def prompt(**options: Any) -> list[Any]:
+    return [[torch.zeros(1, 77, 768), options]]
+
+
 class Other:
     """An object of no use."""
 
@@ -35,6 +49,10 @@ IMAGES = {
     "NaN": _with((1, 64, 64, 3), NAN),
     "infinite": _with((1, 64, 64, 3), INF),
     "bytes": torch.full((1, 64, 64, 3), 128, dtype=torch.uint8),
+    "two channels": torch.rand(1, 64, 64, 2),
+    "0 to 255": torch.full((1, 64, 64, 3), 128.0),
+    "-1 to 1": _with((1, 64, 64, 3), -1.0),
+    **of_other_numbers(torch.ones(1, 64, 64, 3)),
 }
 MASKS = {
     "nothing like it": "a dog",
@@ -43,6 +61,10 @@ MASKS = {
     "no pixels": torch.ones(1, 0, 64),
     "an empty batch": torch.ones(0, 64, 64),
     "NaN": _with((1, 64, 64), NAN),
+    "bytes": torch.full((1, 64, 64), 255, dtype=torch.uint8),
+    "0 to 255": torch.full((1, 64, 64), 255.0),
+    "-1 to 1": _with((1, 64, 64), -1.0),
+    **of_other_numbers(torch.ones(1, 64, 64)),
 }
 LATENTS = {
     "nothing like it": "a dog",
@@ -53,6 +75,8 @@ LATENTS = {
     "three axes": {"samples": torch.zeros(4, 12, 12)},
     "an empty batch": {"samples": torch.zeros(0, 4, 8, 8)},
     "NaN": {"samples": _with((1, 4, 8, 8), NAN)},
+    "whole numbers": {"samples": torch.ones(1, 4, 8, 8, dtype=torch.int64)},
+    **{form: {"samples": value} for form, value in of_other_numbers(torch.ones(1, 4, 8, 8)).items()},
 }
 PROMPTS = {
     "nothing like it": "a dog",
@@ -63,6 +87,19 @@ PROMPTS = {
     "an empty table": [[torch.zeros(1, 0, 768), {}]],
     "no options": [[torch.zeros(1, 77, 768), None]],
     "NaN": [[_with((1, 77, 768), NAN), {}]],
+    "whole numbers": [[torch.ones(1, 77, 768, dtype=torch.int32), {}]],
+    **{form: [[value, {}]] for form, value in of_other_numbers(torch.ones(1, 77, 768)).items()},
+    "a ControlNet that is none": prompt(control=None),
+    "a hook that is none": prompt(hooks="x"),
+    "a GLIGEN without a model": prompt(gligen=("position", None, [])),
+    "no area": prompt(area=None),
+    "no mask": prompt(mask=None),
+    "a strength of NaN": prompt(strength=NAN),
+    "a mask's strength of no kind": prompt(mask=torch.ones(1, 8, 8), mask_strength=None),
+    "an infinite end": prompt(start_percent=0.0, end_percent=INF),
+    "a start that is a text": prompt(start_percent="a", end_percent=1.0),
+    "a pooled output of NaN": prompt(pooled_output=_with((1, 768), NAN)),
+    "a pooled output of no kind": prompt(pooled_output=[0.5]),
 }
 SIGMAS = {
     "nothing like it": "a dog",
@@ -75,6 +112,8 @@ SIGMAS = {
     "negative": torch.tensor([1.0, -1.0]),
     "NaN": torch.tensor([14.0, NAN, 0.0]),
     "infinite": torch.tensor([INF, 1.0, 0.0]),
+    "whole numbers": torch.tensor([14, 1, 0]),
+    **of_other_numbers(torch.tensor([14.0, 1.0, 0.0])),
 }
 NUMBERS = {"a text": "five", "nothing": None, "NaN": NAN, "infinite": -INF, "a list": [1], "beyond all": 10**400}
 OBJECTS = {"a text": "a dog", "a number": 5, "an object of no use": Other(), "a tensor": torch.zeros(2)}

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 
-from likeness.core.session.texts import LOGGER, ascii_only, keep_log_plain, plain
+from likeness.core.session.texts import LOGGER, ascii_only, disk_errors, keep_log_plain, plain
 
 TEXTS = ["\ud800", "\u4e00\u53ea\u72d7\u5728\u8349\u5730\u4e0a", "\u0643\u0644\u0628", "\U0001f415", "dog"]
 
@@ -31,6 +31,22 @@ def test_an_ascii_error_keeps_its_causes():
     with pytest.raises(ValueError) as caught, ascii_only():  # noqa: PT011
         raise ValueError("plain") from KeyError("cause")
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+DISK = {
+    "not allowed": PermissionError(13, "Permission denied", "/models/a.tmp"),
+    "full": OSError(28, "No space left on device"),
+    "gone": FileNotFoundError(2, "No such file or directory", "/models/a"),
+}
+
+
+@pytest.mark.parametrize("name", DISK)
+def test_an_error_of_the_disk_leaves_as_a_sentence(name):
+    said = r"(/models/a.*|A file) cannot be read or written \(.*\): make room"
+    with pytest.raises(RuntimeError, match=said), ascii_only(), disk_errors():
+        raise DISK[name]
+    with pytest.raises(FileNotFoundError, match="put it there"), disk_errors():
+        raise FileNotFoundError("There is no 'a': put it there.")
 
 
 def test_an_interrupt_passes_as_it_is():

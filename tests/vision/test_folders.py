@@ -133,6 +133,28 @@ def test_a_link_that_leads_nowhere_is_said(root):
         folders.resolve(EMBEDDINGS, "a.safetensors")
 
 
+def test_what_cannot_be_read_prevents_no_list(root):
+    """The lists are made while ComfyUI loads the pack."""
+    folder = root / VISION.folder
+    os.symlink(root / "gone", folder / "broken.safetensors")
+    os.symlink(folder / "loop.safetensors", folder / "loop.safetensors")
+    (folder / "a folder.safetensors").mkdir()
+    os.symlink(root / "gone", touch(folder / "half/other.json").with_name("config.json"))
+    touch(folder / "odd/config.json").write_bytes(b"\xff")
+    touch(folder / "clip.safetensors")
+    assert (
+        vision_names() == ["clip.safetensors", "odd"] and vision_names(is_detector) == vision_names(is_captioner) == []
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_no_file_and_is_never_waited_for(root):
+    os.mkfifo(root / VISION.folder / "a.safetensors")
+    assert vision_names() == []
+    with pytest.raises(ValueError, match="'a.safetensors' .* was given, but a .safetensors file"):
+        folders.resolve(VISION, "a.safetensors")
+
+
 def test_linked_model_folder_works(root, tmp_path_factory, monkeypatch):
     real = tmp_path_factory.mktemp("real")
     path = touch(real / "a.safetensors")

@@ -45,7 +45,10 @@ def test_a_mask_that_does_not_fit_is_refused_with_given_expected_and_remedy(mask
         (torch.zeros(8, 8, 3), r"photo has shape \(8, 8, 3\), expected \[batch, height, width, 3\].*connect"),
         (torch.zeros(0, 8, 8, 3), "photo has shape"),
         (torch.zeros(1, 8, 8, 1), "photo has shape.*with colour"),
-        (torch.full((1, 8, 8, 3), float("inf")), "photo holds NaN or infinite pixels, expected.*make the image again"),
+        (
+            torch.full((1, 8, 8, 3), float("inf")),
+            "'photo' holds NaN or infinite numbers.*make the image again",
+        ),
     ],
 )
 def test_an_image_that_is_none_is_refused(image, message):

@@ -131,8 +131,7 @@ class SanaModels:
 
 def sana_names() -> Names:
     """Folders in models/diffusers that contain Sana."""
-    names = folders.names(folders.DIFFUSERS)
-    return Names(n for n in names if sana.pipeline_of(folders.resolve(folders.DIFFUSERS, n)) == sana.PIPELINE)
+    return folders.matching(folders.DIFFUSERS, lambda path: sana.pipeline_of(path) == sana.PIPELINE)
 
 
 def sana_state(name: str | None) -> str:

@@ -91,7 +91,7 @@ def is_vision_model(path: Path) -> bool:
 
 def vision_names(matches: Callable[[Path], bool] = is_vision_model) -> Names:
     """The entries of models/likeness_vision that match."""
-    return Names(name for name in folders.names(folders.VISION) if matches(folders.resolve(folders.VISION, name)))
+    return folders.matching(folders.VISION, matches)
 
 
 def load_vision(path: Path) -> VisionModel:
