@@ -61,6 +61,13 @@ class Settings:
     sampling_steps: int = 10
 
 
+WORLDS = {
+    "unet": Settings(),
+    # The published settings of SDXL-turbo: the whole image has a gradient.
+    "turbo": Settings(weight_decay=1e-2, steps=1, grad_steps=1, patience=7, cfg=1.0, sampling_steps=4),
+}
+
+
 @dataclass(frozen=True)
 class Arm:
     """A way of training: how much each vision model counts, and whether the prompt is the bare one."""
@@ -122,10 +129,10 @@ class HostedVAE:
 class Bench(subjects.Bench):
     """The pack's own optimisation on toyworld."""
 
-    def __init__(self, base: Path, settings: Any) -> None:
+    def __init__(self, base: Path, settings: Any, world: str = subjects.WORLDS[0]) -> None:
         from ..core.vision.host.vision import load_vision
 
-        super().__init__()
+        super().__init__(world)
         self.settings = settings
         folders = build_vision_folders(base / "vision")
         with torch.inference_mode():
@@ -229,13 +236,13 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
     options = {"--ablations": {"type": int, "default": 16, "help": "subjects of the other ways of training"}}
-    run = frame.Run("effect_siso", arguments, Settings(), options, subjects=16)
+    run = frame.Run("effect_siso", arguments, WORLDS, options, subjects=16)
     cases = run.chosen(subjects.cases)
     pairs = [Trained(case, FULL) for case in cases]
     pairs += [Trained(case, arm) for case in cases[: run.options.ablations] for arm in ARMS if arm is not FULL]
     rows = run.rows(
         pairs,
-        lambda: Bench(run.base, run.settings),
+        lambda: Bench(run.base, run.settings, run.world),
         Bench.row,
         lambda trained: {"arm": trained.arm.name, "subject": trained.case.label},
     )

@@ -32,6 +32,7 @@ import torch
 from ..core.vision.measures import paired_interval
 from . import hosting
 
+HELP = ("-h", "--help")  # for the whole command line, not for the world alone
 Rows = list[dict[str, Any]]
 
 
@@ -51,8 +52,9 @@ def write(path: Path | None, content: Any) -> None:
 class Run:
     """One run of a benchmark, from its command line to its exit code.
 
-    Every field of `settings`, a frozen dataclass, becomes an option; a field's metadata goes to argparse. `count` names
-    the cases and says how many there are by default (subjects=16). ComfyUI is started here, so that what needs it is
+    Every field of `settings`, a frozen dataclass, becomes an option; a field's metadata goes to argparse. With settings
+    for several worlds, by name, the option --world chooses among them. `count` names the cases and says how many there
+    are by default (subjects=16). ComfyUI is started here, so that what needs it is
     imported afterwards.
     """
 
@@ -66,6 +68,11 @@ class Run:
         **count: int,
     ) -> None:
         parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
+        self.world = ""
+        if isinstance(settings, Mapping):
+            parser.add_argument("--world", choices=tuple(settings), default=next(iter(settings)))
+            self.world = vars(parser.parse_known_args([each for each in arguments if each not in HELP])[0])["world"]
+            settings = settings[self.world]
         for each, default in count.items():
             parser.add_argument(f"--{each}", dest="count", type=int, default=default)
             parser.add_argument("--first", type=int, default=0, help="skip so many of them")
@@ -131,7 +138,8 @@ class Run:
         """Show the summary, store it with settings, seeds and rows (flat: its entries beside them); the exit code says
         whether the gates held."""
         say(json.dumps(summary, indent=1))
-        stored = {**(settings or asdict(self.settings)), "seeds": self.seeds}
+        world = {"world": self.world} if self.world else {}
+        stored = {**world, **(settings or asdict(self.settings)), "seeds": self.seeds}
         write(self.options.out, {"settings": stored, **(summary if flat else {"summary": summary}), "rows": rows})
         return int(not (summary["gates held"] if held is None else held))
 

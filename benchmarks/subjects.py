@@ -22,6 +22,7 @@ from . import hosting
 
 SIDE = 96
 FIRST_SEED = 800_000
+WORLDS = ("unet", "turbo")  # the generator of many steps, and its student of one to four at cfg 1
 ATTRIBUTES = {"class": world.CLASSES, "texture": world.TEXTURES, "background": tuple(world.BACKGROUNDS)}
 
 
@@ -91,8 +92,8 @@ def rendered(identity: Any, place: str, *seeds: int) -> torch.Tensor:
 class Bench:
     """Toyworld's models and measures; a benchmark adds the pack's own code on them."""
 
-    def __init__(self) -> None:
-        self.world = narrow.load_narrow()
+    def __init__(self, world: str = WORLDS[0]) -> None:
+        self.world = narrow.load_narrow(student=world == "turbo")
         self.judge, self.measure, self.scorer = load_judge(), load_model("measure"), load_model("clip")
 
     def conditioning(self, prompt: str) -> list:
@@ -102,9 +103,9 @@ class Bench:
         """The one image of the subject [1, 96, 96, 3]."""
         return rendered(case.identity, case.source_place, case.seed)
 
-    def sigmas(self, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
-        """The levels of a sampling."""
-        return hosting.levels(self.world.model, steps, scheduler)
+    def sigmas(self, steps: int, scheduler: str = "") -> torch.Tensor:
+        """The levels of a sampling, by the world's own scheduler if none is named."""
+        return hosting.levels(self.world.model, steps, scheduler or self.world.scheduler)
 
     def noise(self, seed: int, count: int, width: int = SIDE) -> torch.Tensor:
         """[count, 4, 12, width / 8]."""
@@ -124,7 +125,7 @@ class Bench:
 
         noise = self.noise(seed, settings.samples if count is None else count, width)
         latents = comfy.sample.sample(
-            model, noise, settings.sampling_steps, settings.cfg, "euler", "ddim_uniform", positive,
+            model, noise, settings.sampling_steps, settings.cfg, "euler", self.world.scheduler, positive,
             self.conditioning(""), torch.zeros_like(noise), disable_pbar=True, seed=seed,
         )  # fmt: skip
         return self.decoded(latents)
