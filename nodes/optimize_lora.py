@@ -67,13 +67,14 @@ class LikenessOptimizeLora(Node):
         image=None,
         mask=None,
         layers=ATTENTION,
+        noise="same",
         **settings,
     ) -> io.NodeOutput:
         job = host.SisoJob(
             host.Generator(model, vae, positive, negative, clip, prompt),
             similarity,
             host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
-            host.SisoPlan(iterations, rank, keep, checkpointing, layers),
+            host.SisoPlan(iterations, rank, keep, checkpointing, layers, noise == "new"),
             siso.SisoSettings(**settings),
             background(image, mask, background_weight),
         )
@@ -196,5 +197,12 @@ def _optional_inputs() -> list[io.Input]:
                 optional=True,
             ),
             inputs.layers("those of the attention (of FLUX.1 also some others, as in the authors' script)"),
+            inputs.choice(
+                "noise",
+                ("same", "new"),
+                "same: every iteration has the noise of the seed, as SISO. new: each has another one, so that the LoRA "
+                "also works from other seeds; all iterations run, and the last one's LoRA is returned.",
+                optional=True,
+            ),
         ),
     ]
