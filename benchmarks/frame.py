@@ -76,6 +76,8 @@ class Run:
         for each, default in count.items():
             parser.add_argument(f"--{each}", dest="count", type=int, default=default)
             parser.add_argument("--first", type=int, default=0, help="skip so many of them")
+            if each == "subjects":
+                parser.add_argument("--harder", action="store_true", help="those with fine parts, and their own judge")
             parser.add_argument("--rows", type=Path, help="store each row here, and go on from them; or finished .json")
             parser.add_argument("--runs", type=Path, help="keep finished trainings here, and take them from here")
         for each, how in (options or {}).items():
@@ -92,9 +94,10 @@ class Run:
         hosting.keep_runs(getattr(self.options, "runs", None))
         self.seeds: list[int] = []
 
-    def chosen(self, cases: Callable[[int], list[Any]]) -> list[Any]:
-        """The cases that the options ask for; `cases` gives the first so many."""
-        return cases(self.options.first + self.options.count)[self.options.first :]
+    def chosen(self, cases: Callable[..., list[Any]]) -> list[Any]:
+        """The cases that the options ask for; `cases` gives the first so many, with harder=True of the harder ones."""
+        harder = {"harder": True} if getattr(self.options, "harder", False) else {}
+        return cases(self.options.first + self.options.count, **harder)[self.options.first :]
 
     def rows(
         self,
@@ -139,6 +142,8 @@ class Run:
         whether the gates held."""
         say(json.dumps(summary, indent=1))
         world = {"world": self.world} if self.world else {}
+        if getattr(self.options, "harder", False):
+            world["harder"] = True
         stored = {**world, **(settings or asdict(self.settings)), "seeds": self.seeds}
         write(self.options.out, {"settings": stored, **(summary if flat else {"summary": summary}), "rows": rows})
         return int(not (summary["gates held"] if held is None else held))

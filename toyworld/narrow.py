@@ -58,6 +58,11 @@ class NarrowWorld:
     vae: NarrowVAE
     tokenizer: object
     scheduler: str = "ddim_uniform"  # the levels of noise that it is sampled at
+    channels: int = autoencoder.CHANNELS
+
+    def conditioning(self, prompt: str) -> list:
+        """CONDITIONING of a prompt."""
+        return [[self.encode(prompt), {}]]
 
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
