@@ -14,7 +14,11 @@ the judge's mask, since this DINO knows nothing else.
 - Text: the scorer's cosine with the prompt. The scorer is the CLIP of the loss; the arm with DINO alone is free of it.
 - Obeyed: the judge sees the class and the place.
 
+The one-step student is trained from one noise, as published, and with a new noise in every iteration, which is judged.
+
     python toolbox/_load.py benchmarks.effect_siso --rows ROWS.jsonl --out benchmarks/results/effect_siso.json
+    python toolbox/_load.py benchmarks.effect_siso --world turbo --ablations 8 \
+        --out benchmarks/results/effect_siso_turbo.json
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from ..toyworld.widen import SD15_LATENT_SCALE
 from . import frame, subjects
 from .subjects import Case
 
-WON_GATE, TEXT_GATE = 0.80, 0.10
+WON_GATE, TEXT_GATE, RISE_GATE = 0.80, 0.10, 0.25
 STUDIO = "studio"
 SCORES = ("identity", "dino", "clip", "text", "obeyed")
 PAIRS = {
@@ -241,14 +245,19 @@ def summary(rows: frame.Rows, judged: str) -> dict[str, Any]:
     mean, gain = found[judged]["mean"], found[judged]["minus base"]
     identity = gain["optimised"]["identity"]
     lost = {kind: 1 - mean[kind]["text"] / mean[PAIRS[kind]]["text"] for kind in ("optimised", "reused")}
-    gates = {
-        "identity rises": identity["low"] > 0 and identity["share_won"] >= WON_GATE,
-        "text falls by less than a tenth": lost["optimised"] < TEXT_GATE,
-        "identity above the base when reused": gain["reused"]["identity"]["low"] > 0,
-    }
-    if judged == NEW.name:
-        other = gain["reused, other noise"]["identity"]
-        gates["and from other noise"] = other["low"] > 0 and other["share_won"] >= WON_GATE
+    again, elsewhere = gain["reused"]["identity"], gain["reused, other noise"]["identity"]
+    if judged == FULL.name:
+        gates = {
+            "identity rises": identity["low"] > 0 and identity["share_won"] >= WON_GATE,
+            "text falls by less than a tenth": lost["optimised"] < TEXT_GATE,
+            "identity above the base when reused": again["low"] > 0,
+        }
+    else:
+        gates = {
+            "identity rises by a quarter": identity["mean"] >= RISE_GATE and identity["low"] > 0,
+            "and in another prompt": again["low"] > 0 and again["share_won"] >= WON_GATE,
+            "and there from other noise": elsewhere["low"] > 0,
+        }
     return frame.gated({"arms": found, "judged": judged, "text lost": lost}, gates)
 
 
