@@ -126,13 +126,16 @@ class Bench(subjects.Bench):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
-        sampler, nothing = comfy.samplers.sampler_object("euler"), torch.zeros_like(start)
-        return self.world.vae.decode(guider.sample(nothing, start, sampler, self.levels, disable_pbar=True, seed=0))
+        latent, noise = start
+        sampler, given = comfy.samplers.sampler_object("euler"), noise.generate_noise(latent)
+        made = guider.sample(given, latent["samples"], sampler, self.levels, disable_pbar=True, seed=0)
+        return self.world.vae.decode(made)
 
     def row(self, scene: Scene) -> dict[str, Any]:
         """All ways back to one scene."""
         from ..core.inversion.host.ddim import invert_image, start_of
         from ..core.inversion.host.null_text import prepare_reconstruction
+        from ..core.session.images import ImageSource
 
         model, cfg, positive = self.world.model, self.settings.cfg, self.conditioning(scene.caption)
 
@@ -144,9 +147,9 @@ class Bench(subjects.Bench):
             row: dict[str, Any] = {ROUND_TRIP: psnr(self.world.vae.decode(latent["samples"]))}
         for label in reversed(LABELS):
             trajectory, cost = self.measured(
-                invert_image, model, positive, latent, None, None, self.levels, label, ITERATIONS
+                invert_image, model, positive, ImageSource(latent), self.levels, label, ITERATIONS
             )
-            start = start_of(model, trajectory)[0]["samples"]
+            start = start_of(model, trajectory)
             row[f"{label}, unguided"] = {"psnr": psnr(self.again(model, positive, self.empty, start, 1.0)), **cost}
         row["plain"] = {"psnr": psnr(self.again(model, positive, self.empty, start, cfg))}
         for name in self.settings.ways:
