@@ -42,10 +42,10 @@ class Settings:
     steps: int = 20
 
 
-def cases(count: int) -> list[Case]:
+def cases(count: int, harder: bool = False) -> list[Case]:
     """The first `count` held-out subjects; only such that no training has seen in any place."""
     found = []
-    for index, case in enumerate(subjects.cases(2 * count)):
+    for index, case in enumerate(subjects.cases(2 * count, harder)):
         key, first = case.identity, 830_000 + 1000 * index
         drawn = (world.identity(first + number, key.cls, key.color, key.texture) for number in range(1000))
         identity = next(filter(for_checking, drawn), None)  # a plain subject may have no variant that was kept

@@ -37,11 +37,14 @@ class Settings:
     sampling_steps: int = 20
 
 
+WORLDS = {"unet": Settings(), "flow": Settings()}
+
+
 class Bench(subjects.Bench):
     """The pack's own training on toyworld."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
+    def __init__(self, settings: Settings, world: str = subjects.NARROW[0]) -> None:
+        super().__init__(world)
         self.settings = settings
 
     @torch.inference_mode()
@@ -117,14 +120,14 @@ def sweep(found: list[dict[tuple[int, int, float], dict[str, float]]]) -> list[d
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
     options = {"--sweep": {"action": "store_true", "help": "vary tokens, steps and scale instead"}}
-    run = frame.Run("effect_hiper", arguments, Settings(), options, subjects=24)
+    run = frame.Run("effect_hiper", arguments, WORLDS, options, subjects=24)
     chosen, settings = run.chosen(subjects.cases), {"subjects": run.options.count, **asdict(run.settings)}
     if run.options.sweep:
-        bench = Bench(run.settings)
+        bench = Bench(run.settings, run.world)
         points = sweep([bench.swept(case) for case in chosen])
         frame.say("\n".join(map(json.dumps, points)))
         seeds = [case.seed for case in chosen]
         frame.write(run.options.out, {"settings": {**settings, "seeds": seeds}, "points": points})
         return 0
-    rows = run.rows(chosen, lambda: Bench(run.settings), Bench.row)
+    rows = run.rows(chosen, lambda: Bench(run.settings, run.world), Bench.row)
     return run.judged(rows, summary(rows), settings=settings)

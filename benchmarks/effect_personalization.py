@@ -30,6 +30,9 @@ class Settings(effect_sine.Settings):
     omega: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
 
 
+WORLDS = {"unet": Settings(), "flow": Settings()}
+
+
 class Bench(effect_sine.Bench):
     """The pack's own fine-tuning and guidance on toyworld."""
 
@@ -67,6 +70,6 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
-    run = frame.Run("effect_personalization", arguments, Settings(), subjects=16)
-    rows = run.rows(run.chosen(effect_sine.edits), lambda: Bench(run.settings), Bench.scored_models)
+    run = frame.Run("effect_personalization", arguments, WORLDS, subjects=16)
+    rows = run.rows(run.chosen(effect_sine.edits), lambda: Bench(run.settings, run.world), Bench.scored_models)
     return run.judged(rows, summary(rows))

@@ -57,6 +57,9 @@ class Settings:
     K: int = 400
 
 
+WORLDS = {"unet": Settings(), "flow": Settings()}
+
+
 @dataclass(frozen=True)
 class Edit:
     """A held-out subject in its place, and the texture that it shall have instead."""
@@ -81,10 +84,10 @@ class Edit:
         return self.case.class_prompt(word="sks ")
 
 
-def edits(count: int) -> list[Edit]:
+def edits(count: int, harder: bool = False) -> list[Edit]:
     """The first `count` held-out subjects, each with a pattern that it does not have."""
     found = []
-    for index, case in enumerate(subjects.cases(count)):
+    for index, case in enumerate(subjects.cases(count, harder)):
         others = [name for name in ("striped", "spotted", "checkered") if name != case.identity.texture]
         found.append(Edit(case, others[index % len(others)]))
     return found
@@ -93,8 +96,8 @@ def edits(count: int) -> list[Edit]:
 class Bench(subjects.Bench):
     """The pack's own fine-tuning and guidance on toyworld."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
+    def __init__(self, settings: Settings, world: str = subjects.NARROW[0]) -> None:
+        super().__init__(world)
         self.settings = settings
 
     @torch.inference_mode()
@@ -226,9 +229,11 @@ def sweep(rows: frame.Rows, how: Settings) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
     options = {"--sweep": {"type": Path, "help": "vary K and v too, write the curves as JSON"}}
-    run = frame.Run("effect_sine", arguments, Settings(), options, subjects=16)
+    run = frame.Run("effect_sine", arguments, WORLDS, options, subjects=16)
     swept = run.options.sweep is not None
-    rows = run.rows(run.chosen(edits), lambda: Bench(run.settings), lambda bench, edit: bench.row(edit, swept))
+    rows = run.rows(
+        run.chosen(edits), lambda: Bench(run.settings, run.world), lambda bench, edit: bench.row(edit, swept)
+    )
     held = True
     if swept:
         curves = sweep(rows, run.settings)

@@ -31,6 +31,7 @@ import torch
 
 from . import hosting
 
+HELP = ("-h", "--help")  # for the whole command line, not for the world alone
 Rows = list[dict[str, Any]]
 
 
@@ -50,8 +51,9 @@ def write(path: Path | None, content: Any) -> None:
 class Run:
     """One run of a benchmark, from its command line to its exit code.
 
-    Every field of `settings`, a frozen dataclass, becomes an option; a field's metadata goes to argparse. `count` names
-    the cases and says how many there are by default (subjects=16). ComfyUI is started here, so that what needs it is
+    Every field of `settings`, a frozen dataclass, becomes an option; a field's metadata goes to argparse. With settings
+    for several worlds, by name, the option --world chooses among them. `count` names the cases and says how many there
+    are by default (subjects=16). ComfyUI is started here, so that what needs it is
     imported afterwards.
     """
 
@@ -65,9 +67,16 @@ class Run:
         **count: int,
     ) -> None:
         parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
+        self.world = ""
+        if isinstance(settings, Mapping):
+            parser.add_argument("--world", choices=tuple(settings), default=next(iter(settings)))
+            self.world = vars(parser.parse_known_args([each for each in arguments if each not in HELP])[0])["world"]
+            settings = settings[self.world]
         for each, default in count.items():
             parser.add_argument(f"--{each}", dest="count", type=int, default=default)
             parser.add_argument("--first", type=int, default=0, help="skip so many of them")
+            if each == "subjects":
+                parser.add_argument("--harder", action="store_true", help="those with fine parts, and their own judge")
             parser.add_argument("--rows", type=Path, help="store each row here, and go on from them; or finished .json")
             parser.add_argument("--runs", type=Path, help="keep finished trainings here, and take them from here")
         for each, how in (options or {}).items():
@@ -84,9 +93,10 @@ class Run:
         hosting.keep_runs(getattr(self.options, "runs", None))
         self.seeds: list[int] = []
 
-    def chosen(self, cases: Callable[[int], list[Any]]) -> list[Any]:
-        """The cases that the options ask for; `cases` gives the first so many."""
-        return cases(self.options.first + self.options.count)[self.options.first :]
+    def chosen(self, cases: Callable[..., list[Any]]) -> list[Any]:
+        """The cases that the options ask for; `cases` gives the first so many, with harder=True of the harder ones."""
+        harder = {"harder": True} if getattr(self.options, "harder", False) else {}
+        return cases(self.options.first + self.options.count, **harder)[self.options.first :]
 
     def rows(
         self,
@@ -130,7 +140,10 @@ class Run:
         """Show the summary, store it with settings, seeds and rows (flat: its entries beside them); the exit code says
         whether the gates held."""
         say(json.dumps(summary, indent=1))
-        stored = {**(settings or asdict(self.settings)), "seeds": self.seeds}
+        world = {"world": self.world} if self.world else {}
+        if getattr(self.options, "harder", False):
+            world["harder"] = True
+        stored = {**world, **(settings or asdict(self.settings)), "seeds": self.seeds}
         write(self.options.out, {"settings": stored, **(summary if flat else {"summary": summary}), "rows": rows})
         return int(not (summary["gates held"] if held is None else held))
 

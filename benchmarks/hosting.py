@@ -43,14 +43,15 @@ def keep_runs(folder: Path | None) -> None:
         folder_paths.set_user_directory(str(folder.resolve()))
 
 
-def small_world(base: Path):
-    """MODEL, CLIP and VAE of toyworld, through ComfyUI's own checkpoint loader."""
+def small_world(base: Path, name: str = ""):
+    """MODEL, CLIP and VAE of toyworld, or of another of its generators, through ComfyUI's own checkpoint loader."""
     import comfy.sd
     import torch
 
-    from ..toyworld.build import build_checkpoint
+    from ..toyworld import build
 
-    path = build_checkpoint(base / "models" / "checkpoints" / CHECKPOINT)
+    path = base / "models" / "checkpoints" / (build.OTHER.format(name) if name else CHECKPOINT)
+    path = build.write(dict(build.other_checkpoints())[name], path) if name else build.build_checkpoint(path)
     with torch.inference_mode():
         return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
 

@@ -7,14 +7,16 @@ cosine with a prompt.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..toyworld import narrow, world
+from ..toyworld import comfyui, fine, narrow, world
 from ..toyworld.judge import load_judge, subject_crop
 from ..toyworld.train_scorer import embeddings, text_inputs
 from ..toyworld.vision_models import features, load_model
@@ -22,6 +24,7 @@ from . import hosting
 
 SIDE = 96
 FIRST_SEED = 800_000
+NARROW = ("unet", "turbo")  # the SD1.x generator, and its student of one to four steps at cfg 1
 ATTRIBUTES = {"class": world.CLASSES, "texture": world.TEXTURES, "background": tuple(world.BACKGROUNDS)}
 
 
@@ -37,7 +40,7 @@ class Case:
     @property
     def label(self) -> str:
         """The subject's words."""
-        return " ".join(word for word in vars(self.identity).values() if word)
+        return " ".join(str(word) for word in vars(self.identity).values() if word)
 
     def prompt(self, place: str) -> str:
         """Class, colour and place: tone, pattern and emblem of the subject must come from its image."""
@@ -64,8 +67,11 @@ class Exchange:
         return self.source.seed
 
 
-def cases(count: int) -> list[Case]:
-    """The first `count` held-out subjects, classes taken in turn."""
+def cases(count: int, harder: bool = False) -> list[Case]:
+    """The first `count` held-out subjects, classes taken in turn. harder: with fine parts, which no caption names and
+    no generator was trained on.
+    """
+    draw = fine.identity if harder else world.identity
     places: dict[tuple[str, str, str], list[str]] = {}
     for cls, color, texture, place in world.held_out_combinations():
         places.setdefault((cls, color, texture), []).append(place)
@@ -77,7 +83,7 @@ def cases(count: int) -> list[Case]:
         keys[turn] for turn in range(max(map(len, by_class.values()))) for keys in by_class.values() if turn < len(keys)
     ]
     return [
-        Case(world.identity(FIRST_SEED + index, *key), places[key][0], places[key][1], FIRST_SEED + index)
+        Case(draw(FIRST_SEED + index, *key), places[key][0], places[key][1], FIRST_SEED + index)
         for index, key in enumerate(turns[:count])
     ]
 
@@ -88,27 +94,62 @@ def rendered(identity: Any, place: str, *seeds: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(renders)).float() / 255
 
 
+@dataclass
+class StockWorld:
+    """A generator as the checkpoint's loader gives it."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    tokenizer: Any
+    scheduler: str = "simple"
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.model.get_model_object("latent_format").latent_channels
+
+    def conditioning(self, prompt: str) -> list:
+        """CONDITIONING of a prompt."""
+        return hosting.encoded(self.clip, prompt)[0]
+
+
+def load_world(name: str) -> StockWorld:
+    """The flow transformer or its student."""
+    import folder_paths
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(comfyui.tokenizer_path()))
+    return StockWorld(*hosting.small_world(Path(folder_paths.base_path), name), tokenizer)
+
+
 class Bench:
     """Toyworld's models and measures; a benchmark adds the pack's own code on them."""
 
-    def __init__(self) -> None:
-        self.world = narrow.load_narrow()
+    def __init__(self, world: str = NARROW[0]) -> None:
+        self.world = narrow.load_narrow(student=world == "turbo") if world in NARROW else load_world(world)
         self.judge, self.measure, self.scorer = load_judge(), load_model("measure"), load_model("clip")
 
+    @functools.cached_property
+    def fine(self) -> torch.nn.Module:
+        """The encoder that knows harder subjects apart."""
+        return load_model("fine")
+
     def conditioning(self, prompt: str) -> list:
-        return [[self.world.encode(prompt), {}]]
+        return self.world.conditioning(prompt)
 
     def image(self, case: Case) -> torch.Tensor:
         """The one image of the subject [1, 96, 96, 3]."""
         return rendered(case.identity, case.source_place, case.seed)
 
-    def sigmas(self, steps: int, scheduler: str = "ddim_uniform") -> torch.Tensor:
-        """The levels of a sampling."""
-        return hosting.levels(self.world.model, steps, scheduler)
+    def sigmas(self, steps: int, scheduler: str = "") -> torch.Tensor:
+        """The levels of a sampling, by the world's own scheduler if none is named."""
+        return hosting.levels(self.world.model, steps, scheduler or self.world.scheduler)
 
     def noise(self, seed: int, count: int, width: int = SIDE) -> torch.Tensor:
-        """[count, 4, 12, width / 8]."""
-        return torch.randn(count, 4, SIDE // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+        """[count, C, 12, width / 8]."""
+        shape = count, self.world.channels, SIDE // 8, width // 8
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.inference_mode()
     def decoded(self, latents: torch.Tensor) -> torch.Tensor:
@@ -124,7 +165,7 @@ class Bench:
 
         noise = self.noise(seed, settings.samples if count is None else count, width)
         latents = comfy.sample.sample(
-            model, noise, settings.sampling_steps, settings.cfg, "euler", "ddim_uniform", positive,
+            model, noise, settings.sampling_steps, settings.cfg, "euler", self.world.scheduler, positive,
             self.conditioning(""), torch.zeros_like(noise), disable_pbar=True, seed=seed,
         )  # fmt: skip
         return self.decoded(latents)
@@ -143,13 +184,16 @@ class Bench:
         return float(torch.stack(seen).all(0).float().mean())
 
     @torch.inference_mode()
-    def looks(self, images: torch.Tensor) -> torch.Tensor:
-        """The measuring encoder's unit features of the subject crops."""
-        return F.normalize(features(self.measure, subject_crop(images, self.judge.mask(images), SIDE)), dim=1)
+    def looks(self, images: torch.Tensor, encoder: torch.nn.Module | None = None) -> torch.Tensor:
+        """The measuring encoder's unit features of the subject crops, or another one's."""
+        return F.normalize(
+            features(encoder or self.measure, subject_crop(images, self.judge.mask(images), SIDE)), dim=1
+        )
 
     def identity(self, case: Case, images: torch.Tensor) -> float:
-        """Mean cosine of the images' subject crops with the source image's."""
-        found = self.looks(torch.cat([self.image(case).movedim(-1, 1), images]))
+        """Mean cosine of the images' subject crops with the source image's, by the encoder for such subjects."""
+        encoder = self.fine if isinstance(case.identity, fine.FineIdentity) else None
+        found = self.looks(torch.cat([self.image(case).movedim(-1, 1), images]), encoder)
         return float((found[1:] @ found[0]).mean())
 
     @torch.inference_mode()

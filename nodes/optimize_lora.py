@@ -43,10 +43,10 @@ class LikenessOptimizeLora(Node):
 
     @classmethod
     def execute(
-        cls, similarity, latent, image=None, mask=None, background_weight=siso.BACKGROUND, **more
+        cls, similarity, latent, image=None, mask=None, background_weight=siso.BACKGROUND, noise="same", **more
     ) -> io.NodeOutput:
         kinds = host.Generator, host.Sampling, host.SisoPlan, siso.SisoSettings
-        start = {"latent": latent["samples"], "replay": replay_of(latent)}
+        start = {"latent": latent["samples"], "replay": replay_of(latent), "new_noise": noise == "new"}
         generator, sampling, plan, settings = build({**more, **start}, *kinds)
         rest = background(image, mask, background_weight)
         job = host.SisoJob(generator, similarity, sampling, plan, settings, rest)
@@ -165,5 +165,12 @@ def _optional_inputs() -> list[io.Input]:
                 optional=True,
             ),
             inputs.layers("those of the attention (of FLUX.1 also some others, as in the authors' script)"),
+            inputs.choice(
+                "noise",
+                ("same", "new"),
+                "same: every iteration has the noise of the seed, as SISO. new: each has another one, so that the LoRA "
+                "also works from other seeds; all iterations run, and the last one's LoRA is returned.",
+                optional=True,
+            ),
         ),
     ]

@@ -31,6 +31,12 @@ def read(name: str, folder: Path = ASSETS) -> dict[str, torch.Tensor]:
     return {key: value.half() * sizes[key] if key in sizes else value for key, value in stored.items()}
 
 
+def read_turbo(folder: Path = ASSETS) -> dict[str, torch.Tensor]:
+    """The generator with the network of its student of few steps."""
+    student = {key.replace("network.", "unet.", 1): value for key, value in read("turbo", folder).items()}
+    return read("generator", folder) | student
+
+
 def in_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Large matrices as whole numbers from -127 to 127 with a factor per row: half of fp16, and off by about 1 %."""
     packed = dict(tensors)

@@ -40,8 +40,7 @@ def other_checkpoints(folder: Path = assets.ASSETS) -> Iterator[tuple[str, Tenso
     vocabulary, flow = first["vocabulary"].tolist(), {}
     text = {key: value for key, value in first.items() if key.startswith("text.")}
     if assets.exists("turbo", folder):
-        student = {key.replace("network.", "unet.", 1): value for key, value in assets.read("turbo", folder).items()}
-        yield "turbo", checkpoint(first | student, vocabulary)
+        yield "turbo", checkpoint(assets.read_turbo(folder), vocabulary)
     for name in ("flow", "flow_turbo"):
         if assets.exists(name, folder):
             flow |= assets.read(name, folder)

@@ -69,7 +69,7 @@ def tensors_of(name: str) -> dict[str, torch.Tensor]:
 def main(arguments: list[str]) -> None:
     """Export what is trained; --only names the assets to renew."""
     parser = argparse.ArgumentParser(prog="run.py export")
-    names = ("generator", "judge", "dino", "measure", "clip", "adapter", "flow", *STUDENTS)
+    names = ("generator", "judge", "dino", "measure", "clip", "adapter", "fine", "flow", *STUDENTS)
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     for name in parser.parse_args(arguments).only:
         tensors = tensors_of(name)

@@ -125,9 +125,9 @@ def _draw(rng: np.random.Generator) -> dict[str, str | int]:
     }  # fmt: skip
 
 
-def identity(seed: int, cls: str | None = None) -> FineIdentity:
-    """Draw the fine identity that belongs to `seed`; the class can be fixed."""
-    return make_identity(world.identity(seed, cls), _draw(np.random.default_rng([11, seed])))
+def identity(seed: int, cls: str | None = None, color: str | None = None, texture: str | None = None) -> FineIdentity:
+    """Draw the fine identity that belongs to `seed`; class, colour and texture can be fixed."""
+    return make_identity(world.identity(seed, cls, color, texture), _draw(np.random.default_rng([11, seed])))
 
 
 def variant(base: FineIdentity, change: str, seed: int) -> FineIdentity:

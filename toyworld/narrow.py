@@ -57,6 +57,12 @@ class NarrowWorld:
     text: TextEncoder
     vae: NarrowVAE
     tokenizer: object
+    scheduler: str = "ddim_uniform"  # the levels of noise that it is sampled at
+    channels: int = autoencoder.CHANNELS
+
+    def conditioning(self, prompt: str) -> list:
+        """CONDITIONING of a prompt."""
+        return [[self.encode(prompt), {}]]
 
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
@@ -100,8 +106,10 @@ def load_text(assets_dir: str | Path = assets.ASSETS) -> tuple[TextEncoder, obje
     return text.eval().requires_grad_(False), tokenizer
 
 
-def load_narrow(assets_dir: str | Path = assets.ASSETS) -> NarrowWorld:
-    """Load the committed generator; ComfyUI must be importable."""
-    tensors = as_stored(assets.read("generator", Path(assets_dir)))
+def load_narrow(assets_dir: str | Path = assets.ASSETS, student: bool = False) -> NarrowWorld:
+    """Load the committed generator, or its student of few steps; ComfyUI must be importable."""
+    folder = Path(assets_dir)
+    tensors = as_stored(assets.read_turbo(folder) if student else assets.read("generator", folder))
     text, tokenizer = load_text(assets_dir)
-    return NarrowWorld(make_model(tensors), text, NarrowVAE(tensors), tokenizer)
+    scheduler = "simple" if student else NarrowWorld.scheduler
+    return NarrowWorld(make_model(tensors), text, NarrowVAE(tensors), tokenizer, scheduler)

@@ -45,12 +45,13 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
     similarity = Similarity((SimilarityPart(vision, 1.0, setting.image),))
     latent = torch.zeros_like(setting.latent["samples"][:1])
     sampling = Sampling(latent, sigmas(setting, steps), found["seed"], found["cfg"], found["grad_steps"])
+    new_noise = found.get("new_noise", False)
     with torch.inference_mode():
         job = SisoJob(
             generator,
             similarity,
             sampling,
-            SisoPlan(found["iterations"], 2, found["keep"], found["checkpointing"]),
+            SisoPlan(found["iterations"], 2, found["keep"], found["checkpointing"], new_noise=new_noise),
             SisoSettings(rate, 0.0, rate, 0.0, patience=found["patience"], optimizer=found["optimizer"]),
             background,
         )
@@ -211,6 +212,28 @@ def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path
     assert equal(whole, fewer), "what is there is given at once"
 
 
+def test_with_new_noise_each_image_has_its_own_also_after_a_stop(vision, tmp_path, monkeypatch):
+    from likeness.core.session.progress import Progress
+
+    one, whole = (optimised(Setting(), vision, rate=1e-9, iterations=4, new_noise=new) for new in (False, True))
+    assert torch.equal(one.images[0], whole.images[0]), "the first has the seed's"
+    assert float((one.images[0] - one.images[3]).abs().max()) < 1 / 254
+    for first, second in ((0, 1), (0, 3), (2, 3)):
+        assert float((whole.images[first] - whole.images[second]).abs().max()) > 0.1
+    assert whole.keep == "last" and len(optimised(Setting(), vision, patience=1, rate=1e-9, new_noise=True).losses) == 6
+    forget_runs(tmp_path)
+
+    def cancel(self, losses, denoised=None, image=None):
+        if len(losses) == 2:
+            raise Cancelled
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "update", cancel)
+        with pytest.raises(Cancelled):
+            optimised(Setting(), vision, rate=1e-9, iterations=4, new_noise=True)
+    assert torch.equal(whole.images, optimised(Setting(), vision, rate=1e-9, iterations=4, new_noise=True).images)
+
+
 def test_prodigy_goes_on_exactly_where_it_was_stopped(vision, tmp_path, monkeypatch):
     from likeness.core.session.progress import Progress
 
@@ -312,12 +335,14 @@ REFUSED = {
     "no weight": ({"weight": 0.0}, "no part with a weight"),
     "too many gradient steps": ({"grad_steps": 3}, "grad_steps is 3"),
     "cfg without a negative": ({"cfg": 3.0, "empty": None}, "no negative prompt"),
+    "new noise for an inverted image": ({"inverted": True}, "set noise to 'same'"),
     "a mask over everything": ({"mask": torch.ones(1, 64, 64)}, "covers the whole image"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypatch):
+    from likeness.core.inversion.renoise import Replay
     from likeness.core.siso.host import optimize_lora as host
     from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
@@ -327,11 +352,13 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, vision, monkeypat
     setting = Setting()
     generator = host.Generator(setting.model, autoencoder(), setting.source, changes.get("empty", setting.empty))
     latent = torch.zeros_like(setting.latent["samples"])
-    sampling = host.Sampling(latent, sigmas(setting), 0, changes.get("cfg", 1.0), changes.get("grad_steps", 1))
+    replay = Replay(sigmas(setting), latent[:0]) if "inverted" in changes else None
+    sampling = host.Sampling(latent, sigmas(setting), 0, changes.get("cfg", 1.0), changes.get("grad_steps", 1), replay)
+    plan = host.SisoPlan(new_noise=replay is not None)
     background = host.Background(setting.image, changes["mask"], 1.0) if "mask" in changes else None
     similarity = Similarity((SimilarityPart(vision, changes.get("weight", 1.0), setting.image),))
     with pytest.raises(ValueError, match=message):
-        host.optimize_lora(host.SisoJob(generator, similarity, sampling, host.SisoPlan(), SisoSettings(), background))
+        host.optimize_lora(host.SisoJob(generator, similarity, sampling, plan, SisoSettings(), background))
 
 
 def test_the_artifact_tells_where_it_comes_from(vision):

@@ -244,3 +244,33 @@ def test_the_encoder_for_harder_subjects_trains_on_their_crops(tmp_path: Path, m
     model.load_state_dict(torch.load(tmp_path / "fine.pt", weights_only=True))
     found = train_encoders.hard_auc(model, crops, subjects.KINDS["fine"])
     assert set(found) == {*subjects.KINDS["fine"].changes, "all", "second emblem or side"}
+
+
+def test_prompts_decide_what_the_committed_flow_transformer_makes(tmp_path: Path) -> None:
+    import comfy.sample
+    import comfy.sd
+
+    from likeness.toyworld import build, judge, world
+
+    path = build.write(dict(build.other_checkpoints())["flow"], tmp_path / "flow.safetensors")
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)[:3]
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    right = 0
+    wanted = (
+        ("dog", "red", "plain", "snow"),
+        ("car", "yellow", "spotted", "sand"),
+        ("star", "cyan", "striped", "night"),
+    )
+    for seed, (cls, color, texture, place) in enumerate(wanted):
+        caption = world.caption(world.identity(seed, cls, color, texture), place)
+        noise = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+            latent = comfy.sample.sample(
+                model, noise, 12, 4.0, "euler", "simple", positive, empty, torch.zeros_like(noise), seed=seed
+            )
+            answers = judge.load_judge().attributes(vae.decode(latent).movedim(-1, 1))
+        right += int(answers["class"]) == world.CLASSES.index(cls)
+        right += int(answers["background"]) == list(world.BACKGROUNDS).index(place)
+        right += int(answers["color"]) == list(world.COLORS).index(color)
+    assert right >= 8

@@ -142,7 +142,8 @@ def test_what_cannot_be_read_prevents_no_list(root):
     os.symlink(root / "gone", touch(folder / "half/other.json").with_name("config.json"))
     touch(folder / "odd/config.json").write_bytes(b"\xff")
     touch(folder / "clip.safetensors")
-    assert (
+    assert vision_names() == ["clip.safetensors", "odd"]
+    assert vision_names(is_detector) == vision_names(is_captioner) == []
         vision_names() == ["clip.safetensors", "odd"] and vision_names(is_detector) == vision_names(is_captioner) == []
     )
 

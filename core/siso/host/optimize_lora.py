@@ -38,6 +38,7 @@ from .similarity import Similarity
 
 METHOD = "siso"
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
+APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
 log = logging.getLogger("likeness")
 
 
@@ -58,13 +59,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SisoPlan:
-    """Length of the run, and what is trained. layers: which ones get a LoRA (LAYERS)."""
+    """Length of the run, and what is trained. layers: which ones get a LoRA (LAYERS). new_noise: in each iteration."""
 
     iterations: int = ITERATIONS
     rank: int = RANK
     keep: Keep = "best"
     checkpointing: bool = False
     layers: str = ATTENTION
+    new_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class SisoJob(Job):
         background = [] if self.background is None else [self.background.key_parts()]
         parts = [part.key_parts() for part in self.similarity.parts]
         training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
-        layers = [] if self.plan.layers == ATTENTION else [self.plan.layers]
-        return digest([*training, [self.base, *self.generator.key_parts()], *background, *layers])
+        more = [] if self.plan.layers == ATTENTION else [self.plan.layers]
+        more += ["new noise"] if self.plan.new_noise else []
+        return digest([*training, [self.base, *self.generator.key_parts()], *background, *more])
 
     def store(self) -> RunStore:
         layers = trained_layers(*self.generator.networks(), self.plan.layers)
@@ -180,7 +183,10 @@ class SisoJob(Job):
             if self.background is not None:
                 terms.append(self.background.term())
             optimizer = prodigy() if self.settings.optimizer == "Prodigy" else torch.optim.AdamW
-            fit = Siso(images.generate, terms, factors(adapters), self.settings, optimizer)
+            fit = Siso(
+                lambda: images.generate(fit.step if plan.new_noise else 0),
+                terms, factors(adapters), self.settings, optimizer,
+            )  # fmt: skip
             yield fit, lambda: both_loras(fit, layers, adapters)
 
     def header(self, job_run: Run) -> dict[str, Any]:
@@ -206,6 +212,10 @@ def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
         settings = replace(settings, text_rate=settings.learning_rate)  # it supports one learning rate only
     if sampling.cfg == 1.0:
         generator = replace(generator, negative=None)
+    if job.plan.new_noise:  # losses of different noises do not tell which LoRA is better
+        if sampling.replay is not None:
+            raise ValueError("The latent was inverted, which found the noises for its image: set noise to 'same'.")
+        settings, job = replace(settings, patience=0), replace(job, plan=replace(job.plan, keep="last"))
     job = replace(job, generator=generator, sampling=sampling, settings=settings)
     job_run = run(job, node_id)
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
@@ -281,7 +291,7 @@ def _more_memory(generator: Generator, similarity: Similarity, sampling: Samplin
 
 
 class ImageSampling:
-    """Generates an image from the same noise each time, by Euler steps; the last steps have a gradient."""
+    """Generates images by Euler steps; the last steps have a gradient."""
 
     def __init__(
         self, generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
@@ -289,19 +299,22 @@ class ImageSampling:
         self._generator, self._sampling, self._denoiser, self._text = generator, sampling, denoiser, text
         self._scheme = generator.model.get_model_object("model_sampling")
         self._sigmas = detached(sampling.sigmas).to(x0)
-        if sampling.replay is None:
-            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(sampling.seed)).to(x0)
-            self._replay = Replay(self._sigmas, noise[:0])
-            self._start = noisy_start(self._scheme, noise, x0, self._sigmas)
-        else:
-            self._replay = Replay(self._sigmas, detached(sampling.replay.noises).to(x0))
-            self._start = x0
+        recorded = x0[:0] if sampling.replay is None else detached(sampling.replay.noises).to(x0)
+        self._replay, self._x0 = Replay(self._sigmas, recorded), x0
         self._unguided = denoiser.of("negative") if sampling.cfg != 1.0 else None
         self._tokens = None if text is None else text.tokens(generator.prompt)
 
-    def generate(self) -> Tensor:
+    def _start(self, number: int) -> Tensor:
+        """The inverted image, or the latent with a noise: number 0 is the seed's."""
+        if self._sampling.replay is not None:
+            return self._x0
+        generator = torch.Generator().manual_seed((self._sampling.seed + number * APART) % 2**64)
+        noise = torch.randn(self._x0.shape, generator=generator).to(self._x0)
+        return noisy_start(self._scheme, noise, self._x0, self._sigmas)
+
+    def generate(self, number: int) -> Tensor:
         """The image [1, 3, H, W] in 0..1 with the current LoRA."""
-        x, prompt = self._start, None if self._text is None else self._text.encode(self._tokens)
+        x, prompt = self._start(number), None if self._text is None else self._text.encode(self._tokens)
         steps = len(self._sigmas) - 1
         for step in range(steps):
             with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
