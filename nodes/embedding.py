@@ -176,7 +176,7 @@ class LikenessTrainEmbedding(Node):
                 io.Image.Output(
                     display_name="previews",
                     tooltip="With a target: first the target alone, then [source + embedding] and [target + 0.8 "
-                    "embedding] for each saved step. Without: [source + embedding] for each saved step. Nodes "
+                    "embedding] for three of the saved steps, the last among them. Without: [source + embedding] only. Nodes "
                     "connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],

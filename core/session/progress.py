@@ -12,7 +12,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..fit.fit import curve
+from ..fit.fit import curve, running_mean
 
 EVENT = "likeness.progress"
 PREVIEW_SIDE = 512
@@ -51,11 +51,11 @@ class Progress(Steps):
 
     def __init__(self, model: Any, total: int, node_id: str | None) -> None:
         super().__init__(model, total, node_id)
-        self._node, self._resumed, self._last = node_id, 0, 0.0
+        self._node, self._resumed, self._last, self._begun = node_id, 0, 0.0, time.monotonic()
 
     def start(self, step: int) -> None:
         """Set how many steps a stored run already has, whether it is resumed or returned as it is."""
-        self._resumed = step
+        self._resumed, self._begun = step, time.monotonic()
 
     def update(self, losses: list[float], denoised: Tensor | None = None, image: Tensor | None = None) -> None:
         """Show the state after an update; images and curves at most once a second, and at the end.
@@ -81,6 +81,11 @@ class Progress(Steps):
         self._bar.update_absolute(max(len(losses), self._total), self._total)
         self.curve(losses)
 
+    def _seconds_left(self, step: int) -> float:
+        """At the pace of this run so far, in seconds."""
+        made = max(1, step - self._resumed)
+        return max(0, self._total - step) * (time.monotonic() - self._begun) / made
+
     def curve(self, losses: list[float]) -> None:
         """Send the loss curve to the page."""
         server = getattr(PromptServer, "instance", None)  # absent outside of a running ComfyUI
@@ -92,6 +97,8 @@ class Progress(Steps):
             "steps": self._total,
             "loss": losses[-1],
             "losses": curve(losses),
+            "mean": curve(running_mean(losses)),
+            "left": self._seconds_left(len(losses)),
             "resumed": self._resumed,
         }
         server.send_sync(EVENT, message, server.client_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import timestep_range
-from ...fit.fit import Fit, curve
+from ...fit.fit import Fit, curve, evenly
 from ...fit.runs import digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
@@ -31,16 +31,19 @@ from ...prompt.conditioning import (
     without_tail,
 )
 from ...session.describe import describe
-from ...session.fingerprint import patches_digest, precision
+from ...session.fingerprint import fingerprint, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
-from ...session.sampling import sample_image
+from ...session.progress import Steps
+from ...session.sampling import decoded, sample_latent
 from ...session.session import GuiderDenoiser, Session
+from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
+PREVIEWED = 3  # saved steps that are shown, the last among them: a preview costs as much as many updates
 log = logging.getLogger("likeness")
 
 
@@ -191,6 +194,32 @@ class Previews:
     cfg: float
     seed: int
 
+    def drawn(
+        self,
+        model: Any,
+        prompts: Sequence[Conditioning],
+        shape: tuple[int, ...],
+        images: int = 1,
+        node: str | None = None,
+    ) -> Tensor:
+        """`images` for each prompt, from the same noise: [prompts x images, H, W, 3]. Their latents are kept with the
+        runs, so that a served training costs no sampling. shape [1, C, h, w]: of a latent.
+        """
+        attached = [fingerprint(model), patches_digest(model), precision(model), describe(self.negative)]
+        settings = [self.steps, self.cfg, self.seed, list(shape), images]
+        key = digest(["images of prompts", *attached, *settings, *(describe(prompt) for prompt in prompts)])
+
+        def sampled() -> Tensor:
+            progress = Steps(model, len(prompts) * images, node)
+            how, latents = {"steps": self.steps, "cfg": self.cfg}, []
+            for prompt in prompts:
+                for image in range(images):
+                    latents.append(sample_latent(model, prompt, self.negative, shape, seed=self.seed + image, **how))
+                    progress.step()
+            return torch.cat(latents)
+
+        return decoded(self.vae, kept(key, sampled))
+
 
 def preview_images(
     model: Any,
@@ -200,24 +229,16 @@ def preview_images(
     shape: tuple[int, ...],
     sampling: Previews,
 ) -> Tensor:
-    """[source, h] for each saved step; with a target, first [target], then alternately [source, h] and [target, 0.8 h].
+    """[source, h] for PREVIEWED of the saved steps; with a target, first [target], then alternately [source, h] and
+    [target, 0.8 h].
 
     All images start from the same noise. Shape [1, C, h, w] of the latent; returns [images, H, W, 3].
     """
     prompts = [] if target is None else [target]
     source = without_tail(source)  # the learned tokens replace those they started from
-    for _, rows in sorted(embedding.rows.items()):
+    for step in evenly(sorted(embedding.rows), PREVIEWED):
+        rows = embedding.rows[step]
         prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE, (), embedding.placement))
-    size = (1, *shape[1:])
-
-    def sample(prompt: Conditioning) -> Tensor:
-        return sample_image(
-            *(model, sampling.vae, prompt, sampling.negative, size),
-            steps=sampling.steps,
-            cfg=sampling.cfg,
-            seed=sampling.seed,
-        )
-
-    return torch.cat([sample(prompt) for prompt in prompts])
+    return sampling.drawn(model, prompts, (1, *shape[1:]))
