@@ -36,6 +36,7 @@ class Bench(effect_hiper.Bench):
     def __init__(self, base: Path, settings: Settings) -> None:
         """base: a folder for the vision models that the choice sees with."""
         super().__init__(settings)
+        self.trial = settings.images, settings.most
         from ..core.vision.host.vision import load_vision
 
         folders = build_vision_folders(base / "vision")
@@ -52,8 +53,9 @@ class Bench(effect_hiper.Bench):
             self.world.vae, self.conditioning(""), settings.sampling_steps, settings.cfg, case.seed + OTHER
         )
         blank = self.noise(0, 1) * 0
-        trial = Trial(self.conditioning(prompt), blank, sampling, settings.scale, settings.images, settings.most)
-        request = Request(image, image, prompt=prompt, **self.encoders)
+        trial = Trial(self.conditioning(prompt), blank, sampling, settings.scale, *self.trial)
+        dino, clip = self.encoders["dino"], self.encoders["clip"]
+        request = Request(image, image, prompt=prompt, dino=dino, clip=clip)
         return choose_step(self.world.model, embedding, trial, request).embedding
 
     def row(self, case: Case) -> dict[str, Any]:

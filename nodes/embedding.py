@@ -176,8 +176,8 @@ class LikenessTrainEmbedding(Node):
                 io.Image.Output(
                     display_name="previews",
                     tooltip="With a target: first the target alone, then [source + embedding] and [target + 0.8 "
-                    "embedding] for three of the saved steps, the last among them. Without: [source + embedding] only. Nodes "
-                    "connected here do not run without a VAE or with preview_steps 0.",
+                    "embedding] for three of the saved steps, the last among them. Without: [source + embedding] only. "
+                    "Nodes connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -211,10 +211,13 @@ class Previews:
 
         def sampled() -> Tensor:
             progress = Steps(model, len(prompts) * images, node)
-            how, latents = {"steps": self.steps, "cfg": self.cfg}, []
+            latents = []
             for prompt in prompts:
                 for image in range(images):
-                    latents.append(sample_latent(model, prompt, self.negative, shape, seed=self.seed + image, **how))
+                    seed = self.seed + image
+                    latents.append(
+                        sample_latent(model, prompt, self.negative, shape, steps=self.steps, cfg=self.cfg, seed=seed)
+                    )
                     progress.step()
             return torch.cat(latents)
 
