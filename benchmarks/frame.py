@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from ..core.vision.measures import paired_interval
 from . import hosting
 
 Rows = list[dict[str, Any]]
@@ -186,9 +185,23 @@ def means(rows: Rows, *kinds: str) -> dict[str, dict[str, float]]:
     }
 
 
-def interval(differences: Iterable[float]) -> dict[str, Any]:
-    """The mean of paired differences with its 95 % interval, the share above 0, and how many there are."""
-    return dict(vars(paired_interval(list(differences))))
+def interval(
+    differences: Iterable[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """The mean of paired differences with its bootstrap interval (percentile method, Efron 1979), the share above 0,
+    and how many there are.
+
+    Whole pairs are resampled, so they may differ in difficulty. ValueError for fewer than two pairs or non-finite
+    values.
+    """
+    d = torch.tensor(list(differences), dtype=torch.float64)
+    if d.numel() < 2 or not bool(torch.isfinite(d).all()):
+        raise ValueError(f"{d.numel()} differences were given: an interval needs at least two finite ones.")
+    draws = torch.randint(d.numel(), (resamples, d.numel()), generator=torch.Generator().manual_seed(seed))
+    tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
+    low, high = torch.quantile(d[draws].mean(1), tails).tolist()
+    share = float((d > 0).double().mean())
+    return {"mean": float(d.mean()), "low": low, "high": high, "share_won": share, "count": d.numel()}
 
 
 def gain(rows: Rows, kind: str, base: str, score: str) -> dict[str, Any]:

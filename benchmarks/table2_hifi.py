@@ -96,7 +96,7 @@ class Bench(subjects.Bench):
             self.subject(case, masked),
             HiPerSettings(how.tokens, how.learning_rate, case.seed),
             Schedule(how.steps, how.steps),
-            TrainingPrompts(self.empty, regularizer=RegularizerOptions(self.empty, weight) if weight else None),
+            TrainingPrompts(self.empty, regularizer=RegularizerOptions(self.empty, weight)),
         )[0]
 
     def refined(self, case: Case, embedding: Any) -> Any:

@@ -11,12 +11,10 @@ from ..core.ezigen.host import adapter as host
 from ..core.session import folders
 from . import inputs
 from .node import Node, SavingNode
-from .types import Adapter, Subject, schema
+from .types import Adapter, Subject, output, schema
 
 
 class LikenessLoadAdapter(Node):
-    """A file or folder in models/likeness_adapters -> LIKENESS_ADAPTER."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -35,10 +33,8 @@ class LikenessLoadAdapter(Node):
                 )
             ],
             outputs=[
-                Adapter.Output(display_name="adapter", tooltip="The adapter, for Apply Subject Adapter."),
-                io.String.Output(
-                    display_name="info", tooltip="Its blocks and widths, and the number of training steps."
-                ),
+                output(Adapter, "adapter", "The adapter, for Apply Subject Adapter."),
+                output(io.String, "info", "Its blocks and widths, and the number of training steps."),
             ],
         )
 
@@ -58,8 +54,6 @@ class LikenessLoadAdapter(Node):
 
 
 class LikenessExtractAdapter(SavingNode):
-    """LIKENESS_ADAPTER -> a safetensors file with only the adapter's tensors."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -77,10 +71,8 @@ class LikenessExtractAdapter(SavingNode):
                 inputs.prefix("likeness/adapter"),
             ],
             outputs=[
-                Adapter.Output(display_name="adapter", tooltip="The adapter, passed through."),
-                io.String.Output(
-                    display_name="name", tooltip="The name under which Load Subject Adapter lists the file."
-                ),
+                output(Adapter, "adapter", "The adapter, passed through."),
+                output(io.String, "name", "The name under which Load Subject Adapter lists the file."),
             ],
             is_output_node=True,
         )
@@ -92,8 +84,6 @@ class LikenessExtractAdapter(SavingNode):
 
 
 class LikenessEncodeSubject(Node):
-    """MODEL + images of a subject -> LIKENESS_SUBJECT."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -134,8 +124,8 @@ class LikenessEncodeSubject(Node):
                 ),
             ],
             outputs=[
-                Subject.Output(display_name="subject", tooltip="The encoded subject, for Apply Subject Adapter."),
-                io.Image.Output(display_name="seen", tooltip="The images as they were encoded, to check the crop."),
+                output(Subject, "subject", "The encoded subject, for Apply Subject Adapter."),
+                output(io.Image, "seen", "The images as they were encoded, to check the crop."),
             ],
         )
 
@@ -149,8 +139,6 @@ class LikenessEncodeSubject(Node):
 
 
 class LikenessApplyAdapter(Node):
-    """MODEL + adapter + subject -> MODEL."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -188,7 +176,7 @@ class LikenessApplyAdapter(Node):
                     )
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model with the subject, for any sampler.")],
+            outputs=[output(io.Model, "model", "The model with the subject, for any sampler.")],
         )
 
     @classmethod

@@ -8,12 +8,10 @@ from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align
 from ..core.session.outputs import nothing
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessChooseReference(Node):
-    """Images of the subject + a generated image -> the most similar one."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -36,13 +34,11 @@ class LikenessChooseReference(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The chosen image."),
-                io.Mask.Output(display_name="mask", tooltip="Its mask. Nodes connected here do not run without masks."),
-                io.Int.Output(display_name="index", tooltip="Index of the chosen image in the batch, counted from 0."),
-                io.Float.Output(
-                    display_name="similarity", tooltip="Cosine similarity of the two (1 = identical to the model)."
-                ),
-                io.String.Output(display_name="info", tooltip="The similarities of all images, and the vision model."),
+                output(io.Image, "image", "The chosen image."),
+                output(io.Mask, "mask", "Its mask. Nodes connected here do not run without masks."),
+                output(io.Int, "index", "Index of the chosen image in the batch, counted from 0."),
+                output(io.Float, "similarity", "Cosine similarity of the two (1 = identical to the model)."),
+                output(io.String, "info", "The similarities of all images, and the vision model."),
             ],
         )
 
@@ -55,8 +51,6 @@ class LikenessChooseReference(Node):
 
 
 class LikenessAlign(Node):
-    """A reference image and its mask + the mask of the subject in another image -> the reference, aligned to it."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -92,14 +86,15 @@ class LikenessAlign(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The aligned image."),
-                io.Mask.Output(display_name="mask", tooltip="White on the subject of the aligned image."),
-                io.Float.Output(display_name="iou", tooltip="Overlap of the two masks (1 = exact)."),
-                io.Image.Output(
-                    display_name="overlay",
-                    tooltip="Green for both subjects, red for the reference only, blue for the target only.",
+                output(io.Image, "image", "The aligned image."),
+                output(io.Mask, "mask", "White on the subject of the aligned image."),
+                output(io.Float, "iou", "Overlap of the two masks (1 = exact)."),
+                output(
+                    io.Image,
+                    "overlay",
+                    "Green for both subjects, red for the reference only, blue for the target only.",
                 ),
-                io.String.Output(display_name="matrix", tooltip="Scale, angle and matrix of the transform."),
+                output(io.String, "matrix", "Scale, angle and matrix of the transform."),
             ],
         )
 

@@ -10,13 +10,11 @@ from ..core.embedding.host.train import Previews
 from ..core.vision.host.score_sheet import score_sheet
 from ..core.vision.host.scoring import Request
 from . import inputs
-from .node import Node
-from .types import Embedding, schema
+from .node import Node, build
+from .types import Embedding, output, schema
 
 
 class LikenessBestStep(Node):
-    """LIKENESS_EMBEDDING + a new prompt + a vision model -> the embedding with its best step chosen."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -33,20 +31,17 @@ class LikenessBestStep(Node):
                 io.Latent.Input("latent_image", tooltip="An empty latent: the size of the images."),
                 io.Vae.Input("vae", tooltip="Decodes the images."),
                 io.Image.Input("reference", tooltip="The image of the subject."),
-                io.Int.Input(
-                    "images", default=2, min=1, max=16, tooltip="Images per saved step; their mean score counts."
-                ),
-                io.Int.Input(
+                inputs.count("images", 2, 16, "Images per saved step; their mean score counts."),
+                inputs.count(
                     "most_steps",
-                    default=5,
-                    min=1,
-                    max=100,
-                    tooltip="How many of the saved steps to try, at equal distances. The last one is among them.",
+                    5,
+                    100,
+                    "How many of the saved steps to try, at equal distances. The last one is among them.",
                 ),
                 inputs.scale(hiper.SCALE, "Strength of the embedding in the images."),
                 inputs.seed("Seed of the first image's noise; the same noise is used for every step."),
                 *inputs.advanced(
-                    io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of each image."),
+                    inputs.count("steps", 20, 1000, "Sampling steps of each image."),
                     inputs.cfg(7.5, "Guidance scale. Without a negative prompt it is 1."),
                 ),
                 io.ClipVision.Input(
@@ -71,15 +66,14 @@ class LikenessBestStep(Node):
                 ),
             ],
             outputs=[
-                Embedding.Output(
-                    display_name="embedding",
-                    tooltip="The same embedding. Step 0 of Apply Subject Embedding is now the best one.",
+                output(
+                    Embedding,
+                    "embedding",
+                    "The same embedding. Step 0 of Apply Subject Embedding is now the best one.",
                 ),
-                io.Int.Output(display_name="step", tooltip="The best step."),
-                io.Image.Output(
-                    display_name="images", tooltip="First the images without the subject, then those of each step."
-                ),
-                io.String.Output(display_name="report", tooltip="The scores of every step."),
+                output(io.Int, "step", "The best step."),
+                output(io.Image, "images", "First the images without the subject, then those of each step."),
+                output(io.String, "report", "The scores of every step."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -87,27 +81,12 @@ class LikenessBestStep(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        embedding,
-        positive,
-        latent_image,
-        vae,
-        reference,
-        images,
-        most_steps,
-        scale,
-        seed,
-        steps,
-        cfg,
-        prompt="",
-        negative=None,
-        **request,
+        cls, model, embedding, positive, latent_image, images, most_steps, scale, reference, prompt="", **more
     ) -> io.NodeOutput:
-        sampling = Previews(vae, negative, steps, cfg, seed)
+        seen = {"images": reference, "reference": reference, "prompt": prompt or ""}
+        sampling, request = build({"negative": None, **more, **seen}, Previews, Request)
         trial = Trial(positive, latent_image["samples"], sampling, scale, images, most_steps)
-        measured = Request(reference, reference, prompt=prompt or "", **request)
-        choice = choose_step(model, embedding, trial, measured, cls.hidden.unique_id)
+        choice = choose_step(model, embedding, trial, request, cls.hidden.unique_id)
         sheet = score_sheet(choice.images, choice.captions(), choice.best_image, [])
         shown = {**ui.PreviewImage(sheet).as_dict(), **ui.PreviewText(choice.report()).as_dict()}
         return io.NodeOutput(choice.embedding, choice.step, choice.images, choice.report(), ui=shown)

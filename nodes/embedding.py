@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..core.embedding import hiper
 from ..core.embedding.host.train import (
+    ANCHORS,
     Previews,
     RegularizerOptions,
     Schedule,
@@ -18,11 +19,10 @@ from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import Node
-from .types import Embedding, LossMap, schema
+from .node import Node, build
+from .types import Embedding, LossMap, output, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
-ANCHORS = ("in the loss", "decoupled")
 
 
 def anchor_inputs(weight: float) -> list[io.Input]:
@@ -58,21 +58,7 @@ def image_inputs(vae: str) -> list[io.Input]:
     ]
 
 
-def held(negative: list | None, weight: float, anchor: str) -> RegularizerOptions | None:
-    """The regularizer that the inputs ask for, None for weight 0."""
-    if weight == 0.0:
-        return None
-    if negative is None:
-        raise ValueError(
-            f"anchor_weight is {weight} but nothing is connected to 'negative': connect the empty prompt there, or "
-            "set anchor_weight to 0."
-        )
-    return RegularizerOptions(negative, weight, anchor == ANCHORS[1])
-
-
 class LikenessTrainEmbedding(Node):
-    """MODEL + one image + the prompt that describes it -> learned token embeddings for the end of that prompt."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -89,33 +75,29 @@ class LikenessTrainEmbedding(Node):
                     tooltip="The source prompt: a plain description of the image, such as 'a standing cat'. It must "
                     "leave at least as many unused tokens as 'tokens' asks for.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "steps",
-                    default=hiper.STEPS,
-                    min=1,
-                    max=100_000,
-                    tooltip="Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to "
-                    "resume the run. A lower value returns that step if it was saved, else the longer run with a "
-                    "warning.",
+                    hiper.STEPS,
+                    100_000,
+                    "Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to resume "
+                    "the run. A lower value returns that step if it was saved, else the longer run with a warning.",
                 ),
                 inputs.rate(
                     hiper.LEARNING_RATE,
                     "Adam's learning rate. 0.005 for SD1.x, 0.002 for SDXL; try 0.001 to 0.01.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "tokens",
-                    default=hiper.TOKENS,
-                    min=1,
-                    max=75,
-                    tooltip="Number of token embeddings that hold the subject, 3 to 8. More keep more of the image "
+                    hiper.TOKENS,
+                    75,
+                    "Number of token embeddings that hold the subject, 3 to 8. More keep more of the image "
                     "and leave less room for the edit.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "save_every",
-                    default=hiper.SAVE_EVERY,
-                    min=1,
-                    max=100_000,
-                    tooltip="Interval in steps at which the embedding is saved, to choose the best one later.",
+                    hiper.SAVE_EVERY,
+                    100_000,
+                    "Interval in steps at which the embedding is saved, to choose the best one later.",
                 ),
                 inputs.choice(
                     "init",
@@ -140,12 +122,12 @@ class LikenessTrainEmbedding(Node):
                         "End of the part of the denoising process to train on. 1 is the finished image.",
                         round=None,
                     ),
-                    io.Int.Input(
+                    inputs.count(
                         "preview_steps",
-                        default=20,
+                        20,
+                        1000,
+                        "Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
                         min=0,
-                        max=1000,
-                        tooltip="Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
                     ),
                     io.Float.Input(
                         "preview_cfg",
@@ -171,11 +153,12 @@ class LikenessTrainEmbedding(Node):
                 *anchor_inputs(0.0),
             ],
             outputs=[
-                Embedding.Output(display_name="embedding", tooltip="The learned embedding at every saved step."),
-                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.Image.Output(
-                    display_name="previews",
-                    tooltip="With a target: first the target alone, then [source + embedding] and [target + 0.8 "
+                output(Embedding, "embedding", "The learned embedding at every saved step."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
+                output(
+                    io.Image,
+                    "previews",
+                    "With a target: first the target alone, then [source + embedding] and [target + 0.8 "
                     "embedding] for three of the saved steps, the last among them. Without: [source + embedding] only. "
                     "Nodes connected here do not run without a VAE or with preview_steps 0.",
                 ),
@@ -184,51 +167,25 @@ class LikenessTrainEmbedding(Node):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        learning_rate,
-        tokens,
-        init,
-        seed,
-        preview_steps,
-        preview_cfg,
-        latent=None,
-        image=None,
-        vae=None,
-        mask=None,
-        target=None,
-        negative=None,
-        anchor_weight=0.0,
-        anchor=ANCHORS[0],
-        **schedule,
-    ) -> io.NodeOutput:
-        if init == EMPTY and negative is None:
+    def execute(cls, model, positive, init, preview_steps, preview_cfg, target=None, **more) -> io.NodeOutput:
+        source, settings, schedule, anchor = build(more, ImageSource, hiper.HiPerSettings, Schedule, RegularizerOptions)
+        if init == EMPTY and anchor.negative is None:
             raise ValueError(
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
-        images = ImageSource(latent, image, vae, mask).encoded(model)
-        embedding, losses = train_embedding(
-            model,
-            positive,
-            images,
-            hiper.HiPerSettings(tokens=tokens, learning_rate=learning_rate, seed=seed),
-            Schedule(**schedule),
-            TrainingPrompts(negative if init == EMPTY else None, target, held(negative, anchor_weight, anchor)),
-            cls.hidden.unique_id,
-        )
+        images = source.encoded(model)
+        prompts = TrainingPrompts(anchor.negative if init == EMPTY else None, target, anchor)
+        node = cls.hidden.unique_id
+        embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts, node)
         loss = loss_map(losses)
-        if vae is None or preview_steps == 0:
+        if source.vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
-        how = Previews(vae, negative, preview_steps, preview_cfg, seed)
+        how = Previews(source.vae, anchor.negative, preview_steps, preview_cfg, settings.seed)
         previews = preview_images(model, embedding, positive, target, tuple(images.latent.shape), how)
         return io.NodeOutput(embedding, loss, previews)
 
 
 class LikenessApplyEmbedding(Node):
-    """CONDITIONING + learned embedding -> CONDITIONING."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -255,7 +212,7 @@ class LikenessApplyEmbedding(Node):
                     tooltip="Connect the model to check that the embedding was trained on it. It has no other effect.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The prompt with the subject in it.")],
+            outputs=[output(io.Conditioning, "conditioning", "The prompt with the subject in it.")],
         )
 
     @classmethod

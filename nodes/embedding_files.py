@@ -8,12 +8,10 @@ from ..core.embedding.artifact import load_embedding, save_embedding
 from ..core.session import folders
 from . import inputs
 from .node import Node, SavingNode
-from .types import Embedding, schema
+from .types import Embedding, output, schema
 
 
 class LikenessSaveEmbedding(SavingNode):
-    """LIKENESS_EMBEDDING -> a safetensors file in models/likeness_embeddings."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -27,10 +25,8 @@ class LikenessSaveEmbedding(SavingNode):
                 inputs.prefix("likeness/subject"),
             ],
             outputs=[
-                Embedding.Output(display_name="embedding", tooltip="The embedding, passed through."),
-                io.String.Output(
-                    display_name="name", tooltip="The name under which Load Subject Embedding lists the file."
-                ),
+                output(Embedding, "embedding", "The embedding, passed through."),
+                output(io.String, "name", "The name under which Load Subject Embedding lists the file."),
             ],
             is_output_node=True,
         )
@@ -41,8 +37,6 @@ class LikenessSaveEmbedding(SavingNode):
 
 
 class LikenessLoadEmbedding(Node):
-    """A file in models/likeness_embeddings -> LIKENESS_EMBEDDING."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -60,10 +54,8 @@ class LikenessLoadEmbedding(Node):
                 )
             ],
             outputs=[
-                Embedding.Output(display_name="embedding", tooltip="The loaded subject embedding."),
-                io.String.Output(
-                    display_name="info", tooltip="Method, number of tokens, base model, saved steps and loss."
-                ),
+                output(Embedding, "embedding", "The loaded subject embedding."),
+                output(io.String, "info", "Method, number of tokens, base model, saved steps and loss."),
             ],
         )
 

@@ -12,12 +12,10 @@ from ..core.sine.host.fine_tune import FULL, LORA, PROMPT, FineTuneData, FineTun
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
-from .types import LoraModel, LossMap, schema
+from .types import LoraModel, LossMap, output, schema
 
 
 class LikenessFineTune(Node):
-    """MODEL + VAE + image + prompt -> the same model, overfitted to the image."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -57,14 +55,12 @@ class LikenessFineTune(Node):
                     "image at any size and shape. Off: trains on the whole image at the training size (400 to 800 "
                     "steps).",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "steps",
-                    default=1000,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Number of updates. Raise it later to resume the run. A lower value returns that step of "
-                    "a LoRA if it was saved (every 500), else the longer run with a warning; full weights are trained "
-                    "again.",
+                    1000,
+                    1_000_000,
+                    "Number of updates. Raise it later to resume the run. A lower value returns that step of a LoRA if "
+                    "it was saved (every 500), else the longer run with a warning; full weights are trained again.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -76,20 +72,19 @@ class LikenessFineTune(Node):
                     tooltip="AdamW's learning rate: 0.0001 for a LoRA. For full weights set the paper's 0.000001; the "
                     "default is 100 times higher.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "rank",
-                    default=16,
-                    min=1,
-                    max=512,
-                    tooltip="Rank of the LoRA. A higher rank can hold more of the image. Not used with full weights.",
+                    16,
+                    512,
+                    "Rank of the LoRA. A higher rank can hold more of the image. Not used with full weights.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "resolution",
-                    default=512,
+                    512,
+                    4096,
+                    "Side of the training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
                     min=64,
-                    max=4096,
                     step=8,
-                    tooltip="Side of the training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
                 ),
                 inputs.seed(
                     "Seed of the patches, timesteps, noise and LoRA initialization. The same seed gives bit-identical "
@@ -121,17 +116,10 @@ class LikenessFineTune(Node):
                 *inputs.advanced(inputs.layers("those of the attention")),
             ],
             outputs=[
-                io.Model.Output(
-                    display_name="model", tooltip="The fine-tuned model, with its position map if patches were used."
-                ),
-                io.Clip.Output(
-                    display_name="clip",
-                    tooltip="The fine-tuned text encoder. Nodes connected here do not run without 'clip'.",
-                ),
-                LoraModel.Output(
-                    display_name="lora", tooltip="The trained weights, for Save Fine-Tune and the stock LoRA nodes."
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                output(io.Model, "model", "The fine-tuned model, with its position map if patches were used."),
+                output(io.Clip, "clip", "The fine-tuned text encoder. Nodes connected here do not run without 'clip'."),
+                output(LoraModel, "lora", "The trained weights, for Save Fine-Tune and the stock LoRA nodes."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -195,12 +183,12 @@ def _advanced() -> list[io.Input]:
             tooltip="Weight of the second term of the patch loss, which emphasizes the layout at high noise: 1 in the "
             "reference code, 0 in the paper. Not used without patches.",
         ),
-        io.Int.Input(
+        inputs.count(
             "cells",
-            default=0,
+            0,
+            MAX_CELLS,
+            "Cells per side of the position map's grid. 0 is twice the training square (128 for 512 pixels).",
             min=0,
-            max=MAX_CELLS,
-            tooltip="Cells per side of the position map's grid. 0 is twice the training square (128 for 512 pixels).",
         ),
         inputs.choice(
             "interpolation",
@@ -208,12 +196,8 @@ def _advanced() -> list[io.Input]:
             "Interpolation of the position map. The reference code uses bilinear for photographs and nearest for "
             "paintings.",
         ),
-        io.Int.Input(
-            "crops",
-            default=1000,
-            min=1,
-            max=100_000,
-            tooltip="Number of patches encoded before training. They repeat after that many steps.",
+        inputs.count(
+            "crops", 1000, 100_000, "Number of patches encoded before training. They repeat after that many steps."
         ),
         io.Float.Input(
             "prior_weight",

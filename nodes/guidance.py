@@ -11,7 +11,7 @@ from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from ..core.sine.host.personalization import OMEGA, with_personalization
 from . import inputs
 from .node import Node
-from .types import Subjects, schema
+from .types import Subjects, output, schema
 
 
 def _tuned() -> list[io.Input]:
@@ -50,13 +50,13 @@ def _window() -> list[io.Input]:
                 0.0,
                 "Point in the sampling at which the fine-tuned model starts guiding: 0 is pure noise, as in the paper.",
             ),
-            io.Int.Input(
+            inputs.count(
                 "k_timestep",
-                default=-1,
-                min=-1,
-                max=LAST_TIMESTEP + 1,
-                tooltip="K as a training timestep, as in the paper: 0 guides to the end, 1000 never. It overrides "
+                -1,
+                LAST_TIMESTEP + 1,
+                "K as a training timestep, as in the paper: 0 guides to the end, 1000 never. It overrides "
                 "end_percent; -1 uses end_percent.",
+                min=-1,
             ),
         ),
     ]
@@ -84,8 +84,6 @@ def _guided(model, tuned, tuned_positive, base_weight, allow_over_one=False, sub
 
 
 class LikenessSubjectModel(Node):
-    """Another fine-tuned model for the guidance, with its own weight and window."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -107,7 +105,7 @@ class LikenessSubjectModel(Node):
                 *_window(),
                 Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
             ],
-            outputs=[Subjects.Output(display_name="subjects", tooltip="The fine-tuned models, for a guidance node.")],
+            outputs=[output(Subjects, "subjects", "The fine-tuned models, for a guidance node.")],
         )
 
     @classmethod
@@ -116,8 +114,6 @@ class LikenessSubjectModel(Node):
 
 
 class LikenessGuidance(Node):
-    """Base MODEL + fine-tuned MODEL -> MODEL, for any sampler."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -135,9 +131,7 @@ class LikenessGuidance(Node):
                 *_window(),
                 *_more(),
             ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The guided model. Sample it with the edit prompt.")
-            ],
+            outputs=[output(io.Model, "model", "The guided model. Sample it with the edit prompt.")],
         )
 
     @classmethod
@@ -146,8 +140,6 @@ class LikenessGuidance(Node):
 
 
 class LikenessGuider(Node):
-    """Subject Guidance as a GUIDER."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -169,7 +161,7 @@ class LikenessGuider(Node):
                 *_window(),
                 *_more(),
             ],
-            outputs=[io.Guider.Output(display_name="guider", tooltip="The guider, for SamplerCustomAdvanced.")],
+            outputs=[output(io.Guider, "guider", "The guider, for SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -178,8 +170,6 @@ class LikenessGuider(Node):
 
 
 class LikenessPersonalizationGuidance(Node):
-    """Base MODEL + fine-tuned MODEL -> MODEL whose negative prediction knows less of the subject."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -201,9 +191,10 @@ class LikenessPersonalizationGuidance(Node):
                 ),
             ],
             outputs=[
-                io.Model.Output(
-                    display_name="model",
-                    tooltip="The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a "
+                output(
+                    io.Model,
+                    "model",
+                    "The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a "
                     "cfg above 1.",
                 )
             ],

@@ -31,6 +31,12 @@ def fraction(name: str, default: float, tooltip: str, **more: Any) -> io.Input:
     return io.Float.Input(name, default=default, tooltip=tooltip, **limits)
 
 
+def count(name: str, default: int, most: int, tooltip: str, **more: Any) -> io.Input:
+    """A whole number from 1 to `most`. more: another minimum or step."""
+    limits: dict[str, Any] = {"min": 1, "max": most, **more}
+    return io.Int.Input(name, default=default, tooltip=tooltip, **limits)
+
+
 def seed(tooltip: str, default: int = 0) -> io.Input:
     """A seed. Its range leaves headroom, since newer ComfyUI samplers add to it."""
     return io.Int.Input("seed", default=default, min=0, max=2**63 - 1, control_after_generate=True, tooltip=tooltip)
@@ -41,9 +47,9 @@ def cfg(default: float, tooltip: str, least: float = 1.0) -> io.Input:
     return io.Float.Input("cfg", default=default, min=least, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
-def rate(default: float, tooltip: str, step: float = 1e-4) -> io.Input:
-    """Adam's learning rate."""
-    return fraction("learning_rate", default, tooltip, min=1e-9, step=step, round=1e-6)
+def rate(default: float, tooltip: str, **more: float) -> io.Input:
+    """The learning rate. more: another step, round or minimum."""
+    return fraction("learning_rate", default, tooltip, **{"min": 1e-9, "step": 1e-4, "round": 1e-6, **more})
 
 
 def inner_steps(default: int, tooltip: str, least: int = 1) -> io.Input:

@@ -8,12 +8,10 @@ from ..core.attention.host.map_sheet import map_sheet
 from ..core.attention.host.maps import attention_maps
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessInspect(Node):
-    """MODEL + prompt + image -> attention maps of the prompt's last tokens over the denoising process."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -33,29 +31,23 @@ class LikenessInspect(Node):
                     tooltip="The encoded image to inspect. Noise of each level is added to it; only the first image "
                     "of a batch is used.",
                 ),
-                io.Int.Input(
+                inputs.count(
                     "tokens",
-                    default=5,
-                    min=1,
-                    max=77,
-                    tooltip="Number of tokens to show, counted from the end of the prompt: as many as the embedding "
-                    "has.",
+                    5,
+                    77,
+                    "Number of tokens to show, counted from the end of the prompt: as many as the embedding has.",
                 ),
-                io.Int.Input(
-                    "columns", default=8, min=1, max=50, tooltip="Number of noise levels to show, evenly spaced."
-                ),
+                inputs.count("columns", 8, 50, "Number of noise levels to show, evenly spaced."),
                 inputs.seed("Seed of the noise, which is the same at every level."),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="maps",
-                    tooltip="One row per token and one for their mean, one column per noise level. Each row is "
+                output(
+                    io.Image,
+                    "maps",
+                    "One row per token and one for their mean, one column per noise level. Each row is "
                     "normalized by itself, with its highest attention written beside it.",
                 ),
-                io.Mask.Output(
-                    display_name="mask",
-                    tooltip="The mean over tokens and noise levels, from 0 to 1, at the image's size.",
-                ),
+                output(io.Mask, "mask", "The mean over tokens and noise levels, from 0 to 1, at the image's size."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -12,12 +12,10 @@ from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import Node
-from .types import LossMap, Trajectory, schema
+from .types import LossMap, Trajectory, output, schema
 
 
 class LikenessInvert(Node):
-    """MODEL + image + its prompt + SIGMAS -> the noise from which sampling reconstructs the image."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -42,12 +40,8 @@ class LikenessInvert(Node):
                     "second order, for flow models and few steps.",
                 ),
                 *inputs.advanced(
-                    io.Int.Input(
-                        "iterations",
-                        default=ITERATIONS,
-                        min=1,
-                        max=50,
-                        tooltip="Additional model calls per step. Only for 'fixed point'.",
+                    inputs.count(
+                        "iterations", ITERATIONS, 50, "Additional model calls per step. Only for 'fixed point'."
                     )
                 ),
                 *inputs.encoded_or_image(),
@@ -62,20 +56,16 @@ class LikenessInvert(Node):
                 ),
             ],
             outputs=[
-                Trajectory.Output(display_name="trajectory", tooltip="All latents of the inversion, for Null-Text."),
-                io.Latent.Output(
-                    display_name="latent",
-                    tooltip="The latent to start from. SD1.x to SDXL: the noise; sample it without adding noise "
+                output(Trajectory, "trajectory", "All latents of the inversion, for Null-Text."),
+                output(
+                    io.Latent,
+                    "latent",
+                    "The latent to start from. SD1.x to SDXL: the noise; sample it without adding noise "
                     "(DisableNoise, or the output noise). Flow models: empty, with everything in the output noise.",
                 ),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, passed through for the sampler."),
-                io.Noise.Output(
-                    display_name="noise",
-                    tooltip="The noise to start from, for SamplerCustomAdvanced; flow models need it.",
-                ),
-                io.String.Output(
-                    display_name="report", tooltip="How closely the image comes back without guidance, by euler."
-                ),
+                output(io.Sigmas, "sigmas", "The noise levels, passed through for the sampler."),
+                output(io.Noise, "noise", "The noise to start from, for SamplerCustomAdvanced; flow models need it."),
+                output(io.String, "report", "How closely the image comes back without guidance, by euler."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -91,8 +81,6 @@ class LikenessInvert(Node):
 
 
 class LikenessNullText(Node):
-    """MODEL + trajectory -> negative and MODEL with which guided sampling reconstructs the image."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -140,27 +128,21 @@ class LikenessNullText(Node):
                         step=1e-5,
                         round=1e-7,
                     ),
-                    io.Int.Input(
+                    inputs.count(
                         "patience",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="A step also ends after this many updates in a row without improvement, and keeps its "
+                        0,
+                        1000,
+                        "A step also ends after this many updates in a row without improvement, and keeps its "
                         "best negative. 0 never does, as in the reference code.",
+                        min=0,
                     ),
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(
-                    display_name="negative", tooltip="One negative per step, as time windows, for any sampler."
-                ),
-                LossMap.Output(
-                    display_name="loss", tooltip="The loss of every update, for Plot Loss Graph. Only with null-text."
-                ),
-                io.String.Output(display_name="report", tooltip="Number of updates and losses of every step."),
-                io.Model.Output(
-                    display_name="model", tooltip="The model to sample with; it differs from the input only for direct."
-                ),
+                output(io.Conditioning, "negative", "One negative per step, as time windows, for any sampler."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph. Only with null-text."),
+                output(io.String, "report", "Number of updates and losses of every step."),
+                output(io.Model, "model", "The model to sample with; it differs from the input only for direct."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -6,23 +6,22 @@ from comfy_api.latest import io
 
 from ..core.session import folders
 from ..core.vision import boxes
+from ..core.vision.host.extras.caption import is_captioner
+from ..core.vision.host.extras.grounding import is_detector
 from ..core.vision.host.subject_masks import (
     BOX_THRESHOLD,
     TEXT_THRESHOLD,
     MaskRequest,
-    captioners,
     captions,
-    detectors,
     subject_masks,
 )
+from ..core.vision.host.vision import vision_names
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessSubjectMask(Node):
-    """IMAGE + the name of a subject in it -> MASK."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -34,11 +33,9 @@ class LikenessSubjectMask(Node):
             search_aliases=["grounding dino", "segment anything", "sam", "grounded sam", "owl", "mask by text"],
             inputs=_mask_inputs(),
             outputs=[
-                io.Mask.Output(display_name="mask", tooltip="White on the subject, one mask per image."),
-                io.Image.Output(
-                    display_name="picture", tooltip="The images with the mask, the boxes and their scores."
-                ),
-                io.String.Output(display_name="info", tooltip="The detections in each image, and which were used."),
+                output(io.Mask, "mask", "White on the subject, one mask per image."),
+                output(io.Image, "picture", "The images with the mask, the boxes and their scores."),
+                output(io.String, "info", "The detections in each image, and which were used."),
             ],
         )
 
@@ -54,8 +51,6 @@ class LikenessSubjectMask(Node):
 
 
 class LikenessCaption(Node):
-    """IMAGE -> a caption."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -69,23 +64,15 @@ class LikenessCaption(Node):
                 io.Image.Input("image", tooltip="The images to caption."),
                 io.Combo.Input(
                     "model",
-                    options=captioners(),
+                    options=vision_names(is_captioner),
                     tooltip="A transformers folder of BLIP-2, BLIP or GIT in models/likeness_vision. Press R to "
                     "refresh the list.",
                 ),
-                io.Int.Input(
-                    "max_tokens",
-                    default=30,
-                    min=1,
-                    max=256,
-                    tooltip="Maximum length of a caption; 30 tokens are about 20 words.",
-                ),
+                inputs.count("max_tokens", 30, 256, "Maximum length of a caption; 30 tokens are about 20 words."),
             ],
             outputs=[
-                io.String.Output(display_name="caption", tooltip="The caption of the first image."),
-                io.String.Output(
-                    display_name="captions", is_output_list=True, tooltip="The captions of all images, as a list."
-                ),
+                output(io.String, "caption", "The caption of the first image."),
+                output(io.String, "captions", "The captions of all images, as a list.", is_output_list=True),
             ],
         )
 
@@ -109,7 +96,7 @@ def _mask_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "detector",
-            options=detectors(),
+            options=vision_names(is_detector),
             tooltip="A transformers folder of Grounding DINO (such as grounding-dino-tiny), OWL-ViT or OWLv2 in "
             "models/likeness_vision. Press R to refresh the list.",
         ),

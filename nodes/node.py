@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -58,6 +59,18 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 
     setattr(run, CHECKED, True)
     return run
+
+
+def build(inputs: Mapping[str, Any], *kinds: Any) -> list[Any]:
+    """An object of each dataclass, from those of a node's inputs that its fields name. TypeError for an input that
+    none of them has.
+    """
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+    if unused := inputs.keys() - set().union(*names):
+        raise TypeError(f"Nothing takes the inputs {sorted(unused)}.")
+    return [
+        kind(**{name: inputs[name] for name in own & inputs.keys()}) for kind, own in zip(kinds, names, strict=True)
+    ]
 
 
 def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,19 +8,16 @@ from comfy_api.latest import io
 
 from ..core.inversion.host.renoise import replay_of
 from ..core.lora.host.apply import apply_lora
-from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
 from . import inputs
-from .node import Node
-from .types import LoraModel, LossMap, Similarity, schema
+from .node import Node, build
+from .types import LoraModel, LossMap, Similarity, output, schema
 
 
 class LikenessOptimizeLora(Node):
-    """MODEL + VAE + prompt + LIKENESS_SIMILARITY -> a LoRA with which the prompt's images show the subject."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -33,53 +30,29 @@ class LikenessOptimizeLora(Node):
             search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
             inputs=[*_inputs(), *_advanced_inputs(), *_optional_inputs()],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder with the LoRA, if 'clip' is connected."),
-                LoraModel.Output(display_name="lora", tooltip="The LoRA, for Save Fine-Tune and the stock LoRA nodes."),
-                io.Image.Output(display_name="best", tooltip="The image most similar to the subject."),
-                io.Image.Output(display_name="images", tooltip="The images of all iterations."),
-                LossMap.Output(display_name="loss", tooltip="The loss of every iteration, for Plot Loss Graph."),
-                io.String.Output(display_name="report", tooltip="The best iteration and its similarities."),
+                output(io.Model, "model", "The model with the LoRA."),
+                output(io.Clip, "clip", "The text encoder with the LoRA, if 'clip' is connected."),
+                output(LoraModel, "lora", "The LoRA, for Save Fine-Tune and the stock LoRA nodes."),
+                output(io.Image, "best", "The image most similar to the subject."),
+                output(io.Image, "images", "The images of all iterations."),
+                output(LossMap, "loss", "The loss of every iteration, for Plot Loss Graph."),
+                output(io.String, "report", "The best iteration and its similarities."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        positive,
-        similarity,
-        latent,
-        sigmas,
-        iterations,
-        cfg,
-        grad_steps,
-        seed,
-        rank=siso.RANK,
-        keep="best",
-        checkpointing=False,
-        background_weight=siso.BACKGROUND,
-        negative=None,
-        clip=None,
-        prompt="",
-        image=None,
-        mask=None,
-        layers=ATTENTION,
-        **settings,
+        cls, similarity, latent, image=None, mask=None, background_weight=siso.BACKGROUND, **more
     ) -> io.NodeOutput:
-        job = host.SisoJob(
-            host.Generator(model, vae, positive, negative, clip, prompt),
-            similarity,
-            host.Sampling(latent["samples"], sigmas, seed, cfg, grad_steps, replay_of(latent)),
-            host.SisoPlan(iterations, rank, keep, checkpointing, layers),
-            siso.SisoSettings(**settings),
-            background(image, mask, background_weight),
-        )
+        kinds = host.Generator, host.Sampling, host.SisoPlan, siso.SisoSettings
+        start = {"latent": latent["samples"], "replay": replay_of(latent)}
+        generator, sampling, plan, settings = build({**more, **start}, *kinds)
+        rest = background(image, mask, background_weight)
+        job = host.SisoJob(generator, similarity, sampling, plan, settings, rest)
         found = host.optimize_lora(job, cls.hidden.unique_id)
         lora = found.tuned()
-        tuned, encoder = apply_lora(lora, model, clip, 1.0)
+        tuned, encoder = apply_lora(lora, generator.model, generator.clip, 1.0)
         encoder = nothing() if encoder is None else encoder
         loss = loss_map(found.losses)
         return io.NodeOutput(tuned, encoder, lora, found.image, found.images, loss, found.report())
@@ -99,12 +72,11 @@ def _inputs() -> list[io.Input]:
             "sigmas",
             tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others.",
         ),
-        io.Int.Input(
+        inputs.count(
             "iterations",
-            default=siso.ITERATIONS,
-            min=1,
-            max=10_000,
-            tooltip="Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
+            siso.ITERATIONS,
+            10_000,
+            "Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -119,12 +91,11 @@ def _inputs() -> list[io.Input]:
         inputs.cfg(
             1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."
         ),
-        io.Int.Input(
+        inputs.count(
             "grad_steps",
-            default=1,
-            min=1,
-            max=1000,
-            tooltip="Number of last sampling steps with gradients, usually 1 to 3. More need more memory.",
+            1,
+            1000,
+            "Number of last sampling steps with gradients, usually 1 to 3. More need more memory.",
         ),
         inputs.seed("Seed of the noise, which is the same in every iteration, and of the LoRA initialization."),
     ]
@@ -135,7 +106,7 @@ def _advanced_inputs() -> list[io.Input]:
         return inputs.fraction(name, default, tooltip, max=most, step=default / 10, round=1e-8)
 
     return inputs.advanced(
-        io.Int.Input("rank", default=siso.RANK, min=1, max=512, tooltip="Rank of the LoRA."),
+        inputs.count("rank", siso.RANK, 512, "Rank of the LoRA."),
         number("weight_decay", 1e-2, 1.0, "Weight decay of the optimizer. 0.0001 for FLUX and Sana."),
         number(
             "text_rate",
@@ -145,13 +116,13 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder. 0.001 for FLUX."),
         number("threshold", siso.THRESHOLD, 100.0, "Decrease of the loss, in percent, that counts as an improvement."),
-        io.Int.Input(
+        inputs.count(
             "patience",
-            default=siso.PATIENCE,
-            min=0,
-            max=10_000,
-            tooltip="Stops after this many iterations without an improvement; 0 never stops early. A higher value "
+            siso.PATIENCE,
+            10_000,
+            "Stops after this many iterations without an improvement; 0 never stops early. A higher value "
             "resumes a stopped run.",
+            min=0,
         ),
         inputs.choice(
             "keep",

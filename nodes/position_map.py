@@ -8,12 +8,10 @@ from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessPositionMap(Node):
-    """MODEL -> MODEL with SINE's position map."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -26,13 +24,13 @@ class LikenessPositionMap(Node):
             search_aliases=["sine", "patch", "tile"],
             inputs=[
                 io.Model.Input("model", tooltip="A model that was fine-tuned on patches."),
-                io.Int.Input(
+                inputs.count(
                     "cells",
-                    default=CELLS,
-                    min=2,
-                    max=MAX_CELLS,
-                    tooltip="Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
+                    CELLS,
+                    MAX_CELLS,
+                    "Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
                     "training at 512 pixels.",
+                    min=2,
                 ),
                 inputs.choice(
                     "interpolation",
@@ -42,7 +40,7 @@ class LikenessPositionMap(Node):
                 ),
                 *inputs.advanced(*(inputs.fraction(name, default, TILE + what) for name, default, what in WINDOW)),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model with its position map.")],
+            outputs=[output(io.Model, "model", "The model with its position map.")],
         )
 
     @classmethod

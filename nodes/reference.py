@@ -9,12 +9,10 @@ from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import Node
-from .types import LossMap, Trajectory, schema
+from .types import LossMap, Trajectory, output, schema
 
 
 class LikenessReferenceGuide(Node):
-    """MODEL + prompt + noise + inverted reference + its mask -> the guided image, and what reproduces it."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -66,16 +64,15 @@ class LikenessReferenceGuide(Node):
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="The latent of the finished image, for VAE Decode."),
-                io.Model.Output(
-                    display_name="model", tooltip="The model with the transplant, to sample the same image again."
+                output(io.Latent, "latent", "The latent of the finished image, for VAE Decode."),
+                output(io.Model, "model", "The model with the transplant, to sample the same image again."),
+                output(
+                    io.Conditioning,
+                    "negative",
+                    "The optimized negatives, one per step inside the mask, to sample the same image again.",
                 ),
-                io.Conditioning.Output(
-                    display_name="negative",
-                    tooltip="The optimized negatives, one per step inside the mask, to sample the same image again.",
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
-                io.String.Output(display_name="report", tooltip="The guided steps and their losses."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
+                output(io.String, "report", "The guided steps and their losses."),
             ],
             hidden=[io.Hidden.unique_id],
         )

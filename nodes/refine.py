@@ -6,17 +6,16 @@ from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner
 from ..core.embedding.host.refine import SavedStep, refine_embedding
+from ..core.embedding.host.train import RegularizerOptions
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
 from . import inputs
-from .embedding import ANCHORS, anchor_inputs, held, image_inputs
-from .node import Node
-from .types import Embedding, LossMap, schema
+from .embedding import anchor_inputs, image_inputs
+from .node import Node, build
+from .types import Embedding, LossMap, output, schema
 
 
 class LikenessRefineEmbedding(Node):
-    """LIKENESS_EMBEDDING + SIGMAS -> separate token embeddings for each denoising step."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -48,40 +47,16 @@ class LikenessRefineEmbedding(Node):
                 *anchor_inputs(0.0),
             ],
             outputs=[
-                Embedding.Output(
-                    display_name="embedding",
-                    tooltip="The step-wise embedding, for Apply Subject Embedding with scale 1.",
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every update, for Plot Loss Graph."),
+                output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        embedding,
-        sigmas,
-        step,
-        latent=None,
-        image=None,
-        vae=None,
-        mask=None,
-        negative=None,
-        anchor_weight=0.0,
-        anchor=ANCHORS[0],
-        **settings,
-    ) -> io.NodeOutput:
-        refined, losses = refine_embedding(
-            model,
-            positive,
-            ImageSource(latent, image, vae, mask).encoded(model),
-            SavedStep(embedding, step),
-            sigmas,
-            hifi_tuner.StepWiseSettings(**settings),
-            held(negative, anchor_weight, anchor),
-            cls.hidden.unique_id,
-        )
+    def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
+        source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, RegularizerOptions)
+        saved, node = SavedStep(embedding, step), cls.hidden.unique_id
+        images = source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor, node)
         return io.NodeOutput(refined, loss_map(losses))

@@ -9,14 +9,12 @@ from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
 
 class LikenessRenoise(Node):
-    """MODEL + image + its prompt + a few SIGMAS -> the noise, and the SAMPLER that reconstructs the image from it."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -49,16 +47,15 @@ class LikenessRenoise(Node):
                 *inputs.encoded_or_image(),
             ],
             outputs=[
-                io.Latent.Output(
-                    display_name="latent",
-                    tooltip="The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
+                output(
+                    io.Latent,
+                    "latent",
+                    "The latent to start sampling from. Sample it without adding noise (DisableNoise), or "
                     "connect it to Optimize LoRA.",
                 ),
-                io.Sampler.Output(
-                    display_name="sampler", tooltip="The sampler, which adds exactly the noise that was found."
-                ),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels, for the sampler or Optimize LoRA."),
-                io.String.Output(display_name="report", tooltip="The steps, and how well they match the image."),
+                output(io.Sampler, "sampler", "The sampler, which adds exactly the noise that was found."),
+                output(io.Sigmas, "sigmas", "The noise levels, for the sampler or Optimize LoRA."),
+                output(io.String, "report", "The steps, and how well they match the image."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -72,19 +69,14 @@ class LikenessRenoise(Node):
 
 def _advanced_inputs() -> list[io.Input]:
     return inputs.advanced(
-        io.Int.Input(
+        inputs.count(
             "iterations",
-            default=published.ITERATIONS,
-            min=1,
-            max=100,
-            tooltip="Number of iterations per step, each from the latent that the previous one found.",
+            published.ITERATIONS,
+            100,
+            "Number of iterations per step, each from the latent that the previous one found.",
         ),
-        io.Int.Input(
-            "averaged",
-            default=published.AVERAGED,
-            min=1,
-            max=100,
-            tooltip="Number of last iterations whose predicted noise is averaged.",
+        inputs.count(
+            "averaged", published.AVERAGED, 100, "Number of last iterations whose predicted noise is averaged."
         ),
         inputs.fraction(
             "kl_weight",

@@ -8,12 +8,10 @@ from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, 
 from ..core.attention.prompt_to_prompt import END_PERCENT
 from . import inputs
 from .node import Node
-from .types import Embedding, schema
+from .types import Embedding, output, schema
 
 
 class LikenessReplaceSubject(Node):
-    """MODEL + an inverted image + a word swap -> MODEL, prompts and noise for the image and its edit."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -93,12 +91,10 @@ class LikenessReplaceSubject(Node):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model to sample both images with."),
-                io.Conditioning.Output(
-                    display_name="positive", tooltip="The original and the edited prompt, for the two images."
-                ),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative, passed through."),
-                io.Latent.Output(display_name="latent", tooltip="The noise twice, for the image and for its edit."),
+                output(io.Model, "model", "The model to sample both images with."),
+                output(io.Conditioning, "positive", "The original and the edited prompt, for the two images."),
+                output(io.Conditioning, "negative", "The negative, passed through."),
+                output(io.Latent, "latent", "The noise twice, for the image and for its edit."),
             ],
         )
 

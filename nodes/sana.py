@@ -8,12 +8,10 @@ from ..core.sana.host import sana as host
 from ..core.session import folders
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessLoadSana(Node):
-    """A folder in models/diffusers -> MODEL, CLIP, VAE."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -47,16 +45,18 @@ class LikenessLoadSana(Node):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The diffusion model."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder (Gemma), for prompts."),
-                io.Vae.Output(
-                    display_name="vae",
-                    tooltip="The autoencoder. Its latents are 32 times smaller than images; start from "
+                output(io.Model, "model", "The diffusion model."),
+                output(io.Clip, "clip", "The text encoder (Gemma), for prompts."),
+                output(
+                    io.Vae,
+                    "vae",
+                    "The autoencoder. Its latents are 32 times smaller than images; start from "
                     "EmptyHunyuanImageLatent.",
                 ),
-                io.Clip.Output(
-                    display_name="plain_clip",
-                    tooltip="The same text encoder without the instruction, for a non-empty negative prompt.",
+                output(
+                    io.Clip,
+                    "plain_clip",
+                    "The same text encoder without the instruction, for a non-empty negative prompt.",
                 ),
             ],
         )

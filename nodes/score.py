@@ -11,14 +11,12 @@ from ..core.vision.host.score_sheet import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 NO_LPIPS = "none"
 
 
 class LikenessLoadVision(Node):
-    """A folder or file in models/likeness_vision -> CLIP_VISION."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -37,9 +35,10 @@ class LikenessLoadVision(Node):
                 )
             ],
             outputs=[
-                io.ClipVision.Output(
-                    display_name="vision",
-                    tooltip="The vision model, for Score Likeness and any node that takes a CLIP_VISION.",
+                output(
+                    io.ClipVision,
+                    "vision",
+                    "The vision model, for Score Likeness and any node that takes a CLIP_VISION.",
                 )
             ],
         )
@@ -54,8 +53,6 @@ class LikenessLoadVision(Node):
 
 
 class LikenessScore(Node):
-    """Images + what they should resemble -> scores, ranking, table and a sheet of the images with their scores."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -154,13 +151,13 @@ def _score_inputs() -> list[io.Input]:
 def _score_outputs() -> list[io.Output]:
     best = "of the best image; -1 if not measured."
     return [
-        io.Float.Output(display_name="dino", tooltip=f"DINO identity (cosine, 1 = the same) {best}"),
-        io.Float.Output(display_name="clip_i", tooltip=f"CLIP identity (cosine, 1 = the same) {best}"),
-        io.Float.Output(display_name="clip_t", tooltip=f"CLIP agreement with the prompt (cosine) {best}"),
-        io.Float.Output(display_name="psnr", tooltip=f"PSNR outside the mask in dB (100 = equal) {best}"),
-        io.Float.Output(display_name="lpips", tooltip=f"LPIPS outside the mask (0 = equal) {best}"),
-        io.String.Output(display_name="report", tooltip="A table of all images' scores, with the models used."),
-        io.Int.Output(display_name="best", tooltip="Index of the best image in the batch, counted from 0."),
-        io.String.Output(display_name="order", tooltip="All indices from best to worst, such as '2, 0, 1'."),
-        io.Image.Output(display_name="picture", tooltip="A grid of the images with their scores."),
+        output(io.Float, "dino", f"DINO identity (cosine, 1 = the same) {best}"),
+        output(io.Float, "clip_i", f"CLIP identity (cosine, 1 = the same) {best}"),
+        output(io.Float, "clip_t", f"CLIP agreement with the prompt (cosine) {best}"),
+        output(io.Float, "psnr", f"PSNR outside the mask in dB (100 = equal) {best}"),
+        output(io.Float, "lpips", f"LPIPS outside the mask (0 = equal) {best}"),
+        output(io.String, "report", "A table of all images' scores, with the models used."),
+        output(io.Int, "best", "Index of the best image in the batch, counted from 0."),
+        output(io.String, "order", "All indices from best to worst, such as '2, 0, 1'."),
+        output(io.Image, "picture", "A grid of the images with their scores."),
     ]

@@ -9,12 +9,10 @@ from ..core.siso.host import similarity as host
 from ..core.vision.host.extras.retrieval import retrieval_missing
 from ..core.vision.host.vision import load_retrieval_model
 from .node import Node
-from .types import Similarity, schema
+from .types import Similarity, output, schema
 
 
 class LikenessLoadRetrievalModel(Node):
-    """A file in models/ir_features -> CLIP_VISION."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -33,7 +31,7 @@ class LikenessLoadRetrievalModel(Node):
                     "tensors as safetensors. Press R to refresh the list.",
                 )
             ],
-            outputs=[io.ClipVision.Output(display_name="vision", tooltip="The vision model, for Likeness To Images.")],
+            outputs=[output(io.ClipVision, "vision", "The vision model, for Likeness To Images.")],
         )
 
     @classmethod
@@ -51,8 +49,6 @@ class LikenessLoadRetrievalModel(Node):
 
 
 class LikenessSimilarity(Node):
-    """CLIP_VISION + images of the subject -> LIKENESS_SIMILARITY."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -89,12 +85,10 @@ class LikenessSimilarity(Node):
                     "the border. Not in the paper, which uses the whole image.",
                 ),
             ],
-            outputs=[
-                Similarity.Output(display_name="similarity", tooltip="For Optimize LoRA, or to combine with another.")
-            ],
+            outputs=[output(Similarity, "similarity", "For Optimize LoRA, or to combine with another.")],
         )
 
     @classmethod
     def execute(cls, vision, image, weight, similarity=None, mask=None) -> io.NodeOutput:
-        before = host.Similarity(()) if similarity is None else similarity
-        return io.NodeOutput(before.with_part(host.similarity_part(vision, weight, image, mask)))
+        parts = () if similarity is None else similarity.parts
+        return io.NodeOutput(host.Similarity((*parts, host.similarity_part(vision, weight, image, mask))))

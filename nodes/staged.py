@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..core.ezigen import staged as published
@@ -9,7 +11,7 @@ from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
 from . import inputs
 from .node import Node
-from .types import Adapter, Subject, schema
+from .types import Adapter, Subject, output, schema
 
 LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
 LARGE = " It is sampled at its own size, so scale its short side to 512 first."
@@ -29,28 +31,26 @@ def _numbers(cfg: float) -> list[io.Input]:
     """The inputs shared by both nodes: sampling settings."""
     return [
         inputs.seed("Seed of all noise; every loop draws new noise from it."),
-        io.Int.Input(
-            "steps", default=published.STEPS, min=2, max=1000, tooltip="Steps of a full sampling. EZIGen uses 50."
-        ),
+        inputs.count("steps", published.STEPS, 1000, "Steps of a full sampling. EZIGen uses 50.", min=2),
         inputs.cfg(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
         inputs.split_ratio(
             0.99,
             "Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more likeness "
             "and less freedom.",
         ),
-        io.Int.Input(
+        inputs.count(
             "min_loops",
-            default=published.MIN_LOOPS,
+            published.MIN_LOOPS,
+            100,
+            "Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
             min=0,
-            max=100,
-            tooltip="Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
         ),
-        io.Int.Input(
+        inputs.count(
             "max_loops",
-            default=published.MIN_LOOPS,
+            published.MIN_LOOPS,
+            100,
+            "Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
             min=0,
-            max=100,
-            tooltip="Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
         ),
         inputs.fraction(
             "threshold",
@@ -67,9 +67,15 @@ def _numbers(cfg: float) -> list[io.Input]:
     ]
 
 
-class LikenessStagedSampler(Node):
-    """MODEL + adapter + subject + prompts -> images of the subject, and a report."""
+def _shared(
+    model, vae, adapter, min_loops, max_loops, threshold, vision=None, **more
+) -> tuple[host.StagedModels, dict[str, Any]]:
+    """What the inputs shared by both nodes make: the models, and the settings."""
+    loops = published.Loops(min_loops, max_loops, threshold)
+    return host.StagedModels(model, vae, adapter, vision), {"loops": loops, **more}
 
+
+class LikenessStagedSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -123,44 +129,26 @@ class LikenessStagedSampler(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The final image."),
-                io.Image.Output(display_name="loops", tooltip="The image of the first sampling, and of every loop."),
-                io.Latent.Output(display_name="latent", tooltip="The final latent, before decoding."),
-                io.String.Output(display_name="report", tooltip="Similarities of the loops, and the number of steps."),
+                output(io.Image, "image", "The final image."),
+                output(io.Image, "loops", "The image of the first sampling, and of every loop."),
+                output(io.Latent, "latent", "The final latent, before decoding."),
+                output(io.String, "report", "Similarities of the loops, and the number of steps."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        adapter,
-        subject,
-        positive,
-        negative,
-        latent,
-        min_loops,
-        max_loops,
-        threshold,
-        vision=None,
-        loop_negative=None,
-        image=None,
-        exact_noise_level=True,
-        **settings,
+        cls, subject, positive, negative, latent, image=None, loop_negative=None, exact_noise_level=True, **more
     ) -> io.NodeOutput:
-        loops = published.Loops(min_loops, max_loops, threshold)
-        how = host.StagedSettings(loops=loops, published_level=not exact_noise_level, **settings)
+        models, settings = _shared(**more)
+        how = host.StagedSettings(published_level=not exact_noise_level, **settings)
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
-        models, node = host.StagedModels(model, vae, adapter, vision), cls.hidden.unique_id
-        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, node)
+        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, cls.hidden.unique_id)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
 class LikenessStagedEdit(Node):
-    """An image + mask + subject -> the image with the subject in the masked area."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -204,37 +192,20 @@ class LikenessStagedEdit(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The edited image."),
-                io.Image.Output(display_name="loops", tooltip="The source image, and the result of every loop."),
-                io.Latent.Output(display_name="latent", tooltip="The final latent, before decoding and pasting."),
-                io.String.Output(display_name="report", tooltip="Similarities of the loops."),
+                output(io.Image, "image", "The edited image."),
+                output(io.Image, "loops", "The source image, and the result of every loop."),
+                output(io.Latent, "latent", "The final latent, before decoding and pasting."),
+                output(io.String, "report", "Similarities of the loops."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        adapter,
-        subject,
-        positive,
-        negative,
-        image,
-        mask,
-        min_loops,
-        max_loops,
-        threshold,
-        vision=None,
-        exact_background=True,
-        inversion_prompt=None,
-        clip=None,
-        **settings,
+        cls, subject, positive, negative, image, mask, exact_background=True, inversion_prompt=None, clip=None, **more
     ) -> io.NodeOutput:
-        loops = published.Loops(min_loops, max_loops, threshold)
-        how = editing.EditSettings(loops=loops, published=not exact_background, **settings)
-        prompts, node = editing.EditPrompts(positive, negative, inversion_prompt, clip), cls.hidden.unique_id
-        models = host.StagedModels(model, vae, adapter, vision)
-        found = editing.edit_staged(models, subject, prompts, image, mask, how, node)
+        models, settings = _shared(**more)
+        how = editing.EditSettings(published=not exact_background, **settings)
+        prompts = editing.EditPrompts(positive, negative, inversion_prompt, clip)
+        found = editing.edit_staged(models, subject, prompts, image, mask, how, cls.hidden.unique_id)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)

@@ -8,12 +8,10 @@ from ..core.session.outputs import nothing
 from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
 from .node import Node
-from .types import schema
+from .types import output, schema
 
 
 class LikenessSweep(Node):
-    """Two lists of numbers as text -> all pairs, as two lists."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -38,15 +36,17 @@ class LikenessSweep(Node):
                 ),
             ],
             outputs=[
-                io.Float.Output(
-                    display_name="base_weight",
+                output(
+                    io.Float,
+                    "base_weight",
+                    "The base_weight of each pair, for Subject Guidance and Plot Guidance Sweep.",
                     is_output_list=True,
-                    tooltip="The base_weight of each pair, for Subject Guidance and Plot Guidance Sweep.",
                 ),
-                io.Float.Output(
-                    display_name="end_percent",
+                output(
+                    io.Float,
+                    "end_percent",
+                    "The end_percent of each pair, for Subject Guidance and Plot Guidance Sweep.",
                     is_output_list=True,
-                    tooltip="The end_percent of each pair, for Subject Guidance and Plot Guidance Sweep.",
                 ),
             ],
         )
@@ -59,8 +59,6 @@ class LikenessSweep(Node):
 
 
 class LikenessSweepPlot(Node):
-    """The results of a sweep -> a grid of images and a plot of their metrics."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -96,10 +94,11 @@ class LikenessSweepPlot(Node):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="All images, labeled with their settings."),
-                io.Image.Output(
-                    display_name="plot",
-                    tooltip="The metrics over v for each K, and over K for each v. Nodes connected here do not run if "
+                output(io.Image, "grid", "All images, labeled with their settings."),
+                output(
+                    io.Image,
+                    "plot",
+                    "The metrics over v for each K, and over K for each v. Nodes connected here do not run if "
                     "nothing was measured.",
                 ),
             ],

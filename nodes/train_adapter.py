@@ -10,13 +10,11 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Node
-from .types import Adapter, LossMap, schema
+from .node import Node, build
+from .types import Adapter, LossMap, output, schema
 
 
 class LikenessTrainAdapter(Node):
-    """MODEL + CLIP + VAE + a folder of images -> LIKENESS_ADAPTER."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -37,13 +35,12 @@ class LikenessTrainAdapter(Node):
                 ),
             ],
             outputs=[
-                Adapter.Output(
-                    display_name="adapter", tooltip="For Apply Subject Adapter; Extract Subject Adapter saves it."
-                ),
-                LossMap.Output(display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="The files used and skipped, and the error with and without the subject's images.",
+                output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
+                output(
+                    io.String,
+                    "report",
+                    "The files used and skipped, and the error with and without the subject's images.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -54,27 +51,11 @@ class LikenessTrainAdapter(Node):
         return folders.image_folder_state(folder)
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        folder,
-        size,
-        steps,
-        max_subjects=MAX_SUBJECTS,
-        checkpointing=False,
-        adapter=None,
-        **settings,
-    ) -> io.NodeOutput:
-        pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
-        trained, losses, report = host.train_adapter(
-            host.TrainingModels(model, clip, vae, adapter),
-            pairs,
-            host.AdapterPlan(size, steps, max_subjects, checkpointing),
-            TrainingSettings(**settings),
-            cls.hidden.unique_id,
-        )
+    def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
+        kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
+        models, plan, settings = build({**more, "start": adapter}, *kinds)
+        pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
+        trained, losses, report = host.train_adapter(models, pairs, plan, settings, cls.hidden.unique_id)
         return io.NodeOutput(trained, loss_map(losses), report)
 
 
@@ -92,29 +73,22 @@ def _inputs() -> list[io.Input]:
             "(its caption) and <name>.mask.png (white on the subject). Press R to refresh the list.",
         ),
         inputs.side("Side in pixels of the squares that images and subjects are scaled to: the model's native size."),
-        io.Int.Input(
+        inputs.count(
             "steps",
-            default=2000,
-            min=1,
-            max=10_000_000,
-            tooltip="Number of updates: a few thousand when starting from the published adapter, which itself took "
+            2000,
+            10_000_000,
+            "Number of updates: a few thousand when starting from the published adapter, which itself took "
             "200,000. Raise it later to resume the run.",
         ),
-        io.Int.Input(
-            "batch",
-            default=1,
-            min=1,
-            max=256,
-            tooltip="Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory.",
+        inputs.count(
+            "batch", 1, 256, "Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory."
         ),
-        io.Float.Input(
-            "learning_rate",
-            default=LEARNING_RATE,
+        inputs.rate(
+            LEARNING_RATE,
+            "AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
             min=1e-8,
-            max=1.0,
             step=1e-5,
             round=1e-8,
-            tooltip="AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
         ),
         inputs.seed("Seed of the order of the images, the timesteps and the noise."),
     ]
@@ -130,12 +104,11 @@ def _advanced_inputs() -> list[io.Input]:
             step=0.05,
             round=0.001,
         ),
-        io.Int.Input(
+        inputs.count(
             "max_subjects",
-            default=MAX_SUBJECTS,
-            min=1,
-            max=MAX_SUBJECTS,
-            tooltip="Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
+            MAX_SUBJECTS,
+            MAX_SUBJECTS,
+            "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
             "and is enough if you will only ever use one.",
         ),
         inputs.checkpointing(),

@@ -13,12 +13,10 @@ from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
 from . import inputs
 from .node import Node, SavingNode
-from .types import LoraModel, schema
+from .types import LoraModel, output, schema
 
 
 class LikenessSaveTuned(SavingNode):
-    """LORA_MODEL -> a safetensors file in models/loras."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -33,8 +31,8 @@ class LikenessSaveTuned(SavingNode):
                 inputs.prefix("likeness/tuned"),
             ],
             outputs=[
-                LoraModel.Output(display_name="lora", tooltip="The fine-tune, passed through."),
-                io.String.Output(display_name="name", tooltip="The name under which Load Fine-Tune lists the file."),
+                output(LoraModel, "lora", "The fine-tune, passed through."),
+                output(io.String, "name", "The name under which Load Fine-Tune lists the file."),
             ],
             is_output_node=True,
         )
@@ -50,8 +48,6 @@ class LikenessSaveTuned(SavingNode):
 
 
 class LikenessLoadTuned(Node):
-    """A file in models/loras + MODEL (+ CLIP) -> the fine-tuned ones, with position map and prompt."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -83,21 +79,17 @@ class LikenessLoadTuned(Node):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The fine-tuned model, with its position map."),
-                io.Clip.Output(
-                    display_name="clip",
-                    tooltip="The fine-tuned text encoder. Nodes connected here do not run without 'clip'.",
-                ),
-                io.String.Output(display_name="prompt", tooltip="The training prompt."),
-                io.Conditioning.Output(
-                    display_name="positive",
-                    tooltip="The training prompt, encoded by the fine-tuned text encoder, for Subject Guidance. Nodes "
+                output(io.Model, "model", "The fine-tuned model, with its position map."),
+                output(io.Clip, "clip", "The fine-tuned text encoder. Nodes connected here do not run without 'clip'."),
+                output(io.String, "prompt", "The training prompt."),
+                output(
+                    io.Conditioning,
+                    "positive",
+                    "The training prompt, encoded by the fine-tuned text encoder, for Subject Guidance. Nodes "
                     "connected here do not run without 'clip', or for a file of the stock Save LoRA, which has no "
                     "prompt.",
                 ),
-                io.String.Output(
-                    display_name="info", tooltip="Method, base model, prompt, position map, settings and loss."
-                ),
+                output(io.String, "info", "Method, base model, prompt, position map, settings and loss."),
             ],
         )
 

@@ -26,3 +26,8 @@ def schema(**fields: Any) -> io.Schema:
     """
     fields["search_aliases"] = [*fields["search_aliases"], *TYPED]
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
+
+
+def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
+    """An output of a type, such as io.Image or one of the above."""
+    return kind.Output(display_name=name, tooltip=tooltip, **more)

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, masked_mean, output_error
-from ..fit.fit import Fit, finite_or_raise, step_generator
-from ..prompt.conditioning import with_tail
-from .hiper import HiPer, HiPerSettings
+from ..fit.fit import step_generator
+from .hiper import HiPer
 
 WEIGHT = 0.01  # w_s
 INNER_STEPS = 10  # I of Algorithm 1
@@ -57,29 +56,21 @@ class Regularizer:
 
 
 class RegularizedHiPer(HiPer):
-    """Eq. 6 over all timesteps: HiPer's optimisation with the regularizer."""
+    """Eq. 6 over all timesteps: HiPer's optimisation with the regularizer, if there is one."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        context: Tensor,
-        start: Tensor,
-        settings: HiPerSettings,
-        regularizer: Regularizer,
-        mask: Tensor | None = None,
-    ) -> None:
-        """As HiPer."""
-        super().__init__(denoiser, x0, context, start, settings, mask)
+    def __init__(self, *inputs: Any, regularizer: Regularizer | None) -> None:
+        """inputs: as for HiPer."""
+        super().__init__(*inputs)
         self.regularizer = regularizer
 
     def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         loss, denoised = super().loss(index, t, noise)
-        return loss + self.regularizer.term(self.h), denoised
+        return loss if self.regularizer is None else loss + self.regularizer.term(self.h), denoised
 
     def update(self) -> Tensor:
         denoised = super().update()
-        self.regularizer.pull(self.h, self.settings.learning_rate)
+        if self.regularizer is not None:
+            self.regularizer.pull(self.h, self.settings.learning_rate)
         return denoised
 
 
@@ -92,66 +83,37 @@ class StepWiseSettings:
     seed: int = 0
 
 
-class StepWise(Fit):
+class StepWise(RegularizedHiPer):
     """Algorithm 1: T x I updates."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        context: Tensor,
-        start: Tensor,
-        sigmas: Sequence[float],
-        settings: StepWiseSettings,
-        regularizer: Regularizer | None = None,
-        mask: Tensor | None = None,
-    ) -> None:
-        """x0, context and mask as for HiPer; start [n, d]: the tokens of eq. 6; sigmas: T noise levels, descending."""
-        self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
-        self.sigmas, self.regularizer = list(sigmas), regularizer
-        self.finished: list[Tensor] = []
-        self.losses: list[float] = []
-        self._begin_step(start.to(device=x0.device, dtype=torch.float32))
+    def __init__(self, sigmas: Sequence[float], *inputs: Any, regularizer: Regularizer | None = None) -> None:
+        """sigmas: T noise levels, descending; inputs: as for HiPer, beginning from the tokens of eq. 6."""
+        super().__init__(*inputs, regularizer=regularizer)
+        self.levels, self.finished = torch.tensor(sigmas), list[Tensor]()
 
-    def _begin_step(self, rows: Tensor) -> None:
-        """Begin a denoising step from the tokens of the previous one, with a new Adam state."""
-        self.c_s = rows.detach().clone().requires_grad_(True)
-        self.optimizer = torch.optim.Adam([self.c_s], lr=self.settings.learning_rate)
-
-    def draw(self) -> tuple[int, Tensor]:
-        """Image index and noise [1, C, h, w] for the next update."""
+    def draw(self) -> tuple[int, Tensor, Tensor]:
+        """Image index, denoising step [1] and noise [1, C, h, w] for the next update."""
         generator = step_generator(self.settings.seed, self.step, "step-wise")
         index = int(torch.randint(self.x0.shape[0], (1,), generator=generator))
-        return index, torch.randn(1, *self.x0.shape[1:], generator=generator)
+        noise = torch.randn(1, *self.x0.shape[1:], generator=generator)
+        return index, torch.tensor([len(self.finished)]), noise
 
     def update(self) -> Tensor:
-        index, noise = self.draw()
-        x0 = self.x0[index : index + 1]
-        sigma = torch.tensor([self.sigmas[len(self.finished)]]).to(x0)
-        error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.c_s))
-        mask = None if self.mask is None else self.mask[index % self.mask.shape[0]][None]
-        loss = masked_mean(error.float().square(), mask)
-        if self.regularizer is not None:
-            loss = loss + self.regularizer.term(self.c_s)
-        value = finite_or_raise(loss, self.step)
-        self.descend(loss, self.c_s)
-        if self.regularizer is not None:
-            self.regularizer.pull(self.c_s, self.settings.learning_rate)
-        self.losses.append(value)
-        if self.step % self.settings.inner_steps == 0 and len(self.finished) < len(self.sigmas):
-            self.finished.append(self.c_s.detach().clone())
-            self._begin_step(self.c_s)
-        return denoised.detach()
+        denoised = super().update()
+        if self.step % self.settings.inner_steps == 0 and len(self.finished) < len(self.levels):
+            self.finished.append(self.h.detach().clone())
+            self.begin(self.h)
+        return denoised
 
     def rows(self) -> Tensor:
         """The tokens [T, n, d] on the CPU; steps not reached yet have those of the current one."""
-        remaining = [self.c_s.detach()] * (len(self.sigmas) - len(self.finished))
+        remaining = [self.h.detach()] * (len(self.levels) - len(self.finished))
         return torch.stack([*self.finished, *remaining]).cpu()
 
     def own_state(self) -> dict[str, Tensor]:
-        return {"rows": torch.stack([*self.finished, self.c_s.detach()]).cpu()}
+        return {"rows": torch.stack([*self.finished, self.h.detach()]).cpu()}
 
     def restore_own(self, state: dict[str, Tensor]) -> None:
-        *finished, current = state["rows"].to(self.c_s).unbind()
+        *finished, current = state["rows"].to(self.h).unbind()
         self.finished = [rows.clone() for rows in finished]
-        self._begin_step(current)
+        self.begin(current)

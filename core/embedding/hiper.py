@@ -16,6 +16,7 @@ Source: the authors' train.py and inference.py. Deviations, each with its reason
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +52,21 @@ class HiPer(Fit):
         x0: Tensor,
         context: Tensor,
         start: Tensor,
-        settings: HiPerSettings,
+        settings: Any,
         mask: Tensor | None = None,
     ) -> None:
         """x0 [B, C, h, w] in the model's latent space; context [1, tokens, d] of the source prompt; start [n, d], the
-        initial h; mask [B or 1, 1, h, w] of ones and zeros."""
+        initial h; settings: HiPerSettings, or those of Algorithm 1; mask [B or 1, 1, h, w] of ones and zeros.
+        """
         self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
-        self.h = start.detach().to(device=x0.device, dtype=torch.float32).clone().requires_grad_(True)
+        self.levels, self.losses = denoiser.sigmas, list[float]()
+        self.begin(start)
+
+    def begin(self, start: Tensor) -> None:
+        """Begin from these tokens, with a new Adam state."""
+        self.h = start.detach().to(device=self.x0.device, dtype=torch.float32).clone().requires_grad_(True)
         self.parameters = {"h": self.h}
-        self.optimizer = torch.optim.Adam([self.h], lr=settings.learning_rate)
-        self.losses: list[float] = []
+        self.optimizer = torch.optim.Adam([self.h], lr=self.settings.learning_rate)
 
     def draw(self) -> tuple[int, Tensor, Tensor]:
         """Image index, timestep [1] and noise [1, C, h, w] for the next update."""
@@ -73,7 +79,7 @@ class HiPer(Fit):
     def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """|| eps_theta - eps ||^2 (a mean) for one draw, with the denoised estimate."""
         x0 = self.x0[index : index + 1]
-        sigma = self.denoiser.sigmas[t].to(x0)
+        sigma = self.levels[t].to(x0)
         error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.h))
         mask = None if self.mask is None else self.mask[index % self.mask.shape[0]][None]
         return masked_mean(error.float().square(), mask), denoised

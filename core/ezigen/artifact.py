@@ -140,15 +140,11 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _is_needed(name: str) -> bool:
-    return bool(re.search(NAME, name) or re.search(BASE, name)) or name.rpartition(".")[2] == WEIGHTS
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The relevant tensors of one file, and our header if it has one."""
 
     def choose(names: list[str]) -> list[str]:
-        return [name for name in names if _is_needed(name)]
+        return [name for name in names if re.search(f"{NAME}|{BASE}", name) or name.rpartition(".")[2] == WEIGHTS]
 
     if path.suffix.lower() == ".safetensors":
         return read_tensors(path, MAX_BYTES, choose)

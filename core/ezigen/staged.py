@@ -25,8 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..denoiser import rescaled
-
 SPLIT_RATIO = 0.4
 STEPS, CFG, EDIT_CFG = 50, 7.5, 2.0
 MIN_LOOPS, MAX_LOOPS, THRESHOLD = 3, 9, 0.99
@@ -65,17 +63,10 @@ def split(sigmas: Tensor, split_ratio: float) -> tuple[Tensor, Tensor]:
     return sigmas[: first + 1], sigmas[first:]
 
 
-def noise_to_level(z: Tensor, noise: Tensor, sigma: Tensor, published_sigma: Tensor | None = None) -> Tensor:
-    """Noise a clean latent to sigma, the level of the first appearance step. published_sigma: of timestep 1000 *
-    split_ratio; the noise then has that level but is treated as sigma, as in the reference code.
-    """
-    if published_sigma is None:
-        return z + sigma * noise
-    return rescaled(z + published_sigma * noise, published_sigma, sigma)
-
-
 def published_factors(sigma: float, published_sigma: float) -> tuple[float, float]:
-    """Factors of latent and noise that make a sampler which adds sigma * noise reproduce noise_to_level()."""
+    """Factors of latent and noise with which a sampler that adds sigma * noise renoises as the reference code: to the
+    level of timestep 1000 * split_ratio, published_sigma, which then counts as sigma, the first appearance step's.
+    """
     signal = math.sqrt((1 + sigma**2) / (1 + published_sigma**2))
     return signal, signal * published_sigma / sigma
 

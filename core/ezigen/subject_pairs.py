@@ -222,7 +222,7 @@ class PairFolder:
 
     def _entries(self, folder: Path) -> Iterator[ImageEntry]:
         names = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file() and self._usable(path)}
-        noun = self._class_noun(folder, names.get(CLASS))
+        noun = self._text(names.get(CLASS)) or re.sub(r"[\s_\-]*\d*$", "", folder.name).replace("_", " ").strip()
         if not noun:
             self.skipped.append(f"{folder.name}: its name has no class noun and there is no {CLASS}")
             return
@@ -238,10 +238,6 @@ class PairFolder:
             if not has_mask:
                 self.skipped.append(f"{entry.name}: no mask ({path.stem}{MASK})")
             yield entry
-
-    def _class_noun(self, folder: Path, file: Path | None) -> str:
-        text = self._text(file)
-        return text or re.sub(r"[\s_\-]*\d*$", "", folder.name).replace("_", " ").strip()
 
     def _text(self, file: Path | None) -> str:
         if file is None:

@@ -38,13 +38,11 @@ class Run:
         """Whether a request for `steps` can be answered without the model."""
         return self.step >= steps and (steps in self.results or self.step in self.results)
 
-    def end(self, steps: int) -> int:
-        """The step returned for a request for `steps`: that exact step if it was saved, otherwise the last one."""
-        return steps if steps in self.results else self.step
-
     def end_with_warning(self, steps: int) -> int:
-        """As end(), with a warning when the run is longer than requested and the requested step was not saved."""
-        end = self.end(steps)
+        """The step returned for a request for `steps`: that exact step if it was saved, otherwise the last one, with a
+        warning when the run is longer.
+        """
+        end = steps if steps in self.results else self.step
         if end > steps:
             saved = ", ".join(str(step) for step in sorted(self.results) if step < end) or "none"
             log.warning(
@@ -62,10 +60,6 @@ class Run:
     def last(self) -> Result:
         """The result at the last step."""
         return self.results[self.step]
-
-
-def _tensor_name(step: int, name: str) -> str:
-    return f"kept.{step:06d}" + (f".{name}" if name else "")
 
 
 def stored_run(store: RunStore, key: str, *, whole: bool = True, more: Collection[str] = ()) -> Run | None:
@@ -150,7 +144,7 @@ class Checkpointer:
         """Store the run. A full disk must neither stop a healthy run nor mask an interrupt."""
         tensors = {f"fit.{name}": value for name, value in fit.state().items()}
         for step, result in self.results.items():
-            tensors |= {_tensor_name(step, name): value for name, value in result.items()}
+            tensors |= {f"kept.{step:06d}.{name}".rstrip("."): value for name, value in result.items()}
         try:
             self.store.save(self.key, tensors, self.header)
         except OSError as problem:

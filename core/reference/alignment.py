@@ -119,34 +119,18 @@ def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees:
                 f"The {name} mask has {count} set pixels, {SMALLEST} are needed: check that the subject was found."
             )
     reference_xy, target_xy = points(reference), points(target)
+    coarse = _subsample(reference_xy, COARSE_POINTS), _subsample(target_xy, COARSE_POINTS)
+    fine = _subsample(reference_xy, FINE_POINTS), _subsample(target_xy, FINE_POINTS)
     if literal:
-        theta = _descend(
-            torch.zeros(1, 4),
-            _subsample(reference_xy, FINE_POINTS),
-            _subsample(target_xy, FINE_POINTS),
-            LITERAL_STEPS,
-            True,
-        )
-        matrix = matrices(theta)[0]
+        matrix = matrices(_descend(torch.zeros(1, 4), *fine, LITERAL_STEPS, True))[0]
         return Alignment(matrix, overlap(reference, target, matrix))
     limit = math.radians(max_degrees)
-    angles = (
-        torch.linspace(-limit, limit, STARTS + 1)[:-1] if max_degrees >= 180 else torch.linspace(-limit, limit, STARTS)
-    )
-    theta = _from_moments(reference_xy, target_xy, angles)
-    few_reference, few_target = (
-        _subsample(reference_xy, COARSE_POINTS),
-        _subsample(target_xy, COARSE_POINTS),
-    )
-    theta = _descend(theta, few_reference, few_target, COARSE_STEPS)
-    best = nearest_distances(matrices(theta), few_reference, few_target, False).argsort()[:FINALISTS].tolist()
+    circle = max_degrees >= 180  # whose two ends are one angle
+    angles = torch.linspace(-limit, limit, STARTS + circle)[:STARTS]
+    theta = _descend(_from_moments(reference_xy, target_xy, angles), *coarse, COARSE_STEPS)
+    best = nearest_distances(matrices(theta), *coarse, False).argsort()[:FINALISTS].tolist()
     upright = int(theta[:, 1].abs().argmin())
-    theta = _descend(
-        theta[sorted({*best, upright})],
-        _subsample(reference_xy, FINE_POINTS),
-        _subsample(target_xy, FINE_POINTS),
-        FINE_STEPS,
-    )
+    theta = _descend(theta[sorted({*best, upright})], *fine, FINE_STEPS)
     theta = torch.cat([_polish(each, reference, target) for each in theta.split(1)])
     alignments = [Alignment(matrix, overlap(reference, target, matrix)) for matrix in matrices(theta)]
     best_iou = max(alignment.iou for alignment in alignments)

@@ -1,4 +1,4 @@
-"""Similarity measures: cosine identity, PSNR, LPIPS, ranking, and confidence intervals for comparisons.
+"""Similarity measures: cosine identity, PSNR, LPIPS, ranking.
 
 Images are ComfyUI's: [B, H, W, 3] in 0..1. Masks are [B, H, W] in 0..1, 1 on the subject. Torch only, differentiable
 where applicable.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,33 +112,3 @@ def _window(image: Tensor, top: int, left: int, side: int) -> Tensor:
 def order(values: Sequence[float]) -> list[int]:
     """Indices from the highest value to the lowest; equal values keep their order."""
     return sorted(range(len(values)), key=lambda i: -values[i])
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The mean of paired differences with its two-sided interval, and the share of differences greater than 0."""
-
-    mean: float
-    low: float
-    high: float
-    share_won: float
-    count: int
-
-
-def paired_interval(
-    differences: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Bootstrap interval of the mean of paired differences (percentile method, Efron 1979).
-
-    Whole pairs are resampled, so they may differ in difficulty. ValueError for fewer than two pairs or non-finite
-    values.
-    """
-    d = torch.tensor(list(differences), dtype=torch.float64)
-    if d.numel() < 2 or not bool(torch.isfinite(d).all()):
-        raise ValueError(f"{d.numel()} differences were given: an interval needs at least two finite ones.")
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(d.numel(), (resamples, d.numel()), generator=generator)
-    means = d[draws].mean(1)
-    tail = (1.0 - level) / 2.0
-    low, high = torch.quantile(means, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
-    return Interval(float(d.mean()), low, high, float((d > 0).double().mean()), d.numel())

@@ -58,7 +58,7 @@ def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
     setting, clip = Setting(), tiny_models.clip_l()
     one = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=0.5)[0]
     both = run_node(LikenessSimilarity, vision=vision, image=setting.image.flip(1), weight=1.0, similarity=one)[0]
-    assert [part.weight for part in both.parts] == [0.5, 1.0] and len(both.patchers) == 1
+    assert [part.weight for part in both.parts] == [0.5, 1.0] and len(both.visions) == 1
     inputs = inputs_of(setting, both)
     model, encoder, lora, best, images, loss, report = run_node(LikenessOptimizeLora, **inputs)
     assert isinstance(encoder, ExecutionBlocker) and model is not setting.model and "best: iteration" in report

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from likeness.core.ezigen.staged import Loops, noise_to_level, split
+from likeness.core.denoiser import rescaled
+from likeness.core.ezigen.staged import Loops, split
 
 from ..vision.models import clip_folder
 from .methods import Setting, autoencoder
@@ -67,7 +68,8 @@ def by_stock_nodes(parts, published=False):
         x = AddNoise.execute(setting.model, noise, levels, {"samples": z})[0]["samples"]
         if published:
             scale = setting.model.model.latent_format.scale_factor
-            x = noise_to_level(z * scale, noise.generate_noise({"samples": z}), levels[0], sampling.sigmas[400]) / scale
+            level = sampling.sigmas[400]
+            x = rescaled(z * scale + level * noise.generate_noise({"samples": z}), level, levels[0]) / scale
         second = SamplerCustom.execute(
             always, False, 8 + STEP_SEEDS, 3.0, setting.target, setting.source, sampler, levels, {"samples": x}
         )[0]["samples"]

@@ -24,7 +24,7 @@ from likeness.core.ezigen.staged import (
     appearance_steps,
     background_of,
     invert_with_solver,
-    noise_to_level,
+    published_factors,
     split,
 )
 from likeness.core.ezigen.train import AdapterTraining, Sample, TrainingSettings, draw, errors
@@ -151,10 +151,8 @@ def test_appearance_steps():
 
 
 def test_renoising_keeps_the_signal_at_the_exact_level():
-    z, noise, sigma = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor(1.09392)
-    torch.testing.assert_close(noise_to_level(z, noise, sigma), z + sigma * noise)
-    published = noise_to_level(z, noise, sigma, torch.tensor(1.1644))
-    torch.testing.assert_close(published, 0.96563 * z + 1.12437 * noise, atol=2e-4, rtol=0)
+    assert published_factors(1.09392, 1.09392) == (1.0, 1.0)
+    assert published_factors(1.09392, 1.1644) == pytest.approx((0.96563, 1.12437 / 1.09392), abs=2e-4)
 
 
 def test_loops_and_backgrounds():

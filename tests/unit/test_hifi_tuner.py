@@ -24,7 +24,9 @@ def eq6(weight: float, decoupled: bool = False, steps: int = 200) -> Regularized
     denoiser, x0, context = world()
     start = context[0, -TOKENS:]
     settings = HiPerSettings(tokens=TOKENS, learning_rate=0.05, t_low=300)
-    fit = RegularizedHiPer(denoiser, x0, context, start, settings, Regularizer(start.clone(), weight, decoupled))
+    fit = RegularizedHiPer(
+        denoiser, x0, context, start, settings, regularizer=Regularizer(start.clone(), weight, decoupled)
+    )
     for _ in range(steps):
         fit.update()
     return fit
@@ -53,14 +55,14 @@ def test_the_first_loss_has_both_terms():
     start = context[0, -TOKENS:]
     settings = HiPerSettings(tokens=TOKENS)
     plain = HiPer(denoiser, x0, context, start, settings)
-    held = RegularizedHiPer(denoiser, x0, context, start, settings, Regularizer(start + 2.0, 0.25))
+    held = RegularizedHiPer(denoiser, x0, context, start, settings, regularizer=Regularizer(start + 2.0, 0.25))
     torch.testing.assert_close(held.loss(*held.draw())[0], plain.loss(*plain.draw())[0] + 0.25 * 4.0)
 
 
 def step_wise(inner: int = 4, learning_rate: float = 0.02, regularizer: Regularizer | None = None) -> StepWise:
     denoiser, x0, context = world()
     settings = StepWiseSettings(inner, learning_rate)
-    return StepWise(denoiser, x0, context, context[0, -TOKENS:], SIGMAS, settings, regularizer)
+    return StepWise(SIGMAS, denoiser, x0, context, context[0, -TOKENS:], settings, regularizer=regularizer)
 
 
 def test_every_step_takes_over_from_the_one_before_and_is_asked_at_its_own_level():
@@ -74,7 +76,7 @@ def test_every_step_takes_over_from_the_one_before_and_is_asked_at_its_own_level
     fit.denoiser.denoised = record
     starts = []
     for _ in range(len(SIGMAS)):
-        starts.append(fit.c_s.detach().clone())
+        starts.append(fit.h.detach().clone())
         for _ in range(4):
             fit.update()
     assert torch.tensor(levels).tolist() == torch.tensor([s for s in SIGMAS for _ in range(4)]).tolist()
@@ -86,7 +88,7 @@ def test_every_step_takes_over_from_the_one_before_and_is_asked_at_its_own_level
 
 def test_refining_explains_the_picture_better():
     fit = step_wise(inner=60)
-    before = fit.c_s.detach().clone()
+    before = fit.h.detach().clone()
 
     def distance(rows):
         return float((fit.denoiser.mean(with_tail(fit.context, rows)) - fit.x0).norm())

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from likeness.benchmarks.frame import interval
 from likeness.core.vision.measures import (
     PSNR_OF_EQUAL,
     cosine,
     lpips,
     order,
-    paired_interval,
     psnr,
     resize_mask,
     subject_crop,
@@ -145,17 +145,17 @@ def test_interval_covers_a_known_mean_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         sample = (0.3 + torch.randn(30, generator=generator)).tolist()
-        interval = paired_interval(sample, resamples=400, seed=trial)
-        covered += interval.low <= 0.3 <= interval.high
+        found = interval(sample, resamples=400, seed=trial)
+        covered += found["low"] <= 0.3 <= found["high"]
     assert 0.88 <= covered / 200 <= 0.99
 
 
 def test_interval_of_clear_and_unclear_differences():
-    clear = paired_interval([0.2, 0.3, 0.1, 0.25, 0.15, -0.01])
-    assert 0 < clear.low < clear.mean < clear.high and clear.share_won == pytest.approx(5 / 6)
-    unclear = paired_interval([0.2, -0.3, 0.1, -0.25, 0.15, -0.05])
-    assert unclear.low < 0 < unclear.high
-    assert paired_interval([0.2, 0.3, 0.1]) == paired_interval([0.2, 0.3, 0.1])
+    clear = interval([0.2, 0.3, 0.1, 0.25, 0.15, -0.01])
+    assert 0 < clear["low"] < clear["mean"] < clear["high"] and clear["share_won"] == pytest.approx(5 / 6)
+    unclear = interval([0.2, -0.3, 0.1, -0.25, 0.15, -0.05])
+    assert unclear["low"] < 0 < unclear["high"]
+    assert interval([0.2, 0.3, 0.1]) == interval([0.2, 0.3, 0.1])
     for bad in ([1.0], [1.0, float("nan")]):
         with pytest.raises(ValueError, match="at least two finite"):
-            paired_interval(bad)
+            interval(bad)

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from torchvision.ops import clip_boxes_to_image
 
 from likeness.core.vision import boxes as geometry
-from likeness.core.vision.host import subject_masks as finding
 from likeness.core.vision.host.extras import caption, grounding, sam
 from likeness.core.vision.host.subject_masks import MaskRequest, captions, subject_masks
 from likeness.core.vision.host.vision import load_vision
@@ -265,7 +264,7 @@ def test_each_list_has_its_own_folders(tmp_path, folder, monkeypatch):
     finders.owl_folder(tmp_path / "owl")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("[1")
-    assert finding.detectors() == ["owl"] and finding.captioners() == ["blip"]
+    assert vision_names(grounding.is_detector) == ["owl"] and vision_names(caption.is_captioner) == ["blip"]
     assert vision_names() == ["broken", "dinov2"]
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from likeness.core.session import folders
 from likeness.core.session.folders import EMBEDDINGS, LPIPS, VISION
-from likeness.core.vision.host.subject_masks import captioners, detectors
+from likeness.core.vision.host.extras.caption import is_captioner
+from likeness.core.vision.host.extras.grounding import is_detector
 from likeness.core.vision.host.vision import vision_names
 
 
@@ -69,7 +70,8 @@ def test_an_odd_folder_hides_nothing_else(root, tmp_path_factory):
         touch(path)
     (root / VISION.folder / "dino").mkdir()
     folder_paths.add_model_folder_path(VISION.folder, str(more))
-    assert folders.names(VISION) == ["dino"] and vision_names() == ["dino"] and detectors() == captioners() == []
+    assert folders.names(VISION) == ["dino"] and vision_names() == ["dino"]
+    assert vision_names(is_detector) == vision_names(is_captioner) == []
     assert folders.resolve(VISION, "dino") == (more / "dino").resolve()
 
 

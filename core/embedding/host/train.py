@@ -44,6 +44,7 @@ from ..hifi_tuner import RegularizedHiPer, Regularizer
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
 PREVIEWED = 3  # saved steps that are shown, the last among them: a preview costs as much as many updates
+ANCHORS = ("in the loss", "decoupled")
 log = logging.getLogger("likeness")
 
 
@@ -59,28 +60,35 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RegularizerOptions:
-    """HiFi Tuner's regularizer: the empty prompt, the weight, and whether it is applied outside the gradient."""
+    """HiFi Tuner's regularizer: the empty prompt, the weight (0: none), and how it is applied, one of ANCHORS."""
 
-    empty: Conditioning
-    weight: float
-    decoupled: bool = False
+    negative: Conditioning | None = None
+    anchor_weight: float = 0.0
+    anchor: str = ANCHORS[0]
 
-    def build(self, context: Tensor, tokens: int) -> Regularizer:
+    def build(self, context: Tensor, tokens: int) -> Regularizer | None:
         """The Regularizer for the last `tokens` tokens of a prompt with this context."""
-        empty = single_prompt(self.empty, "empty prompt").detach().float().cpu()
-        return Regularizer(start_rows(context, empty, tokens), self.weight, self.decoupled)
+        if self.anchor_weight == 0.0:
+            return None
+        if self.negative is None:
+            raise ValueError(
+                f"anchor_weight is {self.anchor_weight} but nothing is connected to 'negative': connect the empty "
+                "prompt there, or set anchor_weight to 0."
+            )
+        empty = single_prompt(self.negative, "empty prompt").detach().float().cpu()
+        return Regularizer(start_rows(context, empty, tokens), self.anchor_weight, self.anchor == ANCHORS[1])
 
 
 @dataclass(frozen=True)
 class TrainingPrompts:
     """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
     prompt that will get the embedding; it is only checked, so that a mismatch is reported before the training starts.
-    regularizer: use HiFi Tuner eq. 6 instead of HiPer's objective.
+    regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
     """
 
     empty: Conditioning | None = None
     target: Conditioning | None = None
-    regularizer: RegularizerOptions | None = None
+    regularizer: RegularizerOptions = RegularizerOptions()
 
 
 def source_rows(
@@ -100,19 +108,44 @@ def source_rows(
 
 
 @dataclass(frozen=True)
-class EmbeddingJob(Job):
-    """HiPer's training, or HiFi Tuner's with a regularizer. start [n, d]: the initial tokens."""
-
-    method: ClassVar[str] = METHOD
+class TokensJob(Job):
+    """What the trainings of tokens share. start [n, d]: the initial tokens."""
 
     model: Any
     positive: Conditioning
     images: TrainingImages
-    settings: hiper.HiPerSettings
-    schedule: Schedule
+    settings: Any
     placement: Placement
     start: Tensor
-    regularizer: Regularizer | None = None
+    regularizer: Regularizer | None
+
+    def attached(self) -> list[Any]:
+        """Of a run's key: what is on top of the model's weights, and the prompt."""
+        return [patches_digest(self.model), precision(self.model), describe(self.positive)]
+
+    def session(self) -> Session:
+        tokens = len(self.start)
+        prompt = with_room(self.positive, tokens, self.placement)
+        return Session(self.model, prompt, self.images.latent, learned=tokens)
+
+    def inputs(self, denoiser: GuiderDenoiser, x0: Tensor) -> tuple[Any, ...]:
+        """What the fit is made of, besides its regularizer."""
+        start, mask = detached([self.start, self.images.mask])
+        context = denoiser.context.to(x0.device, torch.float32)
+        return denoiser, x0, context, start, self.settings, None if mask is None else mask.to(x0.device)
+
+    def pull(self) -> Regularizer | None:
+        """The fit's regularizer."""
+        return None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
+
+
+@dataclass(frozen=True)
+class EmbeddingJob(TokensJob):
+    """HiPer's training, or HiFi Tuner's with a regularizer."""
+
+    method: ClassVar[str] = METHOD
+
+    schedule: Schedule
 
     @property
     def steps(self) -> int:
@@ -123,26 +156,14 @@ class EmbeddingJob(Job):
         return Retention(self.schedule.save_every)
 
     def key(self) -> str:
-        attached = [patches_digest(self.model), precision(self.model), describe(self.positive)]
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
-        what += [attached, self.start, asdict(self.images), *regularizer]
+        what += [self.attached(), self.start, asdict(self.images), *regularizer]
         return digest([*what, *self.objective.values(), *key_part(self.placement)])
-
-    def session(self) -> Session:
-        tokens = len(self.start)
-        prompt = with_room(self.positive, tokens, self.placement)
-        return Session(self.model, prompt, self.images.latent, learned=tokens)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        start, mask = detached([self.start, self.images.mask])
-        mask = None if mask is None else mask.to(x0.device)
-        inputs = (denoiser, x0, denoiser.context.to(x0.device, torch.float32), start, self.settings)
-        if self.regularizer is None:
-            fit = hiper.HiPer(*inputs, mask)
-        else:
-            fit = RegularizedHiPer(*inputs, Regularizer(**detached(asdict(self.regularizer))), mask)
+        fit = RegularizedHiPer(*self.inputs(denoiser, x0), regularizer=self.pull())
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
@@ -177,8 +198,8 @@ def train_embedding(
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
-    regularizer = None if prompts.regularizer is None else prompts.regularizer.build(rows, settings.tokens)
-    job = EmbeddingJob(model, positive, images, settings, schedule, placement, initial, regularizer)
+    regularizer = prompts.regularizer.build(rows, settings.tokens)
+    job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule)
     finished = run(job, node_id)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
@@ -230,7 +251,7 @@ def preview_images(
     source: Conditioning,
     target: Conditioning | None,
     shape: tuple[int, ...],
-    sampling: Previews,
+    how: Previews,
 ) -> Tensor:
     """[source, h] for PREVIEWED of the saved steps; with a target, first [target], then alternately [source, h] and
     [target, 0.8 h].
@@ -244,4 +265,4 @@ def preview_images(
         prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE, (), embedding.placement))
-    return sampling.drawn(model, prompts, (1, *shape[1:]))
+    return how.drawn(model, prompts, (1, *shape[1:]))

@@ -13,6 +13,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.model_patcher
 import torch
+import torch.nn.functional as F
 from comfy.model_base import ModelType
 from comfy.model_sampling import V_PREDICTION
 from comfy.patcher_extension import WrappersMP
@@ -55,7 +56,8 @@ class Subject:
             raise ValueError("The subjects were encoded with different models: encode both with the one you sample.")
         layers = tuple(torch.cat(pair, 1) for pair in zip(self.tokens.layers, other.tokens.layers, strict=True))
         size = max(self.images.shape[1], other.images.shape[1])
-        images = torch.cat([_resize(each.images, size) for each in (self, other)])
+        planes = (each.images.movedim(-1, 1) for each in (self, other))
+        images = torch.cat([F.interpolate(each, (size, size), mode="bilinear") for each in planes]).movedim(1, -1)
         return Subject(SubjectTokens(layers), images, self.base)
 
 
@@ -76,7 +78,7 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
             _report_background(has_mask)
         mask, margin = torch.ones(image.shape[:3]), 0.0
     mask = checked_mask(mask, len(image), (image.shape[1], image.shape[2]), subject=True)
-    mask = torch.nn.functional.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
+    mask = F.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
 
 
@@ -95,10 +97,6 @@ def _report_background(has_mask: bool) -> None:
 def _dark_corners(image: Tensor) -> bool:
     corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     return bool((corners.amin(-1) < WHITE).sum() > len(image))
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.interpolate(images.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
 
 
 def adapter_missing(name: str) -> str:

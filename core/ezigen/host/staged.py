@@ -105,7 +105,14 @@ def sample_staged(
     """
     model, vae, vision = models.model, models.vae, models.vision
     loops, seed = settings.loops, settings.seed
-    _check(models, settings, start)
+    if vision is None and (loops.least != loops.most or settings.keep_best):
+        raise ValueError(
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
+            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
+        )
+    check_vae(model, vae)
+    if start is not None:
+        warn_of_size(start)
     sigmas = levels(model, settings)
     _, appearance = split(sigmas, settings.split_ratio)
     adapted = with_adapter(model, models.adapter, subject)
@@ -116,13 +123,12 @@ def sample_staged(
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # step noise as in a stock sampler, for the same layout
         result = sampler.sample(split_model, noise, sigmas, prompts.negative, latent, seed % SEEDS)
-        images = [vae.decode(result).cpu()]
+        images = LoopImages(vision, vae.decode(result).cpu())
     else:
-        images = [crop_to_cells(start[..., :3].float().cpu(), vae)]
+        images = LoopImages(vision, crop_to_cells(start[..., :3].float().cpu(), vae))
         result = vae.encode(images[0]).cpu()
-    lines, similarity, loop = [], 0.0, 0
-    latents, tracker = [result], SimilarityTracker(vision, images[0])
-    while loops.needs_another(loop, similarity):
+    latents, loop = [result], 0
+    while loops.needs_another(loop, images.similarity):
         loop += 1
         z = result if loop == 1 and start is not None else vae.encode(images[-1]).cpu()
         noise = stock_noise(latents[-1], seed, loop)
@@ -133,25 +139,10 @@ def sample_staged(
         zeros = torch.zeros_like(x)
         result = sampler.sample(adapted, zeros, appearance, prompts.loop_negative, x, step_seed)
         latents.append(result)
-        images.append(vae.decode(result).cpu())
-        similarity = tracker.compare(images[-1])
-        lines.append(f"loop {loop}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
-    index = _best(tracker, subject, lines) if settings.keep_best else len(images) - 1
-    lines.append(f"{settings.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
-    return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(lines))
-
-
-def _check(models: StagedModels, settings: StagedSettings, start: Tensor | None) -> None:
-    """Check all inputs before anything runs."""
-    loops = settings.loops
-    if models.vision is None and (loops.least != loops.most or settings.keep_best):
-        raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
-            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
-        )
-    check_vae(models.model, models.vae)
-    if start is not None:
-        warn_of_size(start)
+        images.add(vae.decode(result).cpu())
+    index = images.best(subject.images) if settings.keep_best else loop
+    images.lines.append(f"{settings.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
+    return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(images.lines))
 
 
 def warn_of_size(image: Tensor) -> None:
@@ -191,28 +182,34 @@ def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed((seed + loop) % SEEDS))
 
 
-class SimilarityTracker:
-    """Compares consecutive images [B, H, W, 3] by a vision model, if there is one; embeds each image once."""
+class LoopImages(list[Tensor]):
+    """The first image [B, H, W, 3] and that of every loop, each compared with the one before if there is a vision
+    model, which embeds it once. lines: a report.
+    """
 
     def __init__(self, vision: Any | None, first: Tensor) -> None:
-        self.vision = vision
+        super().__init__([first])
+        self.vision, self.similarity, self.lines = vision, 0.0, list[str]()
         self.embeddings = [] if vision is None else [embed(vision, first)]
 
-    def compare(self, image: Tensor) -> float:
-        """Similarity to the previous image; in a batch, the minimum over its images."""
-        if self.vision is None:
-            return 0.0
-        self.embeddings.append(embed(self.vision, image))
-        return float(F.cosine_similarity(self.embeddings[-2], self.embeddings[-1]).min())
+    def add(self, image: Tensor) -> None:
+        """The image of another loop. In a batch, the minimum over its images counts."""
+        line = f"loop {len(self)}"
+        self.append(image)
+        if self.vision is not None:
+            self.embeddings.append(embed(self.vision, image))
+            before, now = self.embeddings[-2:]
+            self.similarity = float(F.cosine_similarity(before, now).min())
+            line += f": {self.similarity:.4f} like the one before"
+        self.lines.append(line)
 
-
-def _best(tracker: SimilarityTracker, subject: Subject, lines: list[str]) -> int:
-    """The index of the image most similar to the subject's; appends a line about it."""
-    target = F.normalize(embed(tracker.vision, subject.images), dim=1)
-    scores = [float((F.normalize(embedding, dim=1) @ target.T).mean()) for embedding in tracker.embeddings]
-    best = max(range(len(scores)), key=scores.__getitem__)
-    lines.append(f"best: image {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
-    return best
+    def best(self, subject: Tensor) -> int:
+        """The index of the image most similar to the subject's."""
+        target = F.normalize(embed(self.vision, subject), dim=1)
+        scores = [float((F.normalize(embedding, dim=1) @ target.T).mean()) for embedding in self.embeddings]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        self.lines.append(f"best: image {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
+        return best
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ..staged import (
 from .adapter import Subject, with_adapter, without_adapter
 from .staged import (
     SEEDS,
-    SimilarityTracker,
+    LoopImages,
     StagedModels,
     StagedResult,
     StagedSettings,
@@ -128,29 +128,28 @@ def edit_staged(
     single_prompt(inverse, "prompt of the inversion")
     down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
-    up = published_levels(table, settings.steps)[: len(down)] if settings.published else _upward_levels(down, table[:1])
+    if settings.published:
+        up = published_levels(table, settings.steps)[: len(down)]
+    else:  # the source counts as the lowest level, since networks know no level 0
+        up = torch.cat([table[:1], down.flip(0)[1:]])
     mask = crop_to_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
     source = crop_to_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
     steps = Steps(model, 2 * (len(down) - 1) * loops.most, node_id)
-    images, backgrounds, similarity, loop, result = [source], None, 0.0, 0, None
-    lines, tracker = [], SimilarityTracker(vision, source)
-    while loops.needs_another(loop, similarity):
+    images, backgrounds, loop, result = LoopImages(vision, source), None, 0, None
+    while loops.needs_another(loop, images.similarity):
         loop += 1
         latent = vae.encode(images[-1])
         start, latest = _invert(plain, inverse, latent, up, down, settings.published, steps)
         backgrounds = latest if backgrounds is None else backgrounds  # every loop pastes the source's own
         sampler = _PastingSampler(backgrounds, _latent_mask(mask, settings.published, start), settings, loop, steps)
         result = _sample(adapted, prompts, sampler, start, down, settings.cfg)
-        images.append(vae.decode(result).cpu())
-        similarity = tracker.compare(images[-1])
-        lines.append(f"loop {loop}" + ("" if vision is None else f": {similarity:.4f} like the one before"))
+        images.add(vae.decode(result).cpu())
     image = images[-1]
     if settings.paste:
         image = paste(image, source.to(image), mask[..., None].to(image))
-    return StagedResult(
-        vae.encode(source).cpu() if result is None else result, image, torch.cat(images), "\n".join(lines)
-    )
+    latent = vae.encode(source).cpu() if result is None else result
+    return StagedResult(latent, image, torch.cat(images), "\n".join(images.lines))
 
 
 def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSettings) -> None:
@@ -166,11 +165,6 @@ def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSetti
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops: connect a "
             "CLIP_VISION, or set both numbers the same."
         )
-
-
-def _upward_levels(down: Tensor, lowest: Tensor) -> Tensor:
-    """The steps' levels in ascending order; the source counts as the lowest level, since networks know no level 0."""
-    return torch.cat([lowest, down.flip(0)[1:]])
 
 
 def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class AdapterJob(Job):
         adapter = new_adapter(base)
         if self.models.start is not None:
             adapter.load(self.models.start.tensors)
-        network, folder_report = UNet(base, adapter.to(x0.device)), _as_tensor(self.folder.describe())
+        network, folder_report = UNet(base, adapter.to(x0.device)), list(self.folder.describe().encode())
 
         def sample(number: int) -> Sample:
             assert self.data is not None  # begin() came first
@@ -134,9 +134,22 @@ class AdapterJob(Job):
 
         def result() -> Result:
             check_errors = torch.tensor(mean_errors(network, UNet(base, None), sample, self.settings.seed))
-            return {**pack_adapter(adapter, {}).tensors, CHECK_ERRORS: check_errors, FOLDER_REPORT: folder_report}
+            about = torch.tensor(folder_report, dtype=torch.uint8)
+            return {**pack_adapter(adapter, {}).tensors, CHECK_ERRORS: check_errors, FOLDER_REPORT: about}
 
         yield AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
+
+    def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
+        """The header of the artifact."""
+        start, plan = self.models.start, self.plan
+        images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(self.folder)}
+        return {
+            "method": METHOD,
+            "base": model_base_sample(self.model),
+            "steps": steps + (0 if start is None else int(start.header.get("steps", 0))),
+            "settings": {**asdict(self.settings), **images, "steps": steps},
+            "losses": curve(losses),
+        }
 
 
 def train_adapter(
@@ -147,15 +160,12 @@ def train_adapter(
     node_id: str | None = None,
 ) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or load from disk); returns the adapter, all losses, and a report for the user."""
-    job_run = run(AdapterJob(models, check_inputs(models, plan.size), folder, plan, settings), node_id)
+    job = AdapterJob(models, check_inputs(models, plan.size), folder, plan, settings)
+    job_run = run(job, node_id)
     losses, result = job_run.losses, dict(job_run.last)
-    check_errors, folder_report = result.pop(CHECK_ERRORS).tolist(), _as_text(result.pop(FOLDER_REPORT))
-    header = _header(models, plan, settings, folder, job_run.step, losses)
-    return (
-        StoredAdapter(result, header),
-        losses,
-        training_report(folder_report, job_run.step, settings.batch, losses, check_errors),
-    )
+    check_errors, about = result.pop(CHECK_ERRORS).tolist(), bytes(result.pop(FOLDER_REPORT).tolist()).decode()
+    report = training_report(about, job_run.step, settings.batch, losses, check_errors)
+    return StoredAdapter(result, job.header(job_run.step, losses)), losses, report
 
 
 def training_report(folder: str, steps: int, batch: int, losses: list[float], check_errors: list[float]) -> str:
@@ -211,7 +221,8 @@ class EncodedFolder:
     def __init__(self, models: TrainingModels, places: list[Place], folder: PairFolder, seed: int) -> None:
         """Encode the folder. ValueError when nothing in it can be read, or it does not fit into memory."""
         self.folder, self.seed = folder, seed
-        self._width = _context_width(models, places)
+        reader = models.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
+        self._width = reader.weight.shape[1]
         self._check_memory(models)
         process = models.model.get_model_object("latent_format").process_in
 
@@ -274,11 +285,6 @@ class EncodedFolder:
             )
 
 
-def _context_width(models: TrainingModels, places: list[Place]) -> int:
-    reader = models.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
-    return reader.weight.shape[1]
-
-
 def _memory(model: Any, places: list[Place], latent: Tensor, plan: AdapterPlan, batch: int) -> float:
     """Bytes that training needs in addition to the gradient of one image through the bare UNet."""
     weights = sum(4 * place.layer.width**2 for place in places)
@@ -301,30 +307,3 @@ def mean_errors(network: UNet, bare_network: UNet, sample: Callable[[int], Sampl
         adapter_errors = errors(network, [example, example], [without_subject, with_subject])
         total += torch.cat([errors(bare_network, [example], [bare]), adapter_errors]).cpu()
     return (total / CHECKED).tolist()
-
-
-def _as_tensor(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def _as_text(stored: Tensor) -> str:
-    return bytes(stored.tolist()).decode()
-
-
-def _header(
-    models: TrainingModels,
-    plan: AdapterPlan,
-    settings: TrainingSettings,
-    folder: PairFolder,
-    steps: int,
-    losses: list[float],
-) -> dict[str, Any]:
-    earlier_steps = 0 if models.start is None else int(models.start.header.get("steps", 0))
-    images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(folder)}
-    return {
-        "method": METHOD,
-        "base": model_base_sample(models.model),
-        "steps": earlier_steps + steps,
-        "settings": {**asdict(settings), **images, "steps": steps},
-        "losses": curve(losses),
-    }

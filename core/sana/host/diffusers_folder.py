@@ -17,9 +17,9 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from ...files import is_number, read_table, tensor_names
+from ...files import is_number, read_table
 from ...vision.host.extras.offline import missing_package, offline, reason, running, weights_variant
-from ...vision.host.extras.settings import check_layers, check_weights
+from ...vision.host.extras.settings import check_size
 from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
 
 PIPELINE = "SanaPipeline"
@@ -92,8 +92,7 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[A
     from diffusers import SanaPipeline
 
     part = folder / "text_encoder"
-    model, missing = read_model(part, "AutoModel", dtype, weights_variant(part, variants=VARIANTS))
-    check_complete(part, missing)
+    model, _ = read_model(part, "AutoModel", dtype, weights_variant(part, variants=VARIANTS))
     tokenizer = read_processor(folder / "tokenizer", "AutoTokenizer")
     lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     instruction = "\n".join(lines)
@@ -248,6 +247,4 @@ def _check_settings(part: Path, kind: Any) -> None:
             fits, expected = True, ""
         if not fits:
             raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy {SOURCE} whole.")
-    files = [*part.glob("*.safetensors")]
-    check_layers(where, config, [name for file in files for name in tensor_names(file)])
-    check_weights(where, lambda: kind.from_config(config), sum(file.stat().st_size for file in files))
+    check_size(where, config, [*part.glob("*.safetensors")], lambda: kind.from_config(config))

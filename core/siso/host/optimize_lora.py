@@ -156,7 +156,7 @@ class SisoJob(Job):
             negative=generator.negative,
             checkpointing=self.plan.checkpointing,
             text=None if self.text is None else self.text.patcher,
-            others=[generator.vae.patcher, *similarity.patchers],
+            others=[generator.vae.patcher, *(vision.patcher for vision in similarity.visions)],
             more_memory=_more_memory(generator, similarity, self.sampling, self.plan),
             exact=self.sampling.replay is not None,  # the first image must be the inverted one
         )
@@ -169,7 +169,12 @@ class SisoJob(Job):
         layers = trained_layers(denoiser.model, None if text is None else text.patcher.model, plan.layers)
         check_run(denoiser.model, layers.layers, denoiser.called)
         adapters = new_adapters(layers.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
-        with attached_lora(layers.layers, adapters), _checkpointing(generator, self.similarity, plan):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attached_lora(layers.layers, adapters))
+            if plan.checkpointing:  # the session does it for the diffusion model
+                stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
+                for vision in self.similarity.visions:
+                    stack.enter_context(layers_checkpointed(vision.model))
             images = ImageSampling(generator, self.sampling, denoiser, x0, text)
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
@@ -265,17 +270,6 @@ def _round(sigmas: Tensor) -> list[float]:
 
 def _same_levels(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
-
-
-@contextlib.contextmanager
-def _checkpointing(generator: Generator, similarity: Similarity, plan: SisoPlan) -> Iterator[None]:
-    """Gradient checkpointing of the decoder and the vision models; the session does it for the diffusion model."""
-    with contextlib.ExitStack() as stack:
-        if plan.checkpointing:
-            stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
-            for vision in similarity.visions:
-                stack.enter_context(layers_checkpointed(vision.model))
-        yield
 
 
 def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: SisoPlan) -> float:

@@ -77,12 +77,3 @@ class Similarity:
     def visions(self) -> list[Any]:
         """The vision models, without duplicates."""
         return list({id(part.vision.patcher): part.vision for part in self.parts}.values())
-
-    @property
-    def patchers(self) -> list[Any]:
-        """Their ModelPatchers."""
-        return [vision.patcher for vision in self.visions]
-
-    def with_part(self, part: SimilarityPart) -> Similarity:
-        """A copy with one more part."""
-        return Similarity((*self.parts, part))

@@ -39,12 +39,8 @@ def score_sheet(images: Tensor, captions: list[list[str]], best: int, footer: li
         if i == best and len(thumbnails) > 1:
             draw.rectangle((x - 4, y - 4, x + width + 3, y + height + 3), outline=FRAME, width=3)
         for k, text in enumerate(caption):
-            draw.text(
-                (x, y + height + MARGIN + k * line),
-                plain(text),
-                fill=FRAME if i == best and k == 0 else INK,
-                font=face,
-            )
+            colour = FRAME if i == best and k == 0 else INK
+            draw.text((x, y + height + MARGIN + k * line), plain(text), fill=colour, font=face)
     for k, text in enumerate(notes):
         draw.text((MARGIN, rows * cell_height + MARGIN + k * line), text, fill=INK, font=face)
     return as_image(sheet)

@@ -16,10 +16,14 @@ PAPER, INK, FRAME = (24, 24, 27), (228, 228, 231), (34, 197, 94)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+def as_pixels(image: Tensor) -> np.ndarray:
+    """[H, W, C] in 0..1 -> uint8 [H, W, 3]."""
+    return (image[..., :3].float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().numpy()
+
+
 def thumbnail(image: Tensor, largest: int = LARGEST) -> Image.Image:
     """[H, W, C] in 0..1 -> a PIL image whose longer side is between SMALLEST and `largest`."""
-    pixels = (image[..., :3].float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().numpy()
-    result = Image.fromarray(pixels)
+    result = Image.fromarray(as_pixels(image))
     longer = max(result.size)
     scale = min(max(longer, SMALLEST), largest) / longer
     size = (max(round(result.width * scale), 1), max(round(result.height * scale), 1))

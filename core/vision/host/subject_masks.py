@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ...session import folders
-from ...session.inputs import Names
 from .. import boxes as geometry
 from .extras import caption, grounding, sam
 from .extras.grounding import Detections
-from .sheets import FRAME, INK, PAPER, font, plain
+from .sheets import FRAME, INK, PAPER, as_image, as_pixels, font, plain
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25  # Grounding DINO's reference values
 TINT = 0.45  # opacity of the tint on the subject
@@ -44,20 +41,6 @@ class SubjectMasks:
     info: str
 
 
-def detectors() -> Names:
-    """Folders in models/likeness_vision that contain a detector."""
-    return _folders(grounding.is_detector)
-
-
-def captioners() -> Names:
-    """Folders in models/likeness_vision that contain a captioning model."""
-    return _folders(caption.is_captioner)
-
-
-def _folders(matches: Callable[[Path], bool]) -> Names:
-    return Names(name for name in folders.names(folders.VISION) if matches(folders.resolve(folders.VISION, name)))
-
-
 def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> SubjectMasks:
     """Masks of the subject in images [B, H, W, C] in 0..1.
 
@@ -67,7 +50,7 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
     segmenter_model = sam.load_sam(segmenter)
-    images = [_pixels(each) for each in image]
+    images = list(map(as_pixels, image))
     detector_model = grounding.load_detector(detector)
     detector_model.check(request.subject)
     detect = _LoadedModel(detector_model, grounding.input_pixels(detector_model) * grounding.BYTES_PER_PIXEL)
@@ -103,7 +86,7 @@ def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:
     texts = []
     for number, each in enumerate(image):
         mm.throw_exception_if_processing_interrupted()
-        texts.append(write(_pixels(each), max_tokens))
+        texts.append(write(as_pixels(each), max_tokens))
         if not texts[-1]:
             raise ValueError(f"{captioner.description} has no words for image {number}: write the caption yourself.")
     return texts
@@ -122,11 +105,6 @@ class _LoadedModel:
     def __call__(self, *inputs: Any) -> Any:
         with torch.no_grad():
             return self.model(*inputs)
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """[H, W, C] in 0..1 -> uint8 [H, W, 3]."""
-    return (image[..., :3].float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().numpy()
 
 
 def _check_detections(detections: list[Detections], request: MaskRequest) -> None:
@@ -167,4 +145,4 @@ def _overlay(pixels: np.ndarray, mask: Tensor, detections: Detections, selected:
         corner = (box[0] + 2, box[1] + 2)
         draw.rectangle(draw.textbbox(corner, text, font=face), fill=PAPER)
         draw.text(corner, text, fill=INK, font=face)
-    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255.0)
+    return as_image(sheet)[0]

@@ -6,6 +6,7 @@ with the pack's preprocessing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class VisionModel:
         """[B, H, W, C] in 0..1 -> Output with image_embeds, last_hidden_state, penultimate_hidden_states."""
         _load(self, image.shape[0])
         with torch.no_grad():
-            result = self._run(image, crop, self.preprocess)
+            result = self.run(image, crop, self.preprocess)
         output, device = comfy.clip_vision.Output(), mm.intermediate_device()
         output["image_embeds"] = result.embedding.to(device)
         output["last_hidden_state"] = None if result.last is None else result.last.to(device)
@@ -61,11 +62,8 @@ class VisionModel:
         output["mm_projected"] = None
         return output
 
-    def features(self, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
+    def run(self, pixels: Tensor, crop: bool, preprocess: Preprocess) -> VisionOutput:
         """See features(); call inside of a session that has loaded the model, or use embed() without gradients."""
-        return self._run(pixels, crop, preprocess or self.preprocess).embedding
-
-    def _run(self, pixels: Tensor, crop: bool, preprocess: Preprocess) -> VisionOutput:
         with running(self.describe()):
             return self.model(preprocess(pixels.to(self.load_device), crop))
 
@@ -86,14 +84,14 @@ class VisionModel:
         return self.model.state_dict()
 
 
-def vision_names() -> Names:
-    """Entries of models/likeness_vision except detectors and captioning models, which other nodes load."""
+def is_vision_model(path: Path) -> bool:
+    """Whether an entry of models/likeness_vision is neither a detector nor a captioning model, which have own nodes."""
+    return not (is_detector(path) or is_captioner(path))
 
-    def is_excluded(name: str) -> bool:
-        path = folders.resolve(folders.VISION, name)
-        return is_detector(path) or is_captioner(path)
 
-    return Names(name for name in folders.names(folders.VISION) if not is_excluded(name))
+def vision_names(matches: Callable[[Path], bool] = is_vision_model) -> Names:
+    """The entries of models/likeness_vision that match."""
+    return Names(name for name in folders.names(folders.VISION) if matches(folders.resolve(folders.VISION, name)))
 
 
 def load_vision(path: Path) -> VisionModel:
@@ -121,9 +119,10 @@ def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preproc
     token after the last layer norm. ComfyUI's SigLIP, which has no pooling layer: the mean of its tokens. preprocess:
     replaces the model's own.
     """
+    preprocess = preprocess or preprocess_of(vision)
     if isinstance(vision, VisionModel):
-        return vision.features(pixels, crop, preprocess)
-    inputs = (preprocess or preprocess_of(vision))(pixels.to(vision.load_device), crop)
+        return vision.run(pixels, crop, preprocess).embedding
+    inputs = preprocess(pixels.to(vision.load_device), crop)
     pooled = vision.model(pixel_values=inputs, intermediate_output=-2)[2]
     return pooled.mean(1) if pooled.ndim == 3 else pooled
 

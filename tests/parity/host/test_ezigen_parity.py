@@ -12,8 +12,8 @@ from likeness.core.ezigen.host.layers import UNet, places
 from likeness.core.ezigen.staged import (
     background_of,
     invert_with_solver,
-    noise_to_level,
     paste,
+    published_factors,
     published_levels,
     split,
 )
@@ -177,7 +177,8 @@ def test_generation_and_loop(official, model, sampling):
 
         _, levels = split(whole, split_ratio)
         published = sampling.table[400]
-        x = noise_to_level(official["o.gen.initial"], official["i.renoise"], levels[0], published)
+        signal, factor = published_factors(float(levels[0]), float(published))
+        x = signal * official["o.gen.initial"] + levels[0] * factor * official["i.renoise"]
         assert relative(x / (1 + levels[0] ** 2).sqrt(), official["o.gen.renoised"]) < 1e-5
         looping = with_adapter(model, sampling.stored, sampling.subject)
         loop = sampling.run(looping, cfg, x, levels, official["i.noise.b"])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .offline import offline, reason
-from .transformers_folder import check_complete, kind_of, read_model, read_processor
+from .transformers_folder import kind_of, read_model, read_processor
 
 CLASSES = ("ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq")  # endings of class names
 ALSO = ("GitForCausalLM",)
@@ -60,8 +60,7 @@ def load_captioner(folder: Path, dtype: torch.dtype) -> Captioner:
             f"The folder {folder.name} holds {kind_of(folder)[1] or 'no recognisable model'}, expected one that "
             "writes captions: choose a folder such as blip2-opt-2.7b or blip-image-captioning-base."
         )
-    model, missing = read_model(folder, "AutoModelForImageTextToText", dtype)
-    check_complete(folder, missing)
+    model, _ = read_model(folder, "AutoModelForImageTextToText", dtype)
     processor = read_processor(folder)
     with offline():
         return Captioner(model, processor, folder.name)

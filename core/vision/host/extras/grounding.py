@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import boxes as geometry
 from .offline import offline, running
-from .transformers_folder import check_complete, kind_of, read_model, read_processor
+from .transformers_folder import kind_of, read_model, read_processor
 
 BY_TOKEN = ("grounding-dino", "mm-grounding-dino")
 BY_TEXT = ("owlvit", "owlv2")
@@ -71,8 +71,8 @@ class Detector(nn.Module):
 
         text = self.query(subject)
         with offline(), running(self.description):
-            inputs = self.processor(images=image, text=[text], return_tensors="pt").to(_device(self.model))
-            output = self.model(**inputs)
+            inputs = self.processor(images=image, text=[text], return_tensors="pt")
+            output = self.model(**inputs.to(next(self.model.parameters()).device))
         probabilities = output.logits[0].float().sigmoid().cpu()  # [queries, tokens or texts]; 0 beyond the text
         scores = probabilities.amax(1)
         height, width = image.shape[:2]
@@ -111,8 +111,7 @@ def load_detector(folder: Path) -> Detector:
             f"The folder {folder.name} holds {name or 'no recognisable model'}, expected a detector that takes "
             f"a text ({', '.join(DETECTORS)}): choose a folder such as grounding-dino-tiny."
         )
-    model, missing = read_model(folder, "AutoModelForZeroShotObjectDetection")
-    check_complete(folder, missing)
+    model, _ = read_model(folder, "AutoModelForZeroShotObjectDetection")
     processor = read_processor(folder)
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"The folder {folder.name} has no tokenizer files: copy the model's whole folder.")
@@ -125,7 +124,3 @@ def input_pixels(detector: Detector) -> float:
     size = getattr(detector.processor.image_processor, "size", None) or {}
     sides = [value for value in dict(size).values() if isinstance(value, int)]
     return float(max(sides, default=800)) ** 2
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ....files import read_table, read_weights, tensor_names
+from ....files import read_table, read_weights
 from ...preprocess import CLIP_MEAN, CLIP_STD, MAX_SIDE, Preprocess
 from .offline import missing_package, offline, reason
-from .settings import check_layers, check_weights, is_color, is_side
+from .settings import check_size, is_color, is_side
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 32 << 30
@@ -58,25 +58,20 @@ def load_open_clip(path: Path) -> Tower:
     except ImportError as error:
         otherwise = " (or use a transformers folder)"
         raise missing_package(path.name, "open_clip", error, "open_clip_torch", otherwise) from error
-    weights = path if path.is_file() else _weights_in(path)
-    name, model_config, image_config = _configuration(weights, open_clip)
+    files = [path] if path.is_file() else sorted(path.glob("open_clip*.safetensors"))
+    if not files:
+        raise ValueError(f"The folder {path.name} has no open_clip*.safetensors (pickles are refused): put it there.")
+    name, model_config, image_config = _configuration(files[0], open_clip)
+    text = model_config.get("text_cfg", {})
     with offline():
-        model = _build(weights, open_clip, model_config)
-        _load_weights(model, weights)
-        length = model_config.get("text_cfg", {}).get("context_length", 77)
-        tower = OpenClipTower(
-            model.train(False).requires_grad_(False), open_clip.SimpleTokenizer(context_length=length), name
-        )
-    tower.text_missing = _text_missing(model_config)
+        model = _build(files[0], open_clip, model_config).train(False).requires_grad_(False)
+        tower = OpenClipTower(model, open_clip.SimpleTokenizer(context_length=text.get("context_length", 77)), name)
+    tokenizer = text.get("hf_tokenizer_name")
+    tower.text_missing = tokenizer and (
+        f"its tokenizer ({tokenizer}) does not come with open_clip; a transformers folder of it has one"
+    )
     tower.preprocess = _preprocess(model, image_config)
     return tower
-
-
-def _weights_in(folder: Path) -> Path:
-    paths = sorted(folder.glob("open_clip*.safetensors"))
-    if not paths:
-        raise ValueError(f"The folder {folder.name} has no open_clip*.safetensors (pickles are refused): put it there.")
-    return paths[0]
 
 
 def _configuration(weights: Path, open_clip: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -111,25 +106,17 @@ def _build(weights: Path, open_clip: Any, config: dict[str, Any]) -> Any:
             f"{file} has a text encoder that open_clip fetches from the network: use a transformers folder of it."
         )
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
-    check_layers(f"The architecture of {file}", config, tensor_names(weights))
-    check_weights(f"The architecture of {file}", lambda: kind(**config), weights.stat().st_size)
+    check_size(f"The architecture of {file}", config, [weights], lambda: kind(**config))
     try:
-        return kind(**config)
+        model = kind(**config)
     except Exception as error:  # the settings come from the user's file
         raise ValueError(f"open_clip cannot build {file} ({reason(error)}): check its {CONFIG}.") from error
-
-
-def _load_weights(model: Any, weights: Path) -> None:
     tensors = read_weights(weights, MAX_BYTES)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{weights.name} does not fit the model of its name ({reason(error)}): {NAMING}.") from error
-
-
-def _text_missing(config: dict[str, Any]) -> str | None:
-    name = config.get("text_cfg", {}).get("hf_tokenizer_name")
-    return f"its tokenizer ({name}) does not come with open_clip; a transformers folder of it has one" if name else None
+        raise ValueError(f"{file} does not fit the model of its name ({reason(error)}): {NAMING}.") from error
+    return model
 
 
 def _preprocess(model: Any, settings: dict[str, Any]) -> Preprocess:

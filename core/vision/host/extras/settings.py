@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ....files import is_number, read_table
+from ....files import is_number, read_table, tensor_names
 from ...preprocess import MAX_SIDE
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -73,10 +73,17 @@ def _sides(value: Any) -> list[Any]:
     return (list(value) or [value]) if isinstance(value, (list, tuple)) else [value]
 
 
-def check_layers(where: str, config: dict[str, Any], names: Collection[str]) -> None:
-    """ValueError when settings ask for far more layers than the files have, by their names: layers take time."""
-    indices = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
-    stored = max(indices, default=0) + 1
+def check_size(
+    where: str, config: dict[str, Any], files: Sequence[Path], build: Callable[[], nn.Module] | None
+) -> None:
+    """ValueError when settings ask for a network much larger than its files, before it is built: far more layers, by
+    the names in the files, take time; more weights than the files have bytes take memory.
+
+    build() makes the network, None where the files have fewer bytes than weights. One that cannot be built without
+    memory is left to its library.
+    """
+    names = [name for file in files for name in tensor_names(file)]
+    layers = max((int(part) for name in names for part in name.split(".") if part.isdecimal()), default=0) + 1
     todo: list[tuple[str, Any]] = [*config.items()]
     while todo:
         name, value = todo.pop()
@@ -84,20 +91,14 @@ def check_layers(where: str, config: dict[str, Any], names: Collection[str]) -> 
             todo += value.items()
         elif isinstance(value, list):
             todo += [(name, each) for each in value]
-        elif "layers" in name and isinstance(value, int) and value > MORE_LAYERS * stored:
+        elif "layers" in name and isinstance(value, int) and value > MORE_LAYERS * layers:
             raise ValueError(
-                f"{where} asks for {value} layers ({name}), its files have {stored}: copy the settings and the weights "
+                f"{where} asks for {value} layers ({name}), its files have {layers}: copy the settings and the weights "
                 "of the same model."
             )
-
-
-def check_weights(where: str, build: Callable[[], nn.Module], stored: int) -> None:
-    """ValueError when the network that build() makes has more weights than its files have bytes: it would take that
-    memory before they are read. A network that cannot be built without memory is left to its library.
-    """
-    count = 0
+    count, stored = 0, sum(file.stat().st_size for file in files)
     with contextlib.suppress(Exception), torch.device("meta"):
-        network = build()
+        network = build() if build else nn.Module()
         count = sum(math.prod(part.shape) for part in (*network.parameters(), *network.buffers()))
     if count > stored + SMALL:
         raise ValueError(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....files import read_table, tensor_names
+from ....files import read_table
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from .offline import missing_package, offline, reason, weights_variant
-from .settings import check_layers, check_weights, is_side, read_preprocessing
+from .settings import check_size, is_side, read_preprocessing
 from .tower import Tower, VisionOutput
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -63,11 +63,14 @@ def load_transformers(folder: Path) -> Tower:
     """
     config = read_config(folder)
     name = WITH_PROJECTION if config.get("architectures") == [WITH_PROJECTION] else "AutoModel"
-    model, missing = read_model(folder, name)
+    model, missing = read_model(folder, name, optional="pooler.")
+    if getattr(getattr(model, "vision_model", model), "main_input_name", "") != "pixel_values":
+        raise ValueError(
+            f"The folder {folder.name} holds a {type(model).__name__}, which takes no images: choose another."
+        )
     with offline():
-        pooled = _check_model(folder, model, missing)
         tokenizer, text_missing = _tokenizer(folder, model)
-        tower = TransformersTower(model, tokenizer, pooled, folder.name)
+        tower = TransformersTower(model, tokenizer, not missing, folder.name)
     tower.preprocess = _preprocess(folder, model.config)
     tower.text_missing = text_missing
     if str(model.config.model_type).startswith("dinov2"):
@@ -76,11 +79,16 @@ def load_transformers(folder: Path) -> Tower:
 
 
 def read_model(
-    folder: Path, class_name: str, dtype: torch.dtype = torch.float32, variant: str | None = None
+    folder: Path,
+    class_name: str,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    optional: tuple[str, ...] | str = (),
 ) -> tuple[Any, set[str]]:
     """A folder's model, frozen, loaded by a class of transformers; and the names of weights that its files lack.
 
-    variant: the infix of files named like model.bf16.safetensors. Raises as load_transformers does.
+    variant: the infix of files named like model.bf16.safetensors. optional: the beginning of names that may be lacking.
+    Raises as load_transformers does.
     """
     config = read_config(folder)
     if variant is None:
@@ -104,7 +112,9 @@ def read_model(
                 f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
                 f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
             ) from error
-        return model.to(dtype).train(False).requires_grad_(False), set(info["missing_keys"])
+    missing = set(info["missing_keys"])
+    check_complete(folder, {name for name in missing if not name.startswith(optional)})
+    return model.to(dtype).train(False).requires_grad_(False), missing
 
 
 def read_processor(folder: Path, class_name: str = "AutoProcessor") -> Any:
@@ -176,27 +186,13 @@ def _check_size(folder: Path, config: dict[str, Any], kind: Any) -> None:
     """ValueError when config.json asks for a much larger network than the files hold: it is built before it is read."""
     import transformers
 
-    where, files = f"config.json of {folder.name}", [*folder.glob("*.safetensors")]
-    check_layers(where, config, [name for file in files for name in tensor_names(file)])
-
     def build() -> Any:
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return getattr(kind, "from_config", kind)(settings)
 
-    if "quantization_config" not in config:  # whose files have fewer bytes than weights
-        with offline():
-            check_weights(where, build, sum(file.stat().st_size for file in files))
-
-
-def _check_model(folder: Path, model: Any, missing: set[str]) -> bool:
-    """Whether pooler_output can be used: not if the file has no weights for the pooling layer."""
-    vision = getattr(model, "vision_model", model)
-    if getattr(vision, "main_input_name", "") != "pixel_values":
-        raise ValueError(
-            f"The folder {folder.name} holds a {type(model).__name__}, which takes no images: choose another."
-        )
-    check_complete(folder, {name for name in missing if not name.startswith("pooler.")})
-    return not missing
+    files = [*folder.glob("*.safetensors")]
+    with offline():
+        check_size(f"config.json of {folder.name}", config, files, None if "quantization_config" in config else build)
 
 
 def _tokenizer(folder: Path, model: Any) -> tuple[Any, str | None]:
