@@ -14,7 +14,7 @@ from .node import Node, SavingNode
 from .types import Adapter, Subject, output, schema
 
 
-class LikenessLoadAdapter(Node):
+class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -42,10 +42,6 @@ class LikenessLoadAdapter(Node):
     def validate_inputs(cls, name) -> bool | str:
         known = name is None or name in folders.names(folders.ADAPTERS)  # None: it comes from a link
         return True if known else host.adapter_missing(name)
-
-    @classmethod
-    def fingerprint_inputs(cls, name) -> str:
-        return folders.state(folders.ADAPTERS, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

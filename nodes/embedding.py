@@ -1,10 +1,11 @@
-"""Train and apply subject embeddings (HiPer)."""
+"""Train, apply, save and load subject embeddings (HiPer)."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..core.embedding import hiper
+from ..core.embedding.artifact import load_embedding, save_embedding
 from ..core.embedding.host.train import (
     ANCHORS,
     Previews,
@@ -15,11 +16,12 @@ from ..core.embedding.host.train import (
     train_embedding,
 )
 from ..core.prompt.conditioning import apply_embedding
+from ..core.session import folders
 from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import Node, build
+from .node import Node, SavingNode, build
 from .types import Embedding, LossMap, output, schema
 
 SOURCE, EMPTY = "source prompt", "empty prompt"
@@ -221,3 +223,57 @@ class LikenessApplyEmbedding(Node):
             check_base(embedding.header.get("base", {}), model)
         rows = embedding.at(step)
         return io.NodeOutput(apply_embedding(conditioning, rows, scale, embedding.windows, embedding.placement))
+
+
+class LikenessSaveEmbedding(SavingNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSaveEmbedding",
+            display_name="Save Subject Embedding",
+            category="likeness/embedding",
+            description="Saves the learned subject as a small safetensors file in models/likeness_embeddings.",
+            search_aliases=["hiper", "hifi tuner", "textual inversion", "save embedding"],
+            inputs=[
+                Embedding.Input("embedding", tooltip="A trained subject embedding."),
+                inputs.prefix("likeness/subject"),
+            ],
+            outputs=[
+                output(Embedding, "embedding", "The embedding, passed through."),
+                output(io.String, "name", "The name under which Load Subject Embedding lists the file."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, embedding, filename_prefix) -> io.NodeOutput:
+        return cls.saved(folders.EMBEDDINGS, embedding, filename_prefix, save_embedding, embedding.describe())
+
+
+class LikenessLoadEmbedding(Node, files={"name": folders.EMBEDDINGS}):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadEmbedding",
+            display_name="Load Subject Embedding",
+            category="likeness/embedding",
+            description="Loads a learned subject from models/likeness_embeddings: a .safetensors file of this pack, "
+            "or a .pt file of HiPer's reference code.",
+            search_aliases=["hiper", "hifi tuner", "textual inversion", "load embedding"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folders.names(folders.EMBEDDINGS),
+                    tooltip="A file in models/likeness_embeddings. Press R to refresh the list after saving one.",
+                )
+            ],
+            outputs=[
+                output(Embedding, "embedding", "The loaded subject embedding."),
+                output(io.String, "info", "Method, number of tokens, base model, saved steps and loss."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        embedding = load_embedding(folders.resolve(folders.EMBEDDINGS, name))
+        return io.NodeOutput(embedding, embedding.describe())

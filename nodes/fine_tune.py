@@ -62,15 +62,12 @@ class LikenessFineTune(Node):
                     "Number of updates. Raise it later to resume the run. A lower value returns that step of a LoRA if "
                     "it was saved (every 500), else the longer run with a warning; full weights are trained again.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=sine.LEARNING_RATE,
-                    min=1e-9,
-                    max=1.0,
+                inputs.rate(
+                    sine.LEARNING_RATE,
+                    "AdamW's learning rate: 0.0001 for a LoRA. For full weights set the paper's 0.000001; the default "
+                    "is 100 times higher.",
                     step=1e-6,
                     round=1e-9,
-                    tooltip="AdamW's learning rate: 0.0001 for a LoRA. For full weights set the paper's 0.000001; the "
-                    "default is 100 times higher.",
                 ),
                 inputs.count(
                     "rank",

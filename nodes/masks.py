@@ -21,7 +21,7 @@ from .node import Node
 from .types import output, schema
 
 
-class LikenessSubjectMask(Node):
+class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folders.SAMS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -40,17 +40,13 @@ class LikenessSubjectMask(Node):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, detector, sam, **_inputs) -> str:
-        return f"{folders.state(folders.VISION, detector)} {folders.state(folders.SAMS, sam)}"
-
-    @classmethod
     def execute(cls, image, detector, sam, **request) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
         found = subject_masks(image, MaskRequest(**request), finder, cutter)
         return io.NodeOutput(found.mask, found.image, found.info)
 
 
-class LikenessCaption(Node):
+class LikenessCaption(Node, files={"model": folders.VISION}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -75,10 +71,6 @@ class LikenessCaption(Node):
                 output(io.String, "captions", "The captions of all images, as a list.", is_output_list=True),
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, model, **_inputs) -> str:
-        return folders.state(folders.VISION, model)
 
     @classmethod
     def execute(cls, image, model, max_tokens) -> io.NodeOutput:

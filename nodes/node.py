@@ -22,8 +22,15 @@ CHECKED = "_likeness_checked"
 class Node(io.ComfyNode):
     """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
 
-    def __init_subclass__(cls, **more: Any) -> None:
+    def __init_subclass__(cls, files: Mapping[str, folders.Kind] | None = None, **more: Any) -> None:
+        """files: the kinds of the model files that inputs name; the node runs again when one of them changes."""
         super().__init_subclass__(**more)
+        if files is not None:
+
+            def states(_cls: type[Node], **inputs: Any) -> str:
+                return " ".join(folders.state(kind, inputs[name]) for name, kind in files.items())
+
+            cls.fingerprint_inputs = classmethod(states)
         method = cls.__dict__.get("execute")
         if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
             cls.execute = classmethod(_checked(method.__func__))

@@ -78,15 +78,13 @@ def _inputs() -> list[io.Input]:
             10_000,
             "Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
         ),
-        io.Float.Input(
-            "learning_rate",
-            default=2e-4,
+        inputs.rate(
+            2e-4,
+            "AdamW's learning rate. SISO uses 0.0002 for SDXL-turbo and FLUX.1-schnell, 0.0008 for Sana. Set it to 1 "
+            "for Prodigy.",
             min=1e-7,
-            max=1.0,
             step=1e-5,
             round=1e-8,
-            tooltip="AdamW's learning rate. SISO uses 0.0002 for SDXL-turbo and FLUX.1-schnell, 0.0008 for Sana. Set "
-            "it to 1 for Prodigy.",
         ),
         inputs.cfg(
             1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..core.session import folders
 from ..core.session.inputs import Names
 from ..core.vision.host import scoring
-from ..core.vision.host.score_sheet import score_sheet
+from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
 from .node import Node
@@ -16,7 +16,7 @@ from .types import output, schema
 NO_LPIPS = "none"
 
 
-class LikenessLoadVision(Node):
+class LikenessLoadVision(Node, files={"name": folders.VISION}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -42,10 +42,6 @@ class LikenessLoadVision(Node):
                 )
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, name) -> str:
-        return folders.state(folders.VISION, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

@@ -12,7 +12,7 @@ from .node import Node
 from .types import Similarity, output, schema
 
 
-class LikenessLoadRetrievalModel(Node):
+class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -38,10 +38,6 @@ class LikenessLoadRetrievalModel(Node):
     def validate_inputs(cls, name) -> bool | str:
         known = name is None or name in folders.names(folders.RETRIEVAL)  # None: it comes from a link
         return True if known else retrieval_missing(name)
-
-    @classmethod
-    def fingerprint_inputs(cls, name) -> str:
-        return folders.state(folders.RETRIEVAL, name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

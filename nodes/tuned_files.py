@@ -47,7 +47,7 @@ class LikenessSaveTuned(SavingNode):
         return cls.saved(folders.LORAS, lora, filename_prefix, save_fine_tune, summary(lora))
 
 
-class LikenessLoadTuned(Node):
+class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -92,10 +92,6 @@ class LikenessLoadTuned(Node):
                 output(io.String, "info", "Method, base model, prompt, position map, settings and loss."),
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, name, **_inputs) -> str:
-        return folders.state(folders.LORAS, name)
 
     @classmethod
     def execute(cls, name, model, strength, clip=None) -> io.NodeOutput:

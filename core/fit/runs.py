@@ -101,7 +101,12 @@ class RunStore:
                     raise
                 log.warning("The oldest stored run is removed: there is no room for the new one.")
                 others[0].unlink(missing_ok=True)
-        self._remove_oldest(keep=self.path(key))
+        sizes = self._by_age()
+        total = sum(sizes.values())
+        for path, size in sizes.items():
+            if total > self.limit_bytes and path != self.path(key):
+                total -= size
+                path.unlink(missing_ok=True)
 
     def _by_age(self) -> dict[Path, int]:
         """The runs, the oldest first, with their sizes; another process may remove some meanwhile."""
@@ -110,13 +115,3 @@ class RunStore:
             with contextlib.suppress(OSError):
                 stats[path] = path.stat()
         return {path: stats[path].st_size for path in sorted(stats, key=lambda path: stats[path].st_mtime)}
-
-    def _remove_oldest(self, keep: Path) -> None:
-        sizes = self._by_age()
-        total = sum(sizes.values())
-        for path, size in sizes.items():
-            if total <= self.limit_bytes:
-                return
-            if path != keep:
-                total -= size
-                path.unlink(missing_ok=True)

@@ -192,7 +192,7 @@ def test_streamed_weights_are_reloaded_or_refused():
 
 
 def test_save_and_load_nodes(tmp_path):
-    from likeness.nodes.embedding_files import LikenessLoadEmbedding, LikenessSaveEmbedding
+    from likeness.nodes.embedding import LikenessLoadEmbedding, LikenessSaveEmbedding
 
     embedding = train(Setting(), preview_steps=0)[0]
     _, name = run_node(LikenessSaveEmbedding, embedding=embedding, filename_prefix="cats/tom")
@@ -222,7 +222,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_write_and_read_nothing(name, tmp_path):
-    from likeness.nodes.embedding_files import LikenessLoadEmbedding, LikenessSaveEmbedding
+    from likeness.nodes.embedding import LikenessLoadEmbedding, LikenessSaveEmbedding
 
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "outside").mkdir()

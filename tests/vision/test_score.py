@@ -270,13 +270,13 @@ def test_load_node_lists_loads_and_notices_changes(tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.VISION.folder, ([str(tmp_path)], set()))
     schema = LikenessLoadVision.define_schema()
     assert schema.inputs[0].options == ["dino"]
-    before = LikenessLoadVision.fingerprint_inputs("dino")
+    before = LikenessLoadVision.fingerprint_inputs(name="dino")
     with torch.inference_mode():
         loaded = LikenessLoadVision.execute("dino").args[0]
         assert loaded.encode_image(pictures(1)).image_embeds.shape == (1, 24)
     dino_folder(tmp_path / "dino", seed=1)
     (tmp_path / "dino" / "extra").write_text("x")
-    assert LikenessLoadVision.fingerprint_inputs("dino") != before
+    assert LikenessLoadVision.fingerprint_inputs(name="dino") != before
 
 
 def test_every_input_and_output_is_explained():

@@ -74,7 +74,8 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
         mask = image[..., 3] if image.shape[-1] == 4 else None
     image, mask = image[..., :3].float().cpu(), None if mask is None else mask.float().cpu()
     if mask is None:
-        if _dark_corners(image):
+        corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+        if bool((corners.amin(-1) < WHITE).sum() > len(image)):
             _report_background(has_mask)
         mask, margin = torch.ones(image.shape[:3]), 0.0
     mask = checked_mask(mask, len(image), (image.shape[1], image.shape[2]), subject=True)
@@ -92,11 +93,6 @@ def _report_background(has_mask: bool) -> None:
         "The subject's image has no white background: its surroundings will be taken for a part of the subject. "
         "Connect a mask."
     )
-
-
-def _dark_corners(image: Tensor) -> bool:
-    corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    return bool((corners.amin(-1) < WHITE).sum() > len(image))
 
 
 def adapter_missing(name: str) -> str:

@@ -54,11 +54,9 @@ def places(base: Any) -> list[Place]:
 
 def new_adapter(base: Any) -> Adapter:
     """An adapter for a ComfyUI model with the published initialisation, a copy of its self-attentions."""
-    blocks, state = places(base), base.diffusion_model.state_dict()
-    weights: dict[str, Tensor] = {}
+    blocks, weights = places(base), dict[str, Tensor]()
     for place in blocks:
-        prefix = f"{place.module}."
-        weights |= {f"{place.layer.name}.{k[len(prefix) :]}": v for k, v in state.items() if k.startswith(prefix)}
+        weights |= base.diffusion_model.get_submodule(place.module).state_dict(prefix=f"{place.layer.name}.")
     with torch.inference_mode(False):
         with torch.device("meta"):  # torch's initialisation would use the global generator
             adapter = Adapter([place.layer for place in blocks])

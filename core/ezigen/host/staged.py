@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -118,11 +119,14 @@ def sample_staged(
     adapted = with_adapter(model, models.adapter, subject)
     split_model = with_ratio(adapted, settings.split_ratio)
     steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
-    sampler = _StockSampling(prompts.positive, settings, steps)
+    sampler = comfy.samplers.sampler_object(settings.sampler)
+    stock: dict[str, Any] = {"callback": steps.callback, "disable_pbar": True, "positive": prompts.positive}
+    sample = functools.partial(comfy.sample.sample_custom, cfg=settings.cfg, sampler=sampler, **stock)
     if start is None:
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # step noise as in a stock sampler, for the same layout
-        result = sampler.sample(split_model, noise, sigmas, prompts.negative, latent, seed % SEEDS)
+        inputs = {"negative": prompts.negative, "latent_image": latent, "seed": seed % SEEDS}
+        result = sample(split_model, noise, sigmas=sigmas, **inputs)
         images = LoopImages(vision, vae.decode(result).cpu())
     else:
         images = LoopImages(vision, crop_to_cells(start[..., :3].float().cpu(), vae))
@@ -136,8 +140,8 @@ def sample_staged(
             signal, noise_factor = _published(model, settings.split_ratio, appearance[0])
             z, noise = signal * z, noise_factor * noise
         x, step_seed = add_noise(model, z, noise, appearance[0]), (seed + loop + STEP_SEEDS) % SEEDS
-        zeros = torch.zeros_like(x)
-        result = sampler.sample(adapted, zeros, appearance, prompts.loop_negative, x, step_seed)
+        inputs = {"negative": prompts.loop_negative, "latent_image": x, "seed": step_seed}
+        result = sample(adapted, torch.zeros_like(x), sigmas=appearance, **inputs)
         latents.append(result)
         images.add(vae.decode(result).cpu())
     index = images.best(subject.images) if settings.keep_best else loop
@@ -210,22 +214,3 @@ class LoopImages(list[Tensor]):
         best = max(range(len(scores)), key=scores.__getitem__)
         self.lines.append(f"best: image {best} (0 is the first sampling), {scores[best]:.4f} like the subject")
         return best
-
-
-@dataclass(frozen=True)
-class _StockSampling:
-    """Consecutive stock samplings with one progress bar."""
-
-    positive: Conditioning
-    settings: StagedSettings
-    steps: Steps
-
-    def sample(
-        self, model: Any, noise: Tensor, sigmas: Tensor, negative: Conditioning, latent: Tensor, seed: int
-    ) -> Tensor:
-        """Sample; latents as in a LATENT."""
-        sampler = comfy.samplers.sampler_object(self.settings.sampler)
-        return comfy.sample.sample_custom(
-            model, noise, self.settings.cfg, sampler, sigmas, self.positive, negative, latent,
-            callback=self.steps.callback, disable_pbar=True, seed=seed,
-        )  # fmt: skip

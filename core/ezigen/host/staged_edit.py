@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.k_diffusion.sampling
 import comfy.model_management as mm
+import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
@@ -143,7 +144,11 @@ def edit_staged(
         start, latest = _invert(plain, inverse, latent, up, down, settings.published, steps)
         backgrounds = latest if backgrounds is None else backgrounds  # every loop pastes the source's own
         sampler = _PastingSampler(backgrounds, _latent_mask(mask, settings.published, start), settings, loop, steps)
-        result = _sample(adapted, prompts, sampler, start, down, settings.cfg)
+        conds = prompts.positive, prompts.negative
+        zeros, seed = torch.zeros_like(start), settings.seed % SEEDS
+        result = comfy.sample.sample_custom(
+            adapted, start, settings.cfg, sampler, down, *conds, zeros, disable_pbar=True, seed=seed
+        ).cpu()
         images.add(vae.decode(result).cpu())
     image = images[-1]
     if settings.paste:
@@ -227,14 +232,3 @@ class _PastingSampler(comfy.samplers.Sampler):
 
     def _noise(self, like: Tensor) -> Callable[..., Tensor]:
         return lambda *_levels: torch.randn(like.shape, generator=self.generator).to(like)
-
-
-def _sample(
-    model: Any, prompts: EditPrompts, sampler: _PastingSampler, start: Tensor, down: Tensor, cfg: float
-) -> Tensor:
-    """Sample from a latent in the model's space at the first level; returns a latent as in a LATENT."""
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(prompts.positive, prompts.negative)
-    guider.set_cfg(cfg)
-    seed = sampler.settings.seed % SEEDS
-    return guider.sample(start, torch.zeros_like(start), sampler, down, disable_pbar=True, seed=seed).cpu()

@@ -211,11 +211,8 @@ def score(request: Request) -> Scores:
     table = {name: [float(value) for value in values[name]] for name in TITLES if name in values}
     totals, rule = ranking(table, request.rank_by)
     notes = _notes(request, outside)
-    if (
-        reference is not None
-        and request.several
-        and (identity := [name for name in ("dino", "clip_i") if name in values])
-    ):
+    identity = [name for name in ("dino", "clip_i") if request.several and name in values]
+    if reference is not None and identity:
         numbers = ", ".join(f"{TITLES[name]} {_number(name, float(values[name].mean()))}" for name in identity)
         notes.append(f"mean over all {len(images)} x {len(reference)} pairs: {numbers}")
     return Scores(table, measures.order(totals), rule, models, notes)

@@ -121,9 +121,7 @@ def _check_detections(detections: list[Detections], request: MaskRequest) -> Non
 def _summary(number: int, detections: Detections, selected: list[int], area: float, choose: str) -> str:
     boxes = ", ".join(
         f"{label or 'unnamed'} {score:.2f} at {'/'.join(str(round(edge)) for edge in box)}"
-        for label, score, box in zip(
-            detections.labels, detections.scores.tolist(), detections.boxes.tolist(), strict=True
-        )
+        for label, score, box in detections.each()
     )
     several = ""
     if len(detections.boxes) > 1:
@@ -137,9 +135,7 @@ def _overlay(pixels: np.ndarray, mask: Tensor, detections: Detections, selected:
     tinted[mask] = (1 - TINT) * tinted[mask] + TINT * torch.tensor(FRAME, dtype=torch.float32)
     sheet = Image.fromarray(tinted.round().byte().numpy())
     draw, face = ImageDraw.Draw(sheet), font()
-    for index, (label, score, box) in enumerate(
-        zip(detections.labels, detections.scores.tolist(), detections.boxes.tolist(), strict=True)
-    ):
+    for index, (label, score, box) in enumerate(detections.each()):
         draw.rectangle(box, outline=FRAME if index in selected else INK, width=max(1, max(sheet.size) // 256))
         text = plain(f"{label} {score:.2f}".strip())
         corner = (box[0] + 2, box[1] + 2)

@@ -51,10 +51,7 @@ def is_captioner(folder: Path) -> bool:
 
 
 def load_captioner(folder: Path, dtype: torch.dtype) -> Captioner:
-    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
-
-    Raises as load_detector does.
-    """
+    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     if not is_captioner(folder):
         raise ValueError(
             f"The folder {folder.name} holds {kind_of(folder)[1] or 'no recognisable model'}, expected one that "

@@ -37,6 +37,10 @@ class Detections:
     labels: list[str]
     highest: float
 
+    def each(self) -> list[tuple[str, float, list[float]]]:
+        """The label, score and box of each."""
+        return list(zip(self.labels, self.scores.tolist(), self.boxes.tolist(), strict=True))
+
 
 class Detector(nn.Module):
     """A detector with its processor."""
@@ -100,11 +104,7 @@ def is_detector(folder: Path) -> bool:
 
 
 def load_detector(folder: Path) -> Detector:
-    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
-
-    Raises ValueError with the remedy when it holds something else or is incomplete; RuntimeError when transformers is
-    not installed.
-    """
+    """Load a folder with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
     kind, name = kind_of(folder)
     if kind not in DETECTORS:
         raise ValueError(

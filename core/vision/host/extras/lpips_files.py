@@ -67,10 +67,7 @@ class Lpips(nn.Module):
 
 
 def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
-    """Load the heads from `path`, and the backbone from the same file or the first matching file in `folders`.
-
-    Raises ValueError with the remedy when the file has no LPIPS heads, or the backbone is missing or does not match.
-    """
+    """Load the heads from `path`, and the backbone from the same file or the first matching file in `folders`."""
     tensors = read_weights(path, MAX_BYTES)
     by_layer = {int(match[1]): value for name, value in tensors.items() if (match := re.fullmatch(HEAD, name))}
     heads = [by_layer[i].flatten().float() for i in sorted(by_layer)]
@@ -81,16 +78,6 @@ def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
             "VGG16's (64, 128, 256, 512, 512): choose the authors' alex.pth or vgg.pth."
         )
     name, network, compared = BACKBONES[widths]
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = Lpips(network, compared, heads)
-        source = _load_backbone(model, path, tensors, name, network, folders)
-    model.description = f"LPIPS {name} (heads {path.name}, backbone {source})"
-    return model.train(False).requires_grad_(False)
-
-
-def _load_backbone(
-    model: Lpips, path: Path, tensors: dict[str, Tensor], name: str, network: str, folders: Iterable[str]
-) -> str:
     source, state = path, _backbone(tensors)
     if not state:
         files = (file for folder in folders for file in sorted(Path(folder).glob("*")))
@@ -101,15 +88,17 @@ def _load_backbone(
                 "into models/likeness_lpips."
             )
         source, state = matches[0], _backbone(read_weights(matches[0], MAX_BYTES))
-    keys = model.layers.state_dict()
-    try:
-        model.layers.load_state_dict({key: state[key].float() for key in keys})
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{source.name} does not hold the convolutions of {name} ({reason(error)}): use torchvision's {network} "
-            "file."
-        ) from error
-    return source.name
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model = Lpips(network, compared, heads)
+        try:
+            model.layers.load_state_dict({key: state[key].float() for key in model.layers.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{source.name} does not hold the convolutions of {name} ({reason(error)}): use torchvision's "
+                f"{network} file."
+            ) from error
+    model.description = f"LPIPS {name} (heads {path.name}, backbone {source.name})"
+    return model.train(False).requires_grad_(False)
 
 
 def _backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

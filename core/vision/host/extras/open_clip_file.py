@@ -48,11 +48,7 @@ class OpenClipTower(Tower):
 
 
 def load_open_clip(path: Path) -> Tower:
-    """Load a file named <model>__<tag>.safetensors, or a file or folder with its open_clip_config.json.
-
-    Raises ValueError with the remedy when the model cannot be determined from the name, or the weights do not match it;
-    RuntimeError when open_clip is not installed.
-    """
+    """Load a file named <model>__<tag>.safetensors, or a file or folder with its open_clip_config.json."""
     try:
         import open_clip
     except ImportError as error:

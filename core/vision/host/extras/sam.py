@@ -41,10 +41,7 @@ class Segmenter(nn.Module):
 
 
 def load_sam(path: Path) -> Segmenter:
-    """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors; frozen, in float32.
-
-    Raises ValueError when the file holds something else; RuntimeError when the package is not installed.
-    """
+    """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors; frozen, float32."""
     try:
         import segment_anything
     except ImportError as error:

@@ -56,11 +56,7 @@ class TransformersTower(Tower):
 
 
 def load_transformers(folder: Path) -> Tower:
-    """Load a folder with config.json and model.safetensors.
-
-    Raises ValueError with the remedy when the weights are missing, pickled or incomplete, or the model does not accept
-    images; RuntimeError when transformers is not installed.
-    """
+    """Load a folder with config.json and model.safetensors of a model that takes images."""
     config = read_config(folder)
     name = WITH_PROJECTION if config.get("architectures") == [WITH_PROJECTION] else "AutoModel"
     model, missing = read_model(folder, name, optional="pooler.")
@@ -88,7 +84,6 @@ def read_model(
     """A folder's model, frozen, loaded by a class of transformers; and the names of weights that its files lack.
 
     variant: the infix of files named like model.bf16.safetensors. optional: the beginning of names that may be lacking.
-    Raises as load_transformers does.
     """
     config = read_config(folder)
     if variant is None:
