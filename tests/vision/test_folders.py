@@ -150,3 +150,14 @@ def test_other_kinds_and_missing_names_are_said(root):
             folders.resolve(VISION, name)
     with pytest.raises(FileNotFoundError, match="There is no 'gone.safetensors'"):
         folders.resolve(VISION, "gone.safetensors")
+
+
+def test_a_missing_model_of_the_shipped_graphs_is_said_with_its_address(root):
+    from likeness.toyworld import workflows
+
+    notes = " ".join(path.read_text(encoding="utf-8") for path in workflows.WORKFLOWS.glob("*.json"))
+    assert not [name for name, source in folders.SOURCES.items() if f"{source.split()[0]})" not in notes]
+    with pytest.raises(
+        FileNotFoundError, match="download its files from https://huggingface.co/facebook/dinov2-large "
+    ):
+        folders.resolve(VISION, "dinov2-large")
