@@ -289,3 +289,16 @@ def test_an_empty_source_prompt_is_said(caplog):
     caplog.clear()
     train(setting, preview_steps=0)
     assert "The source prompt is empty" not in caplog.text
+
+
+def test_a_photo_that_is_much_larger_than_any_model_is_warned_of(caplog):
+    from likeness.core.session.images import ImageSource
+
+    class Vae:
+        def encode(self, images):
+            return torch.zeros(1, 4, 8, 8)
+
+    for side, said in ((1536, False), (2000, True)):
+        caplog.clear()
+        ImageSource(image=torch.zeros(1, 8, side, 3), vae=Vae()).encoded(Setting().model)
+        assert (f"{side} x 8 pixels" in caplog.text) == said
