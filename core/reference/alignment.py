@@ -59,16 +59,11 @@ def matrices(theta: Tensor) -> Tensor:
     return torch.cat([linear, linear @ theta[:, 2:, None]], 2)
 
 
-def transform_points(matrix: Tensor, at: Tensor) -> Tensor:
-    """Apply matrices [B, 2, 3] to points [N, 2] or [B, N, 2]."""
-    return at @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
-
-
 def nearest_distances(matrix: Tensor, reference: Tensor, target: Tensor, literal: bool) -> Tensor:
-    """Mean squared distance [B] of each transformed reference point to its nearest target point, and, unless literal,
-    of each target point to its nearest reference point.
+    """Mean squared distance [B] of each reference point, transformed by each of the matrices [B, 2, 3], to its nearest
+    target point, and, unless literal, of each target point to its nearest reference point.
     """
-    at = transform_points(matrix, reference)
+    at = reference @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
     distances = torch.cdist(at.detach(), target.expand(at.shape[0], -1, -1))
     loss = (at - target[distances.argmin(2)]).square().sum(2).mean(1)
     if literal:

@@ -27,19 +27,18 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return functional.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def mean_square(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared difference over pixels and channels -> [B]; weight [B or 1, H, W] is the weight of each pixel."""
+def psnr(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """10 log10(1 / mean square) in dB -> [B], at most PSNR_OF_EQUAL; the mean is over pixels and channels.
+
+    weight [B or 1, H, W]: of each pixel; the mask for inside, 1 - mask for outside.
+    """
     square = (a.float() - b.float()).square().mean(-1)
     if weight is None:
-        return square.mean((1, 2))
-    weight = weight.float().expand(square.shape)
-    return (square * weight).sum((1, 2)) / weight.sum((1, 2))
-
-
-def psnr(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """10 log10(1 / mean square) in dB -> [B], at most PSNR_OF_EQUAL. weight: mask for inside, 1 - mask for outside."""
-    lowest = 10.0 ** (-PSNR_OF_EQUAL / 10.0)
-    return -10.0 * torch.log10(mean_square(a, b, weight).clamp_min(lowest))
+        mean = square.mean((1, 2))
+    else:
+        weight = weight.float().expand(square.shape)
+        mean = (square * weight).sum((1, 2)) / weight.sum((1, 2))
+    return -10.0 * torch.log10(mean.clamp_min(10.0 ** (-PSNR_OF_EQUAL / 10.0)))
 
 
 def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:

@@ -143,7 +143,9 @@ def edit_staged(
         latent = vae.encode(images[-1])
         start, latest = _invert(plain, inverse, latent, up, down, settings.published, steps)
         backgrounds = latest if backgrounds is None else backgrounds  # every loop pastes the source's own
-        sampler = _PastingSampler(backgrounds, _latent_mask(mask, settings.published, start), settings, loop, steps)
+        selected = (mask > WHITE).float() if settings.published else mask
+        cells = resize_mask(selected, *start.shape[-2:])[:, None].to(start)
+        sampler = _PastingSampler(backgrounds, cells, settings, loop, steps)
         conds = prompts.positive, prompts.negative
         zeros, seed = torch.zeros_like(start), settings.seed % SEEDS
         result = comfy.sample.sample_custom(
@@ -170,11 +172,6 @@ def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSetti
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops: connect a "
             "CLIP_VISION, or set both numbers the same."
         )
-
-
-def _latent_mask(mask: Tensor, published: bool, like: Tensor) -> Tensor:
-    selected = (mask > WHITE).float() if published else mask.float()
-    return resize_mask(selected, like.shape[-2], like.shape[-1])[:, None].to(like)
 
 
 def _invert(
