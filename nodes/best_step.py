@@ -7,8 +7,8 @@ from comfy_api.latest import io, ui
 from ..core.embedding import hiper
 from ..core.embedding.host.best_step import Trial, choose_step
 from ..core.embedding.host.train import Previews
-from ..core.vision.host.score_sheet import score_sheet
 from ..core.vision.host.scoring import Request
+from ..core.vision.host.sheets import score_sheet
 from . import inputs
 from .node import Node, build
 from .types import Embedding, output, schema
