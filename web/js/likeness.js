@@ -66,7 +66,7 @@ class LossCurve {
     return String(this.node.id) === String(id).split(":").pop();
   }
 
-  show({ step, steps, losses, mean, left, resumed }) {
+  show({ step, steps, losses, mean, left, resumed, so_far }) {
     // Single timesteps differ a hundredfold: the tallest twentieth at either end may leave the frame, the mean never.
     const sorted = [...losses].sort((a, b) => a - b);
     const cut = Math.floor(sorted.length / 20);
@@ -82,7 +82,8 @@ class LossCurve {
     this.mean.setAttribute("points", mean.map(point).join(" "));
     const before = resumed > 0 ? ` (from ${resumed})` : "";
     const rest = step < steps ? `   ${clock(left)} left` : "";
-    this.text.textContent = `step ${step} / ${steps}${before}   mean loss ${mean.at(-1).toFixed(4)}${rest}`;
+    const image = so_far && step < steps ? "   image: your subject so far" : "";
+    this.text.textContent = `step ${step} / ${steps}${before}   mean loss ${mean.at(-1).toFixed(4)}${rest}${image}`;
     this.element.dataset.points = String(losses.length);
     this.element.dataset.step = String(step);
   }

@@ -41,6 +41,7 @@ from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
+from .so_far import SoFar
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
 PREVIEWED = 3  # saved steps that are shown, the last among them: a preview costs as much as many updates
@@ -82,13 +83,19 @@ class RegularizerOptions:
 @dataclass(frozen=True)
 class TrainingPrompts:
     """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
-    prompt that will get the embedding; it is only checked, so that a mismatch is reported before the training starts.
-    regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
+    prompt that will get the embedding; it is checked before the training starts and drawn while it runs, guided away
+    from `negative` by cfg. regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
     """
 
     empty: Conditioning | None = None
     target: Conditioning | None = None
     regularizer: RegularizerOptions = RegularizerOptions()
+    negative: Conditioning | None = None
+    cfg: float = 7.5
+
+    def so_far(self, seed: int) -> SoFar | None:
+        """The image shown while the training runs; None for a target of several prompts, or none."""
+        return SoFar(self.target, self.negative, self.cfg, seed) if self.target and len(self.target) == 1 else None
 
 
 def source_rows(
@@ -146,6 +153,7 @@ class EmbeddingJob(TokensJob):
     method: ClassVar[str] = METHOD
 
     schedule: Schedule
+    shown: SoFar | None = None
 
     @property
     def steps(self) -> int:
@@ -160,6 +168,15 @@ class EmbeddingJob(TokensJob):
         what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
         what += [self.attached(), self.start, asdict(self.images), *regularizer]
         return digest([*what, *self.objective.values(), *key_part(self.placement)])
+
+    def session(self) -> Session:
+        session = super().session()
+        if self.shown is None:
+            return session
+        return replace(session, prompts=detached(self.shown.prompts(len(self.start), self.placement)))
+
+    def so_far(self, denoiser: GuiderDenoiser, fit: Fit, x0: Tensor) -> Tensor | None:
+        return None if self.shown is None else self.shown.latent(denoiser, fit.parameters["h"], x0)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
@@ -199,7 +216,9 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
     regularizer = prompts.regularizer.build(rows, settings.tokens)
-    job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule)
+    job = EmbeddingJob(
+        model, positive, images, settings, placement, initial, regularizer, schedule, prompts.so_far(settings.seed)
+    )
     finished = run(job, node_id)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses

@@ -98,7 +98,9 @@ class Scores:
 
     def lines(self, image: int) -> list[str]:
         """The scores of one image, for its caption."""
-        title = (self.names[image] if self.names else f"image {image}") + (" (best)" if image == self.best and len(self.order) > 1 else "")
+        title = (self.names[image] if self.names else f"image {image}") + (
+            " (best)" if image == self.best and len(self.order) > 1 else ""
+        )
         return [title, *(f"{TITLES[n]} {_number(n, v[image])}{UNITS.get(n, '')}" for n, v in self.values.items())]
 
     def report(self) -> str:
