@@ -144,7 +144,8 @@ class LikenessTrainEmbedding(Node):
                 io.Conditioning.Input(
                     "target",
                     optional=True,
-                    tooltip="The edit prompt. It is used for previews only, never for the loss.",
+                    tooltip="The edit prompt. It is used for previews only, never for the loss. While the training "
+                    "runs, the node shows it with the subject as learned so far.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -161,8 +162,8 @@ class LikenessTrainEmbedding(Node):
                     io.Image,
                     "previews",
                     "With a target: first the target alone, then [source + embedding] and [target + 0.8 "
-                    "embedding] for each saved step. Without: [source + embedding] for each saved step. Nodes "
-                    "connected here do not run without a VAE or with preview_steps 0.",
+                    "embedding] for three of the saved steps, the last among them. Without: [source + embedding] only. "
+                    "Nodes connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -176,7 +177,8 @@ class LikenessTrainEmbedding(Node):
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
         images = source.encoded(model)
-        prompts = TrainingPrompts(anchor.negative if init == EMPTY else None, target, anchor)
+        empty = anchor.negative if init == EMPTY else None
+        prompts = TrainingPrompts(empty, target, anchor, anchor.negative, preview_cfg)
         node = cls.hidden.unique_id
         embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts, node)
         loss = loss_map(losses)

@@ -75,9 +75,9 @@ class LikenessScore(Node):
         path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
         scores = scoring.score(scoring.Request(images, lpips=path, **request))
         report = scores.report()
-        captions = [scores.lines(i) for i in range(len(scores.order))]
+        captions = [scores.lines(i) for i in scores.shown]
         footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
-        image = score_sheet(images, captions, scores.best, footer)
+        image = score_sheet(images[scores.shown], captions, scores.shown.index(scores.best), footer)
         numbers = (scores.of_best(name) for name in scoring.TITLES)
         order = ", ".join(map(str, scores.order))
         shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}
@@ -140,6 +140,13 @@ def _score_inputs() -> list[io.Input]:
             optional=True,
             tooltip="DINO and CLIP-I of an image are the mean over all references, as many as given: papers report it. "
             "Off: one reference for all images, or one each.",
+        ),
+        io.String.Input(
+            "names",
+            default="",
+            optional=True,
+            tooltip="Names of the images, separated by commas, for the report and the grid, which then shows the best "
+            "image first. If empty, the images are numbered.",
         ),
     ]
 

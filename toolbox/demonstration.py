@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import time
 from pathlib import Path
@@ -52,8 +53,18 @@ def report(graph: Graph, run: PromptRun, source: Path) -> None:
             say(f"  {line}")
 
 
-def _end(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
+def end_with(server: Server) -> None:
+    """A terminal that is closed ends ComfyUI too, which would go on and hold the port. An exception would not do: one
+    that is raised in an import or a destructor can be lost.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        server.stop()
+        os._exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
 
 
 def main(arguments: list[str]) -> int:
@@ -63,11 +74,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=None, help="port of the server (default: a free one)")
     parser.add_argument("--steps", type=int, help="training steps (default: those of toyworld/graphs)")
     options = parser.parse_args(arguments)
-    for name in ("SIGTERM", "SIGHUP"):  # a terminal that is closed ends ComfyUI too, which holds the port
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _end)
     environment = environment_from_variables()
     server = Server(environment, BASE, workflows.NODE_FOLDERS, workflows.MODELS, port=options.port)
+    end_with(server)
     source = workflows.draw_subject(BASE / "input")
     with server:
         if server.import_failures():

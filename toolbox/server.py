@@ -121,6 +121,7 @@ class Server:
         models: Path | None = None,
         frontend: Path | None = None,
         port: int | None = None,
+        cpu: bool = True,
     ) -> None:
         self.base, self.port = base, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -133,7 +134,8 @@ class Server:
         page = ["--front-end-root", str(frontend)] if frontend else []
         more = ["--extra-model-paths-config", str(name_models(models, base))] if models else []
         self._command = [
-            *(str(environment.python), "-u", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)),
+            *(str(environment.python), "-u", "main.py", "--listen", "127.0.0.1", "--port", str(self.port)),
+            *(["--cpu"] if cpu else []),
             *("--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"),
             *("--disable-auto-launch", "--preview-method", "auto", *page, *more),
         ]

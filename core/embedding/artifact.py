@@ -76,7 +76,10 @@ class Embedding:
 
     @property
     def recommended_step(self) -> int:
-        """The last saved step up to the published one."""
+        """The step that was chosen by its images (best_step.py), or else the last saved one up to the published one."""
+        best = self.header.get("best")
+        if isinstance(best, int) and best in self.rows:
+            return best
         early = [step for step in self.rows if step <= RECOMMENDED_STEP]
         return max(early) if early else min(self.rows)
 
@@ -96,7 +99,8 @@ class Embedding:
         lines = [
             f"{self.header.get('method', 'unknown method')}: {self.tokens} tokens of width {self.width}{step_wise}",
             f"base model: {base.get('family', 'not recorded')} ({base.get('prediction', 'prediction not recorded')})",
-            f"saved steps: {', '.join(map(str, sorted(self.rows)))}; recommended {self.recommended_step}",
+            f"saved steps: {', '.join(map(str, sorted(self.rows)))}; recommended {self.recommended_step}"
+            + (" (best by its images)" if "best" in self.header else ""),
         ]
         if losses:
             lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")

@@ -167,3 +167,20 @@ def curve(losses: Iterable[float], points: int = 200) -> list[float]:
     if len(values) <= points:
         return [float(v) for v in values]
     return [float(part.mean()) for part in torch.tensor_split(values, points)]
+
+
+def running_mean(losses: list[float], share: int = 10) -> list[float]:
+    """The mean of each loss and those before it, at most 1/share of all: the trend of losses that differ a hundredfold
+    from timestep to timestep.
+    """
+    sums = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
+    last = torch.arange(1, len(sums))
+    first = (last - max(1, len(losses) // share)).clamp(min=0)
+    return ((sums[last] - sums[first]) / (last - first)).tolist()
+
+
+def evenly(values: list[int], most: int) -> list[int]:
+    """At most so many of these values, at equal distances, the last always among them."""
+    if len(values) <= most:
+        return values
+    return [values[round((i + 1) * len(values) / most) - 1] for i in range(most)]

@@ -47,6 +47,16 @@ ADAPTERS = Kind(
 )
 LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only for a clear error message
 DIFFUSERS = Kind("diffusers", (), ("model_index.json",))  # ComfyUI's own
+HUB = "https://huggingface.co/"
+SOURCES = {  # of what the shipped graphs name
+    "dinov2-base": f"{HUB}facebook/dinov2-base (config.json, preprocessor_config.json, model.safetensors)",
+    "dinov2-large": f"{HUB}facebook/dinov2-large (config.json, preprocessor_config.json, model.safetensors)",
+    "dino-vits16": f"{HUB}facebook/dino-vits16 (config.json, preprocessor_config.json, model.safetensors)",
+    "clip-vit-large-patch14": f"{HUB}openai/clip-vit-large-patch14 (all .json and .txt files, model.safetensors)",
+    "grounding-dino-tiny": f"{HUB}IDEA-Research/grounding-dino-tiny (all .json and .txt files, model.safetensors)",
+    "blip-image-captioning-base": f"{HUB}Salesforce/blip-image-captioning-base (all .json and .txt files, weights)",
+    "sam_vit_b_01ec64.pth": "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
+}
 KINDS = (EMBEDDINGS, VISION, LPIPS, SAMS, RETRIEVAL, ADAPTERS)
 
 
@@ -127,8 +137,11 @@ def resolve(kind: Kind, name: str) -> Path:
         raise ValueError(
             f"{quoted} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
         )
+    where = "put it there"
+    if source := SOURCES.get(parts[-1]):
+        where = f"download {'its files' if kind.markers else 'it'} from {source} into models/{kind.folder}/{name}"
     raise FileNotFoundError(
-        f"There is no {quoted} in {' or '.join(roots(kind))}: put it there and press R to refresh the list."
+        f"There is no {quoted} in {' or '.join(roots(kind))}: {where} and press R to refresh the list."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..denoiser import latent_mask
 
+LARGE = 1536  # px, of the longer side: above what models are made for
 SMALLEST = 8  # px, one cell of the latents of most models
 OVERSHOOT = 0.5  # beyond 0 to 1: filters do so a little; bytes (0 to 255) and signed images (-1 to 1) go further
 BORDER, DOUBT = 0.55, 0.3  # shares of white along the border from which a mask is, or may be, that of surroundings
@@ -151,8 +152,8 @@ class ImageSource:
 
     def _samples(self) -> Tensor:
         if (self.latent is None) == (self.image is None):
-            connected = "neither" if self.latent is None else "both"
-            raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {connected} came in.")
+            given = "nothing came on 'latent' or 'image'" if self.latent is None else "both came in"
+            raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given}.")
         if self.latent is not None:
             return self.latent["samples"]
         assert self.image is not None  # exactly one of the two is connected
@@ -161,6 +162,12 @@ class ImageSource:
                 "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the image to a LATENT."
             )
         images = self.image[..., :3]
+        if max(images.shape[1:3]) > LARGE:
+            log.warning(
+                "The training image has %d x %d pixels, models are made for 512 to 1024: scale it down (Upscale "
+                "Image) before it is learned, or each step takes many times as long.",
+                *(images.shape[2], images.shape[1]),
+            )
         if getattr(self.vae, "latent_dim", 2) == 2:
             return self.vae.encode(images)
         return torch.cat([self.vae.encode(image[None]) for image in images])  # together they would be a video

@@ -20,7 +20,7 @@ from ..fit.fit import Fit, random_numbers
 from ..fit.runs import RunStore
 from ..fit.train import Checkpointer, Result, Retention, Run, stored_last, stored_run, train
 from .fingerprint import fingerprint
-from .progress import Progress
+from .progress import Progress, Sparingly
 from .sampling import objective
 from .session import GuiderDenoiser, Session
 from .stores import run_store
@@ -106,6 +106,12 @@ class Job(abc.ABC):
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> FitContext:
         """A context manager, entered inside the session: the fit, and a function that returns its current result."""
 
+    def so_far(self, denoiser: GuiderDenoiser, fit: Fit, x0: Tensor) -> Tensor | None:
+        """An image of what was learned so far, as a latent [1, C, h, w] for the preview. None: the update's own is
+        shown. It must not change the fit.
+        """
+        return None
+
 
 def run(job: Job, node_id: str | None = None) -> Run:
     """Return a stored run, or resume or train it; its losses and results up to the step that is returned.
@@ -138,10 +144,13 @@ def _train(job: Job, done: int, store: RunStore, key: str, progress: Progress) -
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         with job.fit(denoiser, x0) as (fit, result):
+            so_far = Sparingly(lambda: job.so_far(denoiser, fit, x0))
 
             def show(preview: Tensor) -> None:
                 if job.shows_image:
                     progress.update(fit.losses, image=preview[0])
+                elif (image := so_far()) is not None:
+                    progress.update(fit.losses, image, so_far=True)
                 else:
                     progress.update(fit.losses, preview)
 

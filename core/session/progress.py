@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as mm
@@ -12,10 +13,11 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..fit.fit import curve
+from ..fit.fit import curve, running_mean
 
 EVENT = "likeness.progress"
 PREVIEW_SIDE = 512
+SHARE = 0.04  # of the time of a training, for images of what was learned so far
 INTERVAL = 1.0  # seconds between two images or curves
 
 
@@ -46,28 +48,47 @@ def _preview(previewer: Any | None, latent: Tensor | None) -> Any | None:
     return previewer.decode_latent_to_preview_image("JPEG", latent[:1].float())
 
 
+class Sparingly:
+    """Repeats a costly call so seldom that it takes at most SHARE of the time; between, its last value is returned."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make, self._value, self._next = make, None, 0.0
+
+    def __call__(self) -> Any:
+        begun = time.monotonic()
+        if begun >= self._next:
+            self._value = self._make()
+            done = time.monotonic()
+            self._next = done + (done - begun) / SHARE
+        return self._value
+
+
 class Progress(Steps):
     """Progress of one node's run. update() raises ComfyUI's interrupt when the user cancels."""
 
     def __init__(self, model: Any, total: int, node_id: str | None) -> None:
         super().__init__(model, total, node_id)
-        self._node, self._resumed, self._last = node_id, 0, 0.0
+        self._node, self._resumed, self._last, self._begun = node_id, 0, 0.0, time.monotonic()
+        self._so_far = False
 
     def start(self, step: int) -> None:
         """Set how many steps a stored run already has, whether it is resumed or returned as it is."""
-        self._resumed = step
+        self._resumed, self._begun = step, time.monotonic()
 
-    def update(self, losses: list[float], denoised: Tensor | None = None, image: Tensor | None = None) -> None:
+    def update(
+        self, losses: list[float], denoised: Tensor | None = None, image: Tensor | None = None, so_far: bool = False
+    ) -> None:
         """Show the state after an update; images and curves at most once a second, and at the end.
 
-        image: an image [3, H, W] in 0..1 to show instead of a latent.
+        image: an image [3, H, W] in 0..1 to show instead of a latent. so_far: the latent is an image of what was
+        learned, which the page says.
         """
         mm.throw_exception_if_processing_interrupted()
         step, now = len(losses), time.monotonic()
         if now - self._last < INTERVAL and step < self._total:
             self._bar.update_absolute(step)
             return
-        self._last = now
+        self._last, self._so_far = now, so_far
         preview = _preview(self._previewer, denoised)
         if image is not None:
             pixels = (255 * image.movedim(0, -1)).round().byte().cpu().numpy()
@@ -81,6 +102,11 @@ class Progress(Steps):
         self._bar.update_absolute(max(len(losses), self._total), self._total)
         self.curve(losses)
 
+    def _seconds_left(self, step: int) -> float:
+        """At the pace of this run so far, in seconds."""
+        made = max(1, step - self._resumed)
+        return max(0, self._total - step) * (time.monotonic() - self._begun) / made
+
     def curve(self, losses: list[float]) -> None:
         """Send the loss curve to the page."""
         server = getattr(PromptServer, "instance", None)  # absent outside of a running ComfyUI
@@ -92,6 +118,9 @@ class Progress(Steps):
             "steps": self._total,
             "loss": losses[-1],
             "losses": curve(losses),
+            "mean": curve(running_mean(losses)),
+            "left": self._seconds_left(len(losses)),
             "resumed": self._resumed,
+            "so_far": self._so_far,
         }
         server.send_sync(EVENT, message, server.client_id)

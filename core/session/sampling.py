@@ -37,9 +37,8 @@ def noisy_start(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) ->
     return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, full_noise)
 
 
-def sample_image(
+def sample_latent(
     model: Any,
-    vae: Any,
     positive: Conditioning,
     negative: Conditioning | None,
     shape: tuple[int, ...],
@@ -48,14 +47,16 @@ def sample_image(
     cfg: float,
     seed: int,
 ) -> Tensor:
-    """One image [1, H, W, 3] in 0..1 from fresh noise with a LATENT's shape [1, C, h, w]; without a negative prompt,
-    cfg is 1.
-    """
+    """One latent from fresh noise with a LATENT's shape [1, C, h, w]; without a negative prompt, cfg is 1."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     latent = torch.zeros(shape)
     if negative is None:
         negative, cfg = positive, 1.0
-    samples = comfy.sample.sample(
+    return comfy.sample.sample(
         model, noise, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
     )
-    return vae.decode(samples).flatten(0, -4)  # a video VAE's images have frames
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Images [B, H, W, 3] in 0..1, each decoded by itself: a batch's bytes would depend on the other images."""
+    return torch.cat([vae.decode(latent[None]).flatten(0, -4) for latent in latents])  # a video VAE's have frames

@@ -7,8 +7,8 @@ cleans up. Inside the session, the model is differentiable and wrapped as a Deno
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management as mm
@@ -161,9 +161,9 @@ class Session:
     [B, C, h, w] as in a LATENT. negative: another prompt, for denoiser.of("negative"). text: the ModelPatcher of a text
     encoder that also runs. others: further ModelPatchers (a VAE, vision models) that need gradients to their inputs;
     more_memory: bytes they need for that. exact: an fp16 model computes in float32 instead of bf16, for results that
-    must match an fp16 sampling. all_weights: every weight of the diffusion model (and of the text encoder) becomes a
-    float32 leaf during the session, in denoiser.leaves. learned: the number of the prompt's last tokens that are
-    trained, each of which must have an effect.
+    must match an fp16 sampling. prompts: further ones, for denoiser.of(their name). all_weights: every weight of the
+    diffusion model (and of the text encoder) becomes a float32 leaf during the session, in denoiser.leaves. learned:
+    the number of the prompt's last tokens that are trained, each of which must have an effect.
     """
 
     model: Any
@@ -177,6 +177,7 @@ class Session:
     exact: bool = False
     all_weights: bool = False
     learned: int = 0
+    prompts: Mapping[str, Conditioning] = field(default_factory=dict)
 
     def run(self, body: Callable[[GuiderDenoiser, Tensor], None]) -> None:
         """Run body(denoiser, x0); x0 is the latent in the model's own latent space, on the model's device.
@@ -215,7 +216,7 @@ class Session:
 
     def _guider(self, clone: Any) -> Any:
         guider = comfy.samplers.CFGGuider(clone)
-        prompts = {"positive": self.positive, "negative": self.negative}
+        prompts = {"positive": self.positive, "negative": self.negative, **self.prompts}
         guider.inner_set_conds({role: detached(prompt) for role, prompt in prompts.items() if prompt is not None})
         return guider
 

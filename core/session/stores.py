@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
+from torch import Tensor
 
 from ..fit.runs import LIMIT_BYTES, RunStore
 
+log = logging.getLogger("likeness")
 LARGE_RUN = LIMIT_BYTES // 2  # bytes; larger runs have a separate folder, which keeps the newest
 
 
@@ -21,6 +25,19 @@ def run_store(size: int = 0) -> RunStore:
 def dedicated_store(name: str, size: int, runs: float = 1.5) -> RunStore:
     """A separate folder for one kind of run, with room for `runs` runs of `size` bytes each."""
     return RunStore(_folder(name), max(LIMIT_BYTES, int(runs * size)))
+
+
+def kept(key: str, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that is kept with the runs: made once for each key, which holds all that it depends on."""
+    store = run_store()
+    stored = store.load(key) or {}
+    if "kept" not in stored:
+        stored = {"kept": make().cpu()}
+        try:
+            store.save(key, stored, {})
+        except OSError as problem:
+            log.warning("What was computed could not be stored (%s).", problem)
+    return stored["kept"]
 
 
 def _folder(name: str) -> Path:

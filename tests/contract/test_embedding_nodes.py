@@ -53,6 +53,19 @@ def test_previews_are_target_alone_then_source_and_target_for_each_saved_step():
     assert alone.shape == (2, 64, 64, 3)
 
 
+def test_previews_are_of_few_steps_and_kept_with_the_run(monkeypatch):
+    import comfy.sample
+
+    setting, vae, sampled = Setting(), tiny_models.taesd(), []
+    original = comfy.sample.sample
+    monkeypatch.setattr(comfy.sample, "sample", lambda *a, **k: sampled.append(1) or original(*a, **k))
+    inputs = {"vae": vae, "target": setting.target, "negative": setting.empty, "steps": 8, "save_every": 1}
+    embedding, _, previews = train(setting, **inputs)
+    assert len(embedding.rows) == 8 and previews.shape[0] == len(sampled) == 7
+    assert torch.equal(train(setting, **inputs)[2], previews) and len(sampled) == 7
+    assert not torch.equal(train(setting, **{**inputs, "preview_cfg": 2.0})[2], previews) and len(sampled) == 14
+
+
 def test_learned_rows_can_be_learned_on_and_seen():
     """A source prompt that holds an embedding: its rows are where the training starts, and the previews show others."""
     from likeness.core.prompt.conditioning import apply_embedding
@@ -278,3 +291,16 @@ def test_an_empty_source_prompt_is_said(caplog):
     caplog.clear()
     train(setting, preview_steps=0)
     assert "The source prompt is empty" not in caplog.text
+
+
+def test_a_photo_that_is_much_larger_than_any_model_is_warned_of(caplog):
+    from likeness.core.session.images import ImageSource
+
+    class Vae:
+        def encode(self, images):
+            return torch.zeros(1, 4, 8, 8)
+
+    for side, said in ((1536, False), (2000, True)):
+        caplog.clear()
+        ImageSource(image=torch.zeros(1, 8, side, 3), vae=Vae()).encoded(Setting().model)
+        assert (f"{side} x 8 pixels" in caplog.text) == said

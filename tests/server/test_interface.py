@@ -17,6 +17,7 @@ NODES = (
     "LikenessAlign",
     "LikenessApplyAdapter",
     "LikenessApplyEmbedding",
+    "LikenessBestStep",
     "LikenessCaption",
     "LikenessChooseReference",
     "LikenessEncodeSubject",

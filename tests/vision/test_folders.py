@@ -144,8 +144,6 @@ def test_what_cannot_be_read_prevents_no_list(root):
     touch(folder / "clip.safetensors")
     assert vision_names() == ["clip.safetensors", "odd"]
     assert vision_names(is_detector) == vision_names(is_captioner) == []
-        vision_names() == ["clip.safetensors", "odd"] and vision_names(is_detector) == vision_names(is_captioner) == []
-    )
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
@@ -173,3 +171,14 @@ def test_other_kinds_and_missing_names_are_said(root):
             folders.resolve(VISION, name)
     with pytest.raises(FileNotFoundError, match="There is no 'gone.safetensors'"):
         folders.resolve(VISION, "gone.safetensors")
+
+
+def test_a_missing_model_of_the_shipped_graphs_is_said_with_its_address(root):
+    from likeness.toyworld import workflows
+
+    notes = " ".join(path.read_text(encoding="utf-8") for path in workflows.WORKFLOWS.glob("*.json"))
+    assert not [name for name, source in folders.SOURCES.items() if f"{source.split()[0]})" not in notes]
+    with pytest.raises(
+        FileNotFoundError, match="download its files from https://huggingface.co/facebook/dinov2-large "
+    ):
+        folders.resolve(VISION, "dinov2-large")

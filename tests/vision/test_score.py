@@ -285,3 +285,17 @@ def test_every_input_and_output_is_explained():
         assert schema.node_id.startswith("Likeness") and schema.category.startswith("likeness/")
         assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
     assert [output.display_name for output in LikenessScore.define_schema().outputs] == OUTPUTS
+
+
+def test_named_images_are_shown_the_best_first(vision):
+    images, side = pictures(3), masks(1).shape[-1]
+    inputs = {"images": images, "reference": images[1:2], "dino": vision["dino"]}
+    plain, named = run(**inputs), run(**inputs, names="text alone, HiPer,SINE")
+    assert (named["best"], named["order"], plain["best"]) == (1, plain["order"], 1)
+    rows = [line.split("  ")[0].strip() or line.split()[0] for line in named["report"].splitlines()[1:4]]
+    order = [int(index) for index in plain["order"].split(",")]
+    assert [row.split()[0] for row in rows] == [["text", "HiPer", "SINE"][index] for index in order]
+    assert "order: HiPer, " in named["report"] and named["report"].splitlines()[1].endswith("best")
+    assert not torch.equal(named["picture"][:, :side], plain["picture"][:, :side])
+    with pytest.raises(ValueError, match="2 names were given for 3 images: give one for each, separated by commas"):
+        run(**inputs, names="a, b")

@@ -23,6 +23,18 @@ function svg(tag, attributes) {
   return element;
 }
 
+function polyline(opacity, width) {
+  const style = { fill: "none", stroke: "currentColor", "vector-effect": "non-scaling-stroke" };
+  return svg("polyline", { ...style, opacity, "stroke-width": width });
+}
+
+function clock(seconds) {
+  const whole = Math.round(seconds);
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const two = (number) => String(number).padStart(2, "0");
+  return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
+}
+
 class LossCurve {
   constructor(node) {
     this.node = node;
@@ -36,20 +48,16 @@ class LossCurve {
     this.text.setAttribute("role", "status");
     this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none" });
     this.picture.style.cssText = "flex:1;width:100%;min-height:0";
-    this.line = svg("polyline", {
-      fill: "none",
-      stroke: "currentColor",
-      "stroke-width": "1.5",
-      "vector-effect": "non-scaling-stroke",
-    });
-    this.picture.append(this.line);
+    this.line = polyline(0.35, 1);
+    this.mean = polyline(1, 2);
+    this.picture.append(this.line, this.mean);
     this.element.append(this.text, this.picture);
     this.clear();
   }
 
   clear() {
     this.text.textContent = "Loss curve: shown while training.";
-    this.line.setAttribute("points", "");
+    for (const line of [this.line, this.mean]) line.setAttribute("points", "");
     this.element.dataset.points = "0";
   }
 
@@ -58,9 +66,12 @@ class LossCurve {
     return String(this.node.id) === String(id).split(":").pop();
   }
 
-  show({ step, steps, loss, losses, resumed }) {
-    const low = Math.min(...losses);
-    const span = Math.max(...losses) - low || 1;
+  show({ step, steps, losses, mean, left, resumed, so_far }) {
+    // Single timesteps differ a hundredfold: the tallest twentieth at either end may leave the frame, the mean never.
+    const sorted = [...losses].sort((a, b) => a - b);
+    const cut = Math.floor(sorted.length / 20);
+    const low = Math.min(sorted[cut], ...mean);
+    const span = Math.max(sorted[sorted.length - 1 - cut], ...mean) - low || 1;
     const right = Math.max(1, losses.length - 1);
     const point = (value, index) => {
       const x = (index / right) * WIDTH;
@@ -68,8 +79,11 @@ class LossCurve {
       return `${x.toFixed(1)},${y.toFixed(1)}`;
     };
     this.line.setAttribute("points", losses.map(point).join(" "));
+    this.mean.setAttribute("points", mean.map(point).join(" "));
     const before = resumed > 0 ? ` (from ${resumed})` : "";
-    this.text.textContent = `step ${step} / ${steps}${before}   loss ${Number(loss).toFixed(4)}`;
+    const rest = step < steps ? `   ${clock(left)} left` : "";
+    const image = so_far && step < steps ? "   image: your subject so far" : "";
+    this.text.textContent = `step ${step} / ${steps}${before}   mean loss ${mean.at(-1).toFixed(4)}${rest}${image}`;
     this.element.dataset.points = String(losses.length);
     this.element.dataset.step = String(step);
   }

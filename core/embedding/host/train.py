@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import timestep_range
-from ...fit.fit import Fit, curve
+from ...fit.fit import Fit, curve, evenly
 from ...fit.runs import digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
@@ -31,16 +31,20 @@ from ...prompt.conditioning import (
     without_tail,
 )
 from ...session.describe import describe
-from ...session.fingerprint import patches_digest, precision
+from ...session.fingerprint import fingerprint, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
-from ...session.sampling import sample_image
+from ...session.progress import Steps
+from ...session.sampling import decoded, sample_latent
 from ...session.session import GuiderDenoiser, Session
+from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
+from .so_far import SoFar
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
+PREVIEWED = 3  # saved steps that are shown, the last among them: a preview costs as much as many updates
 ANCHORS = ("in the loss", "decoupled")
 log = logging.getLogger("likeness")
 
@@ -79,13 +83,19 @@ class RegularizerOptions:
 @dataclass(frozen=True)
 class TrainingPrompts:
     """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
-    prompt that will get the embedding; it is only checked, so that a mismatch is reported before the training starts.
-    regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
+    prompt that will get the embedding; it is checked before the training starts and drawn while it runs, guided away
+    from `negative` by cfg. regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
     """
 
     empty: Conditioning | None = None
     target: Conditioning | None = None
     regularizer: RegularizerOptions = RegularizerOptions()
+    negative: Conditioning | None = None
+    cfg: float = 7.5
+
+    def so_far(self, seed: int) -> SoFar | None:
+        """The image shown while the training runs; None for a target of several prompts, or none."""
+        return SoFar(self.target, self.negative, self.cfg, seed) if self.target and len(self.target) == 1 else None
 
 
 def source_rows(
@@ -143,6 +153,7 @@ class EmbeddingJob(TokensJob):
     method: ClassVar[str] = METHOD
 
     schedule: Schedule
+    shown: SoFar | None = None
 
     @property
     def steps(self) -> int:
@@ -157,6 +168,15 @@ class EmbeddingJob(TokensJob):
         what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
         what += [self.attached(), self.start, asdict(self.images), *regularizer]
         return digest([*what, *self.objective.values(), *key_part(self.placement)])
+
+    def session(self) -> Session:
+        session = super().session()
+        if self.shown is None:
+            return session
+        return replace(session, prompts=detached(self.shown.prompts(len(self.start), self.placement)))
+
+    def so_far(self, denoiser: GuiderDenoiser, fit: Fit, x0: Tensor) -> Tensor | None:
+        return None if self.shown is None else self.shown.latent(denoiser, fit.parameters["h"], x0)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
@@ -196,7 +216,9 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
     regularizer = prompts.regularizer.build(rows, settings.tokens)
-    job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule)
+    job = EmbeddingJob(
+        model, positive, images, settings, placement, initial, regularizer, schedule, prompts.so_far(settings.seed)
+    )
     finished = run(job, node_id)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
@@ -212,6 +234,35 @@ class Previews:
     cfg: float
     seed: int
 
+    def drawn(
+        self,
+        model: Any,
+        prompts: Sequence[Conditioning],
+        shape: tuple[int, ...],
+        images: int = 1,
+        node: str | None = None,
+    ) -> Tensor:
+        """`images` for each prompt, from the same noise: [prompts x images, H, W, 3]. Their latents are kept with the
+        runs, so that a served training costs no sampling. shape [1, C, h, w]: of a latent.
+        """
+        attached = [fingerprint(model), patches_digest(model), precision(model), describe(self.negative)]
+        settings = [self.steps, self.cfg, self.seed, list(shape), images]
+        key = digest(["images of prompts", *attached, *settings, *(describe(prompt) for prompt in prompts)])
+
+        def sampled() -> Tensor:
+            progress = Steps(model, len(prompts) * images, node)
+            latents = []
+            for prompt in prompts:
+                for image in range(images):
+                    seed = self.seed + image
+                    latents.append(
+                        sample_latent(model, prompt, self.negative, shape, steps=self.steps, cfg=self.cfg, seed=seed)
+                    )
+                    progress.step()
+            return torch.cat(latents)
+
+        return decoded(self.vae, kept(key, sampled))
+
 
 def preview_images(
     model: Any,
@@ -221,19 +272,16 @@ def preview_images(
     shape: tuple[int, ...],
     how: Previews,
 ) -> Tensor:
-    """[source, h] for each saved step; with a target, first [target], then alternately [source, h] and [target, 0.8 h].
+    """[source, h] for PREVIEWED of the saved steps; with a target, first [target], then alternately [source, h] and
+    [target, 0.8 h].
 
     All images start from the same noise. Shape [1, C, h, w] of the latent; returns [images, H, W, 3].
     """
     prompts = [] if target is None else [target]
     source = without_tail(source)  # the learned tokens replace those they started from
-    for _, rows in sorted(embedding.rows.items()):
+    for step in evenly(sorted(embedding.rows), PREVIEWED):
+        rows = embedding.rows[step]
         prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE, (), embedding.placement))
-    size = (1, *shape[1:])
-    images = [
-        sample_image(model, how.vae, prompt, how.negative, size, steps=how.steps, cfg=how.cfg, seed=how.seed)
-        for prompt in prompts
-    ]
-    return torch.cat(images)
+    return how.drawn(model, prompts, (1, *shape[1:]))

@@ -33,6 +33,7 @@ class Request:
     """What to measure. Images [B, H, W, C], masks [B, H, W] (1 on the subject); lpips: path of the heads file.
 
     all_references: identity is the mean over any number of references, as in the papers, instead of with one of them.
+    names: of the images, separated by commas.
     """
 
     images: Tensor
@@ -45,6 +46,7 @@ class Request:
     lpips: Path | None = None
     rank_by: str = OVERALL
     all_references: bool = False
+    names: str = ""
 
     @property
     def several(self) -> bool:
@@ -79,6 +81,12 @@ class Scores:
     rule: str
     models: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def shown(self) -> list[int]:
+        """The images in the order of the sheet: named ones have the best first."""
+        return self.order if self.names else sorted(self.order)
 
     @property
     def best(self) -> int:
@@ -90,17 +98,21 @@ class Scores:
 
     def lines(self, image: int) -> list[str]:
         """The scores of one image, for its caption."""
-        title = f"image {image}" + (" (best)" if image == self.best and len(self.order) > 1 else "")
+        title = (self.names[image] if self.names else f"image {image}") + (
+            " (best)" if image == self.best and len(self.order) > 1 else ""
+        )
         return [title, *(f"{TITLES[n]} {_number(n, v[image])}{UNITS.get(n, '')}" for n, v in self.values.items())]
 
     def report(self) -> str:
         """A table with one row per image, the order, the models, and the measures not taken."""
-        rows = ["  image" + "".join(f"{TITLES[name]:>9}" for name in self.values)]
-        for i in range(len(self.order)):
+        names = self.names or list(map(str, range(len(self.order))))
+        width = max(7, *map(len, names))
+        rows = [f"{'image':>{width}}" + "".join(f"{TITLES[name]:>9}" for name in self.values)]
+        for i in self.shown:
             numbers = "".join(f"{_number(name, values[i]):>9}" for name, values in self.values.items())
-            rows.append(f"{i:>7}{numbers}" + ("  best" if i == self.best else ""))
+            rows.append(f"{names[i]:>{width}}{numbers}" + ("  best" if i == self.best else ""))
         missing = [TITLES[name] for name in TITLES if name not in self.values]
-        order = f"order: {', '.join(map(str, self.order))} (by {self.rule})"
+        order = f"order: {', '.join(names[i] for i in self.order)} (by {self.rule})"
         models = [f"{TITLES[name]}: {model}" for name, model in self.models.items()]
         unmeasured = [f"not measured: {', '.join(missing)}"] if missing else []
         return "\n".join([*rows, order, *models, *unmeasured, *self.notes])
@@ -133,6 +145,9 @@ def check(request: Request) -> None:
             f"{describe(request.clip)} cannot score the prompt, as {no_text}: connect another or empty it."
         )
     _check_lpips(request)
+    names, images = _names(request), len(request.images)
+    if names and len(names) != images:
+        raise ValueError(f"{len(names)} names were given for {images} images: give one for each, separated by commas.")
     measured = request.measured()
     if not measured:
         raise ValueError(
@@ -142,6 +157,10 @@ def check(request: Request) -> None:
     if request.rank_by not in possible:
         choices = ", ".join(name for name in RANKINGS if name in possible)
         raise ValueError(f"rank_by is {request.rank_by}, which is not measured here: choose one of {choices}.")
+
+
+def _names(request: Request) -> list[str]:
+    return [name.strip() for name in request.names.split(",")] if request.names.strip() else []
 
 
 def _check_count(name: str, batch: Tensor | None, other: str, expected: Tensor | None) -> None:
@@ -208,7 +227,7 @@ def score(request: Request) -> Scores:
     if reference is not None and identity:
         numbers = ", ".join(f"{TITLES[name]} {_number(name, float(values[name].mean()))}" for name in identity)
         notes.append(f"mean over all {len(images)} x {len(reference)} pairs: {numbers}")
-    return Scores(table, measures.order(totals), rule, models, notes)
+    return Scores(table, measures.order(totals), rule, models, notes, _names(request))
 
 
 def _fit_mask(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
