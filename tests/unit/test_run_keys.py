@@ -31,7 +31,7 @@ FIELDS = {  # by asdict(), in this order
 DESCRIBED = {  # what is described by its class and the names of what it holds
     "sine/host/position_map.py PositionMap": "cells interpolation window",
     "sine/host/position_map.py RotaryMap": "map",
-    "inversion/host/landing.py Landing": "targets levels mask rows",
+    "inversion/host/landing.py Landing": "targets levels mask rows residuals",
     "ezigen/host/layers.py Place": "key module layer",
     "ezigen/adapter.py Layer": "name width heads",
     "ezigen/adapter.py SubjectTokens": "layers present",
