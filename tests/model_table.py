@@ -24,10 +24,10 @@ PAGES = {"docs/models.md": "table of models", "README.md": "short table of model
 
 @dataclass(frozen=True)
 class Step:
-    """each: the test that every family of transformers passes, but those that are refused. unets: tests of UNets, as
+    """each: the test that every family of transformers passes, but for `left`. unets: tests of UNets, as
     file::function, or the name of a method of the contract suite; all are needed, and of those with a bar between one.
-    sana: the test with Sana. refused: why no transformer can, but for those that are able; says: what the refusal's
-    sentence holds.
+    sana: the test with Sana. refused: why those that are left, or all, cannot; says: what the refusal's sentence
+    holds.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Step:
     sana: str = ""
     refused: str = ""
     says: str = ""
-    able: frozenset[str] = field(default=frozenset())
+    left: frozenset[str] = field(default=frozenset())
 
 
 STEPS = (
@@ -49,7 +49,7 @@ STEPS = (
     ),
     Step(
         "Fine-tune",
-        "*Fine-Tune On Image* (SINE) as a LoRA or with all weights, patches off",
+        "*Fine-Tune On Image* (SINE) as a LoRA or with all weights",
         ("sine", "sine-full"),
         "test_families.py::test_a_fine_tune_with_mask_and_prior_images_is_trained",
     ),
@@ -81,11 +81,10 @@ STEPS = (
     ),
     Step(
         "ReNoise",
-        "*Invert For Few Steps* (ReNoise)",
+        "*Invert For Few Steps* (ReNoise), of flow models for euler",
         ("test_renoise.py::test_a_stock_sampler_comes_back_to_the_picture",),
-        refused="Samplers of flow models add noise in another way; *Invert Image* with *fixed point* takes its place",
-        says="This is a flow model",
-        able=frozenset({"PixArt", "HunyuanDiT", "Cosmos-Predict2"}),
+        "test_flow_inversion.py::test_few_steps_are_inverted_for_euler_and_the_report_is_true",
+        left=frozenset({"PixArt", "HunyuanDiT", "Cosmos-Predict2"}),
     ),
     Step(
         "Replace, Inspect",
@@ -94,15 +93,20 @@ STEPS = (
             "test_replace.py::test_it_is_prompt_to_prompt_written_out",
             "test_inspect.py::test_every_row_and_level_has_its_map",
         ),
-        refused="These look at the attention to the prompt in layers of their own, which only the UNets have",
-        says="layers of their own",
+        "test_joint_attention.py::test_it_is_prompt_to_prompt_written_out_and_the_source_stays",
+        refused="The attention to the prompt is not shown to ComfyUI's hook, or the tokens are mixed before it",
+        says="do not show what of the image looks at which token",
+        left=frozenset({"PixArt", "HunyuanDiT", "Anima"}),
     ),
     Step(
         "Patches",
         "*Fine-Tune On Image* with patches, *Position Map* (SINE)",
         ("test_position_map.py::test_the_map_changes_the_picture_and_nothing_stays_behind",),
-        refused="The position map is added to a UNet's first convolution",
-        says="no first convolution",
+        "test_placed_crops.py::test_a_model_is_told_where_it_is_if_its_positions_move",
+        refused="There is no first convolution for a map and no rotary positions that ComfyUI moves; *Fine-Tune On "
+        "Image* trains on the whole image",
+        says="cannot be told where in an image it is",
+        left=frozenset(tiny_families.listed()) - {"FLUX.1", "FLUX.2", "Z-Image", "Lumina2", "Wan"},
     ),
     Step(
         "EZIGen",
@@ -150,8 +154,8 @@ def cells(step: Step) -> Mapping[str, str]:
     if step.each and not any(ast.unparse(mark) == "each_family" for mark in function(step.each).decorator_list):
         raise ValueError(f"{step.each} does not run with each_family, but the table of models says so.")
     for family in tiny_families.listed():
-        refused = step.refused and family not in step.able
-        found[family] = "no" if refused else TESTED if step.each else UNTESTED
+        shown = step.each and family not in step.left
+        found[family] = TESTED if shown else "no" if step.refused else UNTESTED
     if step.sana:
         function(step.sana)
     found[SANA] = "no" if step.refused else TESTED if step.sana else UNTESTED

@@ -12,10 +12,10 @@ from .test_families import FAMILIES
 PLACES = {  # where the first of the prompt's tokens is among the keys, and the image's first among the queries
     **{"SD3.5": (0, 154), "FLUX.1": (0, 256), "FLUX.2": (471, 512), "Chroma": (0, 13), "Z-Image": (0, 32)},
     **{"Lumina2": (0, 21), "Qwen-Image": (0, 21), "Qwen-Image-Edit": (0, 21), "HiDream": (16, 0), "AuraFlow": (8, 264)},
-    **{"OmniGen2": (0, 21), "HunyuanVideo": (16, 0), "Wan": (0, 0), "Cosmos-Predict2": (0, 0)},
+    **{"OmniGen2": (0, 21), "HunyuanVideo": (16, 0), "Wan": (0, 0), "Cosmos-Predict2": (0, 0), "LTXV": (0, 0)},
 }
 NEWER = {"HunyuanVideo": (0, 21)}  # of newer ComfyUI
-OWN_LAYERS = ("Wan", "Cosmos-Predict2")  # for the prompt
+OWN_LAYERS = ("Wan", "Cosmos-Predict2", "LTXV")  # for the prompt
 HIDDEN = [name for name in FAMILIES if name not in PLACES]
 each_family = pytest.mark.parametrize("name", [name for name in FAMILIES if name in PLACES])
 PROMPTS = ("a cat", "a dog")
