@@ -187,8 +187,10 @@ def short() -> Iterator[str]:
         untested = [label for label in UNETS.values() if said[label] != TESTED]
         unets = "yes" if not untested else f"yes; {', '.join(untested)} in principle"
         able = [family for family in tiny_families.listed() if said[family] == TESTED]
-        others = "yes" if len(able) == families else f"only {', '.join(able)}" if able else "no"
-        yield f"| {step.nodes} | {unets} | {others} |"
+        left = [family for family in tiny_families.listed() if family not in able]
+        some = f"only {', '.join(able)}" if len(able) < len(left) else f"all but {', '.join(left)}"
+        others = "yes" if not left else some if able else "no"
+        yield f"| {step.name} | {unets} | {others} |"
 
 
 def written(text: str, page: str) -> str:
