@@ -14,8 +14,10 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
+from ..lora.host.apply import RANK_MASK
 from ..prompt.conditioning import Conditioning, detached
 from . import sampling
 from .checkpointing import checkpointed
@@ -190,6 +192,11 @@ class Session:
             with self._denoiser(guider, extra_args, x0) as denoiser:
                 body(denoiser, x0)
 
+        if self.checkpointing and RANK_MASK in self.model.wrappers.get(WrappersMP.APPLY_MODEL, {}):
+            raise ValueError(
+                "The model carries a T-LoRA, whose ranks change with the noise level, and checkpointing computes its "
+                "blocks again at none: switch checkpointing off, or connect the base model."
+            )
         with gradients():
             clone = self._clone()
             latent = detached(self.latent).float()

@@ -172,7 +172,7 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
 
 
 def _copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].clone(), *inputs[1:])
+    return (*(value.clone() for value in inputs[:1]), *inputs[1:])
 
 
 @contextlib.contextmanager

@@ -109,3 +109,12 @@ def test_guidance_and_a_weak_model_keep_the_mask(omega):
     for model, (scale, expected) in wanted.items():
         error = float((first_step(model, setting.target, scale) - expected).abs().mean())
         assert error < 0.01 * effect, (error, effect)
+
+
+@pytest.mark.usefixtures("own_folders")
+def test_a_model_with_a_t_lora_is_trained_further_but_not_with_checkpointing():
+    setting = Setting()
+    setting.model, _, _, first = train(setting, lora_type="T-LoRA", learning_rate=0.05, patches=False)
+    assert train(setting, patches=False)[3] != first
+    with pytest.raises(ValueError, match="carries a T-LoRA.*switch checkpointing off"):
+        train(setting, patches=False, checkpointing=True, seed=1)
