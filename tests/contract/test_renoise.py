@@ -30,7 +30,7 @@ def invert(setting: Setting, **changes):
 
     inputs = {"model": setting.model, "positive": setting.source, "latent": setting.latent, "sigmas": sigmas(setting)}
     inputs |= {"kl_weight": 0.0, "correlation_weight": 0.0}
-    return run_node(LikenessRenoise, **{**inputs, "sampler": "euler_ancestral", "seed": 3, **changes})
+    return run_node(LikenessRenoise, **{**inputs, "sampler": "euler_ancestral", "seed": 3, **changes})[:4]
 
 
 def play(setting: Setting, start: dict, sampler, levels: torch.Tensor, seed: int = 0) -> torch.Tensor:
