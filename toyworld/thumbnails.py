@@ -65,7 +65,7 @@ def with_the_toyworlds_model(graph: Graph, checkpoint: str) -> Graph:
         elif node["type"] == "BasicScheduler":
             node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
         elif node["type"] == "Flux2Scheduler":
-            link = max(entry[0] for entry in graph["links"]) + 1
+            link = graph["last_link_id"] = graph["last_link_id"] + 1
             graph["links"].append([link, loader["id"], 0, node["id"], 0, "MODEL"])
             loader["outputs"][0]["links"].append(link)
             node |= {"type": "BasicScheduler", "widgets_values": ["normal", node["widgets_values"][0], 1.0]}
