@@ -7,6 +7,7 @@ background term (weight 10, the judge's mask of the source) and without.
 - Background: mean squared error to the source image outside of that mask, of the best image.
 - Identity: the measuring encoder's cosine between the judge's subject crops on white, to the other subject.
 - DINO: the cosine of whole images that is in the loss.
+- Shape: IoU of the judge's masks of the edit and of the other subject's image, each cropped to the mask.
 
     python toolbox/_load.py benchmarks.edit_siso --rows ROWS.jsonl --out benchmarks/results/edit_siso.json
 """
@@ -21,6 +22,7 @@ import torch
 from ..core.inversion.renoise import ReNoiseSettings
 from ..core.siso.siso import SisoSettings
 from ..core.vision.measures import cosine
+from ..toyworld.judge import subject_crop
 from . import effect_siso, frame, subjects
 from .subjects import Exchange
 
@@ -44,6 +46,9 @@ class Settings:
     steps: int = 8
     skipped: int = 2
     grad_steps: int = 1
+
+
+WORLDS = {"unet": Settings(), "turbo": Settings(steps=4, skipped=1)}  # of SDXL-turbo's four steps, three are taken
 
 
 def edits(count: int) -> list[Exchange]:
@@ -93,11 +98,15 @@ class Bench(effect_siso.Bench):
         source = self.image(edit.source)
         outside = 1 - self.mask(source.movedim(-1, 1))
         error = (image - source).square().mean(-1)
-        seen = embed(self.encoders["dino"], torch.cat([self.image(edit.wanted), image]))
+        both = torch.cat([self.image(edit.wanted), image])
+        seen = embed(self.encoders["dino"], both)
+        masks = self.mask(both.movedim(-1, 1))
+        one, other = subject_crop(torch.zeros_like(both.movedim(-1, 1)), masks, subjects.SIDE)[:, 0] < 0.5
         return {
             "background": float((outside * error).sum() / outside.sum()),
             "identity": self.identity(edit.wanted, image.movedim(-1, 1)),
             "dino": float(cosine(seen[1:], seen[:1])),
+            "shape": float((one & other).sum() / (one | other).sum()),
         }
 
     def row_of(self, edit: Exchange) -> dict[str, Any]:
@@ -117,18 +126,23 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
     image, and the gate."""
     ratios = frame.interval(row[KEPT]["background"] / row[FREE]["background"] for row in rows)
     lower = frame.mean(row[KEPT]["background"] < row[FREE]["background"] for row in rows)
+    gains = {
+        f"{score} minus inverted": {kind: frame.gain(rows, kind, "inverted", score) for kind in (KEPT, FREE)}
+        for score in ("identity", "shape")
+        if score in rows[0]["inverted"]
+    }
     return {
         "cases": len(rows),
         "mean": frame.means(rows),
         "ratio of the background's errors": {name: ratios[name] for name in ("mean", "low", "high")},
         "share of cases with a lower one": lower,
-        "identity minus inverted": {kind: frame.gain(rows, kind, "inverted", "identity") for kind in (KEPT, FREE)},
+        **gains,
         "gates held": lower >= SHARE_GATE,
     }
 
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when the gate is missed."""
-    run = frame.Run("edit_siso", arguments, Settings(), cases=16)
-    rows = run.rows(run.chosen(edits), lambda: Bench(run.base, run.settings), Bench.row_of)
+    run = frame.Run("edit_siso", arguments, WORLDS, cases=16)
+    rows = run.rows(run.chosen(edits), lambda: Bench(run.base, run.settings, run.world), Bench.row_of)
     return run.judged(rows, summary(rows))

@@ -1,7 +1,8 @@
-"""Stage "gates": what the judge reads from samples of the 96 held-out prompts, of either world or student.
+"""Stage "gates": what the judge reads from samples of the 96 held-out prompts, of either world or student; and whether
+the encoder for harder subjects knows near twins apart, beside the first world's.
 
-`run.py gates unet|flow|turbo|flow_turbo`; with --work the networks in training are taken from the work folder instead
-of the committed ones.
+`run.py gates unet|flow|turbo|flow_turbo|fine`; with --work the networks in training are taken from the work folder
+instead of the committed ones.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from . import assets, comfyui, dataset, export, worlds
-from .measure import Table, measure_samples
+from .measure import Table, encoder_rows, measure_samples
 from .train_ae import picture_batch, psnr, reconstruct
+from .vision_models import load_model
 from .widen import part_of
 
 TEACHER_STEPS, STUDENT_STEPS = 25, (1, 2, 4)
@@ -55,15 +57,19 @@ def load(name: str, from_work: bool) -> tuple[worlds.World, nn.Module]:
 def main(arguments: list[str]) -> None:
     """Print the table, one part per number of steps."""
     parser = argparse.ArgumentParser(prog="run.py gates")
-    parser.add_argument("name", choices=(*worlds.LOADERS, *export.STUDENTS))
+    parser.add_argument("name", choices=(*worlds.LOADERS, *export.STUDENTS, "fine"))
     parser.add_argument("--work", action="store_true", help="from the work folder instead of the assets")
     parser.add_argument("--sheet", default=None, help="write contact sheets of the samples beside this file name")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     comfyui.prepare()
-    world, network = load(options.name, options.work)
     table = Table()
+    if options.name == "fine":
+        fine = load_model("fine", state=export.tensors_of("fine") if options.work else None)
+        encoder_rows(table, {"fine": fine, "measure": load_model("measure")}, "fine", {"all": ">= 0.9"})
+        return
+    world, network = load(options.name, options.work)
     if options.name == "flow":
         scenes = picture_batch(dataset.render_scenes(SCENES, True, processes=1)["images"], torch.arange(SCENES))
         again = reconstruct(world.encoder, world.decoder, scenes)

@@ -139,26 +139,37 @@ def measure_samples(table: Table, generator: Painter, sheet: str | None) -> None
             picture.save(stem.with_name(f"{stem.stem}_{title}{stem.suffix}"), quality=88)
 
 
-def measure_encoders(table: Table) -> None:
-    """AUC of the identity encoders on unseen identities: perfect crops, and the judge's crops of plain renders."""
-    pictures, masks = subjects.check_scenes(120)
-    judge = load_judge()
+def encoder_rows(
+    table: Table, models: dict[str, torch.nn.Module], kind: str, gates: dict[str, str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AUC of identity encoders on unseen identities of a kind, by the judge's crops of renders and by perfect ones;
+    returns the renders and their masks."""
+    pictures, masks = subjects.check_scenes(120, kind)
+    judge, of_kind = load_judge(), subjects.KINDS[kind]
     images = picture_batch(pictures, torch.arange(len(pictures)))
     truth = torch.from_numpy(masks).float() / 255
-    shape = (-1, 1 + len(subjects.PLAIN.changes), subjects.VIEWS, 3, world.SIZE, world.SIZE)
-    for name in ("dino", "measure"):
-        model = load_model(name)
+    shape = (-1, 1 + len(of_kind.changes), subjects.VIEWS, 3, world.SIZE, world.SIZE)
+    seen = judge.mask(images)
+    for name, model in models.items():
         results = [
-            hard_auc(model, (subject_crop(images, mask, world.SIZE) * 255).byte().view(shape))
-            for mask in (judge.mask(images), truth)
+            hard_auc(model, (subject_crop(images, mask, world.SIZE) * 255).byte().view(shape), of_kind)
+            for mask in (seen, truth)
         ]
-        for kind in results[0]:
+        for change in results[0]:
             table.row(
-                f"{name} encoder, AUC against other {kind} (judge's crop / true crop)",
-                f"{results[0][kind]:.3f}",
-                f"{results[1][kind]:.3f}",
-                ">= 0.95" if kind == "pattern or emblem" else "",
+                f"{name} encoder, AUC against other {change} (judge's crop / true crop)",
+                f"{results[0][change]:.3f}",
+                f"{results[1][change]:.3f}",
+                gates.get(change, ""),
             )
+    return images, truth
+
+
+def measure_encoders(table: Table) -> None:
+    """AUC of the identity encoders."""
+    models = {name: load_model(name) for name in ("dino", "measure")}
+    images, truth = encoder_rows(table, models, "plain", {"pattern or emblem": ">= 0.95"})
+    shape = (-1, 1 + len(subjects.PLAIN.changes), subjects.VIEWS)
     found = F.normalize(features(load_model("measure"), subject_crop(images, truth, world.SIZE)), dim=1)
     found = found.view(len(found) // (shape[1] * shape[2]), shape[1], shape[2], -1)[:, 0]
     other = (found[:, 0] * found[:, 1].roll(1, 0)).sum(-1)

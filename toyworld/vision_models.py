@@ -100,9 +100,9 @@ def unpack_clip(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**state, TOKEN_TABLE: table}
 
 
-def load_model(name: str, folder: Path = assets.ASSETS) -> nn.Module:
-    """A trained model from the committed assets, fp32, frozen."""
-    tensors = assets.read(name, folder)
+def load_model(name: str, folder: Path = assets.ASSETS, state: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    """A trained model from the committed assets, or of this state, fp32, frozen."""
+    tensors = assets.read(name, folder) if state is None else state
     state = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     model = MAKERS[name]()
     model.load_state_dict(unpack_clip(state) if name == "clip" else state)
