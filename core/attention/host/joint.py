@@ -155,7 +155,7 @@ class _Probe:
 
     def __init__(self, tokens: int, size: tuple[int, ...]) -> None:
         self._tokens = tokens
-        self._grids = [tuple(-(-side // patch) for side in size) for patch in range(1, 1 + max(size))]
+        self._grids = [(-(-size[0] // patch), -(-size[1] // patch)) for patch in range(1, 1 + max(size))]
         self._text: int | None = None  # where the prompt's tokens begin, in the first layer that has them
         self._cells = 0  # the image's tokens
         self.layout: Layout | None = None

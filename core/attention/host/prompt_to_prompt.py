@@ -76,9 +76,10 @@ class Control:
     def words(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The places of the word's tokens in the source and in the edit."""
         ranges = [(range(s.start, s.start + s.old), range(s.start, s.start + s.new)) for s in self.swaps]
-        return tuple(
+        source, edit = (
             torch.tensor([i for each in ends for i in each], device=device) for ends in zip(*ranges, strict=True)
         )
+        return source, edit
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from ...prompt.windows import step_wise, windows
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.job import Job, run
+from ...session.sampling import ModelNoising
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..null_text import Method, NullText, NullTextSettings, Start
@@ -60,9 +60,7 @@ def prepare_reconstruction(
     levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
     targets, moves = dict(enumerate(trajectory.latents[1:])), {}
     if method == "direct edit":
-        sampling = model.get_model_object("model_sampling")
-        noising = SimpleNamespace(noised=lambda x0, noise, sigma: sampling.noise_scaling(sigma, noise, x0))
-        moves = dict(enumerate(residuals(noising, trajectory.latents, trajectory.sigmas)))
+        moves = dict(enumerate(residuals(ModelNoising(model), trajectory.latents, trajectory.sigmas)))
     pinned = attach_landing(model, Landing(targets, levels, rows=count, residuals=moves))
     report = (
         f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"
