@@ -200,7 +200,7 @@ def pair_prompts(
             joined = {**edit_options, KEY: prompts}
             for name, value in options.items():
                 other = edit_options.get(name)
-                if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+                if not isinstance(value, Tensor) or not isinstance(other, Tensor) or other is value:
                     continue
                 if value.shape != other.shape or len(value) != 1:
                     raise ValueError(
