@@ -105,6 +105,20 @@ def test_vision_folders_load_by_transformers_and_know_subjects_apart(built: dict
         assert hard_auc(model, groups)["pattern or emblem"] > 0.93, name
 
 
+def test_the_encoder_for_harder_subjects_knows_near_twins_apart() -> None:
+    inprocess.start()
+    from likeness.toyworld import subjects
+    from likeness.toyworld.train_encoders import hard_auc
+    from likeness.toyworld.vision_models import load_model
+
+    pictures, masks = subjects.check_scenes(20, "fine")
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    crops = judge.subject_crop(images, torch.from_numpy(masks).float() / 255, 96)
+    groups = (crops * 255 + 0.5).byte().view(20, 5, subjects.VIEWS, 3, 96, 96)
+    found, first = (hard_auc(load_model(name), groups, subjects.KINDS["fine"])["all"] for name in ("fine", "measure"))
+    assert found > 0.88 and found > first + 0.05
+
+
 def test_the_scorer_prefers_the_true_caption(built: dict[str, Path]) -> None:
     from transformers import AutoModel, AutoTokenizer
 

@@ -96,6 +96,20 @@ def test_near_twins_of_harder_subjects_differ_in_one_fine_part_that_can_be_seen(
         fine.variant(base, "tone", 1)
 
 
+def test_benchmarks_take_the_same_combinations_of_harder_subjects() -> None:
+    from likeness.benchmarks.subjects import cases
+
+    plain, harder = cases(16), cases(16, harder=True)
+    for one, other in zip(plain, harder, strict=True):
+        assert isinstance(other.identity, fine.FineIdentity) and not isinstance(one.identity, fine.FineIdentity)
+        held_out = ("cls", "color", "texture")
+        assert [getattr(one.identity, name) for name in held_out] == [
+            getattr(other.identity, name) for name in held_out
+        ]
+        assert one.prompt(one.target_place) == other.prompt(other.target_place) and one.seed == other.seed
+    assert len({case.label for case in harder}) == 16
+
+
 def test_groups_of_harder_subjects_keep_training_and_checking_apart() -> None:
     members = [idn for seed in range(12) for idn in group(seed, False, KINDS["fine"])]
     assert len(members) == 12 * 5 and not any(for_checking(idn) for idn in members)
