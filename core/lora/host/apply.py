@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import comfy.lora
 import comfy.sd
+from torch import Tensor, nn
 
 from ...prompt.conditioning import Conditioning
-from ..artifact import MODEL_PREFIXES, TEXT_PREFIXES, FineTunedWeights
+from ..artifact import MODEL_PREFIXES, PAIRS, TEXT_PREFIXES, FineTunedWeights
 
 log = logging.getLogger("likeness")
 
@@ -19,10 +21,48 @@ def apply_lora(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: 
         return model, clip
     if clip is None and tuned.part(TEXT_PREFIXES):
         log.warning("The fine-tune has a text encoder too: connect a CLIP, or its prompt will not show the subject.")
+    _check_fits(tuned.part(MODEL_PREFIXES), model.model, comfy.lora.model_lora_keys_unet(model.model, {}))
     patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.part(MODEL_PREFIXES), strength, 0.0)
     if clip is not None:
+        encoder = clip.cond_stage_model
+        _check_fits(tuned.part(TEXT_PREFIXES), encoder, comfy.lora.model_lora_keys_clip(encoder, {}))
         _, clip = comfy.sd.load_lora_for_models(None, clip, tuned.part(TEXT_PREFIXES), 0.0, strength)
     return patched, clip
+
+
+def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, Any]) -> None:
+    """ValueError for the weights of another model, which ComfyUI leaves out with a line in the log.
+
+    keys: from the names of layers in LoRA files to the module's weights, or to a part of one.
+    """
+    own, known = module.state_dict(), 0
+    for layer, count in _sizes(weights).items():
+        if layer not in keys:
+            continue
+        known += 1
+        name, part = (keys[layer], None) if isinstance(keys[layer], str) else keys[layer][:2]
+        expected = own[name].numel() if part is None else own[name].numel() // own[name].shape[part[0]] * part[2]
+        if count != expected and own[name].is_floating_point():  # others are packed
+            raise ValueError(
+                f"The fine-tune has {count} numbers for '{layer}', this model {expected}: connect the model that it "
+                "was trained on."
+            )
+    if weights and not known:
+        raise ValueError(
+            f"The fine-tune is for layers that this model does not have, such as '{next(iter(weights))}': connect the "
+            "model that it was trained on."
+        )
+
+
+def _sizes(weights: dict[str, Tensor]) -> dict[str, int]:
+    """How many numbers of each layer are changed."""
+    found = {name.removesuffix(".diff"): value.numel() for name, value in weights.items() if name.endswith(".diff")}
+    for up, down in PAIRS:
+        for name, value in weights.items():
+            layer = name.removesuffix(f".{up}.weight")
+            if layer != name:
+                found[layer] = value.shape[0] * weights[f"{layer}.{down}.weight"][0].numel()
+    return found
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:
