@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
-from ...session.images import ImageSource
+from ...session.images import ImageSource, check_result
 from ...session.session import GuiderDenoiser, predicting
 from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
 from .layers import Attention, transformer_layers, wrap_attention
@@ -68,7 +68,9 @@ def attention_maps(
             bar.update(1)
 
     predicting(clone, [prompts[0]], samples, body)
-    return Maps(torch.cat(maps), percents)
+    found = Maps(torch.cat(maps), percents)
+    check_result("maps", found.values)
+    return found
 
 
 def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
