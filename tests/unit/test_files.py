@@ -286,7 +286,7 @@ def test_an_embedding_of_a_few_bytes_takes_no_memory(tmp_path):
         load_embedding(tmp_path / "bomb.pt")
 
 
-@pytest.mark.parametrize("part", [{"losses": [10**400]}, {"losses": [float("inf")]}, {"method": "x" * 300}])
+@pytest.mark.parametrize("part", [{"losses": [10**400]}, {"method": "x" * 300}])
 def test_a_header_that_cannot_be_shown_is_refused(tmp_path, part):
     save_embedding(tmp_path / "a.safetensors", Embedding(embedding().rows, {**embedding().header, **part}))
     with pytest.raises(ValueError, match="damaged header"):
