@@ -105,7 +105,11 @@ def windows(model):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     values = {"context_length": 4, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-    return run_node(ContextWindowsManualNode, model=model, **values, closed_loop=False, fuse_method="pyramid", dim=2)[0]
+    widgets = ContextWindowsManualNode.define_schema().inputs  # newer ComfyUI's has more of them
+    others = {widget.id: widget.default for widget in widgets if getattr(widget, "default", None) is not None}
+    return run_node(ContextWindowsManualNode, **others | values | {"model": model, "fuse_method": "pyramid", "dim": 2})[
+        0
+    ]
 
 
 def compiled(model):
