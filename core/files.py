@@ -39,7 +39,11 @@ TYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
 
@@ -119,7 +123,11 @@ def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: dict[
 
 def _contents(names: list[str], tensors: dict[str, Tensor], header: dict[str, Any], sums: dict[str, str]) -> bytes:
     header = {**header, CHECKSUMS: sums} if sums else header
-    contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: json.dumps(header, sort_keys=True)}}
+    try:
+        text = json.dumps(header, sort_keys=True, allow_nan=False)
+    except ValueError as error:  # what the loaders would refuse
+        raise ValueError("The header holds a loss or setting that is no finite number: train it again.") from error
+    contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: text}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()

@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..core.fit.fit import random_numbers
 from ..core.session import folders
+from ..core.session.images import check_result
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
@@ -111,16 +111,18 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
-    """RuntimeError when a node gives numbers that are none: a picture of them is black, and every later one as well."""
+    """RuntimeError when a node gives an image, a latent or a prompt without numbers: what follows would be black."""
     for wanted, value in zip(schema.outputs, output.args or (), strict=False):
-        kind = wanted.get_io_type()
-        tensor = value["samples"] if kind == "LATENT" and isinstance(value, Mapping) else value
-        plain = kind in ("IMAGE", "LATENT") and isinstance(tensor, Tensor) and not tensor.is_nested
-        if plain and not bool(torch.isfinite(tensor).all()):
-            raise RuntimeError(
-                f"'{wanted.display_name}' came out with NaN or infinite numbers, expected finite ones: load the model "
-                "and the VAE in bf16 or fp32, and check that the prompts come from this model's own text encoder."
-            )
+        if wanted.get_io_type() in ("IMAGE", "LATENT", "CONDITIONING"):
+            for tensor in _tensors(value):
+                check_result(wanted.display_name, tensor)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Of an image, a latent or the prompts of a conditioning."""
+    entries = [each[0] for each in value] if isinstance(value, list) else [value]
+    found = [each.get("samples") if isinstance(each, Mapping) else each for each in entries]
+    return [each for each in found if isinstance(each, Tensor)]
 
 
 def _value(widget: io.Input, value: Any) -> Any:

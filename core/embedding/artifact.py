@@ -137,7 +137,7 @@ def load_embedding(path: Path) -> Embedding:
     check_header(path, header, KIND, "an embedding of this pack: choose one made by Save Embedding")
     rows = {}
     for name, value in tensors.items():
-        match = re.fullmatch(r"step_(\d{6})", name)
+        match = re.fullmatch(r"step_(\d{6,9})", name)
         if match is None or value.ndim != 3 or not value.is_floating_point():
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
         rows[int(match[1])] = value.float()
@@ -160,5 +160,5 @@ def _load_official(path: Path) -> Embedding:
         raise ValueError(f"{path.name} does not hold one table of rows [tokens, width]: only HiPer's own .pt is read.")
     check_tensor(path, value)
     value = value.detach().float().reshape(1, *value.shape[-2:])
-    match = re.search(r"step(\d+)", path.stem)
+    match = re.search(r"step(\d{1,9})", path.stem)
     return Embedding({int(match[1]) if match and int(match[1]) else 1: value}, {"method": "hiper (official file)"})

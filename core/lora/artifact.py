@@ -168,7 +168,7 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
     check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
     prompt = header.get("prompt", "")
     checks = (
-        isinstance(prompt, str) and len(prompt) <= MAX_TEXT,
+        isinstance(prompt, str) and len(prompt) <= MAX_TEXT and not re.search("[\ud800-\udfff]", prompt),
         _plain(header.get("settings", {}), (str, bool, int, float)),
         _plain(header.get("base", {}), (str,)),
     )
@@ -194,5 +194,5 @@ def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
             continue
         names = next(pair for pair in PAIRS if f"lora_{part.partition('.')[0]}" in pair)
         up, down = (tensors.get(f"{layer}.{side}.weight") for side in names)
-        if up is None or down is None or up.shape[1] != down.shape[0]:
+        if up is None or down is None or up.shape[1] != down.shape[0] or not up.numel() or not down.numel():
             raise ValueError(f"{path.name} holds no matching pair of factors for '{layer}': train it again.")

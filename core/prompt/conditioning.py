@@ -180,6 +180,8 @@ def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
     if rows is None or rows.ndim != 3 or rows.shape[0] != 1:
         raise ValueError(f"The {role} has no single table of text rows: connect a Text Encode node directly.")
     limits = sorted({"area", "mask", "start_percent", "end_percent"} & options.keys())
+    if options.get("strength") == 0:
+        limits.append("a strength of 0")
     if limits:
         raise ValueError(
             f"The {role} is limited by {', '.join(limits)}: outside of it the model would predict nothing. "

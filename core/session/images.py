@@ -47,6 +47,15 @@ def check_finite(name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"'{name}' holds NaN or infinite numbers, expected finite ones: {remedy}.")
 
 
+def check_result(name: str, value: Tensor) -> None:
+    """RuntimeError for a result without numbers, as a model in fp16 gives it that overflows."""
+    if not value.is_nested and not bool(torch.isfinite(value).all()):
+        raise RuntimeError(
+            f"'{name}' came out with NaN or infinite numbers, expected finite ones: load the model and the VAE in bf16 "
+            "or fp32, and check that the prompts come from this model's own text encoder."
+        )
+
+
 def check_range(name: str, value: Tensor, remedy: str) -> None:
     """ValueError for anything but finite numbers from 0 to 1, or a little beyond."""
     check_finite(name, value, remedy)

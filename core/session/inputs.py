@@ -66,21 +66,23 @@ def check_width(name: str, conditioning: Sequence[Any], model: Any, positive: Se
 
 
 def check_pooled(name: str, conditioning: Sequence[Any], model: Any) -> None:
-    """ValueError when a prompt lacks the pooled output that this model asks for, as SDXL does."""
+    """ValueError when a prompt lacks the pooled output that this model asks for, as SDXL does, or has another's."""
     encode = getattr(getattr(model, "model", None), "encode_adm", None)
+    width = getattr(getattr(model, "model", None), "adm_channels", 0)
     made_up = {"device": "cpu", "noise": torch.zeros(1, 4, 8, 8), "width": 64, "height": 64, "prompt_type": "positive"}
+    remedy = "connect a prompt of this model's own text encoder, as CLIP Text Encode gives it."
     for _, options in conditioning if encode else ():
-        if options.get(POOLED) is not None:
-            continue
         try:
             with torch.random.fork_rng(devices=[]):
-                encode(**{**options, **made_up})
+                vector = encode(**{**options, **made_up})
         except Exception as error:  # of what else the model asks for, the session will say
-            if (POOLED in options and "NoneType" in str(error)) or error.args == (POOLED,):
-                raise ValueError(
-                    f"'{name}' has no {POOLED}, expected with this model: connect a prompt of its own text encoder, as "
-                    "CLIP Text Encode gives it."
-                ) from error
+            if error.args == (POOLED,) or options.get(POOLED) is None and "NoneType" in str(error):
+                raise ValueError(f"'{name}' has no {POOLED}, expected with this model: {remedy}") from error
+            continue
+        own = options[POOLED].shape[-1] if options.get(POOLED) is not None else 0
+        if own and width and isinstance(vector, Tensor) and vector.shape[-1] != width:
+            expected = own + width - vector.shape[-1]  # the vector holds more than that, such as sizes
+            raise ValueError(f"'{name}' has a {POOLED} of width {own}, expected {expected}: {remedy}")
 
 
 def shown(value: Any) -> str:
@@ -179,8 +181,11 @@ def _conditioning(name: str, value: Any) -> None:
         if not pair or not isinstance(entry[0], Tensor) or entry[0].ndim != 3 or not entry[0].numel():
             raise _unfit(name, entry[0] if pair else entry, expected, remedy)
         check_finite(name, entry[0], ENCODE)
-        if entry[1].get(POOLED) is not None:
-            check_finite(f"{name}: {POOLED}", entry[1][POOLED], ENCODE)
+        pooled = entry[1].get(POOLED)
+        if pooled is not None:
+            check_finite(f"{name}: {POOLED}", pooled, ENCODE)
+            if pooled.ndim < 2:
+                raise _unfit(f"{name}: {POOLED}", pooled, "[1, width]", ENCODE)
         for option, fits in _OPTIONS.items():
             if option in entry[1] and not fits(entry[1][option]):
                 raise _unfit(f"{name}: {option}", entry[1][option], "what ComfyUI's own nodes attach", ENCODE)

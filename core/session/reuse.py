@@ -17,6 +17,7 @@ from torch import Tensor, nn
 OBJECTS = ("model_sampling", "latent_format", "manual_cast_dtype")  # object patches that are no part of the network
 FAR = 10.0  # times the noise of the highest level: like no step
 STEPS = 3  # like each other; a cache may need some to begin
+SAME = 5  # times the same step: a cache that counts steps computes each second or third, up to each fifth
 
 
 def may_reuse(model: Any) -> bool:
@@ -44,12 +45,15 @@ def check_reuse(denoiser: Any, layers: nn.Module, x0: Tensor) -> None:
         return len(count)
 
     calls(last, far)  # nothing is like what was sampled before
-    first, *others = (calls(last // 2 - step, x0) for step in range(STEPS))
-    if min(others) >= first:
-        return
+    again = [calls(last // 2, x0) for _ in range(SAME)]
     calls(last, far)
-    step = 1 + others.index(min(others))
-    if calls(last // 2 - step, x0) > min(others):  # else these noise levels alone decide it, as some patches have it
+    first, *others = (calls(last // 2 - step, x0) for step in range(STEPS))
+    fewer = min(others) < first
+    if fewer:
+        calls(last, far)
+        step = 1 + others.index(min(others))
+        fewer = calls(last // 2 - step, x0) > min(others)  # else the noise level alone decides it, as some patches do
+    if fewer or min(again) < max(again):
         raise RuntimeError(
             "This model uses an earlier step again (a step cache, such as TeaCache), expected is one that computes "
             "each step: connect the model before that node; it may follow for sampling."

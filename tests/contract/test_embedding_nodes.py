@@ -282,6 +282,18 @@ def test_a_prompt_without_its_pooled_output_is_refused(none):
     bare = [[rows, {**others, "pooled_output": None} if none else others]]
     with pytest.raises(ValueError, match="'positive' has no pooled_output, expected with this model: connect"):
         train(setting, positive=bare, preview_steps=0)
+    other = [[rows, {**options, "pooled_output": torch.zeros(1, 768)}]]
+    with pytest.raises(ValueError, match="'positive' has a pooled_output of width 768, expected 1280: connect"):
+        train(setting, positive=other, preview_steps=0)
+
+
+def test_an_embedding_of_nan_gives_no_prompt():
+    from likeness.core.embedding.artifact import Embedding
+    from likeness.nodes.embedding import LikenessApplyEmbedding
+
+    bad = Embedding({1: torch.full((1, 5, 768), float("nan"))})
+    with pytest.raises(RuntimeError, match="'conditioning' came out with NaN"):
+        run_node(LikenessApplyEmbedding, conditioning=Setting().source, embedding=bad, scale=1.0, step=0)
 
 
 def test_an_empty_source_prompt_is_said(caplog):

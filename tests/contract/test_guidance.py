@@ -411,15 +411,16 @@ def test_one_module_with_the_same_schedule_applied_twice():
 
 
 def test_a_compiled_model_and_its_lora_in_one_module():
-    """The compiled network would not notice what is added to its layers: the tuned model's own calls are eager."""
+    """The compiled block would not notice what is added to its layers: the tuned model's own calls are eager."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    setting, tuned = Setting(), with_lora(Setting().model, lora())
+    setting, tuned = Setting(), with_lora(Setting().model, lora(keys=[ATTENTION]))
     expected = picture(setting, patch(setting, tuned), cfg=1.0)
+    assert float((expected - picture(setting, setting.model, cfg=1.0)).abs().max()) > 2e-3
     compiled = setting.model.clone()
-    set_torch_compile_wrapper(compiled, "eager")
+    set_torch_compile_wrapper(compiled, "eager", keys=[ATTENTION.removesuffix(".attn2.to_q")])
     setting.model = compiled
-    shared = with_lora(compiled, lora())
+    shared = with_lora(compiled, lora(keys=[ATTENTION]))
     found = picture(setting, patch(setting, shared), cfg=1.0)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-5)
     assert shared.wrappers["apply_model"]["torch.compile"], "the user's model lost its compilation"

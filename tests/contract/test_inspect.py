@@ -40,6 +40,12 @@ def test_every_row_and_level_has_its_map(family):
     assert len({float(value.sum()) for value in found.values.flatten(0, 1)}) == 20, "two maps are one"
 
 
+def test_predictions_without_numbers_give_no_maps():
+    setting = Setting()
+    with pytest.raises(RuntimeError, match="'maps' came out with NaN or infinite numbers, expected finite ones: load"):
+        looked_at(setting, [[1e25 * setting.source[0][0], setting.source[0][1]]])
+
+
 @pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32)])
 def test_many_maps_are_shown_smaller(size):
     """The whole prompt at every level fits on a sheet that can be shown; few maps keep their size."""

@@ -60,9 +60,9 @@ def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pictures_become_more_alike(family, vision):
-    found = optimised(Setting(family), vision, iterations=25)
+    found = optimised(Setting(family), vision, iterations=10)
     assert found.losses[found.best] < found.losses[0] - 1e-3
-    assert found.image.shape == (1, 64, 64, 3) and found.images.shape == (25, 64, 64, 3)
+    assert found.image.shape == (1, 64, 64, 3) and found.images.shape == (10, 64, 64, 3)
     assert float((found.images[found.best] - found.image[0]).abs().max()) < 1 / 254
 
 

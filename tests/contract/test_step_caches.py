@@ -80,6 +80,20 @@ def wrapped_cache(model):
     return clone
 
 
+def counting_cache(model, interval: int = 3):
+    """And others: each third step is computed, whatever it is like."""
+    clone, state = model.clone(), {"count": 0}
+
+    def cached(apply, arguments):
+        if state["count"] % interval == 0:
+            state["result"] = apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        state["count"] += 1
+        return state["result"]
+
+    clone.set_model_unet_function_wrapper(cached)
+    return clone
+
+
 def hyper_tile(model):
     from comfy_extras.nodes_hypertile import HyperTile
 
@@ -91,7 +105,11 @@ def windows(model):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     values = {"context_length": 4, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-    return run_node(ContextWindowsManualNode, model=model, **values, closed_loop=False, fuse_method="pyramid", dim=2)[0]
+    widgets = ContextWindowsManualNode.define_schema().inputs  # newer ComfyUI's has more of them
+    others = {widget.id: widget.default for widget in widgets if getattr(widget, "default", None) is not None}
+    return run_node(ContextWindowsManualNode, **others | values | {"model": model, "fuse_method": "pyramid", "dim": 2})[
+        0
+    ]
 
 
 def compiled(model):
@@ -159,7 +177,7 @@ def test_it_is_said_what_was_left_out(caplog):
     assert "easycache, which belongs to sampling steps" in caplog.text
 
 
-CACHES = [tea_cache, first_block_cache, wrapped_cache]
+CACHES = [tea_cache, first_block_cache, wrapped_cache, counting_cache]
 
 
 @pytest.mark.usefixtures("own_folders")
@@ -196,6 +214,18 @@ def test_a_cache_that_has_just_been_sampled_with_is_noticed_too():
     setting = Setting()
     cached = first_block_cache(setting.model)
     sample(cached, setting.source, setting.empty, {"samples": 0 * setting.latent["samples"]})
+    with pytest.raises(RuntimeError, match="uses an earlier step again"):
+        inverted(setting, cached)
+
+
+@pytest.mark.parametrize("interval", [2, 3, 4, 5])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_cache_that_counts_steps_is_noticed_wherever_it_stands(interval, before):
+    setting = Setting()
+    cached = counting_cache(setting.model, interval)
+    zeros = {"samples": 0 * setting.latent["samples"]}
+    if before:
+        sample(cached, setting.source, setting.empty, zeros, steps=before, cfg=1.0)
     with pytest.raises(RuntimeError, match="uses an earlier step again"):
         inverted(setting, cached)
 

@@ -127,3 +127,49 @@ def test_another_family_is_refused_by_the_loader():
     name = run_node(LikenessSaveTuned, lora=train(Setting())[2], filename_prefix="a")[1]
     with pytest.raises(ValueError, match="connect the model"):
         run_node(LikenessLoadTuned, name=name, model=Setting("sdxl").model, strength=1.0)
+
+
+LAYER = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+OTHERS = {
+    "another width": (
+        {"lora_up.weight": (128, 2), "lora_down.weight": (2, 128)},
+        "has 16384 numbers for .*, this model",
+    ),
+    "another input": (
+        {"lora_up.weight": (64, 2), "lora_down.weight": (2, 65)},
+        "has 4160 numbers for .*, this model 4096",
+    ),
+    "another difference": ({"diff": (3, 3)}, "has 9 numbers for .*, this model 4096"),
+    "one number": ({"diff": ()}, "has 1 numbers for .*, this model 4096"),
+    "no rank": ({"lora_up.weight": (64, 0), "lora_down.weight": (0, 64)}, "holds no matching pair"),
+    "a strength alone": ({"alpha": ()}, "for layers that this model does not have"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_that_fit_no_layer_are_refused(tmp_path, name):
+    """ComfyUI leaves them out with a line in the log, and the picture shows no subject."""
+    from safetensors.torch import save_file
+
+    from likeness.nodes.tuned_files import LikenessLoadTuned
+
+    shapes, said = OTHERS[name]
+    (tmp_path / "loras").mkdir()
+    save_file(
+        {f"{LAYER}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "loras" / "a.safetensors"
+    )
+    with pytest.raises(ValueError, match=said):
+        run_node(LikenessLoadTuned, name="a.safetensors", model=Setting().model, strength=1.0)
+
+
+def test_weights_of_another_family_without_a_header_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    from likeness.nodes.tuned_files import LikenessLoadTuned
+
+    (tmp_path / "loras").mkdir()
+    save_file(
+        {"diffusion_model.double_blocks.0.img_attn.qkv.diff": torch.ones(4, 4)}, tmp_path / "loras" / "a.safetensors"
+    )
+    with pytest.raises(ValueError, match="for layers that this model does not have, such as 'diffusion_model.double"):
+        run_node(LikenessLoadTuned, name="a.safetensors", model=Setting().model, strength=1.0)

@@ -100,6 +100,7 @@ PROMPTS = {
     "a start that is a text": prompt(start_percent="a", end_percent=1.0),
     "a pooled output of NaN": prompt(pooled_output=_with((1, 768), NAN)),
     "a pooled output of no kind": prompt(pooled_output=[0.5]),
+    "a pooled output without a batch": prompt(pooled_output=torch.zeros(768)),
 }
 SIGMAS = {
     "nothing like it": "a dog",

@@ -103,6 +103,8 @@ def test_training_prompts_must_be_plain():
         single_prompt(prompt() + prompt(), "source prompt")
     with pytest.raises(ValueError, match="limited by end_percent, start_percent"):
         single_prompt(prompt(start_percent=0.1, end_percent=1.0), "source prompt")
+    with pytest.raises(ValueError, match="limited by a strength of 0"):
+        single_prompt(prompt(strength=0.0), "source prompt")
     with pytest.raises(ValueError, match="no single table"):
         single_prompt([[torch.randn(2, 77, D), {}]], "source prompt")
 

@@ -135,7 +135,8 @@ def raw(path, header: dict) -> None:
 
 
 def ours(path, found: dict[str, torch.Tensor], **header) -> None:
-    write_tensors(path, found, {**HEADER, "kind": KIND, "format": 1, **header})
+    """Also headers that write_tensors() refuses."""
+    save_file(found, path, {HEADER_KEY: json.dumps({**HEADER, "kind": KIND, "format": 1, **header})})
 
 
 def digits(path, count: int) -> None:

@@ -132,9 +132,11 @@ def test_subjects_that_cannot_be_looked_for(folder, small_sam, subject, expected
 
 def test_the_variant_is_told_from_the_weights(tmp_path):
     """Whole ViT-B weights, as .pth and as safetensors, read as a node reads them; nothing is predicted."""
-    for suffix in (".pth", ".safetensors"):
-        path = tmp_path / f"any{suffix}"
-        network = finders.sam_file(path)
+    from safetensors.torch import save_file
+
+    network = finders.sam_file(tmp_path / "any.pth")
+    save_file(network.state_dict(), tmp_path / "any.safetensors")
+    for path in sorted(tmp_path.iterdir()):
         with torch.inference_mode():
             loaded = sam.load_sam(path)
         assert loaded.description == f"{path.name} (vit_b)"
@@ -243,12 +245,12 @@ def test_folders_of_another_kind_are_refused(tmp_path, folder):
 
 def test_incomplete_folders(tmp_path):
     finders.grounding_dino_folder(tmp_path / "dino")
+    (tmp_path / "dino" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no weights: put the model's model.safetensors there"):
+        grounding.load_detector(tmp_path / "dino")
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "dino" / name).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="copy the model's whole folder"):
-        grounding.load_detector(tmp_path / "dino")
-    (tmp_path / "dino" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no weights: put the model's model.safetensors there"):
         grounding.load_detector(tmp_path / "dino")
 
 

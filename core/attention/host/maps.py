@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
-from ...session.images import ImageSource
+from ...session.images import ImageSource, check_result
 from ...session.session import GuiderDenoiser, predicting
 from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
 from .joint import Call, Layout, find_layout, looking
@@ -70,7 +70,9 @@ def attention_maps(
 
     predicting(clone, [prompts[0]], samples, body)
     cell = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # newer ComfyUI knows it
-    return Maps(torch.cat(maps), percents, cell)
+    found = Maps(torch.cat(maps), percents, cell)
+    check_result("maps", found.values)
+    return found
 
 
 def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:

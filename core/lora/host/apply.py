@@ -7,14 +7,15 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.lora
 import comfy.sd
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...prompt.conditioning import Conditioning, detached
-from ..artifact import MODEL_PREFIXES, TEXT_PREFIXES, FineTunedWeights
+from ..artifact import MODEL_PREFIXES, PAIRS, TEXT_PREFIXES, FineTunedWeights
 from ..low_rank import attached_lora
 from ..timestep_rank import MARKER, active_ranks
 
@@ -29,10 +30,13 @@ def apply_lora(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: 
         return model, clip
     if clip is None and tuned.part(TEXT_PREFIXES):
         log.warning("The fine-tune has a text encoder too: connect a CLIP, or its prompt will not show the subject.")
+    _check_fits(tuned.part(MODEL_PREFIXES), model.model, comfy.lora.model_lora_keys_unet(model.model, {}))
     patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.part(MODEL_PREFIXES), strength, 0.0)
     if MARKER in tuned:
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RANK_MASK, _rank_mask(tuned, strength))
     if clip is not None:
+        encoder = clip.cond_stage_model
+        _check_fits(tuned.part(TEXT_PREFIXES), encoder, comfy.lora.model_lora_keys_clip(encoder, {}))
         _, clip = comfy.sd.load_lora_for_models(None, clip, tuned.part(TEXT_PREFIXES), 0.0, strength)
     return patched, clip
 
@@ -65,6 +69,46 @@ def _rank_mask(tuned: FineTunedWeights, strength: float) -> RankMask:
         parts = detached(tuned.part(MODEL_PREFIXES))
     paths = [name.removesuffix(UP) for name in parts if name.endswith(UP)]
     return RankMask({path: (parts[path + UP], parts[f"{path}.lora_down.weight"]) for path in paths}, strength)
+
+
+def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, Any]) -> None:
+    """ValueError for the weights of another model, which ComfyUI leaves out with a line in the log.
+
+    keys: from the names of layers in LoRA files to the module's weights, or to a part of one.
+    """
+    own, known = module.state_dict(), 0
+    for layer, count in _sizes(weights).items():
+        if layer not in keys:
+            continue
+        known += 1
+        name, part = (keys[layer], None) if isinstance(keys[layer], str) else keys[layer][:2]
+        expected = own[name].numel() if part is None else own[name].numel() // own[name].shape[part[0]] * part[2]
+        if count != expected and own[name].is_floating_point():  # others are packed
+            raise ValueError(
+                f"The fine-tune has {count} numbers for '{layer}', this model {expected}: connect the model that it "
+                "was trained on."
+            )
+    if weights and not known:
+        raise ValueError(
+            f"The fine-tune is for layers that this model does not have, such as '{next(iter(weights))}': connect the "
+            "model that it was trained on."
+        )
+
+
+def _sizes(weights: dict[str, Tensor]) -> dict[str, int]:
+    """How many numbers of each layer are changed."""
+    found = {name.removesuffix(".diff"): value.numel() for name, value in weights.items() if name.endswith(".diff")}
+    found |= {
+        layer: value.numel() * weights[f"{layer}.lokr_w2"].numel()
+        for name, value in weights.items()
+        if (layer := name.removesuffix(".lokr_w1")) != name
+    }
+    for up, down in PAIRS:
+        for name, value in weights.items():
+            layer = name.removesuffix(f".{up}.weight")
+            if layer != name:
+                found[layer] = value.shape[0] * weights[f"{layer}.{down}.weight"][0].numel()
+    return found
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:

@@ -57,7 +57,7 @@ def load_captioner(folder: Path, dtype: torch.dtype) -> Captioner:
             f"The folder {folder.name} holds {kind_of(folder)[1] or 'no recognisable model'}, expected one that "
             "writes captions: choose a folder such as blip2-opt-2.7b or blip-image-captioning-base."
         )
+    processor = read_processor(folder)  # first: it takes no time
     model, _ = read_model(folder, "AutoModelForImageTextToText", dtype)
-    processor = read_processor(folder)
     with offline():
         return Captioner(model, processor, folder.name)

@@ -111,10 +111,10 @@ def load_detector(folder: Path) -> Detector:
             f"The folder {folder.name} holds {name or 'no recognisable model'}, expected a detector that takes "
             f"a text ({', '.join(DETECTORS)}): choose a folder such as grounding-dino-tiny."
         )
-    model, _ = read_model(folder, "AutoModelForZeroShotObjectDetection")
-    processor = read_processor(folder)
+    processor = read_processor(folder)  # first: it takes no time
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"The folder {folder.name} has no tokenizer files: copy the model's whole folder.")
+    model, _ = read_model(folder, "AutoModelForZeroShotObjectDetection")
     with offline():
         return Detector(model, processor, folder.name)
 
