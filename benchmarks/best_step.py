@@ -26,8 +26,8 @@ OTHER = 1 << 20  # added to a case's seed: the noise of the images that the choi
 class Settings(effect_hiper.Settings):
     """The node's defaults."""
 
-    images: int = 2
-    most: int = 5
+    images: int = 3
+    most: int = 4
 
 
 class Bench(effect_hiper.Bench):

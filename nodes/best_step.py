@@ -21,8 +21,8 @@ class LikenessBestStep(Node):
             node_id="LikenessBestStep",
             display_name="Choose Best Step",
             category="likeness/embedding",
-            description="Draws a new prompt with every saved step of an embedding and chooses the step that is most "
-            "alike without following the prompt less than the last one.",
+            description="Draws a new prompt with every saved step of an embedding and chooses an earlier step "
+            "than the last where it is clearly more alike and follows the prompt as well.",
             search_aliases=["hiper", "best step", "overfit", "subject", "pick the step"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the embedding was trained on."),
@@ -31,10 +31,10 @@ class LikenessBestStep(Node):
                 io.Latent.Input("latent_image", tooltip="An empty latent: the size of the images."),
                 io.Vae.Input("vae", tooltip="Decodes the images."),
                 io.Image.Input("reference", tooltip="The image of the subject."),
-                inputs.count("images", 2, 16, "Images per saved step; their mean score counts."),
+                inputs.count("images", 3, 16, "Images per saved step; more of them find smaller differences."),
                 inputs.count(
                     "most_steps",
-                    5,
+                    4,
                     100,
                     "How many of the saved steps to try, at equal distances. The last one is among them.",
                 ),

@@ -41,22 +41,33 @@ def test_the_most_alike_step_becomes_step_0(dino, monkeypatch):
     assert images.shape == (6, 64, 64, 3) and step in (2, 4) and embedding.recommended_step == 4
     assert chosen.recommended_step == step and chosen.rows is embedding.rows and "best" not in embedding.header
     table = [line.split() for line in report.splitlines() if line.split()[0] in ("2", "4")]
-    most = max(table, key=lambda row: float(row[1]))
-    assert len(table) == 2 and int(most[0]) == step and most[-1] == "best"
+    assert [row[0] for row in table if row[-1] == "best"] == [str(step)] and len(table) == 2
 
     def alike(values):
         monkeypatch.setattr(best_step, "score", lambda _: Scores({"dino": values}, [0], "", {}))
         return choose(setting, embedding, dino=dino)[1]
 
-    assert alike([0.0, 0.0, 0.5, 0.7, 0.5, 0.6]) == 2 and alike([9.0, 9.0, 0.5, 0.6, 0.5, 0.6]) == 4
+    assert alike([0.0, 0.0, 0.6, 0.7, 0.5, 0.6]) == 2 and alike([9.0, 9.0, 0.5, 0.6, 0.5, 0.6]) == 4
+
+
+def best(**scores: list[list[float]]) -> int:
+    from likeness.core.embedding.host.best_step import best_of
+
+    return best_of({name: torch.tensor(rows, dtype=torch.float64) for name, rows in scores.items()})
 
 
 def test_a_likeness_bought_with_the_prompt_is_not_chosen():
-    from likeness.core.embedding.host.best_step import best_of
+    assert best(dino=[[0.1], [0.9], [0.5], [0.4]], clip_t=[[0.9], [0.2], [0.6], [0.5]]) == 1
+    assert (
+        best(dino=[[0.1], [0.3], [0.2], [0.5]], clip_i=[[0.1], [0.3], [0.8], [0.3]], clip_t=[[0], [6], [7], [5]]) == 1
+    )
+    assert best(dino=[[0.1], [0.3], [0.3], [0.3]]) == 2
 
-    assert best_of({"dino": [0.1, 0.9, 0.5, 0.4], "clip_t": [0.9, 0.2, 0.6, 0.5]}) == 1
-    assert best_of({"dino": [0.1, 0.3, 0.2, 0.5], "clip_i": [0.1, 0.3, 0.8, 0.3], "clip_t": [0.9, 0.6, 0.7, 0.5]}) == 1
-    assert best_of({"dino": [0.1, 0.3, 0.3, 0.3]}) == 2
+
+def test_a_step_that_is_more_alike_in_some_images_alone_is_not_chosen():
+    without = [0.0, 0.0, 0.0]
+    assert best(dino=[without, [0.9, 0.4, 0.5], [0.5, 0.5, 0.5]]) == 1, "0.1 more, with an error of 0.15"
+    assert best(dino=[without, [0.7, 0.6, 0.5], [0.5, 0.5, 0.5]]) == 0, "0.1 more, with an error of 0.06"
 
 
 def test_the_same_images_are_not_sampled_again(dino, monkeypatch):
