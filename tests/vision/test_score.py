@@ -236,7 +236,7 @@ REFUSED = {
         {"lpips": "alex.pth", "reference": 3, "all_references": True},
         "LPIPS was chosen with 3 refer",
     ),
-    "NaN": ({"images": pictures(1) * math.nan, "reference": 1}, "images holds NaN"),
+    "NaN": ({"images": pictures(1) * math.nan, "reference": 1}, "'images' holds NaN"),
     "grey": ({"images": pictures(1)[..., :1], "reference": 1}, "expected .batch, height, width, 3."),
 }
 
