@@ -69,6 +69,7 @@ WORLDS = {
     "unet": Settings(),
     # The published settings of SDXL-turbo: the whole image has a gradient.
     "turbo": Settings(weight_decay=1e-2, steps=1, grad_steps=1, patience=7, cfg=1.0, sampling_steps=4),
+    "flow_turbo": Settings(steps=1, grad_steps=1, patience=7, cfg=1.0, sampling_steps=4),  # of FLUX.1-schnell
 }
 
 
