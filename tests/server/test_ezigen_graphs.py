@@ -53,6 +53,7 @@ def test_the_prompt_alone_has_the_same_layout(results):
     assert "loop 3: 0." in result.text("Report"), "with the vision model switched on it says how alike they are"
 
 
+@pytest.mark.slow
 def test_the_subject_is_more_alike_than_by_the_prompt_alone(server):
     """Four images of more steps; identity by the measuring encoder, on the subject alone."""
     wanted = {title: 10 for title in ("Sample in stages", "Without the subject")}

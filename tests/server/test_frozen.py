@@ -28,6 +28,14 @@ def wiring(graph: Graph) -> list[tuple[str, list[str]]]:
     )
 
 
+OLDER = {  # values of nodes that only older versions of a graph have
+    "9 Lab - HiPer - pick the step": {
+        **{("After 200 steps", "step"): 2, ("After 400 steps", "step"): 4},
+        **{("After 700 steps", "step"): 7, ("After 1000 steps", "step"): 10},
+    },
+}
+
+
 def in_server(server, object_info, name: str) -> Graph:
     """A frozen graph with values that the server can take."""
     title = workflows.present(freeze.title(name))
@@ -104,8 +112,8 @@ def test_what_no_shipped_graph_does_any_more_still_runs(server, results):
         title = workflows.present(freeze.title(name))
         if title in live.NAMES and wiring(graph) == wiring(workflows.shipped(title)):
             continue
-        object_info = server.object_info()
-        lowered = workflows.in_small_world(title, object_info, quick=True, more=results.choices(title), graph=graph)
+        object_info, more = server.object_info(), {**results.choices(title), **OLDER.get(title, {})}
+        lowered = workflows.in_small_world(title, object_info, quick=True, more=more, graph=graph)
         run = server.run(convert(lowered, object_info))
         expected = {str(node["id"]) for node in active_nodes(lowered) if object_info[node["type"]].get("output_node")}
         assert run.status == "execution_success" and expected <= set(run.outputs), f"a part of {name} did not run"

@@ -45,6 +45,7 @@ def test_pick_the_step(results):
     check_images(result.pictures("Best step"))
 
 
+@pytest.mark.slow
 def test_a_real_photograph_goes_through_the_whole_graph(server):
     """A cat of 451 x 300 pixels, cut to size inside the graph: what is learned brings the image nearer to it."""
     from PIL import Image

@@ -96,6 +96,7 @@ def test_one_training_serves_all_graphs(results):
         assert all(entry["resumed"] == live.STEPS for entry in results[name].run.of_type("likeness.progress"))
 
 
+@pytest.mark.slow
 def test_guidance_brings_the_edit_nearer_to_the_picture(server, source):
     """With a model that has learned the image in some seconds."""
     object_info = server.object_info()

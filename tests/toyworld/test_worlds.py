@@ -171,6 +171,7 @@ def same(first: object, second: object) -> bool:
     return first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flow", "student"])
 def test_a_training_goes_on_where_it_was_stopped(name: str, tmp_path: Path) -> None:
     states = []
