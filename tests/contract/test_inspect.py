@@ -121,3 +121,13 @@ def test_what_cannot_be_looked_at_is_refused():
     short = [[setting.source[0][0][:, :3], setting.source[0][1]]]
     with pytest.raises(ValueError, match="5 rows were asked for, the prompt has 3"):
         looked_at(setting, short)
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_what_is_predicted_to_check_the_model_is_in_no_map(family, monkeypatch):
+    from likeness.core.session import session
+
+    setting = Setting(family)
+    found = maps(setting, levels=2)
+    monkeypatch.setattr(session, "may_reuse", lambda _model: False)
+    assert torch.equal(found.values, maps(setting, levels=2).values)

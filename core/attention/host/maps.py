@@ -64,6 +64,7 @@ def attention_maps(
         noise = torch.randn(x0.shape, generator=step_generator(seed, 0, "inspect")).to(x0)
         for percent, (rows, _) in zip(percents, prompts, strict=True):
             sigma = torch.tensor([float(sampling.percent_to_sigma(percent))]).to(x0)
+            recorder.maps.clear()  # of the checks before the first prediction, or of the last one
             denoiser.denoised(denoiser.noised(x0, noise, sigma), sigma, rows.to(x0))
             maps.append(recorder.mean())
             bar.update(1)
@@ -114,10 +115,8 @@ class _MapRecorder:
         return out
 
     def mean(self) -> Tensor:
-        """The mean over the layers of the last prediction, [1, tokens, h, w]; clears the record."""
-        mean = mean_over_layers(self.maps, self.size)
-        self.maps.clear()
-        return mean
+        """The mean over the layers of the last prediction, [1, tokens, h, w]."""
+        return mean_over_layers(self.maps, self.size)
 
 
 @dataclass(frozen=True)
