@@ -19,10 +19,8 @@ FAMILIES = tuple(sorted({family_of(name) for name in live.NAMES}))
 SIDECARS = {name: workflows.sidecar(name).get("browser") for name in live.NAMES}
 STAGED = "9 Lab - EZIGen - generate"  # has no loss to draw
 RUNS = {name: entry for name, entry in SIDECARS.items() if entry and name != STAGED}  # the trainings run in the page
-LONG = (
-    "9 Lab - EZIGen - with HiPer and SINE",
-    "9 Lab - EZIGen - train adapter",
-)  # their trainings run in the server tests
+# Their trainings run in the server tests.
+LONG = ("9 Lab - EZIGen - with HiPer and SINE", "9 Lab - EZIGen - train adapter")
 
 
 def values(graph, object_info) -> dict[str, dict]:
