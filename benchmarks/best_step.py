@@ -8,6 +8,7 @@ encoder that takes no part in the choice.
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
         "identity": identity,
         "text": text,
         "chosen before the last": frame.mean(row["step"] < max(each["step"] for each in rows) for row in rows),
-        "choice per training second": frame.mean(row["seconds"]["choice"] / row["seconds"]["training"] for row in rows),
+        "choice per training second": statistics.median(
+            row["seconds"]["choice"] / row["seconds"]["training"] for row in rows
+        ),
         "gates held": identity["high"] >= 0 and text["high"] >= 0,
     }
 
