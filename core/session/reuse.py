@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+OWN = "likeness."  # keys of the pack's own wrappers, which compute every step
 OBJECTS = ("model_sampling", "latent_format", "manual_cast_dtype")  # object patches that are no part of the network
 FAR = 10.0  # times the noise of the highest level: like no step
 STEPS = 3  # like each other; a cache may need some to begin
@@ -23,7 +24,8 @@ SAME = 5  # times the same step: a cache that counts steps computes each second 
 def may_reuse(model: Any) -> bool:
     """Whether something on a MODEL, or in its network, could compute in the network's place."""
     options = model.model_options
-    attached = [options.get("model_function_wrapper"), options.get("transformer_options"), *model.wrappers.values()]
+    foreign = [key for keys in model.wrappers.values() for key in keys if not str(key).startswith(OWN)]
+    attached = [options.get("model_function_wrapper"), options.get("transformer_options"), foreign]
     replaced = model.object_patches.keys() - set(OBJECTS)
     return any(attached) or bool(replaced) or any("forward" in vars(part) for part in network(model).modules())
 

@@ -127,7 +127,8 @@ def test_what_cannot_be_looked_at_is_refused():
 def test_what_is_predicted_to_check_the_model_is_in_no_map(family, monkeypatch):
     from likeness.core.session import session
 
-    setting = Setting(family)
-    found = maps(setting, levels=2)
-    monkeypatch.setattr(session, "may_reuse", lambda _model: False)
-    assert torch.equal(found.values, maps(setting, levels=2).values)
+    setting, found = Setting(family), []
+    for checked in (True, False):
+        monkeypatch.setattr(session, "may_reuse", lambda _model, checked=checked: checked)
+        found.append(maps(setting, levels=2).values)
+    assert torch.equal(*found)
