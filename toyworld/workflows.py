@@ -51,7 +51,7 @@ STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE = 5, "cup", "yellow", "strip
 SOURCE_BACKGROUND, STYLE_BACKGROUND = "grass", "night"
 PICTURE, STYLE_PICTURE = "small_world_subject.png", "small_world_style.png"
 SECOND_PICTURE, SECOND_BACKGROUND, SECOND_SEED = "small_world_subject_2.png", "sand", 31
-TRAINING_SET, TRAINING_SUBJECTS, TRAINING_PICTURES = "small_world_subjects", 6, 2
+TRAINING_SET, TRAINING_SUBJECTS, TRAINING_PICTURES = "small_world_subjects", 3, 2
 PAINTED_PICTURE = "small_world_painted.png"  # the subject's, with the subject painted as the page's mask editor does
 EDITED_PICTURE, EDITED_SEED, EDITED_COLOR = "small_world_edited.png", 7, "green"
 
