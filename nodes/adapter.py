@@ -11,14 +11,13 @@ from ..core.ezigen.host import adapter as host
 from ..core.session import folders
 from . import inputs
 from .node import Node, SavingNode
-from .types import Adapter, Subject, output, schema
+from .types import Adapter, Subject, output
 
 
 class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessLoadAdapter",
+        return cls.schema(
             display_name="Load Subject Adapter",
             category="likeness/adapter",
             description="Loads an EZIGen adapter from models/likeness_adapters: the authors' published checkpoint, a "
@@ -52,8 +51,7 @@ class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):
 class LikenessExtractAdapter(SavingNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessExtractAdapter",
+        return cls.schema(
             display_name="Extract Subject Adapter",
             category="likeness/adapter",
             description="Saves the adapter alone to models/likeness_adapters. It is 0.1 or 0.2 GB of the published "
@@ -82,8 +80,7 @@ class LikenessExtractAdapter(SavingNode):
 class LikenessEncodeSubject(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessEncodeSubject",
+        return cls.schema(
             display_name="Encode Subject",
             category="likeness/adapter",
             description="Runs a subject's images through the model once and records its self-attention features, "
@@ -137,8 +134,7 @@ class LikenessEncodeSubject(Node):
 class LikenessApplyAdapter(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessApplyAdapter",
+        return cls.schema(
             display_name="Apply Subject Adapter",
             category="likeness/adapter",
             description="Makes a model attend to an encoded subject in the last part of the steps (EZIGen): the "

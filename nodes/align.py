@@ -8,14 +8,13 @@ from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align
 from ..core.session.outputs import nothing
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 
 class LikenessChooseReference(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessChooseReference",
+        return cls.schema(
             display_name="Choose Reference",
             category="likeness/reference",
             description="Chooses the subject image that is most similar to a generated image, as judged by a vision "
@@ -53,8 +52,7 @@ class LikenessChooseReference(Node):
 class LikenessAlign(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessAlign",
+        return cls.schema(
             display_name="Align Reference",
             category="likeness/reference",
             description="Translates, rotates and scales an image so that its subject covers the subject of another "

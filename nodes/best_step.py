@@ -11,14 +11,13 @@ from ..core.vision.host.scoring import Request
 from ..core.vision.host.sheets import score_sheet
 from . import inputs
 from .node import Node, build
-from .types import Embedding, output, schema
+from .types import Embedding, output
 
 
 class LikenessBestStep(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessBestStep",
+        return cls.schema(
             display_name="Choose Best Step",
             category="likeness/embedding",
             description="Draws a new prompt with every saved step of an embedding and chooses an earlier step "
@@ -75,7 +74,6 @@ class LikenessBestStep(Node):
                 output(io.Image, "images", "First the images without the subject, then those of each step."),
                 output(io.String, "report", "The scores of every step."),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -86,7 +84,7 @@ class LikenessBestStep(Node):
         seen = {"images": reference, "reference": reference, "prompt": prompt or ""}
         sampling, request = build({"negative": None, **more, **seen}, Previews, Request)
         trial = Trial(positive, latent_image["samples"], sampling, scale, images, most_steps)
-        choice = choose_step(model, embedding, trial, request, cls.hidden.unique_id)
+        choice = choose_step(model, embedding, trial, request)
         sheet = score_sheet(choice.images, choice.captions(), choice.best_image, [])
         shown = {**ui.PreviewImage(sheet).as_dict(), **ui.PreviewText(choice.report()).as_dict()}
         return io.NodeOutput(choice.embedding, choice.step, choice.images, choice.report(), ui=shown)

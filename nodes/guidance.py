@@ -11,7 +11,7 @@ from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from ..core.sine.host.personalization import OMEGA, with_personalization
 from . import inputs
 from .node import Node
-from .types import Subjects, output, schema
+from .types import Subjects, output
 
 
 def _tuned() -> list[io.Input]:
@@ -86,8 +86,7 @@ def _guided(model, tuned, tuned_positive, base_weight, allow_over_one=False, sub
 class LikenessSubjectModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSubjectModel",
+        return cls.schema(
             display_name="Subject Model",
             category="likeness/guidance",
             description="Adds another fine-tuned model to a guidance (SINE), such as a style in addition to the "
@@ -116,8 +115,7 @@ class LikenessSubjectModel(Node):
 class LikenessGuidance(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessGuidance",
+        return cls.schema(
             display_name="Subject Guidance (SINE)",
             category="likeness/guidance",
             description="Guides the base model with a model fine-tuned on one image while the layout is decided "
@@ -142,8 +140,7 @@ class LikenessGuidance(Node):
 class LikenessGuider(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessGuider",
+        return cls.schema(
             display_name="Subject Guider",
             category="likeness/guidance",
             description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The images are "
@@ -172,8 +169,7 @@ class LikenessGuider(Node):
 class LikenessPersonalizationGuidance(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessPersonalizationGuidance",
+        return cls.schema(
             display_name="Personalization Guidance",
             category="likeness/guidance",
             description="Guides a fine-tuned model, or a model with a LoRA, away from what the base model would make "

@@ -8,14 +8,13 @@ from ..core.attention.host.map_sheet import map_sheet
 from ..core.attention.host.maps import attention_maps
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 
 class LikenessInspect(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessInspect",
+        return cls.schema(
             display_name="Inspect Attention",
             category="likeness/embedding",
             description="Shows which parts of an image attend to the last tokens of a prompt, the learned ones: one "
@@ -49,10 +48,9 @@ class LikenessInspect(Node):
                 ),
                 output(io.Mask, "mask", "The mean over tokens and noise levels, from 0 to 1, at the image's size."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, conditioning, latent, tokens, columns, seed) -> io.NodeOutput:
-        maps = attention_maps(model, conditioning, latent, tokens, columns, seed, cls.hidden.unique_id)
+        maps = attention_maps(model, conditioning, latent, tokens, columns, seed)
         return io.NodeOutput(map_sheet(maps), maps.mask())

@@ -18,14 +18,13 @@ from ..core.vision.host.subject_masks import (
 from ..core.vision.host.vision import vision_names
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 
 class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folders.SAMS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSubjectMask",
+        return cls.schema(
             display_name="Subject Mask",
             category="likeness/mask",
             description="Finds the subject in images by name (Grounding DINO) and segments it (segment-anything). "
@@ -49,8 +48,7 @@ class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folder
 class LikenessCaption(Node, files={"model": folders.VISION}):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessCaption",
+        return cls.schema(
             display_name="Caption Image",
             category="likeness/mask",
             description="Captions images (BLIP-2, BLIP, GIT), to use as the prompt of an inversion. Nothing is "

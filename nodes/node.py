@@ -16,6 +16,7 @@ from ..core.session.images import check_result
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
+from .types import schema as schema_of
 
 CHECKED = "_likeness_checked"
 
@@ -35,6 +36,11 @@ class Node(io.ComfyNode):
         method = cls.__dict__.get("execute")
         if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
             cls.execute = classmethod(_checked(method.__func__))
+
+    @classmethod
+    def schema(cls, **fields: Any) -> io.Schema:
+        """The schema of a node whose id is the name of its class."""
+        return schema_of(node_id=cls.__name__, **fields)
 
 
 class SavingNode(Node):

@@ -8,14 +8,13 @@ from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 
 class LikenessPositionMap(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessPositionMap",
+        return cls.schema(
             display_name="Position Map",
             category="likeness/fine_tune",
             description="Gives a model that was fine-tuned on patches of an image its position map (SINE). Fine-Tune "

@@ -9,14 +9,13 @@ from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import Node
-from .types import LossMap, Trajectory, output, schema
+from .types import LossMap, Trajectory, output
 
 
 class LikenessReferenceGuide(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessReferenceGuide",
+        return cls.schema(
             display_name="Reference Guide (HiFi Tuner)",
             category="likeness/reference",
             description="Samples an image whose subject takes on the details of an inverted reference image (HiFi "
@@ -74,15 +73,14 @@ class LikenessReferenceGuide(Node):
                 output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
                 output(io.String, "report", "The guided steps and their losses."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, model, positive, negative, noise, trajectory, mask, start_percent, end_percent, **settings
     ) -> io.NodeOutput:
-        how, node = published.ReferenceSettings(**settings), cls.hidden.unique_id
         reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
-        found = sample_with_reference(model, positive, negative, noise, reference, how, node)
+        how = published.ReferenceSettings(**settings)
+        found = sample_with_reference(model, positive, negative, noise, reference, how)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())

@@ -12,14 +12,13 @@ from ..core.session.outputs import loss_map
 from . import inputs
 from .embedding import anchor_inputs, image_inputs
 from .node import Node, build
-from .types import Embedding, LossMap, output, schema
+from .types import Embedding, LossMap, output
 
 
 class LikenessRefineEmbedding(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessRefineEmbedding",
+        return cls.schema(
             display_name="Refine Subject Embedding (HiFi Tuner)",
             category="likeness/embedding",
             description="Trains an embedding further for each denoising step separately, starting from the noisiest "
@@ -50,13 +49,11 @@ class LikenessRefineEmbedding(Node):
                 output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),
                 output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
         source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, RegularizerOptions)
-        saved, node = SavedStep(embedding, step), cls.hidden.unique_id
-        images = source.encoded(model)
-        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor, node)
+        saved, images = SavedStep(embedding, step), source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor)
         return io.NodeOutput(refined, loss_map(losses))

@@ -9,7 +9,7 @@ from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
@@ -17,8 +17,7 @@ ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 class LikenessRenoise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessRenoise",
+        return cls.schema(
             display_name="Invert For Few Steps (ReNoise)",
             category="likeness/inversion",
             description="Finds the noise from which a turbo model reconstructs an image in a few steps (ReNoise), and "
@@ -62,13 +61,12 @@ class LikenessRenoise(Node):
                     "The noise to sample the latent with: none (as DisableNoise), but what flow models need.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, sigmas, sampler, latent=None, image=None, vae=None, **settings) -> io.NodeOutput:
-        how, node = published.ReNoiseSettings(sampler == ANCESTRAL, **settings), cls.hidden.unique_id
-        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how, node)
+        how = published.ReNoiseSettings(sampler == ANCESTRAL, **settings)
+        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how)
         return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report(), found.noise)
 
 

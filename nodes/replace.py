@@ -8,14 +8,13 @@ from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, 
 from ..core.attention.prompt_to_prompt import END_PERCENT
 from . import inputs
 from .node import Node
-from .types import Embedding, output, schema
+from .types import Embedding, output
 
 
 class LikenessReplaceSubject(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessReplaceSubject",
+        return cls.schema(
             display_name="Replace Subject (Prompt-to-Prompt)",
             category="likeness/reference",
             description="Replaces a word of the prompt that an image was inverted with, while the other words keep "

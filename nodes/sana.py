@@ -8,14 +8,13 @@ from ..core.sana.host import sana as host
 from ..core.session import folders
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 
 class LikenessLoadSana(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessLoadSana",
+        return cls.schema(
             display_name="Load Sana",
             category="likeness/loaders",
             description="Loads Sana from a diffusers folder as an ordinary MODEL, CLIP and VAE, for stock samplers "

@@ -11,7 +11,7 @@ from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
 from .node import Node
-from .types import output, schema
+from .types import output
 
 NO_LPIPS = "none"
 
@@ -19,8 +19,7 @@ NO_LPIPS = "none"
 class LikenessLoadVision(Node, files={"name": folders.VISION}):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessLoadVision",
+        return cls.schema(
             display_name="Load Vision Model",
             category="likeness/score",
             description="Loads DINOv2, CLIP, SigLIP and other vision models from models/likeness_vision: a "
@@ -51,8 +50,7 @@ class LikenessLoadVision(Node, files={"name": folders.VISION}):
 class LikenessScore(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessScore",
+        return cls.schema(
             display_name="Score Likeness",
             category="likeness/score",
             description="Measures how well images preserve a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and "

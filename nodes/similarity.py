@@ -9,14 +9,13 @@ from ..core.siso.host import similarity as host
 from ..core.vision.host.extras.retrieval import retrieval_missing
 from ..core.vision.host.vision import load_retrieval_model
 from .node import Node
-from .types import Similarity, output, schema
+from .types import Similarity, output
 
 
-class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
+class LikenessLoadRetrieval(Node, files={"name": folders.RETRIEVAL}):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessLoadRetrieval",
+        return cls.schema(
             display_name="Load Instance Retrieval",
             category="likeness/similarity",
             description="Loads the instance-retrieval model that SISO uses alongside DINOv2: the first-place weights "
@@ -47,8 +46,7 @@ class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
 class LikenessSimilarity(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSimilarity",
+        return cls.schema(
             display_name="Likeness To Images",
             category="likeness/similarity",
             description="Defines what generated images should be similar to: the subject's images, as a vision model "

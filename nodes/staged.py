@@ -11,7 +11,7 @@ from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
 from . import inputs
 from .node import Node
-from .types import Adapter, Subject, output, schema
+from .types import Adapter, Subject, output
 
 LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
 LARGE = " It is sampled at its own size, so scale its short side to 512 first."
@@ -78,8 +78,7 @@ def _shared(
 class LikenessStagedSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessStagedSampler",
+        return cls.schema(
             display_name="Staged Sampler (EZIGen)",
             category="likeness/adapter",
             description="Samples images of a subject in stages (EZIGen): the prompt sets the layout, the last steps "
@@ -134,7 +133,6 @@ class LikenessStagedSampler(Node):
                 output(io.Latent, "latent", "The final latent, before decoding."),
                 output(io.String, "report", "Similarities of the loops, and the number of steps."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -144,15 +142,14 @@ class LikenessStagedSampler(Node):
         models, settings = _shared(**more)
         how = host.StagedSettings(published_level=not exact_noise_level, **settings)
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
-        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, cls.hidden.unique_id)
+        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
 class LikenessStagedEdit(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessStagedEdit",
+        return cls.schema(
             display_name="Staged Edit (EZIGen)",
             category="likeness/adapter",
             description="Puts a subject into a masked area of an image (EZIGen). The image is inverted, and outside "
@@ -197,7 +194,6 @@ class LikenessStagedEdit(Node):
                 output(io.Latent, "latent", "The final latent, before decoding and pasting."),
                 output(io.String, "report", "Similarities of the loops."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -207,5 +203,5 @@ class LikenessStagedEdit(Node):
         models, settings = _shared(**more)
         how = editing.EditSettings(published=not exact_background, **settings)
         prompts = editing.EditPrompts(positive, negative, inversion_prompt, clip)
-        found = editing.edit_staged(models, subject, prompts, image, mask, how, cls.hidden.unique_id)
+        found = editing.edit_staged(models, subject, prompts, image, mask, how)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)

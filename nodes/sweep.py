@@ -8,14 +8,13 @@ from ..core.session.outputs import nothing
 from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
 from .node import Node
-from .types import output, schema
+from .types import output
 
 
 class LikenessSweep(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSweep",
+        return cls.schema(
             display_name="Sweep Guidance",
             category="likeness/guidance",
             description="Outputs all pairs of the two guidance settings as lists, so that everything downstream runs "
@@ -61,8 +60,7 @@ class LikenessSweep(Node):
 class LikenessSweepPlot(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSweepPlot",
+        return cls.schema(
             display_name="Plot Guidance Sweep",
             category="likeness/guidance",
             description="Collects the results of a sweep: the images in a grid, with one row per end_percent and one "

@@ -11,14 +11,13 @@ from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
 from .node import Node, build
-from .types import Adapter, LossMap, output, schema
+from .types import Adapter, LossMap, output
 
 
 class LikenessTrainAdapter(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessTrainAdapter",
+        return cls.schema(
             display_name="Train Subject Adapter (EZIGen)",
             category="likeness/adapter",
             description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
@@ -43,7 +42,6 @@ class LikenessTrainAdapter(Node):
                     "The files used and skipped, and the error with and without the subject's images.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -55,7 +53,7 @@ class LikenessTrainAdapter(Node):
         kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
         models, plan, settings = build({**more, "start": adapter}, *kinds)
         pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-        trained, losses, report = host.train_adapter(models, pairs, plan, settings, cls.hidden.unique_id)
+        trained, losses, report = host.train_adapter(models, pairs, plan, settings)
         return io.NodeOutput(trained, loss_map(losses), report)
 
 

@@ -13,14 +13,13 @@ from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
 from . import inputs
 from .node import Node, SavingNode
-from .types import LoraModel, output, schema
+from .types import LoraModel, output
 
 
 class LikenessSaveTuned(SavingNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSaveTuned",
+        return cls.schema(
             display_name="Save Fine-Tune",
             category="likeness/fine_tune",
             description="Saves the result of Fine-Tune On Image or Optimize LoRA to models/loras, with its prompt and "
@@ -50,8 +49,7 @@ class LikenessSaveTuned(SavingNode):
 class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessLoadTuned",
+        return cls.schema(
             display_name="Load Fine-Tune",
             category="likeness/fine_tune",
             description="Loads a saved fine-tune: the weights, the position map they need and the training prompt.",

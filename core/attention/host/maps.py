@@ -38,13 +38,7 @@ class Maps:
 
 
 def attention_maps(
-    model: Any,
-    conditioning: Conditioning,
-    latent: dict[str, Tensor],
-    tokens: int,
-    levels: int,
-    seed: int,
-    node_id: str | None = None,
+    model: Any, conditioning: Conditioning, latent: dict[str, Tensor], tokens: int, levels: int, seed: int
 ) -> Maps:
     """The maps of the prompt's last `tokens` tokens at `levels` noise levels, evenly spaced over the sampling."""
     percents = [(index + 0.5) / levels for index in range(levels)]
@@ -57,7 +51,7 @@ def attention_maps(
     clone = model.clone()
     recorder = _MapRecorder(tokens, (samples.shape[-2], samples.shape[-1]))
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorder)
-    bar = comfy.utils.ProgressBar(levels, node_id=node_id)
+    bar = comfy.utils.ProgressBar(levels)
     maps: list[Tensor] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:

@@ -78,7 +78,7 @@ class Choice:
         return "\n".join([*lines, *(f"{TITLES[name]}: {model}" for name, model in self.scores.models.items())])
 
 
-def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request, node_id: str | None = None) -> Choice:
+def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request) -> Choice:
     """The embedding with its best step as the recommended one.
 
     request: how images are scored, with the reference for images. ValueError before any sampling for one that measures
@@ -91,7 +91,7 @@ def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request
     rows = [embedding.at(step) for step in steps]
     placed = [apply_embedding(trial.prompt, each, trial.scale, embedding.windows, embedding.placement) for each in rows]
     shape = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(trial.latent[:1])).shape
-    images = trial.sampling.drawn(model, [trial.prompt, *placed], tuple(shape), trial.images, node_id)
+    images = trial.sampling.drawn(model, [trial.prompt, *placed], tuple(shape), trial.images)
     scores = score(replace(request, images=images))
     chosen = steps[best_of(_per_step(scores, len(steps) + 1))]
     return Choice(replace(embedding, header={**embedding.header, "best": chosen}), steps, images, scores)

@@ -78,7 +78,6 @@ def refine_embedding(
     sigmas: Tensor,
     settings: StepWiseSettings,
     options: RegularizerOptions,
-    node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
     """Refine one saved step of an embedding, resuming or reusing a stored run; returns the refined embedding and the
     loss of every update.
@@ -98,6 +97,6 @@ def refine_embedding(
         )
     regularizer = options.build(rows, embedding.tokens)
     job = RefiningJob(model, positive, images, settings, embedding.placement, start[0], regularizer, sigmas)
-    finished = run(job, node_id)
+    finished = run(job)
     header = job.header(embedding.header.get("settings", {}), finished.losses)
     return Embedding({step or embedding.recommended_step: finished.last[""]}, header), finished.losses

@@ -99,7 +99,6 @@ def sample_staged(
     latent: Tensor,
     settings: StagedSettings,
     start: Tensor | None = None,
-    node_id: str | None = None,
 ) -> StagedResult:
     """Sample in stages. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that
     replaces the first sampling.
@@ -118,7 +117,7 @@ def sample_staged(
     _, appearance = split(sigmas, settings.split_ratio)
     adapted = with_adapter(model, models.adapter, subject)
     split_model = with_ratio(adapted, settings.split_ratio)
-    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
+    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), None)
     sampler = comfy.samplers.sampler_object(settings.sampler)
     stock: dict[str, Any] = {"callback": steps.callback, "disable_pbar": True, "positive": prompts.positive}
     sample = functools.partial(comfy.sample.sample_custom, cfg=settings.cfg, sampler=sampler, **stock)

@@ -116,7 +116,6 @@ def edit_staged(
     source: Tensor,
     mask: Tensor,
     settings: EditSettings,
-    node_id: str | None = None,
 ) -> StagedResult:
     """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the result's
     images is the source.
@@ -136,7 +135,7 @@ def edit_staged(
     mask = crop_to_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
     source = crop_to_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
-    steps = Steps(model, 2 * (len(down) - 1) * loops.most, node_id)
+    steps = Steps(model, 2 * (len(down) - 1) * loops.most, None)
     images, backgrounds, loop, result = LoopImages(vision, source), None, 0, None
     while loops.needs_another(loop, images.similarity):
         loop += 1

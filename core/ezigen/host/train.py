@@ -153,15 +153,11 @@ class AdapterJob(Job):
 
 
 def train_adapter(
-    models: TrainingModels,
-    folder: PairFolder,
-    plan: AdapterPlan,
-    settings: TrainingSettings,
-    node_id: str | None = None,
+    models: TrainingModels, folder: PairFolder, plan: AdapterPlan, settings: TrainingSettings
 ) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or load from disk); returns the adapter, all losses, and a report for the user."""
     job = AdapterJob(models, check_inputs(models, plan.size), folder, plan, settings)
-    job_run = run(job, node_id)
+    job_run = run(job)
     losses, result = job_run.losses, dict(job_run.last)
     check_errors, about = result.pop(CHECK_ERRORS).tolist(), bytes(result.pop(FOLDER_REPORT).tolist()).decode()
     report = training_report(about, job_run.step, settings.batch, losses, check_errors)

@@ -28,7 +28,6 @@ def invert_image(
     sigmas: Tensor,
     label: Label,
     iterations: int,
-    node_id: str | None = None,
     check: bool = False,
 ) -> Trajectory:
     """The trajectory of an image along SIGMAS, with the prompt that describes it and without guidance. check: measure
@@ -37,7 +36,7 @@ def invert_image(
     single_prompt(positive, "prompt")
     check_invertible(model, sigmas)
     samples = source.encoded(model).latent
-    steps = Steps(model, len(sigmas) - 1, node_id, every=10)
+    steps = Steps(model, len(sigmas) - 1, None, every=10)
     found: list[Trajectory] = []
     header = {**_origin(model, positive), "label": label}
 

@@ -48,11 +48,10 @@ def prepare_reconstruction(
     method: Method,
     settings: NullTextSettings,
     start: Start,
-    node_id: str | None = None,
 ) -> Reconstruction:
     """The Reconstruction by null-text optimisation, or by one of the methods without it (see null_text.py)."""
     if method == "null-text":
-        return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings, node_id)
+        return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings)
     check_trajectory(model, positive, trajectory)
     if method == "negative prompt":
         copy = [[context, options.copy()] for context, options in positive]
@@ -115,12 +114,7 @@ class NullTextJob(Job):
 
 
 def null_text(
-    model: Any,
-    positive: Conditioning,
-    first: Conditioning,
-    trajectory: Trajectory,
-    settings: NullTextSettings,
-    node_id: str | None = None,
+    model: Any, positive: Conditioning, first: Conditioning, trajectory: Trajectory, settings: NullTextSettings
 ) -> Reconstruction:
     """Optimise one negative per step of a trajectory, the first from a prompt on, resuming or reusing a stored run."""
     check_trajectory(model, positive, trajectory)
@@ -136,7 +130,7 @@ def null_text(
         )
     warn_of_guidance(model)
     single_prompt(first, "negative prompt")
-    finished = run(NullTextJob(model, positive, first, trajectory, settings), node_id)
+    finished = run(NullTextJob(model, positive, first, trajectory, settings))
     sampling = model.get_model_object("model_sampling")
     steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     conditioning = step_wise(first, finished.last["nulls"].split(1), steps)

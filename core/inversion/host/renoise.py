@@ -72,12 +72,7 @@ class RecordedNoises:
 
 
 def renoise_image(
-    model: Any,
-    positive: Conditioning,
-    source: ImageSource,
-    sigmas: Tensor,
-    settings: ReNoiseSettings,
-    node_id: str | None = None,
+    model: Any, positive: Conditioning, source: ImageSource, sigmas: Tensor, settings: ReNoiseSettings
 ) -> ReNoiseResult:
     """The noise from which these few steps would generate the image, with the prompt that describes it and without
     guidance; ValueError, before any work, for an image or levels that cannot be inverted.
@@ -99,7 +94,7 @@ def renoise_image(
         )
     levels = sigmas.detach().float().cpu().clone()
     levels[-1] = 0.0  # inversion starts at the clean image
-    steps = Steps(model, len(levels) - 1, node_id)
+    steps = Steps(model, len(levels) - 1, None)
     results: list[tuple[Tensor, Replay, float]] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:

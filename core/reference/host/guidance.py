@@ -126,7 +126,6 @@ def sample_with_reference(
     noise: Any,
     reference: ReferenceImage,
     settings: ReferenceSettings,
-    node_id: str | None = None,
 ) -> GuidedImage:
     """Sample (or resume, or load from disk) an image along the trajectory's noise levels, guided by the reference.
 
@@ -152,7 +151,7 @@ def sample_with_reference(
     job = ReferenceJob(
         model, prompt, contexts, negative, start_noise, trajectory, cells, window, settings, describe(positive)
     )  # fmt: skip
-    job_run = run(job, node_id)
+    job_run = run(job)
     result = job_run.last
     target = trajectory.latents[window[0]]
     replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
