@@ -55,7 +55,7 @@ class SavingNode(Node):
         cls, kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str
     ) -> io.NodeOutput:
         """save(path, artifact, replace=False) writes it; what: the description to show under the file's name."""
-        path = save_numbered(folders.first_folder(kind), prefix, lambda path: save(path, artifact, replace=False))
+        path = save_numbered(folders.roots(kind)[0], prefix, lambda path: save(path, artifact, replace=False))
         name = folders.listed_name(kind, path)
         return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
 

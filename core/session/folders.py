@@ -67,14 +67,11 @@ def register_folders() -> None:
 
 
 def roots(kind: Kind) -> list[str]:
-    """The folders searched for this kind, in ComfyUI's order."""
+    """The folders searched for this kind, in ComfyUI's order; new files are written to the first, a folder from
+    extra_model_paths.yaml or else models/<kind>.
+    """
     register_folders()
     return folder_paths.get_folder_paths(kind.folder)
-
-
-def first_folder(kind: Kind) -> str:
-    """Where new files of this kind are written: a folder from extra_model_paths.yaml, else models/<kind>."""
-    return roots(kind)[0]
 
 
 def names(kind: Kind) -> Names:

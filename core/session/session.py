@@ -22,7 +22,7 @@ from ..prompt.conditioning import Conditioning, detached
 from . import sampling
 from .checkpointing import checkpointed
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
-from .reuse import check_reuse, may_reuse, network
+from .reuse import check_reuse
 from .weights import (
     calls,
     check_fully_loaded,
@@ -149,7 +149,7 @@ def predicting(
 
     def run(running: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
         denoiser = GuiderDenoiser(running, extra_args, x0)
-        _check_reuse(clone, denoiser, x0)
+        check_reuse(clone, denoiser, x0[:1])
         body(denoiser, x0)
 
     guider.sample(torch.zeros_like(latent), latent, _Body(run), _ends(clone), disable_pbar=True)
@@ -198,7 +198,9 @@ class Session:
                 "blocks again at none: switch checkpointing off, or connect the base model."
             )
         with gradients():
-            clone = self._clone()
+            clone = trainable_clone(self.model, self.all_weights, self.exact)
+            if self._companions:  # ComfyUI must not unload one to make room for the other
+                clone.set_additional_models(COMPANIONS, self._companions)
             latent = detached(self.latent).float()
             guider = self._guider(clone)
             self._load(clone, latent)
@@ -213,13 +215,6 @@ class Session:
     def _companions(self) -> list[Any]:
         """The ModelPatchers loaded together with the model."""
         return [*([] if self.text is None else [self.text]), *self.others]
-
-    def _clone(self) -> Any:
-        """A clone of the model with a backward pass, with its companions attached."""
-        clone = trainable_clone(self.model, self.all_weights, self.exact)
-        if self._companions:  # ComfyUI must not unload one to make room for the other
-            clone.set_additional_models(COMPANIONS, self._companions)
-        return clone
 
     def _guider(self, clone: Any) -> Any:
         guider = comfy.samplers.CFGGuider(clone)
@@ -244,16 +239,20 @@ class Session:
                 check_fully_loaded(patcher)
         parts = self._modules(guider)
         with contextlib.ExitStack() as stack:
-            leaves = stack.enter_context(thawed(parts, self._trained_modules(guider)))
+            network = guider.inner_model.diffusion_model
+            trained = {"diffusion_model": network} if self.all_weights else {}
+            if self.all_weights and self.text is not None:
+                trained["text_encoders"] = self.text.model
+            leaves = stack.enter_context(thawed(parts, trained))
             for part in parts:
                 stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
-                stack.enter_context(private_skips(guider.inner_model.diffusion_model))
+                stack.enter_context(private_skips(network))
             if self.checkpointing:
-                stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
+                stack.enter_context(checkpointed(network))
             denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
-            _check_reuse(self.model, denoiser, x0)
-            with calls(parts, denoiser.called):
+            check_reuse(self.model, denoiser, x0[:1])
+            with calls(parts, denoiser.called.add):
                 _probe(denoiser, x0[:1], self.learned)
             yield denoiser
 
@@ -261,13 +260,6 @@ class Session:
         """All modules that run."""
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
         return [part for part in (*owners, *(each.model for each in self._companions)) if isinstance(part, nn.Module)]
-
-    def _trained_modules(self, guider: Any) -> dict[str, nn.Module]:
-        """The modules whose weights are trained, by prefix."""
-        if not self.all_weights:
-            return {}
-        text = {} if self.text is None else {"text_encoders": self.text.model}
-        return {"diffusion_model": guider.inner_model.diffusion_model, **text}
 
 
 def _ends(clone: Any) -> Tensor:
@@ -283,11 +275,6 @@ def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights:
     if all_weights:
         memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
     return memory
-
-
-def _check_reuse(model: Any, denoiser: GuiderDenoiser, x0: Tensor) -> None:
-    if may_reuse(model):
-        check_reuse(denoiser, network(model), x0[:1])
 
 
 def _probe(denoiser: GuiderDenoiser, x0: Tensor, learned: int) -> None:
