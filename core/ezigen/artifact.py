@@ -68,12 +68,10 @@ class StoredAdapter:
 
 def sort_layers(layers: Iterable[str]) -> list[str]:
     """Sort layer names in the UNet's execution order."""
-    return sorted(layers, key=_place)
-
-
-def _place(name: str) -> tuple[int, ...]:
-    part = ("down", "mid", "up").index(name.partition("_")[0])
-    return (part, *map(int, re.findall(r"\.(\d+)", name)))
+    parts = ("down", "mid", "up")
+    return sorted(
+        layers, key=lambda name: (parts.index(name[: name.index("_")]), *map(int, re.findall(r"\.(\d+)", name)))
+    )
 
 
 def read_adapter(path: Path) -> StoredAdapter:

@@ -38,28 +38,22 @@ def layout_steps(steps: int, split_ratio: float) -> int:
     return math.floor((1.0 - split_ratio) * steps + 1e-6)
 
 
-def appearance_steps(steps: int, split_ratio: float) -> int:
-    """The number of last steps with the adapter: all but layout_steps().
+def split(sigmas: Tensor, split_ratio: float) -> tuple[Tensor, Tensor]:
+    """Split a sampling's levels [T + 1] into those of the layout and those of the appearance; they share one level.
 
-    ValueError when that is none, or all of them.
+    ValueError when one of the two has no step.
     """
     if not 0.0 < split_ratio < 1.0:
         raise ValueError(
             f"The split ratio is {split_ratio:g}: give a part of the steps between 0 and 1, 0.4 as published; at 0 the "
             "subject would never be looked at, at 1 there would be no layout to start from."
         )
-    layout = layout_steps(steps, split_ratio)
-    if layout == 0:
+    first = layout_steps(len(sigmas) - 1, split_ratio)
+    if first == 0:
         raise ValueError(
-            f"A split ratio of {split_ratio:g} leaves none of {steps} steps for the layout: take more steps, or a "
-            "lower ratio."
+            f"A split ratio of {split_ratio:g} leaves none of {len(sigmas) - 1} steps for the layout: take more steps, "
+            "or a lower ratio."
         )
-    return steps - layout
-
-
-def split(sigmas: Tensor, split_ratio: float) -> tuple[Tensor, Tensor]:
-    """Split a sampling's levels [T + 1] into those of the layout and those of the appearance; they share one level."""
-    first = len(sigmas) - 1 - appearance_steps(len(sigmas) - 1, split_ratio)
     return sigmas[: first + 1], sigmas[first:]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,7 +135,9 @@ def sample_staged(
         z = result if loop == 1 and start is not None else vae.encode(images[-1]).cpu()
         noise = stock_noise(latents[-1], seed, loop)
         if settings.published_level:
-            signal, noise_factor = _published(model, settings.split_ratio, appearance[0])
+            table = model.get_model_object("model_sampling").sigmas
+            level = table[min(round(settings.split_ratio * TIMESTEPS), len(table) - 1)]
+            signal, noise_factor = published_factors(float(appearance[0]), float(level))
             z, noise = signal * z, noise_factor * noise
         x, step_seed = add_noise(model, z, noise, appearance[0]), (seed + loop + STEP_SEEDS) % SEEDS
         inputs = {"negative": prompts.loop_negative, "latent_image": x, "seed": step_seed}
@@ -172,12 +173,6 @@ def crop_to_cells(image: Tensor, vae: Any) -> Tensor:
     side = vae.spacial_compression_encode()
     height, width = (length // side * side for length in image.shape[1:3])
     return image[:, :height, :width]
-
-
-def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, float]:
-    table = model.get_model_object("model_sampling").sigmas
-    timestep = min(round(split_ratio * TIMESTEPS), len(table) - 1)
-    return published_factors(float(first), float(table[timestep]))
 
 
 def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:

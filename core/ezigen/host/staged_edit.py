@@ -10,7 +10,6 @@ import comfy.k_diffusion.sampling
 import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 

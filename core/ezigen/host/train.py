@@ -110,13 +110,11 @@ class AdapterJob(Job):
         model, plan = self.models.model, self.plan
         cells = plan.size // self.models.vae.spacial_compression_encode()
         latent = torch.zeros(1, model.get_model_object("latent_format").latent_channels, cells, cells)
-        return Session(
-            model,
-            self.data.conditioning(),
-            latent,
-            checkpointing=plan.checkpointing,
-            more_memory=_memory(model, self.places, latent, plan, self.settings.batch),
-        )
+        # In addition to the gradient of one image through the bare UNet.
+        weights = sum(4 * place.layer.width**2 for place in self.places)
+        passes = self.settings.batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1
+        more = BYTES_PER_WEIGHT * weights + activations(model, latent, plan.checkpointing) * passes
+        return Session(model, self.data.conditioning(), latent, checkpointing=plan.checkpointing, more_memory=more)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
@@ -279,13 +277,6 @@ class EncodedFolder:
                 "are free: take a smaller folder, or train on large sets with the command-line trainer (see "
                 "docs/train_adapter.md in the pack's repository)."
             )
-
-
-def _memory(model: Any, places: list[Place], latent: Tensor, plan: AdapterPlan, batch: int) -> float:
-    """Bytes that training needs in addition to the gradient of one image through the bare UNet."""
-    weights = sum(4 * place.layer.width**2 for place in places)
-    activation_bytes = activations(model, latent, plan.checkpointing)
-    return BYTES_PER_WEIGHT * weights + activation_bytes * (batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 
