@@ -33,6 +33,7 @@ KEY = (
 )
 OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # prefixes that other programs' LoRAs use too
 PAIRS = (("lora_up", "lora_down"), ("lora_B", "lora_A"))
+ENDS = {"weight": "diff", "bias": "diff_b"}
 
 
 class FineTunedWeights(dict[str, Tensor]):
@@ -59,7 +60,9 @@ class FineTunedWeights(dict[str, Tensor]):
     def describe(self, *needs: str) -> str:
         """A short summary for display: method, base model, prompt, what else it needs, settings, losses."""
         base, settings = self.header.get("base", {}), self.header.get("settings", {})
-        what = "all weights (differences)" if self.full else f"LoRA of rank {self._rank()}"
+        downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
+        rank = next((value.shape[0] for value in downs), 0)
+        what = "all weights (differences)" if self.full else f"LoRA of rank {rank}"
         what = "LoKr" if any(name.endswith(".lokr_w1") for name in self) else what
         parts = "UNet and text encoder" if self.part(TEXT_PREFIXES) else "UNet"
         lines = [
@@ -75,10 +78,6 @@ class FineTunedWeights(dict[str, Tensor]):
             lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
         return "\n".join(lines)
 
-    def _rank(self) -> int:
-        downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
-        return next((value.shape[0] for value in downs), 0)
-
 
 def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """after - before for all weights that changed, in float16; differences that are zero in float16 are dropped.
@@ -88,15 +87,9 @@ def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> d
     differences = {}
     for name, value in after.items():
         difference = (value.detach().float().cpu() - before[name].float()).to(torch.float16)
-        if not bool(difference.any()):
-            continue
-        if name.endswith(".weight"):
-            name = name[: -len("weight")] + "diff"
-        elif name.endswith(".bias"):
-            name = name[: -len("bias")] + "diff_b"
-        else:
-            name += ".diff"
-        differences[name] = difference
+        path, _, end = name.rpartition(".")
+        if bool(difference.any()):
+            differences[f"{path}.{ENDS[end]}" if end in ENDS else f"{name}.diff"] = difference
     return differences
 
 

@@ -101,7 +101,10 @@ def renoise_image(
         start, replay = renoise(
             denoiser, x0, denoiser.context, levels, settings, on_step=lambda _step, x: steps.step(x)
         )
-        error = float((_sample(denoiser, start, replay) - x0).norm() / x0.norm().clamp_min(1e-6))
+        again = start
+        for step, sigma in enumerate(replay.sigmas[:-1].to(x0)):
+            again = replay.step(again, predicted_noise(denoiser, again, sigma, denoiser.context), step)
+        error = float((again - x0).norm() / x0.norm().clamp_min(1e-6))
         results.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
 
     predicting(model, positive, samples, body)
@@ -116,12 +119,6 @@ def renoise_image(
     start = model.get_model_object("latent_format").process_out(start)
     stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
     return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay, noise)
-
-
-def _sample(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:
-    for step, sigma in enumerate(replay.sigmas[:-1].to(x)):
-        x = replay.step(x, predicted_noise(denoiser, x, sigma, denoiser.context), step)
-    return x
 
 
 def replaying_sampler(replay: Replay) -> Any:
