@@ -45,8 +45,7 @@ class LikenessChooseReference(Node):
     def execute(cls, images, picture, vision, masks=None) -> io.NodeOutput:
         choice = choose_reference(images, picture, vision, masks)
         taken = slice(choice.index, choice.index + 1)
-        mask = nothing() if masks is None else masks[taken]
-        return io.NodeOutput(images[taken], mask, choice.index, choice.similarity, choice.info)
+        return io.NodeOutput(images[taken], nothing() if masks is None else masks[taken], *choice)
 
 
 class LikenessAlign(Node):
@@ -98,5 +97,4 @@ class LikenessAlign(Node):
 
     @classmethod
     def execute(cls, image, mask, target_mask, form=SYMMETRIC, max_degrees=MAX_DEGREES) -> io.NodeOutput:
-        result = align_reference(image, mask, target_mask, form, max_degrees)
-        return io.NodeOutput(result.image, result.mask, result.iou, result.overlay, result.matrix)
+        return io.NodeOutput(*align_reference(image, mask, target_mask, form, max_degrees))

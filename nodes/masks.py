@@ -41,8 +41,7 @@ class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folder
     @classmethod
     def execute(cls, image, detector, sam, **request) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
-        found = subject_masks(image, MaskRequest(**request), finder, cutter)
-        return io.NodeOutput(found.mask, found.image, found.info)
+        return io.NodeOutput(*subject_masks(image, MaskRequest(**request), finder, cutter))
 
 
 class LikenessCaption(Node, files={"model": folders.VISION}):

@@ -66,5 +66,4 @@ class LikenessLoadSana(Node):
 
     @classmethod
     def execute(cls, name, dtype="default", instruction=True) -> io.NodeOutput:
-        found = host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction)
-        return io.NodeOutput(found.model, found.clip, found.vae, found.plain_clip)
+        return io.NodeOutput(*host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction))

@@ -8,9 +8,8 @@ streamed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.hooks
 import comfy.latent_formats
@@ -119,8 +118,7 @@ class SanaTokenizer:
         return {}
 
 
-@dataclass(frozen=True)
-class SanaModels:
+class SanaModels(NamedTuple):
     """plain_clip: the same text encoder without the instruction, for a non-empty negative prompt."""
 
     model: Any
