@@ -92,7 +92,6 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def shown_bytes(size: int) -> str:
-    """A number of bytes for people."""
     return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB"
 
 

@@ -18,7 +18,6 @@ LARGE = " It is sampled at its own size, so scale its short side to 512 first."
 
 
 def _subject() -> list[io.Input]:
-    """The inputs shared by both nodes: models and subject."""
     return [
         io.Model.Input("model", tooltip="The plain model that encoded the subject. EZIGen uses SD2.1-base."),
         io.Vae.Input("vae", tooltip="Encodes and decodes the images of every loop."),
@@ -28,7 +27,6 @@ def _subject() -> list[io.Input]:
 
 
 def _numbers(cfg: float) -> list[io.Input]:
-    """The inputs shared by both nodes: sampling settings."""
     return [
         inputs.seed("Seed of all noise; every loop draws new noise from it."),
         inputs.count("steps", published.STEPS, 1000, "Steps of a full sampling. EZIGen uses 50.", min=2),
@@ -70,7 +68,6 @@ def _numbers(cfg: float) -> list[io.Input]:
 def _shared(
     model, vae, adapter, min_loops, max_loops, threshold, vision=None, **more
 ) -> tuple[host.StagedModels, dict[str, Any]]:
-    """What the inputs shared by both nodes make: the models, and the settings."""
     loops = published.Loops(min_loops, max_loops, threshold)
     return host.StagedModels(model, vae, adapter, vision), {"loops": loops, **more}
 

@@ -29,5 +29,4 @@ def schema(**fields: Any) -> io.Schema:
 
 
 def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
-    """An output of a type, such as io.Image or one of the above."""
     return kind.Output(display_name=name, tooltip=tooltip, **more)

@@ -18,7 +18,6 @@ FROZEN_GRAPHS = Path("tests") / "data" / "graphs"
 
 
 def version(root: Path = ROOT) -> str:
-    """The pack's version."""
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     return re.findall(r'^version = "(.+)"$', text, re.MULTILINE)[0]
 

@@ -170,7 +170,6 @@ def page(options: argparse.Namespace, machine: Mapping[str, Any], outcomes: list
 
 
 def machine_of(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
     stats = server.get("/system_stats")
     device, system = stats["devices"][0], stats["system"]
     return {

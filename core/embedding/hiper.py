@@ -44,8 +44,6 @@ class HiPerSettings:
 
 
 class HiPer(Fit):
-    """The optimisation of the last n tokens."""
-
     def __init__(
         self,
         denoiser: Denoiser,

@@ -54,11 +54,9 @@ class StoredAdapter:
         return sort_layers(layers)
 
     def widths(self) -> list[int]:
-        """The width of each layer."""
         return [self.tensors[f"{name}.{PARTS[0]}"].shape[0] for name in self.order()]
 
     def describe(self) -> str:
-        """A line for the user: size, layers and training steps."""
         count = sum(value.numel() for value in self.tensors.values())
         kinds = "/".join(str(width) for width in dict.fromkeys(self.widths()))
         line = f"{len(self.tensors)} tensors, {count:,} numbers, {len(self.order())} blocks of widths {kinds}"
@@ -105,7 +103,6 @@ def read_adapter(path: Path) -> StoredAdapter:
 
 
 def pack_adapter(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
-    """The adapter's tensors and header as a file stores them."""
     tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.published_parameters().items()}
     return StoredAdapter(tensors, header)
 

@@ -57,7 +57,6 @@ class ImageEntry:
 
     @property
     def name(self) -> str:
-        """The name shown to the user."""
         return f"{self.subject}/{self.path.name}"
 
 

@@ -67,8 +67,6 @@ Samples = Callable[[Sequence[int]], list[Sample]]
 
 @dataclass(frozen=True)
 class Draw:
-    """The random draws of one sample."""
-
     timestep: int
     dropped: bool
     generator: torch.Generator  # of the image's noise, then of the subject's
@@ -134,8 +132,6 @@ class TrainingSettings:
 
 
 class AdapterTraining(Fit):
-    """The training of an adapter."""
-
     prefix = "adapter."
 
     def __init__(self, network: Network, adapter: Adapter, samples: Samples, settings: TrainingSettings) -> None:

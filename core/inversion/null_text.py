@@ -89,7 +89,6 @@ class NullText(Fit):
 
     @property
     def done(self) -> bool:
-        """Whether every step has its embedding."""
         return len(self.nulls) == len(self.sigmas) - 1
 
     def _start(self, null: Tensor) -> None:

@@ -51,7 +51,6 @@ def ancestral_sigmas(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
-    """The ancestral step from sigma to following."""
     down, up = ancestral_sigmas(sigma, following)
     return x + (down - sigma) * eps + up * noise
 

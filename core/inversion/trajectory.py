@@ -25,7 +25,6 @@ class Trajectory:
         return len(self.sigmas) - 1
 
     def report(self) -> str:
-        """Steps, noise levels and the error."""
         levels = f"{self.steps} steps, noise levels {float(self.sigmas[0]):.4g} to {float(self.sigmas[-1]):.4g}"
         if self.error is None:
             return levels

@@ -58,7 +58,6 @@ class FineTunedWeights(dict[str, Tensor]):
         return {name: value for name, value in self.items() if name.startswith(prefixes)}
 
     def describe(self, *needs: str) -> str:
-        """A short summary for display: method, base model, prompt, what else it needs, settings, losses."""
         base, settings = self.header.get("base", {}), self.header.get("settings", {})
         downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
         rank = next((value.shape[0] for value in downs), 0)
@@ -94,7 +93,6 @@ def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> d
 
 
 def save_fine_tune(path: Path, tuned: FineTunedWeights, *, replace: bool = True) -> None:
-    """Write the artifact as one safetensors file."""
     write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND}, replace=replace)
 
 

@@ -199,5 +199,4 @@ def new_adapters(
 
 
 def factors(adapters: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """All trainable parameters of the adapters, by name."""
     return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

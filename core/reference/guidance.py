@@ -86,7 +86,6 @@ class ReferenceGuide(Fit):
 
     @property
     def done(self) -> bool:
-        """Whether the image is finished."""
         return self.index == len(self.sigmas) - 1
 
     def _start(self, phi_h: Tensor) -> None:

@@ -112,7 +112,6 @@ class GuiderDenoiser:
 
     @property
     def model(self) -> nn.Module:
-        """The loaded model."""
         return self._guider.inner_model
 
     @property
@@ -260,7 +259,6 @@ class Session:
             yield denoiser
 
     def _modules(self, guider: Any) -> list[nn.Module]:
-        """All modules that run."""
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
         return [part for part in (*owners, *(each.model for each in self._companions)) if isinstance(part, nn.Module)]
 

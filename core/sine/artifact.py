@@ -17,7 +17,6 @@ def load_fine_tune(path: Path) -> FineTunedWeights:
 
 
 def summary(tuned: FineTunedWeights) -> str:
-    """A few lines for the user, including the position map."""
     needed = needed_map(tuned)
     ranks = ["ranks: fewer at noisier timesteps (T-LoRA)"] if RANKS in tuned else []
     return tuned.describe(*ranks, f"position map: {f'{needed[0]} cells, {needed[1]}' if needed else 'none'}")

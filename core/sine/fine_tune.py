@@ -96,8 +96,6 @@ def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor
 
 
 class FineTune(Fit):
-    """The optimisation of a table of parameters."""
-
     prefix = "leaf."
 
     def __init__(

@@ -20,8 +20,6 @@ from .data import Item
 
 @dataclass(frozen=True)
 class Base:
-    """The parts of a Stable Diffusion."""
-
     unet: Any
     vae: Any
     text_encoder: Any
@@ -29,7 +27,6 @@ class Base:
     scheduler: Any
 
     def freeze(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the networks and freeze them."""
         for part in (self.unet, self.vae, self.text_encoder):
             nn.Module.to(part, device, dtype)  # diffusers' own to() warns of float32 layers: there are none
             part.requires_grad_(False).train(False)

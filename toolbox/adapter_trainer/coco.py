@@ -64,7 +64,6 @@ class Coco:
         return len(self.records)
 
     def describe(self) -> str:
-        """A line for the user."""
         return (
             f"COCO in {self.path.name}: {len(self)} images, {self.left_out} left out (no caption, no usable "
             f"instance), {self.damaged} damaged masks"

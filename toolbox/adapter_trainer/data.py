@@ -50,7 +50,6 @@ class PairDataset(Dataset[Item]):
         self.places = [(each, index) for each in sources for index in range(len(each))]
 
     def __getitem__(self, index: int) -> Item:
-        """Sample number `index` of the run."""
         pairs, place = self.places[index_of(self.seed, index, len(self.places))]
         before = len(pairs.skipped)
         pair = pairs.pair(place, pair_generator(self.seed, index))

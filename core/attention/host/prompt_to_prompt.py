@@ -97,7 +97,6 @@ class SubjectSwap:
     mask: Tensor | None = None
 
     def control(self, swaps: tuple[Swap, ...], edited: str, rows: int) -> Control:
-        """The Control, once the prompts are tokenized."""
         tail = self.subject.tokens if self.subject else 0
         ends = (self.end_percent, self.self_percent)
         return Control(

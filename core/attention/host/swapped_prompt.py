@@ -30,7 +30,6 @@ class LearnedSubject:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens it occupies in the prompt."""
         return self.embedding.tokens if self.scale else 0
 
     def apply(self, conditioning: Conditioning) -> Conditioning:

@@ -51,7 +51,6 @@ class Choice:
 
     @property
     def best_image(self) -> int:
-        """The index of the best step's first image."""
         return (1 + self.steps.index(self.step)) * (len(self.images) // (len(self.steps) + 1))
 
     def means(self) -> dict[str, list[float]]:

@@ -91,7 +91,6 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
 
 
 def adapter_missing(name: str) -> str:
-    """The message for a missing entry of models/likeness_adapters."""
     return (
         f"There is no '{name}' in models/likeness_adapters. Download the zip that "
         "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or "
@@ -194,7 +193,6 @@ def with_ratio(model: Any, ratio: float) -> Any:
 
 
 def without_adapter(model: Any) -> Any:
-    """A clone of the MODEL without the adapter."""
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_additional_models(KEY)
@@ -202,7 +200,6 @@ def without_adapter(model: Any) -> Any:
 
 
 def _warn_of_base(stored: StoredAdapter, model: Any, blocks: list[Place]) -> None:
-    """Warn when the adapter was trained on another model's weights."""
     if has_quantised_attention(model, blocks):
         return
     state, modules = network_of_file(model), {place.layer.name: place.module for place in blocks}

@@ -138,7 +138,6 @@ class AdapterJob(Job):
         yield AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
-        """The header of the artifact."""
         start, plan = self.models.start, self.plan
         images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(self.folder)}
         return {

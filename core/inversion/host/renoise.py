@@ -45,7 +45,6 @@ class ReNoiseResult:
     noise: Any
 
     def report(self) -> str:
-        """Steps, noise levels and the error."""
         levels = ", ".join(f"{float(sigma):.3g}" for sigma in self.replay.sigmas)
         kind = "ancestral steps with their noises" if len(self.replay.noises) else "steps without noise"
         return (

@@ -56,7 +56,6 @@ class LoraLayers:
     peft: bool
 
     def numbers(self, rank: int) -> int:
-        """Number of parameters of a LoRA of this rank."""
         return sum(rank * sum(sizes(layer)) for layer in self.layers.values())
 
     def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,7 +45,6 @@ class GuidedImage:
     steps: int
 
     def report(self) -> str:
-        """The window, and the first and last loss of each of its steps."""
         first, last, count = self.window[0], self.window[-1], len(self.losses) // len(self.window)
         lines = [f"guided in steps {first + 1} to {last + 1} of {self.steps}, {count} updates in each"]
         for index, step in enumerate(self.window if count else ()):

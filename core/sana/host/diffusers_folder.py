@@ -83,7 +83,6 @@ def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
-    """The deep compression autoencoder."""
     return Autoencoder(_read(folder / "vae", getattr(library(folder), AUTOENCODER), dtype))
 
 
@@ -168,7 +167,6 @@ class Autoencoder(nn.Module):
         return self.dc.encode(pixels, return_dict=False)[0]
 
     def decode(self, samples: Tensor, **_more: Any) -> Tensor:
-        """Images from latents."""
         return self.dc.decode(samples, return_dict=False)[0]
 
 

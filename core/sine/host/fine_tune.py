@@ -281,7 +281,6 @@ def _check(job: FineTuneJob) -> FineTuneData | None:
 
 
 def _modules(model: Any, data: FineTuneData) -> list[nn.Module]:
-    """The modules to train as a whole."""
     return [model.model.diffusion_model, *([] if data.clip is None else [data.clip.cond_stage_model])]
 
 
@@ -319,7 +318,6 @@ class _TrainedWeights:
         self.parameters = factors(self._adapters)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the LoRAs are active."""
         return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
 
     def at(self, t: int, count: int) -> None:
@@ -329,7 +327,6 @@ class _TrainedWeights:
                 adapter.at(t, count)
 
     def result(self) -> Result:
-        """The current tensors of the artifact."""
         if self.full:
             return weight_differences(self._before, dict(self.parameters))
         return {key: value for name, adapter in self._adapters.items() for key, value in adapter.tensors(name).items()}

@@ -47,7 +47,6 @@ class SubjectModel:
     share: float = 1.0
 
     def window(self, sampling: Any) -> SigmaRange:
-        """The window in noise levels of a model_sampling."""
         return SigmaRange(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
 
 
@@ -144,7 +143,6 @@ def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
 
 
 def guider(model: Any, positive: Conditioning, negative: Conditioning, cfg: float) -> Any:
-    """ComfyUI's CFG guider for a guided MODEL."""
     cfg_guider = comfy.samplers.CFGGuider(model)
     cfg_guider.set_conds(positive, negative)
     cfg_guider.set_cfg(cfg)

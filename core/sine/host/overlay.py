@@ -121,7 +121,6 @@ class Overlay:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """A context in which the running module predicts as the fine-tuned model."""
         with contextlib.ExitStack() as stack:
             for module, hook in self._hooks:
                 stack.callback(module.register_forward_hook(hook).remove)

@@ -38,7 +38,6 @@ class OptimizedLora:
         return min(range(len(self.losses)), key=self.losses.__getitem__)
 
     def tuned(self) -> FineTunedWeights:
-        """The LoRA for the pack's and stock nodes."""
         return FineTunedWeights(self.lora, self.header)
 
     def report(self) -> str:

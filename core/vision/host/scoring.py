@@ -97,7 +97,6 @@ class Scores:
         return self.values[name][self.best] if name in self.values else NOT_MEASURED
 
     def lines(self, image: int) -> list[str]:
-        """The scores of one image, for its caption."""
         title = (self.names[image] if self.names else f"image {image}") + (
             " (best)" if image == self.best and len(self.order) > 1 else ""
         )
