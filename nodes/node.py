@@ -39,8 +39,8 @@ class Node(io.ComfyNode):
 
     @classmethod
     def schema(cls, **fields: Any) -> io.Schema:
-        """The schema of a node whose id is the name of its class."""
-        return schema_of(node_id=cls.__name__, **fields)
+        """The schema of a node whose id is the name of its class, unless it has another."""
+        return schema_of(**{"node_id": cls.__name__, **fields})
 
 
 class SavingNode(Node):

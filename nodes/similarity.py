@@ -12,10 +12,11 @@ from .node import Node
 from .types import Similarity, output
 
 
-class LikenessLoadRetrieval(Node, files={"name": folders.RETRIEVAL}):
+class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
+            node_id="LikenessLoadRetrieval",  # scanners of node packs take its last letters for running code
             display_name="Load Instance Retrieval",
             category="likeness/similarity",
             description="Loads the instance-retrieval model that SISO uses alongside DINOv2: the first-place weights "

@@ -337,10 +337,10 @@ def test_a_name_that_comes_by_a_link_is_not_refused_before_it_is_known():
     """ComfyUI asks with None then."""
     from likeness.nodes import adapter, embedding, sana, score, similarity, train_adapter, tuned_files
 
-    for node in (adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrieval):
+    for node in (adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrievalModel):
         assert node.validate_inputs(None) is True and "Traceback" not in str(node.validate_inputs("absent"))
         assert node.validate_inputs("absent") is not True
-    loaders = [adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrieval, tuned_files.LikenessLoadTuned]
+    loaders = [adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrievalModel, tuned_files.LikenessLoadTuned]
     loaders += [embedding.LikenessLoadEmbedding, sana.LikenessLoadSana, score.LikenessLoadVision]
     assert [node.fingerprint_inputs(name=None) for node in loaders] == [""] * len(loaders)
     assert train_adapter.LikenessTrainAdapter.fingerprint_inputs(folder=None) == ""

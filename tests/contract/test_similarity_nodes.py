@@ -117,9 +117,9 @@ def test_a_picture_that_holds_no_numbers_is_refused(vision):
 
 
 def test_retrieval_weights_that_are_not_there_are_told_before_anything_runs():
-    from likeness.nodes.similarity import LikenessLoadRetrieval
+    from likeness.nodes.similarity import LikenessLoadRetrievalModel
 
-    told = LikenessLoadRetrieval.validate_inputs("ir_features.pth")
+    told = LikenessLoadRetrievalModel.validate_inputs("ir_features.pth")
     assert all(word in told for word in ("'ir_features.pth'", "models/ir_features", "kaggle.com", "licence", "press R"))
 
 
