@@ -22,14 +22,12 @@ from ..artifact import Embedding
 from ..hifi_tuner import StepWise, StepWiseSettings
 from .train import RegularizerOptions, TokensJob, key_part, source_rows
 
-METHOD = "hifi tuner, step-wise"
-
 
 @dataclass(frozen=True)
 class RefiningJob(TokensJob):
     """Algorithm 1. start [n, d]: the tokens of the embedding; sigmas [T + 1]."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "hifi tuner, step-wise"
 
     sigmas: Tensor
 
@@ -53,7 +51,7 @@ class RefiningJob(TokensJob):
         sampling = self.model.get_model_object("model_sampling")
         refined = {**asdict(self.settings), **self.objective}
         return {
-            "method": METHOD,
+            "method": self.method,
             "base": self.base,
             "settings": {**before, "refined": refined, "sigmas": self.sigmas.tolist()},
             "losses": curve(losses),

@@ -34,7 +34,6 @@ from ..train import MAX_SUBJECTS, TIMESTEPS, AdapterTraining, Draw, Sample, Trai
 from .adapter import check_model, model_base_sample
 from .layers import Place, UNet, has_quantised_attention, new_adapter
 
-METHOD = "ezigen"
 RUN_BYTES_PER_WEIGHT = 16  # weight, two moments, and the result, in float32
 KEPT_RUNS = 3.5
 CHECKED = 10  # samples for the report's errors
@@ -67,7 +66,7 @@ class TrainingModels:
 class AdapterJob(Job):
     """A complete adapter training. begin() sets data, the folder's latents and prompts."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "ezigen"
 
     models: TrainingModels
     places: list[Place]
@@ -75,14 +74,11 @@ class AdapterJob(Job):
     plan: AdapterPlan
     settings: TrainingSettings
     data: EncodedFolder | None = None
+    one_result = True
 
     @property
     def model(self) -> Any:
         return self.models.model
-
-    @property
-    def one_result(self) -> bool:
-        return True
 
     @property
     def steps(self) -> int:
@@ -141,7 +137,7 @@ class AdapterJob(Job):
         start, plan = self.models.start, self.plan
         images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(self.folder)}
         return {
-            "method": METHOD,
+            "method": self.method,
             "base": model_base_sample(self.model),
             "steps": steps + (0 if start is None else int(start.header.get("steps", 0))),
             "settings": {**asdict(self.settings), **images, "steps": steps},

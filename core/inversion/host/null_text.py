@@ -27,8 +27,6 @@ from ..trajectory import Trajectory
 from .ddim import check_trajectory
 from .landing import Landing, attach_landing
 
-METHOD = "null-text"
-
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -71,7 +69,7 @@ def prepare_reconstruction(
 class NullTextJob(Job):
     """One negative per step. first: the prompt that the first negative starts from."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "null-text"
 
     model: Any
     positive: Conditioning

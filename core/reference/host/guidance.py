@@ -27,7 +27,6 @@ from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import Reference, ReferenceGuide, ReferenceSettings
 
-METHOD = "reference guide"
 LIMITS = ("area", "mask")
 ALIGNED = "connect the mask of Align Reference, white only where the reference's subject is"
 TIMES = ("start_percent", "end_percent")
@@ -59,7 +58,7 @@ class ReferenceJob(Job):
     contexts are on the CPU. prompt_key: describe() of the connected prompt.
     """
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "reference guide"
 
     model: Any
     positive: Conditioning

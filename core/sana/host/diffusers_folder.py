@@ -18,9 +18,9 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from ...files import is_number, read_table
-from ...vision.host.extras.offline import missing_package, offline, reason, running, weights_variant
+from ...vision.host.extras.offline import missing_package, reason, running, weights_variant
 from ...vision.host.extras.settings import check_size
-from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
+from ...vision.host.extras.transformers_folder import check_complete, pretrained, read_model, read_processor
 
 PIPELINE = "SanaPipeline"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -208,22 +208,8 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
 
     variant = weights_variant(part, WEIGHTS, VARIANTS)
     _check_settings(part, kind)
-    with offline():
-        try:
-            model, info = kind.from_pretrained(
-                str(part),
-                local_files_only=True,
-                use_safetensors=True,
-                variant=variant,
-                torch_dtype=dtype,
-                low_cpu_mem_usage=is_accelerate_available(),  # diffusers logs a warning if it cannot
-                output_loading_info=True,
-            )
-        except Exception as error:  # diffusers raises many types for a damaged folder
-            raise ValueError(
-                f"The folder {part.parent.name}/{part.name} could not be loaded by diffusers ({reason(error)}): check "
-                "that config.json and the weights belong together and are complete."
-            ) from error
+    memory = {"low_cpu_mem_usage": is_accelerate_available()}  # diffusers logs a warning if it cannot
+    model, info = pretrained(kind, part, "diffusers", variant=variant, torch_dtype=dtype, **memory)
     check_complete(part, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return model.train(False).requires_grad_(False)
 

@@ -45,7 +45,6 @@ from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
 from .position_map import apply_fine_tune, position_map_of, takes_map, with_same_map
 
-METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
 FORMS = {LORA: LowRank, "T-LoRA": TimestepRank, "LoKr": Kronecker}  # what the method "LoRA" trains
 PROMPT = "photo of a sks dog"  # the node's default
@@ -103,7 +102,7 @@ class FineTuneJob(Job):
     the text encoder if it trains too.
     """
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "sine"
 
     model: Any
     vae: Any
@@ -342,7 +341,7 @@ def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]
         patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
-        "method": METHOD,
+        "method": job.method,
         "base": job.base,
         "prompt": data.prompt,
         "weights": plan.method,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ....files import read_weights
-from .offline import missing_package, offline, reason
+from .offline import offline, package, reason
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 MAX_BYTES = 8 << 30
@@ -42,11 +42,8 @@ class Segmenter(nn.Module):
 
 def load_sam(path: Path) -> Segmenter:
     """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors; frozen, float32."""
-    try:
-        import segment_anything
-    except ImportError as error:
-        otherwise = " (or connect a MASK from another node)"
-        raise missing_package(path.name, "segment-anything", error, "segment-anything", otherwise) from error
+    otherwise = " (or connect a MASK from another node)"
+    segment_anything = package("segment_anything", path.name, "segment-anything", otherwise)
     tensors = read_weights(path, MAX_BYTES)
     embedding = tensors.get(VARIANT_KEY)
     variant = WIDTHS.get(embedding.shape[-1]) if isinstance(embedding, Tensor) and embedding.ndim == 4 else None
