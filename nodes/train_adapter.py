@@ -10,55 +10,21 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Node, build
+from .node import build, node
 from .types import Adapter, LossMap, output
 
 
-class LikenessTrainAdapter(Node):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return cls.schema(
-            display_name="Train Subject Adapter (EZIGen)",
-            category="likeness/adapter",
-            description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
-            "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
-            search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
-            inputs=[
-                *_inputs(),
-                *_advanced_inputs(),
-                Adapter.Input(
-                    "adapter",
-                    optional=True,
-                    tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
-                    "the model's self-attention layers, and needs the full number of steps.",
-                ),
-            ],
-            outputs=[
-                output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
-                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
-                output(
-                    io.String,
-                    "report",
-                    "The files used and skipped, and the error with and without the subject's images.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, folder, **_others) -> str:
-        return folders.image_folder_state(folder)
-
-    @classmethod
-    def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
-        kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
-        models, plan, settings = build({**more, "start": adapter}, *kinds)
-        pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-        trained, losses, report = host.train_adapter(models, pairs, plan, settings)
-        return io.NodeOutput(trained, loss_map(losses), report)
+def _state(_cls, folder, **_others) -> str:
+    return folders.image_folder_state(folder)
 
 
-def _inputs() -> list[io.Input]:
-    return [
+@node(
+    display_name="Train Subject Adapter (EZIGen)",
+    category="likeness/adapter",
+    description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
+    "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
+    search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
+    inputs=lambda: [
         io.Model.Input(
             "model", tooltip="SD2.1-base (512), which the published adapter is for, or an SD1.x model. Not changed."
         ),
@@ -89,25 +55,41 @@ def _inputs() -> list[io.Input]:
             round=1e-8,
         ),
         inputs.seed("Seed of the order of the images, the timesteps and the noise."),
-    ]
-
-
-def _advanced_inputs() -> list[io.Input]:
-    return inputs.advanced(
-        inputs.fraction(
-            "drop",
-            DROP,
-            "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops 0.8 "
-            "because of an inverted comparison.",
-            step=0.05,
-            round=0.001,
+        *inputs.advanced(
+            inputs.fraction(
+                "drop",
+                DROP,
+                "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops "
+                "0.8 because of an inverted comparison.",
+                step=0.05,
+                round=0.001,
+            ),
+            inputs.count(
+                "max_subjects",
+                MAX_SUBJECTS,
+                MAX_SUBJECTS,
+                "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
+                "and is enough if you will only ever use one.",
+            ),
+            inputs.checkpointing(),
         ),
-        inputs.count(
-            "max_subjects",
-            MAX_SUBJECTS,
-            MAX_SUBJECTS,
-            "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
-            "and is enough if you will only ever use one.",
+        Adapter.Input(
+            "adapter",
+            optional=True,
+            tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
+            "the model's self-attention layers, and needs the full number of steps.",
         ),
-        inputs.checkpointing(),
-    )
+    ],
+    outputs=[
+        output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
+        output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
+        output(io.String, "report", "The files used and skipped, and the error with and without the subject's images."),
+    ],
+    fingerprint_inputs=_state,
+)
+def LikenessTrainAdapter(folder, adapter=None, **more) -> io.NodeOutput:
+    kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
+    models, plan, settings = build({**more, "start": adapter}, *kinds)
+    pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
+    trained, losses, report = host.train_adapter(models, pairs, plan, settings)
+    return io.NodeOutput(trained, loss_map(losses), report)

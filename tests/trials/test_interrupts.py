@@ -5,6 +5,7 @@ The button is pressed at a call of any Python function while the node runs; Comf
 
 from __future__ import annotations
 
+import inspect
 import random
 import shutil
 import sys
@@ -125,7 +126,7 @@ def bench(session_bench, monkeypatch) -> Bench:
 def code_of(node: str) -> CodeType:
     import nodes
 
-    return nodes.NODE_CLASS_MAPPINGS[node].execute.__func__.__wrapped__.__code__
+    return inspect.unwrap(nodes.NODE_CLASS_MAPPINGS[node].execute.__func__).__code__
 
 
 def plain(value: Any) -> Any:
