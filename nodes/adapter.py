@@ -10,13 +10,8 @@ from ..core.ezigen.artifact import read_adapter, save_adapter
 from ..core.ezigen.host import adapter as host
 from ..core.session import folders
 from . import inputs
-from .node import node, plain_prefix, saved
+from .node import listed, node, plain_prefix, saved
 from .types import Adapter, Subject, output
-
-
-def _known(_cls, name) -> bool | str:
-    known = name is None or name in folders.names(folders.ADAPTERS)  # None: it comes from a link
-    return True if known else host.adapter_missing(name)
 
 
 @node(
@@ -38,7 +33,7 @@ def _known(_cls, name) -> bool | str:
         output(io.String, "info", "Its blocks and widths, and the number of training steps."),
     ],
     files={"name": folders.ADAPTERS},
-    validate_inputs=_known,
+    validate_inputs=listed(folders.ADAPTERS, host.adapter_missing),
 )
 def LikenessLoadAdapter(name) -> io.NodeOutput:
     adapter = read_adapter(folders.resolve(folders.ADAPTERS, name))

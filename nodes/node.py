@@ -63,6 +63,15 @@ def node(
     return made
 
 
+def listed(kind: folders.Kind, missing: Callable[[str], str]) -> Callable[..., bool | str]:
+    """validate_inputs() of a loader; missing(name) says where to get a file that is not in the list."""
+
+    def known(_cls: type[Node], name) -> bool | str:
+        return name is None or name in folders.names(kind) or missing(name)  # None: it comes from a link
+
+    return known
+
+
 def plain_prefix(_cls: type[Node], filename_prefix) -> bool | str:
     """validate_inputs() of a node that saves a file."""
     return prefix_answer(filename_prefix)

@@ -8,13 +8,8 @@ from ..core.session import folders
 from ..core.siso.host import similarity as host
 from ..core.vision.host.extras.retrieval import retrieval_missing
 from ..core.vision.host.vision import load_retrieval_model
-from .node import node
+from .node import listed, node
 from .types import Similarity, output
-
-
-def _known(_cls, name) -> bool | str:
-    known = name is None or name in folders.names(folders.RETRIEVAL)  # None: it comes from a link
-    return True if known else retrieval_missing(name)
 
 
 @node(
@@ -34,7 +29,7 @@ def _known(_cls, name) -> bool | str:
     ],
     outputs=[output(io.ClipVision, "vision", "The vision model, for Likeness To Images.")],
     files={"name": folders.RETRIEVAL},
-    validate_inputs=_known,
+    validate_inputs=listed(folders.RETRIEVAL, retrieval_missing),
 )
 def LikenessLoadRetrievalModel(name) -> io.NodeOutput:
     return io.NodeOutput(load_retrieval_model(folders.resolve(folders.RETRIEVAL, name)))

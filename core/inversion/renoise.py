@@ -171,7 +171,7 @@ def renoise(
     sigmas [T + 1] descending; the last is 0. context [1, tokens, width] of the prompt that describes x0; no guidance.
     on_step(number of steps done, latent) may raise to stop.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, weights = torch.Generator().manual_seed(settings.seed), (settings.kl_weight, settings.correlation_weight)
     sigmas = sigmas.to(x0)
     noises = [torch.randn(x0.shape, generator=generator).to(x0) for _ in sigmas[:-1]]
     noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -191,19 +191,15 @@ def renoise(
             eps = predicted_noise(denoiser, guess, sigma, context)
             if index >= first:
                 predictions.append(eps)
-                eps = _regularize(eps, like, generator, settings)
+                eps = regularize(eps, like, generator, *weights)
             guess = invert_step(eps)
-        guess = invert_step(_regularize(torch.stack(predictions).mean(0), like, generator, settings))
+        guess = invert_step(regularize(torch.stack(predictions).mean(0), like, generator, *weights))
         if settings.ancestral:
             eps = predicted_noise(denoiser, guess, sigma, context)
             noises[step] = corrected_noise(noises[step], guess, eps, x, sigma, following)
         x = guess
         on_step(len(sigmas) - 1 - step, x)
     return x, Replay(sigmas, torch.cat(noises)[: None if settings.ancestral else 0])
-
-
-def _regularize(eps: Tensor, like: Tensor, generator: torch.Generator, settings: ReNoiseSettings) -> Tensor:
-    return regularize(eps, like, generator, settings.kl_weight, settings.correlation_weight)
 
 
 def _inverse_step(

@@ -4,8 +4,8 @@ It is a plain dict of tensors, so every stock LoRA node accepts it: low-rank fac
 "<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight"), Kronecker factors
 ("<path>.lokr_w1", "<path>.lokr_w2") or differences of full weights ("<path>.diff", "<path>.diff_b"). Paths are
 ComfyUI's, those of common training scripts ("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....",
-"text_encoder...."). An extra tensor (NEEDS) marks a further requirement, such as a position map, without which the
-weights misbehave; stock nodes log its name as not loaded, which is the right warning.
+"text_encoder...."). An extra tensor ("likeness.needs_...") marks a further requirement, such as a position map, without
+which the weights misbehave; stock nodes log its name as not loaded, which is the right warning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ..files import FORMAT, MAX_TEXT, MAX_WORD, check_header, is_number, read_te
 KIND = "fine_tune"
 MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
 MAX_SETTINGS = 64  # entries in a header
-NEEDS = "likeness.needs_"  # name prefix of tensors that mark what else the weights need
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # in the reference code's patch-trained checkpoints
 MODEL_PREFIXES = ("diffusion_model.", "lora_unet_", "transformer.")  # name prefixes of the tensors of each part
 TEXT_PREFIXES = ("text_encoders.", "lora_te", "text_encoder.")

@@ -53,10 +53,6 @@ class Choice:
     def best_image(self) -> int:
         return (1 + self.steps.index(self.step)) * (len(self.images) // (len(self.steps) + 1))
 
-    def means(self) -> dict[str, list[float]]:
-        """The mean score of the images without the subject, then of each step."""
-        return {name: values.mean(1).tolist() for name, values in _per_step(self.scores, len(self.steps) + 1).items()}
-
     def captions(self) -> list[list[str]]:
         """For each image what it shows, and its scores."""
         each = len(self.images) // (len(self.steps) + 1)
@@ -65,7 +61,8 @@ class Choice:
 
     def report(self) -> str:
         """What the best step gained in plain words, then a table with one row per step."""
-        means = self.means()
+        scores = _per_step(self.scores, len(self.steps) + 1)
+        means = {name: values.mean(1).tolist() for name, values in scores.items()}
         best = 1 + self.steps.index(self.step)
         words = {"dino": "alike", "clip_i": "alike (CLIP)", "clip_t": "follows the prompt"}
         gains = [f"{words[name]}: {values[0]:.2f} -> {values[best]:.2f}" for name, values in means.items()]
