@@ -4,8 +4,6 @@ Files are written as safetensors under a temporary name and then renamed, so a f
 Reading checks size, header, memory and finite values; pickles are read as plain tensors only, and no code in them runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

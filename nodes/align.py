@@ -1,7 +1,5 @@
 """Choose the subject image that serves as the reference, and align it with a generated image."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align_reference, choose_reference

@@ -1,7 +1,5 @@
 """Choose the step of a subject embedding by its images."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io, ui
 
 from ..core.embedding import hiper

@@ -1,7 +1,5 @@
 """Inputs that several nodes declare."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

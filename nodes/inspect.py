@@ -1,7 +1,5 @@
 """Inspect which parts of an image attend to the tokens of a prompt (HiFi Tuner, figure 3)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.attention.host.map_sheet import map_sheet

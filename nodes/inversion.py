@@ -1,7 +1,5 @@
 """Invert an image, and make guided sampling reconstruct it (DDIM inversion, null-text inversion)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.inversion import null_text as published

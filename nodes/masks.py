@@ -1,7 +1,5 @@
 """Mask a subject by its name, and caption images."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.session import folders

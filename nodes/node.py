@@ -1,7 +1,5 @@
 """What all nodes of the pack share: their inputs are checked by their own schema, and no text can break a log."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Generate with the details of a reference image (HiFi Tuner, Algorithm 2)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.reference import guidance as published

@@ -1,7 +1,5 @@
 """Refine a subject embedding for each denoising step (HiFi Tuner)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner

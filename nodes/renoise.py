@@ -1,7 +1,5 @@
 """Invert an image for few-step sampling (ReNoise)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.inversion import renoise as published

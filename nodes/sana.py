@@ -1,7 +1,5 @@
 """Load Sana, which ComfyUI does not support, as MODEL, CLIP and VAE."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.sana.host import sana as host

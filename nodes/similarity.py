@@ -1,7 +1,5 @@
 """Define what generated images should be similar to (SISO)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.session import folders

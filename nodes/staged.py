@@ -1,7 +1,5 @@
 """Staged subject-driven sampling and editing (EZIGen): layout from text, appearance from the subject, in loops."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from comfy_api.latest import io

@@ -1,7 +1,5 @@
 """Train EZIGen's adapter on a folder of subject images."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.ezigen.host import train as host

@@ -1,7 +1,5 @@
 """The pack's own types, and schemas that load on ComfyUI 0.3.75 and later."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@ Run it once, after raising the version in pyproject.toml. Graphs saved with a re
 ones, so a frozen graph never changes; tests/data/graphs/index.json lists its releases and its hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

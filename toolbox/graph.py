@@ -4,8 +4,6 @@ convert() does the same as the page's graphToPrompt() for the graphs that this p
 raises GraphError on anything unknown instead of guessing, such as primitive nodes and %tokens%.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """The report that report.py makes: every start graph that fits a checkpoint, on the user's own ComfyUI and card."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import html

@@ -5,8 +5,6 @@ denoising steps for a step-wise one, whose header gives the time window of each 
 says where the tokens stand in a prompt (conditioning.py); files without it replace the last ones.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ second file for w, sometimes with names that begin with "module.". The adapter i
 bytes; they keep their published names in our files.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence

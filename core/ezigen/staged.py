@@ -16,8 +16,6 @@ Source: the reference code. Deviations, each with its reason:
   positions, needs the text encoder itself (host/staged_edit.py, published_prompt).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

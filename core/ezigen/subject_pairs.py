@@ -17,8 +17,6 @@ Folders may come from anywhere: links that lead out of them are not followed, an
 counted.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

@@ -15,8 +15,6 @@ Source: the reference train.py with its published settings. Deviations, each wit
   processes nor a resume changes them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -15,8 +15,6 @@ noisier end of the step, which would give the exact inverse, is not known yet:
 For flow models eps - x0 is the velocity, and (x - D) / sigma equals it: the same steps invert the flow ODE.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, get_args
 

@@ -25,8 +25,6 @@ left, for which one or two updates per step suffice. Three other methods need no
   next step (rectify.py), the edit's as well as the source's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -23,8 +23,6 @@ sigma_next^2 / sigma, which is the same number as the sampler's. Deviations, eac
 - the noises have the latent's own size; in the reference code they always have the size for 512 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

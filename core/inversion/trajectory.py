@@ -1,7 +1,5 @@
 """The LIKENESS_TRAJECTORY: the latents of an inversion, with the metadata needed to use them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -8,8 +8,6 @@ ComfyUI's, those of common training scripts ("lora_unet_...", "lora_te_..."), or
 which the weights misbehave; stock nodes log its name as not loaded, which is the right warning.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

@@ -5,8 +5,6 @@ This way the two factors train without a gradient or a copy of W, which needs th
 any storage format.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ in at least n padding tokens, or words are lost. Other encoders (most language m
 or with a template's suffix, and the embedding is appended. Its width must be the text encoder's.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Sequence

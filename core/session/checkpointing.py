@@ -1,7 +1,5 @@
 """Gradient checkpointing: blocks are computed again in backward instead of storing their activations."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator

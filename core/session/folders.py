@@ -6,8 +6,6 @@ folders are the owner's and are followed, as ComfyUI does. Image folders lie in 
 write to, so links must not lead out of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable

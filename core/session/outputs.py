@@ -1,7 +1,5 @@
 """Blocked outputs, loss maps for the stock loss graph, and paths of output files."""
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -5,8 +5,6 @@ the network's call, its blocks or its methods, so the network is watched: in a s
 runs fewer of its layers, and all of them after another one.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ ComfyUI runs nodes under torch.inference_mode(), so weights may be inference ten
 backward. Which weights are depends on which node loaded the model first, so every weight is checked every time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

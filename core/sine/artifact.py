@@ -1,7 +1,5 @@
 """The file of a fine-tuned model: weights in the shared LoRA artifact, plus the position map that they need."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..lora.artifact import FineTunedWeights, read_fine_tune

@@ -16,8 +16,6 @@ Deviations, each with its reason:
   ablation, with weight 0 as in the reference code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -20,8 +20,6 @@ Source: ldm/models/diffusion/guidance_ddim.py of the reference code. Deviations,
 - the window is open at K as in the paper (t > K); the reference script includes the end, which its own steps never hit.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

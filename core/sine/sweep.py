@@ -5,8 +5,6 @@ end_percent of ComfyUI's schedule: 0.6 is the paper's K = 400 of 999. Rows of th
 base_weights.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ cropped and padded to a square. Deviations, each with its reason:
 - class names are COCO's own; the reference code's are concatenated ("sportsball") and one is damaged.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

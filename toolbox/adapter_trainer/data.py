@@ -1,7 +1,5 @@
 """The samples of a run by number: a sample does not depend on the process or the time that requests it."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

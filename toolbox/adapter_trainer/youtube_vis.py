@@ -16,8 +16,6 @@ direction, and the target's widened box at most 0.8 in one. Deviations, each wit
 - the sentences are our own, with an article before the class.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random

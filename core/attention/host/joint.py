@@ -6,8 +6,6 @@ prompt and the third with another image, up to the first layer in which the imag
 name afterwards: such a call is known by its lengths.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Cross-attention maps of a MODEL: a prompt's last tokens at several noise levels of one image."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field
 from typing import Any

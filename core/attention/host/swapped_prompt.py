@@ -1,7 +1,5 @@
 """The two prompts of a word swap: their text, their tokens, and both as one CONDITIONING."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

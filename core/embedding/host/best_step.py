@@ -6,8 +6,6 @@ alike (by more than the standard error of the difference, image by image) and fo
 without the first condition noise chose too early a step, and cost identity (benchmarks/results/best_step.json).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

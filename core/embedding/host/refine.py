@@ -1,7 +1,5 @@
 """Refine an embedding for each denoising step with a MODEL (HiFi Tuner, Algorithm 1)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two consecutive images are similar."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from dataclasses import dataclass

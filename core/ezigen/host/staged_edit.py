@@ -1,7 +1,5 @@
 """EZIGen's editing with a MODEL: another subject in the masked area, the rest preserved by an inversion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Invert an image with a MODEL: from a node's inputs to a LIKENESS_TRAJECTORY."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

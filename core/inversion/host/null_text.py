@@ -1,7 +1,5 @@
 """Reconstruct an inverted image with a MODEL: null-text optimization, and three methods that need no optimization."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

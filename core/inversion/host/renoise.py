@@ -1,7 +1,5 @@
 """ReNoise inversion (see renoise.py) with a MODEL, and its replay in stock samplers and in the pack's own sampling."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Apply a fine-tune to a MODEL and a CLIP with ComfyUI's own LoRA loading, and with the mask that a T-LoRA needs."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ to them: for UNets those of common training scripts ("lora_unet_..."), for FLUX.
 ("transformer....lora_A"), with the rows of fused layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable

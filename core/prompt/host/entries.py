@@ -1,7 +1,5 @@
 """The conditioning entries of a running sampling, by prompt."""
 
-from __future__ import annotations
-
 import uuid
 from typing import Any
 

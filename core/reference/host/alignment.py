@@ -1,7 +1,5 @@
 """HiFi Tuner (arXiv 2312.00079), section 3.3: choose a reference image of the subject and align it with another."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import comfy.model_management as mm

@@ -1,7 +1,5 @@
 """Reference-guided sampling (HiFi Tuner, Algorithm 2) with a MODEL, and its replay in any sampler."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

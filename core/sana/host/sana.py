@@ -6,8 +6,6 @@ autoencoder with a downscaling of 32. They load fully or not at all, since their
 streamed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

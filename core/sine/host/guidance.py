@@ -4,8 +4,6 @@ It consists of wrappers on a clone of the base MODEL and acts before CFG, so the
 guider, and with other nodes' CFG patches. The state of a run is created when the run starts and freed when it ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from dataclasses import dataclass, replace

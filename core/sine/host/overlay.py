@@ -6,8 +6,6 @@ LoRA is added to its layer's output (out + up(down(x)), without a copy of any we
 ComfyUI's weight functions, one layer at a time. The order in which the models are loaded does not matter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -3,8 +3,6 @@
 The grid follows SINE's figures 7, 9 and 19 to 21, the curves follow its figure 8 (arXiv 2212.04489).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) from its authors' package, which is optional."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

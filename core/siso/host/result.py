@@ -1,7 +1,5 @@
 """The result of a similarity optimisation: LoRA, images and losses; and the size of its stored runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

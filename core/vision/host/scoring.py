@@ -1,7 +1,5 @@
 """Score a batch of images with the connected models: checks first, then measures, ranking and a report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

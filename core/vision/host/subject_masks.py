@@ -1,7 +1,5 @@
 """Find a named subject in images with a detector's boxes and segment-anything's masks; and caption images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ ComfyUI's own encode_image rounds pixels to 8 bits, so its gradient is zero ever
 with the pack's preprocessing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Other libraries: without network access or a change of the random state, their files, and what to install."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import sys

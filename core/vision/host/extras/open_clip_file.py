@@ -1,7 +1,5 @@
 """A safetensors file of an open_clip model -> Tower. The library is optional; nothing is downloaded."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

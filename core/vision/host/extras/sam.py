@@ -4,8 +4,6 @@ The network comes from the authors' package, the weights from models/sams. The w
 sizes a file contains.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A Hugging Face transformers folder -> Tower. Read from disk only; code in the folder is never run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
