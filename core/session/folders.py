@@ -85,7 +85,8 @@ def names(kind: Kind) -> Names:
         for name in files:
             folders = accumulate(name.split("/")[:-1], "{}/{}".format) if marked else ()
             outermost = next((folder for folder in folders if folder in marked), None)
-            if outermost or _is_listed(kind, name):
+            hidden = name.rpartition("/")[2].lower().startswith(kind.hidden_prefixes or "\0")
+            if outermost or _has_extension(kind, name) and not hidden:
                 entries.add(outermost or name)
     return Names(sorted(name for name in entries if "\\" not in name and _plain_parts(name)))
 
@@ -211,8 +212,3 @@ def _quoted(name: str) -> str:
 
 def _has_extension(kind: Kind, file: str) -> bool:
     return os.path.splitext(file.lower())[1] in kind.extensions
-
-
-def _is_listed(kind: Kind, name: str) -> bool:
-    file = name.rpartition("/")[2].lower()
-    return _has_extension(kind, file) and not file.startswith(kind.hidden_prefixes or "\0")

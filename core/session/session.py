@@ -85,24 +85,16 @@ class GuiderDenoiser:
             extra_args = {**extra_args, "model_options": {**options, "transformer_options": with_boxes}}
         texts = {"cross_attn": context, "pooled_output": pooled}
         changed = {name: value.to(x.device) for name, value in texts.items() if value is not None}
-        with self._prompt(changed, x.detach()):
-            return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
-
-    @contextlib.contextmanager
-    def _prompt(self, changed: dict[str, Tensor], x: Tensor) -> Iterator[None]:
-        """The prompt with these of its texts changed. The model prepares them as for a sampling (extra_conds): some pad
-        or number the tokens, or send them through layers of their own.
-        """
         guider, conds = self._guider, self._guider.conds
         entries = conds[self._role]
-        if changed:
-            prepare = guider.inner_model.extra_conds
+        if changed:  # prepared as for a sampling: some models pad or number tokens, or send them through own layers
+            prompt, prepare = [{**self._entry, **changed}], guider.inner_model.extra_conds
             entries = comfy.samplers.encode_model_conds(
-                prepare, [{**self._entry, **changed}], x, x.device, self._role, latent_image=self._x0
+                prepare, prompt, x.detach(), x.device, self._role, latent_image=self._x0
             )
         guider.conds = {"positive": entries}
         try:
-            yield
+            return guider(x, sigma.expand(x.shape[0]), **extra_args)
         finally:
             guider.conds = conds
 
