@@ -123,10 +123,11 @@ class NullText(Fit):
         best, best_loss, worse = self.best, self.best_loss, self.worse + 1
         if value < best_loss:
             best, best_loss, worse = before, value, 0
-        is_last, following = self._is_last_update(value, i, worse), self.x
+        limit, patience, following = self.settings.epsilon + i * EPSILON_GROWTH, self.settings.patience, self.x
+        is_last = value < limit or self.counts[-1] + 1 >= self.settings.inner_steps or 0 < patience <= worse
         with rollback_on_interrupt(self.optimizer):
             self.descend(loss, self.u)
-            null = best if self.settings.patience and worse else self.u.detach()
+            null = best if patience and worse else self.u.detach()
             if is_last:  # continue from the latent that the embedding actually leads to, not from the pivot
                 with torch.no_grad():
                     following = self.next_x(self.guided_noise(null))
@@ -140,12 +141,6 @@ class NullText(Fit):
                 self.counts.append(0)
                 self._start(null)
         return denoised
-
-    def _is_last_update(self, value: float, i: int, worse: int) -> bool:
-        """Whether the current update is the last one of step i."""
-        patience = self.settings.patience
-        converged = value < self.settings.epsilon + i * EPSILON_GROWTH
-        return converged or self.counts[-1] + 1 >= self.settings.inner_steps or bool(patience) and worse >= patience
 
     def own_state(self) -> dict[str, Tensor]:
         return {

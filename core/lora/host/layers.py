@@ -8,7 +8,7 @@ to them: for UNets those of common training scripts ("lora_unet_..."), for FLUX.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import comfy.utils
 from torch import Tensor, nn
@@ -36,13 +36,6 @@ FLUX_OPTIONAL = ("guidance_in.", "pos_embed_input.")  # of guidance-distilled mo
 ENCODERS = ("clip_l", "clip_g", "clip_h")  # ComfyUI's names for the CLIP text encoders
 NETWORK = "diffusion_model"
 MODEL_PREFIX = f"{NETWORK}."
-
-
-@runtime_checkable
-class HasLoraLayers(Protocol):
-    """A ComfyUI model that declares its trainable layers itself: {name in a PEFT file: layer}."""
-
-    def lora_layers(self) -> Mapping[str, nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +114,7 @@ def _published(base: Any) -> tuple[dict[str, Layer], bool]:
     nothing where there are no such names.
     """
     network, config = cast(nn.Module, base.diffusion_model), base.model_config.unet_config
-    if isinstance(base, HasLoraLayers):
+    if hasattr(base, "lora_layers"):  # a model that declares them itself: {name in a PEFT file: layer}
         return dict(base.lora_layers()), True
     if "num_res_blocks" in config:
         return _unet(network, config), False
