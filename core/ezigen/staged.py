@@ -106,9 +106,7 @@ def paste(x: Tensor, background: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def invert_with_solver(
-    predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigmas: Tensor, on_step: Callable[[int], None] | None = None
-) -> list[Tensor]:
+def invert_with_solver(predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigmas: Tensor) -> list[Tensor]:
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), second order, run upwards: latents at every level of sigmas.
 
     predict(x, sigma) -> predicted noise; z: the latent at sigmas[0] > 0; sigmas ascend. The first step is first order.
@@ -117,13 +115,11 @@ def invert_with_solver(
     """
     x, latents = z, [z]
     previous: tuple[Tensor, Tensor] | None = None  # x0 and h of the previous step
-    for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         x0 = x - sigma * predict(x, sigma)
         h = sigma.log() - following.log()
         towards = x0 if previous is None else x0 + (x0 - previous[0]) * (h / (2 * previous[1]))
         x = (following / sigma) * x - torch.expm1(-h) * towards
         previous = (x0, h)
         latents.append(x)
-        if on_step is not None:
-            on_step(step + 1)
     return latents

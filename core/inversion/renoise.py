@@ -162,12 +162,12 @@ def renoise(
     context: Tensor,
     sigmas: Tensor,
     settings: ReNoiseSettings,
-    on_step: Callable[[int, Tensor], None] = lambda _step, _x: None,
+    on_step: Callable[[Tensor], None] = lambda _x: None,
 ) -> tuple[Tensor, Replay]:
     """The latent [1, C, h, w] from which sampling `sigmas` returns to x0, and the Replay to sample it with.
 
     sigmas [T + 1] descending; the last is 0. context [1, tokens, width] of the prompt that describes x0; no guidance.
-    on_step(number of steps done, latent) may raise to stop.
+    on_step(latent) is called after each step, and may raise to stop.
     """
     generator, weights = torch.Generator().manual_seed(settings.seed), (settings.kl_weight, settings.correlation_weight)
     sigmas = sigmas.to(x0)
@@ -196,7 +196,7 @@ def renoise(
             eps = predicted_noise(denoiser, guess, sigma, context)
             noises[step] = corrected_noise(noises[step], guess, eps, x, sigma, following)
         x = guess
-        on_step(len(sigmas) - 1 - step, x)
+        on_step(x)
     return x, Replay(sigmas, torch.cat(noises)[: None if settings.ancestral else 0])
 
 

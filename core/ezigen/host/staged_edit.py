@@ -181,11 +181,12 @@ def _invert(
 
     def body(denoiser: Any, x0: Tensor) -> None:
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            steps.step()
             return predicted_noise(denoiser, x, sigma, denoiser.context)
 
         sigmas = up.to(x0)
         start = rescaled(x0, torch.zeros_like(sigmas[0]), sigmas[0]) if published else x0
-        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas, lambda _step: steps.step()))
+        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas))
 
     predicting(model, prompt, latent, body)
     if not published:

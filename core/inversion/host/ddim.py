@@ -39,9 +39,8 @@ def invert_image(
     header = {**_origin(model, positive), "label": label}
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        on_step = lambda _step, x: steps.step(x)  # noqa: E731
         x0, context = x0.float(), denoiser.context
-        latents = invert(denoiser, x0, context, sigmas, label, iterations, on_step)
+        latents = invert(denoiser, x0, context, sigmas, label, iterations, steps.step)
         error = None
         if check:
             missed = reconstruct(denoiser, latents[0], context, sigmas) - x0

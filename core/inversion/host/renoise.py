@@ -95,9 +95,7 @@ def renoise_image(
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         x0 = x0.float()
-        start, replay = renoise(
-            denoiser, x0, denoiser.context, levels, settings, on_step=lambda _step, x: steps.step(x)
-        )
+        start, replay = renoise(denoiser, x0, denoiser.context, levels, settings, steps.step)
         again = start
         for step, sigma in enumerate(replay.sigmas[:-1].to(x0)):
             again = replay.step(again, predicted_noise(denoiser, again, sigma, denoiser.context), step)
