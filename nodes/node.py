@@ -23,8 +23,10 @@ HOOKS = ("validate_inputs", "fingerprint_inputs")
 class Node(io.ComfyNode):
     """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
 
-    def __init_subclass__(cls, files: Mapping[str, folders.Kind] | None = None, **more: Any) -> None:
-        """files: the kinds of the model files that inputs name; the node runs again when one of them changes."""
+    def __init_subclass__(cls, files: Mapping[str, folders.Kind | None] | None = None, **more: Any) -> None:
+        """files: the kinds of the model files, or None for the folders of images, that inputs name; the node runs again
+        when one of them changes.
+        """
         super().__init_subclass__(**more)
         if files is not None:
 
@@ -38,7 +40,7 @@ class Node(io.ComfyNode):
 
 
 def node(
-    inputs: Callable[[], list[io.Input]], *, files: Mapping[str, folders.Kind] | None = None, **fields: Any
+    inputs: Callable[[], list[io.Input]], *, files: Mapping[str, folders.Kind | None] | None = None, **fields: Any
 ) -> Callable[[Callable[..., io.NodeOutput]], type[Node]]:
     """The node that a function is, of its name: it gets its inputs as a schema of these fields promises.
 

@@ -9,10 +9,6 @@ from .node import node
 from .types import output
 
 
-def _state(_cls, name, **_inputs) -> str:
-    return host.sana_state(name)
-
-
 @node(
     display_name="Load Sana",
     category="likeness/loaders",
@@ -53,7 +49,7 @@ def _state(_cls, name, **_inputs) -> str:
             io.Clip, "plain_clip", "The same text encoder without the instruction, for a non-empty negative prompt."
         ),
     ],
-    fingerprint_inputs=_state,
+    files={"name": folders.DIFFUSERS},
 )
 def LikenessLoadSana(name, dtype="default", instruction=True) -> io.NodeOutput:
     return io.NodeOutput(*host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction))

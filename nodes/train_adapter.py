@@ -12,10 +12,6 @@ from .node import build, node
 from .types import Adapter, LossMap, output
 
 
-def _state(_cls, folder, **_others) -> str:
-    return folders.image_folder_state(folder)
-
-
 @node(
     display_name="Train Subject Adapter (EZIGen)",
     category="likeness/adapter",
@@ -83,7 +79,7 @@ def _state(_cls, folder, **_others) -> str:
         output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
         output(io.String, "report", "The files used and skipped, and the error with and without the subject's images."),
     ],
-    fingerprint_inputs=_state,
+    files={"folder": None},
 )
 def LikenessTrainAdapter(folder, adapter=None, **more) -> io.NodeOutput:
     kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings

@@ -8,7 +8,7 @@ write to, so links must not lead out of it.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -141,19 +141,15 @@ def resolve(kind: Kind, name: str) -> Path:
     )
 
 
-def state(kind: Kind, name: str | None) -> str:
-    """A string that changes when the files of an entry change, for a node's fingerprint. None: the name comes from a
-    link, whose value ComfyUI does not know yet.
+def state(kind: Kind | None, name: str | None) -> str:
+    """A string that changes when the files of an entry change, or those in its sub-folders, for a node's fingerprint.
+
+    kind: None for a folder of images. name: None where it comes from a link, whose value ComfyUI does not know yet.
     """
     if name is None:
         return ""
-    path = resolve(kind, name)
-    return state_of_files(path.iterdir() if path.is_dir() else [path])
-
-
-def state_of_files(paths: Iterable[Path]) -> str:
-    """A string that changes when one of these files does."""
-    files = sorted(path for path in paths if path.is_file())
+    path = resolve_image_folder(name) if kind is None else resolve(kind, name)
+    files = sorted(each for each in (path, *path.glob("*"), *path.glob("*/*")) if each.is_file())
     return " ".join(f"{file}-{file.stat().st_mtime_ns}-{file.stat().st_size}" for file in files)
 
 
@@ -178,14 +174,6 @@ def resolve_image_folder(name: str) -> Path:
             "list."
         )
     return path
-
-
-def image_folder_state(name: str | None) -> str:
-    """As state(), for a folder of images."""
-    if name is None:
-        return ""
-    path = resolve_image_folder(name)
-    return state_of_files((*path.glob("*"), *path.glob("*/*")))
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -130,11 +130,6 @@ def sana_names() -> Names:
     return folders.matching(folders.DIFFUSERS, lambda path: sana.pipeline_of(path) == sana.PIPELINE)
 
 
-def sana_state(name: str | None) -> str:
-    """As folders.state(), including sub-folders."""
-    return "" if name is None else folders.state_of_files(folders.resolve(folders.DIFFUSERS, name).glob("*/*"))
-
-
 def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:
     """Load all models of a folder. ValueError, before anything large is read, when it has another model, is incomplete
     or pickled; RuntimeError when diffusers is not installed.
