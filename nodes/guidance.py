@@ -8,8 +8,8 @@ from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from ..core.sine.host.personalization import OMEGA, with_personalization
 from . import inputs
-from .node import node
-from .types import Subjects, output
+from .node import Node
+from .types import Subjects, output, schema
 
 
 def _tuned() -> list[io.Input]:
@@ -81,95 +81,123 @@ def _guided(model, tuned, tuned_positive, base_weight, allow_over_one=False, sub
     return with_guidance(model, [first, *(subjects or [])], allow_over_one)
 
 
-@node(
-    display_name="Subject Model",
-    category="likeness/guidance",
-    description="Adds another fine-tuned model to a guidance (SINE), such as a style in addition to the "
-    "content. The base model keeps 1 minus the sum of all weights.",
-    search_aliases=["sine", "style transfer"],
-    inputs=lambda: [
-        io.Model.Input("model", tooltip="The fine-tuned model."),
-        io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
-        inputs.fraction(
-            "weight",
-            1 - BASE_WEIGHT,
-            "Weight of this model in the guided prediction (beta). SINE's style transfer: content 0.4, style 0.5.",
-        ),
-        *_window(),
-        Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
-    ],
-    outputs=[output(Subjects, "subjects", "The fine-tuned models, for a guidance node.")],
-)
-def LikenessSubjectModel(model, positive, weight, subjects=None, **window) -> io.NodeOutput:
-    return io.NodeOutput([*(subjects or []), subject_model(model, positive, weight, **window)])
-
-
-@node(
-    display_name="Subject Guidance (SINE)",
-    category="likeness/guidance",
-    description="Guides the base model with a model fine-tuned on one image while the layout is decided "
-    "(SINE): the result follows the edit prompt and keeps the image. For KSampler and any guider; the paper "
-    f"uses cfg {CFG}.",
-    search_aliases=["sine", "edit", "single image", "model merge"],
-    inputs=lambda: [
-        io.Model.Input("model", tooltip="The base model. It receives the edit prompt and the negative prompt."),
-        *_tuned(),
-        _base_weight(),
-        *_window(),
-        *_more(),
-    ],
-    outputs=[output(io.Model, "model", "The guided model. Sample it with the edit prompt.")],
-)
-def LikenessGuidance(**guidance) -> io.NodeOutput:
-    return io.NodeOutput(_guided(**guidance))
-
-
-@node(
-    display_name="Subject Guider",
-    category="likeness/guidance",
-    description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The images are "
-    "bit-identical.",
-    search_aliases=["sine", "edit", "single image"],
-    inputs=lambda: [
-        io.Model.Input("model", tooltip="The base model."),
-        io.Conditioning.Input("positive", tooltip="The edit prompt, from the base model's CLIP."),
-        io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty, from the same CLIP."),
-        *_tuned(),
-        inputs.cfg(CFG, "Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.", 0.0),
-        _base_weight(),
-        *_window(),
-        *_more(),
-    ],
-    outputs=[output(io.Guider, "guider", "The guider, for SamplerCustomAdvanced.")],
-)
-def LikenessGuider(positive, negative, cfg, **guidance) -> io.NodeOutput:
-    return io.NodeOutput(guider(_guided(**guidance), positive, negative, cfg))
-
-
-@node(
-    display_name="Personalization Guidance",
-    category="likeness/guidance",
-    description="Guides a fine-tuned model, or a model with a LoRA, away from what the base model would make "
-    "of no prompt: more of the subject and of the prompt, at the cost of plain sampling (Park et al. 2025).",
-    search_aliases=["lora strength", "autoguidance", "weak model", "cfg"],
-    inputs=lambda: [
-        io.Model.Input("model", tooltip="The base model, without the fine-tuning."),
-        io.Model.Input("tuned", tooltip="The fine-tuned model: from another loader, or the model with a LoRA."),
-        inputs.fraction(
-            "weak",
-            OMEGA,
-            "omega: how much of the fine-tuning the negative prediction keeps. 0 is the base model, 1 is plain "
-            "guidance. Lower shows more of the subject. Between 0 and 1 the fine-tuning must be a LoRA or "
-            "weights on the same loaded model.",
-        ),
-    ],
-    outputs=[
-        output(
-            io.Model,
-            "model",
-            "The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a cfg above 1.",
+class LikenessSubjectModel(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessSubjectModel",
+            display_name="Subject Model",
+            category="likeness/guidance",
+            description="Adds another fine-tuned model to a guidance (SINE), such as a style in addition to the "
+            "content. The base model keeps 1 minus the sum of all weights.",
+            search_aliases=["sine", "style transfer"],
+            inputs=[
+                io.Model.Input("model", tooltip="The fine-tuned model."),
+                io.Conditioning.Input("positive", tooltip="The prompt it was trained with, from its own CLIP."),
+                inputs.fraction(
+                    "weight",
+                    1 - BASE_WEIGHT,
+                    "Weight of this model in the guided prediction (beta). SINE's style transfer: content 0.4, style "
+                    "0.5.",
+                ),
+                *_window(),
+                Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
+            ],
+            outputs=[output(Subjects, "subjects", "The fine-tuned models, for a guidance node.")],
         )
-    ],
-)
-def LikenessPersonalizationGuidance(model, tuned, weak=OMEGA) -> io.NodeOutput:
-    return io.NodeOutput(with_personalization(model, tuned, weak))
+
+    @classmethod
+    def execute(cls, model, positive, weight, subjects=None, **window) -> io.NodeOutput:
+        return io.NodeOutput([*(subjects or []), subject_model(model, positive, weight, **window)])
+
+
+class LikenessGuidance(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessGuidance",
+            display_name="Subject Guidance (SINE)",
+            category="likeness/guidance",
+            description="Guides the base model with a model fine-tuned on one image while the layout is decided "
+            "(SINE): the result follows the edit prompt and keeps the image. For KSampler and any guider; the paper "
+            f"uses cfg {CFG}.",
+            search_aliases=["sine", "edit", "single image", "model merge"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. It receives the edit prompt and the negative prompt."),
+                *_tuned(),
+                _base_weight(),
+                *_window(),
+                *_more(),
+            ],
+            outputs=[output(io.Model, "model", "The guided model. Sample it with the edit prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, **guidance) -> io.NodeOutput:
+        return io.NodeOutput(_guided(**guidance))
+
+
+class LikenessGuider(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessGuider",
+            display_name="Subject Guider",
+            category="likeness/guidance",
+            description="Subject Guidance with prompts and cfg in one node, for SamplerCustomAdvanced. The images are "
+            "bit-identical.",
+            search_aliases=["sine", "edit", "single image"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model."),
+                io.Conditioning.Input("positive", tooltip="The edit prompt, from the base model's CLIP."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty, from the same CLIP."),
+                *_tuned(),
+                inputs.cfg(
+                    CFG, "Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.", 0.0
+                ),
+                _base_weight(),
+                *_window(),
+                *_more(),
+            ],
+            outputs=[output(io.Guider, "guider", "The guider, for SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, cfg, **guidance) -> io.NodeOutput:
+        return io.NodeOutput(guider(_guided(**guidance), positive, negative, cfg))
+
+
+class LikenessPersonalizationGuidance(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessPersonalizationGuidance",
+            display_name="Personalization Guidance",
+            category="likeness/guidance",
+            description="Guides a fine-tuned model, or a model with a LoRA, away from what the base model would make "
+            "of no prompt: more of the subject and of the prompt, at the cost of plain sampling (Park et al. 2025).",
+            search_aliases=["lora strength", "autoguidance", "weak model", "cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, without the fine-tuning."),
+                io.Model.Input("tuned", tooltip="The fine-tuned model: from another loader, or the model with a LoRA."),
+                inputs.fraction(
+                    "weak",
+                    OMEGA,
+                    "omega: how much of the fine-tuning the negative prediction keeps. 0 is the base model, 1 is plain "
+                    "guidance. Lower shows more of the subject. Between 0 and 1 the fine-tuning must be a LoRA or "
+                    "weights on the same loaded model.",
+                ),
+            ],
+            outputs=[
+                output(
+                    io.Model,
+                    "model",
+                    "The fine-tuned model, guided. Sample it with your prompt, an empty negative prompt and a "
+                    "cfg above 1.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, tuned, weak=OMEGA) -> io.NodeOutput:
+        return io.NodeOutput(with_personalization(model, tuned, weak))

@@ -9,136 +9,155 @@ from ..core.inversion.host.null_text import prepare_reconstruction
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import node
-from .types import LossMap, Trajectory, output
+from .node import Node
+from .types import LossMap, Trajectory, output, schema
 
 
-@node(
-    display_name="Invert Image",
-    category="likeness/inversion",
-    description="Finds the noise from which sampling reconstructs an image (DDIM inversion, or the flow ODE). "
-    "Sample latent, noise and SIGMAS of this node with the euler sampler.",
-    search_aliases=["ddim inversion", "unsampler", "invert", "null text", "rf inversion", "fireflow"],
-    inputs=lambda: [
-        io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
-        io.Conditioning.Input("positive", tooltip="A plain description of the image."),
-        io.Sigmas.Input(
-            "sigmas", tooltip="Noise levels of the sampling, from BasicScheduler. ddim_uniform with 50 steps is usual."
-        ),
-        inputs.choice(
-            "label",
-            LABELS,
-            "Noise level at which the model is evaluated in each step. published: as in null-text inversion; "
-            "current: as with flipped sigmas; fixed point: most exact, several calls per step; midpoint: "
-            "second order, for flow models and few steps.",
-        ),
-        *inputs.advanced(
-            inputs.count("iterations", ITERATIONS, 50, "Additional model calls per step. Only for 'fixed point'.")
-        ),
-        *inputs.encoded_or_image(),
-        *inputs.advanced(
-            io.Boolean.Input(
-                "check",
-                default=True,
-                optional=True,
-                tooltip="Samples the noise again without guidance and reports how closely the image comes "
-                "back: one model call more in each step.",
-            )
-        ),
-    ],
-    outputs=[
-        output(Trajectory, "trajectory", "All latents of the inversion, for Null-Text."),
-        output(
-            io.Latent,
-            "latent",
-            "The latent to start from. SD1.x to SDXL: the noise; sample it without adding noise "
-            "(DisableNoise, or the output noise). Flow models: empty, with everything in the output noise.",
-        ),
-        output(io.Sigmas, "sigmas", "The noise levels, passed through for the sampler."),
-        output(io.Noise, "noise", "The noise to start from, for SamplerCustomAdvanced; flow models need it."),
-        output(io.String, "report", "How closely the image comes back without guidance, by euler."),
-    ],
-)
-def LikenessInvert(
-    model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None, check=True
-) -> io.NodeOutput:
-    source = ImageSource(latent, image, vae)
-    trajectory = invert_image(model, positive, source, sigmas, label, iterations, check)
-    latent, noise = start_of(model, trajectory)
-    return io.NodeOutput(trajectory, latent, sigmas, noise, trajectory.report())
+class LikenessInvert(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessInvert",
+            display_name="Invert Image",
+            category="likeness/inversion",
+            description="Finds the noise from which sampling reconstructs an image (DDIM inversion, or the flow ODE). "
+            "Sample latent, noise and SIGMAS of this node with the euler sampler.",
+            search_aliases=["ddim inversion", "unsampler", "invert", "null text", "rf inversion", "fireflow"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to invert with, and to sample with afterwards."),
+                io.Conditioning.Input("positive", tooltip="A plain description of the image."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="Noise levels of the sampling, from BasicScheduler. ddim_uniform with 50 steps is usual.",
+                ),
+                inputs.choice(
+                    "label",
+                    LABELS,
+                    "Noise level at which the model is evaluated in each step. published: as in null-text inversion; "
+                    "current: as with flipped sigmas; fixed point: most exact, several calls per step; midpoint: "
+                    "second order, for flow models and few steps.",
+                ),
+                *inputs.advanced(
+                    inputs.count(
+                        "iterations", ITERATIONS, 50, "Additional model calls per step. Only for 'fixed point'."
+                    )
+                ),
+                *inputs.encoded_or_image(),
+                *inputs.advanced(
+                    io.Boolean.Input(
+                        "check",
+                        default=True,
+                        optional=True,
+                        tooltip="Samples the noise again without guidance and reports how closely the image comes "
+                        "back: one model call more in each step.",
+                    )
+                ),
+            ],
+            outputs=[
+                output(Trajectory, "trajectory", "All latents of the inversion, for Null-Text."),
+                output(
+                    io.Latent,
+                    "latent",
+                    "The latent to start from. SD1.x to SDXL: the noise; sample it without adding noise "
+                    "(DisableNoise, or the output noise). Flow models: empty, with everything in the output noise.",
+                ),
+                output(io.Sigmas, "sigmas", "The noise levels, passed through for the sampler."),
+                output(io.Noise, "noise", "The noise to start from, for SamplerCustomAdvanced; flow models need it."),
+                output(io.String, "report", "How closely the image comes back without guidance, by euler."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None, check=True
+    ) -> io.NodeOutput:
+        source = ImageSource(latent, image, vae)
+        trajectory = invert_image(model, positive, source, sigmas, label, iterations, check)
+        latent, noise = start_of(model, trajectory)
+        return io.NodeOutput(trajectory, latent, sigmas, noise, trajectory.report())
 
 
-@node(
-    display_name="Null-Text",
-    category="likeness/inversion",
-    description="Makes guided sampling reconstruct an inverted image: with its own negative prompt for every "
-    "step (null-text inversion), or with one of three methods that need no optimization.",
-    search_aliases=[
-        "null text inversion",
-        "negative prompt inversion",
-        "direct inversion",
-        "directedit",
-        "pnp",
-        "pivotal",
-    ],
-    inputs=lambda: [
-        io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
-        io.Conditioning.Input("positive", tooltip="The same prompt that the image was inverted with."),
-        io.Conditioning.Input("negative", tooltip="The empty prompt."),
-        Trajectory.Input("trajectory", tooltip="From Invert Image."),
-        inputs.choice(
-            "method",
-            published.METHODS,
-            "null-text: optimizes a negative for each step. negative prompt: the prompt is its own negative; "
-            "immediate, slightly less exact. direct: the output model puts the first latent of a batch back "
-            "on the inversion's trajectory after each step; immediate and exact, for euler. direct edit: "
-            "direct, and the model also sees the edits as the inversion saw the image (DirectEdit).",
-        ),
-        inputs.cfg(
-            published.CFG,
-            "Guidance scale that the image will be sampled with; use the same value there. Only for null-text.",
-        ),
-        inputs.choice(
-            "start",
-            published.STARTS,
-            "Starting point of null-text. prompt: the prompt itself, where little is left to correct. empty "
-            "prompt: as in the paper; five times as many updates, with negatives closer to an empty prompt.",
-        ),
-        inputs.inner_steps(published.INNER_STEPS, "Maximum number of updates per sampling step. Only for null-text."),
-        *inputs.advanced(
-            inputs.rate(
-                published.LEARNING_RATE,
-                "Adam's learning rate at the first step. It falls by 1 % with every step.",
-                step=1e-3,
-            ),
-            inputs.fraction(
-                "epsilon",
-                published.EPSILON,
-                "A step ends early once its loss is below this value. The limit rises for later steps.",
-                step=1e-5,
-                round=1e-7,
-            ),
-            inputs.count(
-                "patience",
-                0,
-                1000,
-                "A step also ends after this many updates in a row without improvement, and keeps its "
-                "best negative. 0 never does, as in the reference code.",
-                min=0,
-            ),
-        ),
-    ],
-    outputs=[
-        output(io.Conditioning, "negative", "One negative per step, as time windows, for any sampler."),
-        output(LossMap, "loss", "The loss of every update, for Plot Loss Graph. Only with null-text."),
-        output(io.String, "report", "Number of updates and losses of every step."),
-        output(
-            io.Model, "model", "The model to sample with; it differs from the input only for direct and direct edit."
-        ),
-    ],
-)
-def LikenessNullText(model, positive, negative, trajectory, method, start, **settings) -> io.NodeOutput:
-    how = published.NullTextSettings(**settings)
-    found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start)
-    loss = loss_map(found.losses) if found.losses else nothing()
-    return io.NodeOutput(found.negative, loss, found.report, found.model)
+class LikenessNullText(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessNullText",
+            display_name="Null-Text",
+            category="likeness/inversion",
+            description="Makes guided sampling reconstruct an inverted image: with its own negative prompt for every "
+            "step (null-text inversion), or with one of three methods that need no optimization.",
+            search_aliases=[
+                "null text inversion",
+                "negative prompt inversion",
+                "direct inversion",
+                "directedit",
+                "pnp",
+                "pivotal",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
+                io.Conditioning.Input("positive", tooltip="The same prompt that the image was inverted with."),
+                io.Conditioning.Input("negative", tooltip="The empty prompt."),
+                Trajectory.Input("trajectory", tooltip="From Invert Image."),
+                inputs.choice(
+                    "method",
+                    published.METHODS,
+                    "null-text: optimizes a negative for each step. negative prompt: the prompt is its own negative; "
+                    "immediate, slightly less exact. direct: the output model puts the first latent of a batch back "
+                    "on the inversion's trajectory after each step; immediate and exact, for euler. direct edit: "
+                    "direct, and the model also sees the edits as the inversion saw the image (DirectEdit).",
+                ),
+                inputs.cfg(
+                    published.CFG,
+                    "Guidance scale that the image will be sampled with; use the same value there. Only for null-text.",
+                ),
+                inputs.choice(
+                    "start",
+                    published.STARTS,
+                    "Starting point of null-text. prompt: the prompt itself, where little is left to correct. empty "
+                    "prompt: as in the paper; five times as many updates, with negatives closer to an empty prompt.",
+                ),
+                inputs.inner_steps(
+                    published.INNER_STEPS, "Maximum number of updates per sampling step. Only for null-text."
+                ),
+                *inputs.advanced(
+                    inputs.rate(
+                        published.LEARNING_RATE,
+                        "Adam's learning rate at the first step. It falls by 1 % with every step.",
+                        step=1e-3,
+                    ),
+                    inputs.fraction(
+                        "epsilon",
+                        published.EPSILON,
+                        "A step ends early once its loss is below this value. The limit rises for later steps.",
+                        step=1e-5,
+                        round=1e-7,
+                    ),
+                    inputs.count(
+                        "patience",
+                        0,
+                        1000,
+                        "A step also ends after this many updates in a row without improvement, and keeps its "
+                        "best negative. 0 never does, as in the reference code.",
+                        min=0,
+                    ),
+                ),
+            ],
+            outputs=[
+                output(io.Conditioning, "negative", "One negative per step, as time windows, for any sampler."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph. Only with null-text."),
+                output(io.String, "report", "Number of updates and losses of every step."),
+                output(
+                    io.Model,
+                    "model",
+                    "The model to sample with; it differs from the input only for direct and direct edit.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, trajectory, method, start, **settings) -> io.NodeOutput:
+        how = published.NullTextSettings(**settings)
+        found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start)
+        loss = loss_map(found.losses) if found.losses else nothing()
+        return io.NodeOutput(found.negative, loss, found.report, found.model)

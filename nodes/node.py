@@ -14,10 +14,8 @@ from ..core.session.images import check_result
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
-from .types import schema
 
 CHECKED = "_likeness_checked"
-HOOKS = ("validate_inputs", "fingerprint_inputs")
 
 
 class Node(io.ComfyNode):
@@ -39,58 +37,21 @@ class Node(io.ComfyNode):
             cls.execute = classmethod(_checked(method.__func__))
 
 
-def node(
-    inputs: Callable[[], list[io.Input]], *, files: Mapping[str, folders.Kind | None] | None = None, **fields: Any
-) -> Callable[[Callable[..., io.NodeOutput]], type[Node]]:
-    """The node that a function is, of its name: it gets its inputs as a schema of these fields promises.
-
-    inputs: asked for them anew each time, as some look for files. files: as of Node. fields: also validate_inputs and
-    fingerprint_inputs, functions of the class and the inputs they name.
-    """
-    hooks = {name: classmethod(fields.pop(name)) for name in HOOKS if name in fields}
-
-    def made(function: Callable[..., io.NodeOutput]) -> type[Node]:
-        @functools.wraps(function)
-        def execute(_cls: type[Node], **given: Any) -> io.NodeOutput:
-            return function(**given)
-
-        def define_schema(cls: type[Node]) -> io.Schema:
-            return schema(**{"node_id": function.__name__, "inputs": inputs(), **fields})
-
-        parts = {"execute": classmethod(execute), "define_schema": classmethod(define_schema), **hooks}
-        return type(Node)(function.__name__, (Node,), {"__module__": function.__module__, **parts}, files=files)
-
-    return made
-
-
-def listed(kind: folders.Kind, missing: Callable[[str], str]) -> Callable[..., bool | str]:
-    """validate_inputs() of a loader; missing(name) says where to get a file that is not in the list."""
-
-    def known(_cls: type[Node], name) -> bool | str:
-        return name is None or name in folders.names(kind) or missing(name)  # None: it comes from a link
-
-    return known
-
-
-def plain_prefix(_cls: type[Node], filename_prefix) -> bool | str:
-    """validate_inputs() of a node that saves a file."""
-    return prefix_answer(filename_prefix)
-
-
-def saved(kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str) -> io.NodeOutput:
-    """Write an artifact to a new numbered file in models/ by save(path, artifact, replace=False), and pass it through.
-
-    what: the description to show under the file's name.
-    """
-    path = save_numbered(folders.roots(kind)[0], prefix, lambda path: save(path, artifact, replace=False))
-    name = folders.listed_name(kind, path)
-    return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
-
-
 class SavingNode(Node):
-    """A node with these two, written as a class."""
+    """A node that writes its first input to a new numbered file in models/."""
 
-    validate_inputs, saved = classmethod(plain_prefix), staticmethod(saved)
+    @classmethod
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return prefix_answer(filename_prefix)
+
+    @classmethod
+    def saved(
+        cls, kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str
+    ) -> io.NodeOutput:
+        """save(path, artifact, replace=False) writes it; what: the description to show under the file's name."""
+        path = save_numbered(folders.roots(kind)[0], prefix, lambda path: save(path, artifact, replace=False))
+        name = folders.listed_name(kind, path)
+        return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
 
 
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:

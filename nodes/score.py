@@ -8,49 +8,82 @@ from ..core.vision.host import scoring
 from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
-from .node import node
-from .types import output
+from .node import Node
+from .types import output, schema
 
 NO_LPIPS = "none"
-BEST = "of the best image; -1 if not measured."
 
 
-@node(
-    display_name="Load Vision Model",
-    category="likeness/score",
-    description="Loads DINOv2, CLIP, SigLIP and other vision models from models/likeness_vision: a "
-    "transformers folder or an open_clip safetensors file. Nothing is downloaded.",
-    search_aliases=["dino", "dinov2", "clip vision", "siglip", "open_clip"],
-    inputs=lambda: [
-        io.Combo.Input(
-            "name",
-            options=vision_names(),
-            tooltip="A folder with config.json and model.safetensors, or an open_clip file named like "
-            "ViT-B-32__mine.safetensors, in models/likeness_vision. Press R to refresh the list.",
+class LikenessLoadVision(Node, files={"name": folders.VISION}):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessLoadVision",
+            display_name="Load Vision Model",
+            category="likeness/score",
+            description="Loads DINOv2, CLIP, SigLIP and other vision models from models/likeness_vision: a "
+            "transformers folder or an open_clip safetensors file. Nothing is downloaded.",
+            search_aliases=["dino", "dinov2", "clip vision", "siglip", "open_clip"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=vision_names(),
+                    tooltip="A folder with config.json and model.safetensors, or an open_clip file named like "
+                    "ViT-B-32__mine.safetensors, in models/likeness_vision. Press R to refresh the list.",
+                )
+            ],
+            outputs=[
+                output(
+                    io.ClipVision,
+                    "vision",
+                    "The vision model, for Score Likeness and any node that takes a CLIP_VISION.",
+                )
+            ],
         )
-    ],
-    outputs=[
-        output(io.ClipVision, "vision", "The vision model, for Score Likeness and any node that takes a CLIP_VISION.")
-    ],
-    files={"name": folders.VISION},
-)
-def LikenessLoadVision(name) -> io.NodeOutput:
-    return io.NodeOutput(load_vision(folders.resolve(folders.VISION, name)))
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        return io.NodeOutput(load_vision(folders.resolve(folders.VISION, name)))
 
 
-def _state(_cls, lpips=NO_LPIPS, **_inputs) -> str:
-    if lpips in (None, NO_LPIPS):
-        return ""
-    return folders.state(folders.LPIPS, lpips)
+class LikenessScore(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessScore",
+            display_name="Score Likeness",
+            category="likeness/score",
+            description="Measures how well images preserve a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and "
+            "preserve everything outside the subject (PSNR, LPIPS), with whichever models are connected, and ranks "
+            "the batch.",
+            search_aliases=["dino score", "clip score", "similarity", "psnr", "lpips", "metrics", "rank"],
+            inputs=_score_inputs(),
+            outputs=_score_outputs(),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips=NO_LPIPS, **_inputs) -> str:
+        if lpips in (None, NO_LPIPS):
+            return ""
+        return folders.state(folders.LPIPS, lpips)
+
+    @classmethod
+    def execute(cls, images, lpips=NO_LPIPS, **request) -> io.NodeOutput:
+        path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
+        scores = scoring.score(scoring.Request(images, lpips=path, **request))
+        report = scores.report()
+        captions = [scores.lines(i) for i in scores.shown]
+        footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
+        image = score_sheet(images[scores.shown], captions, scores.shown.index(scores.best), footer)
+        numbers = (scores.of_best(name) for name in scoring.TITLES)
+        order = ", ".join(map(str, scores.order))
+        shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}
+        return io.NodeOutput(*numbers, report, scores.best, order, image, ui=shown)
 
 
-@node(
-    display_name="Score Likeness",
-    category="likeness/score",
-    description="Measures how well images preserve a subject (DINO, CLIP-I), follow a prompt (CLIP-T) and preserve "
-    "everything outside the subject (PSNR, LPIPS), with whichever models are connected, and ranks the batch.",
-    search_aliases=["dino score", "clip score", "similarity", "psnr", "lpips", "metrics", "rank"],
-    inputs=lambda: [
+def _score_inputs() -> list[io.Input]:
+    return [
         io.Image.Input("images", tooltip="The images to score, one or a batch."),
         io.String.Input(
             "prompt",
@@ -113,29 +146,19 @@ def _state(_cls, lpips=NO_LPIPS, **_inputs) -> str:
             tooltip="Names of the images, separated by commas, for the report and the grid, which then shows the best "
             "image first. If empty, the images are numbered.",
         ),
-    ],
-    outputs=[
-        output(io.Float, "dino", f"DINO identity (cosine, 1 = the same) {BEST}"),
-        output(io.Float, "clip_i", f"CLIP identity (cosine, 1 = the same) {BEST}"),
-        output(io.Float, "clip_t", f"CLIP agreement with the prompt (cosine) {BEST}"),
-        output(io.Float, "psnr", f"PSNR outside the mask in dB (100 = equal) {BEST}"),
-        output(io.Float, "lpips", f"LPIPS outside the mask (0 = equal) {BEST}"),
+    ]
+
+
+def _score_outputs() -> list[io.Output]:
+    best = "of the best image; -1 if not measured."
+    return [
+        output(io.Float, "dino", f"DINO identity (cosine, 1 = the same) {best}"),
+        output(io.Float, "clip_i", f"CLIP identity (cosine, 1 = the same) {best}"),
+        output(io.Float, "clip_t", f"CLIP agreement with the prompt (cosine) {best}"),
+        output(io.Float, "psnr", f"PSNR outside the mask in dB (100 = equal) {best}"),
+        output(io.Float, "lpips", f"LPIPS outside the mask (0 = equal) {best}"),
         output(io.String, "report", "A table of all images' scores, with the models used."),
         output(io.Int, "best", "Index of the best image in the batch, counted from 0."),
         output(io.String, "order", "All indices from best to worst, such as '2, 0, 1'."),
         output(io.Image, "picture", "A grid of the images with their scores."),
-    ],
-    is_output_node=True,
-    fingerprint_inputs=_state,
-)
-def LikenessScore(images, lpips=NO_LPIPS, **request) -> io.NodeOutput:
-    path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
-    scores = scoring.score(scoring.Request(images, lpips=path, **request))
-    report = scores.report()
-    captions = [scores.lines(i) for i in scores.shown]
-    footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
-    image = score_sheet(images[scores.shown], captions, scores.shown.index(scores.best), footer)
-    numbers = (scores.of_best(name) for name in scoring.TITLES)
-    order = ", ".join(map(str, scores.order))
-    shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}
-    return io.NodeOutput(*numbers, report, scores.best, order, image, ui=shown)
+    ]

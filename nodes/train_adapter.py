@@ -8,17 +8,52 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import build, node
-from .types import Adapter, LossMap, output
+from .node import Node, build
+from .types import Adapter, LossMap, output, schema
 
 
-@node(
-    display_name="Train Subject Adapter (EZIGen)",
-    category="likeness/adapter",
-    description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
-    "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
-    search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
-    inputs=lambda: [
+class LikenessTrainAdapter(Node, files={"folder": None}):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessTrainAdapter",
+            display_name="Train Subject Adapter (EZIGen)",
+            category="likeness/adapter",
+            description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
+            "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
+            search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
+            inputs=[
+                *_inputs(),
+                *_advanced_inputs(),
+                Adapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
+                    "the model's self-attention layers, and needs the full number of steps.",
+                ),
+            ],
+            outputs=[
+                output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
+                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
+                output(
+                    io.String,
+                    "report",
+                    "The files used and skipped, and the error with and without the subject's images.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
+        kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
+        models, plan, settings = build({**more, "start": adapter}, *kinds)
+        pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
+        trained, losses, report = host.train_adapter(models, pairs, plan, settings)
+        return io.NodeOutput(trained, loss_map(losses), report)
+
+
+def _inputs() -> list[io.Input]:
+    return [
         io.Model.Input(
             "model", tooltip="SD2.1-base (512), which the published adapter is for, or an SD1.x model. Not changed."
         ),
@@ -49,41 +84,25 @@ from .types import Adapter, LossMap, output
             round=1e-8,
         ),
         inputs.seed("Seed of the order of the images, the timesteps and the noise."),
-        *inputs.advanced(
-            inputs.fraction(
-                "drop",
-                DROP,
-                "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops "
-                "0.8 because of an inverted comparison.",
-                step=0.05,
-                round=0.001,
-            ),
-            inputs.count(
-                "max_subjects",
-                MAX_SUBJECTS,
-                MAX_SUBJECTS,
-                "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
-                "and is enough if you will only ever use one.",
-            ),
-            inputs.checkpointing(),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return inputs.advanced(
+        inputs.fraction(
+            "drop",
+            DROP,
+            "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops 0.8 "
+            "because of an inverted comparison.",
+            step=0.05,
+            round=0.001,
         ),
-        Adapter.Input(
-            "adapter",
-            optional=True,
-            tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
-            "the model's self-attention layers, and needs the full number of steps.",
+        inputs.count(
+            "max_subjects",
+            MAX_SUBJECTS,
+            MAX_SUBJECTS,
+            "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
+            "and is enough if you will only ever use one.",
         ),
-    ],
-    outputs=[
-        output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
-        output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
-        output(io.String, "report", "The files used and skipped, and the error with and without the subject's images."),
-    ],
-    files={"folder": None},
-)
-def LikenessTrainAdapter(folder, adapter=None, **more) -> io.NodeOutput:
-    kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
-    models, plan, settings = build({**more, "start": adapter}, *kinds)
-    pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-    trained, losses, report = host.train_adapter(models, pairs, plan, settings)
-    return io.NodeOutput(trained, loss_map(losses), report)
+        inputs.checkpointing(),
+    )

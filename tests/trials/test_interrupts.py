@@ -5,7 +5,6 @@ The button is pressed at a call of any Python function while the node runs; Comf
 
 from __future__ import annotations
 
-import inspect
 import random
 import shutil
 import sys
@@ -126,7 +125,7 @@ def bench(session_bench, monkeypatch) -> Bench:
 def code_of(node: str) -> CodeType:
     import nodes
 
-    return inspect.unwrap(nodes.NODE_CLASS_MAPPINGS[node].execute.__func__).__code__
+    return nodes.NODE_CLASS_MAPPINGS[node].execute.__func__.__wrapped__.__code__
 
 
 def plain(value: Any) -> Any:
