@@ -9,8 +9,6 @@ model's estimate of x0. It is linear in the network's output F, noise or a veloc
 and a loss on the network's own output, which is what the model was trained with, needs s(sigma) alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -4,8 +4,6 @@ Files are written as safetensors under a temporary name and then renamed, so a f
 Reading checks size, header, memory and finite values; pickles are read as plain tensors only, and no code in them runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -92,7 +90,6 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def shown_bytes(size: int) -> str:
-    """A number of bytes for people."""
     return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB"
 
 
@@ -151,7 +148,10 @@ def read_tensors(
         raise ValueError(
             f"{path.name} has {size} bytes, more than the {max_bytes} such a file can need: it is not one of ours."
         )
-    _check_header_length(path, size)
+    with path.open("rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise ValueError(f"{path.name} is cut off or not a safetensors file: copy or train it again.")
     with _open_safetensors(path) as file:
         names = list(file.keys())
     chosen = choose(names)
@@ -258,13 +258,6 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         raise ValueError(
             f"{path.name} is not a readable safetensors file ({error}): copy or train it again."
         ) from error
-
-
-def _check_header_length(path: Path, size: int) -> None:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
-        raise ValueError(f"{path.name} is cut off or not a safetensors file: copy or train it again.")
 
 
 def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Node definitions: names, inputs and outputs. The work is done in core."""
 
-from __future__ import annotations
-
 import pkgutil
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """Subjects from a single image without training: EZIGen's adapter and the reference images it attends to."""
 
-from __future__ import annotations
-
 import functools
 
 from comfy_api.latest import io

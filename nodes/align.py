@@ -1,7 +1,5 @@
 """Choose the subject image that serves as the reference, and align it with a generated image."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align_reference, choose_reference
@@ -46,8 +44,7 @@ class LikenessChooseReference(Node):
     def execute(cls, images, picture, vision, masks=None) -> io.NodeOutput:
         choice = choose_reference(images, picture, vision, masks)
         taken = slice(choice.index, choice.index + 1)
-        mask = nothing() if masks is None else masks[taken]
-        return io.NodeOutput(images[taken], mask, choice.index, choice.similarity, choice.info)
+        return io.NodeOutput(images[taken], nothing() if masks is None else masks[taken], *choice)
 
 
 class LikenessAlign(Node):
@@ -100,5 +97,4 @@ class LikenessAlign(Node):
 
     @classmethod
     def execute(cls, image, mask, target_mask, form=SYMMETRIC, max_degrees=MAX_DEGREES) -> io.NodeOutput:
-        result = align_reference(image, mask, target_mask, form, max_degrees)
-        return io.NodeOutput(result.image, result.mask, result.iou, result.overlay, result.matrix)
+        return io.NodeOutput(*align_reference(image, mask, target_mask, form, max_degrees))

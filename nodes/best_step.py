@@ -1,7 +1,5 @@
 """Choose the step of a subject embedding by its images."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io, ui
 
 from ..core.embedding import hiper
@@ -75,7 +73,6 @@ class LikenessBestStep(Node):
                 output(io.Image, "images", "First the images without the subject, then those of each step."),
                 output(io.String, "report", "The scores of every step."),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -86,7 +83,7 @@ class LikenessBestStep(Node):
         seen = {"images": reference, "reference": reference, "prompt": prompt or ""}
         sampling, request = build({"negative": None, **more, **seen}, Previews, Request)
         trial = Trial(positive, latent_image["samples"], sampling, scale, images, most_steps)
-        choice = choose_step(model, embedding, trial, request, cls.hidden.unique_id)
+        choice = choose_step(model, embedding, trial, request)
         sheet = score_sheet(choice.images, choice.captions(), choice.best_image, [])
         shown = {**ui.PreviewImage(sheet).as_dict(), **ui.PreviewText(choice.report()).as_dict()}
         return io.NodeOutput(choice.embedding, choice.step, choice.images, choice.report(), ui=shown)

@@ -1,7 +1,5 @@
 """Guide an edit with models fine-tuned on one image (SINE), as a MODEL for any sampler or as a GUIDER."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from comfy_api.latest import io

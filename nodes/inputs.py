@@ -1,7 +1,5 @@
 """Inputs that several nodes declare."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,7 +41,6 @@ def seed(tooltip: str, default: int = 0) -> io.Input:
 
 
 def cfg(default: float, tooltip: str, least: float = 1.0) -> io.Input:
-    """A guidance scale."""
     return io.Float.Input("cfg", default=default, min=least, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
@@ -53,12 +50,10 @@ def rate(default: float, tooltip: str, **more: float) -> io.Input:
 
 
 def inner_steps(default: int, tooltip: str, least: int = 1) -> io.Input:
-    """The number of updates in each sampling step."""
     return io.Int.Input("inner_steps", default=default, min=least, max=1000, tooltip=tooltip)
 
 
 def side(tooltip: str) -> io.Input:
-    """The side of square images, in pixels."""
     return io.Int.Input("size", default=512, min=64, max=2048, step=8, tooltip=tooltip)
 
 
@@ -68,23 +63,19 @@ def split_ratio(most: float, tooltip: str) -> io.Input:
 
 
 def saved_step(tooltip: str) -> io.Input:
-    """A saved step of an embedding."""
     return io.Int.Input("step", default=0, min=0, max=100_000, tooltip=tooltip)
 
 
 def scale(default: float, tooltip: str) -> io.Input:
-    """An embedding's strength."""
     return io.Float.Input("scale", default=default, min=0.0, max=4.0, step=0.01, tooltip=tooltip)
 
 
 def prefix(default: str) -> io.Input:
-    """The name of a file to write."""
     tooltip = "File name, optionally with subfolders. A number is appended, so nothing is overwritten."
     return io.String.Input("filename_prefix", default=default, tooltip=tooltip)
 
 
 def checkpointing() -> io.Input:
-    """The switch of gradient checkpointing."""
     cost = "recomputes activations instead of storing them. Less VRAM, more time, the same result."
     return io.Boolean.Input("checkpointing", default=False, tooltip=f"Gradient checkpointing: {cost}")
 

@@ -1,7 +1,5 @@
 """Inspect which parts of an image attend to the tokens of a prompt (HiFi Tuner, figure 3)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.attention.host.map_sheet import map_sheet
@@ -49,10 +47,9 @@ class LikenessInspect(Node):
                 ),
                 output(io.Mask, "mask", "The mean over tokens and noise levels, from 0 to 1, at the image's size."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, conditioning, latent, tokens, columns, seed) -> io.NodeOutput:
-        maps = attention_maps(model, conditioning, latent, tokens, columns, seed, cls.hidden.unique_id)
+        maps = attention_maps(model, conditioning, latent, tokens, columns, seed)
         return io.NodeOutput(map_sheet(maps), maps.mask())

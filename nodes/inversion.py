@@ -1,7 +1,5 @@
 """Invert an image, and make guided sampling reconstruct it (DDIM inversion, null-text inversion)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.inversion import null_text as published
@@ -67,15 +65,14 @@ class LikenessInvert(Node):
                 output(io.Noise, "noise", "The noise to start from, for SamplerCustomAdvanced; flow models need it."),
                 output(io.String, "report", "How closely the image comes back without guidance, by euler."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None, check=True
     ) -> io.NodeOutput:
-        source, node = ImageSource(latent, image, vae), cls.hidden.unique_id
-        trajectory = invert_image(model, positive, source, sigmas, label, iterations, node, check)
+        source = ImageSource(latent, image, vae)
+        trajectory = invert_image(model, positive, source, sigmas, label, iterations, check)
         latent, noise = start_of(model, trajectory)
         return io.NodeOutput(trajectory, latent, sigmas, noise, trajectory.report())
 
@@ -156,12 +153,11 @@ class LikenessNullText(Node):
                     "The model to sample with; it differs from the input only for direct and direct edit.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, negative, trajectory, method, start, **settings) -> io.NodeOutput:
-        how, node = published.NullTextSettings(**settings), cls.hidden.unique_id
-        found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start, node)
+        how = published.NullTextSettings(**settings)
+        found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput(found.negative, loss, found.report, found.model)

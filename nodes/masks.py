@@ -1,7 +1,5 @@
 """Mask a subject by its name, and caption images."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.session import folders
@@ -42,8 +40,7 @@ class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folder
     @classmethod
     def execute(cls, image, detector, sam, **request) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
-        found = subject_masks(image, MaskRequest(**request), finder, cutter)
-        return io.NodeOutput(found.mask, found.image, found.info)
+        return io.NodeOutput(*subject_masks(image, MaskRequest(**request), finder, cutter))
 
 
 class LikenessCaption(Node, files={"model": folders.VISION}):

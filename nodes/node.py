@@ -1,7 +1,5 @@
 """What all nodes of the pack share: their inputs are checked by their own schema, and no text can break a log."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -23,8 +21,10 @@ CHECKED = "_likeness_checked"
 class Node(io.ComfyNode):
     """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
 
-    def __init_subclass__(cls, files: Mapping[str, folders.Kind] | None = None, **more: Any) -> None:
-        """files: the kinds of the model files that inputs name; the node runs again when one of them changes."""
+    def __init_subclass__(cls, files: Mapping[str, folders.Kind | None] | None = None, **more: Any) -> None:
+        """files: the kinds of the model files, or None for the folders of images, that inputs name; the node runs again
+        when one of them changes.
+        """
         super().__init_subclass__(**more)
         if files is not None:
 
@@ -49,7 +49,7 @@ class SavingNode(Node):
         cls, kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str
     ) -> io.NodeOutput:
         """save(path, artifact, replace=False) writes it; what: the description to show under the file's name."""
-        path = save_numbered(folders.first_folder(kind), prefix, lambda path: save(path, artifact, replace=False))
+        path = save_numbered(folders.roots(kind)[0], prefix, lambda path: save(path, artifact, replace=False))
         name = folders.listed_name(kind, path)
         return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
 

@@ -1,7 +1,5 @@
 """Tell a model fine-tuned on patches where in the image it is (SINE)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.sine.host.position_map import check_same_grid, with_position_map

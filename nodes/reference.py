@@ -1,7 +1,5 @@
 """Generate with the details of a reference image (HiFi Tuner, Algorithm 2)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.reference import guidance as published
@@ -74,15 +72,14 @@ class LikenessReferenceGuide(Node):
                 output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
                 output(io.String, "report", "The guided steps and their losses."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, model, positive, negative, noise, trajectory, mask, start_percent, end_percent, **settings
     ) -> io.NodeOutput:
-        how, node = published.ReferenceSettings(**settings), cls.hidden.unique_id
         reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
-        found = sample_with_reference(model, positive, negative, noise, reference, how, node)
+        how = published.ReferenceSettings(**settings)
+        found = sample_with_reference(model, positive, negative, noise, reference, how)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())

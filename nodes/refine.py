@@ -1,7 +1,5 @@
 """Refine a subject embedding for each denoising step (HiFi Tuner)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner
@@ -50,13 +48,11 @@ class LikenessRefineEmbedding(Node):
                 output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),
                 output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
         source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, RegularizerOptions)
-        saved, node = SavedStep(embedding, step), cls.hidden.unique_id
-        images = source.encoded(model)
-        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor, node)
+        saved, images = SavedStep(embedding, step), source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor)
         return io.NodeOutput(refined, loss_map(losses))

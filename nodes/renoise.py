@@ -1,7 +1,5 @@
 """Invert an image for few-step sampling (ReNoise)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.inversion import renoise as published
@@ -62,13 +60,12 @@ class LikenessRenoise(Node):
                     "The noise to sample the latent with: none (as DisableNoise), but what flow models need.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, sigmas, sampler, latent=None, image=None, vae=None, **settings) -> io.NodeOutput:
-        how, node = published.ReNoiseSettings(sampler == ANCESTRAL, **settings), cls.hidden.unique_id
-        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how, node)
+        how = published.ReNoiseSettings(sampler == ANCESTRAL, **settings)
+        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how)
         return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report(), found.noise)
 
 

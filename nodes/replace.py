@@ -1,7 +1,5 @@
 """Replace the subject of an image and keep the rest (HiFi Tuner; prompt-to-prompt)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject

@@ -1,7 +1,5 @@
 """Load Sana, which ComfyUI does not support, as MODEL, CLIP and VAE."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.sana.host import sana as host
@@ -11,7 +9,7 @@ from .node import Node
 from .types import output, schema
 
 
-class LikenessLoadSana(Node):
+class LikenessLoadSana(Node, files={"name": folders.DIFFUSERS}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -62,10 +60,5 @@ class LikenessLoadSana(Node):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name, **_inputs) -> str:
-        return host.sana_state(name)
-
-    @classmethod
     def execute(cls, name, dtype="default", instruction=True) -> io.NodeOutput:
-        found = host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction)
-        return io.NodeOutput(found.model, found.clip, found.vae, found.plain_clip)
+        return io.NodeOutput(*host.load_sana(folders.resolve(folders.DIFFUSERS, name), dtype, instruction))

@@ -1,7 +1,5 @@
 """Load a vision model, and score images for identity, text and background."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io, ui
 
 from ..core.session import folders

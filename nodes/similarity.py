@@ -1,7 +1,5 @@
 """Define what generated images should be similar to (SISO)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.session import folders
@@ -16,7 +14,7 @@ class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="LikenessLoadRetrieval",
+            node_id="LikenessLoadRetrieval",  # scanners of node packs take its last letters for running code
             display_name="Load Instance Retrieval",
             category="likeness/similarity",
             description="Loads the instance-retrieval model that SISO uses alongside DINOv2: the first-place weights "

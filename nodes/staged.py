@@ -1,7 +1,5 @@
 """Staged subject-driven sampling and editing (EZIGen): layout from text, appearance from the subject, in loops."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from comfy_api.latest import io
@@ -18,7 +16,6 @@ LARGE = " It is sampled at its own size, so scale its short side to 512 first."
 
 
 def _subject() -> list[io.Input]:
-    """The inputs shared by both nodes: models and subject."""
     return [
         io.Model.Input("model", tooltip="The plain model that encoded the subject. EZIGen uses SD2.1-base."),
         io.Vae.Input("vae", tooltip="Encodes and decodes the images of every loop."),
@@ -28,7 +25,6 @@ def _subject() -> list[io.Input]:
 
 
 def _numbers(cfg: float) -> list[io.Input]:
-    """The inputs shared by both nodes: sampling settings."""
     return [
         inputs.seed("Seed of all noise; every loop draws new noise from it."),
         inputs.count("steps", published.STEPS, 1000, "Steps of a full sampling. EZIGen uses 50.", min=2),
@@ -70,7 +66,6 @@ def _numbers(cfg: float) -> list[io.Input]:
 def _shared(
     model, vae, adapter, min_loops, max_loops, threshold, vision=None, **more
 ) -> tuple[host.StagedModels, dict[str, Any]]:
-    """What the inputs shared by both nodes make: the models, and the settings."""
     loops = published.Loops(min_loops, max_loops, threshold)
     return host.StagedModels(model, vae, adapter, vision), {"loops": loops, **more}
 
@@ -134,7 +129,6 @@ class LikenessStagedSampler(Node):
                 output(io.Latent, "latent", "The final latent, before decoding."),
                 output(io.String, "report", "Similarities of the loops, and the number of steps."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -144,7 +138,7 @@ class LikenessStagedSampler(Node):
         models, settings = _shared(**more)
         how = host.StagedSettings(published_level=not exact_noise_level, **settings)
         prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
-        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image, cls.hidden.unique_id)
+        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
 
@@ -197,7 +191,6 @@ class LikenessStagedEdit(Node):
                 output(io.Latent, "latent", "The final latent, before decoding and pasting."),
                 output(io.String, "report", "Similarities of the loops."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -207,5 +200,5 @@ class LikenessStagedEdit(Node):
         models, settings = _shared(**more)
         how = editing.EditSettings(published=not exact_background, **settings)
         prompts = editing.EditPrompts(positive, negative, inversion_prompt, clip)
-        found = editing.edit_staged(models, subject, prompts, image, mask, how, cls.hidden.unique_id)
+        found = editing.edit_staged(models, subject, prompts, image, mask, how)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)

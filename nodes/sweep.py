@@ -1,7 +1,5 @@
 """Sweep the guidance over K and v: all pairs as lists, and their results as a grid with curves."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.session.outputs import nothing

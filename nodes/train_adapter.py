@@ -1,7 +1,5 @@
 """Train EZIGen's adapter on a folder of subject images."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.ezigen.host import train as host
@@ -14,7 +12,7 @@ from .node import Node, build
 from .types import Adapter, LossMap, output, schema
 
 
-class LikenessTrainAdapter(Node):
+class LikenessTrainAdapter(Node, files={"folder": None}):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -43,19 +41,14 @@ class LikenessTrainAdapter(Node):
                     "The files used and skipped, and the error with and without the subject's images.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, folder, **_others) -> str:
-        return folders.image_folder_state(folder)
 
     @classmethod
     def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
         kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
         models, plan, settings = build({**more, "start": adapter}, *kinds)
         pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-        trained, losses, report = host.train_adapter(models, pairs, plan, settings, cls.hidden.unique_id)
+        trained, losses, report = host.train_adapter(models, pairs, plan, settings)
         return io.NodeOutput(trained, loss_map(losses), report)
 
 

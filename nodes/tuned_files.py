@@ -1,7 +1,5 @@
 """Save and load fine-tuned weights."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.lora.artifact import FineTunedWeights, save_fine_tune

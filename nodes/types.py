@@ -1,7 +1,5 @@
 """The pack's own types, and schemas that load on ComfyUI 0.3.75 and later."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -29,5 +27,4 @@ def schema(**fields: Any) -> io.Schema:
 
 
 def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
-    """An output of a type, such as io.Image or one of the above."""
     return kind.Output(display_name=name, tooltip=tooltip, **more)

@@ -4,8 +4,6 @@ ComfyUI has modules called `nodes` and `server`, so neither the project root nor
 a program, it starts one of the pack's modules: `python toolbox/_load.py toolbox.typecheck [arguments]`.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

@@ -4,8 +4,6 @@ ComfyUI is neither installed nor imported (if the sandbox has one, the types are
 used. Arguments are passed to pytest.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -4,8 +4,6 @@ With --serve the server keeps running, to open the same graph in the browser. Se
 ComfyUI.
 """
 
-from __future__ import annotations
-
 import sys
 
 from _load import set_up_and_run  # ty: ignore[import-not-found] (this folder is on the path of a script)

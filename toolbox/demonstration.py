@@ -1,7 +1,5 @@
 """The demonstration that demo.py starts: the shipped HiPer graph in the toyworld, in a real ComfyUI."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

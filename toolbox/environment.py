@@ -6,8 +6,6 @@ setup resumes at its current step. COMFYUI_PATH uses an existing ComfyUI unchang
 environment, to which nothing is added.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -4,8 +4,6 @@ Run it once, after raising the version in pyproject.toml. Graphs saved with a re
 ones, so a frozen graph never changes; tests/data/graphs/index.json lists its releases and its hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -18,7 +16,6 @@ FROZEN_GRAPHS = Path("tests") / "data" / "graphs"
 
 
 def version(root: Path = ROOT) -> str:
-    """The pack's version."""
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     return re.findall(r'^version = "(.+)"$', text, re.MULTILINE)[0]
 

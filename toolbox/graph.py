@@ -4,8 +4,6 @@ convert() does the same as the page's graphToPrompt() for the graphs that this p
 raises GraphError on anything unknown instead of guessing, such as primitive nodes and %tokens%.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -39,8 +37,6 @@ class Slot(NamedTuple):
 
 
 class Input(NamedTuple):
-    """One input of a node type."""
-
     name: str
     type: str
     options: Mapping[str, Any]
@@ -96,7 +92,6 @@ def complete_values(node: Mapping[str, Any], object_info: ObjectInfo) -> Any:
 
 
 def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, Any]:
-    """A node's widget values by input name."""
     if node["type"] in PAGE_WIDGETS:
         return {}
     slots, values = widget_slots(node["type"], object_info), complete_values(node, object_info)
@@ -254,7 +249,6 @@ def with_ancestors(prompt: Mapping[str, Any], nodes: Iterable[str]) -> dict[str,
 
 
 def load(path: str | Path) -> Graph:
-    """Read a saved graph."""
     graph = json.loads(Path(path).read_text(encoding="utf-8"))
     if graph.get("version") != FORMAT_VERSION:
         raise GraphError(f"{path} has the format version {graph.get('version')}, expected {FORMAT_VERSION}.")
@@ -271,7 +265,6 @@ def matching_nodes(graph: Graph, name: str) -> list[dict[str, Any]]:
 
 
 def set_value(node: dict[str, Any], entry: str, value: Any, object_info: ObjectInfo) -> None:
-    """Change one widget value of a node."""
     slots = widget_slots(node["type"], object_info)
     if Slot(entry, "value") not in slots:
         raise GraphError(f"{label(node)} has no widget {entry}.")

@@ -4,8 +4,6 @@ Run it with the Python of your ComfyUI. It starts that ComfyUI on a folder of it
 times and memory that you can send.
 """
 
-from __future__ import annotations
-
 import sys
 
 from _load import run  # ty: ignore[import-not-found] (this folder is on the path of a script)

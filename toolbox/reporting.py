@@ -1,7 +1,5 @@
 """The report that report.py makes: every start graph that fits a checkpoint, on the user's own ComfyUI and card."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import html
@@ -170,7 +168,6 @@ def page(options: argparse.Namespace, machine: Mapping[str, Any], outcomes: list
 
 
 def machine_of(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
     stats = server.get("/system_stats")
     device, system = stats["devices"][0], stats["system"]
     return {

@@ -48,8 +48,6 @@ class PromptError(RuntimeError):
 
 @dataclass
 class PromptRun:
-    """The record of one prompt's execution."""
-
     prompt_id: str
     status: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +55,6 @@ class PromptRun:
     seconds: float = 0.0
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
-        """The data of all events of this type."""
         return [event["data"] for event in self.events if event["type"] == kind]
 
     @property
@@ -154,7 +151,6 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start the process and wait until it answers."""
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
@@ -169,7 +165,6 @@ class Server:
         return False
 
     def stop(self) -> None:
-        """End the process."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.send_signal(signal.SIGTERM)

@@ -5,8 +5,6 @@ parallel. `--slow` adds tests that take minutes and stores their results in benc
 existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 """
 
-from __future__ import annotations
-
 import functools
 import subprocess
 import sys

@@ -5,8 +5,6 @@
 See docs/train_adapter.md; `--help` lists the settings.
 """
 
-from __future__ import annotations
-
 import sys
 
 from _load import load_pack, run  # ty: ignore[import-not-found] (this folder is on the path of a script)

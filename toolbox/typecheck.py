@@ -5,8 +5,6 @@ a copy of the sources named `likeness`, against the ComfyUI of COMFYUI_PATH or o
 modules count as unknown.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -6,8 +6,6 @@ cross-attention layers count, not only those of 16 x 16 cells, because latents o
 each map is resized to the latent first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -27,8 +27,6 @@ reference notebook. Deviations, each with its reason:
 - a mask may replace the maps; it then applies from the first step on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ denoising steps for a step-wise one, whose header gives the time window of each 
 says where the tokens stand in a prompt (conditioning.py); files without it replace the last ones.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,12 +51,10 @@ class Embedding:
 
     @property
     def placement(self) -> Placement:
-        """Where the tokens stand in a prompt."""
         return self.header.get("placement", TAIL_OF_PADDING)
 
     @property
     def denoising_steps(self) -> int:
-        """T, the number of denoising steps."""
         return next(iter(self.rows.values())).shape[0]
 
     @property
@@ -92,7 +88,6 @@ class Embedding:
         return self.rows[number]
 
     def describe(self) -> str:
-        """A short summary for display: method, size, base model, steps, losses."""
         base = self.header.get("base", {})
         losses = self.header.get("losses") or []
         step_wise = f", others at each of {self.denoising_steps} denoising steps" if self.denoising_steps > 1 else ""
@@ -120,7 +115,6 @@ def _tile(windows: Any, count: int) -> bool:
 
 
 def save_embedding(path: Path, embedding: Embedding, *, replace: bool = True) -> None:
-    """Write the embedding to a safetensors file."""
     tensors = {STEP_KEY.format(step): rows for step, rows in embedding.rows.items()}
     write_tensors(path, tensors, {**embedding.header, "format": FORMAT, "kind": KIND}, replace=replace)
 

@@ -17,8 +17,6 @@ An option pulls c_s towards phi_s outside the gradient, c_s <- c_s - lr w_s (c_s
 Adam rescales gradients, so a term in the loss has less effect than its weight suggests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

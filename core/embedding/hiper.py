@@ -13,8 +13,6 @@ Source: the authors' train.py and inference.py. Deviations, each with its reason
 - the last state is saved too; the reference code loses it unless it falls on a saving step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +42,6 @@ class HiPerSettings:
 
 
 class HiPer(Fit):
-    """The optimisation of the last n tokens."""
-
     def __init__(
         self,
         denoiser: Denoiser,

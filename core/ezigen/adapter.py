@@ -146,7 +146,6 @@ class Adapter(nn.Module):
         return h + delta if strength == 1.0 else h + strength * delta
 
     def published_parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters by their published names."""
         return {self._published(name): parameter for name, parameter in self.named_parameters()}
 
     def _published(self, name: str) -> str:

@@ -5,8 +5,6 @@ second file for w, sometimes with names that begin with "module.". The adapter i
 bytes; they keep their published names in our files.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -54,11 +52,9 @@ class StoredAdapter:
         return sort_layers(layers)
 
     def widths(self) -> list[int]:
-        """The width of each layer."""
         return [self.tensors[f"{name}.{PARTS[0]}"].shape[0] for name in self.order()]
 
     def describe(self) -> str:
-        """A line for the user: size, layers and training steps."""
         count = sum(value.numel() for value in self.tensors.values())
         kinds = "/".join(str(width) for width in dict.fromkeys(self.widths()))
         line = f"{len(self.tensors)} tensors, {count:,} numbers, {len(self.order())} blocks of widths {kinds}"
@@ -68,12 +64,10 @@ class StoredAdapter:
 
 def sort_layers(layers: Iterable[str]) -> list[str]:
     """Sort layer names in the UNet's execution order."""
-    return sorted(layers, key=_place)
-
-
-def _place(name: str) -> tuple[int, ...]:
-    part = ("down", "mid", "up").index(name.partition("_")[0])
-    return (part, *map(int, re.findall(r"\.(\d+)", name)))
+    parts = ("down", "mid", "up")
+    return sorted(
+        layers, key=lambda name: (parts.index(name[: name.index("_")]), *map(int, re.findall(r"\.(\d+)", name)))
+    )
 
 
 def read_adapter(path: Path) -> StoredAdapter:
@@ -107,7 +101,6 @@ def read_adapter(path: Path) -> StoredAdapter:
 
 
 def pack_adapter(adapter: Adapter, header: dict[str, Any]) -> StoredAdapter:
-    """The adapter's tensors and header as a file stores them."""
     tensors = {name: value.detach().float().cpu().clone() for name, value in adapter.published_parameters().items()}
     return StoredAdapter(tensors, header)
 

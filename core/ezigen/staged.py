@@ -16,8 +16,6 @@ Source: the reference code. Deviations, each with its reason:
   positions, needs the text encoder itself (host/staged_edit.py, published_prompt).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,28 +36,22 @@ def layout_steps(steps: int, split_ratio: float) -> int:
     return math.floor((1.0 - split_ratio) * steps + 1e-6)
 
 
-def appearance_steps(steps: int, split_ratio: float) -> int:
-    """The number of last steps with the adapter: all but layout_steps().
+def split(sigmas: Tensor, split_ratio: float) -> tuple[Tensor, Tensor]:
+    """Split a sampling's levels [T + 1] into those of the layout and those of the appearance; they share one level.
 
-    ValueError when that is none, or all of them.
+    ValueError when one of the two has no step.
     """
     if not 0.0 < split_ratio < 1.0:
         raise ValueError(
             f"The split ratio is {split_ratio:g}: give a part of the steps between 0 and 1, 0.4 as published; at 0 the "
             "subject would never be looked at, at 1 there would be no layout to start from."
         )
-    layout = layout_steps(steps, split_ratio)
-    if layout == 0:
+    first = layout_steps(len(sigmas) - 1, split_ratio)
+    if first == 0:
         raise ValueError(
-            f"A split ratio of {split_ratio:g} leaves none of {steps} steps for the layout: take more steps, or a "
-            "lower ratio."
+            f"A split ratio of {split_ratio:g} leaves none of {len(sigmas) - 1} steps for the layout: take more steps, "
+            "or a lower ratio."
         )
-    return steps - layout
-
-
-def split(sigmas: Tensor, split_ratio: float) -> tuple[Tensor, Tensor]:
-    """Split a sampling's levels [T + 1] into those of the layout and those of the appearance; they share one level."""
-    first = len(sigmas) - 1 - appearance_steps(len(sigmas) - 1, split_ratio)
     return sigmas[: first + 1], sigmas[first:]
 
 
@@ -114,9 +106,7 @@ def paste(x: Tensor, background: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def invert_with_solver(
-    predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigmas: Tensor, on_step: Callable[[int], None] | None = None
-) -> list[Tensor]:
+def invert_with_solver(predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, sigmas: Tensor) -> list[Tensor]:
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), second order, run upwards: latents at every level of sigmas.
 
     predict(x, sigma) -> predicted noise; z: the latent at sigmas[0] > 0; sigmas ascend. The first step is first order.
@@ -125,13 +115,11 @@ def invert_with_solver(
     """
     x, latents = z, [z]
     previous: tuple[Tensor, Tensor] | None = None  # x0 and h of the previous step
-    for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         x0 = x - sigma * predict(x, sigma)
         h = sigma.log() - following.log()
         towards = x0 if previous is None else x0 + (x0 - previous[0]) * (h / (2 * previous[1]))
         x = (following / sigma) * x - torch.expm1(-h) * towards
         previous = (x0, h)
         latents.append(x)
-        if on_step is not None:
-            on_step(step + 1)
     return latents

@@ -17,8 +17,6 @@ Folders may come from anywhere: links that lead out of them are not followed, an
 counted.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -57,7 +55,6 @@ class ImageEntry:
 
     @property
     def name(self) -> str:
-        """The name shown to the user."""
         return f"{self.subject}/{self.path.name}"
 
 

@@ -15,8 +15,6 @@ Source: the reference train.py with its published settings. Deviations, each wit
   processes nor a resume changes them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,8 +65,6 @@ Samples = Callable[[Sequence[int]], list[Sample]]
 
 @dataclass(frozen=True)
 class Draw:
-    """The random draws of one sample."""
-
     timestep: int
     dropped: bool
     generator: torch.Generator  # of the image's noise, then of the subject's
@@ -134,8 +130,6 @@ class TrainingSettings:
 
 
 class AdapterTraining(Fit):
-    """The training of an adapter."""
-
     prefix = "adapter."
 
     def __init__(self, network: Network, adapter: Adapter, samples: Samples, settings: TrainingSettings) -> None:

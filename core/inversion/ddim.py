@@ -15,8 +15,6 @@ noisier end of the step, which would give the exact inverse, is not known yet:
 For flow models eps - x0 is the velocity, and (x - D) / sigma equals it: the same steps invert the flow ODE.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -37,12 +35,12 @@ def invert(
     sigmas: Tensor,
     label: Label = "published",
     iterations: int = ITERATIONS,
-    on_step: Callable[[int, Tensor], None] = lambda _step, _x: None,
+    on_step: Callable[[Tensor], None] = lambda _x: None,
 ) -> Tensor:
     """The trajectory [T + 1, B, C, h, w] of x0 [B, C, h, w]: entry i is the latent before step i of sampling `sigmas`.
 
     sigmas [T + 1] descending, as for a sampler; the last may be 0. context [B or 1, tokens, width] of the prompt that
-    describes the image; no guidance. on_step(number of steps done, latent) may raise to stop.
+    describes the image; no guidance. on_step(latent) is called after each step, and may raise to stop.
     """
     sigmas = sigmas.to(x0)
     lowest = denoiser.sigmas[0].to(x0)
@@ -61,7 +59,7 @@ def invert(
             following = x + (high - low) * predicted_noise(denoiser, following, high, context)
         x = following
         latents.append(x)
-        on_step(len(latents) - 1, x)
+        on_step(x)
     return torch.stack(latents[::-1])
 
 

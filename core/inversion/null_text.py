@@ -25,8 +25,6 @@ left, for which one or two updates per step suffice. Three other methods need no
   next step (rectify.py), the edit's as well as the source's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -89,7 +87,6 @@ class NullText(Fit):
 
     @property
     def done(self) -> bool:
-        """Whether every step has its embedding."""
         return len(self.nulls) == len(self.sigmas) - 1
 
     def _start(self, null: Tensor) -> None:
@@ -126,10 +123,11 @@ class NullText(Fit):
         best, best_loss, worse = self.best, self.best_loss, self.worse + 1
         if value < best_loss:
             best, best_loss, worse = before, value, 0
-        is_last, following = self._is_last_update(value, i, worse), self.x
+        limit, patience, following = self.settings.epsilon + i * EPSILON_GROWTH, self.settings.patience, self.x
+        is_last = value < limit or self.counts[-1] + 1 >= self.settings.inner_steps or 0 < patience <= worse
         with rollback_on_interrupt(self.optimizer):
             self.descend(loss, self.u)
-            null = best if self.settings.patience and worse else self.u.detach()
+            null = best if patience and worse else self.u.detach()
             if is_last:  # continue from the latent that the embedding actually leads to, not from the pivot
                 with torch.no_grad():
                     following = self.next_x(self.guided_noise(null))
@@ -143,12 +141,6 @@ class NullText(Fit):
                 self.counts.append(0)
                 self._start(null)
         return denoised
-
-    def _is_last_update(self, value: float, i: int, worse: int) -> bool:
-        """Whether the current update is the last one of step i."""
-        patience = self.settings.patience
-        converged = value < self.settings.epsilon + i * EPSILON_GROWTH
-        return converged or self.counts[-1] + 1 >= self.settings.inner_steps or bool(patience) and worse >= patience
 
     def own_state(self) -> dict[str, Tensor]:
         return {

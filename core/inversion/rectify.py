@@ -15,8 +15,6 @@ with the same residual for the image and for its edit, and the image's steps are
 residual is that of x_(i+1) rescaled to the variance of level i, as the label "published" inverts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -23,8 +23,6 @@ sigma_next^2 / sigma, which is the same number as the sampler's. Deviations, eac
 - the noises have the latent's own size; in the reference code they always have the size for 512 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,7 +49,6 @@ def ancestral_sigmas(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
-    """The ancestral step from sigma to following."""
     down, up = ancestral_sigmas(sigma, following)
     return x + (down - sigma) * eps + up * noise
 
@@ -165,14 +162,14 @@ def renoise(
     context: Tensor,
     sigmas: Tensor,
     settings: ReNoiseSettings,
-    on_step: Callable[[int, Tensor], None] = lambda _step, _x: None,
+    on_step: Callable[[Tensor], None] = lambda _x: None,
 ) -> tuple[Tensor, Replay]:
     """The latent [1, C, h, w] from which sampling `sigmas` returns to x0, and the Replay to sample it with.
 
     sigmas [T + 1] descending; the last is 0. context [1, tokens, width] of the prompt that describes x0; no guidance.
-    on_step(number of steps done, latent) may raise to stop.
+    on_step(latent) is called after each step, and may raise to stop.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, weights = torch.Generator().manual_seed(settings.seed), (settings.kl_weight, settings.correlation_weight)
     sigmas = sigmas.to(x0)
     noises = [torch.randn(x0.shape, generator=generator).to(x0) for _ in sigmas[:-1]]
     noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -192,19 +189,15 @@ def renoise(
             eps = predicted_noise(denoiser, guess, sigma, context)
             if index >= first:
                 predictions.append(eps)
-                eps = _regularize(eps, like, generator, settings)
+                eps = regularize(eps, like, generator, *weights)
             guess = invert_step(eps)
-        guess = invert_step(_regularize(torch.stack(predictions).mean(0), like, generator, settings))
+        guess = invert_step(regularize(torch.stack(predictions).mean(0), like, generator, *weights))
         if settings.ancestral:
             eps = predicted_noise(denoiser, guess, sigma, context)
             noises[step] = corrected_noise(noises[step], guess, eps, x, sigma, following)
         x = guess
-        on_step(len(sigmas) - 1 - step, x)
+        on_step(x)
     return x, Replay(sigmas, torch.cat(noises)[: None if settings.ancestral else 0])
-
-
-def _regularize(eps: Tensor, like: Tensor, generator: torch.Generator, settings: ReNoiseSettings) -> Tensor:
-    return regularize(eps, like, generator, settings.kl_weight, settings.correlation_weight)
 
 
 def _inverse_step(

@@ -1,7 +1,5 @@
 """The LIKENESS_TRAJECTORY: the latents of an inversion, with the metadata needed to use them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,6 @@ class Trajectory:
         return len(self.sigmas) - 1
 
     def report(self) -> str:
-        """Steps, noise levels and the error."""
         levels = f"{self.steps} steps, noise levels {float(self.sigmas[0]):.4g} to {float(self.sigmas[-1]):.4g}"
         if self.error is None:
             return levels

@@ -4,11 +4,9 @@ It is a plain dict of tensors, so every stock LoRA node accepts it: low-rank fac
 "<path>.lora_down.weight", "<path>.alpha", or PEFT's "<path>.lora_B.weight", "<path>.lora_A.weight"), Kronecker factors
 ("<path>.lokr_w1", "<path>.lokr_w2") or differences of full weights ("<path>.diff", "<path>.diff_b"). Paths are
 ComfyUI's, those of common training scripts ("lora_unet_...", "lora_te_..."), or diffusers' ("transformer....",
-"text_encoder...."). An extra tensor (NEEDS) marks a further requirement, such as a position map, without which the
-weights misbehave; stock nodes log its name as not loaded, which is the right warning.
+"text_encoder...."). An extra tensor ("likeness.needs_...") marks a further requirement, such as a position map, without
+which the weights misbehave; stock nodes log its name as not loaded, which is the right warning.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Collection
@@ -23,7 +21,6 @@ from ..files import FORMAT, MAX_TEXT, MAX_WORD, check_header, is_number, read_te
 KIND = "fine_tune"
 MAX_BYTES = 24 << 30  # differences of all weights of SDXL with both text encoders, in float32
 MAX_SETTINGS = 64  # entries in a header
-NEEDS = "likeness.needs_"  # name prefix of tensors that mark what else the weights need
 OFFICIAL_MARKER = "head_position_encode._float_tensor"  # in the reference code's patch-trained checkpoints
 MODEL_PREFIXES = ("diffusion_model.", "lora_unet_", "transformer.")  # name prefixes of the tensors of each part
 TEXT_PREFIXES = ("text_encoders.", "lora_te", "text_encoder.")
@@ -33,6 +30,7 @@ KEY = (
 )
 OTHERS = ("lora_unet_", "lora_te", "transformer.", "text_encoder.")  # prefixes that other programs' LoRAs use too
 PAIRS = (("lora_up", "lora_down"), ("lora_B", "lora_A"))
+ENDS = {"weight": "diff", "bias": "diff_b"}
 
 
 class FineTunedWeights(dict[str, Tensor]):
@@ -57,9 +55,10 @@ class FineTunedWeights(dict[str, Tensor]):
         return {name: value for name, value in self.items() if name.startswith(prefixes)}
 
     def describe(self, *needs: str) -> str:
-        """A short summary for display: method, base model, prompt, what else it needs, settings, losses."""
         base, settings = self.header.get("base", {}), self.header.get("settings", {})
-        what = "all weights (differences)" if self.full else f"LoRA of rank {self._rank()}"
+        downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
+        rank = next((value.shape[0] for value in downs), 0)
+        what = "all weights (differences)" if self.full else f"LoRA of rank {rank}"
         what = "LoKr" if any(name.endswith(".lokr_w1") for name in self) else what
         parts = "UNet and text encoder" if self.part(TEXT_PREFIXES) else "UNet"
         lines = [
@@ -75,10 +74,6 @@ class FineTunedWeights(dict[str, Tensor]):
             lines.append(f"loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
         return "\n".join(lines)
 
-    def _rank(self) -> int:
-        downs = (value for name, value in self.items() if name.endswith((".lora_down.weight", ".lora_A.weight")))
-        return next((value.shape[0] for value in downs), 0)
-
 
 def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """after - before for all weights that changed, in float16; differences that are zero in float16 are dropped.
@@ -88,20 +83,13 @@ def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> d
     differences = {}
     for name, value in after.items():
         difference = (value.detach().float().cpu() - before[name].float()).to(torch.float16)
-        if not bool(difference.any()):
-            continue
-        if name.endswith(".weight"):
-            name = name[: -len("weight")] + "diff"
-        elif name.endswith(".bias"):
-            name = name[: -len("bias")] + "diff_b"
-        else:
-            name += ".diff"
-        differences[name] = difference
+        path, _, end = name.rpartition(".")
+        if bool(difference.any()):
+            differences[f"{path}.{ENDS[end]}" if end in ENDS else f"{name}.diff"] = difference
     return differences
 
 
 def save_fine_tune(path: Path, tuned: FineTunedWeights, *, replace: bool = True) -> None:
-    """Write the artifact as one safetensors file."""
     write_tensors(path, tuned, {**tuned.header, "format": FORMAT, "kind": KIND}, replace=replace)
 
 

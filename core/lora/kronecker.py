@@ -4,8 +4,6 @@ C [a, b] is small, D [rows / a, columns / b] holds most weights; both are whole 
 (LoKrAdapter), whose sizes, start and names in files these are. The product is never formed.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ This way the two factors train without a gradient or a copy of W, which needs th
 any storage format.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -199,5 +197,4 @@ def new_adapters(
 
 
 def factors(adapters: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """All trainable parameters of the adapters, by name."""
     return {f"{name}.{part}": value for name, adapter in adapters.items() for part, value in adapter.named_parameters()}

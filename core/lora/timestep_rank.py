@@ -14,8 +14,6 @@ its settings for SDXL (64 and 32). Deviations, each with its reason:
 - a layer with fewer channels than r has as many ranks as channels.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

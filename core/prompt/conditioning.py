@@ -5,8 +5,6 @@ in at least n padding tokens, or words are lost. Other encoders (most language m
 or with a template's suffix, and the embedding is appended. Its width must be the text encoder's.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Sequence
@@ -145,7 +143,13 @@ def apply_embedding(
     if placement == TAIL_OF_PADDING:
         check_room(conditioning, rows.shape[1])
         for text, options in conditioning:
-            _check_tail(text, options.get(TAIL))
+            tail = options.get(TAIL)
+            if tail is not None and torch.equal(text[:, -tail.shape[1] :], tail.to(text)):
+                raise ValueError(
+                    f"The prompt holds an embedding already, in its last {tail.shape[1]} rows, which this one would "
+                    "take. For two subjects encode a prompt for each, apply one embedding to each, and put them "
+                    "together with Conditioning Combine (or areas)."
+                )
     applied: Conditioning = []
     for text, options in with_room(conditioning, rows.shape[1], placement):
         contexts = [with_tail(text, scale * step_rows) for step_rows in rows]
@@ -154,15 +158,6 @@ def apply_embedding(
     for text, options in applied:
         options[TAIL] = text[:, -rows.shape[1] :]
     return applied
-
-
-def _check_tail(text: Tensor, tail: Tensor | None) -> None:
-    if tail is not None and torch.equal(text[:, -tail.shape[1] :], tail.to(text)):
-        raise ValueError(
-            f"The prompt holds an embedding already, in its last {tail.shape[1]} rows, which this one would take. For "
-            "two subjects encode a prompt for each, apply one embedding to each, and put them together with "
-            "Conditioning Combine (or areas)."
-        )
 
 
 def without_tail(conditioning: Conditioning) -> Conditioning:

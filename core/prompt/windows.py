@@ -7,8 +7,6 @@ is slightly below the geometric mean of two levels, where some samplers (dpm_2) 
 uses the window of its own step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ default adds the distances from the target's points to the reference's, as eq. 9
 moments at several angles, because a wrong rotation is a local minimum.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

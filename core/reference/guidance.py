@@ -17,8 +17,6 @@ There is no public code. The paper leaves open, and we choose:
 The paper's t counts 50 steps down from the noisiest, t = 50: t_s = 40 and t_e = 10 are the steps 10 to 40 of 0 to 49.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,7 +84,6 @@ class ReferenceGuide(Fit):
 
     @property
     def done(self) -> bool:
-        """Whether the image is finished."""
         return self.index == len(self.sigmas) - 1
 
     def _start(self, phi_h: Tensor) -> None:

@@ -1,10 +1,8 @@
 """Gradient checkpointing: blocks are computed again in backward instead of storing their activations."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,17 +17,14 @@ DECODER = (
 log = logging.getLogger("likeness")
 
 
-@contextlib.contextmanager
-def checkpointed(module: nn.Module, class_names: Iterable[str] = ()) -> Iterator[None]:
+def checkpointed(module: nn.Module, names: Collection[str] = ()) -> contextlib.AbstractContextManager[None]:
     """Recompute a network's blocks, or the parts of these classes, in backward instead of storing their activations:
     less memory, more time.
     """
-    names = set(class_names)
     blocks = [part for part in module.modules() if type(part).__name__ in names] if names else blocks_of(module)
     if not blocks:
         log.warning("Checkpointing saves nothing: it knows no blocks of this %s.", type(module).__name__)
-    with _checkpointed(blocks):
-        yield
+    return _checkpointed(blocks)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -41,8 +36,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [block for part in block_lists(network).values() for block in inside(part)]
 
 
-@contextlib.contextmanager
-def layers_checkpointed(module: nn.Module) -> Iterator[None]:
+def layers_checkpointed(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The same for every stack of equal layers in a vision model, whichever library it comes from."""
     stacks: list[list[nn.Module]] = []
     inner: set[int] = set()
@@ -51,8 +45,7 @@ def layers_checkpointed(module: nn.Module) -> Iterator[None]:
         if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
             stacks.append(layers)
             inner |= {id(below) for layer in layers for below in layer.modules()}
-    with _checkpointed([layer for layers in stacks for layer in layers]):
-        yield
+    return _checkpointed([layer for layers in stacks for layer in layers])
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ numbers: weights, hint images, and the values in the closures of patch functions
 with certainty must compare as different, never as equal: the run is then trained again, which takes time but is right.
 """
 
-from __future__ import annotations
-
 import contextvars
 import dis
 import enum

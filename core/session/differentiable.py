@@ -1,7 +1,5 @@
 """ComfyUI's encoders and decoders with gradients: the same arithmetic, without rounding, clamping or tiling."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

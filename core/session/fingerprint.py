@@ -1,7 +1,5 @@
 """Fingerprints of the base model that an artifact was made for, and digests of what is attached to it."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -6,11 +6,9 @@ folders are the owner's and are followed, as ComfyUI does. Image folders lie in 
 write to, so links must not lead out of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -67,14 +65,11 @@ def register_folders() -> None:
 
 
 def roots(kind: Kind) -> list[str]:
-    """The folders searched for this kind, in ComfyUI's order."""
+    """The folders searched for this kind, in ComfyUI's order; new files are written to the first, a folder from
+    extra_model_paths.yaml or else models/<kind>.
+    """
     register_folders()
     return folder_paths.get_folder_paths(kind.folder)
-
-
-def first_folder(kind: Kind) -> str:
-    """Where new files of this kind are written: a folder from extra_model_paths.yaml, else models/<kind>."""
-    return roots(kind)[0]
 
 
 def names(kind: Kind) -> Names:
@@ -90,7 +85,8 @@ def names(kind: Kind) -> Names:
         for name in files:
             folders = accumulate(name.split("/")[:-1], "{}/{}".format) if marked else ()
             outermost = next((folder for folder in folders if folder in marked), None)
-            if outermost or _is_listed(kind, name):
+            hidden = name.rpartition("/")[2].lower().startswith(kind.hidden_prefixes or "\0")
+            if outermost or _has_extension(kind, name) and not hidden:
                 entries.add(outermost or name)
     return Names(sorted(name for name in entries if "\\" not in name and _plain_parts(name)))
 
@@ -145,19 +141,15 @@ def resolve(kind: Kind, name: str) -> Path:
     )
 
 
-def state(kind: Kind, name: str | None) -> str:
-    """A string that changes when the files of an entry change, for a node's fingerprint. None: the name comes from a
-    link, whose value ComfyUI does not know yet.
+def state(kind: Kind | None, name: str | None) -> str:
+    """A string that changes when the files of an entry change, or those in its sub-folders, for a node's fingerprint.
+
+    kind: None for a folder of images. name: None where it comes from a link, whose value ComfyUI does not know yet.
     """
     if name is None:
         return ""
-    path = resolve(kind, name)
-    return state_of_files(path.iterdir() if path.is_dir() else [path])
-
-
-def state_of_files(paths: Iterable[Path]) -> str:
-    """A string that changes when one of these files does."""
-    files = sorted(path for path in paths if path.is_file())
+    path = resolve_image_folder(name) if kind is None else resolve(kind, name)
+    files = sorted(each for each in (path, *path.glob("*"), *path.glob("*/*")) if each.is_file())
     return " ".join(f"{file}-{file.stat().st_mtime_ns}-{file.stat().st_size}" for file in files)
 
 
@@ -184,14 +176,6 @@ def resolve_image_folder(name: str) -> Path:
     return path
 
 
-def image_folder_state(name: str | None) -> str:
-    """As state(), for a folder of images."""
-    if name is None:
-        return ""
-    path = resolve_image_folder(name)
-    return state_of_files((*path.glob("*"), *path.glob("*/*")))
-
-
 def _subfolders(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.name[0] != "." and path.is_dir() and _in_input(path)]
@@ -216,8 +200,3 @@ def _quoted(name: str) -> str:
 
 def _has_extension(kind: Kind, file: str) -> bool:
     return os.path.splitext(file.lower())[1] in kind.extensions
-
-
-def _is_listed(kind: Kind, name: str) -> bool:
-    file = name.rpartition("/")[2].lower()
-    return _has_extension(kind, file) and not file.startswith(kind.hidden_prefixes or "\0")

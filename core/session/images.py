@@ -3,8 +3,6 @@
 The shape of a single input is checked before, for every node, in inputs.py.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ range), and a value that comes by a link not at all. Each check raises ValueErro
 and what to do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any

@@ -4,8 +4,6 @@ The estimates cover what autograd stores between the forward and the backward pa
 on the high side.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

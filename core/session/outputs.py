@@ -1,7 +1,5 @@
 """Blocked outputs, loss maps for the stock loss graph, and paths of output files."""
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata
@@ -57,7 +55,8 @@ def check_prefix(prefix: str) -> tuple[str, ...]:
     odd = [part for part in parts if part.startswith((".", "~")) or part != part.strip() or part.endswith(".")]
     odd += [part for part in parts if os.name == "nt" and re.fullmatch(DEVICE, part, re.IGNORECASE)]
     forbidden = any(c in plain for c in ":\0") or (os.name == "nt" and any(c in plain for c in '<>"|?*'))
-    if odd or forbidden or not parts or prefix.startswith(("/", "\\")) or any(map(_is_control, prefix)):
+    control = any(unicodedata.category(character) in ("Cc", "Cs") for character in prefix)  # Cs: lone surrogates
+    if odd or forbidden or not parts or prefix.startswith(("/", "\\")) or control:
         raise ValueError(
             f"The file name {shown} is not a plain name below the pack's folder: use letters, digits, '-', '_' and '/'."
         )
@@ -68,10 +67,6 @@ def check_prefix(prefix: str) -> tuple[str, ...]:
             f"{longest} bytes: shorten it to {MAX_PREFIX}, each part to {MAX_NAME}."
         )
     return parts
-
-
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs")  # control characters, lone surrogates
 
 
 def prefix_answer(prefix: str | None) -> bool | str:

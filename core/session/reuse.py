@@ -5,14 +5,12 @@ the network's call, its blocks or its methods, so the network is watched: in a s
 runs fewer of its layers, and all of them after another one.
 """
 
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .weights import calls
 
 OWN = "likeness."  # keys of the pack's own wrappers, which compute every step
 OBJECTS = ("model_sampling", "latent_format", "manual_cast_dtype")  # object patches that are no part of the network
@@ -26,48 +24,35 @@ def may_reuse(model: Any) -> bool:
     options = model.model_options
     foreign = [key for keys in model.wrappers.values() for key in keys if not str(key).startswith(OWN)]
     attached = [options.get("model_function_wrapper"), options.get("transformer_options"), foreign]
-    replaced = model.object_patches.keys() - set(OBJECTS)
-    return any(attached) or bool(replaced) or any("forward" in vars(part) for part in network(model).modules())
+    attached.append(model.object_patches.keys() - set(OBJECTS))
+    return any(attached) or any("forward" in vars(part) for part in model.model.diffusion_model.modules())
 
 
-def network(model: Any) -> nn.Module:
-    """The network of a MODEL."""
-    return model.model.diffusion_model
-
-
-def check_reuse(denoiser: Any, layers: nn.Module, x0: Tensor) -> None:
+def check_reuse(model: Any, denoiser: Any, x0: Tensor) -> None:
     """RuntimeError when a prediction needs fewer calls of the network's layers because of the ones before it."""
+    if not may_reuse(model):
+        return
     last = denoiser.sigmas.shape[0] - 1
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
     far = FAR * float(denoiser.sigmas[-1]) * noise
 
-    def calls(index: int, x: Tensor) -> int:
-        with torch.no_grad(), _counted(layers) as count:
+    def count(index: int, x: Tensor) -> int:
+        ids: list[int] = []
+        with torch.no_grad(), calls([model.model.diffusion_model], ids.append):
             denoiser.denoised(x, denoiser.sigmas[index].to(x).view(1))
-        return len(count)
+        return len(ids)
 
-    calls(last, far)  # nothing is like what was sampled before
-    again = [calls(last // 2, x0) for _ in range(SAME)]
-    calls(last, far)
-    first, *others = (calls(last // 2 - step, x0) for step in range(STEPS))
+    count(last, far)  # nothing is like what was sampled before
+    again = [count(last // 2, x0) for _ in range(SAME)]
+    count(last, far)
+    first, *others = (count(last // 2 - step, x0) for step in range(STEPS))
     fewer = min(others) < first
     if fewer:
-        calls(last, far)
+        count(last, far)
         step = 1 + others.index(min(others))
-        fewer = calls(last // 2 - step, x0) > min(others)  # else the noise level alone decides it, as some patches do
+        fewer = count(last // 2 - step, x0) > min(others)  # else the noise level alone decides it, as some patches do
     if fewer or min(again) < max(again):
         raise RuntimeError(
             "This model uses an earlier step again (a step cache, such as TeaCache), expected is one that computes "
             "each step: connect the model before that node; it may follow for sampling."
         )
-
-
-@contextlib.contextmanager
-def _counted(layers: nn.Module) -> Iterator[list[None]]:
-    count: list[None] = []
-    handles = [part.register_forward_pre_hook(lambda *_: count.append(None)) for part in layers.modules()]
-    try:
-        yield count
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -22,7 +22,7 @@ from ..prompt.conditioning import Conditioning, detached
 from . import sampling
 from .checkpointing import checkpointed
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
-from .reuse import check_reuse, may_reuse, network
+from .reuse import check_reuse
 from .weights import (
     calls,
     check_fully_loaded,
@@ -85,24 +85,16 @@ class GuiderDenoiser:
             extra_args = {**extra_args, "model_options": {**options, "transformer_options": with_boxes}}
         texts = {"cross_attn": context, "pooled_output": pooled}
         changed = {name: value.to(x.device) for name, value in texts.items() if value is not None}
-        with self._prompt(changed, x.detach()):
-            return self._guider(x, sigma.expand(x.shape[0]), **extra_args)
-
-    @contextlib.contextmanager
-    def _prompt(self, changed: dict[str, Tensor], x: Tensor) -> Iterator[None]:
-        """The prompt with these of its texts changed. The model prepares them as for a sampling (extra_conds): some pad
-        or number the tokens, or send them through layers of their own.
-        """
         guider, conds = self._guider, self._guider.conds
         entries = conds[self._role]
-        if changed:
-            prepare = guider.inner_model.extra_conds
+        if changed:  # prepared as for a sampling: some models pad or number tokens, or send them through own layers
+            prompt, prepare = [{**self._entry, **changed}], guider.inner_model.extra_conds
             entries = comfy.samplers.encode_model_conds(
-                prepare, [{**self._entry, **changed}], x, x.device, self._role, latent_image=self._x0
+                prepare, prompt, x.detach(), x.device, self._role, latent_image=self._x0
             )
         guider.conds = {"positive": entries}
         try:
-            yield
+            return guider(x, sigma.expand(x.shape[0]), **extra_args)
         finally:
             guider.conds = conds
 
@@ -112,7 +104,6 @@ class GuiderDenoiser:
 
     @property
     def model(self) -> nn.Module:
-        """The loaded model."""
         return self._guider.inner_model
 
     @property
@@ -149,7 +140,7 @@ def predicting(
 
     def run(running: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
         denoiser = GuiderDenoiser(running, extra_args, x0)
-        _check_reuse(clone, denoiser, x0)
+        check_reuse(clone, denoiser, x0[:1])
         body(denoiser, x0)
 
     guider.sample(torch.zeros_like(latent), latent, _Body(run), _ends(clone), disable_pbar=True)
@@ -198,7 +189,9 @@ class Session:
                 "blocks again at none: switch checkpointing off, or connect the base model."
             )
         with gradients():
-            clone = self._clone()
+            clone = trainable_clone(self.model, self.all_weights, self.exact)
+            if self._companions:  # ComfyUI must not unload one to make room for the other
+                clone.set_additional_models(COMPANIONS, self._companions)
             latent = detached(self.latent).float()
             guider = self._guider(clone)
             self._load(clone, latent)
@@ -214,13 +207,6 @@ class Session:
         """The ModelPatchers loaded together with the model."""
         return [*([] if self.text is None else [self.text]), *self.others]
 
-    def _clone(self) -> Any:
-        """A clone of the model with a backward pass, with its companions attached."""
-        clone = trainable_clone(self.model, self.all_weights, self.exact)
-        if self._companions:  # ComfyUI must not unload one to make room for the other
-            clone.set_additional_models(COMPANIONS, self._companions)
-        return clone
-
     def _guider(self, clone: Any) -> Any:
         guider = comfy.samplers.CFGGuider(clone)
         prompts = {"positive": self.positive, "negative": self.negative, **self.prompts}
@@ -230,9 +216,12 @@ class Session:
     def _load(self, clone: Any, latent: Tensor) -> None:
         """Load every model whole, with room for what the gradient needs."""
         trained = [clone] if self.text is None else [clone, self.text]
-        # thawed() holds every weight twice; a text encoder whose weights are all trained is counted in _memory().
+        # Thawing, or casting to another precision, holds every weight twice; all weights of a text encoder in training
+        # are counted as trained.
         copies = size_on(self.others if self.all_weights else self._companions, clone.load_device)
-        needed = _memory(trained, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
+        needed = clone.model_size() + activations(clone, latent, self.checkpointing) + copies + self.more_memory
+        if self.all_weights:
+            needed += sum(BYTES_PER_WEIGHT * part.numel() for each in trained for part in each.model.parameters())
         check_room([clone, *self._companions], needed, clone.load_device)
         load_fully([clone, *self._companions], needed)
 
@@ -244,50 +233,31 @@ class Session:
                 check_fully_loaded(patcher)
         parts = self._modules(guider)
         with contextlib.ExitStack() as stack:
-            leaves = stack.enter_context(thawed(parts, self._trained_modules(guider)))
+            network = guider.inner_model.diffusion_model
+            trained = {"diffusion_model": network} if self.all_weights else {}
+            if self.all_weights and self.text is not None:
+                trained["text_encoders"] = self.text.model
+            leaves = stack.enter_context(thawed(parts, trained))
             for part in parts:
                 stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
-                stack.enter_context(private_skips(guider.inner_model.diffusion_model))
+                stack.enter_context(private_skips(network))
             if self.checkpointing:
-                stack.enter_context(checkpointed(guider.inner_model.diffusion_model))
+                stack.enter_context(checkpointed(network))
             denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
-            _check_reuse(self.model, denoiser, x0)
-            with calls(parts, denoiser.called):
+            check_reuse(self.model, denoiser, x0[:1])
+            with calls(parts, denoiser.called.add):
                 _probe(denoiser, x0[:1], self.learned)
             yield denoiser
 
     def _modules(self, guider: Any) -> list[nn.Module]:
-        """All modules that run."""
         owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
         return [part for part in (*owners, *(each.model for each in self._companions)) if isinstance(part, nn.Module)]
-
-    def _trained_modules(self, guider: Any) -> dict[str, nn.Module]:
-        """The modules whose weights are trained, by prefix."""
-        if not self.all_weights:
-            return {}
-        text = {} if self.text is None else {"text_encoders": self.text.model}
-        return {"diffusion_model": guider.inner_model.diffusion_model, **text}
 
 
 def _ends(clone: Any) -> Tensor:
     """Valid noise levels for any sampler; nothing is sampled."""
     return torch.tensor([float(clone.get_model_object("model_sampling").sigma_max), 0.0])
-
-
-def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
-    """Bytes that a session needs on top of the loaded weights; the diffusion model is the first of the models."""
-    first = models[0]
-    # Besides the activations: thawing, or casting to another precision, holds every weight a second time.
-    memory = first.model_size() + activations(first, latent, checkpointing)
-    if all_weights:
-        memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
-    return memory
-
-
-def _check_reuse(model: Any, denoiser: GuiderDenoiser, x0: Tensor) -> None:
-    if may_reuse(model):
-        check_reuse(denoiser, network(model), x0[:1])
 
 
 def _probe(denoiser: GuiderDenoiser, x0: Tensor, learned: int) -> None:

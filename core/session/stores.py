@@ -1,7 +1,5 @@
 """The run stores: folders below likeness in ComfyUI's user directory."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

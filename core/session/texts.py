@@ -4,8 +4,6 @@ A lone surrogate (JSON allows it) or Chinese on a console of another code page r
 ComfyUI does not survive.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ ComfyUI runs nodes under torch.inference_mode(), so weights may be inference ten
 backward. Which weights are depends on which node loaded the model first, so every weight is checked every time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys
@@ -176,12 +174,11 @@ def _copy_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 @contextlib.contextmanager
-def calls(modules: Iterable[nn.Module], ids: set[int]) -> Iterator[None]:
-    """Collect the ids of those parts of the modules that run."""
+def calls(modules: Iterable[nn.Module], note: Callable[[int], None]) -> Iterator[None]:
+    """Note the id of a part of the modules whenever it runs."""
     with contextlib.ExitStack() as stack:
         for part in (part for module in modules for part in module.modules()):
-            hook = part.register_forward_pre_hook(lambda module, _inputs: ids.add(id(module)))
-            stack.callback(hook.remove)
+            stack.callback(part.register_forward_pre_hook(lambda module, _inputs: note(id(module))).remove)
         yield
 
 
@@ -192,7 +189,6 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
     ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Every block
     gets a copy of its input, so nothing else uses the skip connections. Models without a UNet are left alone.
     """
-
     blocks = [*getattr(unet, "input_blocks", [])][1:]
     blocks += [block for block in [getattr(unet, "middle_block", None)] if block is not None]
     with contextlib.ExitStack() as stack:

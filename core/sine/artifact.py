@@ -1,7 +1,5 @@
 """The file of a fine-tuned model: weights in the shared LoRA artifact, plus the position map that they need."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..lora.artifact import FineTunedWeights, read_fine_tune
@@ -17,7 +15,6 @@ def load_fine_tune(path: Path) -> FineTunedWeights:
 
 
 def summary(tuned: FineTunedWeights) -> str:
-    """A few lines for the user, including the position map."""
     needed = needed_map(tuned)
     ranks = ["ranks: fewer at noisier timesteps (T-LoRA)"] if RANKS in tuned else []
     return tuned.describe(*ranks, f"position map: {f'{needed[0]} cells, {needed[1]}' if needed else 'none'}")

@@ -16,8 +16,6 @@ Deviations, each with its reason:
   ablation, with weight 0 as in the reference code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -96,8 +94,6 @@ def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor
 
 
 class FineTune(Fit):
-    """The optimisation of a table of parameters."""
-
     prefix = "leaf."
 
     def __init__(

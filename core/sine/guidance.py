@@ -20,10 +20,10 @@ Source: ldm/models/diffusion/guidance_ddim.py of the reference code. Deviations,
 - the window is open at K as in the paper (t > K); the reference script includes the end, which its own steps never hit.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 BASE_WEIGHT = 0.7  # v, section 4.1 of the paper; the reference README has 0.4 with K 500 and a cfg of 10
@@ -62,7 +62,4 @@ def mix_predictions(base: Tensor | None, tuned: Sequence[Tensor], weights: Seque
     parts = [weight * prediction.float() for weight, prediction in zip(weights, tuned, strict=True)]
     if base is not None:
         parts.insert(0, base_share(weights) * base.float())
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.to(tuned[0].dtype)
+    return functools.reduce(torch.add, parts).to(tuned[0].dtype)

@@ -10,8 +10,6 @@ Source: the dataset classes of the reference code. Deviations, each with its rea
 - with a mask, a patch that shows nothing of the subject is drawn again, since there is nothing to learn from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

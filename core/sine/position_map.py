@@ -12,8 +12,6 @@ Transformers have no first convolution. Where their rotary positions can be move
 patch get the positions that they have in the whole image, at one latent pixel for each cell (not in the paper).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -5,8 +5,6 @@ end_percent of ComfyUI's schedule: 0.6 is the paper's K = 400 of 999. Rows of th
 base_weights.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,17 +64,13 @@ class Grid:
 
     def over_base_weight(self, values: Sequence[float]) -> list[list[tuple[float, float]]]:
         """The points (base_weight, value) for each end_percent."""
-        return [
-            [(x, values[at]) for x, at in zip(self.base_weights, row, strict=True) if at is not None]
-            for row in self.places
-        ]
+        rows = (zip(self.base_weights, row, strict=True) for row in self.places)
+        return [[(x, values[at]) for x, at in row if at is not None] for row in rows]
 
     def over_end_percent(self, values: Sequence[float]) -> list[list[tuple[float, float]]]:
         """The points (end_percent, value) for each base_weight."""
-        return [
-            [(x, values[at]) for x, at in zip(self.end_percents, column, strict=True) if at is not None]
-            for column in zip(*self.places, strict=True)
-        ]
+        columns = tuple(zip(*self.places, strict=True))
+        return Grid(self.end_percents, self.base_weights, columns).over_base_weight(values)
 
 
 def grid(base_weights: Sequence[float], end_percents: Sequence[float]) -> Grid:

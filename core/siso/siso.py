@@ -19,8 +19,6 @@ Source: the reference scripts. Deviations, each with its reason:
 - with several references, the cosine is the mean over them, as in the reference code.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

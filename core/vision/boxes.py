@@ -4,8 +4,6 @@ The arithmetic is torchvision's, which comes with ComfyUI; it is imported lazily
 torch only breaks these nodes.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 BEST, LARGEST, ALL = "best", "largest", "all"

@@ -9,8 +9,6 @@ The published weights are a .pth with two parts, the tower ("backbone.") and the
 used in training ("fc2."), is not needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@ Images are ComfyUI's: [B, H, W, 3] in 0..1. Masks are [B, H, W] in 0..1, 1 on th
 where applicable.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Preprocess ComfyUI images for vision models: resize, centre crop, normalise; differentiable, without rounding."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -360,7 +360,7 @@ def test_the_nodes_one_after_the_other():
     )
 
     setting = Setting()
-    folder = Path(folders.first_folder(folders.ADAPTERS)) / "checkpoint-7"
+    folder = Path(folders.roots(folders.ADAPTERS)[0]) / "checkpoint-7"
     adapter = stored(setting.model)
     save_adapter(folder / "model.safetensors", adapter)
     assert "checkpoint-7" in folders.names(folders.ADAPTERS)

@@ -125,10 +125,10 @@ def test_what_cannot_be_looked_at_is_refused():
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_what_is_predicted_to_check_the_model_is_in_no_map(family, monkeypatch):
-    from likeness.core.session import session
+    from likeness.core.session import reuse
 
     setting, found = Setting(family), []
     for checked in (True, False):
-        monkeypatch.setattr(session, "may_reuse", lambda _model, checked=checked: checked)
+        monkeypatch.setattr(reuse, "may_reuse", lambda _model, checked=checked: checked)
         found.append(maps(setting, levels=2).values)
     assert torch.equal(*found)

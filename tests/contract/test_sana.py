@@ -220,7 +220,7 @@ def test_without_diffusers_it_is_said_how_to_install_it(sana_folder, monkeypatch
 def test_only_folders_of_sana_below_the_models_folder_are_offered(sana_folder, tmp_path, monkeypatch):
     import folder_paths
 
-    from likeness.core.sana.host.sana import sana_names, sana_state
+    from likeness.core.sana.host.sana import sana_names
     from likeness.core.session import folders
 
     root = tmp_path / "diffusers"
@@ -233,9 +233,9 @@ def test_only_folders_of_sana_below_the_models_folder_are_offered(sana_folder, t
     for hostile in ("../sana", str(root / "sana"), "sana\0", "C:/sana"):
         with pytest.raises((ValueError, FileNotFoundError)):
             folders.resolve(folders.DIFFUSERS, hostile)
-    before = sana_state("sana")
+    before = folders.state(folders.DIFFUSERS, "sana")
     tiny_sana.edit(root / "sana" / "vae" / "config.json", scaling_factor=1.0)
-    assert sana_state("sana") != before
+    assert folders.state(folders.DIFFUSERS, "sana") != before
 
 
 def test_loading_leaves_the_global_random_numbers_alone(sana_folder):

@@ -242,9 +242,8 @@ def test_what_is_refused(parts):
         staged(parts, steps=30)
 
 
-def test_the_nodes(parts, vision, monkeypatch):
+def test_the_nodes(parts, vision):
     """What the nodes give is what the functions make."""
-    from types import SimpleNamespace
 
     from likeness.nodes.staged import LikenessStagedEdit, LikenessStagedSampler
 
@@ -255,8 +254,6 @@ def test_the_nodes(parts, vision, monkeypatch):
         standard = {entry.id: entry.default for entry in node.define_schema().inputs if hasattr(entry, "default")}
         given |= {name: standard[name] for name in ("split_ratio", "min_loops", "max_loops", "threshold")}
         assert given["min_loops"] == given["max_loops"] == 3, "what runs without a vision model"
-    for node in (LikenessStagedSampler, LikenessStagedEdit):
-        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
     with torch.inference_mode():
         image, loops, latent, report = LikenessStagedSampler.execute(
             latent={"samples": LATENT}, loop_negative=setting.source, **given

@@ -21,7 +21,6 @@ from likeness.core.ezigen.adapter import (
 from likeness.core.ezigen.artifact import PARTS, StoredAdapter, read_adapter, save_adapter
 from likeness.core.ezigen.staged import (
     Loops,
-    appearance_steps,
     background_of,
     invert_with_solver,
     published_factors,
@@ -138,6 +137,9 @@ def test_a_sample_is_the_same_in_every_batch_and_process():
 
 
 def test_appearance_steps():
+    def appearance_steps(steps: int, ratio: float) -> int:
+        return len(split(torch.arange(steps, -1, -1), ratio)[1]) - 1
+
     assert [appearance_steps(50, ratio) for ratio in (0.4, 0.5, 0.1, 0.9)] == [20, 25, 5, 45]
     assert [appearance_steps(10, ratio) for ratio in (0.45, 0.3, 0.7)] == [5, 3, 7]  # 0.7 * 10 < 7 in floats
     for ratio in (0.0, 1.0, -0.2):

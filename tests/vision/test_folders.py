@@ -59,7 +59,7 @@ def test_second_folder_is_searched_too(root, tmp_path_factory):
     folder_paths.add_model_folder_path(EMBEDDINGS.folder, str(more))
     assert folders.names(EMBEDDINGS) == ["a/cat.pt"]
     assert folders.resolve(EMBEDDINGS, "a/cat.pt") == (more / "a" / "cat.pt").resolve()
-    assert folders.first_folder(EMBEDDINGS) == str(root / EMBEDDINGS.folder)
+    assert folders.roots(EMBEDDINGS)[0] == str(root / EMBEDDINGS.folder)
 
 
 def test_an_odd_folder_hides_nothing_else(root, tmp_path_factory):

@@ -2,8 +2,6 @@
 images and captions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ from .data import Item
 
 @dataclass(frozen=True)
 class Base:
-    """The parts of a Stable Diffusion."""
-
     unet: Any
     vae: Any
     text_encoder: Any
@@ -29,7 +25,6 @@ class Base:
     scheduler: Any
 
     def freeze(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the networks and freeze them."""
         for part in (self.unet, self.vae, self.text_encoder):
             nn.Module.to(part, device, dtype)  # diffusers' own to() warns of float32 layers: there are none
             part.requires_grad_(False).train(False)

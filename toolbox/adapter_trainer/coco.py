@@ -12,8 +12,6 @@ cropped and padded to a square. Deviations, each with its reason:
 - class names are COCO's own; the reference code's are concatenated ("sportsball") and one is damaged.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +62,6 @@ class Coco:
         return len(self.records)
 
     def describe(self) -> str:
-        """A line for the user."""
         return (
             f"COCO in {self.path.name}: {len(self)} images, {self.left_out} left out (no caption, no usable "
             f"instance), {self.damaged} damaged masks"

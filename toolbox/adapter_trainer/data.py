@@ -1,7 +1,5 @@
 """The samples of a run by number: a sample does not depend on the process or the time that requests it."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +48,6 @@ class PairDataset(Dataset[Item]):
         self.places = [(each, index) for each in sources for index in range(len(each))]
 
     def __getitem__(self, index: int) -> Item:
-        """Sample number `index` of the run."""
         pairs, place = self.places[index_of(self.seed, index, len(self.places))]
         before = len(pairs.skipped)
         pair = pairs.pair(place, pair_generator(self.seed, index))

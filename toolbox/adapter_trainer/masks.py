@@ -1,7 +1,5 @@
 """Masks of annotation files, and parts of images on squares."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ before the cross-attention. So the UNet runs diffusers' own code, and the adapte
 gradient checkpointing requires.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command: its settings, the checks before the work begins, and the run."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

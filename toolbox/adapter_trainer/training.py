@@ -1,7 +1,5 @@
 """EZIGen's adapter trained by one or many processes: core's training, its gradients averaged by Accelerate."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

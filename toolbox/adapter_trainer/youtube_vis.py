@@ -16,8 +16,6 @@ direction, and the target's widened box at most 0.8 in one. Deviations, each wit
 - the sentences are our own, with an article before the class.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
@@ -90,7 +88,6 @@ class YoutubeVis:
         return self.draws
 
     def describe(self) -> str:
-        """A line for the user."""
         objects = sum(map(len, self.videos))
         return f"YouTube-VIS in {self.path.name}: {objects} objects in {len(self.videos)} videos, {self.draws} draws"
 
@@ -168,7 +165,6 @@ def around(box: Box, size: tuple[float, float], frame: tuple[int, int]) -> Box:
 
 
 def _videos(content: dict[str, Any], frames: Path) -> list[list[Object]]:
-    """The objects of each video."""
     nouns = {each["id"]: each["name"].replace("_", " ") for each in content["categories"]}
     videos = {each["id"]: each for each in content["videos"]}
     objects: dict[int, list[Object]] = {}

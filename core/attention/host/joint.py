@@ -6,8 +6,6 @@ prompt and the third with another image, up to the first layer in which the imag
 name afterwards: such a call is known by its lengths.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -173,15 +171,12 @@ class _Probe:
                     if _count(text) != self._tokens:
                         raise _Done
                 if len(image):
-                    self._found(call, int(image[0]), before + self._text)
+                    first, behind = int(image[0]), before + self._text
+                    places = slice(first, first + self._cells), slice(behind, behind + self._tokens)
+                    shape = next((grid for grid in self._grids if grid[0] * grid[1] == self._cells), None)
+                    self.layout = None if shape is None else Layout(call.lengths, *places, shape)
                     raise _Done
         return function(*args, **named)
-
-    def _found(self, call: Call, image: int, text: int) -> None:
-        shape = next((grid for grid in self._grids if grid[0] * grid[1] == self._cells), None)
-        if shape is not None:
-            places = slice(image, image + self._cells), slice(text, text + self._tokens)
-            self.layout = Layout(call.lengths, *places, shape)
 
 
 def _changed(tokens: Tensor, other: int) -> Tensor:

@@ -1,7 +1,5 @@
 """Attention patches for ComfyUI's UNet that last for one run and wrap whatever other nodes have installed."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

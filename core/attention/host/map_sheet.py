@@ -1,7 +1,5 @@
 """Attention maps as one image: a row for each token and one for their mean, a column for each noise level."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

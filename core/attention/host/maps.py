@@ -1,7 +1,5 @@
 """Cross-attention maps of a MODEL: a prompt's last tokens at several noise levels of one image."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,13 +36,7 @@ class Maps:
 
 
 def attention_maps(
-    model: Any,
-    conditioning: Conditioning,
-    latent: dict[str, Tensor],
-    tokens: int,
-    levels: int,
-    seed: int,
-    node_id: str | None = None,
+    model: Any, conditioning: Conditioning, latent: dict[str, Tensor], tokens: int, levels: int, seed: int
 ) -> Maps:
     """The maps of the prompt's last `tokens` tokens at `levels` noise levels, evenly spaced over the sampling."""
     percents = [(index + 0.5) / levels for index in range(levels)]
@@ -57,7 +49,7 @@ def attention_maps(
     clone = model.clone()
     recorder = _MapRecorder(tokens, (samples.shape[-2], samples.shape[-1]))
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorder)
-    bar = comfy.utils.ProgressBar(levels, node_id=node_id)
+    bar = comfy.utils.ProgressBar(levels)
     maps: list[Tensor] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
@@ -102,12 +94,22 @@ class _MapRecorder:
 
     def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
         if layers := transformer_layers(guider.inner_model.diffusion_model):
-            run = wrapped(extra_args, layers, attn2=lambda inner: _RecordedLayer(self, inner))
+            run = wrapped(extra_args, layers, attn2=self._recorded)
         else:
             layout = find_layout(guider, guider.conds["positive"][0], more[1], sigmas[0])
             run = looking(extra_args, functools.partial(self._look, layout), lambda _options: True, layout)
         with run:
             return executor(guider, sigmas, extra_args, *more)
+
+    def _recorded(self, inner: Attention) -> Attention:
+        """A cross-attention layer whose maps are recorded."""
+
+        def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            attention = probabilities(q, k, options["n_heads"])[..., -self.tokens :]
+            self.maps.append(token_maps(attention, tuple(options["activations_shape"][-2:])).cpu())
+            return inner(q, k, v, options)
+
+        return layer
 
     def _look(self, layout: Layout, call: Call, out: Tensor) -> Tensor:
         attention = torch.cat([part.mean(1) for _, part in call.probabilities(slice(None), layout)], 1)
@@ -117,17 +119,3 @@ class _MapRecorder:
     def mean(self) -> Tensor:
         """The mean over the layers of the last prediction, [1, tokens, h, w]."""
         return mean_over_layers(self.maps, self.size)
-
-
-@dataclass(frozen=True)
-class _RecordedLayer:
-    """A cross-attention layer whose maps are recorded."""
-
-    recorder: _MapRecorder
-    inner: Attention
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        attention = probabilities(q, k, options["n_heads"])[..., -self.recorder.tokens :]
-        height, width = options["activations_shape"][-2:]
-        self.recorder.maps.append(token_maps(attention, (height, width)).cpu())
-        return self.inner(q, k, v, options)

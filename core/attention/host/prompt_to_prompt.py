@@ -97,7 +97,6 @@ class SubjectSwap:
     mask: Tensor | None = None
 
     def control(self, swaps: tuple[Swap, ...], edited: str, rows: int) -> Control:
-        """The Control, once the prompts are tokenized."""
         tail = self.subject.tokens if self.subject else 0
         ends = (self.end_percent, self.self_percent)
         return Control(
@@ -195,8 +194,8 @@ class _Sampling:
         if not layers:
             look = _Joint(run, find_layout(guider, entries[0], run.noise, sigma))
             return looking(extra_args, look, look.expected, look.layout)
-        of_self = {"attn1": lambda inner: _Self(run, inner)} if self.control.self_percent > 0 else {}
-        return wrapped(extra_args, layers, attn2=lambda inner: _Cross(run, inner), **of_self)
+        of_self = {"attn1": run.self_attention} if self.control.self_percent > 0 else {}
+        return wrapped(extra_args, layers, attn2=run.cross_attention, **of_self)
 
     def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
         """The entries of the prompt that belongs to this control, since guiders name and order prompts differently."""
@@ -256,7 +255,7 @@ class _Run:
             SigmaRange(float("inf"), sampling.percent_to_sigma(end))
             for end in (control.end_percent, control.self_percent)
         )
-        self._prompt_uuids, self._levels, self._size = uuids, levels, (noise.shape[-2], noise.shape[-1])
+        self.prompt_uuids, self._levels, self._size = uuids, levels, (noise.shape[-2], noise.shape[-1])
         self.noise = noise
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
         self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths up to this
@@ -264,15 +263,11 @@ class _Run:
         self.blends = control.blend > 0 or control.mask is not None
         self.records = control.blend > 0 and bool(control.swaps)
 
-    def holds_prompt(self, options: dict[str, Any]) -> bool:
-        """Whether the positive prompt is evaluated in this call."""
-        return not self._prompt_uuids.isdisjoint(options.get("uuids", ()))
-
     def pairs(self, batch: int, options: dict[str, Any]) -> Iterator[slice]:
         """The batch slices in which source and edit are evaluated with the positive prompt."""
         chunks = options.get("uuids", ())
         for index, chunk in enumerate(chunks):
-            if chunk not in self._prompt_uuids:
+            if chunk not in self.prompt_uuids:
                 continue
             if batch != 2 * len(chunks):
                 raise ValueError(
@@ -312,33 +307,36 @@ class _Run:
         attention_mask = blend_mask(self._attention, self.control.blend)
         return attention_mask if allowed is None else attention_mask & allowed.to(attention_mask.device)
 
-    def check_rows(self, rows: int) -> None:
-        """ValueError when the keys are not the prompt's."""
-        _check_rows(len(self.is_edit), rows, self._longest)
+    def cross_attention(self, inner: Attention) -> Attention:
+        """A cross-attention layer under control."""
 
+        def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            out, heads, renormalise = inner(q, k, v, options), options["n_heads"], self.control.renormalise
+            controls = self.cross.holds(float(options["sigmas"].max()))
+            for pair in self.pairs(q.shape[0], options) if controls or self.records else ():
+                _check_rows(len(self.is_edit), k.shape[1], self._longest)
+                if self.records:
+                    attention = probabilities(q[pair], k[pair], heads)
+                    self.record(token_maps(attention, tuple(options["activations_shape"][-2:])))
+                if controls:
+                    change = correction(q[pair], k[pair], v[pair], heads, self.mapping, self.is_edit, renormalise)
+                    out = out.clone()
+                    out[pair.stop - 1] += change.to(out)
+            return out
 
-@dataclass(frozen=True)
-class _Cross:
-    """A cross-attention layer under control."""
+        return layer
 
-    run: _Run
-    inner: Attention
+    def self_attention(self, inner: Attention) -> Attention:
+        """A self-attention layer: the edit uses the source's attention with its own values (prompt-to-prompt)."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        out = self.inner(q, k, v, options)
-        run, control = self.run, self.run.control
-        controls = run.cross.holds(float(options["sigmas"].max()))
-        for pair in run.pairs(q.shape[0], options) if controls or run.records else ():
-            run.check_rows(k.shape[1])
-            if run.records:
-                attention = probabilities(q[pair], k[pair], options["n_heads"])
-                run.record(token_maps(attention, tuple(options["activations_shape"][-2:])))
-            if controls:
-                heads = options["n_heads"]
-                change = correction(q[pair], k[pair], v[pair], heads, run.mapping, run.is_edit, control.renormalise)
-                out = out.clone()
-                out[pair.stop - 1] += change.to(out)
-        return out
+        def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            if q.shape[1] <= SELF_CELLS and self.self_.holds(float(options["sigmas"].max())):
+                for pair in self.pairs(q.shape[0], options):
+                    last = torch.tensor([pair.stop - 1], device=q.device)
+                    q, k = (each.index_copy(0, last, each[pair.start :][:1]) for each in (q, k))
+            return inner(q, k, v, options)
+
+        return layer
 
 
 @dataclass(frozen=True)
@@ -351,7 +349,7 @@ class _Joint:
     def expected(self, options: dict[str, Any]) -> bool:
         """Whether the prompt is evaluated, at a level with control."""
         active = self.run.records or self.run.cross.holds(float(options["sigmas"].max()))
-        return active and self.run.holds_prompt(options)
+        return active and not self.run.prompt_uuids.isdisjoint(options.get("uuids", ()))
 
     def __call__(self, call: Call, out: Tensor) -> Tensor:
         run, control, layout = self.run, self.run.control, self.layout
@@ -367,21 +365,3 @@ class _Joint:
                 values = call.for_each_query(call.v[pair][1:])[0, :, layout.text]
                 joint_correction(parts(), edit, values, run.mapping, run.is_edit, control.renormalise)
         return out
-
-
-@dataclass(frozen=True)
-class _Self:
-    """A self-attention layer: the edit uses the source's attention with its own values (prompt-to-prompt)."""
-
-    run: _Run
-    inner: Attention
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        if q.shape[1] <= SELF_CELLS and self.run.self_.holds(float(options["sigmas"].max())):
-            for pair in self.run.pairs(q.shape[0], options):
-                q, k = (each.index_copy(0, _last(pair, each), each[pair.start :][:1]) for each in (q, k))
-        return self.inner(q, k, v, options)
-
-
-def _last(pair: slice, like: Tensor) -> Tensor:
-    return torch.tensor([pair.stop - 1], device=like.device)

@@ -1,7 +1,5 @@
 """The two prompts of a word swap: their text, their tokens, and both as one CONDITIONING."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +28,6 @@ class LearnedSubject:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens it occupies in the prompt."""
         return self.embedding.tokens if self.scale else 0
 
     def apply(self, conditioning: Conditioning) -> Conditioning:
@@ -176,18 +173,16 @@ def encode_prompts(
         return first, second
     rows = single_prompt(source, "prompt that the image was inverted with")
     encoded = first[0][0]
-    if rows.shape != encoded.shape or float((rows.to(encoded) - encoded).abs().max()) > CLOSE * float(
-        encoded.abs().max()
-    ):
+    limit = CLOSE * float(encoded.abs().max())
+    if rows.shape != encoded.shape or float((rows.to(encoded) - encoded).abs().max()) > limit:
         raise ValueError(
             f"The positive prompt is not '{shorten(prompts[0])}' as this CLIP encodes it: write the very text that "
             "the image was inverted with into 'prompt', and connect the same CLIP; patches of the rows (embeddings, "
             "Conditioning Concat) do not belong here."
         )
     extra = {name: value for name, value in source[0][1].items() if name != "pooled_output"}
-    return [[table, {**options, **extra}] for table, options in first], [
-        [table, {**options, **extra}] for table, options in second
-    ]
+    first, second = ([[table, {**options, **extra}] for table, options in each] for each in (first, second))
+    return first, second
 
 
 def pair_prompts(

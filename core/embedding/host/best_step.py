@@ -6,8 +6,6 @@ alike (by more than the standard error of the difference, image by image) and fo
 without the first condition noise chose too early a step, and cost identity (benchmarks/results/best_step.json).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,12 +49,7 @@ class Choice:
 
     @property
     def best_image(self) -> int:
-        """The index of the best step's first image."""
         return (1 + self.steps.index(self.step)) * (len(self.images) // (len(self.steps) + 1))
-
-    def means(self) -> dict[str, list[float]]:
-        """The mean score of the images without the subject, then of each step."""
-        return {name: values.mean(1).tolist() for name, values in _per_step(self.scores, len(self.steps) + 1).items()}
 
     def captions(self) -> list[list[str]]:
         """For each image what it shows, and its scores."""
@@ -66,7 +59,8 @@ class Choice:
 
     def report(self) -> str:
         """What the best step gained in plain words, then a table with one row per step."""
-        means = self.means()
+        scores = _per_step(self.scores, len(self.steps) + 1)
+        means = {name: values.mean(1).tolist() for name, values in scores.items()}
         best = 1 + self.steps.index(self.step)
         words = {"dino": "alike", "clip_i": "alike (CLIP)", "clip_t": "follows the prompt"}
         gains = [f"{words[name]}: {values[0]:.2f} -> {values[best]:.2f}" for name, values in means.items()]
@@ -78,7 +72,7 @@ class Choice:
         return "\n".join([*lines, *(f"{TITLES[name]}: {model}" for name, model in self.scores.models.items())])
 
 
-def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request, node_id: str | None = None) -> Choice:
+def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request) -> Choice:
     """The embedding with its best step as the recommended one.
 
     request: how images are scored, with the reference for images. ValueError before any sampling for one that measures
@@ -91,7 +85,7 @@ def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request
     rows = [embedding.at(step) for step in steps]
     placed = [apply_embedding(trial.prompt, each, trial.scale, embedding.windows, embedding.placement) for each in rows]
     shape = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(trial.latent[:1])).shape
-    images = trial.sampling.drawn(model, [trial.prompt, *placed], tuple(shape), trial.images, node_id)
+    images = trial.sampling.drawn(model, [trial.prompt, *placed], tuple(shape), trial.images)
     scores = score(replace(request, images=images))
     chosen = steps[best_of(_per_step(scores, len(steps) + 1))]
     return Choice(replace(embedding, header={**embedding.header, "best": chosen}), steps, images, scores)

@@ -1,7 +1,5 @@
 """Refine an embedding for each denoising step with a MODEL (HiFi Tuner, Algorithm 1)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,14 +20,12 @@ from ..artifact import Embedding
 from ..hifi_tuner import StepWise, StepWiseSettings
 from .train import RegularizerOptions, TokensJob, key_part, source_rows
 
-METHOD = "hifi tuner, step-wise"
-
 
 @dataclass(frozen=True)
 class RefiningJob(TokensJob):
     """Algorithm 1. start [n, d]: the tokens of the embedding; sigmas [T + 1]."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "hifi tuner, step-wise"
 
     sigmas: Tensor
 
@@ -53,7 +49,7 @@ class RefiningJob(TokensJob):
         sampling = self.model.get_model_object("model_sampling")
         refined = {**asdict(self.settings), **self.objective}
         return {
-            "method": METHOD,
+            "method": self.method,
             "base": self.base,
             "settings": {**before, "refined": refined, "sigmas": self.sigmas.tolist()},
             "losses": curve(losses),
@@ -78,7 +74,6 @@ def refine_embedding(
     sigmas: Tensor,
     settings: StepWiseSettings,
     options: RegularizerOptions,
-    node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
     """Refine one saved step of an embedding, resuming or reusing a stored run; returns the refined embedding and the
     loss of every update.
@@ -98,6 +93,6 @@ def refine_embedding(
         )
     regularizer = options.build(rows, embedding.tokens)
     job = RefiningJob(model, positive, images, settings, embedding.placement, start[0], regularizer, sigmas)
-    finished = run(job, node_id)
+    finished = run(job)
     header = job.header(embedding.header.get("settings", {}), finished.losses)
     return Embedding({step or embedding.recommended_step: finished.last[""]}, header), finished.losses

@@ -26,9 +26,8 @@ from ...session.fingerprint import check_base, fingerprint, network_of_file
 from ...session.images import checked_mask
 from ...session.session import predicting
 from ...vision.measures import subject_crop
-from .. import artifact as adapter_file
 from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, join_images
-from ..artifact import StoredAdapter
+from ..artifact import StoredAdapter, base_sample
 from ..staged import layout_steps
 from .layers import Capture, Place, has_quantised_attention, key_of, places
 
@@ -76,27 +75,22 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
     if mask is None:
         corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
         if bool((corners.amin(-1) < WHITE).sum() > len(image)):
-            _report_background(has_mask)
+            if has_mask:
+                raise ValueError(
+                    "The mask is empty, and the subject's image has no white background: paint the subject "
+                    "(right-click the image, 'Open in MaskEditor'), or disconnect the mask to take the image as it is."
+                )
+            log.warning(
+                "The subject's image has no white background: its surroundings will be taken for a part of the "
+                "subject. Connect a mask."
+            )
         mask, margin = torch.ones(image.shape[:3]), 0.0
     mask = checked_mask(mask, len(image), (image.shape[1], image.shape[2]), subject=True)
     mask = F.interpolate(mask[:, None], image.shape[1:3], mode="bilinear")[:, 0]
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
 
 
-def _report_background(has_mask: bool) -> None:
-    if has_mask:
-        raise ValueError(
-            "The mask is empty, and the subject's image has no white background: paint the subject (right-click the "
-            "image, 'Open in MaskEditor'), or disconnect the mask to take the image as it is."
-        )
-    log.warning(
-        "The subject's image has no white background: its surroundings will be taken for a part of the subject. "
-        "Connect a mask."
-    )
-
-
 def adapter_missing(name: str) -> str:
-    """The message for a missing entry of models/likeness_adapters."""
     return (
         f"There is no '{name}' in models/likeness_adapters. Download the zip that "
         "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or "
@@ -160,8 +154,7 @@ def load_patcher(stored: StoredAdapter, blocks: list[Place], dtype: torch.dtype 
         if name != WEIGHTS and value.element_size() > dtype.itemsize:
             tensors[name] = value.to(dtype)
     adapter.load(tensors, assign=True)
-    device = mm.unet_offload_device()
-    return comfy.model_patcher.ModelPatcher(adapter, mm.get_torch_device(), device)
+    return comfy.model_patcher.ModelPatcher(adapter, mm.get_torch_device(), mm.unet_offload_device())
 
 
 def with_adapter(
@@ -182,11 +175,10 @@ def with_adapter(
     patcher = load_patcher(stored, blocks, model.get_model_object("manual_cast_dtype") or model.model_dtype())
     _warn_of_base(stored, model, blocks)
     clone = without_adapter(model)
-    if strength == 0.0:
-        return clone
-    clone.set_additional_models(KEY, [patcher])
-    injection = _Injection(patcher.model, tuple(blocks), subject.tokens, ratio, strength, apply_to)
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, injection)
+    if strength != 0.0:
+        clone.set_additional_models(KEY, [patcher])
+        injection = _Injection(patcher.model, tuple(blocks), subject.tokens, ratio, strength, apply_to)
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, injection)
     return clone
 
 
@@ -201,7 +193,6 @@ def with_ratio(model: Any, ratio: float) -> Any:
 
 
 def without_adapter(model: Any) -> Any:
-    """A clone of the MODEL without the adapter."""
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     clone.remove_additional_models(KEY)
@@ -209,7 +200,6 @@ def without_adapter(model: Any) -> Any:
 
 
 def _warn_of_base(stored: StoredAdapter, model: Any, blocks: list[Place]) -> None:
-    """Warn when the adapter was trained on another model's weights."""
     if has_quantised_attention(model, blocks):
         return
     state, modules = network_of_file(model), {place.layer.name: place.module for place in blocks}
@@ -301,4 +291,4 @@ def model_base_sample(model: Any) -> dict[str, list[float]]:
     """The header entry that identifies the model of a training."""
     state = network_of_file(model)
     modules = {place.layer.name: place.module for place in places(model.model)}
-    return adapter_file.base_sample(list(modules), lambda name: state[f"{modules[name]}.attn1.to_q.weight"])
+    return base_sample(list(modules), lambda name: state[f"{modules[name]}.attn1.to_q.weight"])

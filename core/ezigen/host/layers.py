@@ -41,8 +41,7 @@ def places(base: Any) -> list[Place]:
                 continue
             number = 0 if words[0] == "middle_block" else int(words[1])
             official = published[f"{name}.attn1.to_q.weight"].removesuffix(".attn1.to_q.weight")
-            attention = part.attn1
-            layer = Layer(official, attention.to_q.weight.shape[0], attention.heads)
+            layer = Layer(official, part.attn1.to_q.weight.shape[0], part.attn1.heads)
             blocks.append(Place((PARTS[words[0]], number, int(words[-1])), name, layer))
     if not blocks:
         raise ValueError(

@@ -1,7 +1,5 @@
 """EZIGen's decoupled sampling with a MODEL: layout, appearance, and loops until two consecutive images are similar."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from dataclasses import dataclass
@@ -9,7 +7,6 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,7 +96,6 @@ def sample_staged(
     latent: Tensor,
     settings: StagedSettings,
     start: Tensor | None = None,
-    node_id: str | None = None,
 ) -> StagedResult:
     """Sample in stages. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that
     replaces the first sampling.
@@ -118,7 +114,7 @@ def sample_staged(
     _, appearance = split(sigmas, settings.split_ratio)
     adapted = with_adapter(model, models.adapter, subject)
     split_model = with_ratio(adapted, settings.split_ratio)
-    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), node_id)
+    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), None)
     sampler = comfy.samplers.sampler_object(settings.sampler)
     stock: dict[str, Any] = {"callback": steps.callback, "disable_pbar": True, "positive": prompts.positive}
     sample = functools.partial(comfy.sample.sample_custom, cfg=settings.cfg, sampler=sampler, **stock)
@@ -137,7 +133,9 @@ def sample_staged(
         z = result if loop == 1 and start is not None else vae.encode(images[-1]).cpu()
         noise = stock_noise(latents[-1], seed, loop)
         if settings.published_level:
-            signal, noise_factor = _published(model, settings.split_ratio, appearance[0])
+            table = model.get_model_object("model_sampling").sigmas
+            level = table[min(round(settings.split_ratio * TIMESTEPS), len(table) - 1)]
+            signal, noise_factor = published_factors(float(appearance[0]), float(level))
             z, noise = signal * z, noise_factor * noise
         x, step_seed = add_noise(model, z, noise, appearance[0]), (seed + loop + STEP_SEEDS) % SEEDS
         inputs = {"negative": prompts.loop_negative, "latent_image": x, "seed": step_seed}
@@ -173,12 +171,6 @@ def crop_to_cells(image: Tensor, vae: Any) -> Tensor:
     side = vae.spacial_compression_encode()
     height, width = (length // side * side for length in image.shape[1:3])
     return image[:, :height, :width]
-
-
-def _published(model: Any, split_ratio: float, first: Tensor) -> tuple[float, float]:
-    table = model.get_model_object("model_sampling").sigmas
-    timestep = min(round(split_ratio * TIMESTEPS), len(table) - 1)
-    return published_factors(float(first), float(table[timestep]))
 
 
 def stock_noise(like: Tensor, seed: int, loop: int = 0) -> Tensor:

@@ -1,7 +1,5 @@
 """EZIGen's editing with a MODEL: another subject in the masked area, the rest preserved by an inversion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +8,6 @@ import comfy.k_diffusion.sampling
 import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -116,7 +113,6 @@ def edit_staged(
     source: Tensor,
     mask: Tensor,
     settings: EditSettings,
-    node_id: str | None = None,
 ) -> StagedResult:
     """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the result's
     images is the source.
@@ -136,7 +132,7 @@ def edit_staged(
     mask = crop_to_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
     source = crop_to_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
-    steps = Steps(model, 2 * (len(down) - 1) * loops.most, node_id)
+    steps = Steps(model, 2 * (len(down) - 1) * loops.most, None)
     images, backgrounds, loop, result = LoopImages(vision, source), None, 0, None
     while loops.needs_another(loop, images.similarity):
         loop += 1
@@ -185,11 +181,12 @@ def _invert(
 
     def body(denoiser: Any, x0: Tensor) -> None:
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            steps.step()
             return predicted_noise(denoiser, x, sigma, denoiser.context)
 
         sigmas = up.to(x0)
         start = rescaled(x0, torch.zeros_like(sigmas[0]), sigmas[0]) if published else x0
-        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas, lambda _step: steps.step()))
+        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas))
 
     predicting(model, prompt, latent, body)
     if not published:

@@ -34,7 +34,6 @@ from ..train import MAX_SUBJECTS, TIMESTEPS, AdapterTraining, Draw, Sample, Trai
 from .adapter import check_model, model_base_sample
 from .layers import Place, UNet, has_quantised_attention, new_adapter
 
-METHOD = "ezigen"
 RUN_BYTES_PER_WEIGHT = 16  # weight, two moments, and the result, in float32
 KEPT_RUNS = 3.5
 CHECKED = 10  # samples for the report's errors
@@ -67,7 +66,7 @@ class TrainingModels:
 class AdapterJob(Job):
     """A complete adapter training. begin() sets data, the folder's latents and prompts."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "ezigen"
 
     models: TrainingModels
     places: list[Place]
@@ -75,14 +74,11 @@ class AdapterJob(Job):
     plan: AdapterPlan
     settings: TrainingSettings
     data: EncodedFolder | None = None
+    one_result = True
 
     @property
     def model(self) -> Any:
         return self.models.model
-
-    @property
-    def one_result(self) -> bool:
-        return True
 
     @property
     def steps(self) -> int:
@@ -110,13 +106,11 @@ class AdapterJob(Job):
         model, plan = self.models.model, self.plan
         cells = plan.size // self.models.vae.spacial_compression_encode()
         latent = torch.zeros(1, model.get_model_object("latent_format").latent_channels, cells, cells)
-        return Session(
-            model,
-            self.data.conditioning(),
-            latent,
-            checkpointing=plan.checkpointing,
-            more_memory=_memory(model, self.places, latent, plan, self.settings.batch),
-        )
+        # In addition to the gradient of one image through the bare UNet.
+        weights = sum(4 * place.layer.width**2 for place in self.places)
+        passes = self.settings.batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1
+        more = BYTES_PER_WEIGHT * weights + activations(model, latent, plan.checkpointing) * passes
+        return Session(model, self.data.conditioning(), latent, checkpointing=plan.checkpointing, more_memory=more)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
@@ -140,11 +134,10 @@ class AdapterJob(Job):
         yield AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
-        """The header of the artifact."""
         start, plan = self.models.start, self.plan
         images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(self.folder)}
         return {
-            "method": METHOD,
+            "method": self.method,
             "base": model_base_sample(self.model),
             "steps": steps + (0 if start is None else int(start.header.get("steps", 0))),
             "settings": {**asdict(self.settings), **images, "steps": steps},
@@ -153,15 +146,11 @@ class AdapterJob(Job):
 
 
 def train_adapter(
-    models: TrainingModels,
-    folder: PairFolder,
-    plan: AdapterPlan,
-    settings: TrainingSettings,
-    node_id: str | None = None,
+    models: TrainingModels, folder: PairFolder, plan: AdapterPlan, settings: TrainingSettings
 ) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or load from disk); returns the adapter, all losses, and a report for the user."""
     job = AdapterJob(models, check_inputs(models, plan.size), folder, plan, settings)
-    job_run = run(job, node_id)
+    job_run = run(job)
     losses, result = job_run.losses, dict(job_run.last)
     check_errors, about = result.pop(CHECK_ERRORS).tolist(), bytes(result.pop(FOLDER_REPORT).tolist()).decode()
     report = training_report(about, job_run.step, settings.batch, losses, check_errors)
@@ -283,13 +272,6 @@ class EncodedFolder:
                 "are free: take a smaller folder, or train on large sets with the command-line trainer (see "
                 "docs/train_adapter.md in the pack's repository)."
             )
-
-
-def _memory(model: Any, places: list[Place], latent: Tensor, plan: AdapterPlan, batch: int) -> float:
-    """Bytes that training needs in addition to the gradient of one image through the bare UNet."""
-    weights = sum(4 * place.layer.width**2 for place in places)
-    activation_bytes = activations(model, latent, plan.checkpointing)
-    return BYTES_PER_WEIGHT * weights + activation_bytes * (batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1)
 
 
 @torch.no_grad()

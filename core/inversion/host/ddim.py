@@ -1,7 +1,5 @@
 """Invert an image with a MODEL: from a node's inputs to a LIKENESS_TRAJECTORY."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +26,6 @@ def invert_image(
     sigmas: Tensor,
     label: Label,
     iterations: int,
-    node_id: str | None = None,
     check: bool = False,
 ) -> Trajectory:
     """The trajectory of an image along SIGMAS, with the prompt that describes it and without guidance. check: measure
@@ -37,14 +34,13 @@ def invert_image(
     single_prompt(positive, "prompt")
     check_invertible(model, sigmas)
     samples = source.encoded(model).latent
-    steps = Steps(model, len(sigmas) - 1, node_id, every=10)
+    steps = Steps(model, len(sigmas) - 1, None, every=10)
     found: list[Trajectory] = []
     header = {**_origin(model, positive), "label": label}
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
-        on_step = lambda _step, x: steps.step(x)  # noqa: E731
         x0, context = x0.float(), denoiser.context
-        latents = invert(denoiser, x0, context, sigmas, label, iterations, on_step)
+        latents = invert(denoiser, x0, context, sigmas, label, iterations, steps.step)
         error = None
         if check:
             missed = reconstruct(denoiser, latents[0], context, sigmas) - x0

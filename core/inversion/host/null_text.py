@@ -1,7 +1,5 @@
 """Reconstruct an inverted image with a MODEL: null-text optimization, and three methods that need no optimization."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,8 +25,6 @@ from ..trajectory import Trajectory
 from .ddim import check_trajectory
 from .landing import Landing, attach_landing
 
-METHOD = "null-text"
-
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -48,11 +44,10 @@ def prepare_reconstruction(
     method: Method,
     settings: NullTextSettings,
     start: Start,
-    node_id: str | None = None,
 ) -> Reconstruction:
     """The Reconstruction by null-text optimisation, or by one of the methods without it (see null_text.py)."""
     if method == "null-text":
-        return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings, node_id)
+        return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings)
     check_trajectory(model, positive, trajectory)
     if method == "negative prompt":
         copy = [[context, options.copy()] for context, options in positive]
@@ -72,7 +67,7 @@ def prepare_reconstruction(
 class NullTextJob(Job):
     """One negative per step. first: the prompt that the first negative starts from."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "null-text"
 
     model: Any
     positive: Conditioning
@@ -115,12 +110,7 @@ class NullTextJob(Job):
 
 
 def null_text(
-    model: Any,
-    positive: Conditioning,
-    first: Conditioning,
-    trajectory: Trajectory,
-    settings: NullTextSettings,
-    node_id: str | None = None,
+    model: Any, positive: Conditioning, first: Conditioning, trajectory: Trajectory, settings: NullTextSettings
 ) -> Reconstruction:
     """Optimise one negative per step of a trajectory, the first from a prompt on, resuming or reusing a stored run."""
     check_trajectory(model, positive, trajectory)
@@ -136,7 +126,7 @@ def null_text(
         )
     warn_of_guidance(model)
     single_prompt(first, "negative prompt")
-    finished = run(NullTextJob(model, positive, first, trajectory, settings), node_id)
+    finished = run(NullTextJob(model, positive, first, trajectory, settings))
     sampling = model.get_model_object("model_sampling")
     steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     conditioning = step_wise(first, finished.last["nulls"].split(1), steps)

@@ -1,12 +1,9 @@
 """ReNoise inversion (see renoise.py) with a MODEL, and its replay in stock samplers and in the pack's own sampling."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -46,7 +43,6 @@ class ReNoiseResult:
     noise: Any
 
     def report(self) -> str:
-        """Steps, noise levels and the error."""
         levels = ", ".join(f"{float(sigma):.3g}" for sigma in self.replay.sigmas)
         kind = "ancestral steps with their noises" if len(self.replay.noises) else "steps without noise"
         return (
@@ -72,12 +68,7 @@ class RecordedNoises:
 
 
 def renoise_image(
-    model: Any,
-    positive: Conditioning,
-    source: ImageSource,
-    sigmas: Tensor,
-    settings: ReNoiseSettings,
-    node_id: str | None = None,
+    model: Any, positive: Conditioning, source: ImageSource, sigmas: Tensor, settings: ReNoiseSettings
 ) -> ReNoiseResult:
     """The noise from which these few steps would generate the image, with the prompt that describes it and without
     guidance; ValueError, before any work, for an image or levels that cannot be inverted.
@@ -99,15 +90,16 @@ def renoise_image(
         )
     levels = sigmas.detach().float().cpu().clone()
     levels[-1] = 0.0  # inversion starts at the clean image
-    steps = Steps(model, len(levels) - 1, node_id)
+    steps = Steps(model, len(levels) - 1, None)
     results: list[tuple[Tensor, Replay, float]] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         x0 = x0.float()
-        start, replay = renoise(
-            denoiser, x0, denoiser.context, levels, settings, on_step=lambda _step, x: steps.step(x)
-        )
-        error = float((_sample(denoiser, start, replay) - x0).norm() / x0.norm().clamp_min(1e-6))
+        start, replay = renoise(denoiser, x0, denoiser.context, levels, settings, steps.step)
+        again = start
+        for step, sigma in enumerate(replay.sigmas[:-1].to(x0)):
+            again = replay.step(again, predicted_noise(denoiser, again, sigma, denoiser.context), step)
+        error = float((again - x0).norm() / x0.norm().clamp_min(1e-6))
         results.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
 
     predicting(model, positive, samples, body)
@@ -122,12 +114,6 @@ def renoise_image(
     start = model.get_model_object("latent_format").process_out(start)
     stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
     return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay, noise)
-
-
-def _sample(denoiser: GuiderDenoiser, x: Tensor, replay: Replay) -> Tensor:
-    for step, sigma in enumerate(replay.sigmas[:-1].to(x)):
-        x = replay.step(x, predicted_noise(denoiser, x, sigma, denoiser.context), step)
-    return x
 
 
 def replaying_sampler(replay: Replay) -> Any:

@@ -1,1 +1,0 @@
-"""The ComfyUI side of this room."""

@@ -1,7 +1,5 @@
 """Apply a fine-tune to a MODEL and a CLIP with ComfyUI's own LoRA loading, and with the mask that a T-LoRA needs."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from dataclasses import dataclass
@@ -33,7 +31,11 @@ def apply_lora(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: 
     _check_fits(tuned.part(MODEL_PREFIXES), model.model, comfy.lora.model_lora_keys_unet(model.model, {}))
     patched, _ = comfy.sd.load_lora_for_models(model, None, tuned.part(MODEL_PREFIXES), strength, 0.0)
     if MARKER in tuned:
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RANK_MASK, _rank_mask(tuned, strength))
+        with torch.inference_mode(False):
+            parts = detached(tuned.part(MODEL_PREFIXES))
+        paths = [name.removesuffix(UP) for name in parts if name.endswith(UP)]
+        mask = RankMask({path: (parts[path + UP], parts[f"{path}.lora_down.weight"]) for path in paths}, strength)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RANK_MASK, mask)
     if clip is not None:
         encoder = clip.cond_stage_model
         _check_fits(tuned.part(TEXT_PREFIXES), encoder, comfy.lora.model_lora_keys_clip(encoder, {}))
@@ -62,13 +64,6 @@ class RankMask:
 
     def _masked(self, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
         return -self.strength * F.linear(F.linear(x, down.to(x)), up.to(x))
-
-
-def _rank_mask(tuned: FineTunedWeights, strength: float) -> RankMask:
-    with torch.inference_mode(False):
-        parts = detached(tuned.part(MODEL_PREFIXES))
-    paths = [name.removesuffix(UP) for name in parts if name.endswith(UP)]
-    return RankMask({path: (parts[path + UP], parts[f"{path}.lora_down.weight"]) for path in paths}, strength)
 
 
 def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, Any]) -> None:

@@ -6,11 +6,9 @@ to them: for UNets those of common training scripts ("lora_unet_..."), for FLUX.
 ("transformer....lora_A"), with the rows of fused layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import comfy.utils
 from torch import Tensor, nn
@@ -40,13 +38,6 @@ NETWORK = "diffusion_model"
 MODEL_PREFIX = f"{NETWORK}."
 
 
-@runtime_checkable
-class HasLoraLayers(Protocol):
-    """A ComfyUI model that declares its trainable layers itself: {name in a PEFT file: layer}."""
-
-    def lora_layers(self) -> Mapping[str, nn.Module]: ...
-
-
 @dataclass(frozen=True)
 class LoraLayers:
     """Layers by unique key (TEXT_PREFIX starts a text encoder's), and their names in files; peft: in PEFT's format."""
@@ -56,7 +47,6 @@ class LoraLayers:
     peft: bool
 
     def numbers(self, rank: int) -> int:
-        """Number of parameters of a LoRA of this rank."""
         return sum(rank * sum(sizes(layer)) for layer in self.layers.values())
 
     def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +114,7 @@ def _published(base: Any) -> tuple[dict[str, Layer], bool]:
     nothing where there are no such names.
     """
     network, config = cast(nn.Module, base.diffusion_model), base.model_config.unet_config
-    if isinstance(base, HasLoraLayers):
+    if hasattr(base, "lora_layers"):  # a model that declares them itself: {name in a PEFT file: layer}
         return dict(base.lora_layers()), True
     if "num_res_blocks" in config:
         return _unet(network, config), False

@@ -1,7 +1,5 @@
 """The conditioning entries of a running sampling, by prompt."""
 
-from __future__ import annotations
-
 import uuid
 from typing import Any
 
@@ -24,7 +22,10 @@ def entries_by_prompt(guider: Any) -> dict[str, list[dict[str, Any]]]:
         for entry in entries:
             if entry["uuid"] in all_ids.difference(ids.get(name, ())):
                 entry["uuid"] = uuid.uuid4()
-                _take_options(entry, next((each for each in originals if table_of(each) is table_of(entry)), {}))
+                source = next((each for each in originals if table_of(each) is table_of(entry)), {})
+                for option in [option for option in entry if option.startswith(OPTION_PREFIX)]:
+                    del entry[option]
+                entry |= {option: value for option, value in source.items() if option.startswith(OPTION_PREFIX)}
     return by_prompt
 
 
@@ -32,9 +33,3 @@ def table_of(entry: dict[str, Any]) -> Any:
     """The token embeddings that an entry is evaluated with, wrapped by ComfyUI, or None. A copy's "cross_attn" is not
     them: it comes from the prompt whose area the copy has."""
     return entry.get("model_conds", {}).get("c_crossattn")
-
-
-def _take_options(entry: dict[str, Any], source: dict[str, Any]) -> None:
-    for name in [name for name in entry if name.startswith(OPTION_PREFIX)]:
-        del entry[name]
-    entry |= {name: value for name, value in source.items() if name.startswith(OPTION_PREFIX)}

@@ -1,9 +1,6 @@
 """HiFi Tuner (arXiv 2312.00079), section 3.3: choose a reference image of the subject and align it with another."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management as mm
 import torch
@@ -22,8 +19,7 @@ TINT = 0.5
 DRAW = "connect a mask of the subject (Subject Mask, or draw one)"
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """index: of the best candidate. similarity: its cosine with the generated image. info: all similarities."""
 
     index: int
@@ -31,8 +27,7 @@ class Choice:
     info: str
 
 
-@dataclass(frozen=True)
-class AlignedReference:
+class AlignedReference(NamedTuple):
     """The transformed reference: image [1, H, W, 3] and mask [1, H, W] (0 and 1) in the target's frame. overlay: both
     subjects in colour. matrix: the transform as text.
     """

@@ -1,7 +1,5 @@
 """Reference-guided sampling (HiFi Tuner, Algorithm 2) with a MODEL, and its replay in any sampler."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +25,6 @@ from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..guidance import Reference, ReferenceGuide, ReferenceSettings
 
-METHOD = "reference guide"
 LIMITS = ("area", "mask")
 ALIGNED = "connect the mask of Align Reference, white only where the reference's subject is"
 TIMES = ("start_percent", "end_percent")
@@ -45,7 +42,6 @@ class GuidedImage:
     steps: int
 
     def report(self) -> str:
-        """The window, and the first and last loss of each of its steps."""
         first, last, count = self.window[0], self.window[-1], len(self.losses) // len(self.window)
         lines = [f"guided in steps {first + 1} to {last + 1} of {self.steps}, {count} updates in each"]
         for index, step in enumerate(self.window if count else ()):
@@ -60,7 +56,7 @@ class ReferenceJob(Job):
     contexts are on the CPU. prompt_key: describe() of the connected prompt.
     """
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "reference guide"
 
     model: Any
     positive: Conditioning
@@ -126,7 +122,6 @@ def sample_with_reference(
     noise: Any,
     reference: ReferenceImage,
     settings: ReferenceSettings,
-    node_id: str | None = None,
 ) -> GuidedImage:
     """Sample (or resume, or load from disk) an image along the trajectory's noise levels, guided by the reference.
 
@@ -152,7 +147,7 @@ def sample_with_reference(
     job = ReferenceJob(
         model, prompt, contexts, negative, start_noise, trajectory, cells, window, settings, describe(positive)
     )  # fmt: skip
-    job_run = run(job, node_id)
+    job_run = run(job)
     result = job_run.last
     target = trajectory.latents[window[0]]
     replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))

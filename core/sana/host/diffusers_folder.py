@@ -18,9 +18,9 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from ...files import is_number, read_table
-from ...vision.host.extras.offline import missing_package, offline, reason, running, weights_variant
+from ...vision.host.extras.offline import missing_package, reason, running, weights_variant
 from ...vision.host.extras.settings import check_size
-from ...vision.host.extras.transformers_folder import check_complete, read_model, read_processor
+from ...vision.host.extras.transformers_folder import check_complete, pretrained, read_model, read_processor
 
 PIPELINE = "SanaPipeline"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -83,7 +83,6 @@ def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
-    """The deep compression autoencoder."""
     return Autoencoder(_read(folder / "vae", getattr(library(folder), AUTOENCODER), dtype))
 
 
@@ -168,7 +167,6 @@ class Autoencoder(nn.Module):
         return self.dc.encode(pixels, return_dict=False)[0]
 
     def decode(self, samples: Tensor, **_more: Any) -> Tensor:
-        """Images from latents."""
         return self.dc.decode(samples, return_dict=False)[0]
 
 
@@ -210,22 +208,8 @@ def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
 
     variant = weights_variant(part, WEIGHTS, VARIANTS)
     _check_settings(part, kind)
-    with offline():
-        try:
-            model, info = kind.from_pretrained(
-                str(part),
-                local_files_only=True,
-                use_safetensors=True,
-                variant=variant,
-                torch_dtype=dtype,
-                low_cpu_mem_usage=is_accelerate_available(),  # diffusers logs a warning if it cannot
-                output_loading_info=True,
-            )
-        except Exception as error:  # diffusers raises many types for a damaged folder
-            raise ValueError(
-                f"The folder {part.parent.name}/{part.name} could not be loaded by diffusers ({reason(error)}): check "
-                "that config.json and the weights belong together and are complete."
-            ) from error
+    memory = {"low_cpu_mem_usage": is_accelerate_available()}  # diffusers logs a warning if it cannot
+    model, info = pretrained(kind, part, "diffusers", variant=variant, torch_dtype=dtype, **memory)
     check_complete(part, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return model.train(False).requires_grad_(False)
 

@@ -6,11 +6,8 @@ autoencoder with a downscaling of 32. They load fully or not at all, since their
 streamed.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.hooks
 import comfy.latent_formats
@@ -119,8 +116,7 @@ class SanaTokenizer:
         return {}
 
 
-@dataclass(frozen=True)
-class SanaModels:
+class SanaModels(NamedTuple):
     """plain_clip: the same text encoder without the instruction, for a non-empty negative prompt."""
 
     model: Any
@@ -132,11 +128,6 @@ class SanaModels:
 def sana_names() -> Names:
     """Folders in models/diffusers that contain Sana."""
     return folders.matching(folders.DIFFUSERS, lambda path: sana.pipeline_of(path) == sana.PIPELINE)
-
-
-def sana_state(name: str | None) -> str:
-    """As folders.state(), including sub-folders."""
-    return "" if name is None else folders.state_of_files(folders.resolve(folders.DIFFUSERS, name).glob("*/*"))
 
 
 def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:

@@ -1,7 +1,5 @@
 """Training images as latents: whole, or as patches with their boxes, encoded in advance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

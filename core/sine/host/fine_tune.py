@@ -45,7 +45,6 @@ from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
 from .position_map import apply_fine_tune, position_map_of, takes_map, with_same_map
 
-METHOD = "sine"
 LORA, FULL = "LoRA", "full weights"
 FORMS = {LORA: LowRank, "T-LoRA": TimestepRank, "LoKr": Kronecker}  # what the method "LoRA" trains
 PROMPT = "photo of a sks dog"  # the node's default
@@ -103,7 +102,7 @@ class FineTuneJob(Job):
     the text encoder if it trains too.
     """
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "sine"
 
     model: Any
     vae: Any
@@ -207,8 +206,7 @@ def fine_tune(
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
     positive, crop = data.conditioning(), plan.crop if takes_map(model) else CropSettings(plan.crop.resolution)
     data = replace(data, mask=check_images(data.image, data.mask, crop))
-    prior = _check(model, data, positive, plan, settings, prior)
-    _advise(data, plan, settings)
+    prior = _check(FineTuneJob(model, vae, data, positive, plan, settings, prior))
     if plan.crop.cells and not takes_map(model, positive):
         log.info(
             "Patches are off: this model, a %s, cannot be told where in an image it is. It is trained on the whole "
@@ -221,7 +219,10 @@ def fine_tune(
         settings = replace(settings, recon_weight=0.0)
     job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
     job_run = run(job, node_id)
-    tuned = _artifact(mapped, job_run.last, _header(job, job_run.step, job_run.losses))
+    header, patch = _header(job, job_run.step, job_run.losses), position_map_of(mapped)
+    needs = {} if patch is None else marker(patch.cells, patch.interpolation)
+    needs |= {RANKS: torch.ones(1)} if header["settings"].get("form") == "T-LoRA" else {}
+    tuned = FineTunedWeights({**job_run.last, **needs}, header)
     return *apply_fine_tune(tuned, model, data.clip, 1.0), tuned, job_run.losses
 
 
@@ -240,21 +241,31 @@ def _prompt_of(text: TextEncoder | None, prompt_text: str, fixed: Callable[[], P
     return lambda: text.encode(tokens)
 
 
-def _check(
-    model: Any,
-    data: FineTuneData,
-    positive: Conditioning,
-    plan: FineTunePlan,
-    settings: FineTuneSettings,
-    prior: FineTuneData | None,
-) -> FineTuneData | None:
-    """Check all inputs before anything is loaded; returns the prior, or None if it is unused."""
-    single_prompt(positive, "training prompt")
+def _check(job: FineTuneJob) -> FineTuneData | None:
+    """Check all inputs before anything is loaded, and warn about settings that work but are rarely intended; returns
+    the prior, or None if it is unused.
+    """
+    data, plan, prior = job.data, job.plan, job.prior
+    single_prompt(job.positive, "training prompt")
     if plan.method == FULL:
-        check_trainable_weights(_modules(model, data))
+        check_trainable_weights(_modules(job.model, data))
     else:
-        _layers(model.model, None, plan)
-    if not settings.prior_weight:
+        _layers(job.model.model, None, plan)
+    if plan.method == FULL and job.settings.learning_rate > HIGH_RATE_FULL:
+        log.warning(
+            "All weights are trained at learning rate %g; the paper uses %g (0.0001 is for a LoRA). Small models may "
+            "want more; Stable Diffusion may break at it.",
+            *(job.settings.learning_rate, LEARNING_RATE_FULL),
+        )
+    if data.positive is None and not data.prompt.strip():
+        log.warning("The training prompt is empty: name the subject in it, such as '%s'.", PROMPT)
+    if data.positive is not None and data.prompt == PROMPT:
+        log.info(  # 'positive' may well be encoded from the default
+            "'positive' is connected and 'prompt' is the default, '%s'. It is stored as the training prompt, and Load "
+            "Fine-Tune encodes it: write the words there that 'positive' was encoded from.",
+            PROMPT,
+        )
+    if not job.settings.prior_weight:
         return None
     if prior is None:
         raise ValueError("prior_weight is set but no images are connected to 'prior_image': connect them, or use 0.")
@@ -268,27 +279,7 @@ def _check(
     return prior
 
 
-def _advise(data: FineTuneData, plan: FineTunePlan, settings: FineTuneSettings) -> None:
-    """Warn about settings that work but are rarely intended."""
-    if plan.method == FULL and settings.learning_rate > HIGH_RATE_FULL:
-        log.warning(
-            "All weights are trained at learning rate %g; the paper uses %g (0.0001 is for a LoRA). Small models may "
-            "want more; Stable Diffusion may break at it.",
-            settings.learning_rate,
-            LEARNING_RATE_FULL,
-        )
-    if data.positive is None and not data.prompt.strip():
-        log.warning("The training prompt is empty: name the subject in it, such as '%s'.", PROMPT)
-    if data.positive is not None and data.prompt == PROMPT:
-        log.info(  # 'positive' may well be encoded from the default
-            "'positive' is connected and 'prompt' is the default, '%s'. It is stored as the training prompt, and Load "
-            "Fine-Tune encodes it: write the words there that 'positive' was encoded from.",
-            PROMPT,
-        )
-
-
 def _modules(model: Any, data: FineTuneData) -> list[nn.Module]:
-    """The modules to train as a whole."""
     return [model.model.diffusion_model, *([] if data.clip is None else [data.clip.cond_stage_model])]
 
 
@@ -326,7 +317,6 @@ class _TrainedWeights:
         self.parameters = factors(self._adapters)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the LoRAs are active."""
         return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
 
     def at(self, t: int, count: int) -> None:
@@ -336,17 +326,9 @@ class _TrainedWeights:
                 adapter.at(t, count)
 
     def result(self) -> Result:
-        """The current tensors of the artifact."""
         if self.full:
             return weight_differences(self._before, dict(self.parameters))
         return {key: value for name, adapter in self._adapters.items() for key, value in adapter.tensors(name).items()}
-
-
-def _artifact(model: Any, result: Result, header: dict[str, Any]) -> FineTunedWeights:
-    patch = position_map_of(model)
-    map_marker = {} if patch is None else marker(patch.cells, patch.interpolation)
-    ranks = {RANKS: torch.ones(1)} if header["settings"].get("form") == "T-LoRA" else {}
-    return FineTunedWeights({**result, **map_marker, **ranks}, header)
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
@@ -359,7 +341,7 @@ def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]
         patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
     return {
-        "method": METHOD,
+        "method": job.method,
         "base": job.base,
         "prompt": data.prompt,
         "weights": plan.method,

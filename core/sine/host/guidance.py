@@ -4,11 +4,8 @@ It consists of wrappers on a clone of the base MODEL and acts before CFG, so the
 guider, and with other nodes' CFG patches. The state of a run is created when the run starts and freed when it ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +45,6 @@ class SubjectModel:
     share: float = 1.0
 
     def window(self, sampling: Any) -> SigmaRange:
-        """The window in noise levels of a model_sampling."""
         return SigmaRange(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
 
 
@@ -120,7 +116,8 @@ def attached(model: Any, subjects: list[SubjectModel], prompt: str) -> Any:
         elif owner is not subject.model:
             check_separable(subject.model, owner)
     clone = model.clone()
-    drop_guidance(clone)
+    for wrapper in WRAPPERS:
+        clone.remove_wrappers_with_key(wrapper, KEY)
     clone.set_additional_models(KEY, [*separate, *_control_models(subjects)])
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(separate), prompt))
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
@@ -130,9 +127,10 @@ def attached(model: Any, subjects: list[SubjectModel], prompt: str) -> Any:
 
 def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
     """Warn about sampling wrappers on a fine-tuned model: it predicts within the base model's sampling."""
-    base_ids = {id(wrapper) for wrappers in _sampling_wrappers(model).values() for wrapper in wrappers}
+    kind = WrappersMP.SAMPLER_SAMPLE
+    base_ids = {id(wrapper) for wrappers in model.wrappers.get(kind, {}).values() for wrapper in wrappers}
     for subject in subjects:
-        items = _sampling_wrappers(subject.model).items()
+        items = subject.model.wrappers.get(kind, {}).items()
         keys = [key for key, wrappers in items if any(id(wrapper) not in base_ids for wrapper in wrappers)]
         unused = sorted(str(key) for key in keys if key not in (KEY, POSITION_MAP))
         if unused:
@@ -142,19 +140,7 @@ def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
             )
 
 
-def _sampling_wrappers(model: Any) -> dict[Any, list[Any]]:
-    return getattr(model, "wrappers", {}).get(WrappersMP.SAMPLER_SAMPLE, {})
-
-
-def drop_guidance(clone: Any) -> None:
-    """Remove the guidance from a clone in place, so that it returns its own prediction instead of the mix."""
-    for wrapper in WRAPPERS:
-        clone.remove_wrappers_with_key(wrapper, KEY)
-    clone.remove_additional_models(KEY)
-
-
 def guider(model: Any, positive: Conditioning, negative: Conditioning, cfg: float) -> Any:
-    """ComfyUI's CFG guider for a guided MODEL."""
     cfg_guider = comfy.samplers.CFGGuider(model)
     cfg_guider.set_conds(positive, negative)
     cfg_guider.set_cfg(cfg)
@@ -257,10 +243,15 @@ class _Branch:
         self.forget()
         comfy.sampler_helpers.cleanup_models({"positive": self._conds}, [])
 
-    def is_the_base(self, base: Any) -> bool:
-        """Whether the fine-tuned model differs from the base model in the prompt only."""
-        tuned = self._subject.model
-        return self._running is base and self._overlay.empty and position_map_of(tuned) == position_map_of(base)
+    def warn(self, base: Any, steps: list[float]) -> None:
+        """Warn about settings that are allowed but rarely intended."""
+        same_map = position_map_of(self._subject.model) == position_map_of(base)
+        if self._running is base and self._overlay.empty and same_map:
+            log.warning(
+                "The tuned model is the base model itself: only its prompt guides. Connect the fine-tuned model."
+            )
+        if not any(map(self.window.holds, steps)):
+            log.warning("None of the %d steps lies in a tuned model's window: it takes no part.", len(steps))
 
 
 @dataclass(frozen=True)
@@ -295,20 +286,22 @@ class _Sampling:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
         loaded = base.get_additional_models_with_key(KEY)[: len(self.separate)]
         branches: list[_Branch] = []
-        with _model_runs(loaded, branches):
+        with contextlib.ExitStack() as stack:
+            for model in loaded:
+                stack.callback(model.cleanup)
+                model.pre_run()
             for subject in (each for each in self.subjects if each.weight != 0.0):
                 branch = _Branch(subject, self._running(subject.model, base, loaded), guider.inner_model.model_sampling)
                 seed = extra_args.get("seed")
                 branch.prepare(guider, self.prompt, sigmas, seed, noise, latent_image, denoise_mask)
                 branches.append(branch)
-                _warn(branch, base, [float(sigma) for sigma in sigmas[:-1]])
+                stack.callback(branch.cleanup)
+                branch.warn(base, [float(sigma) for sigma in sigmas[:-1]])
             entries = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get(self.prompt, []))
             options = extra_args["model_options"]["transformer_options"]  # this run's copy
             options[KEY] = _Run(entries, tuple(branches))
-            try:
-                return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
-            finally:
-                del options[KEY]
+            stack.callback(options.pop, KEY)
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
 
     def _running(self, tuned: Any, base: Any, loaded: list[Any]) -> Any:
         """The loaded model in whose module a fine-tuned model predicts; checked again, as later nodes may change it."""
@@ -320,27 +313,6 @@ class _Sampling:
                 return patcher
         check_separable(tuned, base)
         return base
-
-
-def _warn(branch: _Branch, base: Any, steps: list[float]) -> None:
-    """Warn about settings that are allowed but rarely intended."""
-    if branch.is_the_base(base):
-        log.warning("The tuned model is the base model itself: only its prompt guides. Connect the fine-tuned model.")
-    if not any(map(branch.window.holds, steps)):
-        log.warning("None of the %d steps lies in a tuned model's window: it takes no part.", len(steps))
-
-
-@contextlib.contextmanager
-def _model_runs(models: list[Any], branches: list[_Branch]) -> Iterator[None]:
-    try:
-        for model in models:
-            model.pre_run()
-        yield
-    finally:
-        for branch in branches:
-            branch.cleanup()
-        for model in models:
-            model.cleanup()
 
 
 def _run_of(model_options: dict[str, Any]) -> _Run | None:

@@ -6,10 +6,9 @@ LoRA is added to its layer's output (out + up(down(x)), without a copy of any we
 ComfyUI's weight functions, one layer at a time. The order in which the models are loaded does not matter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,7 +54,9 @@ def _differences(tuned: Any, running: Any) -> Iterator[tuple[str, list[Patch], l
     """Key, both lists of patches and the length of their common prefix, for every weight where they differ."""
     for key in sorted(tuned.patches.keys() | running.patches.keys()):
         target, current = tuned.patches.get(key, []), running.patches.get(key, [])
-        shared = _common_length(target, current)
+        # A clone keeps the patches of its original MODEL, the same objects.
+        pairs = itertools.takewhile(lambda pair: pair[0] is pair[1], zip(target, current, strict=False))
+        shared = len(list(pairs))
         if not shared == len(target) == len(current):
             yield key, target, current, shared
 
@@ -75,7 +76,8 @@ def _module_of(model: nn.Module, key: str, signed: list[tuple[float, Patch]]) ->
     """The module and attribute of a weight, and whether its patches can be added to the module's output."""
     path, _, attribute = key.rpartition(".")
     module = comfy.utils.get_attr(model, path)
-    hooked = attribute == "weight" and _takes_lora(module) and all(map(_is_plain_lora, signed))
+    takes_lora = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    hooked = attribute == "weight" and takes_lora and all(map(_is_plain_lora, signed))
     if not hooked and not hasattr(module, f"{attribute}_function"):
         raise ValueError(
             f"The tuned model's patch of '{key}' cannot be separated from the base model, because that layer is not "
@@ -117,7 +119,6 @@ class Overlay:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """A context in which the running module predicts as the fine-tuned model."""
         with contextlib.ExitStack() as stack:
             for module, hook in self._hooks:
                 stack.callback(module.register_forward_hook(hook).remove)
@@ -130,18 +131,6 @@ class Overlay:
                     stack.callback(setattr, module, name, own)
                 setattr(module, name, [*getattr(module, name), function])
             yield
-
-
-def _common_length(one: list[Patch], other: list[Patch]) -> int:
-    """The number of leading patches that are the same objects; a clone keeps those of its original MODEL."""
-    count = 0
-    while count < min(len(one), len(other)) and one[count] is other[count]:
-        count += 1
-    return count
-
-
-def _takes_lora(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def _is_plain_lora(signed: tuple[float, Patch]) -> bool:
@@ -196,10 +185,8 @@ def _weight_function(
         result = comfy.lora.calculate_weight(patches, copy, key)
         result = result if scale is None else result / scale.to(result)
         result = result if share == 1.0 else torch.lerp(weight.to(result), result, share)
-        if (
-            weight.dtype.is_floating_point and weight.dtype.itemsize == 1
-        ):  # fp8: not every torch version saturates out-of-range values
-            limit = torch.finfo(weight.dtype)
+        if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+            limit = torch.finfo(weight.dtype)  # fp8: not every torch version saturates out-of-range values
             result = result.clamp(limit.min, limit.max)
         return result.to(weight.dtype)
 

@@ -10,8 +10,6 @@ Deviation: the weak weights are computed where they are used. A plain LoRA of th
 its strength during the negative prediction, without a copy of any weight.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from .guidance import SubjectModel, attached

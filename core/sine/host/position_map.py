@@ -157,7 +157,6 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
 
 
 def without_position_map(model: Any) -> Any:
-    """A clone of the MODEL without the map."""
     clone = model.clone()
     options = clone.model_options["transformer_options"] = copy.copy(clone.model_options["transformer_options"])
     patches = options.get("patches", {})
@@ -212,7 +211,6 @@ def _is_moved(model: Any, prompt: Conditioning) -> bool:
 
 
 def position_map_of(model: Any) -> PositionMap | None:
-    """The position map of a MODEL, if it has one."""
     patches = model.model_options.get("transformer_options", {}).get("patches", {})
     maps = [patch for patch in patches.get("input_block_patch", []) if isinstance(patch, PositionMap)]
     maps += [each.map for each in model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY, [])]

@@ -3,8 +3,6 @@
 The grid follows SINE's figures 7, 9 and 19 to 21, the curves follow its figure 8 (arXiv 2212.04489).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,22 +78,12 @@ class Panel:
 
 def panels(title: str, values: Sequence[float], grid: Grid) -> list[Panel]:
     """A measure over v for each K and over K for each v; an axis with a single value is left out."""
-    over_v = Panel(
-        f"{title} over v",
-        "v (base_weight)",
-        grid.over_base_weight(values),
-        [f"K {timestep(end)}" for end in grid.end_percents],
-        grid.base_weights,
-    )
+    ks, vs = [f"K {timestep(end)}" for end in grid.end_percents], [f"v {weight:g}" for weight in grid.base_weights]
+    over_v = Panel(f"{title} over v", "v (base_weight)", grid.over_base_weight(values), ks, grid.base_weights)
     over_k = Panel(
-        f"{title} over K",
-        "end_percent (K falls to the right)",
-        grid.over_end_percent(values),
-        [f"v {weight:g}" for weight in grid.base_weights],
-        grid.end_percents,
+        f"{title} over K", "end_percent (K falls to the right)", grid.over_end_percent(values), vs, grid.end_percents
     )
-    both = [panel for panel in (over_v, over_k) if len(panel.stops) > 1]
-    return both or [over_v]
+    return [panel for panel in (over_v, over_k) if len(panel.stops) > 1] or [over_v]
 
 
 def plot_sheet(measures: Mapping[str, Sequence[float]], grid: Grid) -> Tensor:

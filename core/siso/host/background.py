@@ -1,7 +1,5 @@
 """The background of an image, outside a mask, which editing preserves."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The result of a similarity optimisation: LoRA, images and losses; and the size of its stored runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +36,6 @@ class OptimizedLora:
         return min(range(len(self.losses)), key=self.losses.__getitem__)
 
     def tuned(self) -> FineTunedWeights:
-        """The LoRA for the pack's and stock nodes."""
         return FineTunedWeights(self.lora, self.header)
 
     def report(self) -> str:

@@ -1,7 +1,5 @@
 """The LIKENESS_SIMILARITY: reference images, and the vision models that compare a generated image with them."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Score a batch of images with the connected models: checks first, then measures, ranking and a report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +95,6 @@ class Scores:
         return self.values[name][self.best] if name in self.values else NOT_MEASURED
 
     def lines(self, image: int) -> list[str]:
-        """The scores of one image, for its caption."""
         title = (self.names[image] if self.names else f"image {image}") + (
             " (best)" if image == self.best and len(self.order) > 1 else ""
         )

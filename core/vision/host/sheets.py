@@ -1,7 +1,5 @@
 """Drawing sheets of images: colours, font, thumbnails, a labelled grid, images with their scores; as one IMAGE."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
 """Find a named subject in images with a detector's boxes and segment-anything's masks; and caption images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -32,8 +30,7 @@ class MaskRequest:
     choose: str = geometry.BEST
 
 
-@dataclass(frozen=True)
-class SubjectMasks:
+class SubjectMasks(NamedTuple):
     """mask [B, H, W] of 0 and 1; image [B, H, W, 3]: the images with the detections drawn on them; info: a report."""
 
     mask: Tensor

@@ -4,8 +4,6 @@ ComfyUI's own encode_image rounds pixels to 8 bits, so its gradient is zero ever
 with the pack's preprocessing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +74,6 @@ class VisionModel:
             return self.model.encode_text(texts).float().to(mm.intermediate_device())
 
     def describe(self) -> str:
-        """Name, class, the output used as embedding, and the input size."""
         return f"{self.model.description}, {self.image_size} px"
 
     def get_sd(self) -> dict[str, Tensor]:
@@ -139,7 +136,6 @@ def embed(vision: Any, pixels: Tensor, crop: bool = True) -> Tensor:
 
 
 def preprocess_of(vision: Any) -> Preprocess:
-    """The model's preprocessing."""
     if isinstance(vision, VisionModel):
         return vision.preprocess
     return Preprocess(vision.image_size, vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))

@@ -1,7 +1,5 @@
 """A transformers folder of an image-to-text model (BLIP-2, BLIP, GIT) -> a caption. Read from disk only."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

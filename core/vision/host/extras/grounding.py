@@ -4,8 +4,6 @@ Grounding DINO (Liu et al. 2023, arXiv 2303.05499) gives one score per token of 
 whole text; in both cases a box's score is its highest.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

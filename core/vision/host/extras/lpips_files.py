@@ -5,8 +5,6 @@ model. Backbone: torchvision's file, recognised by its name (alexnet*.pth, vgg16
 contained in the heads file. Either may be a safetensors file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

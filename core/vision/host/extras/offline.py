@@ -1,11 +1,11 @@
 """Other libraries: without network access or a change of the random state, their files, and what to install."""
 
-from __future__ import annotations
-
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +57,14 @@ def weights_variant(folder: Path, base: str = "model", variants: Sequence[str | 
     problem = f"has its weights as {pickles[0]}, a pickle, which can run code" if pickles else "has no weights"
     where = f"{folder.parent.name}/{folder.name}"
     raise ValueError(f"The folder {where} {problem}: put the model's {base}.safetensors there.")
+
+
+def package(module: str, what: str, asked: str, otherwise: str = "") -> Any:
+    """Another library, which `what` needs. RuntimeError, as of missing_package(), when it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise missing_package(what, asked.removesuffix("_torch"), error, asked, otherwise) from error
 
 
 def missing_package(what: str, package: str, why: object, asked: str, otherwise: str = "") -> RuntimeError:

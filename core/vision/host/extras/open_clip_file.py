@@ -1,7 +1,5 @@
 """A safetensors file of an open_clip model -> Tower. The library is optional; nothing is downloaded."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from ....files import read_table, read_weights
 from ...preprocess import CLIP_MEAN, CLIP_STD, MAX_SIDE, Preprocess
-from .offline import missing_package, offline, reason
+from .offline import offline, package, reason
 from .settings import check_size, is_color, is_side
 from .tower import Tower, VisionOutput
 
@@ -49,11 +47,7 @@ class OpenClipTower(Tower):
 
 def load_open_clip(path: Path) -> Tower:
     """Load a file named <model>__<tag>.safetensors, or a file or folder with its open_clip_config.json."""
-    try:
-        import open_clip
-    except ImportError as error:
-        otherwise = " (or use a transformers folder)"
-        raise missing_package(path.name, "open_clip", error, "open_clip_torch", otherwise) from error
+    open_clip = package("open_clip", path.name, "open_clip_torch", " (or use a transformers folder)")
     files = [path] if path.is_file() else sorted(path.glob("open_clip*.safetensors"))
     if not files:
         raise ValueError(f"The folder {path.name} has no open_clip*.safetensors (pickles are refused): put it there.")

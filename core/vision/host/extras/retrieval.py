@@ -1,7 +1,5 @@
 """The published file of the instance-retrieval model -> Tower (see core/vision/instance_retrieval.py)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -4,8 +4,6 @@ The network comes from the authors' package, the weights from models/sams. The w
 sizes a file contains.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ....files import read_weights
-from .offline import missing_package, offline, reason
+from .offline import offline, package, reason
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 MAX_BYTES = 8 << 30
@@ -42,11 +40,8 @@ class Segmenter(nn.Module):
 
 def load_sam(path: Path) -> Segmenter:
     """Load sam_vit_b_*.pth, sam_vit_l_*.pth or sam_vit_h_*.pth, or the same weights as safetensors; frozen, float32."""
-    try:
-        import segment_anything
-    except ImportError as error:
-        otherwise = " (or connect a MASK from another node)"
-        raise missing_package(path.name, "segment-anything", error, "segment-anything", otherwise) from error
+    otherwise = " (or connect a MASK from another node)"
+    segment_anything = package("segment_anything", path.name, "segment-anything", otherwise)
     tensors = read_weights(path, MAX_BYTES)
     embedding = tensors.get(VARIANT_KEY)
     variant = WIDTHS.get(embedding.shape[-1]) if isinstance(embedding, Tensor) and embedding.ndim == 4 else None

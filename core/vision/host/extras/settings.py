@@ -1,7 +1,5 @@
 """What a model's folder says of itself, checked before anything is built from it: any program may have written it."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The interface through which the pack uses other libraries' vision models."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, nn

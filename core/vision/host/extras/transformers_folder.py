@@ -1,7 +1,5 @@
 """A Hugging Face transformers folder -> Tower. Read from disk only; code in the folder is never run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from ....files import read_table
 from ...preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from .offline import missing_package, offline, reason, weights_variant
+from .offline import offline, package, reason, weights_variant
 from .settings import check_size, is_side, read_preprocessing
 from .tower import Tower, VisionOutput
 
@@ -88,33 +86,40 @@ def read_model(
     config = read_config(folder)
     if variant is None:
         weights_variant(folder)
-    transformers = library(folder)
+    transformers = package("transformers", folder.name, "transformers")
     _check_size(folder, config, getattr(transformers, class_name))
     setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
-    with offline(), _no_progress_bar(transformers):
-        try:
-            model, info = getattr(transformers, class_name).from_pretrained(
-                str(folder),
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                variant=variant,
-                output_loading_info=True,
-                **{setting: dtype},  # while loading: a captioner in float32 would need twice the memory
-            )
-        except Exception as error:  # transformers raises many types for a damaged folder
-            raise ValueError(
-                f"The folder {folder.name} could not be loaded by transformers {transformers.__version__} "
-                f"({reason(error)}): check that config.json and model.safetensors belong together and are complete."
-            ) from error
+    with _no_progress_bar(transformers):
+        model, info = pretrained(
+            getattr(transformers, class_name),
+            folder,
+            f"transformers {transformers.__version__}",
+            trust_remote_code=False,
+            variant=variant,
+            **{setting: dtype},  # while loading: a captioner in float32 would need twice the memory
+        )
     missing = set(info["missing_keys"])
     check_complete(folder, {name for name in missing if not name.startswith(optional)})
     return model.to(dtype).train(False).requires_grad_(False), missing
 
 
+def pretrained(kind: Any, folder: Path, library: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A network of a class of another library, and what its loading reports. ValueError for a damaged folder."""
+    with offline():
+        try:
+            return kind.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+            )
+        except Exception as error:  # these libraries raise many types
+            raise ValueError(
+                f"The folder {folder.parent.name}/{folder.name} could not be loaded by {library} ({reason(error)}): "
+                "check that config.json and the weights belong together and are complete."
+            ) from error
+
+
 def read_processor(folder: Path, class_name: str = "AutoProcessor") -> Any:
     """The processor for a folder's model, which prepares images and texts. ValueError when its files are missing."""
-    kind = getattr(library(folder), class_name)
+    kind = getattr(package("transformers", folder.name, "transformers"), class_name)
     read_preprocessing(folder)  # for its checks
     with offline():
         try:
@@ -124,15 +129,6 @@ def read_processor(folder: Path, class_name: str = "AutoProcessor") -> Any:
                 f"The folder {folder.name} lacks what prepares images and words ({reason(error)}): copy the model's "
                 "whole folder, with preprocessor_config.json and the tokenizer's files."
             ) from error
-
-
-def library(folder: Path) -> Any:
-    """The transformers package. RuntimeError with the remedy when it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise missing_package(folder.name, "transformers", error, "transformers") from error
-    return transformers
 
 
 def kind_of(folder: Path) -> tuple[str, str]:
