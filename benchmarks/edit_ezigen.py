@@ -50,9 +50,9 @@ class Settings:
     ratio: float = effect_ezigen.RATIO
 
 
-def edits(count: int) -> list[Exchange]:
+def edits(count: int, harder: bool = False) -> list[Exchange]:
     """The first `count` held-out subjects, each with the next one of its class."""
-    found = effect_ezigen.cases(count + 2 * len(world.CLASSES))
+    found = effect_ezigen.cases(count + 2 * len(world.CLASSES), harder)
     return [
         Exchange(one, next(other for other in found[at + 1 :] if other.identity.cls == one.identity.cls))
         for at, one in enumerate(found[:count])

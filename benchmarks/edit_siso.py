@@ -51,9 +51,9 @@ class Settings:
 WORLDS = {"unet": Settings(), "turbo": Settings(steps=4, skipped=1)}  # of SDXL-turbo's four steps, three are taken
 
 
-def edits(count: int) -> list[Exchange]:
+def edits(count: int, harder: bool = False) -> list[Exchange]:
     """The first `count` held-out subjects, each with the next one of its class."""
-    found = subjects.cases(count + CLASSES)  # classes come in turn
+    found = subjects.cases(count + CLASSES, harder)  # classes come in turn
     return [Exchange(one, other) for one, other in zip(found[:count], found[CLASSES:], strict=True)]
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ..core.ezigen.artifact import read_adapter
 from ..core.ezigen.staged import Loops
-from ..toyworld import world
+from ..toyworld import fine, world
 from ..toyworld.assets import ASSETS
 from ..toyworld.pairs import subject_prompt
 from ..toyworld.subjects import for_checking
@@ -43,14 +43,14 @@ class Settings:
 
 
 def cases(count: int, harder: bool = False) -> list[Case]:
-    """The first `count` held-out subjects; only such that no training has seen in any place."""
-    found = []
-    for index, case in enumerate(subjects.cases(2 * count, harder)):
-        key, first = case.identity, 830_000 + 1000 * index
-        drawn = (world.identity(first + number, key.cls, key.color, key.texture) for number in range(1000))
-        identity = next(filter(for_checking, drawn), None)  # a plain subject may have no variant that was kept
-        if identity is not None:
-            found.append(replace(case, identity=identity))
+    """The first `count` held-out subjects; only such that no training has seen. harder: with fine parts."""
+    found, draw = [], fine.identity if harder else world.identity
+    for index, case in enumerate(subjects.cases(2 * count)):
+        key, first = (case.identity.cls, case.identity.color, case.identity.texture), 830_000 + 1000 * index
+        kept = (seed for seed in range(first, first + 1000) if for_checking(world.identity(seed, *key)))
+        seed = next(kept, None)  # a plain subject may have no variant that was kept
+        if seed is not None:
+            found.append(replace(case, identity=draw(seed, *key)))
     return found[:count]
 
 

@@ -75,7 +75,7 @@ class Run:
         for each, default in count.items():
             parser.add_argument(f"--{each}", dest="count", type=int, default=default)
             parser.add_argument("--first", type=int, default=0, help="skip so many of them")
-            if each == "subjects":
+            if each in ("subjects", "cases"):
                 parser.add_argument("--harder", action="store_true", help="those with fine parts, and their own judge")
             parser.add_argument("--rows", type=Path, help="store each row here, and go on from them; or finished .json")
             parser.add_argument("--runs", type=Path, help="keep finished trainings here, and take them from here")

@@ -14,6 +14,7 @@ by the base model alone (plain swap), and with Replace Subject at several settin
 
     python toolbox/_load.py benchmarks.replace_subject --out benchmarks/results/replace_subject.json
     python toolbox/_load.py benchmarks.replace_subject --method direct --out benchmarks/results/replace_direct.json
+    python toolbox/_load.py benchmarks.replace_subject --world flow --cases 8 --out benchmarks/results/replace_flow.json
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class Settings:
     samples: int = 2
     method: str = field(default="null-text", metadata={"choices": ("null-text", "direct", "direct edit")})
     margin: int = 2
+
+
+WORLDS = {"unet": Settings(), "flow": Settings(cfg=4.0, method="direct")}
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,10 @@ class Replacement:
         return f"{self.prompt} -> {self.new}"
 
 
-def replacements(count: int) -> list[Replacement]:
+def replacements(count: int, harder: bool = False) -> list[Replacement]:
     """The first `count` held-out subjects, each with one of the seven other classes in turn."""
     found = []
-    for index, case in enumerate(subjects.cases(count)):
+    for index, case in enumerate(subjects.cases(count, harder)):
         own = world.CLASSES.index(case.identity.cls)
         step = 1 + (index // len(world.CLASSES)) % (len(world.CLASSES) - 1)
         found.append(Replacement(case, world.CLASSES[(own + step) % len(world.CLASSES)]))
@@ -123,6 +127,7 @@ class Inverted:
     """What an inversion of the source leaves: the noise, and the way back."""
 
     latent: dict[str, Any]
+    noise: Any
     model: Any
     negative: list
 
@@ -130,9 +135,10 @@ class Inverted:
 class Bench(subjects.Bench):
     """The pack's own inversion and replacement on toyworld."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
+    def __init__(self, settings: Settings, world: str = subjects.NARROW[0]) -> None:
+        super().__init__(world)
         self.settings, self.levels = settings, self.sigmas(settings.sampling_steps)
+        self.clip = NarrowClip(self.world) if world in subjects.NARROW else self.world.clip
 
     @torch.inference_mode()
     def inverted(self, wanted: Replacement) -> Inverted:
@@ -146,7 +152,7 @@ class Bench(subjects.Bench):
         trajectory = invert_image(model, prompt, ImageSource(latent), self.levels, "published", 0)
         null_text, method = NullTextSettings(self.settings.cfg), cast(Method, self.settings.method)
         way = prepare_reconstruction(model, prompt, empty, trajectory, method, null_text, "empty prompt")
-        return Inverted(start_of(model, trajectory)[0], way.model, way.negative)
+        return Inverted(*start_of(model, trajectory), way.model, way.negative)
 
     @torch.inference_mode()
     def images(self, model: Any, positive: list, start: Inverted) -> Any:
@@ -158,17 +164,16 @@ class Bench(subjects.Bench):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, start.negative)
         guider.set_cfg(self.settings.cfg)
-        samples, euler = repeat_latent(start.latent)["samples"], comfy.samplers.sampler_object("euler")
-        return self.decoded(
-            guider.sample(torch.zeros_like(samples), samples, euler, self.levels, disable_pbar=True, seed=0)
-        )
+        both, euler = repeat_latent(start.latent), comfy.samplers.sampler_object("euler")
+        noise = start.noise.generate_noise(both)
+        return self.decoded(guider.sample(noise, both["samples"], euler, self.levels, disable_pbar=True, seed=0))
 
     @torch.inference_mode()
     def row(self, wanted: Replacement) -> dict[str, dict[str, float]]:
         """All figures of one case."""
         from ..core.attention.host.prompt_to_prompt import SubjectSwap, edited_prompt, replace_subject
 
-        start, clip = self.inverted(wanted), NarrowClip(self.world)
+        start = self.inverted(wanted)
         target = self.decoded(self.world.vae.encode(self.image(wanted.case)))
         mask = self.mask(target)[0] > 0.5
         edited = self.conditioning(edited_prompt(wanted.prompt, wanted.word, wanted.new))
@@ -179,7 +184,7 @@ class Bench(subjects.Bench):
             swap = SubjectSwap(
                 wanted.prompt, wanted.word, wanted.new, None, setting.end_percent, blend=setting.blend, mask=place
             )  # fmt: skip
-            model, positive = replace_subject(start.model, clip, swap)
+            model, positive = replace_subject(start.model, self.clip, swap)
             if PLAIN not in found:
                 found[PLAIN] = self.scored(wanted, self.images(start.model, positive, start), target, mask)
             found[setting.name] = self.scored(wanted, self.images(model, positive, start), target, mask)
@@ -225,8 +230,8 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when no setting holds the gates."""
-    run = frame.Run("replace_subject", arguments, Settings(), cases=32)
-    rows = run.rows(run.chosen(replacements), lambda: Bench(run.settings), Bench.row)
+    run = frame.Run("replace_subject", arguments, WORLDS, cases=32)
+    rows = run.rows(run.chosen(replacements), lambda: Bench(run.settings, run.world), Bench.row)
     result, settings = summary(rows), asdict(run.settings)
     settings["base samples"] = settings.pop("samples")
     held = any(part["gates held"] for part in result.values() if isinstance(part, dict))

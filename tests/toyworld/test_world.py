@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -96,9 +97,9 @@ def test_near_twins_of_harder_subjects_differ_in_one_fine_part_that_can_be_seen(
         fine.variant(base, "tone", 1)
 
 
-def test_benchmarks_take_the_same_combinations_of_harder_subjects() -> None:
-    from likeness.benchmarks.subjects import cases
-
+@pytest.mark.parametrize("benchmark", ["subjects", "effect_ezigen"])
+def test_benchmarks_take_the_same_combinations_of_harder_subjects(benchmark: str) -> None:
+    cases = importlib.import_module(f"likeness.benchmarks.{benchmark}").cases
     plain, harder = cases(16), cases(16, harder=True)
     for one, other in zip(plain, harder, strict=True):
         assert isinstance(other.identity, fine.FineIdentity) and not isinstance(one.identity, fine.FineIdentity)

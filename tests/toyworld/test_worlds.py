@@ -247,13 +247,14 @@ def test_the_encoder_for_harder_subjects_trains_on_their_crops(tmp_path: Path, m
     assert set(found) == {*subjects.KINDS["fine"].changes, "all", "second emblem or side"}
 
 
-def test_prompts_decide_what_the_committed_flow_transformer_makes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("flow", 12, 4.0), ("flow_turbo", 1, 1.0), ("turbo", 1, 1.0)])
+def test_prompts_decide_what_the_committed_ones_make(name: str, steps: int, guidance: float, tmp_path: Path) -> None:
     import comfy.sample
     import comfy.sd
 
     from likeness.toyworld import build, judge, world
 
-    path = build.write(dict(build.other_checkpoints())["flow"], tmp_path / "flow.safetensors")
+    path = build.write(dict(build.other_checkpoints())[name], tmp_path / f"{name}.safetensors")
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)[:3]
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     right = 0
@@ -264,11 +265,12 @@ def test_prompts_decide_what_the_committed_flow_transformer_makes(tmp_path: Path
     )
     for seed, (cls, color, texture, place) in enumerate(wanted):
         caption = world.caption(world.identity(seed, cls, color, texture), place)
-        noise = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(seed))
+        channels = model.get_model_object("latent_format").latent_channels
+        noise = torch.randn(1, channels, 12, 12, generator=torch.Generator().manual_seed(seed))
         with torch.inference_mode():
             positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
             latent = comfy.sample.sample(
-                model, noise, 12, 4.0, "euler", "simple", positive, empty, torch.zeros_like(noise), seed=seed
+                model, noise, steps, guidance, "euler", "simple", positive, empty, torch.zeros_like(noise), seed=seed
             )
             answers = judge.load_judge().attributes(vae.decode(latent).movedim(-1, 1))
         right += int(answers["class"]) == world.CLASSES.index(cls)

@@ -150,7 +150,7 @@ def _flux(flux: nn.Module, keys: dict[str, Any]) -> dict[str, Layer]:
 
 def _text(encoder: nn.Module, peft: bool) -> dict[str, Layer]:
     """The projections in the CLIP encoders; other encoders (T5) are not trained, as in the paper."""
-    clips = [name for name in ENCODERS if hasattr(encoder, name)]
+    clips = [name for name in ENCODERS if getattr(encoder, name, None) is not None]  # SD3 also loads without some
     if not clips:
         raise ValueError(
             "This text encoder has no CLIP part that a LoRA could be learned for: disconnect 'clip', and its prompt "
