@@ -64,11 +64,12 @@ class LikenessSweepPlot(Node):
             display_name="Plot Guidance Sweep",
             category="likeness/guidance",
             description="Collects the results of a sweep: the images in a grid, with one row per end_percent and one "
-            "column per base_weight, and their metrics as curves.",
+            "column per base_weight, and their metrics as curves. Several images of a pair share a cell; their "
+            "metrics are averaged.",
             search_aliases=["sine", "xy plot", "grid", "sweep"],
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="The results, one image for each pair of the sweep."),
+                io.Image.Input("images", tooltip="The results: one image for each pair, or the same number for each."),
                 io.Float.Input("base_weight", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
                 io.Float.Input("end_percent", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
                 io.Float.Input(
@@ -105,6 +106,6 @@ class LikenessSweepPlot(Node):
     @classmethod
     def execute(cls, images, base_weight, end_percent, distance=None, identity=None, text=None) -> io.NodeOutput:
         grid = sweep.grid(base_weight, end_percent)
-        pictures = sweep.one_for_each(images, len(base_weight))
+        pictures = sweep.of_each_pair(images, len(base_weight))
         drawn = measures(len(base_weight), distance, identity, text)
         return io.NodeOutput(grid_sheet(pictures, grid), plot_sheet(drawn, grid) if drawn else nothing())

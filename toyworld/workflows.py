@@ -38,13 +38,14 @@ CHECKPOINT = "likeness_small_world.safetensors"
 ADAPTER = CHECKPOINT  # of that name in its own folder
 PLAYED = {
     "LikenessSubjectMask": PLAYER,
+    "LikenessCaption": "ToyworldCaption",
     "UNETLoader": "ToyworldLoadModel",
     "CLIPLoader": "ToyworldLoadCLIP",
     "DualCLIPLoader": "ToyworldLoadCLIP",
     "VAELoader": "ToyworldLoadVAE",
 }
 SMALL_WORLD = "small world"  # what the loaders among them give, if a graph's values do not say otherwise
-ABSENT = ("LikenessCaption", "LikenessLoadRetrieval")
+ABSENT = ("LikenessLoadRetrieval",)
 SIZE = 96
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
 STYLE_SEED, STYLE_CLASS, STYLE_COLOR, STYLE_TEXTURE = 5, "cup", "yellow", "striped"
@@ -200,7 +201,7 @@ def played(graph: Graph) -> Graph:
         if node["type"] in PLAYED:
             taken = [entry for entry in node["inputs"] if entry["name"] == "image"]
             player = PLAYED[node["type"]]
-            node |= {"type": player, "inputs": taken, "widgets_values": [] if player == PLAYER else [SMALL_WORLD]}
+            node |= {"type": player, "inputs": taken, "widgets_values": [] if taken else [SMALL_WORLD]}
             node["properties"] = {"Node name for S&R": player}
     return graph
 

@@ -5,10 +5,12 @@ end_percent of ComfyUI's schedule: 0.6 is the paper's K = 400 of 999. Rows of th
 base_weights.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .guidance import LAST_TIMESTEP
@@ -91,11 +93,28 @@ def grid(base_weights: Sequence[float], end_percents: Sequence[float]) -> Grid:
     return Grid(columns, rows, tuple(tuple(index.get((end, weight)) for weight in columns) for end in rows))
 
 
-def one_for_each(images: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Batches [B, H, W, C] -> `count` images [H, W, C]; ValueError for another number of images."""
+def of_each_pair(images: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Batches [B, H, W, C] -> `count` images [H, W, C]; several images of a pair become one, in rows that make about a
+    square. ValueError for another number of images, or for several of different sizes.
+    """
     singles = [image for batch in images for image in batch]
-    if len(singles) != count:
+    each, rest = divmod(len(singles), count)
+    if rest or not each or (each > 1 and len({image.shape for image in singles}) > 1):
         raise ValueError(
-            f"{len(singles)} images came for {count} pairs: give one for each pair, from a latent of batch size 1."
+            f"{len(singles)} images came for {count} pairs: give the same number for each pair, all of one size."
         )
-    return singles
+    columns = math.ceil(math.sqrt(each))
+    blank = [torch.zeros_like(singles[0])] * (-each % columns)
+    cells = [[*singles[i : i + each], *blank] for i in range(0, len(singles), each)]
+    return [torch.cat([torch.cat(row, 1) for row in zip(*[iter(cell)] * columns, strict=True)]) for cell in cells]
+
+
+def mean_of_each_pair(values: Sequence[float], count: int, title: str) -> list[float]:
+    """One value for each image -> one for each of `count` pairs. ValueError for a number that is no multiple of it."""
+    each, rest = divmod(len(values), count)
+    if rest or not each:
+        raise ValueError(
+            f"{len(values)} values of {title} came for {count} pairs: give the same number for each pair, from images "
+            "that are scored one by one."
+        )
+    return [sum(values[i : i + each]) / each for i in range(0, len(values), each)]

@@ -26,7 +26,8 @@ def shades(weights, ends) -> list[torch.Tensor]:
 def plot(weights, ends, **measures):
     from likeness.nodes.sweep import LikenessSweepPlot
 
-    return run_node(LikenessSweepPlot, images=shades(weights, ends), base_weight=weights, end_percent=ends, **measures)
+    inputs = {"images": shades(weights, ends), **measures}
+    return run_node(LikenessSweepPlot, base_weight=weights, end_percent=ends, **inputs)
 
 
 def swept() -> tuple[list[float], list[float]]:
@@ -137,10 +138,20 @@ def test_many_pictures_are_shown_smaller():
     assert plot(weights, [0.5] * 20)[0].shape[2] < 4600
 
 
+def test_several_images_of_a_pair_are_one_cell_and_one_point():
+    weights, ends = swept()
+    images = [torch.cat([image, image]) for image in shades(weights, ends)]
+    around = [weight + change for weight in weights for change in (-0.25, 0.25)]
+    grid, drawn = plot(weights, ends, images=images, distance=around)
+    single, curve = plot(weights, ends, distance=weights)
+    assert grid.shape[2] - single.shape[2] == 3 * SIDE
+    assert torch.equal(drawn, curve)
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"text": [0.1]}, "1 values of text score came for 6 pairs: score images one by one"),
+        ({"text": [0.1]}, "1 values of text score came for 6 pairs: give the same number"),
         ({"images": [torch.zeros(1, 8, 8, 3)]}, "1 images came for 6 pairs"),
         ({"base_weight": [0.3]}, "1 base weights came with 6"),
         ({"distance": [float("nan")] * 6}, "'distance' is nan, expected a number"),

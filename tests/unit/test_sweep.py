@@ -7,7 +7,16 @@ import random
 import pytest
 import torch
 
-from likeness.core.sine.sweep import MOST_NUMBERS, MOST_TEXT, grid, numbers, one_for_each, pairs, timestep
+from likeness.core.sine.sweep import (
+    MOST_NUMBERS,
+    MOST_TEXT,
+    grid,
+    mean_of_each_pair,
+    numbers,
+    of_each_pair,
+    pairs,
+    timestep,
+)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +120,28 @@ def test_percents_are_the_papers_timesteps():
 
 def test_one_picture_for_each_pair():
     single = [torch.zeros(1, 4, 4, 3)] * 3
-    assert len(one_for_each(single, 3)) == len(one_for_each([torch.zeros(3, 4, 4, 3)], 3)) == 3
-    with pytest.raises(ValueError, match="6 images came for 3 pairs"):
-        one_for_each([torch.zeros(2, 4, 4, 3)] * 3, 3)
+    assert len(of_each_pair(single, 3)) == len(of_each_pair([torch.zeros(3, 4, 4, 3)], 3)) == 3
+
+
+@pytest.mark.parametrize("each", [2, 3, 5])
+def test_several_images_of_a_pair_share_its_cell(each):
+    """Image i is all of the value i: the first stands at the top left, the next at its right, and none in two cells."""
+    images = torch.arange(3.0 * each)[:, None, None, None].expand(-1, 4, 6, 3)
+    for batches in (images.split(each), images.split(1)):
+        cells = of_each_pair(batches, 3)
+        for index, cell in enumerate(cells):
+            assert cell.shape == (8, 12 if each < 5 else 18, 3) if each > 2 else (4, 12, 3)
+            assert cell[0, 0, 0] == index * each and cell[0, 6, 0] == index * each + 1
+            tiles = {float(value) for value in cell.unique()} - {0.0}  # 0 is image 0, and an empty place
+            assert tiles == {float(i) for i in range(index * each, index * each + each)} - {0.0}
+
+
+def test_images_that_do_not_belong_to_the_pairs():
+    for images in ([torch.zeros(4, 4, 4, 3)], [torch.zeros(5, 4, 4, 3), torch.zeros(1, 8, 4, 3)], []):
+        with pytest.raises(ValueError, match="images came for 3 pairs: give the same number"):
+            of_each_pair(images, 3)
+
+
+def test_values_of_a_pair_become_their_mean():
+    assert mean_of_each_pair([0.1, 0.2], 2, "distance") == [0.1, 0.2]
+    assert mean_of_each_pair([0.0, 1.0, 2.0, 4.0, 6.0, 8.0], 2, "distance") == [1.0, 6.0]

@@ -1,50 +1,32 @@
-"""A second custom node folder, used by the demo and the tests of the small world only: the judge's subject mask,
-loaders in the place of those of large models, and the pack's gradient checks.
+"""A second custom node folder, used by the demo and the tests of the small world only: the judge's subject mask
+and its captions, loaders in the place of those of large models, and the pack's gradient checks.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "likeness_small_world.safetensors"
 SMALL_WORLD, RANDOM = "small world", "random tiny "
 KINDS = (SMALL_WORLD, *(f"{RANDOM}{name}" for name in ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image")))
 
 
-def _judge_module() -> object:
-    """toyworld/judge.py."""
-    return _loaded("likeness_toyworld_judge", ROOT / "toyworld" / "judge.py")
-
-
-def _tests(module: str) -> object:
-    """A module of the tests, of the pack that this server has loaded."""
+def _pack(module: str) -> Any:
+    """A module of the pack that this server has loaded."""
     import nodes
 
     pack = nodes.NODE_CLASS_MAPPINGS["LikenessLoadVision"].__module__.rpartition(".nodes.")[0]
-    return importlib.import_module(f"{pack}.tests.{module}")
+    return importlib.import_module(f"{pack}.{module}")
 
 
-def _family(kind: str) -> object:
+def _family(kind: str) -> Any:
     """The random model's family."""
-    return _tests("tiny_families").families()[kind.removeprefix(RANDOM)]
-
-
-def _loaded(name: str, path: Path) -> object:
-    """A module of the repository, by its path: this folder is installed on its own, possibly as a link."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    return _pack("tests.tiny_families").families()[kind.removeprefix(RANDOM)]
 
 
 class ToyworldSubjectMask(io.ComfyNode):
@@ -69,9 +51,40 @@ class ToyworldSubjectMask(io.ComfyNode):
     @classmethod
     def execute(cls, image: object) -> io.NodeOutput:
         """Run the judge."""
-        mask = (_judge_module().load_judge().mask(image.movedim(-1, 1)[:, :3]) > 0.5).float()
+        mask = (_pack("toyworld.judge").load_judge().mask(image.movedim(-1, 1)[:, :3]) > 0.5).float()
         info = ", ".join(f"{100 * share:.1f} %" for share in mask.mean((1, 2)).tolist())
         return io.NodeOutput(mask, image[..., :3] * (0.3 + 0.7 * mask[..., None]), info)
+
+
+class ToyworldCaption(io.ComfyNode):
+    """IMAGE -> what it shows, in words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """One input; the outputs are those of the pack's Caption Image, in whose place it stands."""
+        return io.Schema(
+            node_id="ToyworldCaption",
+            display_name="Caption Image (small world)",
+            category="likeness/small world",
+            description="What a picture of the small world shows, as its judge sees it.",
+            inputs=[io.Image.Input("image", tooltip="Pictures of the small world.")],
+            outputs=[
+                io.String.Output(display_name="caption", tooltip="Of the first picture."),
+                io.String.Output(display_name="captions", tooltip="Of all pictures.", is_output_list=True),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Any) -> io.NodeOutput:
+        """Ask the judge."""
+        world = _pack("toyworld.world")
+        seen = _pack("toyworld.judge").load_judge().attributes(image.movedim(-1, 1)[:, :3])
+        places = list(world.BACKGROUNDS.values())
+        words = [
+            f"a photo of a {world.CLASSES[kind]} {places[place]}"
+            for kind, place in zip(seen["class"].tolist(), seen["background"].tolist(), strict=True)
+        ]
+        return io.NodeOutput(words[0], words)
 
 
 def _checkpoint() -> tuple:
@@ -118,7 +131,7 @@ class ToyworldLoadCLIP(io.ComfyNode):
         """Load or make it."""
         if kind == SMALL_WORLD:
             return io.NodeOutput(_checkpoint()[1])
-        family, models = _family(kind), _tests("tiny_models")
+        family, models = _family(kind), _pack("tests.tiny_models")
         return io.NodeOutput(models.clip_flux() if family.padded else models.clip_qwen(family.width))
 
 
@@ -161,7 +174,7 @@ class ToyworldCheckGradients(io.ComfyNode):
         """Run the checks of the pack that this server has loaded."""
         import comfy.sample
 
-        checks = _tests("gradients")
+        checks = _pack("tests.gradients")
         shape = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).shape
         samples = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         found = []
@@ -177,7 +190,14 @@ class SmallWorldExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes."""
-        return [ToyworldSubjectMask, ToyworldLoadModel, ToyworldLoadCLIP, ToyworldLoadVAE, ToyworldCheckGradients]
+        return [
+            ToyworldSubjectMask,
+            ToyworldCaption,
+            ToyworldLoadModel,
+            ToyworldLoadCLIP,
+            ToyworldLoadVAE,
+            ToyworldCheckGradients,
+        ]
 
 
 async def comfy_entrypoint() -> SmallWorldExtension:

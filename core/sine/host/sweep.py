@@ -25,7 +25,7 @@ from ...vision.host.sheets import (
     plain,
     thumbnail,
 )
-from ..sweep import Grid, timestep
+from ..sweep import Grid, mean_of_each_pair, timestep
 
 WIDEST = 4096  # px, maximum width of a grid unless its images would fall below SMALLEST
 FINE = 2  # supersampling factor of the plot, which smooths its lines
@@ -49,7 +49,7 @@ def measures(
 ) -> dict[str, list[float]]:
     """The curves to draw, by title: the connected measures, except those that Score Likeness had no model for.
 
-    identity, a cosine, is drawn as the distance 1 - identity. ValueError for a list whose length is not `count`.
+    identity, a cosine, is drawn as the distance 1 - identity. Several values of a pair become their mean.
     """
     curves = {}
     identity_distance = None if identity is None else [1.0 - value for value in identity]
@@ -57,11 +57,7 @@ def measures(
         missing = 1.0 - NOT_MEASURED if values is identity_distance else NOT_MEASURED
         if values is None or all(value == missing for value in values):
             continue
-        if len(values) != count:
-            raise ValueError(
-                f"{len(values)} values of {title} came for {count} pairs: score images one by one, not as a batch."
-            )
-        curves[title] = values
+        curves[title] = mean_of_each_pair(values, count, title)
     return curves
 
 
