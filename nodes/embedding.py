@@ -161,8 +161,9 @@ class LikenessTrainEmbedding(Node):
                 output(
                     io.Image,
                     "previews",
-                    "With a target: first the target alone, then [source + embedding] and [target + 0.8 "
-                    "embedding] for three of the saved steps, the last among them. Without: [source + embedding] only. "
+                    "With a target: [source + embedding] and [target + 0.8 embedding] of the last step. After long "
+                    "trainings also of two earlier steps, and before them the target alone: as many as cost about 4 % "
+                    "of the training. Without a target: [source + embedding] only. "
                     "Nodes connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],

@@ -44,6 +44,16 @@ def picture(batch: int = 1) -> torch.Tensor:
     return torch.rand(batch, 64, 64, 3, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def any_cost(monkeypatch):
+    """Previews may cost as much as they like, or what the test says."""
+    from likeness.core.embedding.host import train
+
+    monkeypatch.setattr(train, "PREVIEW_SHARE", 1e9)
+    return lambda share: monkeypatch.setattr(train, "PREVIEW_SHARE", share)
+
+
+@pytest.mark.usefixtures("any_cost")
 def test_previews_are_target_alone_then_source_and_target_for_each_saved_step():
     setting, vae = Setting(), tiny_models.taesd()
     embedding, loss, previews = train(setting, vae=vae, target=setting.target, negative=setting.empty)
@@ -53,6 +63,21 @@ def test_previews_are_target_alone_then_source_and_target_for_each_saved_step():
     assert alone.shape == (2, 64, 64, 3)
 
 
+def test_previews_cost_a_small_share_of_the_training(any_cost):
+    """Left out first are earlier steps, then the target alone, then the source; with guidance each takes 4 calls."""
+    setting, vae = Setting(), tiny_models.taesd()
+    inputs = {"vae": vae, "target": setting.target, "negative": setting.empty}
+    all_of_them = train(setting, **inputs)[2]
+    last = {3: [0, 3, 4], 2: [3, 4], 1: [4]}
+    for images, kept in last.items():
+        any_cost(4.4 * images / (2.2 * 4))
+        assert torch.equal(train(setting, **inputs)[2], all_of_them[kept]), images
+    any_cost(0.04)
+    assert torch.equal(train(setting, **inputs)[2], all_of_them[[4]]), "one is always made"
+    assert train(setting, vae=vae)[2].shape[0] == 1
+
+
+@pytest.mark.usefixtures("any_cost")
 def test_previews_are_of_few_steps_and_kept_with_the_run(monkeypatch):
     import comfy.sample
 
@@ -66,6 +91,7 @@ def test_previews_are_of_few_steps_and_kept_with_the_run(monkeypatch):
     assert not torch.equal(train(setting, **{**inputs, "preview_cfg": 2.0})[2], previews) and len(sampled) == 14
 
 
+@pytest.mark.usefixtures("any_cost")
 def test_learned_rows_can_be_learned_on_and_seen():
     """A source prompt that holds an embedding: its rows are where the training starts, and the previews show others."""
     from likeness.core.prompt.conditioning import apply_embedding

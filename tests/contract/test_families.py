@@ -179,7 +179,7 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     settings |= {"start_percent": 0.0, "end_percent": 1.0, "preview_steps": 1, "preview_cfg": 1.0, "seed": 0}
     shared = {"model": model, "positive": family.prompt(1), **data, "anchor_weight": 0.01}
     embedding, loss, previews = run_node(LikenessTrainEmbedding, **shared, **settings, target=family.prompt(2))
-    assert len(loss["loss"]) == 3 and previews.shape == (3, family.image, family.image, 3)
+    assert len(loss["loss"]) == 3 and previews.shape == (1, family.image, family.image, 3)
     sigmas = torch.tensor([0.9, 0.5, 0.0]) * float(model.get_model_object("model_sampling").sigma_max)
     refining = {"embedding": embedding, "sigmas": sigmas, "inner_steps": 1, "learning_rate": 0.02, "step": 0, "seed": 0}
     refined, _ = run_node(LikenessRefineEmbedding, **shared, **refining)

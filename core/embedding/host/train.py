@@ -44,7 +44,9 @@ from ..hifi_tuner import RegularizedHiPer, Regularizer
 from .so_far import SoFar
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
-PREVIEWED = 3  # saved steps that are shown, the last among them: a preview costs as much as many updates
+PREVIEWED = 3  # saved steps that are shown at most, the last among them
+PREVIEW_SHARE = 0.04  # of the training's cost, for previews at its end; one is always made
+UPDATE = 2.2  # evaluations of the model that an update costs, forward and backward
 ANCHORS = ("in the loss", "decoupled")
 log = logging.getLogger("likeness")
 
@@ -273,15 +275,21 @@ def preview_images(
     how: Previews,
 ) -> Tensor:
     """[source, h] for PREVIEWED of the saved steps; with a target, first [target], then alternately [source, h] and
-    [target, 0.8 h].
+    [target, 0.8 h]. Where these would cost more than PREVIEW_SHARE of the training, fewer: earlier steps are left out
+    first, then [target], then [source, h].
 
     All images start from the same noise. Shape [1, C, h, w] of the latent; returns [images, H, W, 3].
     """
-    prompts = [] if target is None else [target]
+    steps = sorted(embedding.rows)
+    cost = how.steps * (1 if how.negative is None or how.cfg == 1.0 else 2)
+    most = max(1, int(PREVIEW_SHARE * UPDATE * steps[-1] / cost))
+    pair = 1 if target is None else 2
+    steps = evenly(steps, min(PREVIEWED, max(1, most // pair)))
+    prompts = [] if target is None or most <= pair * len(steps) else [target]
     source = without_tail(source)  # the learned tokens replace those they started from
-    for step in evenly(sorted(embedding.rows), PREVIEWED):
+    for step in steps:
         rows = embedding.rows[step]
         prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
         if target is not None:
             prompts.append(apply_embedding(target, rows, hiper.SCALE, (), embedding.placement))
-    return how.drawn(model, prompts, (1, *shape[1:]))
+    return how.drawn(model, prompts[-most:], (1, *shape[1:]))
