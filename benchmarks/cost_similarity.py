@@ -16,8 +16,9 @@ retrieval model at 290), at a quarter of their width, and with random weights: n
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def models() -> tuple[Any, Any, list[Any]]:
         return model, vae, [dino(), retrieval()]
 
 
-def dino() -> Any:
+def dino(layers: int = DINO_LAYERS, width: int = DINO_WIDTH) -> Any:
     """ComfyUI's own DINOv2, as a CLIP_VISION."""
     import comfy.clip_vision
     import comfy.model_patcher
@@ -91,7 +92,7 @@ def dino() -> Any:
     from comfy.image_encoders.dino2 import Dinov2Model
 
     config = {
-        **{"hidden_size": DINO_WIDTH, "num_hidden_layers": DINO_LAYERS, "num_attention_heads": 4, "image_size": 518},
+        **{"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "image_size": 518},
         **{
             "patch_size": 14,
             "num_channels": 3,
@@ -121,18 +122,30 @@ def retrieval() -> Any:
 
 def peak(run: Callable[[], object]) -> int:
     """The most bytes that torch's allocator held while run() went, beside what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with peak_within() as most:
         run()
-    changes = [
+    return most()
+
+
+@contextlib.contextmanager
+def peak_within() -> Iterator[Callable[[], int]]:
+    """The same of the block: a function that tells it afterwards."""
+
+    def most() -> int:
+        held = top = 0
+        for _, change in sorted(changes):
+            held += change
+            top = max(top, held)
+        return top
+
+    changes: list[tuple[int, int]] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield most
+    changes += [
         (event.start_ns(), event.nbytes())
         for event in profiled.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
-    held = most = 0
-    for _, change in sorted(changes):
-        held += change
-        most = max(most, held)
-    return most
 
 
 def gradient(fit: Any) -> Any:
