@@ -36,6 +36,17 @@ COMPLETE = """([title, checkpoint, picture, values]) => {
   return String(save.id);
 }"""
 
+# What the folded node shows of the training inside, half a second after each of its reports.
+WATCH = """title => {
+  const host = app.graph._nodes.find(node => node.title === title);
+  window.likenessFolded = [];
+  app.api.addEventListener('likeness.progress', () => setTimeout(() => {
+    const curve = host.widgets.find(each => each.name === 'loss_curve')?.element;
+    window.likenessFolded.push([curve?.textContent ?? '', curve?.querySelector('img').naturalWidth ?? 0]);
+  }, 500));
+}"""
+WIDGETS = "title => app.graph._nodes.find(node => node.title === title).widgets.map(each => each.name)"
+
 
 def with_small_values(graph: Graph) -> Graph:
     """The graph with few steps and small pictures in its folded node."""
@@ -46,7 +57,7 @@ def with_small_values(graph: Graph) -> Graph:
     return graph
 
 
-def test_blueprint_is_listed_dropped_and_runs(page, object_info):
+def test_blueprint_is_listed_dropped_and_runs(request, page, object_info):
     page.tab.evaluate("() => app.graph.clear()")
     page.tab.evaluate(LIBRARY)
     search = page.tab.locator("input[placeholder*='earch']:visible").first
@@ -65,9 +76,15 @@ def test_blueprint_is_listed_dropped_and_runs(page, object_info):
     assert {name: node["inputs"] for name, node in convert(page.saved(), object_info).items()} == {
         name: node["inputs"] for name, node in prompt.items()
     }
+    before = page.tab.evaluate(WIDGETS, BLUEPRINT)
+    page.tab.evaluate(WATCH, BLUEPRINT)
     assert page.run() == "execution_success"
     assert not page.complaints()
     assert page.shows_picture(save)
+    text, width = page.tab.evaluate("() => window.likenessFolded").pop()
+    assert f"step {live.STEPS} / {live.STEPS}" in text
+    assert width > 0 or request.node.callspec.params["page"] == "vue"  # which shows the image by itself
+    assert page.tab.evaluate(WIDGETS, BLUEPRINT) == before, "the curve must go when the training is over"
 
 
 @pytest.mark.parametrize("server", ["newest"], indirect=True)

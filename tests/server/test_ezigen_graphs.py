@@ -128,6 +128,18 @@ def test_an_edit_changes_the_place_and_leaves_the_rest(results):
     assert inside[0] > inside[1] and source[mask].mean(0)[0] < source[mask].mean(0)[1]
 
 
+def test_a_drawn_picture_is_edited_until_two_loops_are_alike(results):
+    """The vision model ends the loops: where the report says that the last two were alike enough, or at the most."""
+    result = results["9 Lab - EZIGen - edit a drawn picture"]
+    drawn_picture, edited = result.pictures("Drawn picture")[0], result.pictures("Edited picture")[0]
+    loops = result.pictures("Picture and loops")
+    assert distance(loops[0], drawn_picture) <= 1 / 255 and np.array_equal(loops[-1], edited)
+    check_images([drawn_picture, edited])
+    alike = [float(line.split()[2]) for line in result.text("Report").splitlines() if line.startswith("loop")]
+    assert len(alike) == len(loops) - 1 >= 1
+    assert all(value < 0.9 for value in alike[:-1]) and (alike[-1] >= 0.9 or len(alike) == 3)
+
+
 def grown(mask: np.ndarray, pixels_wide: int) -> np.ndarray:
     """The mask with all that is as near to it, in squares."""
     rows, columns = np.nonzero(mask)

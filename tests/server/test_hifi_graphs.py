@@ -99,7 +99,17 @@ def test_ablation(results):
     }
 
 
-def test_what_was_found_stands_beside_a_caption_that_is_switched_off(results):
-    """The group of the captioning model stays bypassed; everything else of its graph ran."""
-    graph = results["9 Lab - HiFi Tuner - replace subject"].graph
-    assert [node["mode"] for node in graph["nodes"] if node["type"] in workflows.ABSENT] == [4]
+def test_a_caption_describes_the_picture_to_change(results):
+    """The toyworld's judge plays the captioning model."""
+    assert results["9 Lab - HiFi Tuner - replace subject"].text("Its description") == "a photo of a cup at night"
+
+
+def test_dreambooth_takes_on_the_details_of_a_photo(results):
+    """All weights learn from two photos and their masks; the reference is one of the two, and it is described."""
+    result = results["9 Lab - HiFi Tuner - DreamBooth"]
+    titles = ("Model alone", "DreamBooth", "DreamBooth with the reference")
+    alone, learned, guided = (result.pictures(title)[0] for title in titles)
+    check_images([alone, learned, guided])
+    assert result.text("Its description") in {f"a photo of a dog on the {place}" for place in ("grass", "sand")}
+    assert 0 < float(result.text("How well it covers")) <= 1
+    assert f"of {live.EXACT_STEPS}" in result.text("Report")

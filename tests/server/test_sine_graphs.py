@@ -44,6 +44,7 @@ PAIRS = {
     "9 Lab - SINE - remove content": ("Still there", "Removed"),
     "9 Lab - SINE - faces": ("Stylise", "Accessory", "Age"),
     "9 Lab - SINE - load and edit": ("Result 1", "Result 2", "Result 3"),
+    "9 Lab - SINE - as in the paper": ("Text alone", "With a LoRA", "As in the paper", "As in the paper, on patches"),
 }
 
 
@@ -88,6 +89,19 @@ def test_sweep_maps_every_node_over_the_pairs(results):
     curves = result.pictures("Curves")[0]
     assert curves.shape == (2 * 288, 2 * 526, 3), "two measures over two axes"
     assert curves.std() > 0.05
+
+
+def test_sweep_of_several_images_averages_their_scores(results):
+    """Two pairs of two images each: every image is scored, a cell holds both, and the curves are those of the means."""
+    result = results["9 Lab - SINE - sweep of several images"]
+    assert len(result.run.outputs[workflows.node_id(result.graph, "Score")]["text"]) == 4
+    grid = result.pictures("Grid")[0]
+    side = workflows.SIZE
+    cells = [grid[-8 - side : -8, -8 - 2 * (2 * side + 8) + i * (2 * side + 8) :][:, : 2 * side] for i in (0, 1)]
+    halves = [half for cell in cells for half in (cell[:, :side], cell[:, side:])]
+    assert all(half.std() > 0.03 for half in halves)
+    assert all(distance(a, b) > BARELY for i, a in enumerate(halves) for b in halves[:i])
+    assert result.pictures("Curves")[0].std() > 0.05
 
 
 def test_one_training_serves_all_graphs(results):

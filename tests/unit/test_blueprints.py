@@ -64,6 +64,24 @@ def test_start_graphs_hold_the_blueprints_as_they_are():
     assert used == set(BLUEPRINTS)
 
 
+def has_image_of_training(node: dict[str, Any]) -> bool:
+    """Whether the node outputs a loss: such a node shows an image while it learns."""
+    return "LOSS_MAP" in {output["type"] for output in node.get("outputs") or []}
+
+
+@pytest.mark.parametrize("name", [*BLUEPRINTS, *STARTS])
+def test_folded_node_shows_the_images_of_the_trainings_inside(name):
+    """In Vue rendering, by the property that newer pages read."""
+    graph = BLUEPRINTS.get(name) or workflows.shipped(name)
+    for definition in subgraphs(graph).values():
+        (node,) = [node for node in graph["nodes"] if node["type"] == definition["id"]]
+        learning = [str(node["id"]) for node in definition["nodes"] if has_image_of_training(node)]
+        exposed = node["properties"]["previewExposures"]
+        assert [entry["sourceNodeId"] for entry in exposed] == learning
+        assert {entry["sourcePreviewName"] for entry in exposed} <= {"$$canvas-image-preview"}
+        assert len({entry["name"] for entry in exposed}) == len(exposed)
+
+
 def test_start_graphs_come_first_and_in_order():
     numbers = [int(name[0]) for name in STARTS]
     assert numbers == list(range(1, len(STARTS) + 1)) and len(STARTS) == 8

@@ -1,8 +1,12 @@
-// The live loss curve on training nodes. Works in canvas and in Vue rendering: a DOM widget, no canvas drawing.
+// The live loss curve on training nodes, and on a folded node while a training inside of it runs. Works in canvas and in Vue
+// rendering: DOM widgets, no canvas drawing. Vue rendering shows the image of what was learned so far on a folded node by
+// itself (its previewExposures), canvas rendering does not: there it stands below the curve.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const EVENT = "likeness.progress";
+const PREVIEW = "b_preview_with_metadata";
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 const NODES = new Set([
   "LikenessTrainEmbedding",
   "LikenessRefineEmbedding",
@@ -14,8 +18,11 @@ const NODES = new Set([
 ]);
 const WIDTH = 300;
 const HEIGHT = 90;
+const LEAST = 120; // pixels that the curve takes on its node,
+const WITH_IMAGE = 300; // and with an image below it
 const SVG = "http://www.w3.org/2000/svg";
 const curves = new Set();
+const folded = new Map(); // folded node -> its curve, the training's id, and in canvas rendering its size before
 
 function svg(tag, attributes) {
   const element = document.createElementNS(SVG, tag);
@@ -51,8 +58,16 @@ class LossCurve {
     this.line = polyline(0.35, 1);
     this.mean = polyline(1, 2);
     this.picture.append(this.line, this.mean);
-    this.element.append(this.text, this.picture);
+    this.image = document.createElement("img");
+    this.image.style.cssText = "flex:2;min-height:0;object-fit:contain;display:none";
+    this.element.append(this.text, this.picture, this.image);
     this.clear();
+  }
+
+  addTo(node, height) {
+    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight: () => height };
+    this.widget = node.addDOMWidget("loss_curve", "likeness_loss", this.element, options);
+    this.widget.serialize = false; // the older page reads it here, the newer one in the options
   }
 
   clear() {
@@ -89,21 +104,55 @@ class LossCurve {
   }
 }
 
+// The curve on the folded node that holds the training, which is added when the training begins: "4:1" is 1 inside of 4.
+function onFoldedNode(training) {
+  const [outer, inner] = String(training).split(":");
+  const host = inner && (app.rootGraph ?? app.graph)._nodes.find((node) => String(node.id) === outer);
+  if (!host) return null;
+  if (!folded.has(host)) {
+    const size = window.LiteGraph.vueNodesMode ? null : [...host.size];
+    const curve = new LossCurve(host);
+    curve.addTo(host, size ? WITH_IMAGE : LEAST);
+    if (size) host.setSize([size[0], size[1] + WITH_IMAGE]);
+    folded.set(host, { curve, size });
+  }
+  folded.get(host).training = String(training);
+  return folded.get(host).curve;
+}
+
+// After the run the folded node is as it was, so that nothing of this is saved with the graph.
+function unfold() {
+  for (const [host, { curve, size }] of folded) {
+    URL.revokeObjectURL(curve.image.src);
+    host.removeWidget(curve.widget);
+    if (size) host.setSize(size);
+  }
+  folded.clear();
+}
+
 app.registerExtension({
   name: "comfyuilikeness.loss",
 
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
       for (const curve of curves) if (curve.isFor(detail.node)) curve.show(detail);
+      onFoldedNode(detail.node)?.show(detail);
     });
+    api.addEventListener(PREVIEW, ({ detail }) => {
+      for (const { curve, training, size } of folded.values()) {
+        if (!size || training !== String(detail.nodeId)) continue;
+        URL.revokeObjectURL(curve.image.src);
+        curve.image.src = URL.createObjectURL(detail.blob);
+        curve.image.style.display = "";
+      }
+    });
+    for (const end of ENDS) api.addEventListener(end, unfold);
   },
 
   nodeCreated(node) {
     if (!NODES.has(node.comfyClass)) return;
     const curve = new LossCurve(node);
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 120 };
-    const widget = node.addDOMWidget("loss_curve", "likeness_loss", curve.element, options);
-    widget.serialize = false; // the older page reads it here, the newer one in the options
+    curve.addTo(node, LEAST);
     curves.add(curve);
     const removed = node.onRemoved;
     node.onRemoved = function (...rest) {
