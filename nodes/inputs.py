@@ -6,6 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.ezigen.staged import SPLIT_RATIO
+from ..core.fit import presets
 from ..core.lora.low_rank import LAYERS
 
 
@@ -60,6 +61,12 @@ def side(tooltip: str) -> io.Input:
 def split_ratio(most: float, tooltip: str) -> io.Input:
     """The last part of the steps, in which EZIGen's adapter is active."""
     return fraction("split_ratio", SPLIT_RATIO, tooltip, min=0.01, max=most, step=0.05, round=0.001)
+
+
+def preset(tooltip: str) -> io.Input:
+    """Settings that take the place of those on the node; tooltip: what each of them is."""
+    first = "Settings that take the place of those above; the log says which. as set: none. "
+    return choice("preset", presets.NAMES, first + tooltip, optional=True)
 
 
 def saved_step(tooltip: str) -> io.Input:

@@ -27,6 +27,8 @@ class Fit(ABC):
     parameters: Mapping[str, Tensor]
     """What is optimized; in the state under these names, behind the prefix."""
     prefix: ClassVar[str] = ""
+    advice: str = ""
+    """What is better than a loss that rises; empty where it may rise."""
 
     @property
     def step(self) -> int:
@@ -177,6 +179,19 @@ def running_mean(losses: list[float], share: int = 10) -> list[float]:
     last = torch.arange(1, len(sums))
     first = (last - max(1, len(losses) // share)).clamp(min=0)
     return ((sums[last] - sums[first]) / (last - first)).tolist()
+
+
+def rises(losses: list[float], least: int = 40) -> bool:
+    """Whether the loss is surely higher than it was: the logarithms of all after the first eighth, quarter or half of
+    the losses have a mean that is four standard errors above that of those before.
+    """
+    logs = torch.tensor(losses, dtype=torch.float64).clamp(min=1e-12).log()
+    for part in (8, 4, 2) if len(logs) >= least else ():
+        before, after = logs[: len(logs) // part], logs[len(logs) // part :]
+        error = (before.var() / len(before) + after.var() / len(after)).sqrt()
+        if after.mean() - before.mean() > 4 * error:
+            return True
+    return False
 
 
 def evenly(values: list[int], most: int) -> list[int]:

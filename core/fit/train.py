@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .fit import Fit, start_random_numbers
+from .fit import Fit, rises, start_random_numbers
 from .runs import RunStore, digest
 
 log = logging.getLogger("likeness")
 SAVE_SECONDS = 30.0  # a power cut loses at most this much work; an interrupt loses none
 SAVE_SHARE = 10.0  # saving takes at most 1/SAVE_SHARE of the time: a full model's state is slow to write
+LOOK = 50  # steps between two looks at whether the loss rises
 LOSSES = "fit.losses"
 
 Result = dict[str, Tensor]
@@ -175,6 +176,7 @@ def train(
     returns; if it raises (an interrupt), the run ends with its work saved.
     """
     checkpointer.resume(fit)
+    advice = fit.advice
     try:
         while fit.step < steps and not getattr(fit, "done", False):
             start_random_numbers(fit.step)  # an update does not depend on the one before, whatever the model draws
@@ -182,6 +184,9 @@ def train(
             if fit.step % checkpointer.retention.every == 0 or fit.step == steps:
                 checkpointer.keep(fit.step, result())
             checkpointer.save_if_due(fit)
+            if advice and fit.step % LOOK == 0 and rises(fit.losses):
+                log.warning("The loss rises: %s The run goes on; what it saved before stays.", advice)
+                advice = ""  # once is enough
             on_update(preview)
     except BaseException:
         checkpointer.rescue(fit, result)

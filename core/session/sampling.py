@@ -9,6 +9,7 @@ import comfy.sample
 import torch
 from torch import Tensor
 
+from ..fit.presets import FLOW, NOISE
 from ..prompt.conditioning import Conditioning
 
 SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together: DDIM with eta 0, as in the papers
@@ -28,6 +29,17 @@ def objective(sampling: Any) -> dict[str, str]:
     sigmas = sampling.sigmas[1:].detach().float()
     as_noise = torch.allclose(output_scale(sampling, sigmas).abs(), sigmas, rtol=1e-2, atol=0.0)
     return {} if as_noise else {"objective": "network output"}
+
+
+def adds_noise(sampling: Any) -> bool:
+    """Whether a latent keeps its size under noise."""
+    ones = torch.ones(1, 1, 1, 1)
+    return float(sampling.noise_scaling(torch.full((1,), 0.5), 0 * ones, ones)) == 1.0
+
+
+def kind_of(model: Any) -> str:
+    """The kind of a MODEL, for presets."""
+    return NOISE if adds_noise(model.get_model_object("model_sampling")) else FLOW
 
 
 def noisy_start(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) -> Tensor:

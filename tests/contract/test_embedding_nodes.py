@@ -150,6 +150,33 @@ def test_init_from_the_empty_prompt():
     torch.testing.assert_close(second.at(1)[0], setting.source[0][0][0, -5:], atol=1e-5, rtol=0)
 
 
+def test_a_preset_is_the_same_as_its_settings_on_the_node(monkeypatch, caplog):
+    """To the byte, under the same key: what was trained is served for either. As set is the run of older graphs."""
+    from likeness.core.session.session import Session
+
+    short = {"steps": 3, "learning_rate": 0.03, "tokens": 4, "anchor_weight": 0.0}
+    monkeypatch.setattr("likeness.nodes.embedding.HIPER", {"fast": {"noise": short}})
+    caplog.set_level("INFO")
+    setting = Setting()
+    named = train(setting, **short)[0]
+    monkeypatch.setattr(Session, "run", None)
+    served = train(setting, preset="fast", anchor_weight=0.5, steps=4)[0]
+    assert torch.equal(served.at(3), named.at(3)) and served.header == named.header
+    assert "Preset 'fast' sets steps 3, learning_rate 0.03, tokens 4" in caplog.text
+    assert torch.equal(train(setting, preset="as set", **short)[0].at(3), named.at(3))
+
+
+def test_a_rate_at_which_the_loss_rises_is_said_and_the_run_goes_on(monkeypatch, caplog):
+    from likeness.core.fit import train as training
+
+    setting = Setting()
+    monkeypatch.setattr(training, "LOOK", 2)
+    monkeypatch.setattr(training, "rises", lambda losses: len(losses) >= 4)
+    embedding = train(setting, steps=8, preview_steps=0)[0]
+    assert sorted(embedding.rows) == [2, 4, 6, 8]
+    assert caplog.text.count("The loss rises: learning_rate is 0.01, the preset 'fast' has ") == 1
+
+
 REFUSED = {
     "no image": ({"latent": None}, "Connect either a LATENT, or an IMAGE"),
     "two images": ({"image": picture()}, "both came in"),

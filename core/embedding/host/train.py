@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...denoiser import timestep_range
 from ...fit.fit import Fit, curve, evenly
+from ...fit.presets import FAST, settings_of
 from ...fit.runs import digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import (
@@ -35,12 +36,13 @@ from ...session.fingerprint import fingerprint, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Job, run
 from ...session.progress import Steps
-from ...session.sampling import decoded, sample_latent
+from ...session.sampling import decoded, kind_of, sample_latent
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import RegularizedHiPer, Regularizer
+from ..presets import HIPER
 from .so_far import SoFar
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
@@ -183,6 +185,8 @@ class EmbeddingJob(TokensJob):
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
         fit = RegularizedHiPer(*self.inputs(denoiser, x0), regularizer=self.pull())
+        fast = settings_of(HIPER, FAST, kind_of(self.model))["learning_rate"]
+        fit.advice = f"learning_rate is {self.settings.learning_rate}, the preset '{FAST}' has {fast}; try a lower one."
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:

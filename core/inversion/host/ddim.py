@@ -13,7 +13,7 @@ from ...session.describe import describe
 from ...session.fingerprint import check_base, fingerprint
 from ...session.images import ImageSource
 from ...session.progress import Steps
-from ...session.sampling import noisy_start
+from ...session.sampling import adds_noise, noisy_start
 from ...session.session import GuiderDenoiser, predicting
 from ..ddim import Label, invert, reconstruct
 from ..trajectory import Trajectory
@@ -96,12 +96,6 @@ def noise_to(sampling: Any, start: Tensor, latent: Tensor, sigmas: Tensor) -> Te
     none = torch.zeros_like(latent)
     scale = float(noisy_start(sampling, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), sigmas))
     return (start - noisy_start(sampling, none, latent, sigmas)) / scale
-
-
-def adds_noise(sampling: Any) -> bool:
-    """Whether a latent keeps its size under noise."""
-    ones = torch.ones(1, 1, 1, 1)
-    return float(sampling.noise_scaling(torch.full((1,), 0.5), 0 * ones, ones)) == 1.0
 
 
 def _origin(model: Any, positive: Conditioning) -> dict[str, Any]:
