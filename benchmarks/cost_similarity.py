@@ -107,7 +107,8 @@ def dino(layers: int = DINO_LAYERS, width: int = DINO_WIDTH) -> Any:
     vision = comfy.clip_vision.ClipVisionModel(str(file))
     cpu = torch.device("cpu")
     vision.model = randomise(Dinov2Model(config, torch.float32, cpu, comfy.ops.disable_weight_init))
-    vision.patcher, vision.dtype = comfy.model_patcher.ModelPatcher(vision.model, cpu, cpu), torch.float32
+    vision.patcher = comfy.model_patcher.ModelPatcher(vision.model, vision.load_device, cpu)
+    vision.dtype = torch.float32
     return vision
 
 

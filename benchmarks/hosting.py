@@ -1,4 +1,4 @@
-"""ComfyUI in this process, on the CPU, with toyworld's models."""
+"""ComfyUI in this process, mostly on the CPU, with toyworld's models."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ CHECKPOINT = "likeness_small_world.safetensors"
 LATENT = (1, 4, 12, 12)  # of a 96 px image
 
 
-def start(threads: int) -> Path:
-    """Make ComfyUI importable (COMFYUI_PATH names it); returns a temporary base folder with models, input, output
-    and user.
+def start(threads: int, cpu: bool = True) -> Path:
+    """Make ComfyUI importable (COMFYUI_PATH names it, else the one whose custom_nodes hold the pack); returns a
+    temporary base folder with models, input, output and user.
     """
-    root = os.environ.get("COMFYUI_PATH")
-    if not root or not (Path(root) / "comfy" / "sd.py").is_file():
-        sys.exit(f"COMFYUI_PATH is {root!r}: set it to a ComfyUI folder, such as the one that toolbox/demo.py makes.")
+    root = os.environ.get("COMFYUI_PATH") or str(Path(__file__).resolve().parents[3])
+    if not (Path(root) / "comfy" / "sd.py").is_file():
+        sys.exit(f"There is no ComfyUI in {root}: set COMFYUI_PATH to one, such as the one that toolbox/demo.py makes.")
     base = Path(tempfile.mkdtemp(prefix="likeness-benchmark-"))
     sys.path.insert(0, root)
-    arguments, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--base-directory", str(base)]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *(["--cpu"] if cpu else []), "--base-directory", str(base)]
     import comfy.options
 
     comfy.options.enable_args_parsing()
