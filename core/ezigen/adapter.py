@@ -30,6 +30,7 @@ from torch import Tensor, nn
 SUBJECT_TIMESTEP = 1
 WEIGHTS = "learnable_weights"  # published name of w
 LINEARS = ("to_q", "to_k", "to_v")
+Projected = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,22 @@ class SubjectAttention(nn.Module):
         parts: dict[str, nn.Module] = {name: nn.Linear(width, width, bias=False) for name in LINEARS}
         self.adapter = nn.ModuleDict({**parts, "to_out": nn.ModuleList([nn.Linear(width, width)])})
 
-    def forward(self, h: Tensor, subject: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
-        """The residual for h [B, T, C]; subject [B or 1, M, C]; keys [B or 1, M]: mask of the M tokens."""
+    def project(self, subject: Tensor) -> Projected:
+        """Keys and values of a subject [B or 1, M, C]: its part of m = [n ; w F] is the same for the whole batch."""
+        k, v = (_linear(self.adapter[name], subject) for name in LINEARS[1:])
+        return k, v
+
+    def forward(self, h: Tensor, subject: Projected | None = None, keys: Tensor | None = None) -> Tensor:
+        """The residual for h [B, T, C]; subject: from project(); keys [B or 1, M]: mask of its M tokens."""
         norm = self.adapter_norm
         n = F.layer_norm(h, (h.shape[-1],), norm.weight.to(h), norm.bias.to(h), norm.eps)
         q, k, v = (_linear(self.adapter[name], n) for name in LINEARS)
         mask = None
         if subject is not None:
-            # The subject's part of m = [n ; w F] is the same for the whole batch, so it is projected once.
-            batch, projections = h.shape[0], (_linear(self.adapter[name], subject.to(n)) for name in LINEARS[1:])
+            batch = h.shape[0]
             k, v = (
                 torch.cat([image_tokens, subject_tokens.expand(batch, -1, -1)], 1)
-                for image_tokens, subject_tokens in zip((k, v), projections, strict=True)
+                for image_tokens, subject_tokens in zip((k, v), subject, strict=True)
             )
             if keys is not None:
                 image_tokens = keys.new_ones(batch, n.shape[1])
@@ -136,13 +141,26 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleList(SubjectAttention(layer.width, layer.heads) for layer in layers)
         self.learnable_weights = nn.Parameter(torch.ones(len(self.described)))
 
-    def forward(self, index: int, h: Tensor, tokens: SubjectTokens | None, strength: float = 1.0) -> Tensor:
-        """Add the adapter's residual to h [B, T, C] after the self-attention of layer `index`."""
-        subject, keys = None, None
-        if tokens is not None:
-            features = tokens.layers[index]
-            subject, keys = self.learnable_weights[index].to(features) * features, tokens.keys(index)
-        delta = self.layers[index](h, subject, keys)
+    def project(self, index: int, tokens: SubjectTokens, like: Tensor) -> Projected:
+        """Keys and values of the subject in layer `index`, the same at each step; in the precision of `like`."""
+        features = tokens.layers[index]
+        return self.layers[index].project((self.learnable_weights[index].to(features) * features).to(like))
+
+    def forward(
+        self,
+        index: int,
+        h: Tensor,
+        tokens: SubjectTokens | None,
+        strength: float = 1.0,
+        subject: Projected | None = None,
+    ) -> Tensor:
+        """Add the adapter's residual to h [B, T, C] after the self-attention of layer `index`. subject: from project(),
+        when it is known already.
+        """
+        if tokens is None:
+            delta = self.layers[index](h)
+        else:
+            delta = self.layers[index](h, subject or self.project(index, tokens, h), tokens.keys(index))
         return h + delta if strength == 1.0 else h + strength * delta
 
     def published_parameters(self) -> dict[str, nn.Parameter]:

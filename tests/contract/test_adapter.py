@@ -73,6 +73,29 @@ def test_the_subject_changes_the_picture_and_the_base_stays_as_it_is(family):
     assert setting.model.model_options == options and not setting.model.wrappers.get("sampler_sample")
 
 
+@pytest.mark.parametrize("apply_to", ["both", "positive only"])
+def test_the_subject_is_projected_once_in_a_sampling(monkeypatch, apply_to):
+    """Its keys and values are the same in every step; the latent is that of projecting them in each, bit for bit."""
+    from likeness.core.ezigen import adapter
+
+    setting = Setting()
+    model = applied(setting, apply_to=apply_to)
+    asked: list[int] = []
+    project, forward = adapter.Adapter.project, adapter.Adapter.forward
+
+    def counted(self, index, *more):
+        asked.append(index)
+        return project(self, index, *more)
+
+    monkeypatch.setattr(adapter.Adapter, "project", counted)
+    once = sampled(setting, model)
+    layers = len(set(asked))
+    assert layers > 1 and len(asked) == layers
+    monkeypatch.setattr(adapter.Adapter, "forward", lambda self, *given: forward(self, *given[:4]))
+    assert torch.equal(sampled(setting, model), once)
+    assert len(asked) > STEPS * layers
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
 def test_only_the_last_part_of_the_steps(sampler):
     """Where it does not work yet predictions and latents are the base's, bit for bit; behind that they are not.

@@ -26,7 +26,7 @@ from ...session.fingerprint import check_base, fingerprint, network_of_file
 from ...session.images import checked_mask
 from ...session.session import predicting
 from ...vision.measures import subject_crop
-from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, SubjectTokens, join_images
+from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, Projected, SubjectTokens, join_images
 from ..artifact import StoredAdapter, base_sample
 from ..staged import layout_steps
 from .layers import Capture, Place, has_quantised_attention, key_of, places
@@ -262,6 +262,7 @@ class _Run:
         self.injection, self.tokens, self.first_level, self.excluded = injection, tokens, first_level, excluded
         self.index = {place.key: number for number, place in enumerate(injection.places)}
         self._last_check: tuple[Any, bool] = (None, False)
+        self._projected: dict[tuple[int, torch.dtype], Projected] = {}
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Run:
         return self
@@ -270,15 +271,22 @@ class _Run:
         """h [B, T, C] after a self-attention; each chunk of the batch belongs to one prompt."""
         if not self._is_active(options["sigmas"]):
             return h
-        injection, index = self.injection, self.index[key_of(options)]
+        index = self.index[key_of(options)]
         excluded = [chunk in self.excluded for chunk in options.get("uuids") or [None]]
         if not any(excluded):
-            return injection.adapter(index, h, self.tokens, injection.strength)
+            return self._adapted(index, h)
         parts = list(h.chunk(len(excluded)))
         for number, skipped in enumerate(excluded):
             if not skipped:
-                parts[number] = injection.adapter(index, parts[number], self.tokens, injection.strength)
+                parts[number] = self._adapted(index, parts[number])
         return torch.cat(parts)
+
+    def _adapted(self, index: int, h: Tensor) -> Tensor:
+        adapter, key = self.injection.adapter, (index, h.dtype)
+        if key not in self._projected:
+            with torch.inference_mode(False), torch.no_grad():  # a later step may need a gradient through h
+                self._projected[key] = adapter.project(index, self.tokens, h)
+        return adapter(index, h, self.tokens, self.injection.strength, self._projected[key])
 
     def _is_active(self, sigmas: Tensor) -> bool:
         """Cached, since all blocks of a call get the same tensor and reading a number from a GPU synchronises."""
