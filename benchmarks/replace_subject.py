@@ -14,7 +14,8 @@ by the base model alone (plain swap), and with Replace Subject at several settin
 
     python toolbox/_load.py benchmarks.replace_subject --out benchmarks/results/replace_subject.json
     python toolbox/_load.py benchmarks.replace_subject --method direct --out benchmarks/results/replace_direct.json
-    python toolbox/_load.py benchmarks.replace_subject --world flow --cases 8 --out benchmarks/results/replace_flow.json
+    python toolbox/_load.py benchmarks.replace_subject --world flow --cases 16 \
+        --out benchmarks/results/replace_flow.json
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Settings:
     margin: int = 2
 
 
-WORLDS = {"unet": Settings(), "flow": Settings(cfg=4.0, method="direct")}
+WORLDS = {"unet": Settings(), "flow": Settings(cfg=4.0, sampling_steps=25, method="direct")}
 
 
 @dataclass(frozen=True)

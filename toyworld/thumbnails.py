@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TILE, QUALITY, STRIP = 192, 90, 16
-TRANSFORMERS = ("UNETLoader", "LikenessLoadSana")  # whose graphs the toyworld has no trained model for
+SANA = "LikenessLoadSana"  # in whose place the flow transformer's checkpoint is loaded
+FLOW = {("CheckpointLoaderSimple", "ckpt_name"): "likeness_small_world_flow.safetensors"}
+OTHERS = {"flow_turbo": "flow transformer of few steps", "flow": "flow transformer", "turbo": "one-step model"}
 
 
 def montage(pictures: list[Any]) -> Any:
@@ -50,37 +52,39 @@ def halves(source: Any, result: Any) -> Any:
     return square
 
 
-def with_the_toyworlds_model(graph: Graph, checkpoint: str) -> Graph:
-    """The graph with what the toyworld's checkpoint, of SD1.5's kind, needs: no transformer was trained there."""
-    loader = next((node for node in graph["nodes"] if node["type"] in TRANSFORMERS), None)
+def with_the_toyworlds_model(graph: Graph) -> Graph:
+    """The graph of a transformer with what the toyworld's, of SD3's layout, needs."""
+    loader = next((node for node in graph["nodes"] if node["type"] in ("UNETLoader", SANA)), None)
     if loader is None:
         return graph
     for node in graph["nodes"]:
-        if node["type"] == "LikenessLoadSana":
-            node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [checkpoint]}
+        if node["type"] == SANA:
+            node |= {"type": "CheckpointLoaderSimple", "inputs": [], "widgets_values": [""]}
         elif node["type"] in ("EmptyHunyuanImageLatent", "EmptyFlux2LatentImage"):
-            node["type"] = "EmptyLatentImage"
+            node["type"] = "EmptySD3LatentImage"
         elif node["type"] == "ModelSamplingAuraFlow":
-            node["mode"] = 4  # bypassed: a shift of flow models
-        elif node["type"] == "BasicScheduler":
-            node["widgets_values"][0] = "normal"  # what a checkpoint like SD1.5 is sampled with
+            node["type"] = "ModelSamplingSD3"  # which tells the network times of SD3's scale
         elif node["type"] == "Flux2Scheduler":
             link = graph["last_link_id"] = graph["last_link_id"] + 1
             graph["links"].append([link, loader["id"], 0, node["id"], 0, "MODEL"])
             loader["outputs"][0]["links"].append(link)
-            node |= {"type": "BasicScheduler", "widgets_values": ["normal", node["widgets_values"][0], 1.0]}
+            node |= {"type": "BasicScheduler", "widgets_values": ["simple", node["widgets_values"][0], 1.0]}
             node["inputs"] = [{"name": "model", "type": "MODEL", "link": link}]
     return graph
 
 
-def labelled(sheet: Any) -> Any:
-    """An image with a line that says which model drew it, where the graph is for another one."""
+def drawn_by(graph: Graph) -> str:
+    """Which of the toyworld's models beside the first one a graph in it runs on; "" for none."""
+    used = str(graph["nodes"])
+    return next((what for name, what in OTHERS.items() if f"small_world_{name}" in used), "")
+
+
+def labelled(sheet: Any, what: str) -> Any:
+    """An image with a line that says which model drew it."""
     from PIL import Image, ImageDraw
 
     line = Image.new("RGB", (sheet.width, STRIP), "white")
-    ImageDraw.Draw(line).text(
-        (4, 2), "drawn by the toyworld's model, of SD1.5's kind, not by this graph's", fill="black"
-    )
+    ImageDraw.Draw(line).text((4, 2), f"drawn by the toyworld's {what}", fill="black")
     whole = Image.new("RGB", (sheet.width, sheet.height + STRIP))
     whole.paste(sheet, (0, 0))
     whole.paste(line, (0, sheet.height))
@@ -126,15 +130,15 @@ def make(names: list[str], quick: bool) -> None:
         for name in in_order(names):
             object_info = server.object_info()
             shipped = workflows.shipped(name)
-            foreign = any(workflows.has(shipped, loader) for loader in TRANSFORMERS)
-            shipped = with_the_toyworlds_model(shipped, workflows.CHECKPOINT)
-            graph = workflows.in_small_world(name, object_info, quick, graph=shipped)
+            more = FLOW if workflows.has(shipped, SANA) else {}
+            graph = workflows.in_small_world(name, object_info, quick, more, with_the_toyworlds_model(shipped))
             run = server.run(convert(graph, object_info), timeout=3600, on_event=Narrator())
             path = workflows.WORKFLOWS / f"{name}.jpg"
             pictures = pictures_of(name, server, graph, run)
             square = workflows.sidecar(name).get("square")
             sheet = halves(pictures[0], pictures[-1]) if square else montage(pictures)
-            (labelled(sheet) if foreign else sheet).save(path, quality=QUALITY)
+            what = drawn_by(graph)
+            (labelled(sheet, what) if what else sheet).save(path, quality=QUALITY)
             print(f"{path.relative_to(ROOT)} written", flush=True)
 
 

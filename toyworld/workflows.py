@@ -44,7 +44,7 @@ PLAYED = {
     "DualCLIPLoader": "ToyworldLoadCLIP",
     "VAELoader": "ToyworldLoadVAE",
 }
-SMALL_WORLD = "small world"  # what the loaders among them give, if a graph's values do not say otherwise
+TRANSFORMER = "small_world_flow"  # what the loaders among them give, if a graph's values do not say otherwise
 ABSENT = ("LikenessLoadRetrieval",)
 SIZE = 96
 SUBJECT_SEED, SUBJECT_CLASS, SUBJECT_COLOR, SUBJECT_TEXTURE = 12, "dog", "red", "striped"
@@ -201,7 +201,7 @@ def played(graph: Graph) -> Graph:
         if node["type"] in PLAYED:
             taken = [entry for entry in node["inputs"] if entry["name"] == "image"]
             player = PLAYED[node["type"]]
-            node |= {"type": player, "inputs": taken, "widgets_values": [] if taken else [SMALL_WORLD]}
+            node |= {"type": player, "inputs": taken, "widgets_values": [] if taken else [TRANSFORMER]}
             node["properties"] = {"Node name for S&R": player}
     return graph
 

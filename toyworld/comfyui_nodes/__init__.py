@@ -11,9 +11,11 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-CHECKPOINT = "likeness_small_world.safetensors"
-SMALL_WORLD, RANDOM = "small world", "random tiny "
-KINDS = (SMALL_WORLD, *(f"{RANDOM}{name}" for name in ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image")))
+SMALL_WORLD, RANDOM = "small_world", "random tiny "
+KINDS = (
+    *(f"{SMALL_WORLD}{name}" for name in ("_flow", "_flow_turbo")),
+    *(f"{RANDOM}{name}" for name in ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image")),
+)
 
 
 def _pack(module: str) -> Any:
@@ -87,10 +89,11 @@ class ToyworldCaption(io.ComfyNode):
         return io.NodeOutput(words[0], words)
 
 
-def _checkpoint() -> tuple:
+def _checkpoint(kind: str) -> tuple:
     import comfy.sd
 
-    return comfy.sd.load_checkpoint_guess_config(folder_paths.get_full_path_or_raise("checkpoints", CHECKPOINT))
+    path = folder_paths.get_full_path_or_raise("checkpoints", f"likeness_{kind}.safetensors")
+    return comfy.sd.load_checkpoint_guess_config(path)
 
 
 def _loader(what: str, output: type[io.Output]) -> io.Schema:
@@ -115,7 +118,7 @@ class ToyworldLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_checkpoint()[0] if kind == SMALL_WORLD else _family(kind).model())
+        return io.NodeOutput(_family(kind).model() if kind.startswith(RANDOM) else _checkpoint(kind)[0])
 
 
 class ToyworldLoadCLIP(io.ComfyNode):
@@ -129,8 +132,8 @@ class ToyworldLoadCLIP(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        if kind == SMALL_WORLD:
-            return io.NodeOutput(_checkpoint()[1])
+        if not kind.startswith(RANDOM):
+            return io.NodeOutput(_checkpoint(kind)[1])
         family, models = _family(kind), _pack("tests.tiny_models")
         return io.NodeOutput(models.clip_flux() if family.padded else models.clip_qwen(family.width))
 
@@ -146,7 +149,7 @@ class ToyworldLoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_checkpoint()[2] if kind == SMALL_WORLD else _family(kind).autoencoder())
+        return io.NodeOutput(_family(kind).autoencoder() if kind.startswith(RANDOM) else _checkpoint(kind)[2])
 
 
 class ToyworldCheckGradients(io.ComfyNode):
