@@ -1,6 +1,6 @@
 // The live loss curve on training nodes, and on a folded node while a training inside of it runs. Works in canvas and in Vue
-// rendering: DOM widgets, no canvas drawing. Vue rendering shows the image of what was learned so far on a folded node by
-// itself (its previewExposures), canvas rendering does not: there it stands below the curve.
+// rendering: DOM widgets, no canvas drawing. On a folded node most pages show the image of what was learned so far by
+// themselves; where they do not, as newer ones in canvas rendering, it stands below the curve.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
@@ -22,7 +22,7 @@ const LEAST = 120; // pixels that the curve takes on its node,
 const WITH_IMAGE = 300; // and with an image below it
 const SVG = "http://www.w3.org/2000/svg";
 const curves = new Set();
-const folded = new Map(); // folded node -> its curve, the training's id, and in canvas rendering its size before
+const folded = new Map(); // folded node -> its curve, the training's id, and its size before
 
 function svg(tag, attributes) {
   const element = document.createElementNS(SVG, tag);
@@ -64,10 +64,18 @@ class LossCurve {
     this.clear();
   }
 
-  addTo(node, height) {
-    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight: () => height };
-    this.widget = node.addDOMWidget("loss_curve", "likeness_loss", this.element, options);
+  addWidget() {
+    const getMinHeight = () => (this.image.src ? WITH_IMAGE : LEAST);
+    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight };
+    this.widget = this.node.addDOMWidget("loss_curve", "likeness_loss", this.element, options);
     this.widget.serialize = false; // the older page reads it here, the newer one in the options
+  }
+
+  showImage(blob) {
+    URL.revokeObjectURL(this.image.src);
+    if (blob) this.image.src = URL.createObjectURL(blob);
+    else this.image.removeAttribute("src");
+    this.image.style.display = blob ? "" : "none";
   }
 
   clear() {
@@ -110,22 +118,27 @@ function onFoldedNode(training) {
   const host = inner && (app.rootGraph ?? app.graph)._nodes.find((node) => String(node.id) === outer);
   if (!host) return null;
   if (!folded.has(host)) {
-    const size = window.LiteGraph.vueNodesMode ? null : [...host.size];
     const curve = new LossCurve(host);
-    curve.addTo(host, size ? WITH_IMAGE : LEAST);
-    if (size) host.setSize([size[0], size[1] + WITH_IMAGE]);
-    folded.set(host, { curve, size });
+    folded.set(host, { curve, size: [...host.size] });
+    curve.addWidget();
+    resize(host, curve);
   }
   folded.get(host).training = String(training);
   return folded.get(host).curve;
 }
 
+// Vue rendering sizes its nodes by itself.
+function resize(host, curve) {
+  const [width, height] = folded.get(host).size;
+  if (!window.LiteGraph.vueNodesMode) host.setSize([width, height + (curve ? curve.widget.options.getMinHeight() : 0)]);
+}
+
 // After the run the folded node is as it was, so that nothing of this is saved with the graph.
 function unfold() {
-  for (const [host, { curve, size }] of folded) {
-    URL.revokeObjectURL(curve.image.src);
+  for (const [host, { curve }] of folded) {
+    curve.showImage(null);
     host.removeWidget(curve.widget);
-    if (size) host.setSize(size);
+    resize(host, null);
   }
   folded.clear();
 }
@@ -139,11 +152,11 @@ app.registerExtension({
       onFoldedNode(detail.node)?.show(detail);
     });
     api.addEventListener(PREVIEW, ({ detail }) => {
-      for (const { curve, training, size } of folded.values()) {
-        if (!size || training !== String(detail.nodeId)) continue;
-        URL.revokeObjectURL(curve.image.src);
-        curve.image.src = URL.createObjectURL(detail.blob);
-        curve.image.style.display = "";
+      for (const [host, { curve, training }] of folded) {
+        if (training !== String(detail.nodeId)) continue;
+        const shown = window.LiteGraph.vueNodesMode || host.widgets.some((widget) => widget.name.startsWith("$$"));
+        curve.showImage(shown ? null : detail.blob);
+        resize(host, curve);
       }
     });
     for (const end of ENDS) api.addEventListener(end, unfold);
@@ -152,7 +165,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!NODES.has(node.comfyClass)) return;
     const curve = new LossCurve(node);
-    curve.addTo(node, LEAST);
+    curve.addWidget();
     curves.add(curve);
     const removed = node.onRemoved;
     node.onRemoved = function (...rest) {
