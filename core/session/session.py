@@ -230,7 +230,7 @@ class Session:
     def _load(self, clone: Any, latent: Tensor) -> None:
         """Load every model whole, with room for what the gradient needs."""
         trained = [clone] if self.text is None else [clone, self.text]
-        # thawed() holds every weight twice; a text encoder whose weights are all trained is counted in _memory().
+        # For casts; a text encoder whose weights are all trained is counted in _memory().
         copies = size_on(self.others if self.all_weights else self._companions, clone.load_device)
         needed = _memory(trained, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
         check_room([clone, *self._companions], needed, clone.load_device)
@@ -278,8 +278,8 @@ def _ends(clone: Any) -> Tensor:
 def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
     """Bytes that a session needs on top of the loaded weights; the diffusion model is the first of the models."""
     first = models[0]
-    # Besides the activations: thawing, or casting to another precision, holds every weight a second time.
-    memory = first.model_size() + activations(first, latent, checkpointing)
+    casts = first.get_model_object("manual_cast_dtype") is not None  # the gradient holds each weight a second time
+    memory = first.model_size() * casts + activations(first, latent, checkpointing)
     if all_weights:
         memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
     return memory

@@ -1,0 +1,56 @@
+"""A session's weights are normal tensors in the memory of the loaded ones: no second copy of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .. import tiny_models
+
+
+class Packed(torch.Tensor):
+    """Weights whose numbers only their class knows."""
+
+
+def numbers(module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def test_thawed_weights_are_normal_and_take_no_memory():
+    from likeness.core.session.weights import thawed
+
+    network = tiny_models.sd1().model.diffusion_model
+    with torch.inference_mode():
+        network.to(memory_format=torch.channels_last)
+    before = numbers(network)
+    assert all(value.is_inference() for value in before)
+    with torch.inference_mode(False), torch.enable_grad(), thawed([network]):
+        during = numbers(network)
+        assert not any(value.is_inference() or value.requires_grad for value in during)
+        places = [[(each.data_ptr(), each.shape, each.stride()) for each in part] for part in (before, during)]
+        assert places[0] == places[1]
+    assert all(one is other for one, other in zip(before, numbers(network), strict=True))
+
+
+def test_packed_weights_are_copied():
+    from likeness.core.session.weights import thawed
+
+    layer = torch.nn.Linear(3, 2, bias=False)
+    with torch.inference_mode():
+        packed = torch.arange(6.0).view(2, 3).as_subclass(Packed)
+    layer._parameters["weight"] = packed
+    with torch.inference_mode(False), thawed([layer]):
+        assert isinstance(layer.weight.data, Packed) and layer.weight.data_ptr() != packed.data_ptr()
+        assert not layer.weight.is_inference() and torch.equal(layer.weight, packed.clone())
+    assert layer.weight is packed
+
+
+@pytest.mark.parametrize("compute, copies", [(None, 0), (torch.bfloat16, 1)])
+def test_only_casts_are_counted_as_a_second_copy(compute, copies):
+    from likeness.core.session import session
+
+    model, latent = tiny_models.sd1(), torch.zeros(1, 4, 8, 8)
+    if compute is not None:
+        model.set_model_compute_dtype(compute)
+    activations = session.activations(model, latent, False)
+    assert session._memory([model], latent, False, False) == activations + copies * model.model_size() > 0
