@@ -1,4 +1,6 @@
-"""A session's weights are normal tensors in the memory of the loaded ones: no second copy of the model."""
+"""A session's weights are normal tensors in the memory of the loaded ones: no second copy of the model. What a session
+leaves behind on a model that other nodes share does not change the key of a run.
+"""
 
 from __future__ import annotations
 
@@ -54,3 +56,38 @@ def test_only_casts_are_counted_as_a_second_copy(compute, copies):
         model.set_model_compute_dtype(compute)
     activations = session.activations(model, latent, False)
     assert session._memory([model], latent, False, False) == activations + copies * model.model_size() > 0
+
+
+def test_precision_is_the_models_own_while_a_trainings_clone_is_loaded():
+    import comfy.model_management as mm
+
+    from likeness.core.session.fingerprint import precision
+
+    model = tiny_models.sd1(dtype=torch.bfloat16)
+    clone, before = model.clone(), precision(model)
+    clone.set_model_compute_dtype(torch.bfloat16)
+    with torch.inference_mode():
+        mm.load_models_gpu([clone])
+    assert model.model.manual_cast_dtype == torch.bfloat16  # of the module that both share
+    assert precision(model) == before == ["torch.bfloat16", "None"]
+    assert precision(clone) == ["torch.bfloat16", "torch.bfloat16"]
+
+
+def test_all_weights_of_a_bf16_model_are_served_when_queued_again(tmp_path, monkeypatch):
+    import folder_paths
+
+    from likeness.core.session import job
+    from likeness.nodes.fine_tune import LikenessFineTune
+
+    from .setting import Setting, autoencoder, run_node
+
+    folder_paths.set_user_directory(str(tmp_path / "user"))
+    setting, train, trained = Setting(), job.train, []
+    model = tiny_models.sd1(dtype=torch.bfloat16)
+    monkeypatch.setattr(job, "train", lambda *a, **more: trained.append(a[1]) or train(*a, **more))
+    defaults = {each.id: getattr(each, "default", None) for each in LikenessFineTune.define_schema().inputs}
+    inputs = {name: value for name, value in defaults.items() if value is not None}
+    inputs |= {"model": model, "vae": autoencoder(), "image": setting.image, "positive": setting.source, "steps": 2}
+    inputs |= {"method": "full weights", "patches": False, "resolution": 64, "learning_rate": 1e-3}
+    losses = [run_node(LikenessFineTune, **inputs)[3] for _ in range(2)]
+    assert trained == [2] and losses[0] == losses[1]
