@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +22,7 @@ def start(threads: int, cpu: bool = True) -> Path:
     if not (Path(root) / "comfy" / "sd.py").is_file():
         sys.exit(f"There is no ComfyUI in {root}: set COMFYUI_PATH to one, such as the one that toolbox/demo.py makes.")
     base = Path(tempfile.mkdtemp(prefix="likeness-benchmark-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)  # stored runs of whole models are large
     sys.path.insert(0, root)
     arguments, sys.argv = sys.argv, [sys.argv[0], *(["--cpu"] if cpu else []), "--base-directory", str(base)]
     import comfy.options

@@ -104,5 +104,6 @@ def _without_guidance(by_key: dict[Any, Any]) -> dict[Any, Any]:
 def precision(model: Any) -> list[str]:
     """The dtypes in which a model's weights are stored and in which it computes."""
     stored = model.model_dtype() if hasattr(model, "model_dtype") else None
-    cast = getattr(model.model, "manual_cast_dtype", None)
-    return [str(stored), str(model.object_patches.get("manual_cast_dtype", cast))]
+    # Not the attribute itself: a training's clone, which may still be loaded, sets its own on the shared model.
+    cast = model.get_model_object("manual_cast_dtype") if hasattr(model.model, "manual_cast_dtype") else None
+    return [str(stored), str(cast)]

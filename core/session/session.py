@@ -216,12 +216,9 @@ class Session:
     def _load(self, clone: Any, latent: Tensor) -> None:
         """Load every model whole, with room for what the gradient needs."""
         trained = [clone] if self.text is None else [clone, self.text]
-        # Thawing, or casting to another precision, holds every weight twice; all weights of a text encoder in training
-        # are counted as trained.
+        # For casts; a text encoder whose weights are all trained is counted in _memory().
         copies = size_on(self.others if self.all_weights else self._companions, clone.load_device)
-        needed = clone.model_size() + activations(clone, latent, self.checkpointing) + copies + self.more_memory
-        if self.all_weights:
-            needed += sum(BYTES_PER_WEIGHT * part.numel() for each in trained for part in each.model.parameters())
+        needed = _memory(trained, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
         check_room([clone, *self._companions], needed, clone.load_device)
         load_fully([clone, *self._companions], needed)
 
@@ -258,6 +255,16 @@ class Session:
 def _ends(clone: Any) -> Tensor:
     """Valid noise levels for any sampler; nothing is sampled."""
     return torch.tensor([float(clone.get_model_object("model_sampling").sigma_max), 0.0])
+
+
+def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:
+    """Bytes that a session needs on top of the loaded weights; the diffusion model is the first of the models."""
+    first = models[0]
+    casts = first.get_model_object("manual_cast_dtype") is not None  # the gradient holds each weight a second time
+    memory = first.model_size() * casts + activations(first, latent, checkpointing)
+    if all_weights:
+        memory += sum(BYTES_PER_WEIGHT * part.numel() for each in models for part in each.model.parameters())
+    return memory
 
 
 def _probe(denoiser: GuiderDenoiser, x0: Tensor, learned: int) -> None:

@@ -72,8 +72,8 @@ def _plain_kernels() -> Iterator[None]:
 def thawed(
     modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors; the
-    originals are restored on exit. Weights that stay collect no gradients meanwhile.
+    """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors without
+    memory of their own; the originals are restored on exit. Weights that stay collect no gradients meanwhile.
 
     Those that ComfyUI casts in every forward stay, since autograd sees only the result of the cast. The original
     objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
@@ -140,8 +140,15 @@ def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> dict[str, nn.Pa
 
 
 def _normal(value: Tensor, parameter: bool) -> Tensor:
-    copy = value.detach().clone()
-    return nn.Parameter(copy, requires_grad=False) if parameter else copy
+    """An equal normal tensor, which is the same memory; a copy of packed weights, and on backends without storages."""
+    same = value.detach()
+    place = same.storage_offset(), same.shape, same.stride()
+    empty = torch.empty(0, dtype=same.dtype, device=same.device)
+    try:
+        normal = empty.set_(same.untyped_storage(), *place) if _plain(value) else same.clone()
+    except RuntimeError:
+        normal = same.clone()
+    return nn.Parameter(normal, requires_grad=False) if parameter else normal
 
 
 @contextlib.contextmanager
