@@ -118,9 +118,7 @@ class _Body(comfy.samplers.Sampler):
     def __init__(self, run: Callable[..., None]) -> None:
         self._run = run
 
-    def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_more, **_named):
         self._run(model_wrap, extra_args, latent_image)
         return latent_image
 

@@ -206,9 +206,7 @@ class _PastingSampler(comfy.samplers.Sampler):
         self.backgrounds, self.mask, self.settings, self.steps = backgrounds, mask, settings, steps
         self.generator = step_generator(settings.seed, loop, "staged edit")
 
-    def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *_more, **_named):
         x, mask = noise, self.mask.to(noise)
         for step in range(len(sigmas) - 1):
             mm.throw_exception_if_processing_interrupted()
