@@ -33,14 +33,14 @@ from .frame import by_turns
 
 LATENT = (1, 4, 32, 32)
 TIME_GATE, MEMORY_GATE, GRADIENT_GATE = 1.15, 0.6, 1e-4
-UNET = {
+UNET: dict[str, Any] = {
     **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 96, "num_res_blocks": [2, 2, 2, 2]},
     **{"channel_mult": [1, 2, 4, 4], "use_spatial_transformer": True, "context_dim": 768, "num_heads": 8},
     **{"transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1, "legacy": False},
     **{"transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "use_linear_in_transformer": False},
     **{"use_temporal_attention": False, "adm_in_channels": None},
 }
-DECODER = {
+DECODER: dict[str, Any] = {
     **{"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32},
     **{"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0},
 }

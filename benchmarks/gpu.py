@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import html
+import importlib
 import json
 import os
 import platform
@@ -120,11 +121,8 @@ def group(name: str, weights: str, until: float, options: argparse.Namespace) ->
 
 def stream_weights() -> bool:
     """Switch ComfyUI's dynamic VRAM on, as its main.py does; whether it has one that works here."""
-    import comfy.memory_management
-    import comfy.model_management as mm
-    import comfy.model_patcher
-    import comfy_aimdo.control as control
-
+    names = ("comfy.memory_management", "comfy.model_management", "comfy.model_patcher", "comfy_aimdo.control")
+    memory, mm, patcher, control = map(importlib.import_module, names)  # newer ComfyUI's
     control.init()
     devices = mm.get_all_torch_devices()
     try:
@@ -132,8 +130,8 @@ def stream_weights() -> bool:
     except TypeError:
         works = control.init_devices(device.index for device in devices)
     if works:
-        setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)  # noqa: B010
-        setattr(comfy.memory_management, "aimdo_enabled", True)  # noqa: B010
+        setattr(patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic)  # noqa: B010
+        setattr(memory, "aimdo_enabled", True)  # noqa: B010
     return bool(works)
 
 

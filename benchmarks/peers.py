@@ -15,6 +15,7 @@ gradient, nothing is computed that is not used. Gradients are dropped after each
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import statistics
 import tempfile
@@ -63,8 +64,9 @@ class Networks:
     def __init__(self, how: Settings) -> None:
         import comfy.sd
         import comfy.utils
-        import diffusers
         import transformers
+
+        diffusers: Any = importlib.import_module("diffusers")  # its types name stand-ins
 
         torch.manual_seed(0)
         widths = [how.channels * factor for factor in UNET["channel_mult"]]
@@ -371,7 +373,7 @@ def held_to(model: Any, keys: Iterable[str]) -> Any:
 
 def beside_core(networks: Networks, ours: Ours, equal: bool, checkpointing: bool) -> dict[str, float]:
     """A step of our LoRA beside one of core's Train LoRA."""
-    import comfy_extras.nodes_train as core
+    core: Any = importlib.import_module("comfy_extras.nodes_train")
 
     how, model = networks.how, networks.model(inference=not equal)
     if equal:

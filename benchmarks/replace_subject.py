@@ -139,7 +139,8 @@ class Bench(subjects.Bench):
     def __init__(self, settings: Settings, world: str = subjects.NARROW[0]) -> None:
         super().__init__(world)
         self.settings, self.levels = settings, self.sigmas(settings.sampling_steps)
-        self.clip = NarrowClip(self.world) if world in subjects.NARROW else self.world.clip
+        loaded: Any = self.world
+        self.clip = NarrowClip(loaded) if world in subjects.NARROW else loaded.clip
 
     @torch.inference_mode()
     def inverted(self, wanted: Replacement) -> Inverted:

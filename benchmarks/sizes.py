@@ -140,7 +140,7 @@ def model_of(family: Family, how: Precision) -> Any:
             fill(model.diffusion_model)
         plain = comfy.model_patcher.ModelPatcher
         kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
-        patcher = kind(model, mm.get_torch_device(), mm.unet_offload_device())
+        patcher: Any = kind(model, mm.get_torch_device(), mm.unet_offload_device())
         patcher.cached_patcher_init = (made, ())  # how newer ComfyUI makes a fixed copy of a streamed model
         return patcher
 
