@@ -1,7 +1,8 @@
-"""Progress of an optimisation for the user: progress bar, latent preview, and the loss curve of the node's widget."""
+"""What the page shows of a run: progress bar, latent preview, the loss curve of the node's widget, and warnings."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,9 @@ from server import PromptServer
 from torch import Tensor
 
 from ..fit.fit import curve, running_mean
+from .texts import LOGGER
 
-EVENT = "likeness.progress"
+EVENT, WARNING = "likeness.progress", "likeness.warning"
 PREVIEW_SIDE = 512
 SHARE = 0.04  # of the time of a training, for images of what was learned so far
 INTERVAL = 1.0  # seconds between two images or curves
@@ -109,8 +111,7 @@ class Progress(Steps):
 
     def curve(self, losses: list[float]) -> None:
         """Send the loss curve to the page."""
-        server = getattr(PromptServer, "instance", None)  # absent outside of a running ComfyUI
-        if not losses or server is None:
+        if not losses:
             return
         message = {
             "node": str(self._node),
@@ -123,4 +124,23 @@ class Progress(Steps):
             "resumed": self._resumed,
             "so_far": self._so_far,
         }
-        server.send_sync(EVENT, message, server.client_id)
+        _send(EVENT, message)
+
+
+class _WarningsInPage(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _send(WARNING, {"text": record.getMessage()})
+
+
+def show_warnings() -> None:
+    """Show the pack's warnings in the page too, since few of its users read the log. May be called repeatedly."""
+    logger = logging.getLogger(LOGGER)
+    if not any(isinstance(each, _WarningsInPage) for each in logger.handlers):
+        logger.addHandler(_WarningsInPage(logging.WARNING))
+
+
+def _send(event: str, message: dict[str, Any]) -> None:
+    """Send to the page that queued what runs; nothing outside of a running ComfyUI."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(event, message, server.client_id)

@@ -118,3 +118,17 @@ def test_start_graph_is_an_app(page, object_info):
     page.tab.wait_for_function(
         "() => [...document.images].some(image => image.src.includes('new_picture') && image.naturalWidth > 0)"
     )
+
+
+def test_warning_of_the_pack_is_a_message_of_the_page(page):
+    """Once, also when a node warns for each item of a list."""
+    text = "The training prompt is empty."
+    warn = "text => app.api.dispatchEvent(new CustomEvent('likeness.warning', { detail: { text } }))"
+    page.tab.evaluate(warn, text)
+    message = page.tab.get_by_text(text)
+    message.locator("visible=true").first.wait_for()
+    page.tab.wait_for_timeout(500)
+    once = message.count()
+    page.tab.evaluate(warn, text)
+    page.tab.wait_for_timeout(500)
+    assert message.count() == once

@@ -57,6 +57,15 @@ def test_the_subject_is_learned_once_and_the_text_then_only_drawn(results, serve
     assert distance(result.pictures("Result")[0], before) > 0.002
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"), [(STARTS[0], "The source prompt is empty"), (STARTS[1], "The training prompt is empty")]
+)
+def test_page_is_told_of_an_empty_sentence(server, object_info, name, sentence):
+    graph = live.lowered(name, object_info, settings={("What the photo shows", "value"): ""})
+    run = server.run(live.anew(convert(graph, object_info)))
+    assert [event["text"] for event in run.of_type("likeness.warning") if event["text"].startswith(sentence)]
+
+
 def test_the_sheet_of_methods_ranks_them_and_shows_the_best(results):
     result = results[next(name for name in STARTS if "which method" in name)]
     rows = result.text("Scores").splitlines()[1:5]

@@ -1,10 +1,12 @@
-// The live loss curve on training nodes, and on a folded node while a training inside of it runs. Works in canvas and in Vue
-// rendering: DOM widgets, no canvas drawing. On a folded node most pages show the image of what was learned so far by
-// themselves; where they do not, as newer ones in canvas rendering, it stands below the curve.
+// The live loss curve on training nodes, and on a folded node while a training inside of it runs; the pack's warnings as
+// messages of the page. Works in canvas and in Vue rendering: DOM widgets, no canvas drawing. On a folded node most pages
+// show the image of what was learned so far by themselves; where they do not, as newer ones in canvas rendering, it stands
+// below the curve.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const EVENT = "likeness.progress";
+const WARNING = "likeness.warning";
 const PREVIEW = "b_preview_with_metadata";
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 const NODES = new Set([
@@ -160,6 +162,13 @@ app.registerExtension({
       }
     });
     for (const end of ENDS) api.addEventListener(end, unfold);
+    const said = new Set(); // of this run: a node that runs for a list says the same each time
+    api.addEventListener("execution_start", () => said.clear());
+    api.addEventListener(WARNING, ({ detail: { text } }) => {
+      if (said.has(text)) return;
+      said.add(text);
+      app.extensionManager.toast.add({ severity: "warn", summary: "Likeness", detail: text, life: 60000 });
+    });
   },
 
   nodeCreated(node) {

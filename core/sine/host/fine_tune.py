@@ -257,7 +257,7 @@ def _check(job: FineTuneJob) -> FineTuneData | None:
             "want more; Stable Diffusion may break at it.",
             *(job.settings.learning_rate, LEARNING_RATE_FULL),
         )
-    if data.positive is None and not data.prompt.strip():
+    if not data.prompt.strip():
         log.warning("The training prompt is empty: name the subject in it, such as '%s'.", PROMPT)
     if data.positive is not None and data.prompt == PROMPT:
         log.info(  # 'positive' may well be encoded from the default

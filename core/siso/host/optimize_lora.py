@@ -231,7 +231,7 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
     single_prompt(generator.positive, "prompt")
     if generator.clip is not None and not generator.prompt.strip():
         raise ValueError(
-            "A text encoder is connected to 'clip', but 'prompt' is empty: write (or connect) there the prompt that "
+            "'prompt' is empty, but a text encoder is connected to 'clip': write (or connect) there the prompt that "
             "'positive' was made from, or disconnect 'clip'."
         )
     if not any(part.weight > 0 for part in similarity.parts):
