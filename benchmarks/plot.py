@@ -50,7 +50,9 @@ class Panel:
             self.draw.text((self.left - 4, y), f"{value:.2f}", fill=0, anchor="rm")
 
     def curve(self, values: Sequence[float], color: tuple[int, int, int]) -> None:
-        spots = [self.place(index, len(values), value) for index, value in enumerate(values)]
+        self.line([self.place(index, len(values), value) for index, value in enumerate(values)], color)
+
+    def line(self, spots: Sequence[tuple[float, float]], color: tuple[int, int, int]) -> None:
         self.draw.line(spots, fill=color, width=2)
         for x, y in spots:
             self.draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)

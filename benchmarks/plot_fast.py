@@ -1,0 +1,57 @@
+"""Draws fast_hiper's curves: identity and text score over the steps of the training, in one row for each set.
+
+    python toolbox/_load.py benchmarks.plot_fast benchmarks/results/fast_hiper.json docs/hiper_fast.png
+
+Where the published training was taken from a stored run, only its end is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .plot import GAP, MARGIN, PANEL, Panel
+
+COLORS = {"published": (130, 130, 130), "fast": (31, 99, 180)}
+SETS = {"plain": "", "fine parts": ", subjects with fine parts"}
+
+
+def points(curve: dict[str, Any], way: str, score: str) -> dict[int, float]:
+    """The score over the passes, from none on."""
+    found = {int(kind.split(" @ ")[1]): each[score] for kind, each in curve.items() if kind.startswith(f"{way} @ ")}
+    return {0: curve["without"][score], **found} if len(found) > 1 else found
+
+
+def main(arguments: list[str]) -> int:
+    """Read the results, write the image."""
+    from PIL import Image, ImageDraw
+
+    parser = argparse.ArgumentParser(prog="benchmarks.plot_fast")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    options = parser.parse_args(arguments)
+    found = json.loads(options.results.read_text())
+    ways, height = found["settings"]["ways"], PANEL[1] + 2 * MARGIN - 18
+    canvas = Image.new("RGB", (2 * (PANEL[0] + MARGIN) + GAP, len(SETS) * height + 24), "white")
+    for row, (name, title) in enumerate(SETS.items()):
+        part = Image.new("RGB", (canvas.width, height), "white")
+        for index, score in enumerate(("identity", "text")):
+            lines = {way: points(found["summary"][name], way, score) for way in COLORS}
+            passes = sorted({0}.union(*lines.values()))
+            values = [value for line in lines.values() for value in line.values()]
+            left, low, high = MARGIN + index * (PANEL[0] + MARGIN), min(values) - 0.02, max(values) + 0.02
+            panel = Panel(ImageDraw.Draw(part), left, low, high)
+            panel.frame(f"{score} over steps{title}", [str(each) for each in passes])
+            for way, line in lines.items():
+                spots = [panel.place(passes.index(each), len(passes), value) for each, value in line.items()]
+                panel.line(spots, COLORS[way])
+        canvas.paste(part, (0, row * height))
+    draw = ImageDraw.Draw(canvas)
+    for index, (way, color) in enumerate(COLORS.items()):
+        x, y = MARGIN + 190 * index, canvas.height - 14
+        draw.line([x, y, x + 24, y], fill=color, width=3)
+        draw.text((x + 30, y), f"{way}, learning rate {ways[way]['rate']:g}", fill=0, anchor="lm")
+    canvas.save(options.picture)
+    return 0
