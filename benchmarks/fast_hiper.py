@@ -224,6 +224,6 @@ def main(arguments: list[str]) -> int:
     )
     how = {name: value for name, value in asdict(run.settings).items() if name not in ("steps", "learning_rate")}
     how = {"subjects": len(rows), **how, "ways": {name: asdict(way) for name, way in ways.items()}}
-    base = BASE.get(run.world) if not run.options.ways else next(iter(frame.kinds_of(rows)))
+    base = BASE.get(run.world, "") if not run.options.ways else next(iter(frame.kinds_of(rows)))
     found = {"base": base, "all": against(rows, base)} if searched else summary(rows, fast)
     return run.judged(rows, found, searched or None, settings=how)

@@ -173,7 +173,6 @@ class LikenessTrainEmbedding(Node):
                     "Nodes connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -188,8 +187,7 @@ class LikenessTrainEmbedding(Node):
         images = source.encoded(model)
         empty = anchor.negative if init == EMPTY else None
         prompts = TrainingPrompts(empty, target, anchor, anchor.negative, preview_cfg)
-        node = cls.hidden.unique_id
-        embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts, node)
+        embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts)
         loss = loss_map(losses)
         if source.vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())

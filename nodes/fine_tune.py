@@ -128,7 +128,6 @@ class LikenessFineTune(Node):
                 output(LoraModel, "lora", "The trained weights, for Save Fine-Tune and the stock LoRA nodes."),
                 output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -167,7 +166,6 @@ class LikenessFineTune(Node):
             FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers, lora_type),
             sine.FineTuneSettings(**settings),
             None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
-            node_id=cls.hidden.unique_id,
         )
         return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))
 

@@ -38,7 +38,6 @@ class LikenessOptimizeLora(Node):
                 output(LossMap, "loss", "The loss of every iteration, for Plot Loss Graph."),
                 output(io.String, "report", "The best iteration and its similarities."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -50,7 +49,7 @@ class LikenessOptimizeLora(Node):
         generator, sampling, plan, settings = build({**more, **start}, *kinds)
         rest = background(image, mask, background_weight)
         job = host.SisoJob(generator, similarity, sampling, plan, settings, rest)
-        found = host.optimize_lora(job, cls.hidden.unique_id)
+        found = host.optimize_lora(job)
         lora = found.tuned()
         tuned, encoder = apply_lora(lora, generator.model, generator.clip, 1.0)
         encoder = nothing() if encoder is None else encoder

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..fit.fit import Fit, random_numbers
@@ -114,19 +113,17 @@ class Job(abc.ABC):
         return None
 
 
-def run(job: Job, node_id: str | None = None) -> Run:
+def run(job: Job) -> Run:
     """Return a stored run, or resume or train it; its losses and results up to the step that is returned.
 
-    An interrupt or error during training is raised here too, after the work so far is stored. node_id: of the node that
-    shows the progress, by default the one that ComfyUI executes.
+    An interrupt or error during training is raised here too, after the work so far is stored.
     """
     key, store = job.key(), job.store()
     if job.one_result:
         key, stored = stored_last(store, key, job.steps)
     else:
         stored = stored_run(store, key, whole=False, more=job.state)
-    context = get_executing_context()
-    progress = Progress(job.model, job.steps, node_id or (context and context.node_id))
+    progress = Progress(job.model, job.steps)
     progress.start(0 if stored is None else stored.step)
     if stored is None or not job.is_complete(stored):
         with random_numbers():  # whether a run is trained or served makes no difference to what follows

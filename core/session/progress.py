@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import latent_preview
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -26,8 +27,8 @@ INTERVAL = 1.0  # seconds between two images or curves
 class Steps:
     """Progress of one or more samplings or inversions that share a bar, with a preview every `every` steps."""
 
-    def __init__(self, model: Any, total: int, node_id: str | None, every: int = 1) -> None:
-        self._bar, self._total, self._done = comfy.utils.ProgressBar(total, node_id=node_id), total, 0
+    def __init__(self, model: Any, total: int, every: int = 1) -> None:
+        self._bar, self._total, self._done = comfy.utils.ProgressBar(total), total, 0
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self._every = every
 
@@ -68,9 +69,11 @@ class Sparingly:
 class Progress(Steps):
     """Progress of one node's run. update() raises ComfyUI's interrupt when the user cancels."""
 
-    def __init__(self, model: Any, total: int, node_id: str | None) -> None:
-        super().__init__(model, total, node_id)
-        self._node, self._resumed, self._last, self._begun = node_id, 0, 0.0, time.monotonic()
+    def __init__(self, model: Any, total: int) -> None:
+        super().__init__(model, total)
+        context = get_executing_context()  # none outside of a node
+        self._node = None if context is None else context.node_id
+        self._resumed, self._last, self._begun = 0, 0.0, time.monotonic()
         self._so_far = False
 
     def start(self, step: int) -> None:

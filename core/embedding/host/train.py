@@ -212,7 +212,6 @@ def train_embedding(
     settings: hiper.HiPerSettings,
     schedule: Schedule,
     prompts: TrainingPrompts = TrainingPrompts(),
-    node_id: str | None = None,
 ) -> tuple[Embedding, list[float]]:
     """Train an embedding, resuming or reusing a stored run; returns it and the loss of every step."""
     rows, initial, placement = source_rows(model, positive, prompts.empty, settings.tokens)
@@ -225,7 +224,7 @@ def train_embedding(
     job = EmbeddingJob(
         model, positive, images, settings, placement, initial, regularizer, schedule, prompts.so_far(settings.seed)
     )
-    finished = run(job, node_id)
+    finished = run(job)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
 
@@ -246,7 +245,6 @@ class Previews:
         prompts: Sequence[Conditioning],
         shape: tuple[int, ...],
         images: int = 1,
-        node: str | None = None,
     ) -> Tensor:
         """`images` for each prompt, from the same noise: [prompts x images, H, W, 3]. Their latents are kept with the
         runs, so that a served training costs no sampling. shape [1, C, h, w]: of a latent.
@@ -256,7 +254,7 @@ class Previews:
         key = digest(["images of prompts", *attached, *settings, *(describe(prompt) for prompt in prompts)])
 
         def sampled() -> Tensor:
-            progress = Steps(model, len(prompts) * images, node)
+            progress = Steps(model, len(prompts) * images)
             latents = []
             for prompt in prompts:
                 for image in range(images):

@@ -114,7 +114,7 @@ def sample_staged(
     _, appearance = split(sigmas, settings.split_ratio)
     adapted = with_adapter(model, models.adapter, subject)
     split_model = with_ratio(adapted, settings.split_ratio)
-    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1), None)
+    steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1))
     sampler = comfy.samplers.sampler_object(settings.sampler)
     stock: dict[str, Any] = {"callback": steps.callback, "disable_pbar": True, "positive": prompts.positive}
     sample = functools.partial(comfy.sample.sample_custom, cfg=settings.cfg, sampler=sampler, **stock)

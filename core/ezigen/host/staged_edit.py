@@ -132,7 +132,7 @@ def edit_staged(
     mask = crop_to_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
     source = crop_to_cells(source[..., :3].float().cpu(), vae)
     plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
-    steps = Steps(model, 2 * (len(down) - 1) * loops.most, None)
+    steps = Steps(model, 2 * (len(down) - 1) * loops.most)
     images, backgrounds, loop, result = LoopImages(vision, source), None, 0, None
     while loops.needs_another(loop, images.similarity):
         loop += 1

@@ -34,7 +34,7 @@ def invert_image(
     single_prompt(positive, "prompt")
     check_invertible(model, sigmas)
     samples = source.encoded(model).latent
-    steps = Steps(model, len(sigmas) - 1, None, every=10)
+    steps = Steps(model, len(sigmas) - 1, every=10)
     found: list[Trajectory] = []
     header = {**_origin(model, positive), "label": label}
 

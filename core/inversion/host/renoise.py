@@ -90,7 +90,7 @@ def renoise_image(
         )
     levels = sigmas.detach().float().cpu().clone()
     levels[-1] = 0.0  # inversion starts at the clean image
-    steps = Steps(model, len(levels) - 1, None)
+    steps = Steps(model, len(levels) - 1)
     results: list[tuple[Tensor, Replay, float]] = []
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:

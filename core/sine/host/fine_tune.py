@@ -201,7 +201,6 @@ def fine_tune(
     plan: FineTunePlan,
     settings: FineTuneSettings,
     prior: FineTuneData | None = None,
-    node_id: str | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
     positive, crop = data.conditioning(), plan.crop if takes_map(model) else CropSettings(plan.crop.resolution)
@@ -218,7 +217,7 @@ def fine_tune(
     if not plan.crop.cells:
         settings = replace(settings, recon_weight=0.0)
     job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
-    job_run = run(job, node_id)
+    job_run = run(job)
     header, patch = _header(job, job_run.step, job_run.losses), position_map_of(mapped)
     needs = {} if patch is None else marker(patch.cells, patch.interpolation)
     needs |= {RANKS: torch.ones(1)} if header["settings"].get("form") == "T-LoRA" else {}

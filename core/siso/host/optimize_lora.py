@@ -202,7 +202,7 @@ class SisoJob(Job):
         }
 
 
-def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
+def optimize_lora(job: SisoJob) -> OptimizedLora:
     """Optimize (or resume, or load from disk) a LoRA; ValueError, before any work, for inputs that do not fit."""
     generator, sampling, settings = job.generator, job.sampling, job.settings
     sampling = replace(sampling, latent=comfy.sample.fix_empty_latent_channels(generator.model, sampling.latent))
@@ -217,7 +217,7 @@ def optimize_lora(job: SisoJob, node_id: str | None = None) -> OptimizedLora:
             raise ValueError("The latent was inverted, which found the noises for its image: set noise to 'same'.")
         settings, job = replace(settings, patience=0), replace(job, plan=replace(job.plan, keep="last"))
     job = replace(job, generator=generator, sampling=sampling, settings=settings)
-    job_run = run(job, node_id)
+    job_run = run(job)
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     keep, parts = job.plan.keep, job_run.state["parts"].tolist()
     lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
