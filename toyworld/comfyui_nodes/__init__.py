@@ -11,11 +11,8 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-SMALL_WORLD, RANDOM = "small_world", "random tiny "
-KINDS = (
-    *(f"{SMALL_WORLD}{name}" for name in ("_flow", "_flow_turbo")),
-    *(f"{RANDOM}{name}" for name in ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image")),
-)
+TRAINED, RANDOM = ("small_world_flow", "small_world_flow_turbo"), "random tiny "
+KINDS = (*TRAINED, *(f"{RANDOM}{name}" for name in ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image")))
 
 
 def _pack(module: str) -> Any:
@@ -118,7 +115,7 @@ class ToyworldLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_family(kind).model() if kind.startswith(RANDOM) else _checkpoint(kind)[0])
+        return io.NodeOutput(_checkpoint(kind)[0] if kind in TRAINED else _family(kind).model())
 
 
 class ToyworldLoadCLIP(io.ComfyNode):
@@ -132,7 +129,7 @@ class ToyworldLoadCLIP(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        if not kind.startswith(RANDOM):
+        if kind in TRAINED:
             return io.NodeOutput(_checkpoint(kind)[1])
         family, models = _family(kind), _pack("tests.tiny_models")
         return io.NodeOutput(models.clip_flux() if family.padded else models.clip_qwen(family.width))
@@ -149,7 +146,7 @@ class ToyworldLoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         """Load or make it."""
-        return io.NodeOutput(_family(kind).autoencoder() if kind.startswith(RANDOM) else _checkpoint(kind)[2])
+        return io.NodeOutput(_checkpoint(kind)[2] if kind in TRAINED else _family(kind).autoencoder())
 
 
 class ToyworldCheckGradients(io.ComfyNode):
