@@ -93,7 +93,9 @@ METHODS: dict[str, tuple[Callable[[Path], Any], Callable[..., list[Any]], Callab
     "sine": (lambda _: effect_sine.Bench(effect_sine.Settings()), effect_sine.edits, sine),
     "hifi": (lambda _: table2_hifi.Bench(table2_hifi.Settings()), subjects.cases, hifi),
     "ezigen": (
-        lambda _: effect_ezigen.Bench(Path(effect_ezigen.ADAPTER["--adapter"]["default"]), effect_ezigen.Settings()),
+        lambda _: effect_ezigen.Bench(
+            Path(str(effect_ezigen.ADAPTER["--adapter"]["default"])), effect_ezigen.Settings()
+        ),
         effect_ezigen.cases,
         ezigen,
     ),
