@@ -167,9 +167,9 @@ class LikenessTrainEmbedding(Node):
                 output(
                     io.Image,
                     "previews",
-                    "With a target: [source + embedding] and [target + 0.8 embedding] of the last step. After long "
-                    "trainings also of two earlier steps, and before them the target alone: as many as cost about 4 % "
-                    "of the training. Without a target: [source + embedding] only. "
+                    "As many as cost at most 4 % of the training, at least one. With a target the last is [target + "
+                    "0.8 embedding] of the last step, before it [source + embedding]; longer trainings show the target "
+                    "alone first, and two earlier steps. Without a target: [source + embedding] only. "
                     "Nodes connected here do not run without a VAE or with preview_steps 0.",
                 ),
             ],

@@ -285,11 +285,10 @@ def preview_images(
     steps = sorted(embedding.rows)
     cost = how.steps * (1 if how.negative is None or how.cfg == 1.0 else 2)
     most = max(1, int(PREVIEW_SHARE * UPDATE * steps[-1] / cost))
-    pair = 1 if target is None else 2
-    steps = evenly(steps, min(PREVIEWED, max(1, most // pair)))
-    prompts = [] if target is None or most <= pair * len(steps) else [target]
+    shown = evenly(steps, min(PREVIEWED, max(1, most if target is None else (most - 1) // 2)))
+    prompts = [] if target is None else [target]
     source = without_tail(source)  # the learned tokens replace those they started from
-    for step in steps:
+    for step in shown:
         rows = embedding.rows[step]
         prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
         if target is not None:
