@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import html
+import importlib
 import json
 import os
 import platform
@@ -120,11 +121,9 @@ def group(name: str, weights: str, until: float, options: argparse.Namespace) ->
 
 def stream_weights() -> bool:
     """Switch ComfyUI's dynamic VRAM on, as its main.py does; whether it has one that works here."""
-    import comfy.memory_management
-    import comfy.model_management as mm
-    import comfy.model_patcher
-    import comfy_aimdo.control as control
-
+    names = "comfy.memory_management", "comfy.model_management", "comfy.model_patcher", "comfy_aimdo.control"
+    modules: list[Any] = [importlib.import_module(name) for name in names]
+    memory, mm, patcher, control = modules
     control.init()
     devices = mm.get_all_torch_devices()
     try:
@@ -132,8 +131,7 @@ def stream_weights() -> bool:
     except TypeError:
         works = control.init_devices(device.index for device in devices)
     if works:
-        setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)  # noqa: B010
-        setattr(comfy.memory_management, "aimdo_enabled", True)  # noqa: B010
+        patcher.CoreModelPatcher, memory.aimdo_enabled = patcher.ModelPatcherDynamic, True
     return bool(works)
 
 

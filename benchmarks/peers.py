@@ -15,6 +15,7 @@ gradient, nothing is computed that is not used. Gradients are dropped after each
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import statistics
 import tempfile
@@ -64,18 +65,17 @@ class Networks:
     def __init__(self, how: Settings) -> None:
         import comfy.sd
         import comfy.utils
-        import diffusers
         import transformers
 
+        diffusers: Any = importlib.import_module("diffusers")
         torch.manual_seed(0)
-        widths = [how.channels * factor for factor in UNET["channel_mult"]]
+        widths, channels = ([width * factor for factor in (1, 2, 4, 4)] for width in (how.channels, DECODER["ch"]))
         self.how, self.config = how, {**UNET, "model_channels": how.channels}
         self.unet = diffusers.UNet2DConditionModel(
             sample_size=how.side, cross_attention_dim=WIDTH, block_out_channels=widths
         ).requires_grad_(False)
         names = comfy.utils.unet_to_diffusers(dict(self.config))
         self.state = {names[name]: value for name, value in self.unet.state_dict().items()}
-        channels = [DECODER["ch"] * factor for factor in DECODER["ch_mult"]]
         self.autoencoder = diffusers.AutoencoderKL(
             block_out_channels=channels,
             down_block_types=["DownEncoderBlock2D"] * 4,
@@ -372,8 +372,7 @@ def held_to(model: Any, keys: Iterable[str]) -> Any:
 
 def beside_core(networks: Networks, ours: Ours, equal: bool, checkpointing: bool) -> dict[str, float]:
     """A step of our LoRA beside one of core's Train LoRA."""
-    import comfy_extras.nodes_train as core
-
+    core: Any = importlib.import_module("comfy_extras.nodes_train")
     how, model = networks.how, networks.model(inference=not equal)
     if equal:
         layers = block_layers(model.model.diffusion_model, "diffusion_model")

@@ -195,7 +195,7 @@ def profiled(run: Callable[[], Any]) -> list[str]:
     folder_paths.set_user_directory(tempfile.mkdtemp())  # nothing is served
     profile = cProfile.Profile()
     profile.runcall(run)
-    stats = pstats.Stats(profile).stats  # ty: ignore[unresolved-attribute]
+    stats = pstats.Stats(profile).stats  # ty: ignore[missing-attribute]
     most = sorted(stats.items(), key=lambda entry: -entry[1][2])[:SHOWN]
     return [
         f"{own:.3f} s in {Path(file).name}:{line} {name}, {n} times" for (file, line, name), (_, n, own, *_) in most
