@@ -121,8 +121,9 @@ def group(name: str, weights: str, until: float, options: argparse.Namespace) ->
 
 def stream_weights() -> bool:
     """Switch ComfyUI's dynamic VRAM on, as its main.py does; whether it has one that works here."""
-    names = ("comfy.memory_management", "comfy.model_management", "comfy.model_patcher", "comfy_aimdo.control")
-    memory, mm, patcher, control = map(importlib.import_module, names)  # newer ComfyUI's
+    names = "comfy.memory_management", "comfy.model_management", "comfy.model_patcher", "comfy_aimdo.control"
+    modules: list[Any] = [importlib.import_module(name) for name in names]
+    memory, mm, patcher, control = modules
     control.init()
     devices = mm.get_all_torch_devices()
     try:
@@ -130,8 +131,7 @@ def stream_weights() -> bool:
     except TypeError:
         works = control.init_devices(device.index for device in devices)
     if works:
-        setattr(patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic)  # noqa: B010
-        setattr(memory, "aimdo_enabled", True)  # noqa: B010
+        patcher.CoreModelPatcher, memory.aimdo_enabled = patcher.ModelPatcherDynamic, True
     return bool(works)
 
 

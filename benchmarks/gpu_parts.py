@@ -234,7 +234,7 @@ class Bench:
 
         sigmas = hosting.levels(self.model, self.steps, "simple")
         source = ImageSource(latent={"samples": self.latent})
-        return invert_image(self.model, self.positive, source, sigmas, "current", 0)
+        return invert_image(self.model, self.positive, source, sigmas, "published", 0)
 
     def inversion(self, meter: Meter) -> None:
         with torch.inference_mode():

@@ -140,8 +140,8 @@ def model_of(family: Family, how: Precision) -> Any:
             fill(model.diffusion_model)
         plain = comfy.model_patcher.ModelPatcher
         kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
-        patcher: Any = kind(model, mm.get_torch_device(), mm.unet_offload_device())
-        patcher.cached_patcher_init = (made, ())  # how newer ComfyUI makes a fixed copy of a streamed model
+        patcher = kind(model, mm.get_torch_device(), mm.unet_offload_device())
+        setattr(patcher, "cached_patcher_init", (made, ()))  # noqa: B010 (for newer ComfyUI's fixed copy of a streamed one)
         return patcher
 
     return made()
