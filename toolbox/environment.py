@@ -28,6 +28,7 @@ NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
 TORCH = ("torch==2.13.0", "torchvision==0.28.0", "torchaudio==2.11.1")  # tested together
 CHECKED = ("torch", "numpy", "transformers", "diffusers", "accelerate", "pytest", "xdist")
 NEEDED = (*CHECKED, "aiohttp", "playwright", "websocket", "skimage", "open_clip", "segment_anything", "prodigyopt")
+OTHERS = ("borrowed.pth", "_torchvision_on_cpu_torch.pth")  # of a setup on a ComfyUI's own Python, and of 0.5.0's
 OPERATORS = """# Its binary would declare these, which torchvision's Python code registers.
 import torch
 
@@ -177,7 +178,7 @@ def install_packages(comfyui: Path | None, owner: Path | None) -> None:
         (site_packages(PYTHON) / "borrowed.pth").write_text(lines)
         install_tested("--group", f"{PROJECT}:test")
     else:
-        if not PYTHON.exists() or any(VENV.rglob("borrowed.pth")):
+        if not PYTHON.exists() or any(path.name in OTHERS for path in VENV.rglob("*.pth")):
             base = getattr(sys, "_base_executable", sys.executable)  # .sandbox/venv itself may have started this
             uv("venv", "-q", "--clear", "-p", base, VENV)
         if comfyui:
