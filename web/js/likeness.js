@@ -135,7 +135,8 @@ function resize(host, curve) {
   if (!window.LiteGraph.vueNodesMode) host.setSize([width, height + (curve ? curve.widget.options.getMinHeight() : 0)]);
 }
 
-// After the run the folded node is as it was, so that nothing of this is saved with the graph.
+// After the run the folded node is as it was, so that nothing of this is saved with the graph. Newer pages in Vue rendering
+// show the last curve until they draw the node anew.
 function unfold() {
   for (const [host, { curve }] of folded) {
     curve.showImage(null);
