@@ -32,6 +32,7 @@ KNOWN_NOISE = (
 )
 PATIENCE = 120_000  # milliseconds
 SETTLE = 1_000  # milliseconds; the page loads its start-up graph after it says that it is ready
+SHORTLY = 400  # milliseconds; for what the page draws after a setting or a graph has been taken
 FINISHED = ("execution_success", "execution_error", "execution_interrupted")
 COMPLAINTS = "[role=dialog], .p-toast-message-error, [data-testid=error-overlay]"
 NODE = "app.graph._nodes.find(node => String(node.id) === id)"  # in the page, where `id` is known
@@ -79,12 +80,12 @@ class Page:
 
     def setting(self, name: str, value: Any) -> None:
         self.tab.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
-        self.tab.wait_for_timeout(SETTLE)
+        self.tab.wait_for_timeout(SHORTLY)
 
     def load(self, graph: Graph, name: str) -> None:
         """Open a graph as the page's own file loading does."""
         self.tab.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
-        self.tab.wait_for_timeout(SETTLE)
+        self.tab.wait_for_timeout(SHORTLY)
 
     def saved(self) -> Graph:
         """What the page would save now."""

@@ -20,7 +20,11 @@ SIDECARS = {name: workflows.sidecar(name).get("browser") for name in live.NAMES}
 STAGED = "9 Lab - EZIGen - generate"  # has no loss to draw
 RUNS = {name: entry for name, entry in SIDECARS.items() if entry and name != STAGED}  # the trainings run in the page
 # Their trainings run in the server tests.
-LONG = ("9 Lab - EZIGen - with HiPer and SINE", "9 Lab - EZIGen - train adapter")
+LONG = (
+    "9 Lab - EZIGen - with HiPer and SINE",
+    "9 Lab - EZIGen - train adapter",
+    "9 Lab - HiFi Tuner - train subject",
+)
 
 
 def values(graph, object_info) -> dict[str, dict]:
