@@ -390,8 +390,10 @@ def beside_core(networks: Networks, ours: Ours, equal: bool, checkpointing: bool
                 **{"optimizer": "AdamW", "loss_function": "MSE", "training_dtype": "fp32", "lora_dtype": "fp32"},
                 **{"algorithm": "LoRA", "gradient_checkpointing": checkpointing, "existing_lora": "[None]"},
             }
-            with torch.inference_mode():
-                core.TrainLoraNode.execute(latents=latents, **{name: [value] for name, value in values.items()})
+            others = {each.id: getattr(each, "default", None) for each in core.TrainLoraNode.define_schema().inputs}
+            given = {**{name: value for name, value in others.items() if value is not None}, **values}
+            with torch.inference_mode():  # newer ComfyUI's node takes more
+                core.TrainLoraNode.execute(latents=latents, **{name: [value] for name, value in given.items()})
         finally:
             core.trange = trange
         found.append(row(turns.medians(), memory(fit.update, fit.optimizer), turns.peak))
