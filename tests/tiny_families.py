@@ -88,7 +88,7 @@ class Family:
         return None if self.vae is None else globals()[self.vae]()
 
 
-def _if_known(module: str, params: str, **fields: Any) -> dict[str, Any]:
+def if_known(module: str, params: str, **fields: Any) -> dict[str, Any]:
     """The fields that the running ComfyUI asks for."""
     try:
         known = getattr(importlib.import_module(module), params).__annotations__
@@ -103,7 +103,7 @@ def flux_layout(**more: Any) -> dict[str, Any]:
         **{"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 64, "hidden_size": 32},
         **{"mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6]},
         **{"theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True},
-        **_if_known("comfy.ldm.flux.model", "FluxParams", txt_ids_dims=[]),
+        **if_known("comfy.ldm.flux.model", "FluxParams", txt_ids_dims=[]),
         **more,
     }
 
@@ -167,7 +167,7 @@ def listed() -> dict[str, Family]:
                 **{"context_in_dim": 48, "hidden_size": 64, "mlp_ratio": 3.0, "axes_dim": [8] * 4, "theta": 2000},
                 **{"patch_size": 1, "qkv_bias": False, "global_modulation": True, "mlp_silu_act": True},
                 **{"ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0},
-                **_if_known("comfy.ldm.flux.model", "FluxParams", txt_ids_dims=[3]),
+                **if_known("comfy.ldm.flux.model", "FluxParams", txt_ids_dims=[3]),
             ),
             *(40, 48),
             padded=False,
@@ -183,7 +183,7 @@ def listed() -> dict[str, Family]:
                 **{"hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2},
                 **{"axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2, "qkv_bias": True, "in_dim": 64},
                 **{"out_dim": 64, "hidden_dim": 64, "n_layers": 2},
-                **_if_known("comfy.ldm.chroma.model", "ChromaParams", txt_ids_dims=[], vec_in_dim=None),
+                **if_known("comfy.ldm.chroma.model", "ChromaParams", txt_ids_dims=[], vec_in_dim=None),
             },
             *(12, 64),
             padded=False,
@@ -329,7 +329,7 @@ def listed() -> dict[str, Family]:
                 **{"axes_dim": [8, 12, 12], "depth": 2, "depth_single_blocks": 2, "theta": 256, "qkv_bias": True},
                 **{"guidance_embed": True, "byt5": False, "meanflow": False, "use_cond_type_embedding": False},
                 "vision_in_dim": None,
-                **_if_known("comfy.ldm.hunyuan_video.model", "HunyuanVideoParams", meanflow_sum=False),
+                **if_known("comfy.ldm.hunyuan_video.model", "HunyuanVideoParams", meanflow_sum=False),
             },
             *(20, 64, 768),
             padded=False,

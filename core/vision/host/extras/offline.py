@@ -1,9 +1,9 @@
 """Other libraries: without network access or a change of the random state, their files, and what to install."""
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def weights_variant(folder: Path, base: str = "model", variants: Sequence[str | 
 def package(module: str, what: str, asked: str, otherwise: str = "") -> Any:
     """Another library, which `what` needs. RuntimeError, as of missing_package(), when it is not installed."""
     try:
-        return importlib.import_module(module)
+        return import_module(module)
     except ImportError as error:
         raise missing_package(what, asked.removesuffix("_torch"), error, asked, otherwise) from error
 
