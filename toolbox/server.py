@@ -190,7 +190,9 @@ class Server:
         return json.loads(self.get_bytes(path))
 
     def post(self, path: str, data: dict[str, Any] | None = None) -> requests.Response:
-        return requests.post(self.url + path, json=data or {}, timeout=60)
+        # Not by requests' own conversion: it refuses NaN, which ComfyUI takes.
+        headers = {"Content-Type": "application/json"}
+        return requests.post(self.url + path, json.dumps(data or {}), headers=headers, timeout=60)
 
     def object_info(self) -> dict[str, Any]:
         return self.get("/object_info")

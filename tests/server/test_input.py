@@ -10,6 +10,7 @@ from likeness.toolbox.server import PromptError
 
 SAMPLE = {
     "ComfyUI's own check": ({"steps": 0}, "smaller than min"),
+    "a number that is none": ({"learning_rate": float("nan")}, "learning_rate"),
     "a node's check": ({"tokens": 75}, r"leaves only \d+ unused: shorten"),
     "an input that is missing": ({"vae": None}, "without a VAE: connect"),
 }
