@@ -23,6 +23,7 @@ The one-step student is trained from one noise, as published, and with a new noi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ import torch
 
 from ..core.siso.siso import SisoSettings
 from ..core.vision.measures import cosine
+from ..toyworld.narrow import NarrowWorld
 from ..toyworld.vision_models import FOLDERS, build_vision_folders
 from ..toyworld.widen import SD15_LATENT_SCALE
-from . import frame, subjects
+from . import frame, hosting, subjects
 from .subjects import Case
 
 WON_GATE, TEXT_GATE, RISE_GATE = 0.80, 0.10, 0.25
@@ -75,8 +77,8 @@ WORLDS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of training: how much each vision model counts, whether the prompt is the bare one, and whether each
-    iteration has a noise of its own.
+    """A way of training: how much each vision model counts, whether the prompt is the bare one, whether each iteration
+    has a noise of its own, and whether the text encoder is trained too.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Arm:
     clip: float = 1.0
     simple: bool = True
     new_noise: bool = False
+    text: bool = False
 
 
 FULL = Arm("both features")
@@ -94,6 +97,8 @@ ARMS = (
     Arm("DINO only", clip=0.0),
     Arm("CLIP only", dino=0.0),
     Arm("no prompt simplification", simple=False),
+    Arm("text encoder too", text=True),
+    Arm("new noise, text encoder too", new_noise=True, text=True),
 )
 JUDGED = {"unet": FULL, "turbo": NEW, "flow_turbo": NEW}  # the arm that the gates ask of
 
@@ -145,15 +150,23 @@ class HostedVAE:
 class Bench(subjects.Bench):
     """The pack's own optimisation on toyworld."""
 
-    def __init__(self, base: Path, settings: Any, world: str = subjects.NARROW[0]) -> None:
+    def __init__(self, base: Path, settings: Any, world: str = subjects.NARROW[0], wide: bool = False) -> None:
         from ..core.vision.host.vision import load_vision
 
         super().__init__(world)
-        self.settings = settings
+        self.base, self.settings, self.name = base, settings, world
+        if wide:
+            self.world = subjects.load_world(world)
         folders = build_vision_folders(base / "vision")
         with torch.inference_mode():
             self.encoders = {name: load_vision(folders[FOLDERS[name]]) for name in ("dino", "clip")}
-        self.vae = HostedVAE(self.world.vae) if world in subjects.NARROW else self.world.vae
+        self.clip = None if isinstance(self.world, NarrowWorld) else self.world.clip
+        self.vae = HostedVAE(self.world.vae) if self.clip is None else self.world.vae
+
+    @functools.cached_property
+    def wide(self) -> Bench:
+        """The same on the full checkpoint, which has a CLIP to train."""
+        return Bench(self.base, self.settings, self.name, wide=True)
 
     @torch.inference_mode()
     def similarity(self, case: Case, arm: Arm) -> Any:
@@ -173,13 +186,14 @@ class Bench(subjects.Bench):
         from ..core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
 
         case, arm, how = trained.case, trained.arm, self.settings
-        prompt = case.class_prompt(trained.place(not arm.simple))
+        prompt, clip = case.class_prompt(trained.place(not arm.simple)), self.clip if arm.text else None
+        positive = self.conditioning(prompt)
         job = SisoJob(
-            Generator(self.world.model, self.vae, self.conditioning(prompt), self.conditioning("")),
+            Generator(self.world.model, self.vae, positive, self.conditioning(""), clip, prompt),
             self.similarity(case, arm),
             Sampling(torch.zeros_like(self.noise(0, 1)), self.sigmas(how.steps), case.seed, how.cfg, how.grad_steps),
             SisoPlan(how.iterations, how.rank, new_noise=arm.new_noise),
-            SisoSettings(how.learning_rate, how.weight_decay, patience=how.patience),
+            SisoSettings(how.learning_rate, how.weight_decay, how.learning_rate, patience=how.patience),
         )
         return optimize_lora(job)
 
@@ -189,10 +203,11 @@ class Bench(subjects.Bench):
         noise of the training's seed, or some from others. again: as in the training, with its prompt and steps."""
         import comfy.sd
 
-        model = self.world.model
+        model, clip = self.world.model, self.clip if trained.arm.text else None
         if lora is not None:
-            model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-        positive = self.conditioning(trained.case.class_prompt(trained.place(not again)))
+            model, clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
+        prompt = trained.case.class_prompt(trained.place(not again))
+        positive = self.conditioning(prompt) if clip is None else hosting.encoded(clip, prompt)[0]
         how = replace(self.settings, sampling_steps=self.settings.steps) if again else self.settings
         return self.sampled(model, positive, trained.seed + others, how, None if others else 1)
 
@@ -211,6 +226,8 @@ class Bench(subjects.Bench):
 
     def row(self, trained: Trained) -> dict[str, Any]:
         """The training's image before and after, and those of the other prompt without and with the LoRA."""
+        if trained.arm.text and self.clip is None:
+            return self.wide.row(trained)
         optimised = self.optimised(trained)
         placed, images = not trained.arm.simple, optimised.images.movedim(-1, 1)
         best = images[optimised.best : optimised.best + 1]
