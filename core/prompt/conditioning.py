@@ -87,7 +87,7 @@ def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
 
 
 def check_room(conditioning: Conditioning, tokens: int) -> bool:
-    """ValueError for an embedding that would overwrite words of the prompt. False, with a warning in the log, when this
+    """ValueError for an embedding that would overwrite words of the prompt. False, with a line in the log, when this
     cannot be determined.
     """
     known = True
@@ -101,7 +101,9 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
         room = padding_rows(rows, options.get("pooled_output"))
         if room is None:
             known = False
-            log.warning(
+            # A language model's padding is long enough for nearly every prompt.
+            log.log(
+                logging.INFO if count % CHUNK else logging.WARNING,
                 "Where this prompt of %d tokens ends cannot be told (several tables of %d, or an encoder that does not "
                 "say it): the embedding replaces its last %d tokens. If these are words, shorten the prompt.",
                 *(count, CHUNK, tokens),
