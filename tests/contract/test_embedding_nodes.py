@@ -326,6 +326,7 @@ def test_where_the_end_of_a_prompt_cannot_be_told_apply_says_so_too(caplog):
     run_node(LikenessApplyEmbedding, conditioning=[[torch.cat([rows, rows], 1), options]], **inputs)
     assert "this prompt of 154 tokens ends cannot be told" in caplog.text
     assert caplog.records[-1].levelname == "WARNING"
+    caplog.set_level("INFO", "likeness")
     padded = torch.cat([rows, rows, rows, rows[:, :25]], 1)  # as long as T5 makes a prompt of FLUX
     run_node(LikenessApplyEmbedding, conditioning=[[padded, options]], **inputs)
     assert "this prompt of 256 tokens ends" in caplog.text and caplog.records[-1].levelname == "INFO"
