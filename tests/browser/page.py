@@ -26,6 +26,7 @@ KNOWN_NOISE = (
     r"/api/jobs",
     r"Jobs ?API",
     r"Failed to fetch queue",
+    r"ComfyApp graph accessed before initialization",  # page 1.49.6 of ComfyUI 0.33 says so without any pack too
     r"index_logo\.json",
     r"the server responded with a status of 404",  # repeats the answer that is recorded with its address
     r"Cannot read properties of undefined \(reading 'id'\)[\s\S]*Proxy\.set",
