@@ -278,7 +278,7 @@ def held_to(model: Any, keys: Iterable[str]) -> Any:
         if key in kept:
             type(clone).add_weight_wrapper(clone, key, wrapper)
 
-    clone.add_weight_wrapper, clone.clone = add, lambda: clone
+    clone.add_weight_wrapper, clone.clone = add, lambda **_how: clone
     return clone
 
 

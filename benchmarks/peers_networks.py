@@ -67,8 +67,8 @@ class Networks:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
         )
 
-    def model(self, inference: bool = True) -> Any:
-        """A MODEL of its own. inference: loaded as a loader node leaves it."""
+    def model(self, inference: bool = True, **_more: Any) -> Any:
+        """A MODEL of its own, which newer ComfyUI may read once more. inference: loaded as a loader node leaves it."""
         import comfy.model_base
         import comfy.model_patcher
         import comfy.supported_models
@@ -78,7 +78,9 @@ class Networks:
             config = comfy.supported_models.SD15({**self.config, "dtype": torch.float32})
             base = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device="cpu")
             base.diffusion_model.load_state_dict(self.state)
-            return comfy.model_patcher.ModelPatcher(base, cpu, cpu)
+            patcher: Any = comfy.model_patcher.ModelPatcher(base, cpu, cpu)
+        patcher.cached_patcher_init = (self.model, (False,))
+        return patcher
 
     def apart(self) -> float:
         """How far a prediction of both UNets is apart, relative."""

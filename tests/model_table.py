@@ -7,7 +7,7 @@ A cell says "tested" only where a test with that family exists; an entry without
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from . import tiny_families
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = ROOT / "tests" / "contract"
 UNETS = {"sd1": "SD1.x", "sd2_v": "SD2.x", "sdxl": "SDXL"}  # as the tests' settings and as people call them
-SANA = "Sana (Load Sana)"
 TESTED, UNTESTED = "tested", "in principle"
 MARK = "<!-- {}: made by tests/model_table.py -->"
 PAGES = {"docs/models.md": "table of models", "README.md": "short table of models"}
@@ -26,15 +25,13 @@ PAGES = {"docs/models.md": "table of models", "README.md": "short table of model
 class Step:
     """each: the test that every family of transformers passes, but for `left`. unets: tests of UNets, as
     file::function, or the name of a method of the contract suite; all are needed, and of those with a bar between one.
-    sana: the test with Sana. refused: why those that are left, or all, cannot; says: what the refusal's sentence
-    holds.
+    refused: why those that are left, or all transformers, cannot; says: what the refusal's sentence holds.
     """
 
     name: str
     nodes: str
     unets: tuple[str, ...]
     each: str = ""
-    sana: str = ""
     refused: str = ""
     says: str = ""
     left: frozenset[str] = field(default=frozenset())
@@ -58,14 +55,12 @@ STEPS = (
         "*Optimize LoRA* (SISO)",
         ("siso",),
         "test_families.py::test_the_image_of_an_optimized_lora_is_the_stock_samplers",
-        "test_sana_lora.py::test_the_lora_in_stock_nodes_makes_the_kept_picture",
     ),
     Step(
         "Guidance",
         "*Subject Guidance* (SINE) and *Personalization Guidance*, also with a LoRA of any trainer",
         ("test_guidance.py::test_one_model_is_the_chain_with_one_model",),
         "test_family_steps.py::test_guidance_is_the_papers_equation",
-        "test_sana_lora.py::test_a_lora_of_sana_guides_beside_the_model_that_it_was_trained_on",
     ),
     Step(
         "Inversion",
@@ -84,7 +79,6 @@ STEPS = (
         "*Invert For Few Steps* (ReNoise), of flow models for euler",
         ("test_renoise.py::test_a_stock_sampler_comes_back_to_the_picture",),
         "test_flow_inversion.py::test_few_steps_are_inverted_for_euler_and_the_report_is_true",
-        left=frozenset({"PixArt", "HunyuanDiT", "Cosmos-Predict2"}),
     ),
     Step(
         "Replace, Inspect",
@@ -96,7 +90,7 @@ STEPS = (
         "test_joint_attention.py::test_it_is_prompt_to_prompt_written_out_and_the_source_stays",
         refused="The attention to the prompt is not shown to ComfyUI's hook, or the tokens are mixed before it",
         says="do not show what of the image looks at which token",
-        left=frozenset({"PixArt", "HunyuanDiT", "Anima"}),
+        left=frozenset({"PixArt", "HunyuanDiT", "Anima", "Sana"}),
     ),
     Step(
         "Patches",
@@ -112,8 +106,9 @@ STEPS = (
         "EZIGen",
         "the nodes of EZIGen, with an adapter that was trained for the model; the published one is SD2.1-base's",
         ("adapter|test_adapter_training.py::test_gradients_of_every_tensor",),
-        refused="Adapters stand in a UNet's blocks",
+        refused="Adapters stand in a UNet's blocks, and are trained for models without a pooled prompt vector",
         says="the adapter stands in the transformer blocks of the UNet",
+        left=frozenset({"SDXL"}),
     ),
 )
 
@@ -150,15 +145,14 @@ def _unets_of(test: str) -> set[str]:
 def cells(step: Step) -> Mapping[str, str]:
     """What is said of each model."""
     tested = of_unets(step.unets)
-    found = {label: TESTED if name in tested else UNTESTED for name, label in UNETS.items()}
+    found = {
+        label: "no" if label in step.left else TESTED if name in tested else UNTESTED for name, label in UNETS.items()
+    }
     if step.each and not any(ast.unparse(mark) == "each_family" for mark in function(step.each).decorator_list):
         raise ValueError(f"{step.each} does not run with each_family, but the table of models says so.")
     for family in tiny_families.listed():
         shown = step.each and family not in step.left
         found[family] = TESTED if shown else "no" if step.refused else UNTESTED
-    if step.sana:
-        function(step.sana)
-    found[SANA] = "no" if step.refused else TESTED if step.sana else UNTESTED
     return found
 
 
@@ -184,13 +178,16 @@ def short() -> Iterator[str]:
     yield "|---|---|---|"
     for step in STEPS:
         said = cells(step)
-        untested = [label for label in UNETS.values() if said[label] != TESTED]
-        unets = "yes" if not untested else f"yes; {', '.join(untested)} in principle"
-        able = [family for family in tiny_families.listed() if said[family] == TESTED]
-        left = [family for family in tiny_families.listed() if family not in able]
-        some = f"only {', '.join(able)}" if len(able) < len(left) else f"all but {', '.join(left)}"
-        others = "yes" if not left else some if able else "no"
+        unets, others = (_those(said, names) for names in (UNETS.values(), tiny_families.listed()))
         yield f"| {step.name} | {unets} | {others} |"
+
+
+def _those(said: Mapping[str, str], models: Iterable[str]) -> str:
+    """Which of these models are tested."""
+    able = [model for model in models if said[model] == TESTED]
+    left = [model for model in models if said[model] != TESTED]
+    some = f"only {', '.join(able)}" if len(able) < len(left) else f"all but {', '.join(left)}"
+    return "yes" if not left else some if able else "no"
 
 
 def written(text: str, page: str) -> str:

@@ -7,7 +7,7 @@ that the family's own encoder gives.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import tiny_models
+from . import tiny_models, tiny_sana
 
 Options = Callable[[int], dict[str, Any]]
 
@@ -86,6 +86,21 @@ class Family:
     def autoencoder(self):
         """The VAE."""
         return None if self.vae is None else globals()[self.vae]()
+
+
+class LoadedSana(Family):
+    """Sana, which ComfyUI does not know: a diffusers folder's, as the pack loads it. base and config are not used."""
+
+    @property
+    def known(self) -> bool:
+        """Whether diffusers is installed."""
+        return importlib.util.find_spec("diffusers") is not None
+
+    def model(self, seed: int = 0):
+        from likeness.core.sana.host.sana import load_model
+
+        with torch.inference_mode():
+            return load_model(tiny_sana.folder(seed), "fp32")
 
 
 def if_known(module: str, params: str, **fields: Any) -> dict[str, Any]:
@@ -350,6 +365,13 @@ def listed() -> dict[str, Family]:
             latent=FRAME,
             vae="wan_vae",
         ),
+        "Sana": LoadedSana(
+            *("", "", {}, 12, tiny_sana.CAPTION),
+            padded=False,
+            latent=(1, tiny_sana.CHANNELS, 4, 4),
+            image=128,
+            vae="sana_vae",
+        ),
     }
 
 
@@ -363,6 +385,15 @@ def taesd4():
 def taesd16():
     """TAESD for sixteen channels."""
     return tiny_models.taesd(channels=16)
+
+
+@functools.cache
+def sana_vae():
+    """Sana's: 32 x smaller."""
+    from likeness.core.sana.host.sana import load_sana
+
+    with torch.inference_mode():
+        return load_sana(tiny_sana.folder()).vae
 
 
 @functools.cache

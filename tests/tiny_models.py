@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import nn
 
@@ -162,6 +164,20 @@ def kl_autoencoder(seed: int = 0):
         return comfy.sd.VAE(sd=net.state_dict(), config=config)
 
 
+def _text_encoder(module: str, kind: str, options: dict, seed: int, params: dict | None = None):
+    """A CLIP of random weights, of the classes that a module of ComfyUI has for this kind."""
+    import comfy.sd
+
+    library = importlib.import_module(f"comfy.{module}")
+    model = getattr(library, f"{kind}ClipModel", None) or getattr(library, f"{kind}TEModel")
+    tokenizer = getattr(library, f"{kind}Tokenizer")
+    target = type("Target", (), {"params": params or {}, "clip": model, "tokenizer": tokenizer})
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(target, model_options=options)
+        randomise(clip.cond_stage_model, seed)
+    return clip
+
+
 def clip_l_exact():
     """SD1.x's in float32: the stock loader rounds patched weights to an encoder's own precision."""
     return clip_l(**EXACT)
@@ -169,71 +185,35 @@ def clip_l_exact():
 
 def clip_l(seed: int = 0, layers: int = 2, **more):
     """SD1.x's text encoder with few layers."""
-    import comfy.sd
-    import comfy.sd1_clip
+    return _text_encoder("sd1_clip", "SD1", {"clip_l_model_config": {"num_hidden_layers": layers}, **more}, seed)
 
-    class Target:
-        params: dict = {}
-        clip = comfy.sd1_clip.SD1ClipModel
-        tokenizer = comfy.sd1_clip.SD1Tokenizer
 
-    with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": {"num_hidden_layers": layers}, **more})
-        randomise(clip.cond_stage_model, seed)
-    return clip
+FEW = {"num_hidden_layers": 3, "intermediate_size": 256}  # the rows are taken from the last but one
+
+
+def clip_h(seed: int = 0):
+    """SD2.x's text encoder with few layers."""
+    return _text_encoder("text_encoders.sd2_clip", "SD2", {"clip_h_model_config": FEW, **EXACT}, seed)
 
 
 def clip_xl(seed: int = 0):
     """SDXL's two text encoders with few layers."""
-    import comfy.sd
-    import comfy.sdxl_clip
-
-    class Target:
-        params: dict = {}
-        clip = comfy.sdxl_clip.SDXLClipModel
-        tokenizer = comfy.sdxl_clip.SDXLTokenizer
-
-    few = {"num_hidden_layers": 3, "intermediate_size": 256}  # the rows are taken from the last but one
-    with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "clip_g_model_config": few, **EXACT})
-        randomise(clip.cond_stage_model, seed)
-    return clip
+    few = {"clip_l_model_config": FEW, "clip_g_model_config": FEW}
+    return _text_encoder("sdxl_clip", "SDXL", {**few, **EXACT}, seed)
 
 
 def clip_flux(seed: int = 0):
     """FLUX's text encoders with few layers: CLIP-L, and a T5 of width 64."""
-    import comfy.sd
-    import comfy.text_encoders.flux
-
-    class Target:
-        params: dict = {"dtype_t5": torch.float32}
-        clip = comfy.text_encoders.flux.FluxClipModel
-        tokenizer = comfy.text_encoders.flux.FluxTokenizer
-
-    few = {"num_hidden_layers": 2, "intermediate_size": 256}
-    t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 2}
-    with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": few, "t5xxl_model_config": t5, **EXACT})
-        randomise(clip.cond_stage_model, seed)
-    return clip
+    few = {"clip_l_model_config": {**FEW, "num_hidden_layers": 2}}
+    few["t5xxl_model_config"] = {"num_layers": 1, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 2}
+    return _text_encoder("text_encoders.flux", "Flux", {**few, **EXACT}, seed, {"dtype_t5": torch.float32})
 
 
 def clip_qwen(width: int, seed: int = 0):
     """Z-Image's text encoder with few layers, and as wide as a tiny model wants it: no padding, a chat's frame."""
-    import comfy.sd
-    import comfy.text_encoders.z_image
-
-    class Target:
-        params: dict = {}
-        clip = comfy.text_encoders.z_image.ZImageTEModel
-        tokenizer = comfy.text_encoders.z_image.ZImageTokenizer
-
     few = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 3}
     few |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"qwen3_4b_model_config": few, **EXACT})
-        randomise(clip.cond_stage_model, seed)
-    return clip
+    return _text_encoder("text_encoders.z_image", "ZImage", {"qwen3_4b_model_config": few, **EXACT}, seed)
 
 
 def controlnet(seed: int = 0):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,18 @@ def write(folder: Path, seed: int = 0) -> Path:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     SanaPipeline(tokenizer=words, scheduler=scheduler, **networks).save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def _written(seed: int) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="likeness-sana-", ignore_cleanup_errors=True)
+    write(Path(folder.name), seed)
+    return folder
+
+
+def folder(seed: int = 0) -> Path:
+    """One for all tests of the process, which leave it as it is."""
+    return Path(_written(seed).name)
 
 
 def in_server(server: Server) -> dict[tuple[str, str], Any]:

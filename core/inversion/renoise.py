@@ -94,9 +94,12 @@ def regularize(
     kl_weight: float = KL_WEIGHT,
     correlation_weight: float = CORRELATION_WEIGHT,
 ) -> Tensor:
-    """Regularize a prediction to look like noise; `like` is a prediction for truly noised latents."""
+    """Regularize a prediction to look like noise; `like` is a prediction for truly noised latents. A latent's frame
+    axis, of one frame, counts as channels.
+    """
+    shape = eps.shape
     with torch.inference_mode(False), torch.enable_grad():  # predictions have no gradient; the losses need one
-        eps, like = eps.detach().clone(), like.detach().clone()
+        eps, like = (each.detach().flatten(1, -3).clone() for each in (eps, like))
         for _ in range(OUTER_STEPS):
             if kl_weight:
                 leaf = eps.requires_grad_(True)
@@ -106,7 +109,7 @@ def regularize(
                 leaf = eps.requires_grad_(True)
                 (gradient,) = torch.autograd.grad(autocorrelation(leaf, generator), leaf)
                 eps = eps.detach() - correlation_weight * gradient / ROLLS
-    return eps.detach()
+    return eps.detach().view(shape)
 
 
 def corrected_noise(

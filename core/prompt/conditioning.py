@@ -33,7 +33,9 @@ def placement_for(model: Any, prompt: Conditioning) -> Placement:
     mask = options.get(MASK)
     if not bool(rows[0, -1].any()) or mask is not None and not bool(mask[..., -1].any()):
         return TAIL_OF_PADDING  # zeros, or masked
-    target = getattr(model.model.model_config, "clip_target", lambda: None)()
+    config = model.model.model_config
+    target_of = getattr(type(config), "clip_target", None)  # newer ComfyUI's instances warn, and answer None
+    target = None if target_of is None else target_of(config)
     pads = None if target is None else _pads(target.tokenizer)
     if pads is None:  # CLIP's tables are padded, and language models as a rule are not
         pads = rows.shape[1] % CHUNK == 0

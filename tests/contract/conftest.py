@@ -27,11 +27,11 @@ def clip():
 
 
 @pytest.fixture(scope="module")
-def sana_folder(tmp_path_factory):
+def sana_folder():
     """A tiny diffusers folder of Sana."""
     from .. import tiny_sana
 
-    return tiny_sana.write(tmp_path_factory.mktemp("diffusers") / "sana")
+    return tiny_sana.folder()
 
 
 @pytest.fixture(scope="module")

@@ -334,7 +334,7 @@ HIPER = Entry(
 METHODS = [
     HIPER,
     replace(HIPER, name="hifi", families=("sd1", "sdxl"), fit=_fit_anchored),
-    replace(HIPER, name="step-wise", families=("sd1", "sdxl"), fit=_fit_step_wise),
+    replace(HIPER, name="step-wise", families=("sd1", "sd2_v", "sdxl"), fit=_fit_step_wise),
     Entry(
         name="sine",
         families=("sd1", "sd2_v", "sdxl"),
@@ -349,7 +349,7 @@ METHODS = [
     ),
     Entry(
         name="sine-full",
-        families=("sd1", "sdxl"),
+        families=("sd1", "sd2_v", "sdxl"),
         fit=_fit_full,
         apply=_apply_tuned,
         tensors=dict,

@@ -258,24 +258,6 @@ def test_prompts_of_different_lengths_and_appended_subjects_are_refused():
         swaps_of(t5, "my cat sat" + 17 * "x", "my dog sat" + 17 * "x", tail)
 
 
-def z_image_encoder():
-    """Z-Image's text encoder, three layers of its tiny network's width."""
-    import comfy.sd
-    import comfy.text_encoders.z_image
-
-    class Target:
-        params: dict = {}
-        clip = comfy.text_encoders.z_image.ZImageTEModel
-        tokenizer = comfy.text_encoders.z_image.ZImageTokenizer
-
-    config = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    with torch.inference_mode():
-        clip = comfy.sd.CLIP(Target, model_options={"qwen3_4b_model_config": config, **tiny_models.EXACT})
-        tiny_models.randomise(clip.cond_stage_model, 0)
-    return clip
-
-
 def test_an_inverted_image_is_edited_on_a_flow_model():
     """From the image's own text encoder to the two images, by the nodes' outputs as they are connected."""
     import comfy.samplers
@@ -284,7 +266,7 @@ def test_an_inverted_image_is_edited_on_a_flow_model():
     from likeness.nodes.inversion import LikenessInvert, LikenessNullText
     from likeness.nodes.replace import LikenessReplaceSubject
 
-    family, clip, text = FAMILIES["Z-Image"], z_image_encoder(), "a photo of a cat on the grass"
+    family, clip, text = FAMILIES["Z-Image"], tiny_models.clip_qwen(64), "a photo of a cat on the grass"
     model = family.model()
     with torch.inference_mode():
         source, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(each)) for each in (text, ""))

@@ -11,6 +11,7 @@ from likeness.core.session.session import BOXES
 from likeness.core.sine.host.position_map import PositionMap, position_map_of, with_position_map
 from likeness.core.sine.position_map import position_map
 
+from .. import tiny_models
 from .methods import Setting, run_node, sample
 
 CELLS = 16
@@ -58,8 +59,9 @@ def test_the_whole_picture_gets_the_whole_map_at_any_size():
         close(added.found[0], position_map(32, CELLS, torch.tensor([[0, 0, CELLS, CELLS]]), size))
 
 
-def test_the_map_changes_the_picture_and_nothing_stays_behind():
-    setting = Setting()
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_map_changes_the_picture_and_nothing_stays_behind(family):
+    setting = Setting(family)
     plain = sample(setting.model, setting.target, setting.empty, setting.latent)
     model = mapped(setting)
     with_map = sample(model, setting.target, setting.empty, setting.latent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -10,6 +12,13 @@ from .methods import Setting, run_node
 
 STEPS = 5
 PROMPT, WORD = "a photo of a cat on the grass", "cat"
+
+
+@functools.cache
+def text_encoder(family: str):
+    """The family's own, small and random."""
+    names = {"sd1": "clip_l", "sd2_v": "clip_h", "sdxl": "clip_xl"}
+    return getattr(tiny_models, names[family])()
 
 
 def sigmas(model, steps: int = STEPS) -> torch.Tensor:
@@ -106,12 +115,14 @@ def by_hand(setting, columns: list[int], until: float = 0.0, self_until: float =
     return clone
 
 
-@pytest.mark.parametrize("end", [1.0, 0.5], ids=["to-the-end", "half"])
-def test_it_is_prompt_to_prompt_written_out(clip, end):
+@pytest.mark.parametrize(("family", "end"), [("sd1", 0.5), *((family, 1.0) for family in tiny_models.FAMILIES)])
+def test_it_is_prompt_to_prompt_written_out(family, end):
     """Word and tail columns of its own, everything else the source's; with self-attention to 0.4."""
-    setting = Setting()
+    setting, clip = Setting(family), text_encoder(family)
     limit, self_limit = (setting.model.get_model_object("model_sampling").percent_to_sigma(p) for p in (end, 0.4))
     model, positive, negative, latent = swapped(setting, clip, end_percent=end)
+    rows, options = positive[0]
+    assert all(len(both) == 2 and not torch.equal(*both) for both in (rows, options["pooled_output"]))
     ours = play(model, positive, negative, latent)
     close(ours, play(by_hand(setting, [5], limit), positive, negative, latent))
     plain = play(setting.model, positive, negative, latent)
@@ -339,18 +350,9 @@ def test_a_step_wise_subject_has_an_entry_for_each_window(clip):
     )
 
 
-def test_sdxl_and_its_pooled_vectors():
-    setting, clip = Setting("sdxl"), tiny_models.clip_xl()
-    model, positive, negative, latent = swapped(setting, clip)
-    pooled = positive[0][1]["pooled_output"]
-    assert positive[0][0].shape == (2, 77, 2048) and pooled.shape == (2, 1280) and not torch.equal(*pooled)
-    found = play(model, positive, negative, latent)
-    close(found, play(by_hand(setting, [5]), positive, negative, latent))
-
-
 def test_what_lies_on_the_inverted_prompt_holds_for_both_pictures():
     """SDXL's sizes: the reconstruction is that prompt's own image, and the edit moves too."""
-    setting, clip = Setting("sdxl"), tiny_models.clip_xl()
+    setting, clip = Setting("sdxl"), text_encoder("sdxl")
     ((rows, options),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
     source = [[rows, {**options, "width": 4096, "height": 256, "crop_w": 512}]]
     model, positive, negative, latent = swapped(setting, clip, positive=source)

@@ -112,3 +112,12 @@ def test_predictions_without_a_gradient_are_corrected_too():
     with torch.inference_mode():
         inferred = regularize(picture(1), picture(2), torch.Generator().manual_seed(0), 0.01)
     assert torch.equal(plain, inferred) and not torch.equal(plain, picture(1))
+
+
+def test_an_image_that_is_a_video_of_one_frame_is_corrected_as_an_image():
+    eps, like = picture(1), picture(2)
+    flat, framed = (
+        regularize(*pair, torch.Generator().manual_seed(1), 0.01, 1.0)
+        for pair in ((eps, like), (eps[:, :, None], like[:, :, None]))
+    )
+    assert torch.equal(framed, flat[:, :, None]) and not torch.equal(flat, eps)
