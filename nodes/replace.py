@@ -3,7 +3,9 @@
 from comfy_api.latest import io
 
 from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject
+from ..core.attention.host.swapped_prompt import check_texts
 from ..core.attention.prompt_to_prompt import END_PERCENT
+from ..core.session.texts import ascii_only
 from . import inputs
 from .node import Node
 from .types import Embedding, output, schema
@@ -21,11 +23,15 @@ class LikenessReplaceSubject(Node):
             "inversion: the first image is the reconstruction, the second the edit.",
             search_aliases=["prompt to prompt", "p2p", "hifi tuner", "word swap", "edit"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the image was inverted with. It is not changed."),
+                io.Model.Input(
+                    "model", lazy=True, tooltip="The model that the image was inverted with. It is not changed."
+                ),
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                io.Latent.Input("latent", tooltip="The latent of one image, from Invert Image."),
+                io.Latent.Input("latent", lazy=True, tooltip="The latent of one image, from Invert Image."),
                 io.Conditioning.Input(
-                    "negative", tooltip="From Null-Text, for reconstruction with guidance. Passed through."
+                    "negative",
+                    lazy=True,
+                    tooltip="From Null-Text, for reconstruction with guidance. Passed through.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -71,6 +77,7 @@ class LikenessReplaceSubject(Node):
                 Embedding.Input(
                     "embedding",
                     optional=True,
+                    lazy=True,
                     tooltip="A trained subject to insert into the edit; its attention is not constrained. Use its "
                     "class as the replacement.",
                 ),
@@ -93,8 +100,16 @@ class LikenessReplaceSubject(Node):
                 output(io.Conditioning, "positive", "The original and the edited prompt, for the two images."),
                 output(io.Conditioning, "negative", "The negative, passed through."),
                 output(io.Latent, "latent", "The noise twice, for the image and for its edit."),
+                output(Embedding, "embedding", "The embedding, passed through, to save it."),
             ],
         )
+
+    @classmethod
+    def check_lazy_status(cls, clip, prompt, word, replacement, **others) -> list[str]:
+        """The texts first: nothing is inverted or trained for a word that is not in the prompt."""
+        with ascii_only():
+            check_texts(clip, prompt, word, replacement)
+        return [name for name, value in others.items() if value is None]
 
     @classmethod
     def execute(
@@ -103,4 +118,4 @@ class LikenessReplaceSubject(Node):
         start = repeat_latent(latent)
         learned = None if embedding is None else LearnedSubject(embedding, scale, step)
         patched, both = replace_subject(model, clip, SubjectSwap(subject=learned, **swap), positive)
-        return io.NodeOutput(patched, both, negative, start)
+        return io.NodeOutput(patched, both, negative, start, embedding)

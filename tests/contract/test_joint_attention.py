@@ -278,7 +278,7 @@ def test_an_inverted_image_is_edited_on_a_flow_model():
     shared = {"model": model, "positive": source, "negative": empty, "trajectory": trajectory}
     negative, _, _, pinned = run_node(LikenessNullText, **shared, **settings)
     swap = {"clip": clip, "latent": latent, "negative": negative, "prompt": text, "word": "cat", "end_percent": 1.0}
-    patched, positive, negative, both = run_node(LikenessReplaceSubject, model=pinned, **swap, replacement="dog")
+    patched, positive, negative, both, _ = run_node(LikenessReplaceSubject, model=pinned, **swap, replacement="dog")
     guider = comfy.samplers.CFGGuider(patched)
     guider.set_conds(positive, negative)
     guider.set_cfg(4.0)

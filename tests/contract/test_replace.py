@@ -34,7 +34,7 @@ def swapped(setting, clip, **changes) -> tuple:
     start = {"samples": 14 * setting.latent["samples"] / 0.18215}
     inputs = {"model": setting.model, "clip": clip, "latent": start, "negative": setting.empty, "prompt": PROMPT}
     inputs |= {"word": WORD, "replacement": "dog", "end_percent": 1.0}
-    return run_node(LikenessReplaceSubject, **{**inputs, **changes})
+    return run_node(LikenessReplaceSubject, **{**inputs, **changes})[:4]
 
 
 def play(model, positive, negative, latent, sampler: str = "euler", guider=None) -> torch.Tensor:

@@ -58,6 +58,13 @@ def edited_prompt(prompt: str, word: str, new: str) -> str:
     return re.sub(pattern, lambda _match: new.strip(), prompt)
 
 
+def check_texts(clip: Any, prompt: str, word: str, new: str) -> None:
+    """ValueError for texts that no model can swap: what can be told before the image is inverted."""
+    for text in (prompt, edited_prompt(prompt, word, new)):
+        if clip is not None and all(len(chunks) > 1 for chunks in clip.tokenize(text).values()):
+            tokens_of(clip, text)
+
+
 def shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 

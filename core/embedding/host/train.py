@@ -112,10 +112,15 @@ def source_rows(
     placement = placement or placement_for(model, positive)
     if placement == TAIL_OF_PADDING:
         check_room(positive, tokens)
-    if padding_rows(rows, positive[0][1].get("pooled_output")) == CHUNK - 2:
-        log.warning("The source prompt is empty: describe the image plainly in it, as HiPer does.")
+    warn_of_empty(positive, "source prompt", "describe the image plainly in it, as HiPer does")
     start = None if empty is None else single_prompt(empty, "empty prompt").detach().float().cpu()
     return rows, start_rows(rows, start, tokens), placement
+
+
+def warn_of_empty(prompt: Conditioning, name: str, remedy: str) -> None:
+    """A warning for a prompt without a word, as far as its text encoder tells."""
+    if any(padding_rows(rows, options.get("pooled_output")) == CHUNK - 2 for rows, options in prompt):
+        log.warning("The %s is empty: %s.", name, remedy)
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ def train_embedding(
     rows, initial, placement = source_rows(model, positive, prompts.empty, settings.tokens)
     if prompts.target is not None:
         apply_embedding(prompts.target, initial[None], hiper.SCALE, (), placement)
+        warn_of_empty(prompts.target, "prompt on 'target'", "write what you want to see")
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
