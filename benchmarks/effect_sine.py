@@ -84,10 +84,10 @@ class Edit:
         return self.case.class_prompt(word="sks ")
 
 
-def edits(count: int, harder: bool = False) -> list[Edit]:
+def edits(count: int, harder: bool = False, seed: int = subjects.FIRST_SEED) -> list[Edit]:
     """The first `count` held-out subjects, each with a pattern that it does not have."""
     found = []
-    for index, case in enumerate(subjects.cases(count, harder)):
+    for index, case in enumerate(subjects.cases(count, harder, seed)):
         others = [name for name in ("striped", "spotted", "checkered") if name != case.identity.texture]
         found.append(Edit(case, others[index % len(others)]))
     return found

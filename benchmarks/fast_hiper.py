@@ -190,13 +190,25 @@ def against(rows: frame.Rows, base: str) -> dict[str, Any]:
     }
 
 
+def stopped(rows: frame.Rows, fast: Way) -> dict[str, Any]:
+    """What the winner would save and lose if it stopped at its second look, where that is no more alike than the first
+    (by the judge itself; a run would have to look with other eyes).
+    """
+    first, second, last = (f"fast @ {at}" for at in fast.at)
+    ends = [second if row[second]["identity"] <= row[first]["identity"] else last for row in rows]
+    scores = ("identity", "text")
+    lost = {s: frame.interval(row[end][s] - row[last][s] for row, end in zip(rows, ends, strict=True)) for s in scores}
+    share = frame.mean(end == second for end in ends)
+    return {"stopped": share, "steps saved": share * (1 - fast.at[1] / fast.at[2]), "minus the end": lost}
+
+
 def summary(rows: frame.Rows, fast: Way) -> dict[str, Any]:
     """The winner against the published training at its end, over all subjects and over either set."""
     base, last = f"published @ {PUBLISHED.at[-1]}", f"fast @ {fast.at[-1]}"
     sets = {name: [row for row in rows if row["set"] == name] for name in sorted({row["set"] for row in rows})}
     found = against(rows, base)
     gates = {score: found[last][f"{score} - base"]["high"] >= 0 for score in ("identity", "text")}
-    figures = {"subjects": len(rows), "base": base, "all": found}
+    figures = {"subjects": len(rows), "base": base, "all": found, "early choice": stopped(rows, fast)}
     return frame.gated({**figures, **{name: against(part, base) for name, part in sets.items()}}, gates)
 
 

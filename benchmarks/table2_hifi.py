@@ -56,7 +56,10 @@ class Settings:
     learning_rate: float = 5e-3
     tokens: int = 5
     anchor_weight: float = 0.01
+    start_percent: float = 0.0
+    end_percent: float = 1.0
     inner_steps: int = 10
+    inner_rate: float = 5e-3
     scale: float = 1.0
     tuning_steps: int = 400
     tuning_rate: float = 1e-3
@@ -95,7 +98,7 @@ class Bench(subjects.Bench):
             self.conditioning(case.class_prompt()),
             self.subject(case, masked),
             HiPerSettings(how.tokens, how.learning_rate, case.seed),
-            Schedule(how.steps, how.steps),
+            Schedule(how.steps, how.steps, how.start_percent, how.end_percent),
             TrainingPrompts(self.empty, regularizer=RegularizerOptions(self.empty, weight)),
         )[0]
 
@@ -111,7 +114,7 @@ class Bench(subjects.Bench):
             self.subject(case, True),
             SavedStep(embedding),
             self.levels,
-            StepWiseSettings(how.inner_steps, how.learning_rate, case.seed),
+            StepWiseSettings(how.inner_steps, how.inner_rate, case.seed),
             RegularizerOptions(self.empty, how.anchor_weight),
         )[0]
 

@@ -82,7 +82,7 @@ def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> d
     """
     differences = {}
     for name, value in after.items():
-        difference = (value.detach().float().cpu() - before[name].float()).to(torch.float16)
+        difference = (value.detach().float().cpu() - before[name].float().cpu()).to(torch.float16)
         path, _, end = name.rpartition(".")
         if bool(difference.any()):
             differences[f"{path}.{ENDS[end]}" if end in ENDS else f"{name}.diff"] = difference

@@ -24,6 +24,7 @@ from .checkpointing import checkpointed
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .reuse import check_reuse
 from .weights import (
+    Leaves,
     calls,
     check_fully_loaded,
     drop_all_guidance,
@@ -48,14 +49,14 @@ class GuiderDenoiser:
         guider: Any,
         extra_args: dict[str, Any],
         x0: Tensor,
-        leaves: dict[str, nn.Parameter] | None = None,
+        leaves: Leaves | None = None,
         role: str = "positive",
     ) -> None:
         """x0: the latent of the run. leaves: the weights that the session trains, by name. role: the name of the prompt
         in the guider.
         """
         self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, role
-        self.leaves = leaves or {}
+        self.leaves = leaves or Leaves()
         self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
         self._entry = guider.conds[role][0]
         self._sampling = guider.inner_model.model_sampling

@@ -68,10 +68,16 @@ def _plain_kernels() -> Iterator[None]:
             setattr(fused, name, function)
 
 
+class Leaves(dict[str, nn.Parameter]):
+    """Trainable weights by their full names. before: the loaded weights whose place they take, not copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[str, Tensor] = {}
+
+
 @contextlib.contextmanager
-def thawed(
-    modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
-) -> Iterator[dict[str, nn.Parameter]]:
+def thawed(modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None) -> Iterator[Leaves]:
     """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors without
     memory of their own; the originals are restored on exit. Weights that stay collect no gradients meanwhile.
 
@@ -121,9 +127,9 @@ def _is_cast(part: nn.Module, name: str, value: Tensor, compute_dtype: torch.dty
     return value.dtype in FP8 or (half and compute_dtype is not None and compute_dtype != value.dtype)
 
 
-def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> dict[str, nn.Parameter]:
+def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> Leaves:
     """Replace every weight by a leaf; a shared weight gets a single leaf."""
-    leaves: dict[str, nn.Parameter] = {}
+    leaves = Leaves()
     by_id: dict[int, nn.Parameter] = {}
     for prefix, module in trained.items():
         for path, part in module.named_modules():
@@ -132,8 +138,9 @@ def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> dict[str, nn.Pa
                 if value is None:
                     continue
                 if id(value) not in by_id:
+                    full_name = ".".join(word for word in (prefix, path, name) if word)
                     by_id[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
-                    leaves[".".join(word for word in (prefix, path, name) if word)] = by_id[id(value)]
+                    leaves[full_name], leaves.before[full_name] = by_id[id(value)], value.detach()
                 replaced.append((store, name, value))
                 store[name] = by_id[id(value)]
     return leaves

@@ -72,6 +72,25 @@ def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
         run_node(LikenessOptimizeLora, **inputs, mask=torch.zeros(1, 64, 64))
 
 
+def test_a_preset_is_the_same_as_its_settings_on_the_node(vision, monkeypatch):
+    """To the byte, under the same key: what was trained is served for either."""
+    from likeness.core.session.session import Session
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
+
+    short = {"iterations": 2, "learning_rate": 0.01, "noise": "same"}
+    monkeypatch.setattr("likeness.nodes.optimize_lora.SISO", {"fast": {"noise": short}})
+    setting = Setting()
+    alike = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=1.0)[0]
+    inputs = inputs_of(setting, alike)
+    named = run_node(LikenessOptimizeLora, **{**inputs, **short})[2]
+    monkeypatch.setattr(Session, "run", None)
+    served = run_node(LikenessOptimizeLora, **inputs, preset="fast", noise="new")[2]
+    assert served.header == named.header and all(torch.equal(served[name], named[name]) for name in named)
+    with pytest.raises(TypeError):  # as set, these are other settings: a run of its own
+        run_node(LikenessOptimizeLora, **inputs, preset="as set")
+
+
 def test_of_a_masked_reference_the_subject_alone_counts(vision):
     picture, mask = torch.rand(1, 96, 64, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 96, 64)
     mask[:, 70:90, 40:64] = 1

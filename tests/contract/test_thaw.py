@@ -34,6 +34,24 @@ def test_thawed_weights_are_normal_and_take_no_memory():
     assert all(one is other for one, other in zip(before, numbers(network), strict=True))
 
 
+def test_trained_weights_are_compared_with_the_loaded_ones_themselves():
+    """A training of all weights copies them once, to train the copy: what they were is read where it lies."""
+    from likeness.core.lora.artifact import weight_differences
+    from likeness.core.session.weights import thawed
+
+    network = tiny_models.sd1(dtype=torch.bfloat16).model.diffusion_model
+    loaded = {f"network.{name}": value for name, value in network.named_parameters()}
+    with torch.inference_mode(False), torch.enable_grad(), thawed([network], {"network": network}) as leaves:
+        assert leaves.keys() == leaves.before.keys() == loaded.keys()
+        assert all(value.data_ptr() == loaded[name].data_ptr() for name, value in leaves.before.items())
+        assert not weight_differences(leaves.before, leaves)
+        with torch.no_grad():
+            for leaf in leaves.values():
+                leaf += 0.25
+        found = weight_differences(leaves.before, leaves)
+    assert len(found) == len(loaded) and all((value == 0.25).all() for value in found.values())
+
+
 def test_packed_weights_are_copied():
     from likeness.core.session.weights import thawed
 

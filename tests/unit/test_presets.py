@@ -9,6 +9,8 @@ from likeness.core.embedding.hiper import HiPerSettings
 from likeness.core.embedding.presets import HIPER, SOURCE
 from likeness.core.fit.fit import rises
 from likeness.core.fit.presets import AS_SET, FAST, FLOW, NOISE, PUBLISHED, apply_preset
+from likeness.core.siso.presets import SISO
+from likeness.core.siso.siso import ITERATIONS, RANK, SisoSettings
 
 AS_ON_THE_NODE = {"steps": 7, "learning_rate": 0.5, "tokens": 2, "seed": 3, "anchor_weight": 0.2}
 
@@ -36,6 +38,21 @@ def test_fast_needs_fewer_steps_at_a_higher_rate():
         inputs = apply_preset(HIPER, FAST, kind, AS_ON_THE_NODE)
         assert inputs["steps"] <= 300 and inputs["learning_rate"] > 5e-3
         assert inputs["seed"] == 3 and inputs["anchor_weight"] == 0.2
+
+
+@pytest.mark.parametrize("kind, decay, text", [(NOISE, 1e-2, (2e-4, 1e-2)), (FLOW, 1e-4, (5e-6, 1e-3))])
+def test_sisos_published_is_the_authors_and_its_fast_draws_half(kind, decay, text):
+    """Their scripts for SDXL-turbo and FLUX.1-schnell: rank 4, 50 images, patience 7, threshold 3 %."""
+    inputs = apply_preset(SISO, PUBLISHED, kind, {"iterations": 9, "rank": 8, "keep": "last", "noise": "new"})
+    own = {"weight_decay": decay, "text_rate": text[0], "text_decay": text[1], "keep": "last", "noise": "same"}
+    stop = {"threshold": 3.0, "patience": 7, "optimizer": "AdamW"}
+    assert inputs == {"iterations": 50, "learning_rate": 2e-4, "rank": 4, **own, **stop}
+    assert (inputs["iterations"], inputs["rank"]) == (ITERATIONS, RANK)
+    if kind == NOISE:  # the defaults, which tests/parity compares with the authors' numbers
+        settings = SisoSettings()
+        assert all(inputs[name] == getattr(settings, name) for name in inputs.keys() & vars(settings).keys())
+    fast = apply_preset(SISO, FAST, kind, inputs)
+    assert fast["iterations"] == 25 and fast["learning_rate"] == 3e-4 and fast["noise"] == "same"
 
 
 def test_a_kind_without_a_preset_gets_the_nearest_and_the_log_says_so(caplog):

@@ -307,8 +307,7 @@ class _TrainedWeights:
     def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int) -> None:
         self.full = plan.method == FULL
         if self.full:
-            self._before = {name: leaf.detach().to("cpu", copy=True) for name, leaf in denoiser.leaves.items()}
-            self.parameters = denoiser.leaves
+            self._before, self.parameters = denoiser.leaves.before, denoiser.leaves
             return
         self._layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
         check_run(denoiser.model, self._layers, denoiser.called)
