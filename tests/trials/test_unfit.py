@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from likeness.toyworld import workflows
+
 from .conftest import Recorded, graphs_of_all_nodes, own_nodes
 from .forms import TEXTS, UNFIT
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 GRAPHS = graphs_of_all_nodes()
-PLAYED = ("LikenessLoadSana", "LikenessSubjectMask")  # by nodes of the toyworld, which has no such models
+PLAYED = ("LikenessLoadSana", *workflows.PLAYED)  # by nodes of the toyworld, which has no such models
 
 
 class Console(logging.StreamHandler):
