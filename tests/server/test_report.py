@@ -17,7 +17,7 @@ def test_it_runs_what_fits_and_says_what_does_not(tmp_path):
     photo = workflows.draw_subject(tmp_path)
     checkpoint = workflows.MODELS / "checkpoints" / "likeness_small_world.safetensors"
     command = [sys.executable, str(workflows.ROOT / "toolbox" / "report.py"), "--checkpoint", str(checkpoint)]
-    command += ["--image", str(photo), "--subject", "a <dog>", "--size", "96", "--share", "0.004", "--cpu"]
+    command += ["--image", str(photo), "--subject", "a <dog>", "--size", "96", "--share", "0.0134", "--cpu"]
     command += ["--only", "1", "3", "--out", "report"]
     ended = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
