@@ -34,7 +34,7 @@ START = re.compile(r"[1-8] Start - ")  # the names of the graphs for the first t
 MOST_NODES, NOTE_WIDTH, TITLE_HEIGHT, GROUP_COLOR = 12, 460, 34, "#3f789e"
 SCREEN, FILLED, PADDING = (1600, 1000), 0.75, 10  # how the page fits a graph into its window
 READABLE = 8 / 14  # zoom below which the canvas draws no text
-BARS = (100, 180)  # pixels of the page's own bars, at the left and at the top
+BARS = (100, 220)  # of the page's own bars at the left and at the top, in the units of a graph
 GROUP_QUOTE = re.compile(r'"([A-Z][^"\n]*)"')
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
