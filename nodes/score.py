@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..core.session import folders
 from ..core.session.inputs import Names
+from ..core.session.progress import seconds_of
 from ..core.vision.host import scoring
 from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
@@ -60,6 +61,7 @@ class LikenessScore(Node):
             inputs=_score_inputs(),
             outputs=_score_outputs(),
             is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -72,6 +74,9 @@ class LikenessScore(Node):
     def execute(cls, images, lpips=NO_LPIPS, **request) -> io.NodeOutput:
         path = None if lpips == NO_LPIPS else folders.resolve(folders.LPIPS, lpips)
         scores = scoring.score(scoring.Request(images, lpips=path, **request))
+        if cls.hidden:
+            seconds = {name: seconds_of(name, cls.hidden.unique_id, cls.hidden.prompt) for name in scores.names}
+            scores.seconds = {name: each for name, each in seconds.items() if each is not None}
         report = scores.report()
         captions = [scores.lines(i) for i in scores.shown]
         footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
@@ -144,7 +149,7 @@ def _score_inputs() -> list[io.Input]:
             default="",
             optional=True,
             tooltip="Names of the images, separated by commas, for the report and the grid, which then shows the best "
-            "image first. If empty, the images are numbered.",
+            "image first, with the seconds of trainings titled 'name: ...'. If empty, the images are numbered.",
         ),
     ]
 

@@ -32,7 +32,9 @@ PAGE_WORDS = {"Open in MaskEditor", "Set Group Nodes to Always", "Bypass Group N
 NODE_QUOTE = re.compile(r"(?<!\w)'([A-Z](?:[^'\n]|'(?=s ))*)'")
 START = re.compile(r"[1-8] Start - ")  # the names of the graphs for the first ten minutes
 MOST_NODES, NOTE_WIDTH, TITLE_HEIGHT, GROUP_COLOR = 12, 460, 34, "#3f789e"
-BARS = (100, 180)  # pixels of the page's own bars, at the left and at the top
+SCREEN, FILLED, PADDING = (1600, 1000), 0.75, 10  # how the page fits a graph into its window
+READABLE = 8 / 14  # zoom below which the canvas draws no text
+BARS = (100, 220)  # of the page's own bars at the left and at the top, in the units of a graph
 GROUP_QUOTE = re.compile(r'"([A-Z][^"\n]*)"')
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -109,7 +111,12 @@ def groups(graph: Graph) -> Iterator[str]:
 
 
 def few_nodes(graph: Graph) -> Iterator[str]:
-    """A start graph is seen at a glance: few nodes, a note that can be read, nothing under the page's bars."""
+    """A start graph is seen at a glance: few nodes, texts that can be read, nothing under the page's bars."""
+    boxes = [*map(box_of, graph["nodes"]), *map(frame_of, graph["groups"])]
+    sides = [max(box[axis + 2] for box in boxes) - min(box[axis] for box in boxes) + 2 * PADDING for axis in (0, 1)]
+    zoom = FILLED * min(screen / side for screen, side in zip(SCREEN, sides, strict=True))
+    if zoom < READABLE:
+        yield f"It is {sides} large, whose text cannot be read when it is fitted into {SCREEN}: move nodes together."
     if len(graph["nodes"]) > MOST_NODES:
         yield f"It has {len(graph['nodes'])} nodes, expected are {MOST_NODES} at most: fold some into a subgraph."
     for node in graph["nodes"]:

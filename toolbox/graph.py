@@ -233,7 +233,8 @@ def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
             source = links.source(entry["link"])
             if source is not None:
                 inputs[entry["name"]] = source
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+        titled = {"_meta": {"title": node["title"]}} if "title" in node else {}  # as the page does
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, **titled}
     return prompt
 
 

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +27,7 @@ from .session import GuiderDenoiser, Session
 from .stores import run_store
 
 LAST = 1 << 62  # Retention.every for a run that saves only its last result
+_seconds: dict[str, float] = {}  # what each run of this process took, by key
 log = logging.getLogger("likeness")
 
 FitContext = contextlib.AbstractContextManager[tuple[Fit, Callable[[], Result]]]
@@ -124,13 +126,16 @@ def run(job: Job) -> Run:
     else:
         stored = stored_run(store, key, whole=False, more=job.state)
     progress = Progress(job.model, job.steps)
-    progress.start(0 if stored is None else stored.step)
+    done, begun = 0 if stored is None else stored.step, time.monotonic()
+    progress.start(done)
     if stored is None or not job.is_complete(stored):
         with random_numbers():  # whether a run is trained or served makes no difference to what follows
-            stored = _train(job, 0 if stored is None else stored.step, store, key, progress)
+            stored = _train(job, done, store, key, progress)
+        if not done:
+            _seconds[key] = time.monotonic() - begun
     end = job.end(stored)
     losses = stored.losses[:end]
-    progress.finish(losses)
+    progress.finish(losses, _seconds.get(key))
     if losses:
         log.info("%s: %d steps, loss %.4f to %.4f", job.method, end, losses[0], losses[-1])
     return Run(stored.state, losses, stored.up_to(end, job.retention.every))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_management as mm
@@ -22,6 +22,7 @@ EVENT, WARNING = "likeness.progress", "likeness.warning"
 PREVIEW_SIDE = 512
 SHARE = 0.04  # of the time of a training, for images of what was learned so far
 INTERVAL = 1.0  # seconds between two images or curves
+_learned: dict[str, float | None] = {}  # by node: the seconds of its last run, None of one from another process
 
 
 class Steps:
@@ -101,11 +102,12 @@ class Progress(Steps):
         self._bar.update_absolute(step, self._total, preview)
         self.curve(losses)
 
-    def finish(self, losses: list[float]) -> None:
-        """Show the end of a run, also of one returned from disk."""
+    def finish(self, losses: list[float], seconds: float | None) -> None:
+        """Show the end of a run, also of one returned from disk. seconds: what it took in all, where that is known."""
         mm.throw_exception_if_processing_interrupted()
         self._bar.update_absolute(max(len(losses), self._total), self._total)
         self.curve(losses)
+        _learned[str(self._node)] = seconds
 
     def _seconds_left(self, step: int) -> float:
         """At the pace of this run so far, in seconds."""
@@ -128,6 +130,23 @@ class Progress(Steps):
             "so_far": self._so_far,
         }
         _send(EVENT, message)
+
+
+def seconds_of(name: str, node: str, prompt: Mapping[str, Any]) -> float | None:
+    """What the trainings in front of a node of a prompt took whose titles begin with "name:"; None if it is not known.
+
+    prompt: in ComfyUI's API form, with the titles that the page adds.
+    """
+    ahead, waiting = {node}, [node]
+    while waiting:
+        for value in prompt.get(waiting.pop(), {}).get("inputs", {}).values():
+            if isinstance(value, list) and value and str(value[0]) not in ahead:
+                ahead.add(str(value[0]))
+                waiting.append(str(value[0]))
+    titles = {each: prompt[each].get("_meta", {}).get("title", "") for each in ahead & prompt.keys() & _learned.keys()}
+    seconds = [_learned[each] for each, title in titles.items() if title.startswith(f"{name}:")]
+    known = [each for each in seconds if each is not None]
+    return sum(known) if known and len(known) == len(seconds) else None
 
 
 class _WarningsInPage(logging.Handler):

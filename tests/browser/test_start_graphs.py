@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from likeness.toolbox.graph import Graph, adapt, convert, subgraphs
@@ -89,6 +91,19 @@ def test_blueprint_is_listed_dropped_and_runs(request, page, object_info):
     }  # the page shows the image by itself
     assert (width > 0) != itself
     assert "loss_curve" not in page.tab.evaluate(WIDGETS, BLUEPRINT), "it goes when the run is over"
+
+
+@pytest.mark.parametrize("page", ["canvas"], indirect=True)
+def test_search_that_the_readme_names_finds_the_first_graph_first(page):
+    readme = (workflows.ROOT / "README.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"search for \*([^*]+)\* and choose the first card", readme)
+    page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.tab.locator("[role=dialog] input:visible").first.fill(words)
+    page.tab.wait_for_function(
+        """name => { const cards = [...document.querySelectorAll('[data-testid^="template-workflow-"]')];
+          return cards.length && cards.length < 5 && cards[0].dataset.testid.endsWith(name); }""",
+        arg=START,
+    )
 
 
 @pytest.mark.parametrize("server", ["newest"], indirect=True)

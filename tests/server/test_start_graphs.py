@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -72,6 +73,10 @@ def test_the_sheet_of_methods_ranks_them_and_shows_the_best(results):
     names = ("Text alone", "HiPer", "HiFi Tuner", "SINE")
     assert {name for name in names for row in rows if row.strip().startswith(name)} == set(names)
     assert [row.rstrip().endswith("best") for row in rows] == [True, False, False, False]
+    learned = dict(re.findall(r"^(.+): learned in (\d+\.\d) s$", result.text("Scores"), re.MULTILINE))
+    assert learned.keys() == set(names[1:]) and all(
+        0 < float(seconds) < result.run.seconds for seconds in learned.values()
+    )
     (shown,) = result.pictures("Best picture")
     assert shown.shape == (workflows.SIZE, workflows.SIZE, 3)
     assert shown.std() > 0.03

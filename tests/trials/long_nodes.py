@@ -160,7 +160,7 @@ def prompt(name: str, patch: str) -> dict[str, Any]:
     last, count = TARGET, len(_schema(case.node).outputs)
     if case.sampled:
         own = {output.display_name: [TARGET, number] for number, output in enumerate(_schema(case.node).outputs)}
-        given = {"latent": _link("@latent"), "positive": _link("@positive"), "negative": _link("@negative"), **own}
+        given = {name: own.get(name, _link(f"@{name}")) for name in ("model", "latent", "positive", "negative")}
         given["latent_image"] = given.pop("latent")
         settings = {"add_noise": True, "noise_seed": 1, "cfg": 4.0}
         given |= {**settings, "sampler": _link("@sampler"), "sigmas": _link("@sigmas")}

@@ -104,6 +104,7 @@ def titled(graph: Graph, title: str) -> dict[str, Any]:
     [
         (lambda graph: graph["nodes"].extend(graph["nodes"]), "fold some into a subgraph"),
         (lambda graph: titled(graph, "Note").update(size=[340, 900]), "narrower than 460"),
+        (lambda graph: titled(graph, "5 Result").update(bounding=[1560, 0, 500, 1300]), "text cannot be read"),
         (lambda graph: graph["extra"]["ds"].update(offset=[60, 140]), "bars cover nodes"),
         (lambda graph: titled(graph, "2 Your photo").update(title="3 Your photo"), "count the steps"),
         (lambda graph: titled(graph, "1 Model").update(color="#335"), "ComfyUI's own"),

@@ -76,7 +76,11 @@ def chain() -> dict:
 def test_conversion_of_values_and_links():
     assert convert(chain(), INFO) == {
         "2": {"class_type": "Make", "inputs": {"text": "a cat", "seed": 3, "mode": "fast", "size": "l"}},
-        "3": {"class_type": "Change", "inputs": {"gain": 2.0, "blur": 0.5, "image": ["2", 0]}},
+        "3": {
+            "class_type": "Change",
+            "inputs": {"gain": 2.0, "blur": 0.5, "image": ["2", 0]},
+            "_meta": {"title": "Brighter"},
+        },
         "4": {"class_type": "Show", "inputs": {"title": "", "images": ["3", 0]}},
     }
 

@@ -7,8 +7,9 @@ import math
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import io
 
-from likeness.core.session import folders
+from likeness.core.session import folders, progress
 from likeness.core.vision.host import scoring
 from likeness.core.vision.host.vision import load_vision
 from likeness.nodes.score import LikenessLoadVision, LikenessScore
@@ -299,3 +300,29 @@ def test_named_images_are_shown_the_best_first(vision):
     assert not torch.equal(named["picture"][:, :side], plain["picture"][:, :side])
     with pytest.raises(ValueError, match="2 names were given for 3 images: give one for each, separated by commas"):
         run(**inputs, names="a, b")
+
+
+def node(title: str, *ahead: str) -> dict:
+    return {"class_type": "", "inputs": {f"in_{each}": [each, 0] for each in ahead}, "_meta": {"title": title}}
+
+
+def test_seconds_of_a_method_are_those_of_its_trainings_in_front(vision, monkeypatch):
+    prompt = {
+        "1:1": node("HiFi Tuner: learn"),
+        "1:2": node("HiFi Tuner: refine", "1:1"),
+        "1:3": node("SINE: learn"),
+        "1:4": node("HiPer: learn"),
+        "1:5": node("HiPer 2: learn"),
+        "1:6": node("Scores", "1:2", "1:3", "1:4"),
+        "2": node("HiPer: learn"),
+    }
+    learned = {"1:1": 20.0, "1:2": 2.5, "1:3": None, "1:4": 7.0, "1:5": 100.0, "2": 100.0}
+    monkeypatch.setattr(progress, "_learned", learned)
+    names = ("HiFi Tuner", "SINE", "HiPer", "text alone")
+    assert [progress.seconds_of(name, "1:6", prompt) for name in names] == [22.5, None, 7.0, None]
+    monkeypatch.setattr(LikenessScore, "hidden", io.HiddenHolder("1:6", prompt, None, None, "", ""), raising=False)
+    report = run(images=pictures(4), reference=pictures(1), **vision, names=", ".join(names))["report"]
+    assert [line for line in report.splitlines() if "learned" in line] == [
+        "HiFi Tuner: learned in 22.5 s",
+        "HiPer: learned in 7.0 s",
+    ]

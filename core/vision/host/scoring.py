@@ -80,6 +80,7 @@ class Scores:
     models: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # by name: what learning took
 
     @property
     def shown(self) -> list[int]:
@@ -95,10 +96,11 @@ class Scores:
         return self.values[name][self.best] if name in self.values else NOT_MEASURED
 
     def lines(self, image: int) -> list[str]:
-        title = (self.names[image] if self.names else f"image {image}") + (
-            " (best)" if image == self.best and len(self.order) > 1 else ""
-        )
-        return [title, *(f"{TITLES[n]} {_number(n, v[image])}{UNITS.get(n, '')}" for n, v in self.values.items())]
+        name = self.names[image] if self.names else f"image {image}"
+        title = name + (" (best)" if image == self.best and len(self.order) > 1 else "")
+        learned = [f"learned in {self.seconds[name]:.0f} s"] if name in self.seconds else []
+        numbers = (f"{TITLES[n]} {_number(n, v[image])}{UNITS.get(n, '')}" for n, v in self.values.items())
+        return [title, *numbers, *learned]
 
     def report(self) -> str:
         """A table with one row per image, the order, the models, and the measures not taken."""
@@ -112,7 +114,8 @@ class Scores:
         order = f"order: {', '.join(names[i] for i in self.order)} (by {self.rule})"
         models = [f"{TITLES[name]}: {model}" for name, model in self.models.items()]
         unmeasured = [f"not measured: {', '.join(missing)}"] if missing else []
-        return "\n".join([*rows, order, *models, *unmeasured, *self.notes])
+        learned = [f"{name}: learned in {seconds:.1f} s" for name, seconds in self.seconds.items()]
+        return "\n".join([*rows, order, *models, *unmeasured, *learned, *self.notes])
 
 
 def _number(name: str, value: float) -> str:
