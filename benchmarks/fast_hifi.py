@@ -57,7 +57,7 @@ class Bench(table2_hifi.Bench):
             refined = self.refined(case, one[label])
             seconds[name] = time.process_time() - begun
             row[name] = scores(refined)
-        return {**row, "more": seconds}
+        return {**row, "more": [seconds]}
 
 
 def main(arguments: list[str]) -> int:

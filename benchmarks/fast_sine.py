@@ -45,7 +45,7 @@ class Bench(effect_sine.Bench):
             seconds[name] = spent
         self.settings = own
         row["base"]["tuned"] = row["base"]["identity"]
-        return {**row, "more": seconds}
+        return {**row, "more": [seconds]}
 
 
 def main(arguments: list[str]) -> int:
