@@ -4,7 +4,7 @@ On toyworld, as fast_siso: --search tries some rates on held-out subjects that t
 the winner is measured once against the full tuning, on other subjects. The edit, the guidance and the scores are those
 of effect_sine; "tuned" is the tuned model alone with its own prompt: how well it knows the image.
 
-    python toolbox/_load.py benchmarks.fast_sine --search --subjects 4 --out benchmarks/results/search_sine.json
+    python toolbox/_load.py benchmarks.fast_sine --search --subjects 3 --out benchmarks/results/search_sine.json
     python toolbox/_load.py benchmarks.fast_sine --out benchmarks/results/fast_sine.json
 """
 
@@ -45,13 +45,13 @@ class Bench(effect_sine.Bench):
             seconds[name] = spent
         self.settings = own
         row["base"]["tuned"] = row["base"]["identity"]
-        return {**row, "more": seconds}
+        return {**row, "more": [seconds]}
 
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures."""
     options = {"--search": {"action": "store_true", "help": "try all rates on the subjects for that"}}
-    run = frame.Run("fast_sine", arguments, {"unet": effect_sine.WORLDS["unet"]}, options, threads=1, subjects=24)
+    run = frame.Run("fast_sine", arguments, {"unet": effect_sine.WORLDS["unet"]}, options, threads=1, subjects=16)
     ways, chosen = (SEARCH, SEARCHED) if run.options.search else (FAST, TESTED)
     edits = effect_sine.edits(max(chosen) + 1, run.options.harder, SEED)
     rows = run.rows(
