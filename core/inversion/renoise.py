@@ -187,7 +187,7 @@ def renoise(
         count = min(LOW_ITERATIONS, settings.iterations) if sigma < low else settings.iterations + 1
         first = 0 if sigma < low else max(count - settings.averaged, 0)
         invert_step = _inverse_step(x, sigma, following, noises[step], settings.ancestral)
-        predictions, guess = [], x if settings.ancestral else relabelled(denoiser, x, following, sigma)
+        predictions, guess = [], x if settings.ancestral else relabelled(denoiser.noised, x, following, sigma)
         for index in range(count):
             eps = predicted_noise(denoiser, guess, sigma, context)
             if index >= first:
