@@ -42,6 +42,11 @@ def sizes(layer: Layer) -> tuple[int, int]:
     return layer.count if isinstance(layer, Rows) else linear.out_features, linear.in_features
 
 
+def low_rank_product(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
+    return F.linear(F.linear(x, down.to(x)), up.to(x))
+
+
 class LowRank(nn.Module):
     """The factors A [r, in] and B [out, r] of one linear layer; B starts at zero: the output is unchanged at first."""
 
@@ -64,12 +69,8 @@ class LowRank(nn.Module):
         """B and A."""
         return self.up, self.down
 
-    def added(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.added(x, *self.product())
+        return low_rank_product(x, *self.product())
 
     def tensors(self, path: str, values: Mapping[str, Tensor] | None = None, peft: bool = False) -> dict[str, Tensor]:
         """The factors under ComfyUI's LoRA names, or PEFT's, which have no alpha; path is the layer's path in the

@@ -8,14 +8,13 @@ from typing import Any
 import comfy.lora
 import comfy.sd
 import torch
-import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
 from ...prompt.conditioning import Conditioning, detached
 from ..artifact import MODEL_PREFIXES, TEXT_PREFIXES, FineTunedWeights
-from ..low_rank import attached_lora
+from ..low_rank import attached_lora, low_rank_product
 from ..timestep_rank import MARKER, active_ranks
 
 RANK_MASK = "likeness.rank_mask"  # key of the wrappers
@@ -59,12 +58,9 @@ class RankMask:
         t, masked = int((levels.to(sigma) - sigma.max()).abs().argmin()), {}
         for name, (up, down) in self.factors.items():
             first = 2 * active_ranks(t, len(levels), len(down) // 2)
-            masked[name] = functools.partial(self._masked, up[:, first:], down[first:])
+            masked[name] = functools.partial(low_rank_product, up=-self.strength * up[:, first:], down=down[first:])
         with attached_lora(layers, {name: each for name, each in masked.items() if name in layers}):
             return executor(x, sigma, *args, **more)
-
-    def _masked(self, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-        return -self.strength * F.linear(F.linear(x, down.to(x)), up.to(x))
 
 
 def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, Any]) -> None:
