@@ -9,26 +9,25 @@ model's estimate of x0. It is linear in the network's output F, noise or a veloc
 and a loss on the network's own output, which is what the model was trained with, needs s(sigma) alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Noising(Protocol):
-    """How noise is added."""
-
-    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """x0 [B, C, h, w] with noise added at noise level sigma [B]."""
-        ...
+Noised = Callable[[Tensor, Tensor, Tensor], Tensor]  # Denoiser.noised()
 
 
-class Denoiser(Noising, Protocol):
+class Denoiser(Protocol):
     """The model as an algorithm sees it. Differentiable in x and in context."""
 
     sigmas: Tensor
     """[T] float32, ascending: the noise level at each integer timestep t = 0 .. T-1."""
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """x0 [B, C, h, w] with noise added at noise level sigma [B]."""
+        ...
 
     def denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, tokens, width]."""
@@ -80,16 +79,16 @@ def predicted_noise(denoiser: Denoiser, x: Tensor, sigma: Tensor, context: Tenso
     return (x - denoiser.denoised(x, sigma.expand(x.shape[0]), context)) / sigma
 
 
-def variance(denoiser: Noising, sigma: Tensor) -> Tensor:
+def variance(noised: Noised, sigma: Tensor) -> Tensor:
     """Variance of noised latents whose own is 1: 1 + sigma^2, or (1 - sigma)^2 + sigma^2 in flow models."""
     one, zero, level = torch.ones(1, 1, 1, 1).to(sigma), torch.zeros(1, 1, 1, 1).to(sigma), sigma.view(1)
-    image, noise = denoiser.noised(one, zero, level), denoiser.noised(zero, one, level)
+    image, noise = noised(one, zero, level), noised(zero, one, level)
     return (image**2 + noise**2).view(sigma.shape)
 
 
-def relabelled(denoiser: Noising, x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
+def relabelled(noised: Noised, x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
     """x at level `sigma`, rescaled to the variance of level `to`: x / sqrt(variance) is the same at both."""
-    return x * (variance(denoiser, to) / variance(denoiser, sigma)).sqrt()
+    return x * (variance(noised, to) / variance(noised, sigma)).sqrt()
 
 
 def rescaled(x: Tensor, sigma: Tensor, to: Tensor) -> Tensor:

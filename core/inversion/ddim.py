@@ -53,7 +53,7 @@ def invert(
             eps = predicted_noise(denoiser, x + (high - low) / 2 * eps, (low + high) / 2, context)
         else:
             level = torch.maximum(low, lowest) if label == "current" else high
-            eps = predicted_noise(denoiser, relabelled(denoiser, x, low, level), level, context)
+            eps = predicted_noise(denoiser, relabelled(denoiser.noised, x, low, level), level, context)
         following = x + (high - low) * eps
         for _ in range(iterations if label == "fixed point" else 0):
             following = x + (high - low) * predicted_noise(denoiser, following, high, context)

@@ -116,7 +116,7 @@ class NullText(Fit):
     def update(self) -> Tensor:
         i = len(self.nulls)
         eps = self.guided_noise(self.u)
-        scale = variance(self.denoiser, self.sigmas[i + 1])
+        scale = variance(self.denoiser.noised, self.sigmas[i + 1])
         loss = ((self.next_x(eps) - self.trajectory[i + 1]).float().square() / scale).mean()
         value = finite_or_raise(loss, self.step)
         before, denoised = self.u.detach().clone(), (self.x - self.sigmas[i] * eps).detach()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..denoiser import Noising, relabelled
+from ..denoiser import Noised, relabelled
 
 CLOSE = 1e-4  # relative: noise levels closer than this are equal
 
@@ -30,10 +30,10 @@ def landing_prediction(x: Tensor, sigma: float, target: Tensor, following: float
     return x - sigma * (target - x) / (following - sigma)
 
 
-def residuals(denoiser: Noising, latents: Tensor, sigmas: Tensor) -> Tensor:
+def residuals(noised: Noised, latents: Tensor, sigmas: Tensor) -> Tensor:
     """r [T, B, C, h, w] of a trajectory's latents [T + 1, B, C, h, w] along levels sigmas [T + 1]."""
     steps = zip(latents[1:], sigmas[1:], sigmas[:-1], strict=True)
-    return torch.stack([relabelled(denoiser, *step) for step in steps]) - latents[:-1]
+    return torch.stack([relabelled(noised, *step) for step in steps]) - latents[:-1]
 
 
 def step_at(sigma: float, levels: Sequence[float]) -> int | None:

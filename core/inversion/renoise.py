@@ -23,6 +23,7 @@ sigma_next^2 / sigma, which is the same number as the sampler's. Deviations, eac
 - the noises have the latent's own size; in the reference code they always have the size for 512 px.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,8 +43,10 @@ LOW_ITERATIONS, LOW_TIMESTEP = 5, 250  # LOW_ITERATIONS for steps from a timeste
 SEED = 7865
 
 
-def ancestral_sigmas(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma_down and sigma_up of a step between two levels, following < sigma."""
+def ancestral_sigmas(sigma: Tensor, following: Tensor, ancestral: bool = True) -> tuple[Tensor, Tensor]:
+    """sigma_down and sigma_up of a step between two levels, following < sigma: following and 0 without noise."""
+    if not ancestral:
+        return following, torch.zeros_like(following)
     up = (following**2 * (sigma**2 - following**2).abs() / sigma**2).sqrt()
     return following**2 / sigma, up
 
@@ -53,9 +56,11 @@ def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, followi
     return x + (down - sigma) * eps + up * noise
 
 
-def inverse_ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
-    """The latent before an ancestral step that led to x."""
-    down, up = ancestral_sigmas(sigma, following)
+def inverse_ancestral_step(
+    x: Tensor, eps: Tensor, noise: Tensor, sigma: Tensor, following: Tensor, ancestral: bool = True
+) -> Tensor:
+    """The latent before an ancestral step, or one without noise, that led to x."""
+    down, up = ancestral_sigmas(sigma, following, ancestral)
     return x - (down - sigma) * eps - up * noise
 
 
@@ -177,8 +182,6 @@ def renoise(
     noises = [torch.randn(x0.shape, generator=generator).to(x0) for _ in sigmas[:-1]]
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     low = denoiser.sigmas[min(LOW_TIMESTEP, len(denoiser.sigmas) - 1)].to(x0)
-    if not settings.ancestral:
-        noises = [torch.zeros_like(x0) for _ in noises]
     x = x0
     for step in range(len(sigmas) - 2, -1, -1):
         sigma, following = sigmas[step], sigmas[step + 1]
@@ -186,8 +189,9 @@ def renoise(
         # At low levels there are fewer iterations and all predictions are averaged, as in the reference code.
         count = min(LOW_ITERATIONS, settings.iterations) if sigma < low else settings.iterations + 1
         first = 0 if sigma < low else max(count - settings.averaged, 0)
-        invert_step = _inverse_step(x, sigma, following, noises[step], settings.ancestral)
-        predictions, guess = [], x if settings.ancestral else relabelled(denoiser, x, following, sigma)
+        how = {"noise": noises[step], "sigma": sigma, "following": following, "ancestral": settings.ancestral}
+        invert_step = functools.partial(inverse_ancestral_step, x, **how)
+        predictions, guess = [], x if settings.ancestral else relabelled(denoiser.noised, x, following, sigma)
         for index in range(count):
             eps = predicted_noise(denoiser, guess, sigma, context)
             if index >= first:
@@ -201,12 +205,3 @@ def renoise(
         x = guess
         on_step(x)
     return x, Replay(sigmas, torch.cat(noises)[: None if settings.ancestral else 0])
-
-
-def _inverse_step(
-    x: Tensor, sigma: Tensor, following: Tensor, noise: Tensor, ancestral: bool
-) -> Callable[[Tensor], Tensor]:
-    """A function from eps to the latent before the step that led to x."""
-    if ancestral:
-        return lambda eps: inverse_ancestral_step(x, eps, noise, sigma, following)
-    return lambda eps: x + (sigma - following) * eps

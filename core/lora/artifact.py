@@ -177,6 +177,8 @@ def _plain(table: Any, kinds: tuple[type, ...]) -> bool:
 
 def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
     for name in tensors:
+        if name.endswith((".lokr_w1", ".lokr_w2")) and f"{name[:-1]}{3 - int(name[-1])}" not in tensors:
+            raise ValueError(f"{path.name} holds no matching pair of factors for '{name[:-8]}': train it again.")
         layer, _, part = name.rpartition(".lora_")
         if not layer:
             continue

@@ -1,5 +1,5 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3: h = W x + (alpha / r) B A x, added to the layer's output rather than
-merged into its weight.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), eq. 3 with alpha = r: h = W x + B A x, added to the layer's output rather
+than merged into its weight.
 
 This way the two factors train without a gradient or a copy of W, which needs the least memory and works for weights in
 any storage format.
@@ -42,17 +42,15 @@ def sizes(layer: Layer) -> tuple[int, int]:
     return layer.count if isinstance(layer, Rows) else linear.out_features, linear.in_features
 
 
+def low_rank_product(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
+    return F.linear(F.linear(x, down.to(x)), up.to(x))
+
+
 class LowRank(nn.Module):
     """The factors A [r, in] and B [out, r] of one linear layer; B starts at zero: the output is unchanged at first."""
 
-    def __init__(
-        self,
-        layer: Layer,
-        rank: int,
-        generator: torch.Generator,
-        alpha: float | None = None,
-        deviation: float | None = None,
-    ) -> None:
+    def __init__(self, layer: Layer, rank: int, generator: torch.Generator, deviation: float | None = None) -> None:
         """deviation: draw A from a normal distribution with this standard deviation, instead of uniformly as torch
         initialises a linear layer.
         """
@@ -66,31 +64,22 @@ class LowRank(nn.Module):
             down = torch.randn(shape, generator=generator) * deviation
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(rows, rank, device=device))
-        self.scale = (rank if alpha is None else alpha) / rank
 
     def product(self) -> tuple[Tensor, Tensor]:
         """B and A."""
         return self.up, self.down
 
-    def added(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """(alpha / r) B A x in the dtype of x: the float32 factors are cast, not the much larger activations."""
-        return self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.added(x, *self.product())
+        return low_rank_product(x, *self.product())
 
-    def tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The factors under ComfyUI's LoRA names; path is the layer's path in the model. values: "up" and "down" to use
-        instead of the current ones."""
+    def tensors(self, path: str, values: Mapping[str, Tensor] | None = None, peft: bool = False) -> dict[str, Tensor]:
+        """The factors under ComfyUI's LoRA names, or PEFT's, which have no alpha; path is the layer's path in the
+        model. values: "up" and "down" to use instead of the current ones."""
         up, down = self.product() if values is None else (values["up"], values["down"])
-        alpha = torch.tensor(self.scale * down.shape[0])
-        named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down, f"{path}.alpha": alpha}
-        return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
-
-    def peft_tensors(self, path: str, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """As tensors(), under PEFT's names, which have no alpha: the scale is folded into B."""
-        up, down = (self.up, self.down) if values is None else (values["up"], values["down"])
-        named = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": self.scale * up}
+        named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down}
+        named[f"{path}.alpha"] = torch.tensor(float(down.shape[0]))
+        if peft:
+            named = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
 

@@ -19,7 +19,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .low_rank import Layer, LowRank, sizes
+from .low_rank import Layer, LowRank, low_rank_product, sizes
 
 MARKER = "likeness.needs_rank_mask"  # in files of weights trained with the mask
 
@@ -65,4 +65,4 @@ class TimestepRank(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.product()
-        return self.added(x, up[:, : 2 * self.active], down[: 2 * self.active])
+        return low_rank_product(x, up[:, : 2 * self.active], down[: 2 * self.active])

@@ -124,7 +124,7 @@ class ReferenceGuide(Fit):
         sigma, following = self.sigmas[i], self.sigmas[i + 1]
         eps = predicted_noise(self.unguided, x, sigma, self.phi_h)
         x_next = self._guided_step(x, i, eps_c, eps)
-        scale = variance(self.denoiser, following)
+        scale = variance(self.denoiser.noised, following)
         loss = masked_mean((x_next - self.trajectory[i + 1]).float().square() / scale, self.mask)
         value = finite_or_raise(loss, self.step)
         denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()

@@ -49,16 +49,6 @@ def noisy_start(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) ->
     return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, full_noise)
 
 
-class ModelNoising:
-    """A MODEL's own Noising (denoiser.py), outside of a session."""
-
-    def __init__(self, model: Any) -> None:
-        self._sampling = model.get_model_object("model_sampling")
-
-    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return self._sampling.noise_scaling(sigma, noise, x0)
-
-
 def sample_latent(
     model: Any,
     positive: Conditioning,

@@ -33,10 +33,11 @@ def pair(family, change: bool = True) -> tuple:
 
 
 def controlled(model, positive, **more):
-    from likeness.core.attention.host.prompt_to_prompt import Control, with_control
+    from likeness.core.attention.host.prompt_to_prompt import Control, SubjectSwap, with_control
     from likeness.core.attention.prompt_to_prompt import Swap
 
-    return with_control(model, Control(PROMPTS, (Swap(WORD, 1, 1),), positive[0][0].shape[1], **more))
+    request = SubjectSwap(PROMPTS[0], "cat", "dog", **more)
+    return with_control(model, Control(request, PROMPTS, (Swap(WORD, 1, 1),), positive[0][0].shape[1]))
 
 
 def by_hand(model, family, name: str, places: tuple[int, int]):

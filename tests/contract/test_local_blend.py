@@ -21,8 +21,8 @@ def test_a_mask_keeps_the_picture_itself_elsewhere(clip):
     close(found[1][:, ~inside], found[0][:, ~inside], atol=1e-3)
     assert torch.equal(found[0], free[0]) and float((found[1] - found[0])[:, inside].abs().mean()) > 1e-2
     for wrong, match in (
-        (0 * mask, "an empty mask"),
-        (torch.ones_like(mask), "a full mask"),
+        (0 * mask, "mask is empty"),
+        (torch.ones_like(mask), "covers the whole image"),
         (mask.expand(2, -1, -1), "2 masks"),
     ):
         with pytest.raises(ValueError, match=match):

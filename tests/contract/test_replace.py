@@ -52,9 +52,10 @@ def play(model, positive, negative, latent, sampler: str = "euler", guider=None)
 
 def controlled_by(setting, positive, swap, **more):
     """A model whose control is made by hand."""
-    from likeness.core.attention.host.prompt_to_prompt import KEY, Control, with_control
+    from likeness.core.attention.host.prompt_to_prompt import KEY, Control, SubjectSwap, with_control
 
-    return with_control(setting.model, Control(positive[0][1][KEY], (swap,), 77, **more))
+    request = SubjectSwap(PROMPT, WORD, "dog", **more)
+    return with_control(setting.model, Control(request, positive[0][1][KEY], (swap,), 77))
 
 
 class Corrections:

@@ -142,6 +142,8 @@ OTHERS = {
     "another difference": ({"diff": (3, 3)}, "has 9 numbers for .*, this model 4096"),
     "one number": ({"diff": ()}, "has 1 numbers for .*, this model 4096"),
     "no rank": ({"lora_up.weight": (64, 0), "lora_down.weight": (0, 64)}, "holds no matching pair"),
+    "half of a LoKr": ({"lokr_w2": (16, 16)}, "holds no matching pair"),
+    "no such bias": ({"diff_b": (3,)}, "has 3 numbers for .*, this model 0"),
     "a strength alone": ({"alpha": ()}, "for layers that this model does not have"),
 }
 

@@ -56,6 +56,11 @@ class Call:
         q, mask = self.q[rows, :, layout.image], self._added(rows, layout.image)
         return column_probabilities(q, self.for_each_query(self.k[rows]), layout.text, mask, self.scale)
 
+    def maps(self, rows: slice, layout: Layout) -> Tensor:
+        """Those as maps [B, tokens, h, w], the mean over heads."""
+        attention = torch.cat([part.mean(1) for _, part in self.probabilities(rows, layout)], 1)
+        return attention.transpose(1, 2).unflatten(-1, layout.shape)
+
     def for_each_query(self, keys: Tensor) -> Tensor:
         """Keys or values [B, heads, N, d], of models that have one for several queries too."""
         return keys if keys.shape[1] == self.heads else keys.repeat_interleave(self.heads // keys.shape[1], 1)

@@ -112,8 +112,7 @@ class _MapRecorder:
         return layer
 
     def _look(self, layout: Layout, call: Call, out: Tensor) -> Tensor:
-        attention = torch.cat([part.mean(1) for _, part in call.probabilities(slice(None), layout)], 1)
-        self.maps.append(attention[..., -self.tokens :].transpose(1, 2).unflatten(-1, layout.shape).cpu())
+        self.maps.append(call.maps(slice(None), layout)[:, -self.tokens :].cpu())
         return out
 
     def mean(self) -> Tensor:

@@ -22,6 +22,7 @@ from ...prompt.conditioning import Conditioning
 from ...prompt.host.entries import entries_by_prompt, table_of
 from ...prompt.windows import SigmaRange
 from ...session.fingerprint import check_base
+from ...session.images import checked_mask
 from ...session.weights import POST_CFG
 from ..maps import mean_over_layers, probabilities, token_maps
 from ..prompt_to_prompt import (
@@ -47,28 +48,42 @@ from .swapped_prompt import (
     pair_prompts,
 )
 
+CHANGED = "connect the subject's mask, grown a little, or none"
+
 
 @dataclass(frozen=True)
-class Control:
-    """The attention control of a MODEL. prompts: source and edit. swaps: one for each text encoder in the prompt. rows:
-    tokens of a prompt, padding included. tail: tokens of the learned subject at its end. The percents are where control
-    ends, 1 being the finished image. blend: a place may change if its attention is above this share of the maximum; 0
-    allows all places. mask [1, 1, H, W]: where the image may change; with blend, where both allow it.
+class SubjectSwap:
+    """Replace `word` in a prompt, also with a learned subject. The percents are where control ends, 1 being the
+    finished image. blend: a place may change if its attention is above this share of the maximum; 0 allows all places.
+    mask, a MASK: where the image may change; with blend, where both allow it.
     """
 
-    prompts: tuple[str, str]
-    swaps: tuple[Swap, ...]
-    rows: int
-    tail: int = 0
+    prompt: str
+    word: str
+    replacement: str
+    subject: LearnedSubject | None = None
     end_percent: float = 1.0
     self_percent: float = 0.0
     renormalise: bool = False
     blend: float = 0.0
     mask: Tensor | None = None
 
+
+@dataclass(frozen=True)
+class Control:
+    """The attention control of a MODEL. prompts: source and edit. swaps: one for each text encoder in the prompt. rows:
+    tokens of a prompt, padding included.
+    """
+
+    request: SubjectSwap
+    prompts: tuple[str, str]
+    swaps: tuple[Swap, ...]
+    rows: int
+
     def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Map [rows, rows], and which tokens are the edit's own."""
-        mapping, is_edit = torch.eye(self.rows), edit_columns(Swap(0, 0, 0), self.rows, self.tail)
+        tail = self.request.subject.tokens if self.request.subject else 0
+        mapping, is_edit = torch.eye(self.rows), edit_columns(Swap(0, 0, 0), self.rows, tail)
         for swap in self.swaps:
             mapping, is_edit = mapping @ column_map(swap, self.rows), is_edit | edit_columns(swap, self.rows)
         return mapping.to(device), is_edit.to(device)
@@ -82,28 +97,6 @@ class Control:
         return source, edit
 
 
-@dataclass(frozen=True)
-class SubjectSwap:
-    """Replace `word` in a prompt, also with a learned subject. The other fields are those of Control."""
-
-    prompt: str
-    word: str
-    replacement: str
-    subject: LearnedSubject | None = None
-    end_percent: float = 1.0
-    self_percent: float = 0.0
-    renormalise: bool = False
-    blend: float = 0.0
-    mask: Tensor | None = None
-
-    def control(self, swaps: tuple[Swap, ...], edited: str, rows: int) -> Control:
-        tail = self.subject.tokens if self.subject else 0
-        ends = (self.end_percent, self.self_percent)
-        return Control(
-            (self.prompt, edited), swaps, rows, tail, *ends, self.renormalise, self.blend, _checked_mask(self.mask)
-        )
-
-
 def replace_subject(
     model: Any, clip: Any, request: SubjectSwap, source: Conditioning | None = None
 ) -> tuple[Any, Conditioning]:
@@ -111,37 +104,23 @@ def replace_subject(
 
     source: the prompt that the image was inverted with; its sizes and ControlNets apply to both.
     """
-    learned, prompt, word = request.subject, request.prompt, request.word
+    learned, prompt, word, mask = request.subject, request.prompt, request.word, request.mask
+    if mask is not None:
+        checked_mask(mask, 1, (mask.shape[-2], mask.shape[-1]), empty=CHANGED, full=CHANGED)
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
-    edited = edited_prompt(prompt, word, request.replacement)
-    if transformer_layers(model.model.diffusion_model):
-        swaps = (clip_swap(clip, prompt, edited, word, learned),)
-        encoded = encode_prompts(clip, (prompt, edited), source)
-    else:
-        if request.self_percent > 0:
-            raise ValueError(
-                "self_percent copies the attention of the UNet's layers of at most 32 x 32 places, which this model "
-                "does not have: set it to 0."
-            )
-        encoded = encode_prompts(clip, (prompt, edited), source)
-        swaps = encoder_swaps(clip, (prompt, edited), *encoded, learned)
-    positive = pair_prompts(*encoded, learned, (prompt, edited))
-    return with_control(model, request.control(swaps, edited, positive[0][0].shape[1])), positive
-
-
-def _checked_mask(mask: Tensor | None) -> Tensor | None:
-    """A MASK [H, W] or [1, H, W] as [1, 1, H, W]; ValueError for several masks, an empty or a full one."""
-    if mask is None:
-        return None
-    inside = (mask > 0.5).float().reshape(-1, 1, *mask.shape[-2:])
-    if len(inside) != 1 or not 0 < float(inside.mean()) < 1:
-        problem = f"{len(inside)} masks" if len(inside) != 1 else "an empty mask" if not inside.any() else "a full mask"
+    prompts = (prompt, edited_prompt(prompt, word, request.replacement))
+    of_unet = transformer_layers(model.model.diffusion_model)
+    if request.self_percent > 0 and not of_unet:
         raise ValueError(
-            f"There is {problem}, expected one that is white where the image may change and black elsewhere: connect "
-            "the subject's mask, grown a little, or none."
+            "self_percent copies the attention of the UNet's layers of at most 32 x 32 places, which this model does "
+            "not have: set it to 0."
         )
-    return inside
+    swaps = (clip_swap(clip, *prompts, word, learned),) if of_unet else ()
+    encoded = encode_prompts(clip, prompts, source)
+    swaps = swaps or encoder_swaps(clip, prompts, *encoded, learned)
+    positive = pair_prompts(*encoded, learned, prompts)
+    return with_control(model, Control(request, prompts, swaps, positive[0][0].shape[1])), positive
 
 
 def repeat_latent(latent: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +173,7 @@ class _Sampling:
         if not layers:
             look = _Joint(run, find_layout(guider, entries[0], run.noise, sigma))
             return looking(extra_args, look, look.expected, look.layout)
-        of_self = {"attn1": run.self_attention} if self.control.self_percent > 0 else {}
+        of_self = {"attn1": run.self_attention} if self.control.request.self_percent > 0 else {}
         return wrapped(extra_args, layers, attn2=run.cross_attention, **of_self)
 
     def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
@@ -214,7 +193,7 @@ class _Sampling:
                 "from."
             )
         for entry in own_prompts:
-            if "area" in entry and self.control.blend > 0:
+            if "area" in entry and self.control.request.blend > 0:
                 raise ValueError(
                     "A prompt, the negative one included, holds in an area, whose maps do not show the whole image: "
                     "take the area off, or give Replace Subject a mask in place of blend."
@@ -249,19 +228,19 @@ class _Run:
         levels: Sequence[float],
         noise: Tensor,
     ) -> None:
-        self.control = control
+        self.control, self.how = control, control.request
         self.mapping, self.is_edit = control.columns(noise.device)
         self.cross, self.self_ = (
             SigmaRange(float("inf"), sampling.percent_to_sigma(end))
-            for end in (control.end_percent, control.self_percent)
+            for end in (self.how.end_percent, self.how.self_percent)
         )
         self.prompt_uuids, self._levels, self._size = uuids, levels, (noise.shape[-2], noise.shape[-1])
         self.noise = noise
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
         self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths up to this
         self._attention, self._pending = torch.zeros(2, *self._size), torch.zeros(2, *self._size)
-        self.blends = control.blend > 0 or control.mask is not None
-        self.records = control.blend > 0 and bool(control.swaps)
+        self.blends = self.how.blend > 0 or self.how.mask is not None
+        self.records = self.how.blend > 0 and bool(control.swaps)
 
     def pairs(self, batch: int, options: dict[str, Any]) -> Iterator[slice]:
         """The batch slices in which source and edit are evaluated with the positive prompt."""
@@ -300,18 +279,20 @@ class _Run:
 
     def _edit_mask(self, sigma: float) -> Tensor | None:
         """Where [1, h, w] the mask and the word's attention allow the edit at this noise level; None for everywhere."""
-        mask = self.control.mask
-        allowed = None if mask is None else torch.nn.functional.adaptive_max_pool2d(mask, self._size)[0] > 0
+        mask, allowed = self.how.mask, None
+        if mask is not None:
+            white = (mask > 0.5).float().reshape(1, *mask.shape[-2:])
+            allowed = torch.nn.functional.adaptive_max_pool2d(white, self._size) > 0
         if not self.records or sigma > self._blend_from:
             return allowed
-        attention_mask = blend_mask(self._attention, self.control.blend)
+        attention_mask = blend_mask(self._attention, self.how.blend)
         return attention_mask if allowed is None else attention_mask & allowed.to(attention_mask.device)
 
     def cross_attention(self, inner: Attention) -> Attention:
         """A cross-attention layer under control."""
 
         def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            out, heads, renormalise = inner(q, k, v, options), options["n_heads"], self.control.renormalise
+            out, heads, renormalise = inner(q, k, v, options), options["n_heads"], self.how.renormalise
             controls = self.cross.holds(float(options["sigmas"].max()))
             for pair in self.pairs(q.shape[0], options) if controls or self.records else ():
                 _check_rows(len(self.is_edit), k.shape[1], self._longest)
@@ -352,16 +333,15 @@ class _Joint:
         return active and not self.run.prompt_uuids.isdisjoint(options.get("uuids", ()))
 
     def __call__(self, call: Call, out: Tensor) -> Tensor:
-        run, control, layout = self.run, self.run.control, self.layout
+        run, layout = self.run, self.layout
         controls = run.cross.holds(float(call.options["sigmas"].max()))
         for pair in run.pairs(len(call.q), call.options) if controls or run.records else ():
-            parts = lambda: call.probabilities(pair, layout)  # noqa: E731, B023
             if run.records:
-                attention = torch.cat([part.mean(1) for _, part in parts()], 1)
-                run.record(attention.transpose(1, 2).unflatten(-1, layout.shape))
+                run.record(call.maps(pair, layout))
             if controls:
                 out = out.clone()
                 edit = call.by_head(out)[pair.stop - 1, :, layout.image]
                 values = call.for_each_query(call.v[pair][1:])[0, :, layout.text]
-                joint_correction(parts(), edit, values, run.mapping, run.is_edit, control.renormalise)
+                parts = call.probabilities(pair, layout)
+                joint_correction(parts, edit, values, run.mapping, run.is_edit, run.how.renormalise)
         return out

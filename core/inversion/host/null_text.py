@@ -16,7 +16,6 @@ from ...prompt.windows import step_wise, windows
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.job import Job, run
-from ...session.sampling import ModelNoising
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..null_text import Method, NullText, NullTextSettings, Start
@@ -55,7 +54,9 @@ def prepare_reconstruction(
     levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
     targets, moves = dict(enumerate(trajectory.latents[1:])), {}
     if method == "direct edit":
-        moves = dict(enumerate(residuals(ModelNoising(model), trajectory.latents, trajectory.sigmas)))
+        scaling, path = model.get_model_object("model_sampling").noise_scaling, trajectory
+        moved = residuals(lambda x0, noise, sigma: scaling(sigma, noise, x0), path.latents, path.sigmas)
+        moves = dict(enumerate(moved))
     pinned = attach_landing(model, Landing(targets, levels, rows=count, residuals=moves))
     report = (
         f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"

@@ -8,13 +8,13 @@ from typing import Any
 import comfy.lora
 import comfy.sd
 import torch
-import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
+from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
 from ...prompt.conditioning import Conditioning, detached
-from ..artifact import MODEL_PREFIXES, PAIRS, TEXT_PREFIXES, FineTunedWeights
-from ..low_rank import attached_lora
+from ..artifact import MODEL_PREFIXES, TEXT_PREFIXES, FineTunedWeights
+from ..low_rank import attached_lora, low_rank_product
 from ..timestep_rank import MARKER, active_ranks
 
 RANK_MASK = "likeness.rank_mask"  # key of the wrappers
@@ -58,12 +58,9 @@ class RankMask:
         t, masked = int((levels.to(sigma) - sigma.max()).abs().argmin()), {}
         for name, (up, down) in self.factors.items():
             first = 2 * active_ranks(t, len(levels), len(down) // 2)
-            masked[name] = functools.partial(self._masked, up[:, first:], down[first:])
+            masked[name] = functools.partial(low_rank_product, up=-self.strength * up[:, first:], down=down[first:])
         with attached_lora(layers, {name: each for name, each in masked.items() if name in layers}):
             return executor(x, sigma, *args, **more)
-
-    def _masked(self, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-        return -self.strength * F.linear(F.linear(x, down.to(x)), up.to(x))
 
 
 def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, Any]) -> None:
@@ -71,39 +68,27 @@ def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, A
 
     keys: from the names of layers in LoRA files to the module's weights, or to a part of one.
     """
-    own, known = module.state_dict(), 0
-    for layer, count in _sizes(weights).items():
-        if layer not in keys:
-            continue
-        known += 1
-        name, part = (keys[layer], None) if isinstance(keys[layer], str) else keys[layer][:2]
-        expected = own[name].numel() if part is None else own[name].numel() // own[name].shape[part[0]] * part[2]
-        if count != expected and own[name].is_floating_point():  # others are packed
+    own, patches = module.state_dict(), comfy.lora.load_lora(weights, keys, log_missing=False)
+    for target, patch in patches.items():
+        name, part = (target, None) if isinstance(target, str) else target[:2]
+        if isinstance(patch, tuple):  # a difference
+            count = patch[1][0].numel()
+        elif isinstance(patch, LoRAAdapter):
+            count = patch.weights[0].shape[0] * patch.weights[1][0].numel()
+        else:  # LoKr
+            count = patch.weights[0].numel() * patch.weights[1].numel()
+        weight = own.get(name, torch.empty(0))
+        expected = weight.numel() if part is None else weight.numel() // weight.shape[part[0]] * part[2]
+        if count != expected and weight.is_floating_point():  # others are packed
             raise ValueError(
-                f"The fine-tune has {count} numbers for '{layer}', this model {expected}: connect the model that it "
+                f"The fine-tune has {count} numbers for '{name}', this model {expected}: connect the model that it "
                 "was trained on."
             )
-    if weights and not known:
+    if weights and not patches:
         raise ValueError(
             f"The fine-tune is for layers that this model does not have, such as '{next(iter(weights))}': connect the "
             "model that it was trained on."
         )
-
-
-def _sizes(weights: dict[str, Tensor]) -> dict[str, int]:
-    """How many numbers of each layer are changed."""
-    found = {name.removesuffix(".diff"): value.numel() for name, value in weights.items() if name.endswith(".diff")}
-    found |= {
-        layer: value.numel() * weights[f"{layer}.lokr_w2"].numel()
-        for name, value in weights.items()
-        if (layer := name.removesuffix(".lokr_w1")) != name
-    }
-    for up, down in PAIRS:
-        for name, value in weights.items():
-            layer = name.removesuffix(f".{up}.weight")
-            if layer != name:
-                found[layer] = value.shape[0] * weights[f"{layer}.{down}.weight"][0].numel()
-    return found
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:

@@ -54,8 +54,7 @@ class LoraLayers:
         tensors: dict[str, Tensor] = {}
         for key, adapter in adapters.items():
             factors = {part: values[f"{key}.{part}"] for part in ("up", "down")}
-            write = adapter.peft_tensors if self.peft else adapter.tensors
-            tensors |= write(self.names[key], factors)
+            tensors |= adapter.tensors(self.names[key], factors, self.peft)
         return tensors
 
 
