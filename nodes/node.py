@@ -19,7 +19,9 @@ CHECKED = "_likeness_checked"
 
 
 class Node(io.ComfyNode):
-    """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
+    """execute() of a subclass gets what its schema promises, in the process of a test as in a server, and so does
+    check_lazy_status() of what is there already.
+    """
 
     def __init_subclass__(cls, files: Mapping[str, folders.Kind | None] | None = None, **more: Any) -> None:
         """files: the kinds of the model files, or None for the folders of images, that inputs name; the node runs again
@@ -32,26 +34,10 @@ class Node(io.ComfyNode):
                 return " ".join(folders.state(kind, inputs[name]) for name, kind in files.items())
 
             cls.fingerprint_inputs = classmethod(states)
-        method = cls.__dict__.get("execute")
-        if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
-            cls.execute = classmethod(_checked(method.__func__))
-
-
-class SavingNode(Node):
-    """A node that writes its first input to a new numbered file in models/."""
-
-    @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
-        return prefix_answer(filename_prefix)
-
-    @classmethod
-    def saved(
-        cls, kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str
-    ) -> io.NodeOutput:
-        """save(path, artifact, replace=False) writes it; what: the description to show under the file's name."""
-        path = save_numbered(folders.roots(kind)[0], prefix, lambda path: save(path, artifact, replace=False))
-        name = folders.listed_name(kind, path)
-        return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
+        for name, wrapped in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
+            method = cls.__dict__.get(name)
+            if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
+                setattr(cls, name, classmethod(wrapped(method.__func__)))
 
 
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
@@ -70,6 +56,34 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 
     setattr(run, CHECKED, True)
     return run
+
+
+def _checked_so_far(status: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    @functools.wraps(status)
+    def run(cls: type[Node], **given: Any) -> list[str]:
+        with ascii_only():
+            checked(cls.define_schema(), {name: value for name, value in given.items() if value is not None})
+            return status(cls, **given)
+
+    setattr(run, CHECKED, True)
+    return run
+
+
+class SavingNode(Node):
+    """A node that writes its first input to a new numbered file in models/."""
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return prefix_answer(filename_prefix)
+
+    @classmethod
+    def saved(
+        cls, kind: folders.Kind, artifact: Any, prefix: str, save: Callable[..., None], what: str
+    ) -> io.NodeOutput:
+        """save(path, artifact, replace=False) writes it; what: the description to show under the file's name."""
+        path = save_numbered(folders.roots(kind)[0], prefix, lambda path: save(path, artifact, replace=False))
+        name = folders.listed_name(kind, path)
+        return io.NodeOutput(artifact, name, ui=ui.PreviewText(f"{name}\n{what}"))
 
 
 def build(inputs: Mapping[str, Any], *kinds: Any) -> list[Any]:

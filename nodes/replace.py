@@ -5,7 +5,6 @@ from comfy_api.latest import io
 from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject
 from ..core.attention.host.swapped_prompt import check_texts
 from ..core.attention.prompt_to_prompt import END_PERCENT
-from ..core.session.texts import ascii_only
 from . import inputs
 from .node import Node
 from .types import Embedding, output, schema
@@ -107,8 +106,7 @@ class LikenessReplaceSubject(Node):
     @classmethod
     def check_lazy_status(cls, clip, prompt, word, replacement, **others) -> list[str]:
         """The texts first: nothing is inverted or trained for a word that is not in the prompt."""
-        with ascii_only():
-            check_texts(clip, prompt, word, replacement)
+        check_texts(clip, prompt, word, replacement)
         return [name for name, value in others.items() if value is None]
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ WELL_FORMED: dict[str, Any] = {
     "SIGMAS": torch.tensor([14.0, 1.0, 0.0]),
     "STRING": "a dog",
     "BOOLEAN": True,
+    "CLIP": SimpleNamespace(tokenize=lambda _text, **_: {"l": [[]]}, clone=None, patcher=None),
 }
 """What passes the checks of an input, no more."""
 

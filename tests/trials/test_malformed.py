@@ -69,6 +69,9 @@ def refusals(name: str, slowest: list[float] | None = None, most: int | None = N
         others = {key: each for key, each in usual.items() if key != entry}
         begin = time.monotonic()
         try:
+            if "check_lazy_status" in vars(NODES[name]):  # as ComfyUI does, before what is lazy has run
+                lazy = {widget.id: None for widget in schema.inputs if getattr(widget, "lazy", None)}
+                node.check_lazy_status(**{**others, **given, **lazy})
             node.execute(**given, **others)
             bad.append(f"{entry}, {form}: accepted")
         except ValueError as error:
