@@ -143,7 +143,8 @@ def seconds_of(name: str, node: str, prompt: Mapping[str, Any]) -> float | None:
             if isinstance(value, list) and value and str(value[0]) not in ahead:
                 ahead.add(str(value[0]))
                 waiting.append(str(value[0]))
-    titles = {each: prompt[each].get("_meta", {}).get("title", "") for each in ahead & prompt.keys() & _learned.keys()}
+    metas = {each: prompt[each].get("_meta") for each in ahead & prompt.keys() & _learned.keys()}
+    titles = {each: str(meta.get("title")) for each, meta in metas.items() if isinstance(meta, dict)}
     seconds = [_learned[each] for each, title in titles.items() if title.startswith(f"{name}:")]
     known = [each for each in seconds if each is not None]
     return sum(known) if known and len(known) == len(seconds) else None

@@ -326,3 +326,6 @@ def test_seconds_of_a_method_are_those_of_its_trainings_in_front(vision, monkeyp
         "HiFi Tuner: learned in 22.5 s",
         "HiPer: learned in 7.0 s",
     ]
+    for other in (None, "", [], {"title": None}, {"title": 5}):  # whatever a graph says
+        prompt["1:4"]["_meta"] = other
+        assert progress.seconds_of("HiPer", "1:6", prompt) is None
