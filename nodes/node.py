@@ -62,8 +62,8 @@ def _checked_so_far(status: Callable[..., list[str]]) -> Callable[..., list[str]
     @functools.wraps(status)
     def run(cls: type[Node], **given: Any) -> list[str]:
         with ascii_only():
-            checked(cls.define_schema(), {name: value for name, value in given.items() if value is not None})
-            return status(cls, **given)
+            there = {name: value for name, value in given.items() if value is not None}
+            return status(cls, **{**given, **checked(cls.define_schema(), there)})
 
     setattr(run, CHECKED, True)
     return run

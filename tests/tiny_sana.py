@@ -6,14 +6,15 @@ import functools
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from likeness.toolbox.server import Server
-
 from .tiny_models import randomise
+
+if TYPE_CHECKING:  # a server that makes these models knows the pack by another name
+    from likeness.toolbox.server import Server
 
 WIDTHS = (4, 8, 8, 8, 16, 32)  # six levels, as published: samples are 32 times smaller than images
 CHANNELS, CAPTION = 8, 16
