@@ -62,8 +62,10 @@ def _checked_so_far(status: Callable[..., list[str]]) -> Callable[..., list[str]
     @functools.wraps(status)
     def run(cls: type[Node], **given: Any) -> list[str]:
         with ascii_only():
-            there = {name: value for name, value in given.items() if value is not None}
-            return status(cls, **{**given, **checked(cls.define_schema(), there)})
+            schema = cls.define_schema()
+            lazy = {widget.id for widget in schema.inputs if getattr(widget, "lazy", None)}
+            there = {name: value for name, value in given.items() if value is not None or name not in lazy}
+            return status(cls, **{**given, **checked(schema, there)})
 
     setattr(run, CHECKED, True)
     return run
