@@ -33,29 +33,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     )
 
 
-def wrap_attention(
-    patches: dict[str, Any], kind: str, layers: list[Key], wrap: Callable[[Attention], Any]
-) -> dict[str, Any]:
-    """A copy of transformer_options["patches_replace"] in which every layer calls wrap(its previous attention).
+@contextlib.contextmanager
+def wrapped(extra_args: dict[str, Any], layers: list[Key], **wraps: Callable[[Attention], Any]) -> Iterator[None]:
+    """For one run, every layer calls wrap(its previous attention), by kind of patch (attn1, attn2).
 
     Wrapping the patches that exist when a run starts makes this work with other nodes' patches (IPAdapter, PAG),
     in any connection order. ComfyUI uses a layer's patch if there is one, else its block's. Ours takes the key that is
     already in use, else the block's. So a block patch that another node sets for a single call (PAG's perturbed pass)
     still takes effect, in place of ours.
     """
-    before = patches.get(kind, {})
-    places = {key if key in before else key[:2] for key in layers}
-    wrapped = {place: wrap(before.get(place, attend)) for place in places}
-    return {**patches, kind: {**before, **wrapped}}
-
-
-@contextlib.contextmanager
-def wrapped(extra_args: dict[str, Any], layers: list[Key], **wraps: Callable[[Attention], Any]) -> Iterator[None]:
-    """wrap_attention() during one run, by kind."""
     options = extra_args["model_options"]["transformer_options"]  # this run's copy
-    before = patches = options.get("patches_replace", {})
+    before = options.get("patches_replace", {})
+    patches = dict(before)
     for kind, wrap in wraps.items():
-        patches = wrap_attention(patches, kind, layers, wrap)
+        others = before.get(kind, {})
+        places = {key if key in others else key[:2] for key in layers}
+        patches[kind] = {**others, **{place: wrap(others.get(place, attend)) for place in places}}
     options["patches_replace"] = patches
     try:
         yield
