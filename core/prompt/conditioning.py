@@ -88,6 +88,14 @@ def padding_rows(rows: Tensor, pooled: Tensor | None) -> int | None:
     return CHUNK - 1 - end
 
 
+def warn_of_no_words(positive: Conditioning, negative: Conditioning) -> None:
+    """A warning when both prompts are the same, as two empty texts are: guidance would cancel the prompt."""
+    pairs = [(one[0], other[0]) for one, other in zip(positive, negative, strict=False)]
+    tensors = all(isinstance(each, Tensor) for pair in pairs for each in pair)
+    if pairs and tensors and len(positive) == len(negative) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs):
+        log.warning("The prompt is the same as the negative prompt, or both are empty: write what you want to see.")
+
+
 def check_room(conditioning: Conditioning, tokens: int) -> bool:
     """ValueError for an embedding that would overwrite words of the prompt. False, with a line in the log, when this
     cannot be determined.

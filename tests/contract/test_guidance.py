@@ -442,6 +442,16 @@ def test_a_training_prompt_that_is_silent_somewhere_is_refused():
     refused("limited by area", setting, tuned, tuned_positive=left)
 
 
+def test_a_prompt_without_words_is_said(caplog):
+    setting = Setting()
+    guided, said = patch(setting, with_lora(setting.model, lora())), "is the same as the negative prompt"
+    picture(setting, guided)
+    sample(guided, setting.empty, setting.empty, setting.latent, steps=1, cfg=1.0)  # takes no negative prompt
+    assert said not in caplog.text
+    sample(guided, setting.empty, setting.empty, setting.latent, steps=1)
+    assert said in caplog.text
+
+
 def test_the_base_model_as_its_own_tuned_model_is_said(caplog):
     setting = Setting()
     picture(setting, patch(setting, setting.model))

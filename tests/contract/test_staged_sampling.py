@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -227,6 +228,16 @@ def test_a_large_picture_is_warned_of(parts, caplog, monkeypatch):
     assert not caplog.text
     staged(parts, start=torch.zeros(1, 72, 80, 3), loops=Loops(0, 0))
     assert "80 x 72 pixels" in caplog.text and "512 on its short side" in caplog.text
+
+
+def test_a_prompt_without_words_is_warned_of(parts, caplog):
+    setting, *rest = parts
+    staged(parts, loops=Loops(0, 0))
+    assert "negative prompt" not in caplog.text
+    wordless = copy.copy(setting)
+    wordless.target = setting.empty
+    staged((wordless, *rest), loops=Loops(0, 0))
+    assert "is the same as the negative prompt, or both are empty: write what" in caplog.text
 
 
 def test_what_is_refused(parts):

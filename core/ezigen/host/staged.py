@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...prompt.conditioning import Conditioning
+from ...prompt.conditioning import Conditioning, warn_of_no_words
 from ...session.images import check_vae
 from ...session.progress import Steps
 from ...vision.host.vision import embed
@@ -108,6 +108,7 @@ def sample_staged(
             "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
         )
     check_vae(model, vae)
+    warn_of_no_words(prompts.positive, prompts.negative)
     if start is not None:
         warn_of_size(start)
     sigmas = levels(model, settings)

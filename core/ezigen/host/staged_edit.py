@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
-from ...prompt.conditioning import Conditioning, single_prompt
+from ...prompt.conditioning import Conditioning, single_prompt, warn_of_no_words
 from ...session.images import check_vae, checked_mask
 from ...session.inputs import check_width
 from ...session.progress import Steps
@@ -121,6 +121,7 @@ def edit_staged(
     _check(source, mask, vision, settings)
     check_vae(model, vae)
     warn_of_size(source)
+    warn_of_no_words(prompts.positive, prompts.negative)
     inverse = prompts.inversion(model)
     single_prompt(inverse, "prompt of the inversion")
     down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]

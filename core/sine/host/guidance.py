@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
 from ...lora.host.apply import RANK_MASK
-from ...prompt.conditioning import Conditioning
+from ...prompt.conditioning import Conditioning, warn_of_no_words
 from ...prompt.host.entries import entries_by_prompt
 from ...prompt.windows import SigmaRange
 from ...session.weights import COMPILED, GUIDANCE_PREFIX
@@ -284,6 +284,9 @@ class _Sampling:
         if not guider.original_conds.get(self.prompt):
             log.warning("The sampling has no %s prompt, so the guidance takes no part.", self.prompt)
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
+        if getattr(guider, "cfg", 1.0) != 1.0:
+            both = (guider.original_conds.get(name) or [] for name in ("positive", "negative"))
+            warn_of_no_words(*([[each.get("cross_attn"), each] for each in entries] for entries in both))
         loaded = base.get_additional_models_with_key(KEY)[: len(self.separate)]
         branches: list[_Branch] = []
         with contextlib.ExitStack() as stack:
