@@ -75,4 +75,7 @@ def main(arguments: list[str]) -> int:
         lambda bench, case: {**stored.get(case, {}), **bench.row_of(case, ways)},
     )
     found = {"subjects": len(rows), "base": base, "all": against(rows, base)}
+    if known:
+        pair = "fast, stage one", "published, stage one"
+        found["stage one minus published"] = {score: frame.gain(rows, *pair, score) for score in ("identity", "text")}
     return run.judged(rows, found, True, settings={name: asdict(way) for name, way in ways.items()})
