@@ -5,7 +5,7 @@ Train Subject Embedding. --search tries rates of stage two in 3 updates a step i
 take no part in anything else. Without it the winner is measured once against the published stages, whose scores are
 those of table2_hifi's stored rows: on its subjects no other rate was ever tried.
 
-    python toolbox/_load.py benchmarks.fast_hifi --search --subjects 3 --out benchmarks/results/search_hifi.json
+    python toolbox/_load.py benchmarks.fast_hifi --search --subjects 2 --out benchmarks/results/search_hifi.json
     python toolbox/_load.py benchmarks.fast_hifi --out benchmarks/results/fast_hifi.json
 """
 
@@ -75,4 +75,7 @@ def main(arguments: list[str]) -> int:
         lambda bench, case: {**stored.get(case, {}), **bench.row_of(case, ways)},
     )
     found = {"subjects": len(rows), "base": base, "all": against(rows, base)}
+    if known:
+        pair = "fast, stage one", "published, stage one"
+        found["stage one minus published"] = {score: frame.gain(rows, *pair, score) for score in ("identity", "text")}
     return run.judged(rows, found, True, settings={name: asdict(way) for name, way in ways.items()})

@@ -1,7 +1,7 @@
 """Presets: settings of a training that belong together, under one name.
 
 A method's table has, by preset and by kind of model, the inputs that the preset sets; all others stay as they are on
-the node. Such tables are in embedding/presets.py and siso/presets.py.
+the node: embedding/presets.py, siso/presets.py.
 """
 
 from __future__ import annotations
