@@ -1,8 +1,8 @@
 """Stage "gates": what the judge reads from samples of the 96 held-out prompts, of either world or student; and whether
 the encoder for harder subjects knows near twins apart, beside the first world's.
 
-`run.py gates unet|flow|turbo|flow_turbo|fine`; with --work the networks in training are taken from the work folder
-instead of the committed ones.
+`run.py gates` looks at all of them, `run.py gates flow turbo` at some; with --work the networks in training are taken
+from the work folder instead of the committed ones.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .widen import part_of
 
 TEACHER_STEPS, STUDENT_STEPS = 25, (1, 2, 4)
 SCENES = 512
+NAMES = (*worlds.LOADERS, *export.STUDENTS, "fine")
 
 
 @dataclass
@@ -55,26 +56,34 @@ def load(name: str, from_work: bool) -> tuple[worlds.World, nn.Module]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, one part per number of steps."""
+    """Print a table."""
     parser = argparse.ArgumentParser(prog="run.py gates")
-    parser.add_argument("name", choices=(*worlds.LOADERS, *export.STUDENTS, "fine"))
+    parser.add_argument("names", nargs="*", metavar="name", help=f"some of {', '.join(NAMES)}; all if there is none")
     parser.add_argument("--work", action="store_true", help="from the work folder instead of the assets")
     parser.add_argument("--sheet", default=None, help="write contact sheets of the samples beside this file name")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    if unknown := set(options.names).difference(NAMES):
+        parser.error(f"there is no {', '.join(sorted(unknown))} among {', '.join(NAMES)}")
     torch.set_num_threads(options.threads)
     comfyui.prepare()
     table = Table()
-    if options.name == "fine":
-        fine = load_model("fine", state=export.tensors_of("fine") if options.work else None)
+    for name in options.names or NAMES:
+        rows_of(name, table, options.work, options.sheet)
+
+
+def rows_of(name: str, table: Table, from_work: bool, sheet: str | None) -> None:
+    """One part per number of steps."""
+    if name == "fine":
+        fine = load_model("fine", state=export.tensors_of("fine") if from_work else None)
         encoder_rows(table, {"fine": fine, "measure": load_model("measure")}, "fine", {"all": ">= 0.9"})
         return
-    world, network = load(options.name, options.work)
-    if options.name == "flow":
+    world, network = load(name, from_work)
+    if name == "flow":
         scenes = picture_batch(dataset.render_scenes(SCENES, True, processes=1)["images"], torch.arange(SCENES))
         again = reconstruct(world.encoder, world.decoder, scenes)
         table.row(f"autoencoder, {SCENES} held-out scenes", f"{psnr(again, scenes):.2f} dB", "", ">= 27 dB")
-    student = options.name in export.STUDENTS
+    student = name in export.STUDENTS
     for steps in STUDENT_STEPS if student else (TEACHER_STEPS,):
-        table.row(f"**{options.name}, {steps} steps**", "")
-        measure_samples(table, Sampler(world, network, steps, 1.0 if student else world.guidance), options.sheet)
+        table.row(f"**{name}, {steps} steps**", "")
+        measure_samples(table, Sampler(world, network, steps, 1.0 if student else world.guidance), sheet)
