@@ -2,13 +2,15 @@
 
 Bare: in each step the same calls of the same UNet (two prompts of the base model in one batch, and while t > K the
 tuned model's one), the mix and the Euler update, without ComfyUI's sampler. Memory: the weights that are held plus the
-largest sum of live tensors during a sampling, counted at every operation.
+largest sum of live tensors during a sampling, counted at every operation. One call of three prompts, which a LoRA on
+the same module would allow, beside the two that are made: of the bare UNet, at two sizes.
 
     python toolbox/_load.py benchmarks.cost_guidance --out benchmarks/results/cost_guidance.json
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +93,13 @@ class Bench:
                 c = 0.7 * c + 0.3 * unet(scaled, t, context=self.source[0][0])
             x = x + (u + self.settings.cfg * (c - u)) * (following - sigma)
 
+    @torch.inference_mode()
+    def calls(self, side: int, *prompts: int) -> None:
+        """Calls of the bare UNet with so many prompts each."""
+        for count in prompts:
+            x, t = torch.ones(count, LATENT[1], side, side), torch.full((count,), 500.0)
+            self.model.model.diffusion_model(x, t, context=self.edit[0][0].repeat(count, 1, 1))
+
     def figures(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Times with their ratios, and the memory."""
         weights = sum(p.numel() * p.element_size() for p in self.model.model.parameters())
@@ -101,6 +110,9 @@ class Bench:
             memory = held * weights + frame.most_alive(lambda m=model: self.sample(m))
             yield f"memory, {name}", {"ours": memory, "plain sampling": plain, "ratio": memory / plain}
         yield "plain sampling", self.timed(self.model, False)
+        for side in (LATENT[-1], 32):
+            one, two = (functools.partial(self.calls, side, *prompts) for prompts in ((3,), (2, 1)))
+            yield f"one call of three prompts, {8 * side} px", frame.by_turns(one, two, self.settings.rounds)
 
     def timed(self, model: Any, guided: bool) -> dict[str, float]:
         """A sampling beside the bare calls."""

@@ -129,6 +129,7 @@ def run(job: Job) -> Run:
     done, begun = 0 if stored is None else stored.step, time.monotonic()
     progress.start(done)
     if stored is None or not job.is_complete(stored):
+        _seconds.pop(key, None)
         with random_numbers():  # whether a run is trained or served makes no difference to what follows
             stored = _train(job, done, store, key, progress)
         if not done:

@@ -115,3 +115,16 @@ def test_one_iteration_can_be_plotted(vision):  # noqa: F811
     *_, loss, _ = run_node(LikenessOptimizeLora, **{**inputs_of(setting, alike), "iterations": 1})
     assert LossGraphNode.execute(loss, "loss") is not None
     assert loss["loss"][0] < loss["loss"][1] == pytest.approx(loss["loss"][0], abs=1e-4)
+
+
+def test_the_seconds_of_a_run_are_known_while_it_was_made_at_once(vision):  # noqa: F811
+    """One that went on later has none, rather than those of its first part."""
+    from likeness.core.session import job
+
+    job._seconds.clear()
+    optimised(Setting(), vision, **STILL, patience=0, iterations=2)
+    (key,) = job._seconds
+    optimised(Setting(), vision, **STILL, patience=0, iterations=2)
+    assert list(job._seconds) == [key], "served"
+    optimised(Setting(), vision, **STILL, patience=0, iterations=3)
+    assert not job._seconds

@@ -29,12 +29,16 @@ def sigmas(model, steps: int = STEPS) -> torch.Tensor:
 
 def swapped(setting, clip, **changes) -> tuple:
     """Model, positive, negative, latent."""
+    return outputs(setting, clip, **changes)[:4]
+
+
+def outputs(setting, clip, **changes) -> tuple:
     from likeness.nodes.replace import LikenessReplaceSubject
 
     start = {"samples": 14 * setting.latent["samples"] / 0.18215}
     inputs = {"model": setting.model, "clip": clip, "latent": start, "negative": setting.empty, "prompt": PROMPT}
     inputs |= {"word": WORD, "replacement": "dog", "end_percent": 1.0}
-    return run_node(LikenessReplaceSubject, **{**inputs, **changes})[:4]
+    return run_node(LikenessReplaceSubject, **{**inputs, **changes})
 
 
 def play(model, positive, negative, latent, sampler: str = "euler", guider=None) -> torch.Tensor:
@@ -413,3 +417,10 @@ def test_what_does_not_belong_together_is_refused_when_sampling_starts(clip):
         play(model, joined, negative, latent)
     with pytest.raises(ValueError, match="another Replace Subject's"):
         play(model, swapped(setting, clip, replacement="car")[1], negative, latent)
+
+
+def test_no_embedding_is_passed_on_as_nothing_to_save(clip):
+    """What would save it is skipped, and fails nothing else."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    assert isinstance(outputs(Setting(), clip)[4], ExecutionBlocker)

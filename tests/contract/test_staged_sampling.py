@@ -236,6 +236,8 @@ def test_a_prompt_without_words_is_warned_of(parts, caplog):
     assert "negative prompt" not in caplog.text
     wordless = copy.copy(setting)
     wordless.target = setting.empty
+    staged((wordless, *rest), loops=Loops(0, 0), cfg=1.0)  # takes no negative prompt
+    assert "negative prompt" not in caplog.text
     staged((wordless, *rest), loops=Loops(0, 0))
     assert "is the same as the negative prompt, or both are empty: write what" in caplog.text
 

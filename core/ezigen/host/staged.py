@@ -108,7 +108,8 @@ def sample_staged(
             "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
         )
     check_vae(model, vae)
-    warn_of_no_words(prompts.positive, prompts.negative)
+    if settings.cfg != 1.0:
+        warn_of_no_words(prompts.positive, prompts.negative)
     if start is not None:
         warn_of_size(start)
     sigmas = levels(model, settings)

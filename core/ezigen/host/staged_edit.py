@@ -121,7 +121,8 @@ def edit_staged(
     _check(source, mask, vision, settings)
     check_vae(model, vae)
     warn_of_size(source)
-    warn_of_no_words(prompts.positive, prompts.negative)
+    if settings.cfg != 1.0:
+        warn_of_no_words(prompts.positive, prompts.negative)
     inverse = prompts.inversion(model)
     single_prompt(inverse, "prompt of the inversion")
     down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
