@@ -37,11 +37,6 @@ class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):
         )
 
     @classmethod
-    def validate_inputs(cls, name) -> bool | str:
-        known = name is None or name in folders.names(folders.ADAPTERS)  # None: it comes from a link
-        return True if known else host.adapter_missing(name)
-
-    @classmethod
     def execute(cls, name) -> io.NodeOutput:
         adapter = read_adapter(folders.resolve(folders.ADAPTERS, name))
         return io.NodeOutput(adapter, adapter.describe())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,16 +25,26 @@ class Node(io.ComfyNode):
     """
 
     def __init_subclass__(cls, files: Mapping[str, folders.Kind | None] | None = None, **more: Any) -> None:
-        """files: the kinds of the model files, or None for the folders of images, that inputs name; the node runs again
-        when one of them changes.
+        """files: the kinds of the model files, or None for the folders of images, that inputs name. One that is not
+        there is refused before anything runs, and the node runs again when one of them changes.
         """
         super().__init_subclass__(**more)
         if files is not None:
 
             def states(_cls: type[Node], **inputs: Any) -> str:
-                return " ".join(folders.state(kind, inputs[name]) for name, kind in files.items())
+                return " ".join(folders.state(kind, inputs.get(name)) for name, kind in files.items())
 
-            cls.fingerprint_inputs = classmethod(states)
+            def found(cls: type[Node], *given: Any, **inputs: Any) -> bool | str:
+                try:
+                    states(cls, **dict(zip(files, given, strict=False)), **inputs)
+                except (OSError, ValueError) as error:
+                    return str(error)
+                return True
+
+            # ComfyUI leaves the inputs that the signature names to this method, and those only.
+            names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *files)]
+            found.__signature__ = inspect.Signature(names)  # ty: ignore[unresolved-attribute]
+            cls.fingerprint_inputs, cls.validate_inputs = classmethod(states), classmethod(found)
         for name, wrapped in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
             method = cls.__dict__.get(name)
             if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):

@@ -4,7 +4,6 @@ from comfy_api.latest import io
 
 from ..core.session import folders
 from ..core.siso.host import similarity as host
-from ..core.vision.host.extras.retrieval import retrieval_missing
 from ..core.vision.host.vision import load_retrieval_model
 from .node import Node
 from .types import Similarity, output, schema
@@ -31,11 +30,6 @@ class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
             ],
             outputs=[output(io.ClipVision, "vision", "The vision model, for Likeness To Images.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, name) -> bool | str:
-        known = name is None or name in folders.names(folders.RETRIEVAL)  # None: it comes from a link
-        return True if known else retrieval_missing(name)
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:

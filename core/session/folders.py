@@ -26,6 +26,7 @@ class Kind:
     extensions: tuple[str, ...]
     markers: tuple[str, ...] = ()
     hidden_prefixes: tuple[str, ...] = ()  # companions of an entry, not entries themselves
+    source: str = ""  # where its files come from, and what else to do without one
 
     def expected(self) -> str:
         """Description of a valid entry, for error messages."""
@@ -37,11 +38,20 @@ EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
 LPIPS = Kind("likeness_lpips", (".safetensors", ".pth", ".pt"), hidden_prefixes=("alexnet", "vgg16"))
 SAMS = Kind("sams", (".safetensors", ".pth"))  # other packs use this folder for segment-anything too
-RETRIEVAL = Kind("ir_features", (".safetensors", ".pth"))
+RETRIEVAL = Kind(
+    "ir_features",
+    (".safetensors", ".pth"),
+    source="the weights of the instance-retrieval model are on Kaggle "
+    "(https://www.kaggle.com/datasets/louieshao/guieweights0732, about 2.5 GB, with a Kaggle account): read their "
+    "licence there, since some of the data that they were trained on is for research only, put the .pth file into "
+    "models/ir_features and press R. Without them, disconnect this part: DINOv2 alone works nearly as well.",
+)
 ADAPTERS = Kind(
     "likeness_adapters",
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt"),
     ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
+    source="download the zip that https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder "
+    "checkpoint-200000) and press R, or choose an adapter of your own; Train Subject Adapter makes one.",
 )
 LORAS = Kind("loras", (".safetensors", ".ckpt", ".pt"))  # ComfyUI's own; the last two only for a clear error message
 DIFFUSERS = Kind("diffusers", (), ("model_index.json",))  # ComfyUI's own
@@ -133,20 +143,22 @@ def resolve(kind: Kind, name: str) -> Path:
         raise ValueError(
             f"{quoted} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
         )
-    where = "put it there"
+    remedy = kind.source or "put it there and press R to refresh the list."
     if source := SOURCES.get(parts[-1]):
-        where = f"download {'its files' if kind.markers else 'it'} from {source} into models/{kind.folder}/{name}"
-    raise FileNotFoundError(
-        f"There is no {quoted} in {' or '.join(roots(kind))}: {where} and press R to refresh the list."
-    )
+        remedy = (
+            f"download {'its files' if kind.markers else 'it'} from {source} into models/{kind.folder}/{quoted[1:-1]} "
+            "and press R to refresh the list."
+        )
+    raise FileNotFoundError(f"There is no {quoted} in {' or '.join(roots(kind))}: {remedy}")
 
 
-def state(kind: Kind | None, name: str | None) -> str:
+def state(kind: Kind | None, name: object) -> str:
     """A string that changes when the files of an entry change, or those in its sub-folders, for a node's fingerprint.
 
-    kind: None for a folder of images. name: None where it comes from a link, whose value ComfyUI does not know yet.
+    kind: None for a folder of images. name: None where it comes from a link, whose value ComfyUI does not know yet; the
+    node's schema refuses all else that is no text.
     """
-    if name is None:
+    if not isinstance(name, str):
         return ""
     path = resolve_image_folder(name) if kind is None else resolve(kind, name)
     files = sorted(each for each in (path, *path.glob("*"), *path.glob("*/*")) if each.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import types
 
@@ -356,17 +357,19 @@ def test_prepared_pictures(caplog):
         prepare_images(image, mask.expand(3, -1, -1), 64, 0.1)
 
 
-def test_a_name_that_comes_by_a_link_is_not_refused_before_it_is_known():
-    """ComfyUI asks with None then."""
-    from likeness.nodes import adapter, embedding, sana, score, similarity, train_adapter, tuned_files
+def test_a_name_is_refused_before_anything_runs_unless_it_comes_by_a_link():
+    """ComfyUI asks with None then, and leaves only the named inputs to the node."""
+    from likeness.nodes import adapter, embedding, masks, sana, score, similarity, train_adapter, tuned_files
 
-    for node in (adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrievalModel):
-        assert node.validate_inputs(None) is True and "Traceback" not in str(node.validate_inputs("absent"))
-        assert node.validate_inputs("absent") is not True
     loaders = [adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrievalModel, tuned_files.LikenessLoadTuned]
     loaders += [embedding.LikenessLoadEmbedding, sana.LikenessLoadSana, score.LikenessLoadVision]
-    assert [node.fingerprint_inputs(name=None) for node in loaders] == [""] * len(loaders)
-    assert train_adapter.LikenessTrainAdapter.fingerprint_inputs(folder=None) == ""
+    named = {"name": loaders, "folder": [train_adapter.LikenessTrainAdapter], "model": [masks.LikenessCaption]}
+    for name, nodes in named.items():
+        for node in nodes:
+            assert inspect.getfullargspec(node.validate_inputs).args == ["cls", name]
+            assert node.validate_inputs(**{name: None}) is True and node.fingerprint_inputs(**{name: None}) == ""
+            told = node.validate_inputs(**{name: "absent"})
+            assert told == node.validate_inputs("absent") and told.startswith("There is no ") and "press R" in told
 
 
 def test_the_nodes_one_after_the_other():

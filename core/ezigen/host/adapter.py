@@ -90,14 +90,6 @@ def prepare_images(image: Tensor, mask: Tensor | None, size: int, margin: float)
     return subject_crop(image, mask.expand(len(image), -1, -1), size, margin).clamp(0, 1)
 
 
-def adapter_missing(name: str) -> str:
-    return (
-        f"There is no '{name}' in models/likeness_adapters. Download the zip that "
-        "https://github.com/ZichengDuan/EZIGen links, unpack it there (the folder checkpoint-200000) and press R, or "
-        "choose an adapter of your own; Train Subject Adapter makes one."
-    )
-
-
 def check_model(model: Any) -> list[Place]:
     """The blocks of a MODEL that get the adapter. ValueError when the MODEL cannot use one."""
     blocks, kind = places(model.model), model.model.model_type

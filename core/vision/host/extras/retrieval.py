@@ -9,17 +9,6 @@ from ...instance_retrieval import PREPROCESS, RetrievalNetwork, from_published
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 8 << 30
-SOURCE = "https://www.kaggle.com/datasets/louieshao/guieweights0732"
-
-
-def retrieval_missing(name: object) -> str:
-    """The error message for a missing file of this name."""
-    return (
-        f"There is no {str(name)[:80]!r} in models/ir_features. The weights of the instance-retrieval model are on "
-        f"Kaggle ({SOURCE}, about 2.5 GB, with a Kaggle account): read their licence there, since some of the data "
-        "that they were trained on is for research only, put the .pth file into models/ir_features, and press R. "
-        "Without them, disconnect this part: DINOv2 alone works nearly as well."
-    )
 
 
 class RetrievalTower(Tower):
