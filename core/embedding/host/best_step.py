@@ -2,7 +2,7 @@
 
 HiPer's authors pick the step by eye (README: 'choose from 1000 to 1500'). Here images of the new prompt are drawn at
 every saved step, from the same noise, and scored. An earlier step than the last is chosen only where it is clearly more
-alike (by more than the standard error of the difference, image by image) and follows the prompt at least as well:
+alike (by more than two standard errors of the difference, image by image) and follows the prompt at least as well:
 without the first condition noise chose too early a step, and cost identity (benchmarks/results/best_step.json).
 """
 
@@ -107,7 +107,7 @@ def best_of(scores: dict[str, Tensor]) -> int:
     alike = torch.stack([values[1:] for name, values in scores.items() if name != "clip_t"]).sum(0)
     gain = alike - alike[-1]
     error = gain.std(1) / gain.shape[1] ** 0.5 if gain.shape[1] > 1 else torch.zeros(len(gain))
-    sure = gain.mean(1) - error
+    sure = gain.mean(1) - 2 * error
     if "clip_t" in scores:
         text = scores["clip_t"][1:].mean(1)
         sure = sure.where(text >= text[-1], torch.full_like(sure, -torch.inf))
