@@ -118,7 +118,7 @@ def retrieval() -> Any:
     from ..core.vision.host.vision import VisionModel
 
     tower = RetrievalNetwork(Backbone(RETRIEVAL_WIDTH, RETRIEVAL_LAYERS, 4, 1024, 577), 64)
-    return VisionModel(RetrievalTower(randomise(tower).eval().requires_grad_(False), "retrieval"))
+    return VisionModel(RetrievalTower(randomise(tower).train(False).requires_grad_(False), "retrieval"))
 
 
 def peak(run: Callable[[], object]) -> int:

@@ -90,7 +90,7 @@ def load_judge(assets_dir: str | Path | None = None) -> Judge:
             for key, value in load_file(Path(assets_dir or ASSETS) / "judge.safetensors").items()
         }
     )
-    return judge.eval().requires_grad_(False)
+    return judge.train(False).requires_grad_(False)
 
 
 def subject_crop(images: torch.Tensor, masks: torch.Tensor, size: int = 64, margin: float = 0.06) -> torch.Tensor:

@@ -24,7 +24,7 @@ def load_autoencoder(channels: int = autoencoder.CHANNELS) -> tuple[torch.nn.Seq
     encoder, decoder = autoencoder.make_encoder(channels), autoencoder.make_decoder(channels)
     encoder.load_state_dict(saved["encoder"])
     decoder.load_state_dict(saved["decoder"])
-    return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
+    return encoder.train(False).requires_grad_(False), decoder.train(False).requires_grad_(False)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Generator:
         self.encoder, self.decoder = autoencoder.make_encoder(), autoencoder.make_decoder()
         for name in ("unet", "text", "encoder", "decoder"):
             getattr(self, name).load_state_dict(part_of(tensors, name + "."))
-            getattr(self, name).eval().requires_grad_(False)
+            getattr(self, name).train(False).requires_grad_(False)
         self.shift, self.scale = float(tensors["latent.shift"]), float(tensors["latent.scale"])
 
     @torch.no_grad()

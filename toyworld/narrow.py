@@ -6,6 +6,7 @@ Benchmarks run the pack's real code on these. `comfy` must be importable (inside
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ class NarrowVAE:
         self.encoder, self.decoder = autoencoder.make_encoder(), autoencoder.make_decoder()
         self.encoder.load_state_dict(part_of(tensors, "encoder."))
         self.decoder.load_state_dict(part_of(tensors, "decoder."))
-        self.encoder.eval().requires_grad_(False)
-        self.decoder.eval().requires_grad_(False)
+        self.encoder.train(False).requires_grad_(False)
+        self.decoder.train(False).requires_grad_(False)
         self.shift = float(tensors["latent.shift"])
         self.scale = float(tensors["latent.scale"])
 
@@ -102,8 +103,8 @@ def load_text(assets_dir: str | Path = assets.ASSETS) -> tuple[TextEncoder, obje
     stored = assets.read("generator", Path(assets_dir))
     text = TextEncoder(stored["vocabulary"].tolist())
     text.load_state_dict(part_of(as_stored(stored), "text."))
-    tokenizer = CLIPTokenizer.from_pretrained(str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"))
-    return text.eval().requires_grad_(False), tokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(str(Path(inspect.getfile(comfy.sd1_clip)).parent / "sd1_tokenizer"))
+    return text.train(False).requires_grad_(False), tokenizer
 
 
 def load_narrow(assets_dir: str | Path = assets.ASSETS, student: bool = False) -> NarrowWorld:

@@ -45,5 +45,5 @@ def main(arguments: list[str]) -> None:
 
         judge = Judge()
         judge.load_state_dict(torch.load(WORK / "judge.pt", weights_only=True))
-        judge.eval()
+        judge.train(False)
         log(evaluation.accuracy(judge, pictures, truth), evaluation.texture_table(judge, pictures, truth))

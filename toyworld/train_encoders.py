@@ -81,7 +81,7 @@ def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
 @torch.no_grad()
 def hard_auc(model: nn.Module, crops: torch.Tensor, kind: subjects.Kind = subjects.PLAIN) -> dict[str, float]:
     """AUC of same identity against each hard negative and against all; crops [groups,members,views,3,S,S] uint8."""
-    model.eval()
+    model.train(False)
     flat = crops.flatten(0, 2)
     found = torch.cat([F.normalize(features(model, part.float() / 255), dim=1) for part in flat.split(128)])
     found = found.view(*crops.shape[:3], -1)

@@ -27,7 +27,7 @@ def mask_iou(predicted: torch.Tensor, truth: torch.Tensor) -> float:
 @torch.no_grad()
 def check(judge: Judge, pictures: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor) -> dict[str, float]:
     """Accuracy of every head in percent and the mask IoU."""
-    judge.eval()
+    judge.train(False)
     answers = judge.attributes(pictures)
     found = {
         name: round(100 * float((answers[name] == labels[:, i]).float().mean()), 1) for i, name in enumerate(HEADS)

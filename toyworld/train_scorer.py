@@ -88,7 +88,7 @@ def embeddings(
 @torch.no_grad()
 def swap_accuracy(model: nn.Module, tokenizer: object, pictures: torch.Tensor, rows: np.ndarray) -> dict[str, float]:
     """Percent of pictures nearer to their true caption than to the one with a swapped word, by swap."""
-    model.eval()
+    model.train(False)
     rng = np.random.default_rng(8)
     captions = [captions_of(row, rng, world.MAIN_WORDS) for row in rows]
     seen, read, _ = embeddings(model, pictures, text_inputs(tokenizer, [text for four in captions for text in four]))

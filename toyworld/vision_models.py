@@ -106,7 +106,7 @@ def load_model(name: str, folder: Path = assets.ASSETS, state: dict[str, torch.T
     state = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     model = MAKERS[name]()
     model.load_state_dict(unpack_clip(state) if name == "clip" else state)
-    return model.eval().requires_grad_(False)
+    return model.train(False).requires_grad_(False)
 
 
 def _preprocessor(kind: str) -> dict[str, object]:

@@ -40,7 +40,7 @@ class World:
         parts = {"network": self.network, "text": self.text, "encoder": self.encoder, "decoder": self.decoder}
         for part, module in parts.items():
             module.load_state_dict(part_of(tensors, f"{part}."))
-            module.eval().requires_grad_(False)
+            module.train(False).requires_grad_(False)
         self.shift, self.scale = float(tensors["latent.shift"]), float(tensors["latent.scale"])
         self.signal, self.noise, self.times = self.tables()
 

@@ -101,7 +101,7 @@ def test_vision_folders_load_by_transformers_and_know_subjects_apart(built: dict
     crops = judge.subject_crop(images, torch.from_numpy(masks).float() / 255, 96)
     groups = (crops * 255 + 0.5).byte().view(20, 4, subjects.VIEWS, 3, 96, 96)
     for name in ("small_world_dino", "small_world_measure"):
-        model = AutoModel.from_pretrained(str(built[name])).eval()
+        model = AutoModel.from_pretrained(str(built[name])).train(False)
         assert hard_auc(model, groups)["pattern or emblem"] > 0.93, name
 
 

@@ -23,7 +23,7 @@ def seeded(make, seed: int = 0):
     """make() with its random weights drawn from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make().eval()
+        return make().train(False)
 
 
 def clip_config():

@@ -108,7 +108,7 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
     found = subject_masks(images, MaskRequest("dog", 0.4), folder, small_sam)
     network = sam_model_registry["vit_b"]()
     network.load_state_dict(torch.load(small_sam, weights_only=True))
-    predictor = SamPredictor(network.eval())
+    predictor = SamPredictor(network.train(False))
     with torch.no_grad():
         pixels = (images[0] * 255).round().byte().numpy()
         box = grounding.load_detector(folder)(pixels, "dog", 0.4, 0.25).boxes[0]
