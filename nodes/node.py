@@ -51,18 +51,29 @@ class Node(io.ComfyNode):
                 setattr(cls, name, classmethod(wrapped(method.__func__)))
 
 
+def _schema_once() -> Callable[[type[Node]], io.Schema]:
+    """The schema of a node, built once: it looks for files. (ComfyUI runs a clone of the class each time.)"""
+    found: list[io.Schema] = []
+
+    def schema(cls: type[Node]) -> io.Schema:
+        if not found:
+            found.append(cls.define_schema())
+        return found[0]
+
+    return schema
+
+
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    schemas: list[io.Schema] = []
+    schema_of = _schema_once()
 
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
         with ascii_only(), disk_errors(), random_numbers():
-            if not schemas:
-                schemas.append(cls.define_schema())  # once: it looks for files
-            names = (widget.id for widget in schemas[0].inputs)
+            schema = schema_of(cls)
+            names = (widget.id for widget in schema.inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
-            output = execute(cls, **checked(schemas[0], given))
-            check_results(schemas[0], output)
+            output = execute(cls, **checked(schema, given))
+            check_results(schema, output)
             return output
 
     setattr(run, CHECKED, True)
@@ -70,10 +81,12 @@ def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutp
 
 
 def _checked_so_far(status: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    schema_of = _schema_once()
+
     @functools.wraps(status)
     def run(cls: type[Node], **given: Any) -> list[str]:
         with ascii_only():
-            schema = cls.define_schema()
+            schema = schema_of(cls)
             lazy = {widget.id for widget in schema.inputs if getattr(widget, "lazy", None)}
             there = {name: value for name, value in given.items() if value is not None or name not in lazy}
             return status(cls, **{**given, **checked(schema, there)})
