@@ -98,6 +98,6 @@ def summary(rows: frame.Rows) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Print and write the figures; exit 1 when a gate is missed."""
-    run = frame.Run("best_step", arguments, Settings(), subjects=24)
+    run = frame.Run("best_step", arguments, Settings(), subjects=43)
     rows = run.rows(run.chosen(subjects.cases), lambda: Bench(run.base, run.settings), Bench.row)
     return run.judged(rows, summary(rows), settings={"subjects": len(rows), **asdict(run.settings)})

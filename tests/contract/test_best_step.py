@@ -66,8 +66,9 @@ def test_a_likeness_bought_with_the_prompt_is_not_chosen():
 
 def test_a_step_that_is_more_alike_in_some_images_alone_is_not_chosen():
     without = [0.0, 0.0, 0.0]
-    assert best(dino=[without, [0.7, 0.6, 0.5], [0.5, 0.5, 0.5]]) == 1, "0.1 more, with an error of 0.06"
-    assert best(dino=[without, [0.7, 0.6, 0.65], [0.5, 0.5, 0.5]]) == 0, "0.15 more, with an error of 0.03"
+    last = [0.5, 0.5, 0.5]
+    assert best(dino=[without, [0.7, 0.6, 0.5], last]) == 1, "0.1 more, -0.15 to 0.35 at 95 %"
+    assert best(dino=[without, [0.7, 0.6, 0.65], last]) == 0, "0.15 more, 0.03 to 0.27 at 95 %"
 
 
 def test_the_same_images_are_not_sampled_again(dino, monkeypatch):

@@ -2,8 +2,8 @@
 
 HiPer's authors pick the step by eye (README: 'choose from 1000 to 1500'). Here images of the new prompt are drawn at
 every saved step, from the same noise, and scored. An earlier step than the last is chosen only where it is clearly more
-alike (by more than two standard errors of the difference, image by image) and follows the prompt at least as well:
-without the first condition noise chose too early a step, and cost identity (benchmarks/results/best_step.json).
+alike (the 95 % interval of the difference, image by image, is above 0) and follows the prompt at least as well: without
+the first condition noise chose too early a step, and cost identity (docs/results.md).
 """
 
 from dataclasses import dataclass, replace
@@ -104,10 +104,13 @@ def best_of(scores: dict[str, Tensor]) -> int:
     """The index of the best step in the rows of _per_step() but the first: the one most surely more alike than the last
     of those that follow the prompt at least as well, or else the last.
     """
+    from scipy.stats import t as student  # ComfyUI brings it
+
     alike = torch.stack([values[1:] for name, values in scores.items() if name != "clip_t"]).sum(0)
-    gain = alike - alike[-1]
-    error = gain.std(1) / gain.shape[1] ** 0.5 if gain.shape[1] > 1 else torch.zeros(len(gain))
-    sure = gain.mean(1) - 2 * error
+    gain, images = alike - alike[-1], alike.shape[1]
+    sure = gain.mean(1)  # one image has no interval
+    if images > 1:
+        sure = sure - float(student.ppf(0.975, images - 1)) / images**0.5 * gain.std(1)
     if "clip_t" in scores:
         text = scores["clip_t"][1:].mean(1)
         sure = sure.where(text >= text[-1], torch.full_like(sure, -torch.inf))
