@@ -81,9 +81,7 @@ class GuiderDenoiser:
         mm.throw_exception_if_processing_interrupted()
         extra_args = self._extra_args
         if boxes is not None:
-            options = extra_args["model_options"]
-            with_boxes = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
-            extra_args = {**extra_args, "model_options": {**options, "transformer_options": with_boxes}}
+            extra_args = sampling.with_options(extra_args, **{BOXES: boxes.to(x.device)})
         texts = {"cross_attn": context, "pooled_output": pooled}
         changed = {name: value.to(x.device) for name, value in texts.items() if value is not None}
         guider, conds = self._guider, self._guider.conds

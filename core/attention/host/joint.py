@@ -16,7 +16,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...session.sampling import with_options
 from ..maps import column_probabilities
+from ..prompt_to_prompt import joint_correction
+from .layers import LayerCall, transformer_layers, wrapped
 
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name of the hook
 CHANGED = 1e-2  # relative: a token differs that differs by more
@@ -36,7 +39,9 @@ class Layout:
 
 
 class Call:
-    """One attention call. q, k, v [B, heads, N, d]; options: ComfyUI's transformer_options."""
+    """One attention call. q, k, v [B, heads, N, d]; options: ComfyUI's transformer_options; layout: known to look()."""
+
+    layout: Layout
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *more: Any, **named: Any) -> None:
         self.q, self.k, self.v = q, k, v
@@ -51,17 +56,32 @@ class Call:
     def lengths(self) -> tuple[int, int]:
         return self.q.shape[2], self.k.shape[2]
 
-    def probabilities(self, rows: slice, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+    @property
+    def tokens(self) -> int:
+        """The prompt's."""
+        return self.layout.text.stop - self.layout.text.start
+
+    def probabilities(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """From these rows' image to the prompt's tokens, see column_probabilities()."""
-        q, mask = self.q[rows, :, layout.image], self._added(rows, layout.image)
-        return column_probabilities(q, self.for_each_query(self.k[rows]), layout.text, mask, self.scale)
+        image = self.layout.image
+        q, mask = self.q[rows, :, image], self._added(rows, image)
+        return column_probabilities(q, self._for_each_query(self.k[rows]), self.layout.text, mask, self.scale)
 
-    def maps(self, rows: slice, layout: Layout) -> Tensor:
-        """Those as maps [B, tokens, h, w], the mean over heads."""
-        attention = torch.cat([part.mean(1) for _, part in self.probabilities(rows, layout)], 1)
-        return attention.transpose(1, 2).unflatten(-1, layout.shape)
+    def maps(self, rows: slice, tokens: slice = slice(None)) -> Tensor:
+        """Those of some tokens as maps [B, tokens, h, w], the mean over heads."""
+        attention = torch.cat([part.mean(1) for _, part in self.probabilities(rows)], 1)
+        return attention.transpose(1, 2)[:, tokens].unflatten(-1, self.layout.shape)
 
-    def for_each_query(self, keys: Tensor) -> Tensor:
+    def corrected(self, out: Tensor, pair: slice, mapping: Tensor, is_edit: Tensor, renormalise: bool) -> Tensor:
+        """A copy of the output with prompt-to-prompt's control in the last of two rows, see joint_correction()."""
+        out = out.clone()
+        by_head = out if self._split_out else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        values = self._for_each_query(self.v[pair][1:])[0, :, self.layout.text]
+        edit = by_head[pair.stop - 1, :, self.layout.image]
+        joint_correction(self.probabilities(pair), edit, values, mapping, is_edit, renormalise)
+        return out
+
+    def _for_each_query(self, keys: Tensor) -> Tensor:
         """Keys or values [B, heads, N, d], of models that have one for several queries too."""
         return keys if keys.shape[1] == self.heads else keys.repeat_interleave(self.heads // keys.shape[1], 1)
 
@@ -75,22 +95,27 @@ class Call:
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
         return mask[rows if len(mask) > 1 else slice(None), :, queries if mask.shape[2] > 1 else slice(None)]
 
-    def by_head(self, out: Tensor) -> Tensor:
-        """The output as [B, heads, N, d], a view."""
-        return out if self._split_out else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-
-Look = Callable[[Call, Tensor], Tensor]  # from a call and its output to the output
-
-
-@contextlib.contextmanager
 def looking(
-    extra_args: dict[str, Any], look: Look, expected: Callable[[dict[str, Any]], bool], layout: Layout
-) -> Iterator[None]:
-    """Send every call in which the image looks at the prompt through look(), in one run, around other nodes' hooks.
-    RuntimeError when there is none in an evaluation for which expected(transformer_options) holds.
+    extra_args: dict[str, Any],
+    look: Callable[[Any, Tensor], Tensor],
+    guider: Any,
+    entry: dict[str, Any],
+    x: Tensor,
+    sigma: Tensor,
+    expected: Callable[[dict[str, Any]], bool] = lambda _options: True,
+) -> dict[str, Any]:
+    """A run's arguments with which every call in which the image looks at the prompt goes through look(), around other
+    nodes' hooks. look: from a Call, or a LayerCall of a UNet, and its output to the output. entry: a prompt of the
+    running guider; x, sigma: latents like the run's.
+
+    RuntimeError when there is no such call in an evaluation for which expected(transformer_options) holds.
     """
-    options = extra_args["model_options"]["transformer_options"]  # this run's copy
+    layers = transformer_layers(guider.inner_model.diffusion_model)
+    if layers:
+        return wrapped(extra_args, layers, "attn2", lambda inner: lambda *layer: look(LayerCall(*layer), inner(*layer)))
+    layout = find_layout(guider, entry, x, sigma)
+    options = extra_args["model_options"]["transformer_options"]
     before, wrappers, seen = options.get(OVERRIDE), options.get("wrappers", {}), [0]
 
     def hook(function: Any, *args: Any, **named: Any) -> Tensor:
@@ -99,6 +124,7 @@ def looking(
         if call.lengths != layout.lengths:
             return out
         seen[0] += 1
+        call.layout = layout
         return look(call, out)
 
     def checked(executor: Any, *args: Any, **named: Any) -> Any:
@@ -112,15 +138,8 @@ def looking(
         return result
 
     of_apply = wrappers.get(WrappersMP.APPLY_MODEL, {})
-    options["wrappers"] = {**wrappers, WrappersMP.APPLY_MODEL: {**of_apply, KEY: [checked]}}
-    options[OVERRIDE] = hook
-    try:
-        yield
-    finally:
-        options["wrappers"] = wrappers
-        del options[OVERRIDE]
-        if before is not None:
-            options[OVERRIDE] = before
+    wrappers = {**wrappers, WrappersMP.APPLY_MODEL: {**of_apply, KEY: [checked]}}
+    return with_options(extra_args, **{"wrappers": wrappers, OVERRIDE: hook})
 
 
 def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) -> Layout:

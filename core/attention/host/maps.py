@@ -1,7 +1,6 @@
 """Cross-attention maps of a MODEL: a prompt's last tokens at several noise levels of one image."""
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.utils
@@ -13,9 +12,8 @@ from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import ImageSource, check_result
 from ...session.session import GuiderDenoiser, predicting
-from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
-from .joint import Call, Layout, find_layout, looking
-from .layers import Attention, transformer_layers, wrapped
+from ..maps import mean_over_layers, normalize_maps
+from .joint import Call, looking
 
 KEY = "likeness.inspect"
 
@@ -47,18 +45,26 @@ def attention_maps(
     samples = ImageSource(latent).encoded(model).latent[:1]
     sampling = model.get_model_object("model_sampling")
     clone = model.clone()
-    recorder = _MapRecorder(tokens, (samples.shape[-2], samples.shape[-1]))
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorder)
     bar = comfy.utils.ProgressBar(levels)
-    maps: list[Tensor] = []
+    maps, of_layers = list[Tensor](), list[Tensor]()
+
+    def record(call: Call, out: Tensor) -> Tensor:
+        of_layers.append(call.maps(slice(None), slice(-tokens, None)).cpu())
+        return out
+
+    def recorded(executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, x: Tensor, *more) -> Any:
+        extra_args = looking(extra_args, record, guider, guider.conds["positive"][0], x, sigmas[0])
+        return executor(guider, sigmas, extra_args, callback, x, *more)
+
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorded)
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
         noise = torch.randn(x0.shape, generator=step_generator(seed, 0, "inspect")).to(x0)
         for percent, (rows, _) in zip(percents, prompts, strict=True):
             sigma = torch.tensor([float(sampling.percent_to_sigma(percent))]).to(x0)
-            recorder.maps.clear()  # of the checks before the first prediction, or of the last one
+            of_layers.clear()  # of the checks before the first prediction, or of the last one
             denoiser.denoised(denoiser.noised(x0, noise, sigma), sigma, rows.to(x0))
-            maps.append(recorder.mean())
+            maps.append(mean_over_layers(of_layers, (samples.shape[-2], samples.shape[-1])))
             bar.update(1)
 
     predicting(clone, [prompts[0]], samples, body)
@@ -82,39 +88,3 @@ def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
         )
     single_prompt(entries, "prompt")
     return entries[0]
-
-
-@dataclass(frozen=True)
-class _MapRecorder:
-    """A sampling wrapper that records the maps of every layer in which the image looks at the prompt."""
-
-    tokens: int
-    size: tuple[int, int]
-    maps: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
-        if layers := transformer_layers(guider.inner_model.diffusion_model):
-            run = wrapped(extra_args, layers, attn2=self._recorded)
-        else:
-            layout = find_layout(guider, guider.conds["positive"][0], more[1], sigmas[0])
-            run = looking(extra_args, functools.partial(self._look, layout), lambda _options: True, layout)
-        with run:
-            return executor(guider, sigmas, extra_args, *more)
-
-    def _recorded(self, inner: Attention) -> Attention:
-        """A cross-attention layer whose maps are recorded."""
-
-        def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            attention = probabilities(q, k, options["n_heads"])[..., -self.tokens :]
-            self.maps.append(token_maps(attention, tuple(options["activations_shape"][-2:])).cpu())
-            return inner(q, k, v, options)
-
-        return layer
-
-    def _look(self, layout: Layout, call: Call, out: Tensor) -> Tensor:
-        self.maps.append(call.maps(slice(None), layout)[:, -self.tokens :].cpu())
-        return out
-
-    def mean(self) -> Tensor:
-        """The mean over the layers of the last prediction, [1, tokens, h, w]."""
-        return mean_over_layers(self.maps, self.size)
