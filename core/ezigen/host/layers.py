@@ -75,35 +75,20 @@ def key_of(options: dict[str, Any]) -> Key:
     return (*options["block"], options.get("block_index", 0))
 
 
-class Capture:
-    """An attn1_patch that records the input of every self-attention; order() returns them in the order of places()."""
+def capture(inputs: dict[Key, Tensor]) -> Callable[..., Any]:
+    """An attn1_patch that records the input [R, N_i, C_i] of every self-attention, by its block's key."""
 
-    def __init__(self) -> None:
-        self._inputs: dict[Key, Tensor] = {}
-
-    def __call__(self, n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
-        self._inputs[key_of(options)] = n.detach()
+    def patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
+        inputs[key_of(options)] = n.detach()
         return n, context, value
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Capture:
-        return self  # ComfyUI copies the options of a MODEL deeply
-
-    def order(self, blocks: list[Place]) -> list[Tensor]:
-        """[R, N_i, C_i] of every block; clears the record."""
-        inputs, self._inputs = self._inputs, {}
-        return [inputs[place.key] for place in blocks]
+    return patch
 
 
-def middle_patch(
-    adapter: Adapter, blocks: list[Place], tokens: SubjectTokens | None, strength: float = 1.0
-) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+def middle_patch(adapter: Adapter, blocks: list[Place], tokens: SubjectTokens | None) -> Callable[..., Tensor]:
     """A middle_patch that applies the adapter after every self-attention, for the whole batch."""
     index = {place.key: number for number, place in enumerate(blocks)}
-
-    def patch(h: Tensor, options: dict[str, Any]) -> Tensor:
-        return adapter(index[key_of(options)], h, tokens, strength)
-
-    return patch
+    return lambda h, options: adapter(index[key_of(options)], h, tokens)
 
 
 class UNet:
@@ -119,9 +104,9 @@ class UNet:
         self.alphas_cumprod = (1 / (1 + sigmas**2)).float()
 
     def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
-        capture = Capture()
-        self._run(z, timestep, context, {"attn1_patch": [capture]})
-        return capture.order(self.places)
+        inputs: dict[Key, Tensor] = {}
+        self._run(z, timestep, context, {"attn1_patch": [capture(inputs)]})
+        return [inputs[place.key] for place in self.places]
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
         patches = [] if self.adapter is None else [middle_patch(self.adapter, self.places, tokens)]

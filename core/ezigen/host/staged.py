@@ -30,16 +30,22 @@ log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
-class StagedSettings:
-    """The settings that determine the images, besides model, subject and prompts. keep_best: return the image of all
-    loops that is most similar to the subject, instead of the last one. published_level: see ezigen/staged.py.
-    """
+class LoopSettings:
+    """What determines the images of a sampling or an edit, besides model, subject and prompts."""
 
     seed: int = 0
     steps: int = STEPS
     cfg: float = CFG
     split_ratio: float = SPLIT_RATIO
     loops: Loops = Loops()
+
+
+@dataclass(frozen=True)
+class StagedSettings(LoopSettings):
+    """keep_best: return the image of all loops that is most similar to the subject, instead of the last one.
+    published_level: see ezigen/staged.py.
+    """
+
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
     published_level: bool = False
@@ -77,14 +83,13 @@ class StagedResult:
     report: str
 
 
-def levels(model: Any, settings: StagedSettings) -> Tensor:
+def levels(model: Any, scheduler: str, steps: int) -> Tensor:
     """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler cannot produce."""
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
-    if len(sigmas) - 1 != settings.steps:
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+    if len(sigmas) - 1 != steps:
         raise ValueError(
-            f"The scheduler {settings.scheduler} makes {len(sigmas) - 1} steps when asked for {settings.steps}: ask "
-            "for a divisor of 1000 (20, 25, 40, 50), or take another scheduler."
+            f"The scheduler {scheduler} makes {len(sigmas) - 1} steps when asked for {steps}: ask for a divisor of "
+            "1000 (20, 25, 40, 50), or take another scheduler."
         )
     return sigmas
 
@@ -102,17 +107,10 @@ def sample_staged(
     """
     model, vae, vision = models.model, models.vae, models.vision
     loops, seed = settings.loops, settings.seed
-    if vision is None and (loops.least != loops.most or settings.keep_best):
-        raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
-            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
-        )
-    check_vae(model, vae)
-    if settings.cfg != 1.0:
-        warn_of_no_words(prompts.positive, prompts.negative)
+    check_staged(models, settings, prompts.positive, prompts.negative)
     if start is not None:
         warn_of_size(start)
-    sigmas = levels(model, settings)
+    sigmas = levels(model, settings.scheduler, settings.steps)
     _, appearance = split(sigmas, settings.split_ratio)
     adapted = with_adapter(model, models.adapter, subject)
     split_model = with_ratio(adapted, settings.split_ratio)
@@ -147,6 +145,19 @@ def sample_staged(
     index = images.best(subject.images) if settings.keep_best else loop
     images.lines.append(f"{settings.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
     return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(images.lines))
+
+
+def check_staged(models: StagedModels, settings: LoopSettings, positive: Conditioning, negative: Conditioning) -> None:
+    """ValueError for a VAE of another model, or numbers of loops that need a vision model where there is none."""
+    loops, best = settings.loops, getattr(settings, "keep_best", False)
+    if models.vision is None and (loops.least != loops.most or best):
+        raise ValueError(
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
+            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
+        )
+    check_vae(models.model, models.vae)
+    if settings.cfg != 1.0:
+        warn_of_no_words(positive, negative)
 
 
 def warn_of_size(image: Tensor) -> None:

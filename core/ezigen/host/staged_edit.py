@@ -1,6 +1,5 @@
 """EZIGen's editing with a MODEL: another subject in the masked area, the rest preserved by an inversion."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,31 +12,22 @@ from torch import Tensor
 
 from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
-from ...prompt.conditioning import Conditioning, single_prompt, warn_of_no_words
-from ...session.images import check_vae, checked_mask
+from ...prompt.conditioning import Conditioning, single_prompt
+from ...session.images import checked_mask
 from ...session.inputs import check_width
 from ...session.progress import Steps
 from ...session.session import predicting
 from ...vision.measures import resize_mask
-from ..staged import (
-    EDIT_CFG,
-    SPLIT_RATIO,
-    STEPS,
-    TOKEN,
-    Loops,
-    background_of,
-    invert_with_solver,
-    paste,
-    published_levels,
-    split,
-)
+from ..staged import EDIT_CFG, TOKEN, background_of, invert_with_solver, paste, published_levels, split
 from .adapter import Subject, with_adapter, without_adapter
 from .staged import (
+    SCHEDULER,
     SEEDS,
     LoopImages,
+    LoopSettings,
     StagedModels,
     StagedResult,
-    StagedSettings,
+    check_staged,
     crop_to_cells,
     levels,
     warn_of_size,
@@ -47,16 +37,12 @@ WHITE = 1.0 - 1e-4  # a 1 after a mask was scaled; above 254 / 255
 
 
 @dataclass(frozen=True)
-class EditSettings:
-    """The settings of an edit. published: use a background two steps noisier than the image, and only the mask's pure
-    white (see ezigen/staged.py). paste: finally restore the source's pixels outside the mask.
+class EditSettings(LoopSettings):
+    """published: use a background two steps noisier than the image, and only the mask's pure white (see
+    ezigen/staged.py). paste: finally restore the source's pixels outside the mask.
     """
 
-    seed: int = 0
-    steps: int = STEPS
     cfg: float = EDIT_CFG
-    split_ratio: float = SPLIT_RATIO
-    loops: Loops = Loops()
     published: bool = False
     paste: bool = False
 
@@ -118,14 +104,12 @@ def edit_staged(
     images is the source.
     """
     model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
-    _check(source, mask, vision, settings)
-    check_vae(model, vae)
+    _check(source, mask, settings.published)
+    check_staged(models, settings, prompts.positive, prompts.negative)
     warn_of_size(source)
-    if settings.cfg != 1.0:
-        warn_of_no_words(prompts.positive, prompts.negative)
     inverse = prompts.inversion(model)
     single_prompt(inverse, "prompt of the inversion")
-    down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
+    down = split(levels(model, SCHEDULER, settings.steps), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
     if settings.published:
         up = published_levels(table, settings.steps)[: len(down)]
@@ -157,19 +141,13 @@ def edit_staged(
     return StagedResult(latent, image, torch.cat(images), "\n".join(images.lines))
 
 
-def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSettings) -> None:
-    loops = settings.loops
+def _check(source: Tensor, mask: Tensor, published: bool) -> None:
     if len(source) != 1 or len(mask) != 1:
         raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
-    if not bool((mask > (WHITE if settings.published else 0.5)).any()):
+    if not bool((mask > (WHITE if published else 0.5)).any()):
         grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
         raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
     checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
-    if vision is None and loops.least != loops.most:
-        raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops: connect a "
-            "CLIP_VISION, or set both numbers the same."
-        )
 
 
 def _invert(
@@ -210,19 +188,14 @@ class _PastingSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *_more, **_named):
         x, mask = noise, self.mask.to(noise)
+
+        def draw(*_levels: Tensor) -> Tensor:
+            return torch.randn(noise.shape, generator=self.generator).to(noise)
+
         for step in range(len(sigmas) - 1):
             mm.throw_exception_if_processing_interrupted()
-            x = comfy.k_diffusion.sampling.sample_ddpm(
-                model_wrap,
-                x,
-                sigmas[step : step + 2],
-                extra_args=extra_args,
-                disable=True,
-                noise_sampler=self._noise(x),
-            )
+            two = sigmas[step : step + 2]
+            x = comfy.k_diffusion.sampling.sample_ddpm(model_wrap, x, two, extra_args, disable=True, noise_sampler=draw)
             x = paste(x, background_of(self.backgrounds, step, self.settings.published).to(x), mask)
             self.steps.step()
         return x
-
-    def _noise(self, like: Tensor) -> Callable[..., Tensor]:
-        return lambda *_levels: torch.randn(like.shape, generator=self.generator).to(like)
