@@ -27,11 +27,6 @@ class Kind:
     markers: tuple[str, ...] = ()
     hidden_prefixes: tuple[str, ...] = ()  # companions of an entry, not entries themselves
 
-    def expected(self) -> str:
-        """Description of a valid entry, for error messages."""
-        files = ["a " + " or ".join(self.extensions) + " file"] if self.extensions else []
-        return ", or ".join(files + ([f"a folder with {' or '.join(self.markers)}"] if self.markers else []))
-
 
 EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
@@ -92,9 +87,7 @@ def names(kind: Kind) -> Names:
 
 
 def matching(kind: Kind, matches: Callable[[Path], bool]) -> Names:
-    """Those names() whose paths match. What cannot be used, such as a link that leads nowhere, does not: as above, the
-    lists must not prevent ComfyUI's start.
-    """
+    """Those names() whose paths match; what cannot be used, such as a link that leads nowhere, does not."""
     found = Names()
     for name in names(kind):
         with contextlib.suppress(OSError, ValueError):
@@ -130,8 +123,10 @@ def resolve(kind: Kind, name: str) -> Path:
         if path.is_file() and _has_extension(kind, path.name):
             return path
     if paths:
+        forms = {"a {} file": kind.extensions, "a folder with {}": kind.markers}
+        expected = ", or ".join(form.format(" or ".join(names)) for form, names in forms.items() if names)
         raise ValueError(
-            f"{quoted} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
+            f"{quoted} in models/{kind.folder} was given, but {expected} is expected: choose another entry."
         )
     where = "put it there"
     if source := SOURCES.get(parts[-1]):

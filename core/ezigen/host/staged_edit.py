@@ -47,29 +47,20 @@ class EditSettings(LoopSettings):
     paste: bool = False
 
 
-@dataclass(frozen=True)
-class EditPrompts:
-    """positive and negative of the sampling; inverse: the prompt of the inversion, instead of negative. clip: the text
-    encoder that makes the reference code's prompt for the inversion.
-    """
-
-    positive: Conditioning
-    negative: Conditioning
-    inverse: Conditioning | None = None
-    clip: Any | None = None
-
-    def inversion(self, model: Any) -> Conditioning:
-        """The prompt that the image is inverted with; ValueError for two of them."""
-        if self.inverse is not None and self.clip is not None:
-            raise ValueError(
-                "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
-                "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
-            )
-        if self.clip is None:
-            return self.negative if self.inverse is None else self.inverse
-        published = published_prompt(self.clip)
-        check_width("clip", published, model)
-        return published
+def inversion_prompt(
+    model: Any, negative: Conditioning, inverse: Conditioning | None = None, clip: Any | None = None
+) -> Conditioning:
+    """The prompt that an image is inverted with: `inverse`, or with a CLIP the reference code's, or else `negative`."""
+    if inverse is not None and clip is not None:
+        raise ValueError(
+            "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
+            "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
+        )
+    if clip is None:
+        return negative if inverse is None else inverse
+    published = published_prompt(clip)
+    check_width("clip", published, model)
+    return published
 
 
 def published_prompt(clip: Any) -> Conditioning:
@@ -95,19 +86,24 @@ def published_prompt(clip: Any) -> Conditioning:
 def edit_staged(
     models: StagedModels,
     subject: Subject,
-    prompts: EditPrompts,
+    prompts: tuple[Conditioning, Conditioning, Conditioning],
     source: Tensor,
     mask: Tensor,
     settings: EditSettings,
 ) -> StagedResult:
-    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the result's
-    images is the source.
+    """Edit in stages. prompts: the positive one, the negative and that of the inversion. source [1, H, W, 3]; mask
+    [1, H, W], white where the subject goes. The first of the result's images is the source.
     """
     model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
-    _check(source, mask, settings.published)
-    check_staged(models, settings, prompts.positive, prompts.negative)
+    positive, negative, inverse = prompts
+    if len(source) != 1 or len(mask) != 1:
+        raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
+    if not bool((mask > (WHITE if settings.published else 0.5)).any()):
+        grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
+        raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
+    checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
+    check_staged(models, settings, positive, negative)
     warn_of_size(source)
-    inverse = prompts.inversion(model)
     single_prompt(inverse, "prompt of the inversion")
     down = split(levels(model, SCHEDULER, settings.steps), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
@@ -128,10 +124,9 @@ def edit_staged(
         selected = (mask > WHITE).float() if settings.published else mask
         cells = resize_mask(selected, *start.shape[-2:])[:, None].to(start)
         sampler = _PastingSampler(backgrounds, cells, settings, loop, steps)
-        conds = prompts.positive, prompts.negative
         zeros, seed = torch.zeros_like(start), settings.seed % SEEDS
         result = comfy.sample.sample_custom(
-            adapted, start, settings.cfg, sampler, down, *conds, zeros, disable_pbar=True, seed=seed
+            adapted, start, settings.cfg, sampler, down, positive, negative, zeros, disable_pbar=True, seed=seed
         ).cpu()
         images.add(vae.decode(result).cpu())
     image = images[-1]
@@ -141,15 +136,6 @@ def edit_staged(
     return StagedResult(latent, image, torch.cat(images), "\n".join(images.lines))
 
 
-def _check(source: Tensor, mask: Tensor, published: bool) -> None:
-    if len(source) != 1 or len(mask) != 1:
-        raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
-    if not bool((mask > (WHITE if published else 0.5)).any()):
-        grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
-        raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
-    checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
-
-
 def _invert(
     model: Any, prompt: Conditioning, latent: Tensor, up: Tensor, down: Tensor, published: bool, steps: Steps
 ) -> tuple[Tensor, list[Tensor]]:
@@ -157,18 +143,17 @@ def _invert(
 
     Each pasted latent has the scale of the level that its step reaches, and its noise level too unless published.
     """
-    latents: list[Tensor] = []
 
-    def body(denoiser: Any, x0: Tensor) -> None:
+    def body(denoiser: Any, x0: Tensor) -> list[Tensor]:
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
             steps.step()
             return predicted_noise(denoiser, x, sigma, denoiser.context)
 
         sigmas = up.to(x0)
         start = rescaled(x0, torch.zeros_like(sigmas[0]), sigmas[0]) if published else x0
-        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas))
+        return [x.cpu() for x in invert_with_solver(predict, start, sigmas)]
 
-    predicting(model, prompt, latent, body)
+    latents = predicting(model, prompt, latent, body)
     if not published:
         return latents[-1], latents
     # As published, latents of variance 1 are used at the step after which they are pasted, two levels lower.

@@ -122,9 +122,7 @@ class AdapterJob(Job):
 
         def sample(number: int) -> Sample:
             assert self.data is not None  # begin() came first
-            item = self.data.sample(number)
-            parts = (item.latent, item.context, item.subjects, item.subject_contexts)
-            return Sample(*(part.to(x0.device) for part in parts))
+            return Sample(*(part.to(x0.device) for part in vars(self.data.sample(number)).values()))
 
         def result() -> Result:
             check_errors = torch.tensor(mean_errors(network, UNet(base, None), sample, self.settings.seed))

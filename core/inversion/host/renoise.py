@@ -17,16 +17,9 @@ from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
 from .ddim import InvertedNoise, adds_noise, check_invertible, noise_to
 
-REPLAY = "likeness_replay"  # key of the StoredReplay in a LATENT
-
-
-@dataclass(frozen=True)
-class StoredReplay(Replay):
-    """A Replay with the digest of the samples that it belongs to, since stock nodes copy a LATENT's entries to the
-    latents they derive from it.
-    """
-
-    samples: str
+# Keys of a LATENT's Replay, and of the digest of the samples that it belongs to: stock nodes copy a LATENT's entries to
+# the latents they derive from it.
+REPLAY, SAMPLES = "likeness_replay", "likeness_replay_samples"
 
 
 @dataclass(frozen=True)
@@ -49,22 +42,6 @@ class ReNoiseResult:
             f"{len(self.replay.sigmas) - 1} {kind}, noise levels {levels}\n"
             f"sampled again, the image's latent is missed by {100 * self.error:.1f} % of its size"
         )
-
-
-class RecordedNoises:
-    """The noises of a Replay as a noise_sampler for k-diffusion samplers."""
-
-    def __init__(self, replay: Replay) -> None:
-        self.replay, self._levels = replay, tuple(replay.sigmas.tolist())
-
-    def __call__(self, sigma: Tensor, _following: Tensor) -> Tensor:
-        steps = [step for step, level in enumerate(self._levels) if abs(level - float(sigma)) <= CLOSE * level]
-        if not steps:
-            raise ValueError(
-                f"The sampling has the noise level {float(sigma):.4g}, the inversion had "
-                f"{[round(level, 4) for level in self._levels]}: connect the SIGMAS of Invert For Few Steps."
-            )
-        return self.replay.noises[steps[0]][None].to(sigma)
 
 
 def renoise_image(
@@ -91,19 +68,17 @@ def renoise_image(
     levels = sigmas.detach().float().cpu().clone()
     levels[-1] = 0.0  # inversion starts at the clean image
     steps = Steps(model, len(levels) - 1)
-    results: list[tuple[Tensor, Replay, float]] = []
 
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> tuple[Tensor, Replay, float]:
         x0 = x0.float()
         start, replay = renoise(denoiser, x0, denoiser.context, levels, settings, steps.step)
         again = start
         for step, sigma in enumerate(replay.sigmas[:-1].to(x0)):
             again = replay.step(again, predicted_noise(denoiser, again, sigma, denoiser.context), step)
         error = float((again - x0).norm() / x0.norm().clamp_min(1e-6))
-        results.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
+        return start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error
 
-    predicting(model, positive, samples, body)
-    start, replay, error = results[0]
+    start, replay, error = predicting(model, positive, samples, body)
     if not bool(torch.isfinite(start).all()):
         raise ValueError(
             "The inversion ran away: what this model predicts for the image is too unlike noise to be corrected. "
@@ -112,15 +87,26 @@ def renoise_image(
         )
     noise = InvertedNoise(noise_to(sampling, start, start, levels))
     start = model.get_model_object("latent_format").process_out(start)
-    stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
-    return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay, noise)
+    latent = {"samples": start, REPLAY: replay, SAMPLES: digest(start)}
+    return ReNoiseResult(latent, replaying_sampler(replay), error, replay, noise)
 
 
 def replaying_sampler(replay: Replay) -> Any:
     """ComfyUI's euler_ancestral with the recorded noises, or euler if there are none."""
     if not len(replay.noises):
         return comfy.samplers.sampler_object("euler")
-    return comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": RecordedNoises(replay)})
+    levels = replay.sigmas.tolist()
+
+    def noise_of(sigma: Tensor, _following: Tensor) -> Tensor:
+        steps = [step for step, level in enumerate(levels) if abs(level - float(sigma)) <= CLOSE * level]
+        if not steps:
+            raise ValueError(
+                f"The sampling has the noise level {float(sigma):.4g}, the inversion had "
+                f"{[round(level, 4) for level in levels]}: connect the SIGMAS of Invert For Few Steps."
+            )
+        return replay.noises[steps[0]][None].to(sigma)
+
+    return comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": noise_of})
 
 
 def replay_of(latent: dict[str, Any]) -> Replay | None:
@@ -128,7 +114,7 @@ def replay_of(latent: dict[str, Any]) -> Replay | None:
     scaled or changed.
     """
     stored = latent.get(REPLAY)
-    if stored is not None and stored.samples != digest(latent["samples"]):
+    if stored is not None and latent[SAMPLES] != digest(latent["samples"]):
         raise ValueError(
             "The latent is not the one that Invert For Few Steps gave, but was made from it: connect that node's "
             "latent as it is, not sampled, scaled or cut. To begin at another image, decode the latent and "
