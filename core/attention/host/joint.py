@@ -39,9 +39,10 @@ class Layout:
 
 
 class Call:
-    """One attention call. q, k, v [B, heads, N, d]; options: ComfyUI's transformer_options; layout: known to look()."""
+    """One attention call. q, k, v [B, heads, N, d]; options: ComfyUI's transformer_options."""
 
-    layout: Layout
+    layout: Layout  # known to look(), as the number of the prompt's tokens
+    tokens: int
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *more: Any, **named: Any) -> None:
         self.q, self.k, self.v = q, k, v
@@ -55,11 +56,6 @@ class Call:
     @property
     def lengths(self) -> tuple[int, int]:
         return self.q.shape[2], self.k.shape[2]
-
-    @property
-    def tokens(self) -> int:
-        """The prompt's."""
-        return self.layout.text.stop - self.layout.text.start
 
     def probabilities(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """From these rows' image to the prompt's tokens, see column_probabilities()."""
@@ -124,7 +120,7 @@ def looking(
         if call.lengths != layout.lengths:
             return out
         seen[0] += 1
-        call.layout = layout
+        call.layout, call.tokens = layout, layout.text.stop - layout.text.start
         return look(call, out)
 
     def checked(executor: Any, *args: Any, **named: Any) -> Any:
@@ -142,6 +138,10 @@ def looking(
     return with_options(extra_args, **{"wrappers": wrappers, OVERRIDE: hook})
 
 
+class _Done(Exception):
+    """The layout is known; the rest of the prediction is not needed."""
+
+
 def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) -> Layout:
     """Asked of a running guider's model with one of its prompts, for latents like x. ValueError when it is not told."""
     rows = entry["cross_attn"][:1].to(x)
@@ -151,7 +151,31 @@ def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) ->
     left_out = {"area", "mask", "control", "timestep_start", "timestep_end"}
     prompt = {n: v[:1] if isinstance(v, Tensor) else v for n, v in entry.items() if n not in left_out}
     prompt["cross_attn"] = torch.cat([rows, other * rows.std(), rows])
-    model, probe = guider.inner_model, _Probe(rows.shape[1], x.shape[-2:])
+    model, tokens, (height, width) = guider.inner_model, rows.shape[1], x.shape[-2:]
+    start: int | None = None  # where the prompt's tokens begin, in the first layer that has them
+    cells, layout = 0, None  # the image's tokens
+
+    def probe(function: Any, *args: Any, **named: Any) -> Tensor:
+        nonlocal start, cells, layout
+        call = Call(*args, **named)
+        text, image = (_changed(call.k, 1), _changed(call.q, 2)) if len(call.q) == 3 else ((), ())
+        if len(image) and not cells:
+            cells = _count(image)
+        if len(text):
+            before = 0 if start is None else int(text[0])  # of all text, in a layer of text and image
+            if start is None:
+                start = int(text[0])
+                if _count(text) != tokens:
+                    raise _Done
+            if len(image):
+                first, behind = int(image[0]), before + start
+                grids = ((-(-height // patch), -(-width // patch)) for patch in range(1, 1 + max(height, width)))
+                shape = next((grid for grid in grids if grid[0] * grid[1] == cells), None)
+                places = slice(first, first + cells), slice(behind, behind + tokens)
+                layout = None if shape is None else Layout(call.lengths, *places, shape)
+                raise _Done
+        return function(*args, **named)
+
     if all(value.ndim > 1 for value in prompt.values() if isinstance(value, Tensor)):  # else not one for each latent
         entries = comfy.samplers.encode_model_conds(
             model.extra_conds, [prompt], three, x.device, "positive", latent_image=torch.zeros_like(three)
@@ -159,48 +183,13 @@ def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) ->
         with contextlib.suppress(_Done):
             options = {"transformer_options": {OVERRIDE: probe}}
             comfy.samplers.calc_cond_batch(model, [entries], three, sigma.to(x).expand(3), options)
-    if probe.layout is None:
+    if layout is None:
         raise ValueError(
             f"This model is a {type(model.diffusion_model).__name__}, whose layers do not show what of the image looks "
             "at which token of the prompt (they mix the tokens first, or hide their attention from ComfyUI's hook): "
             "connect one that does, such as SDXL, FLUX or Qwen-Image."
         )
-    return probe.layout
-
-
-class _Done(Exception):
-    """The layout is known; the rest of the prediction is not needed."""
-
-
-class _Probe:
-    """The hook while a model predicts for [a latent, it with another prompt, it with another image]."""
-
-    def __init__(self, tokens: int, size: tuple[int, ...]) -> None:
-        self._tokens = tokens
-        self._grids = [(-(-size[0] // patch), -(-size[1] // patch)) for patch in range(1, 1 + max(size))]
-        self._text: int | None = None  # where the prompt's tokens begin, in the first layer that has them
-        self._cells = 0  # the image's tokens
-        self.layout: Layout | None = None
-
-    def __call__(self, function: Any, *args: Any, **named: Any) -> Tensor:
-        call = Call(*args, **named)
-        if len(call.q) == 3:
-            text, image = _changed(call.k, 1), _changed(call.q, 2)
-            if len(image) and not self._cells:
-                self._cells = _count(image)
-            if len(text):
-                before = 0 if self._text is None else int(text[0])  # of all text, in a layer of text and image
-                if self._text is None:
-                    self._text = int(text[0])
-                    if _count(text) != self._tokens:
-                        raise _Done
-                if len(image):
-                    first, behind = int(image[0]), before + self._text
-                    places = slice(first, first + self._cells), slice(behind, behind + self._tokens)
-                    shape = next((grid for grid in self._grids if grid[0] * grid[1] == self._cells), None)
-                    self.layout = None if shape is None else Layout(call.lengths, *places, shape)
-                    raise _Done
-        return function(*args, **named)
+    return layout
 
 
 def _changed(tokens: Tensor, other: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention patches for ComfyUI's UNet that last for one run and wrap whatever other nodes have installed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,18 @@ from ..maps import probabilities, token_maps
 from ..prompt_to_prompt import correction
 
 Key = tuple[str, int, int]  # part of the UNet, index of the block, index of the transformer layer in the block
+PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-def transformer_layers(unet: Any) -> list[Key]:
-    """Keys of the transformer layers of ComfyUI's UNet, as it names them; none for another network."""
-    parts = {name: getattr(unet, f"{name}_blocks", None) for name in ("input", "output")}
-    if None in parts.values():
-        return []
-    parts["middle"] = [getattr(unet, "middle_block", None) or []]
-    return [
-        (name, number, index)
-        for name, blocks in parts.items()
-        for number, block in enumerate(blocks or [])
-        for layer in block
-        for index in range(len(getattr(layer, "transformer_blocks", [])))
-    ]
+def transformer_layers(unet: Any) -> dict[Key, str]:
+    """The transformer layers of ComfyUI's UNet, by its names of them, as paths of modules; none in another network."""
+    layers: dict[Key, str] = {}
+    for path, _ in unet.named_modules():
+        part, *_, owner, index = words if len(words := path.split(".")) > 2 else ("", "", "")
+        if part in PARTS and owner == "transformer_blocks":
+            layers[PARTS[part], 0 if part == "middle_block" else int(words[1]), int(index)] = path
+    return layers
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -62,7 +58,7 @@ class LayerCall:
         return out
 
 
-def wrapped(extra_args: dict[str, Any], layers: list[Key], kind: str, wrap: Callable[[Attention], Any]) -> Any:
+def wrapped(extra_args: dict[str, Any], layers: Iterable[Key], kind: str, wrap: Callable[[Attention], Any]) -> Any:
     """A run's arguments with which every layer of a kind (attn1, attn2) calls wrap(its previous attention).
 
     Wrapping the patches that exist when a run starts makes this work with other nodes' patches (IPAdapter, PAG),

@@ -1,4 +1,6 @@
-"""Cross-attention maps of a MODEL: a prompt's last tokens at several noise levels of one image."""
+"""Cross-attention maps of a MODEL, a prompt's last tokens at several noise levels of one image, and a sheet of them: a
+row for each token and one for their mean, a column for each noise level.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +14,14 @@ from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import ImageSource, check_result
 from ...session.session import GuiderDenoiser, predicting
+from ...vision.host.sheets import MARGIN, labelled_grid, thumbnail
 from ..maps import mean_over_layers, normalize_maps
 from .joint import Call, looking
 
 KEY = "likeness.inspect"
+TILE, SHEET = 192, 4096  # px: maximum longer side of a map; approximate longer side of the whole sheet
+TITLE = "attention to the last {} tokens of the prompt, from noise (0) to image (1)"
+SHADES = ((24, 24, 27), (67, 30, 120), (190, 55, 90), (250, 150, 40), (255, 250, 190))  # from dark to light
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def attention_maps(
     sampling = model.get_model_object("model_sampling")
     clone = model.clone()
     bar = comfy.utils.ProgressBar(levels)
-    maps, of_layers = list[Tensor](), list[Tensor]()
+    of_layers: list[Tensor] = []
 
     def record(call: Call, out: Tensor) -> Tensor:
         of_layers.append(call.maps(slice(None), slice(-tokens, None)).cpu())
@@ -58,7 +64,8 @@ def attention_maps(
 
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorded)
 
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> Tensor:
+        maps: list[Tensor] = []
         noise = torch.randn(x0.shape, generator=step_generator(seed, 0, "inspect")).to(x0)
         for percent, (rows, _) in zip(percents, prompts, strict=True):
             sigma = torch.tensor([float(sampling.percent_to_sigma(percent))]).to(x0)
@@ -66,12 +73,12 @@ def attention_maps(
             denoiser.denoised(denoiser.noised(x0, noise, sigma), sigma, rows.to(x0))
             maps.append(mean_over_layers(of_layers, (samples.shape[-2], samples.shape[-1])))
             bar.update(1)
+        return torch.cat(maps)
 
-    predicting(clone, [prompts[0]], samples, body)
+    values = predicting(clone, [prompts[0]], samples, body)
+    check_result("maps", values)
     cell = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # newer ComfyUI knows it
-    found = Maps(torch.cat(maps), percents, cell)
-    check_result("maps", found.values)
-    return found
+    return Maps(values, percents, cell)
 
 
 def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
@@ -88,3 +95,30 @@ def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
         )
     single_prompt(entries, "prompt")
     return entries[0]
+
+
+def map_sheet(maps: Maps) -> Tensor:
+    """[1, H, W, 3] in 0..1. Each row is scaled to 0..1 separately; its maximum is printed next to it."""
+    count = maps.values.shape[1]
+    rows = [*maps.values.unbind(1), maps.values.mean(1)]
+    names = [*(f"token {index - count}" for index in range(count)), "mean"]
+    labels = [(name, f"to {float(row.amax()):.3f}") for name, row in zip(names, rows, strict=True)]
+    side = tile_side(len(rows), len(maps.percents), *maps.values.shape[-2:])
+    tiles = [[thumbnail(apply_colormap(tile), side) for tile in normalize_maps(row)] for row in rows]
+    return labelled_grid(tiles, labels, [f"{percent:.2f}" for percent in maps.percents], TITLE.format(count))
+
+
+def tile_side(rows: int, columns: int, height: int, width: int) -> int:
+    """The longer side of a map [height, width] so that rows x columns of them fit on a sheet, at most TILE."""
+    longer = max(height, width)
+    sizes = ((SHEET / count - MARGIN) * longer / side for count, side in ((rows, height), (columns, width)))
+    return max(1, int(min(TILE, *sizes)))
+
+
+def apply_colormap(values: Tensor) -> Tensor:
+    """[h, w] in 0..1 -> [h, w, 3], from dark to light."""
+    shades = torch.tensor(SHADES, dtype=torch.float32) / 255.0
+    position = values.float().clamp(0.0, 1.0) * (len(SHADES) - 1)
+    lower = position.floor().clamp(max=len(SHADES) - 2).long()
+    fraction = (position - lower).unsqueeze(-1)
+    return shades[lower] * (1 - fraction) + shades[lower + 1] * fraction

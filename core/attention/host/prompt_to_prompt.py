@@ -78,22 +78,6 @@ class Control:
     swaps: tuple[Swap, ...]
     rows: int
 
-    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Map [rows, rows], and which tokens are the edit's own."""
-        tail = self.request.subject.tokens if self.request.subject else 0
-        mapping, is_edit = torch.eye(self.rows), edit_columns(Swap(0, 0, 0), self.rows, tail)
-        for swap in self.swaps:
-            mapping, is_edit = mapping @ column_map(swap, self.rows), is_edit | edit_columns(swap, self.rows)
-        return mapping.to(device), is_edit.to(device)
-
-    def words(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The places of the word's tokens in the source and in the edit."""
-        ranges = [(range(s.start, s.start + s.old), range(s.start, s.start + s.new)) for s in self.swaps]
-        source, edit = (
-            torch.tensor([i for each in ends for i in each], device=device) for ends in zip(*ranges, strict=True)
-        )
-        return source, edit
-
     def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more) -> Any:
         entries = self._prompts(entries_by_prompt(guider), noise)
         layers = transformer_layers(guider.inner_model.diffusion_model)
@@ -137,9 +121,8 @@ class Control:
 def replace_subject(
     model: Any, clip: Any, request: SubjectSwap, source: Conditioning | None = None
 ) -> tuple[Any, Conditioning]:
-    """A clone of the MODEL and the positive prompt for both images. ValueError before anything runs.
-
-    source: the prompt that the image was inverted with; its sizes and ControlNets apply to both.
+    """A clone of the MODEL and the positive prompt for both images. source: the prompt that the image was inverted
+    with, whose sizes and ControlNets apply to both.
     """
     learned, prompt, word, mask = request.subject, request.prompt, request.word, request.mask
     if mask is not None:
@@ -201,8 +184,15 @@ class _Run:
     def __init__(
         self, control: Control, guider: Any, entries: list[dict[str, Any]], levels: Sequence[float], noise: Tensor
     ) -> None:
-        self.control, self.how, sampling = control, control.request, guider.inner_model.model_sampling
-        self.mapping, self.is_edit = control.columns(noise.device)
+        self.how, rows, sampling = control.request, control.rows, guider.inner_model.model_sampling
+        tail = self.how.subject.tokens if self.how.subject else 0
+        mapping, is_edit = torch.eye(rows), edit_columns(Swap(0, 0, 0), rows, tail)
+        self._words: tuple[list[int], list[int]] = [], []  # the places of its tokens in the source and in the edit
+        for swap in control.swaps:
+            mapping, is_edit = mapping @ column_map(swap, rows), is_edit | edit_columns(swap, rows)
+            self._words[0].extend(range(swap.start, swap.start + swap.old))
+            self._words[1].extend(range(swap.start, swap.start + swap.new))
+        self.mapping, self.is_edit = mapping.to(noise.device), is_edit.to(noise.device)
         self.cross, self.self_ = (
             SigmaRange(float("inf"), sampling.percent_to_sigma(end))
             for end in (self.how.end_percent, self.how.self_percent)
@@ -232,8 +222,7 @@ class _Run:
 
     def record(self, maps: Tensor) -> None:
         """Add a layer's attention [2, tokens, h, w] of source and edit to the prompt: that to the word."""
-        words = self.control.words(maps.device)
-        means = torch.stack([each[word].mean(0) for each, word in zip(maps, words, strict=True)])
+        means = torch.stack([each[word].mean(0) for each, word in zip(maps, self._words, strict=True)])
         self._pending = self._pending.to(means) + mean_over_layers([means[None]], self._size)[0]
 
     def commit(self, args: dict[str, Any]) -> Tensor:

@@ -136,8 +136,6 @@ def encode_subject(model: Any, vae: Any, positive: Conditioning, images: Tensor,
 def load_patcher(stored: StoredAdapter, blocks: list[Place], dtype: torch.dtype = torch.float32) -> Any:
     """A ModelPatcher of the adapter for a model's blocks. It uses the file's tensors without a copy, or converts them
     if the model computes in a lower precision, to which every step would cast them anyway.
-
-    ValueError when the adapter belongs to another UNet.
     """
     with torch.device("meta"):
         adapter = Adapter([place.layer for place in blocks]).requires_grad_(False)
@@ -157,10 +155,8 @@ def with_adapter(
     strength: float = 1.0,
     apply_to: str = BOTH,
 ) -> Any:
-    """A clone of the MODEL with the adapter in the last `ratio` of the steps; replaces an earlier adapter.
-
-    strength 0 returns the model without an adapter. ValueError, before anything runs, when model, adapter and subject
-    do not belong together.
+    """A clone of the MODEL with the adapter in the last `ratio` of the steps, in place of an earlier one, or without
+    any at strength 0. ValueError, before anything runs, when model, adapter and subject do not belong together.
     """
     blocks = check_model(model)
     check_base(subject.base, model, "subject", "encoded with")
@@ -177,10 +173,8 @@ def with_adapter(
 def with_ratio(model: Any, ratio: float) -> Any:
     """A clone of a MODEL from with_adapter(), with the same adapter in another part of the steps."""
     clone = model.clone()
-    injections = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
-    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    for injection in injections:
-        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injection, ratio=ratio))
+    by_key = clone.wrappers[WrappersMP.SAMPLER_SAMPLE]
+    by_key[KEY] = [replace(injection, ratio=ratio) for injection in by_key[KEY]]
     return clone
 
 

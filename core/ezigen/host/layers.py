@@ -10,11 +10,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...attention.host.layers import Key
+from ...attention.host.layers import Key, transformer_layers
 from ...session.weights import differentiable_attention, is_packed
 from ..adapter import Adapter, Layer, SubjectTokens
-
-PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,20 @@ class Place:
 
 
 def places(base: Any) -> list[Place]:
-    """All transformer blocks of a ComfyUI model (a MODEL's .model), in execution order.
-
-    ValueError for a network that is not ComfyUI's UNet, or has none.
-    """
-    unet, config = base.diffusion_model, base.model_config.unet_config
-    blocks = []
-    if hasattr(unet, "input_blocks") and hasattr(unet, "output_blocks"):
-        published = {native: name for name, native in comfy.utils.unet_to_diffusers(dict(config)).items()}
-        for name, part in unet.named_modules():
-            words = name.split(".")
-            if len(words) < 3 or words[-2] != "transformer_blocks" or words[0] not in PARTS:
-                continue
-            number = 0 if words[0] == "middle_block" else int(words[1])
-            official = published[f"{name}.attn1.to_q.weight"].removesuffix(".attn1.to_q.weight")
-            layer = Layer(official, part.attn1.to_q.weight.shape[0], part.attn1.heads)
-            blocks.append(Place((PARTS[words[0]], number, int(words[-1])), name, layer))
-    if not blocks:
+    """All transformer blocks of a ComfyUI model (a MODEL's .model), in execution order; ValueError for none."""
+    unet, end = base.diffusion_model, ".attn1.to_q.weight"
+    layers = transformer_layers(unet)
+    if not layers:
         raise ValueError(
             f"This model is a {type(unet).__name__}; the adapter stands in the transformer blocks of the UNet of "
             "SD1.x, SD2.x and SDXL: connect one of these."
         )
+    names = comfy.utils.unet_to_diffusers(dict(base.model_config.unet_config)).items()
+    published = {native.removesuffix(end): name.removesuffix(end) for name, native in names if native.endswith(end)}
+    blocks = []
+    for key, path in layers.items():
+        attention = unet.get_submodule(f"{path}.attn1")
+        blocks.append(Place(key, path, Layer(published[path], attention.to_q.weight.shape[0], attention.heads)))
     return blocks
 
 
