@@ -17,9 +17,16 @@ from ..rectify import CLOSE
 from ..renoise import ReNoiseSettings, Replay, renoise
 from .ddim import InvertedNoise, adds_noise, check_invertible, noise_to
 
-# Keys of a LATENT's Replay, and of the digest of the samples that it belongs to: stock nodes copy a LATENT's entries to
-# the latents they derive from it.
-REPLAY, SAMPLES = "likeness_replay", "likeness_replay_samples"
+REPLAY = "likeness_replay"  # key of the StoredReplay in a LATENT
+
+
+@dataclass(frozen=True)
+class StoredReplay(Replay):
+    """A Replay with the digest of the samples that it belongs to, since stock nodes copy a LATENT's entries to the
+    latents they derive from it.
+    """
+
+    samples: str
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,8 @@ def renoise_image(
         )
     noise = InvertedNoise(noise_to(sampling, start, start, levels))
     start = model.get_model_object("latent_format").process_out(start)
-    latent = {"samples": start, REPLAY: replay, SAMPLES: digest(start)}
-    return ReNoiseResult(latent, replaying_sampler(replay), error, replay, noise)
+    stored = StoredReplay(replay.sigmas, replay.noises, digest(start))
+    return ReNoiseResult({"samples": start, REPLAY: stored}, replaying_sampler(replay), error, replay, noise)
 
 
 def replaying_sampler(replay: Replay) -> Any:
@@ -114,7 +121,7 @@ def replay_of(latent: dict[str, Any]) -> Replay | None:
     scaled or changed.
     """
     stored = latent.get(REPLAY)
-    if stored is not None and latent[SAMPLES] != digest(latent["samples"]):
+    if stored is not None and stored.samples != digest(latent["samples"]):
         raise ValueError(
             "The latent is not the one that Invert For Few Steps gave, but was made from it: connect that node's "
             "latent as it is, not sampled, scaled or cut. To begin at another image, decode the latent and "
