@@ -98,7 +98,12 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
     ValueError for anything else. needs: the names of further tensors that the caller handles.
     """
     if path.suffix.lower() != ".safetensors":
-        _refuse_pickle(path)
+        try:
+            names = list(read_weights(path, MAX_BYTES))
+        except ValueError:  # whatever the file is, the error below is the same
+            names = []
+        _refuse_official(path, names)
+        raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")
 
     def check(names: list[str]) -> list[str]:
         _refuse_official(path, names)
@@ -136,15 +141,6 @@ def _refuse_official(path: Path, names: list[str]) -> None:
             "models/checkpoints, load it with Load Checkpoint, and send its model through Position Map (128 cells, "
             "bilinear for photos, nearest for paintings)."
         )
-
-
-def _refuse_pickle(path: Path) -> None:
-    try:
-        names = list(read_weights(path, MAX_BYTES))
-    except ValueError:  # whatever the file is, the error below is the same
-        names = []
-    _refuse_official(path, names)
-    raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")
 
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:

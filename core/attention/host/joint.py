@@ -59,9 +59,14 @@ class Call:
 
     def probabilities(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """From these rows' image to the prompt's tokens, see column_probabilities()."""
-        image = self.layout.image
-        q, mask = self.q[rows, :, image], self._added(rows, image)
-        return column_probabilities(q, self._for_each_query(self.k[rows]), self.layout.text, mask, self.scale)
+        image, mask = self.layout.image, self._mask
+        if mask is not None:  # as what is added to the scores, [B, heads, T, N] or 1 of them
+            mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim != 3 else mask[:, None]
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+            mask = mask[rows if len(mask) > 1 else slice(None), :, image if mask.shape[2] > 1 else slice(None)]
+        q, k = self.q[rows, :, image], self._for_each_query(self.k[rows])
+        return column_probabilities(q, k, self.layout.text, mask, self.scale)
 
     def maps(self, rows: slice, tokens: slice = slice(None)) -> Tensor:
         """Those of some tokens as maps [B, tokens, h, w], the mean over heads."""
@@ -80,16 +85,6 @@ class Call:
     def _for_each_query(self, keys: Tensor) -> Tensor:
         """Keys or values [B, heads, N, d], of models that have one for several queries too."""
         return keys if keys.shape[1] == self.heads else keys.repeat_interleave(self.heads // keys.shape[1], 1)
-
-    def _added(self, rows: slice, queries: slice) -> Tensor | None:
-        """The mask as what is added to the scores, [B, heads, T, N] or 1 of them."""
-        mask = self._mask
-        if mask is None:
-            return None
-        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim != 3 else mask[:, None]
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-        return mask[rows if len(mask) > 1 else slice(None), :, queries if mask.shape[2] > 1 else slice(None)]
 
 
 def looking(

@@ -103,16 +103,12 @@ def map_sheet(maps: Maps) -> Tensor:
     rows = [*maps.values.unbind(1), maps.values.mean(1)]
     names = [*(f"token {index - count}" for index in range(count)), "mean"]
     labels = [(name, f"to {float(row.amax()):.3f}") for name, row in zip(names, rows, strict=True)]
-    side = tile_side(len(rows), len(maps.percents), *maps.values.shape[-2:])
+    # Rows x columns of maps fit on a sheet; each is at most TILE.
+    height, width = maps.values.shape[-2:]
+    places = (len(rows), height), (len(maps.percents), width)
+    side = max(1, int(min(TILE, *((SHEET / n - MARGIN) * max(height, width) / length for n, length in places))))
     tiles = [[thumbnail(apply_colormap(tile), side) for tile in normalize_maps(row)] for row in rows]
     return labelled_grid(tiles, labels, [f"{percent:.2f}" for percent in maps.percents], TITLE.format(count))
-
-
-def tile_side(rows: int, columns: int, height: int, width: int) -> int:
-    """The longer side of a map [height, width] so that rows x columns of them fit on a sheet, at most TILE."""
-    longer = max(height, width)
-    sizes = ((SHEET / count - MARGIN) * longer / side for count, side in ((rows, height), (columns, width)))
-    return max(1, int(min(TILE, *sizes)))
 
 
 def apply_colormap(values: Tensor) -> Tensor:
