@@ -75,9 +75,9 @@ class Bench:
     @torch.inference_mode()
     def staged(self, subject: Any, loops: int, start: Any = None) -> None:
         """The pack's own staged sampling, or its loops alone where an image is there to start from."""
-        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
 
-        how, prompts = self.settings, Prompts(self.positive, self.empty, self.empty)
+        how, prompts = self.settings, (self.positive, self.empty, self.empty)
         settings = StagedSettings(0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
         latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
         models = StagedModels(self.model, self.vae, self.adapter, self.vision)
@@ -166,7 +166,7 @@ def in_session(bench: Bench, measure: Callable[[Any], None]) -> None:
 
 def bare_step(fit: Any) -> Callable[[], None]:
     """A step on the UNet and the adapter that the training holds."""
-    from ..core.ezigen.host.layers import Capture, middle_patch
+    from ..core.ezigen.host.layers import capture, middle_patch
 
     network, sample = fit.network, fit.sample(0)
     unet, found, parameters = network.unet, network.places, fit.adapter.published_parameters()
@@ -180,10 +180,10 @@ def bare_step(fit: Any) -> Callable[[], None]:
     def step() -> None:
         noise = torch.randn(sample.latent[None].shape, generator=generator)
         t = torch.randint(1000, (1,), generator=generator)
-        kept = Capture()
+        kept: dict[Any, Any] = {}
         with torch.no_grad():
-            asked(sample.subjects + 0.04 * noise, torch.ones(1), about, {"attn1_patch": [kept]})
-        tokens, share = join_images(kept.order(found)), network.alphas_cumprod[t].view(-1, 1, 1, 1)
+            asked(sample.subjects + 0.04 * noise, torch.ones(1), about, {"attn1_patch": [capture(kept)]})
+        tokens, share = join_images([kept[place.key] for place in found]), network.alphas_cumprod[t].view(-1, 1, 1, 1)
         z = share.sqrt() * sample.latent[None] + (1 - share).sqrt() * noise
         patches = {"middle_patch": [middle_patch(fit.adapter, found, tokens)]}
         loss = (asked(z, t.float(), context, patches) - noise).square().mean()

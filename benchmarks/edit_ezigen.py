@@ -66,12 +66,12 @@ class Bench(effect_ezigen.Bench):
     def edited(self, edit: Exchange, subject: Any, mask: Any, **kind: Any) -> Any:
         """The edited image [1, 96, 96, 3]."""
         from ..core.ezigen.host.staged import StagedModels
-        from ..core.ezigen.host.staged_edit import EditPrompts, EditSettings, edit_staged
+        from ..core.ezigen.host.staged_edit import EditSettings, edit_staged
 
         # Class and place: what the new subject looks like must come from its image.
         prompt = world.caption(edit.wanted.identity, edit.source.source_place, words=("background",))
         empty, loops = self.conditioning(""), self.settings.loops
-        prompts = EditPrompts(self.conditioning(prompt), empty, empty)
+        prompts = self.conditioning(prompt), empty, empty
         settings = EditSettings(edit.seed, split_ratio=self.settings.ratio, loops=Loops(loops, loops), **kind)
         models = StagedModels(self.world.model, self.world.vae, self.adapter)
         return edit_staged(models, subject, prompts, self.image(edit.source), mask, settings).image

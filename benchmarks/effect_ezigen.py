@@ -76,11 +76,11 @@ class Bench(subjects.Bench):
         self, case: Case, subject: Any, ratio: float, loops: int, start: Any = None, model: Any = None, **more: Any
     ) -> Any:
         """Images [N, 3, 96, 96] of the first sampling, or of `start`, and of each loop, by the pack's own stages."""
-        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
 
         settings = StagedSettings(case.seed, self.settings.steps, self.settings.cfg, ratio, Loops(loops, loops), **more)
         negative = self.conditioning("")
-        prompts = Prompts(self.conditioning(case.prompt(case.target_place)), negative, negative)
+        prompts = self.conditioning(case.prompt(case.target_place)), negative, negative
         size = torch.zeros(self.settings.samples, 4, SIDE // 8, SIDE // 8)
         start = None if start is None else start.movedim(1, -1)
         models = StagedModels(model or self.world.model, self.world.vae, self.adapter)

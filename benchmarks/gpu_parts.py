@@ -256,13 +256,13 @@ class Bench:
         from ..core.ezigen.artifact import pack_adapter
         from ..core.ezigen.host.adapter import encode_subject
         from ..core.ezigen.host.layers import new_adapter
-        from ..core.ezigen.host.staged import Prompts, StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
         from ..core.ezigen.staged import Loops
 
         adapter = pack_adapter(new_adapter(self.model.model), {})
         models = StagedModels(self.model, self.vae, adapter)
         prompts, settings = (
-            Prompts(self.positive, self.negative, self.negative),
+            (self.positive, self.negative, self.negative),
             StagedSettings(0, 5 if self.tiny else 20, loops=Loops(2, 2)),
         )
         with torch.inference_mode():

@@ -2,8 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..core.attention.host.map_sheet import map_sheet
-from ..core.attention.host.maps import attention_maps
+from ..core.attention.host.maps import attention_maps, map_sheet
 from . import inputs
 from .node import Node
 from .types import output, schema

@@ -137,7 +137,7 @@ class LikenessStagedSampler(Node):
     ) -> io.NodeOutput:
         models, settings = _shared(**more)
         how = host.StagedSettings(published_level=not exact_noise_level, **settings)
-        prompts = host.Prompts(positive, negative, negative if loop_negative is None else loop_negative)
+        prompts = positive, negative, negative if loop_negative is None else loop_negative
         found = host.sample_staged(models, subject, prompts, latent["samples"], how, image)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
 
@@ -199,6 +199,6 @@ class LikenessStagedEdit(Node):
     ) -> io.NodeOutput:
         models, settings = _shared(**more)
         how = editing.EditSettings(published=not exact_background, **settings)
-        prompts = editing.EditPrompts(positive, negative, inversion_prompt, clip)
+        prompts = positive, negative, editing.inversion_prompt(models.model, negative, inversion_prompt, clip)
         found = editing.edit_staged(models, subject, prompts, image, mask, how)
         return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)

@@ -54,8 +54,8 @@ class Swap:
     end: int | None = None
 
 
-def word_swap(source: Sequence[Hashable], edit: Sequence[Hashable], word: Sequence[Hashable], first: int = 1) -> Swap:
-    """The swap between two prompts' tokens, without begin and end; `first` is the index of their first token.
+def word_swap(source: Sequence[Hashable], edit: Sequence[Hashable], word: Sequence[Hashable]) -> Swap:
+    """The swap between two prompts' tokens, given without begin and end.
 
     ValueError unless the word occurs exactly once in the source and nothing else differs.
     """
@@ -67,7 +67,7 @@ def word_swap(source: Sequence[Hashable], edit: Sequence[Hashable], word: Sequen
     behind = list(source[start + old :])
     if new < 1 or list(edit[:start]) != list(source[:start]) or list(edit[start + new :]) != behind:
         raise ValueError("The two prompts differ in more than the word.")
-    return Swap(first + start, old, new)
+    return Swap(1 + start, old, new)  # behind the begin
 
 
 def token_swap(source: Sequence[Hashable], edit: Sequence[Hashable]) -> Swap | None:

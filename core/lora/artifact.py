@@ -94,15 +94,25 @@ def save_fine_tune(path: Path, tuned: FineTunedWeights, *, replace: bool = True)
 
 
 def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
-    """Read a file of this pack, or one that the stock Save LoRA node wrote from our LORA_MODEL (without a header).
-
-    needs: the names of further tensors that the caller handles.
-
-    Raises ValueError for anything else; for the reference code's checkpoints, the message says how to use them.
+    """Read a file of this pack, or one that the stock Save LoRA node wrote from our LORA_MODEL (without a header);
+    ValueError for anything else. needs: the names of further tensors that the caller handles.
     """
     if path.suffix.lower() != ".safetensors":
-        _refuse_pickle(path)
-    tensors, header = read_tensors(path, MAX_BYTES, lambda names: _check_names(path, names, needs))
+        try:
+            names = list(read_weights(path, MAX_BYTES))
+        except ValueError:  # whatever the file is, the error below is the same
+            names = []
+        _refuse_official(path, names)
+        raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")
+
+    def check(names: list[str]) -> list[str]:
+        _refuse_official(path, names)
+        if not names:
+            raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
+        _refuse_foreign(path, [name for name in names if name not in needs and not re.fullmatch(KEY, name)])
+        return names
+
+    tensors, header = read_tensors(path, MAX_BYTES, check)
     _check_header(path, header)
     if not header:
         _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
@@ -114,14 +124,6 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
             raise ValueError(f"{path.name} holds an unexpected tensor '{name}' {tuple(value.shape)}: train it again.")
     _check_pairs(path, tensors)
     return FineTunedWeights(tensors, header)
-
-
-def _check_names(path: Path, names: list[str], needs: Collection[str]) -> list[str]:
-    _refuse_official(path, names)
-    if not names:
-        raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
-    _refuse_foreign(path, [name for name in names if name not in needs and not re.fullmatch(KEY, name)])
-    return names
 
 
 def _refuse_foreign(path: Path, foreign: list[str]) -> None:
@@ -139,15 +141,6 @@ def _refuse_official(path: Path, names: list[str]) -> None:
             "models/checkpoints, load it with Load Checkpoint, and send its model through Position Map (128 cells, "
             "bilinear for photos, nearest for paintings)."
         )
-
-
-def _refuse_pickle(path: Path) -> None:
-    try:
-        names = list(read_weights(path, MAX_BYTES))
-    except ValueError:  # whatever the file is, the error below is the same
-        names = []
-    _refuse_official(path, names)
-    raise ValueError(f"{path.name} is not a .safetensors file: choose one made by Save Fine-Tune.")
 
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ any storage format.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,23 +88,17 @@ class LowRank(nn.Module):
 def attached_lora(layers: Mapping[str, Layer], adapters: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """While active, each adapter's output is added to the output of the layer with the same name."""
 
-    def hook(adapter: Callable[[Tensor], Tensor], start: int | None, count: int):
-        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            delta = adapter(inputs[0]).to(output.dtype)
-            if start is None:
-                return output + delta
-            return torch.cat(
-                [output[..., :start], output[..., start : start + count] + delta, output[..., start + count :]], -1
-            )
-
-        return add
+    def added(adapter: Callable[[Tensor], Tensor], layer: Layer, _module: Any, inputs: Any, output: Tensor) -> Tensor:
+        delta = adapter(inputs[0]).to(output.dtype)
+        if not isinstance(layer, Rows):
+            return output + delta
+        before, rows, behind = output.tensor_split((layer.start, layer.start + layer.count), -1)
+        return torch.cat([before, rows + delta, behind], -1)
 
     with contextlib.ExitStack() as stack:
         for name, adapter in adapters.items():
-            layer, rows = layers[name], (None, 0)
-            if isinstance(layer, Rows):
-                layer, rows = layer.layer, (layer.start, layer.count)
-            stack.callback(layer.register_forward_hook(hook(adapter, *rows)).remove)
+            hook = functools.partial(added, adapter, layers[name])
+            stack.callback(module_of(layers[name]).register_forward_hook(hook).remove)
         yield
 
 

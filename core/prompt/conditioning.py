@@ -96,11 +96,8 @@ def warn_of_no_words(positive: Conditioning, negative: Conditioning) -> None:
         log.warning("The prompt is the same as the negative prompt, or both are empty: write what you want to see.")
 
 
-def check_room(conditioning: Conditioning, tokens: int) -> bool:
-    """ValueError for an embedding that would overwrite words of the prompt. False, with a line in the log, when this
-    cannot be determined.
-    """
-    known = True
+def check_room(conditioning: Conditioning, tokens: int) -> None:
+    """ValueError for an embedding that would overwrite words of the prompt; the log says when this cannot be told."""
     for rows, options in conditioning:
         count = rows.shape[1]
         if tokens >= min(CHUNK - 1, count):
@@ -110,7 +107,6 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
             )
         room = padding_rows(rows, options.get("pooled_output"))
         if room is None:
-            known = False
             # A language model's padding is long enough for nearly every prompt.
             log.log(
                 logging.INFO if count % CHUNK else logging.WARNING,
@@ -123,7 +119,6 @@ def check_room(conditioning: Conditioning, tokens: int) -> bool:
                 f"The embedding takes the last {tokens} rows of the prompt, but the prompt leaves only {room} unused: "
                 f"shorten the prompt by {tokens - room} tokens or train with fewer tokens."
             )
-    return known
 
 
 def apply_embedding(
@@ -136,13 +131,9 @@ def apply_embedding(
     """A new conditioning whose last n tokens are scale * rows [T, n, d]; areas, masks and time windows are unchanged.
 
     Step-wise embeddings (T > 1, HiFi Tuner Algorithm 1) have one window per step, and every entry becomes T entries.
-    Scale 0 disables the embedding and returns the prompt unchanged. Raises ValueError when the widths differ, when the
-    tokens would overwrite words or another embedding, or when there is not one window per step.
+    Scale 0 disables the embedding and returns the prompt unchanged. Raises ValueError when the widths differ, or when
+    the tokens would overwrite words or another embedding.
     """
-    if len(rows) > 1 and len(rows) != len(windows):
-        raise ValueError(
-            f"The embedding has rows for {len(rows)} denoising steps and windows for {len(windows)}: train it again."
-        )
     for text, _ in conditioning:
         if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
             content = "nothing" if text is None else f"rows of width {text.shape[-1]}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..lora.low_rank import LISTS, block_lists
+from .weights import replaced
 
 DECODER = (
     *("ResnetBlock", "AttnBlock", "Upsample", "Block"),  # ComfyUI's KL autoencoders and TAESD
@@ -18,9 +19,7 @@ log = logging.getLogger("likeness")
 
 
 def checkpointed(module: nn.Module, names: Collection[str] = ()) -> contextlib.AbstractContextManager[None]:
-    """Recompute a network's blocks, or the parts of these classes, in backward instead of storing their activations:
-    less memory, more time.
-    """
+    """Recompute a network's blocks, or the parts of these classes, in backward: less memory, more time."""
     blocks = [part for part in module.modules() if type(part).__name__ in names] if names else blocks_of(module)
     if not blocks:
         log.warning("Checkpointing saves nothing: it knows no blocks of this %s.", type(module).__name__)
@@ -50,16 +49,10 @@ def layers_checkpointed(module: nn.Module) -> contextlib.AbstractContextManager[
 
 @contextlib.contextmanager
 def _checkpointed(parts: list[nn.Module]) -> Iterator[None]:
-    originals = [(part, "forward" in part.__dict__, part.forward) for part in parts]  # other packs may have set it
-    try:
+    with contextlib.ExitStack() as stack:
         for part in parts:
-            part.forward = _recompute(part.forward)  # type: ignore[method-assign]
+            stack.enter_context(replaced(part, forward=_recompute(part.forward)))
         yield
-    finally:
-        for part, was_set, forward in originals:
-            part.__dict__.pop("forward", None)
-            if was_set:
-                part.forward = forward  # type: ignore[method-assign]
 
 
 def _recompute(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

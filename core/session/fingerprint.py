@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..fit.runs import digest
 from .describe import PATCHER, contents_of_file, describe, sampled, unique_value
-from .weights import NOTES, WINDOWS, is_pack_guidance, options_of_sampling, sampling_keys, uncompiled
+from .weights import NOTES, WINDOWS, is_pack_guidance, sampling_keys, uncompiled
 
 log = logging.getLogger("likeness")
 FIXED = ("family", "prediction", "latent_format", "shapes")
@@ -91,9 +91,11 @@ def patches_digest(model: Any) -> str:
         kinds = {kind: {k: v for k, v in by_key.items() if k not in of_sampling} for kind, by_key in kinds.items()}
         parts[name] = {kind: by_key for kind, by_key in kinds.items() if by_key}
     options = {name: value for name, value in model.model_options.items() if name not in (NOTES, WINDOWS)}
-    inner = options.get("transformer_options", {})
-    state = options_of_sampling(wrappers, inner)
-    options["transformer_options"] = {name: value for name, value in inner.items() if name not in state}
+    # Such wrappers keep their state in the transformer options: objects of their own module.
+    functions = (each for by_key in wrappers.values() for key in of_sampling & by_key.keys() for each in by_key[key])
+    modules = {getattr(function, "__module__", None) for function in functions}
+    inner = options.get("transformer_options", {}).items()
+    options["transformer_options"] = {name: each for name, each in inner if type(each).__module__ not in modules}
     return digest([describe(parts), describe(options)])
 
 

@@ -28,11 +28,6 @@ class Kind:
     hidden_prefixes: tuple[str, ...] = ()  # companions of an entry, not entries themselves
     source: str = ""  # where its files come from, and what else to do without one
 
-    def expected(self) -> str:
-        """Description of a valid entry, for error messages."""
-        files = ["a " + " or ".join(self.extensions) + " file"] if self.extensions else []
-        return ", or ".join(files + ([f"a folder with {' or '.join(self.markers)}"] if self.markers else []))
-
 
 EMBEDDINGS = Kind("likeness_embeddings", (".safetensors", ".pt"))
 VISION = Kind("likeness_vision", (".safetensors",), ("config.json", "open_clip_config.json"))
@@ -102,9 +97,7 @@ def names(kind: Kind) -> Names:
 
 
 def matching(kind: Kind, matches: Callable[[Path], bool]) -> Names:
-    """Those names() whose paths match. What cannot be used, such as a link that leads nowhere, does not: as above, the
-    lists must not prevent ComfyUI's start.
-    """
+    """Those names() whose paths match; what cannot be used, such as a link that leads nowhere, does not."""
     found = Names()
     for name in names(kind):
         with contextlib.suppress(OSError, ValueError):
@@ -140,8 +133,10 @@ def resolve(kind: Kind, name: str) -> Path:
         if path.is_file() and _has_extension(kind, path.name):
             return path
     if paths:
+        forms = {"a {} file": kind.extensions, "a folder with {}": kind.markers}
+        expected = ", or ".join(form.format(" or ".join(names)) for form, names in forms.items() if names)
         raise ValueError(
-            f"{quoted} in models/{kind.folder} was given, but {kind.expected()} is expected: choose another entry."
+            f"{quoted} in models/{kind.folder} was given, but {expected} is expected: choose another entry."
         )
     remedy = kind.source or "put it there and press R to refresh the list."
     if source := SOURCES.get(parts[-1]):

@@ -149,8 +149,7 @@ class ImageSource:
     def encoded(self, model: Any) -> TrainingImages:
         """The training images, checked against the model; ValueError says what is missing or does not fit."""
         samples = image_latents(model, self._samples())
-        if not bool(torch.isfinite(samples).all()):
-            raise ValueError("The latent holds NaN or infinite numbers: encode the image again, with the VAE in fp32.")
+        check_finite("latent", samples, "encode the image again, with the VAE in fp32")
         samples, size = samples.float().cpu(), (samples.shape[-2], samples.shape[-1])
         if self.mask is None:
             return TrainingImages(samples, None)
@@ -158,12 +157,11 @@ class ImageSource:
         return TrainingImages(samples, as_latent(mask, samples))
 
     def _samples(self) -> Tensor:
-        if (self.latent is None) == (self.image is None):
+        if self.latent is not None and self.image is None:
+            return self.latent["samples"]
+        if self.image is None or self.latent is not None:
             given = "nothing came on 'latent' or 'image'" if self.latent is None else "both came in"
             raise ValueError(f"Connect either a LATENT, or an IMAGE with its VAE; {given}.")
-        if self.latent is not None:
-            return self.latent["samples"]
-        assert self.image is not None  # exactly one of the two is connected
         if self.vae is None:
             raise ValueError(
                 "An IMAGE is connected without a VAE: connect the checkpoint's VAE, or encode the image to a LATENT."

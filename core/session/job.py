@@ -95,7 +95,6 @@ class Job(abc.ABC):
 
     def begin(self, done: int) -> Job:
         """Called once before the model is loaded, if updates are to be made; prepares what session() and fit() share.
-
         done: number of updates already stored.
         """
         return self
@@ -125,9 +124,8 @@ def run(job: Job) -> Run:
         key, stored = stored_last(store, key, job.steps)
     else:
         stored = stored_run(store, key, whole=False, more=job.state)
-    progress = Progress(job.model, job.steps)
     done, begun = 0 if stored is None else stored.step, time.monotonic()
-    progress.start(done)
+    progress = Progress(job.model, job.steps, done)
     if stored is None or not job.is_complete(stored):
         _seconds.pop(key, None)
         with random_numbers():  # whether a run is trained or served makes no difference to what follows
@@ -143,12 +141,11 @@ def run(job: Job) -> Run:
 
 
 def _train(job: Job, done: int, store: RunStore, key: str, progress: Progress) -> Run:
-    runs: list[Run] = []
     if not done:
         log.info("%s: no run is stored for exactly this model, these inputs and settings: it is trained.", job.method)
     job = job.begin(done)
 
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> Run:
         with job.fit(denoiser, x0) as (fit, result):
             so_far = Sparingly(lambda: job.so_far(denoiser, fit, x0))
 
@@ -163,7 +160,6 @@ def _train(job: Job, done: int, store: RunStore, key: str, progress: Progress) -
             header = {"method": job.method, "settings": asdict(job.settings)}
             finished = train(fit, job.steps, result, Checkpointer(store, key, header, job.retention), show)
             state = {name: value.cpu() for name, value in fit.state().items() if name in job.state}
-            runs.append(Run(state, finished.losses, finished.results))
+            return Run(state, finished.losses, finished.results)
 
-    job.session().run(body)
-    return runs[0]
+    return job.session().run(body)

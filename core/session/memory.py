@@ -21,10 +21,10 @@ GB = 2**30
 
 # ComfyUI's estimates are for one forward pass, while backward needs every activation: the factor for a decoder, or a
 # model with its own estimate.
-ACTIVATION_FACTOR, ACTIVATION_FACTOR_CHECKPOINTED = 4.0, 1.5
+ACTIVATION_FACTORS = 4.0, 1.5  # without and with checkpointing
 # The factor for ComfyUI's UNets and transformers, relative to its estimate for one pass with fused attention. Measured
 # at the published widths (benchmarks.memory_similarity): 9 and 2 for SD1.x, 20 and 3 for SDXL, 25 and 3 for FLUX.1.
-NETWORK_FACTOR, NETWORK_FACTOR_CHECKPOINTED = 25.0, 3.0
+NETWORK_FACTORS = 25.0, 3.0
 BYTES_PER_PASS = 0.01 * 2**20  # for each byte of a latent's pixel
 BYTES_PER_WEIGHT = 16  # of a trained weight in float32: the weight, its gradient, Adam's two moments
 BYTES_PER_FEATURE = 72.0  # of a transformer layer, per token and channel in float32 (41 with fused attention)
@@ -34,25 +34,19 @@ ADVICE = (
 )
 
 
-def factor(checkpointing: bool) -> float:
-    """The factor on ComfyUI's estimate for one pass without gradients."""
-    return ACTIVATION_FACTOR_CHECKPOINTED if checkpointing else ACTIVATION_FACTOR
-
-
 def activations(model: Any, latent: Tensor, checkpointing: bool) -> float:
     """Bytes that one prediction of a MODEL for a latent [1, C, h, w] stores for its backward pass."""
     base = model.model
     if type(base).memory_required is not comfy.model_base.BaseModel.memory_required:
-        return factor(checkpointing) * base.memory_required([1, *latent.shape[1:]])
+        return ACTIVATION_FACTORS[checkpointing] * base.memory_required([1, *latent.shape[1:]])
     size = mm.dtype_size(model.get_model_object("manual_cast_dtype") or base.get_dtype())  # as set by the session
-    blocks = checkpointing and block_lists(base.diffusion_model)
-    network_factor = NETWORK_FACTOR_CHECKPOINTED if blocks else NETWORK_FACTOR
+    network_factor = NETWORK_FACTORS[checkpointing and bool(block_lists(base.diffusion_model))]
     return network_factor * BYTES_PER_PASS * base.memory_usage_factor * size * math.prod(latent.shape[2:])
 
 
 def decoding_memory(vae: Any, latent: Tensor, checkpointing: bool) -> float:
     """Bytes that decoding with gradients stores for its backward pass."""
-    return factor(checkpointing) * vae.memory_used_decode(tuple(latent.shape), vae.vae_dtype)
+    return ACTIVATION_FACTORS[checkpointing] * vae.memory_used_decode(tuple(latent.shape), vae.vae_dtype)
 
 
 def vision_memory(vision: Any, checkpointing: bool) -> float:

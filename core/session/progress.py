@@ -40,10 +40,6 @@ class Steps:
         preview = _preview(self._previewer, latent if self._done % self._every == 0 else None)
         self._bar.update_absolute(self._done, self._total, preview)
 
-    def callback(self, _step: int, denoised: Tensor, _x: Tensor, _total: int) -> None:
-        """step() with the signature of ComfyUI's sampler callbacks."""
-        self.step(denoised)
-
 
 def _preview(previewer: Any | None, latent: Tensor | None) -> Any | None:
     """A latent's preview image for the progress bar; None without a previewer or a latent."""
@@ -68,18 +64,14 @@ class Sparingly:
 
 
 class Progress(Steps):
-    """Progress of one node's run. update() raises ComfyUI's interrupt when the user cancels."""
+    """Progress of one node's run; done: the steps of a stored run. update() raises ComfyUI's interrupt on a cancel."""
 
-    def __init__(self, model: Any, total: int) -> None:
+    def __init__(self, model: Any, total: int, done: int) -> None:
         super().__init__(model, total)
         context = get_executing_context()  # none outside of a node
         self._node = None if context is None else context.node_id
-        self._resumed, self._last, self._begun = 0, 0.0, time.monotonic()
+        self._resumed, self._last, self._begun = done, 0.0, time.monotonic()
         self._so_far = False
-
-    def start(self, step: int) -> None:
-        """Set how many steps a stored run already has, whether it is resumed or returned as it is."""
-        self._resumed, self._begun = step, time.monotonic()
 
     def update(
         self, losses: list[float], denoised: Tensor | None = None, image: Tensor | None = None, so_far: bool = False
@@ -109,15 +101,11 @@ class Progress(Steps):
         self.curve(losses)
         _learned[str(self._node)] = seconds
 
-    def _seconds_left(self, step: int) -> float:
-        """At the pace of this run so far, in seconds."""
-        made = max(1, step - self._resumed)
-        return max(0, self._total - step) * (time.monotonic() - self._begun) / made
-
     def curve(self, losses: list[float]) -> None:
         """Send the loss curve to the page."""
         if not losses:
             return
+        made, left = max(1, len(losses) - self._resumed), max(0, self._total - len(losses))
         message = {
             "node": str(self._node),
             "step": len(losses),
@@ -125,7 +113,7 @@ class Progress(Steps):
             "loss": losses[-1],
             "losses": curve(losses),
             "mean": curve(running_mean(losses)),
-            "left": self._seconds_left(len(losses)),
+            "left": left * (time.monotonic() - self._begun) / made,  # seconds, at the pace of this run so far
             "resumed": self._resumed,
             "so_far": self._so_far,
         }
@@ -155,11 +143,12 @@ class _WarningsInPage(logging.Handler):
         _send(WARNING, {"text": record.getMessage()})
 
 
+_PAGE = _WarningsInPage(logging.WARNING)
+
+
 def show_warnings() -> None:
     """Show the pack's warnings in the page too, since few of its users read the log. May be called repeatedly."""
-    logger = logging.getLogger(LOGGER)
-    if not any(isinstance(each, _WarningsInPage) for each in logger.handlers):
-        logger.addHandler(_WarningsInPage(logging.WARNING))
+    logging.getLogger(LOGGER).addHandler(_PAGE)
 
 
 def _send(event: str, message: dict[str, Any]) -> None:

@@ -49,6 +49,13 @@ def noisy_start(sampling: Any, noise: Tensor, latent: Tensor, sigmas: Tensor) ->
     return sampling.noise_scaling(sigmas[0].to(noise), noise.clone(), latent, full_noise)
 
 
+def with_options(extra_args: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The arguments of a running sampler, with further transformer options."""
+    model_options = extra_args["model_options"]
+    options = {**model_options.get("transformer_options", {}), **options}
+    return {**extra_args, "model_options": {**model_options, "transformer_options": options}}
+
+
 def sample_latent(
     model: Any,
     positive: Conditioning,

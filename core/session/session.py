@@ -7,9 +7,11 @@ cleans up. Inside the session, the model is differentiable and wrapped as a Deno
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management as mm
 import comfy.samplers
@@ -27,38 +29,31 @@ from .weights import (
     Leaves,
     calls,
     check_fully_loaded,
-    drop_all_guidance,
-    drop_sampling_wrappers,
+    drop_guidance,
     gradients,
     load_fully,
     out_of_place,
     private_skips,
+    replaced,
     thawed,
     trainable_clone,
 )
 
+T = TypeVar("T")
 COMPANIONS = "likeness.beside"  # key of the session's other models among the clone's additional models
 BOXES = "likeness.boxes"  # transformer_options: [B, 4] in latent cells, one box per sample of a training batch
 
 
 class GuiderDenoiser:
-    """A Denoiser backed by a running guider, for one of the guider's prompts."""
+    """A Denoiser backed by a running guider, for one of the guider's prompts. x0: the latent of the run. leaves: the
+    weights that the session trains, by name.
+    """
 
-    def __init__(
-        self,
-        guider: Any,
-        extra_args: dict[str, Any],
-        x0: Tensor,
-        leaves: Leaves | None = None,
-        role: str = "positive",
-    ) -> None:
-        """x0: the latent of the run. leaves: the weights that the session trains, by name. role: the name of the prompt
-        in the guider.
-        """
-        self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, role
+    def __init__(self, guider: Any, extra_args: dict[str, Any], x0: Tensor, leaves: Leaves | None = None) -> None:
+        self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, "positive"
         self.leaves = leaves or Leaves()
         self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
-        self._entry = guider.conds[role][0]
+        self._entry = guider.conds[self._role][0]
         self._sampling = guider.inner_model.model_sampling
         self._as_noise = not sampling.objective(self._sampling)
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
@@ -81,27 +76,23 @@ class GuiderDenoiser:
         mm.throw_exception_if_processing_interrupted()
         extra_args = self._extra_args
         if boxes is not None:
-            options = extra_args["model_options"]
-            with_boxes = {**options.get("transformer_options", {}), BOXES: boxes.to(x.device)}
-            extra_args = {**extra_args, "model_options": {**options, "transformer_options": with_boxes}}
+            extra_args = sampling.with_options(extra_args, **{BOXES: boxes.to(x.device)})
         texts = {"cross_attn": context, "pooled_output": pooled}
         changed = {name: value.to(x.device) for name, value in texts.items() if value is not None}
-        guider, conds = self._guider, self._guider.conds
-        entries = conds[self._role]
+        guider, entries = self._guider, self._guider.conds[self._role]
         if changed:  # prepared as for a sampling: some models pad or number tokens, or send them through own layers
             prompt, prepare = [{**self._entry, **changed}], guider.inner_model.extra_conds
             entries = comfy.samplers.encode_model_conds(
                 prepare, prompt, x.detach(), x.device, self._role, latent_image=self._x0
             )
-        guider.conds = {"positive": entries}
-        try:
+        with replaced(guider, conds={"positive": entries}):
             return guider(x, sigma.expand(x.shape[0]), **extra_args)
-        finally:
-            guider.conds = conds
 
     def of(self, role: str) -> GuiderDenoiser:
         """The same model's predictions for another of the guider's prompts, with everything attached to that prompt."""
-        return GuiderDenoiser(self._guider, self._extra_args, self._x0, self.leaves, role)
+        other = copy.copy(self)
+        other._role, other._entry = role, self._guider.conds[role][0]
+        return other
 
     @property
     def model(self) -> nn.Module:
@@ -113,36 +104,36 @@ class GuiderDenoiser:
         return self._entry["cross_attn"]
 
 
-class _Body(comfy.samplers.Sampler):
-    """A sampler that runs a function instead of sampling."""
+def _run(guider: Any, latent: Tensor, body: Callable[[Any, dict[str, Any], Tensor], T]) -> T:
+    """Run body(guider, extra_args, x0) as a guider's sampler, and return what it returns; nothing is sampled."""
+    results: list[T] = []
 
-    def __init__(self, run: Callable[..., None]) -> None:
-        self._run = run
+    class Body(comfy.samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image, *_more, **_named):
+            results.append(body(model_wrap, extra_args, latent_image))
+            return latent_image
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_more, **_named):
-        self._run(model_wrap, extra_args, latent_image)
-        return latent_image
+    highest = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)  # valid for any sampler
+    guider.sample(torch.zeros_like(latent), latent, Body(), torch.tensor([highest, 0.0]), disable_pbar=True)
+    return results[0]
 
 
-def predicting(
-    model: Any, positive: Conditioning, latent: Tensor, body: Callable[[GuiderDenoiser, Tensor], None]
-) -> None:
-    """Run body(denoiser, x0) with a MODEL's own predictions for one prompt, without guidance or gradients.
+def predicting(model: Any, positive: Conditioning, latent: Tensor, body: Callable[[GuiderDenoiser, Tensor], T]) -> T:
+    """What body(denoiser, x0) returns, with a MODEL's own predictions for one prompt, without guidance or gradients.
 
     Arguments as in Session; the model may be partly offloaded.
     """
     clone = model.clone()
-    drop_all_guidance(clone)
-    drop_sampling_wrappers(clone)
+    drop_guidance(clone)
     guider = comfy.samplers.CFGGuider(clone)
     guider.inner_set_conds({"positive": positive})
 
-    def run(running: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
+    def run(running: Any, extra_args: dict[str, Any], x0: Tensor) -> T:
         denoiser = GuiderDenoiser(running, extra_args, x0)
         check_reuse(clone, denoiser, x0[:1])
-        body(denoiser, x0)
+        return body(denoiser, x0)
 
-    guider.sample(torch.zeros_like(latent), latent, _Body(run), _ends(clone), disable_pbar=True)
+    return _run(guider, latent, run)
 
 
 @dataclass(frozen=True)
@@ -171,63 +162,47 @@ class Session:
     learned: int = 0
     prompts: Mapping[str, Conditioning] = field(default_factory=dict)
 
-    def run(self, body: Callable[[GuiderDenoiser, Tensor], None]) -> None:
-        """Run body(denoiser, x0); x0 is the latent in the model's own latent space, on the model's device.
+    def run(self, body: Callable[[GuiderDenoiser, Tensor], T]) -> T:
+        """What body(denoiser, x0) returns; x0 is the latent in the model's own latent space, on the model's device.
 
         body must itself detach results and move them to the CPU. Raises RuntimeError before body starts when the model
         is partly offloaded or has no backward pass (some quantised formats).
         """
-
-        def inside(guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
-            with self._denoiser(guider, extra_args, x0) as denoiser:
-                body(denoiser, x0)
-
         if self.checkpointing and RANK_MASK in self.model.wrappers.get(WrappersMP.APPLY_MODEL, {}):
             raise ValueError(
                 "The model carries a T-LoRA, whose ranks change with the noise level, and checkpointing computes its "
                 "blocks again at none: switch checkpointing off, or connect the base model."
             )
+        text = [] if self.text is None else [self.text]
+        companions = [*text, *self.others]  # loaded together with the model
         with gradients():
             clone = trainable_clone(self.model, self.all_weights, self.exact)
-            if self._companions:  # ComfyUI must not unload one to make room for the other
-                clone.set_additional_models(COMPANIONS, self._companions)
-            latent = detached(self.latent).float()
-            guider = self._guider(clone)
-            self._load(clone, latent)
+            if companions:  # ComfyUI must not unload one to make room for the other
+                clone.set_additional_models(COMPANIONS, companions)
+            latent, guider = detached(self.latent).float(), comfy.samplers.CFGGuider(clone)
+            prompts = {"positive": self.positive, "negative": self.negative, **self.prompts}
+            guider.inner_set_conds({role: detached(prompt) for role, prompt in prompts.items() if prompt is not None})
+            # For casts; a text encoder whose weights are all trained is counted in _memory().
+            copies = size_on(self.others if self.all_weights else companions, clone.load_device)
+            needed = _memory([clone, *text], latent, self.checkpointing, self.all_weights) + copies
+            needed += self.more_memory
+            check_room([clone, *companions], needed, clone.load_device)
+            load_fully([clone, *companions], needed)
             try:
                 with explain_out_of_memory():
-                    noise = torch.zeros_like(latent)
-                    guider.sample(noise, latent, _Body(inside), _ends(clone), disable_pbar=True)
+                    return _run(guider, latent, functools.partial(self._inside, body))
             finally:
                 mm.soft_empty_cache()
 
-    @property
-    def _companions(self) -> list[Any]:
-        """The ModelPatchers loaded together with the model."""
-        return [*([] if self.text is None else [self.text]), *self.others]
-
-    def _guider(self, clone: Any) -> Any:
-        guider = comfy.samplers.CFGGuider(clone)
-        prompts = {"positive": self.positive, "negative": self.negative, **self.prompts}
-        guider.inner_set_conds({role: detached(prompt) for role, prompt in prompts.items() if prompt is not None})
-        return guider
-
-    def _load(self, clone: Any, latent: Tensor) -> None:
-        """Load every model whole, with room for what the gradient needs."""
-        trained = [clone] if self.text is None else [clone, self.text]
-        # For casts; a text encoder whose weights are all trained is counted in _memory().
-        copies = size_on(self.others if self.all_weights else self._companions, clone.load_device)
-        needed = _memory(trained, latent, self.checkpointing, self.all_weights) + copies + self.more_memory
-        check_room([clone, *self._companions], needed, clone.load_device)
-        load_fully([clone, *self._companions], needed)
-
-    @contextlib.contextmanager
-    def _denoiser(self, guider: Any, extra_args: dict[str, Any], x0: Tensor) -> Iterator[GuiderDenoiser]:
+    def _inside(
+        self, body: Callable[[GuiderDenoiser, Tensor], T], guider: Any, extra_args: dict[str, Any], x0: Tensor
+    ) -> T:
         """Inside the sampler: the model fully loaded, thawed, safe for backward, checkpointed, and probed."""
         for patcher in (guider.model_patcher, *guider.loaded_models):
             if hasattr(patcher, "model_size"):
                 check_fully_loaded(patcher)
-        parts = self._modules(guider)
+        owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
+        parts = [part for part in owners if isinstance(part, nn.Module)]
         with contextlib.ExitStack() as stack:
             network = guider.inner_model.diffusion_model
             trained = {"diffusion_model": network} if self.all_weights else {}
@@ -244,16 +219,7 @@ class Session:
             check_reuse(self.model, denoiser, x0[:1])
             with calls(parts, denoiser.called.add):
                 _probe(denoiser, x0[:1], self.learned)
-            yield denoiser
-
-    def _modules(self, guider: Any) -> list[nn.Module]:
-        owners = [guider.inner_model, *(getattr(extra, "model", extra) for extra in guider.loaded_models)]
-        return [part for part in (*owners, *(each.model for each in self._companions)) if isinstance(part, nn.Module)]
-
-
-def _ends(clone: Any) -> Tensor:
-    """Valid noise levels for any sampler; nothing is sampled."""
-    return torch.tensor([float(clone.get_model_object("model_sampling").sigma_max), 0.0])
+            return body(denoiser, x0)
 
 
 def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:

@@ -54,16 +54,13 @@ def _beyond_ascii(error: BaseException | None) -> bool:
     return False
 
 
-class _Plain(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if not text.isascii():
-            record.msg, record.args = plain(text), None
-        return True
+def _plain_record(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    if not text.isascii():
+        record.msg, record.args = plain(text), None
+    return True
 
 
 def keep_log_plain() -> None:
     """The pack's own log lines, and theirs alone. May be called repeatedly."""
-    logger = logging.getLogger(LOGGER)
-    if not any(isinstance(each, _Plain) for each in logger.filters):
-        logger.addFilter(_Plain())
+    logging.getLogger(LOGGER).addFilter(_plain_record)

@@ -37,35 +37,32 @@ log = logging.getLogger("likeness")
 
 
 @contextlib.contextmanager
-def gradients() -> Iterator[None]:
-    """Leave inference mode and record gradients; also set ComfyUI's training flag, which some models need."""
-    had_flag = hasattr(mm, "in_training")  # newer ComfyUI: some model families avoid fused kernels when it is set
-    before = getattr(mm, "in_training", False)
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a module or object with other values; those that it did not have are gone afterwards."""
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
     try:
-        if had_flag:
-            setattr(mm, "in_training", True)  # noqa: B010 (its type is that of False)
-        with torch.inference_mode(False), torch.enable_grad(), _plain_kernels():
-            yield
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
     finally:
-        if had_flag:
-            setattr(mm, "in_training", before)  # noqa: B010
+        for name in values:
+            if name in before:
+                setattr(owner, name, before[name])
+            else:
+                delattr(owner, name)
 
 
 @contextlib.contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Newer ComfyUI's fused kernels for rotary positions have no backward pass: its own plain versions take over, where
-    a model calls them without looking at the flag (Cosmos-Predict2, Anima).
+def gradients() -> Iterator[None]:
+    """Leave inference mode and record gradients; also set newer ComfyUI's training flag, at which some model families
+    avoid fused kernels. Where a model calls those for rotary positions without looking at it (Cosmos-Predict2, Anima),
+    ComfyUI's own plain versions, which have a backward pass, take over.
     """
     fused, plain = (sys.modules.get(f"comfy_kitchen{part}") for part in ("", ".backends.eager"))
     names = [name for name in getattr(plain, "__all__", ()) if "rope" in name and hasattr(fused, name)]
-    originals = {name: getattr(fused, name) for name in names}
-    try:
-        for name in names:
-            setattr(fused, name, getattr(plain, name))
+    kernels = replaced(fused, **{name: getattr(plain, name) for name in names})
+    with torch.inference_mode(False), torch.enable_grad(), replaced(mm, in_training=True), kernels:
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(fused, name, function)
 
 
 class Leaves(dict[str, nn.Parameter]):
@@ -79,41 +76,37 @@ class Leaves(dict[str, nn.Parameter]):
 @contextlib.contextmanager
 def thawed(modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None) -> Iterator[Leaves]:
     """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors without
-    memory of their own; the originals are restored on exit. Weights that stay collect no gradients meanwhile.
+    memory of their own. Those that ComfyUI casts in every forward stay, since autograd sees only the result of the
+    cast; they collect no gradients meanwhile. The original objects come back, so that ModelPatcher's backups and other
+    nodes that share the module remain valid.
 
-    Those that ComfyUI casts in every forward stay, since autograd sees only the result of the cast. The original
-    objects are restored, so ModelPatcher's backups and other nodes that share the module remain valid.
     trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names.
     """
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    frozen: list[Tensor] = []
-    try:
-        leaves = _leaves(trained or {}, replaced)
+    with contextlib.ExitStack() as stack:
+
+        def put(store: Any, name: str, value: Any) -> None:
+            stack.callback(store.__setitem__, name, store[name])
+            store[name] = value
+
+        leaves = _leaves(trained or {}, put)
         own = {id(leaf) for leaf in leaves.values()}
         for module in modules:
             dtype = getattr(module, "manual_cast_dtype", None)
             scales = getattr(getattr(module, "latent_format", None), "__dict__", {})
             for name, value in dict(scales).items():
                 if isinstance(value, Tensor) and value.is_inference():
-                    replaced.append((scales, name, value))
-                    scales[name] = value.clone()
+                    put(scales, name, value.clone())
             for part in module.modules():
                 for store in (part._parameters, part._buffers):
                     for name, value in store.items():
                         if value is None or id(value) in own:
                             continue
                         if value.is_inference() and not _is_cast(part, name, value, dtype):
-                            replaced.append((store, name, value))
-                            store[name] = _normal(value, store is part._parameters)  # ty: ignore[invalid-assignment]
+                            put(store, name, _normal(value, store is part._parameters))
                         elif value.requires_grad:  # loaded outside of inference mode, or cast with a gradient
-                            frozen.append(value.requires_grad_(False))
+                            value.requires_grad_(False)  # inference mode alone may set it for inference tensors
+                            stack.callback(torch.inference_mode()(value.requires_grad_), True)
         yield leaves
-    finally:
-        with torch.inference_mode():  # which alone may set it for inference tensors
-            for value in frozen:
-                value.requires_grad_(True)
-        for store, name, value in replaced:
-            store[name] = value
 
 
 def _is_cast(part: nn.Module, name: str, value: Tensor, compute_dtype: torch.dtype | None) -> bool:
@@ -127,22 +120,20 @@ def _is_cast(part: nn.Module, name: str, value: Tensor, compute_dtype: torch.dty
     return value.dtype in FP8 or (half and compute_dtype is not None and compute_dtype != value.dtype)
 
 
-def _leaves(trained: Mapping[str, nn.Module], replaced: list) -> Leaves:
+def _leaves(trained: Mapping[str, nn.Module], put: Callable[[Any, str, Any], None]) -> Leaves:
     """Replace every weight by a leaf; a shared weight gets a single leaf."""
     leaves = Leaves()
     by_id: dict[int, nn.Parameter] = {}
     for prefix, module in trained.items():
         for path, part in module.named_modules():
-            store: dict[str, Any] = part._parameters
-            for name, value in store.items():
+            for name, value in part._parameters.items():
                 if value is None:
                     continue
                 if id(value) not in by_id:
                     full_name = ".".join(word for word in (prefix, path, name) if word)
                     by_id[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
                     leaves[full_name], leaves.before[full_name] = by_id[id(value)], value.detach()
-                replaced.append((store, name, value))
-                store[name] = by_id[id(value)]
+                put(part._parameters, name, by_id[id(value)])
     return leaves
 
 
@@ -172,8 +163,7 @@ def out_of_place(module: nn.Module) -> Iterator[None]:
         return original(x.clone() if weight is None else x, weight, *args, **more)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(setattr, comfy.ldm.common_dit, "rms_norm", original)
-        setattr(comfy.ldm.common_dit, "rms_norm", rms_norm)  # noqa: B010
+        stack.enter_context(replaced(comfy.ldm.common_dit, rms_norm=rms_norm))
         for part in module.modules():
             children = [] if isinstance(part, LISTS) else list(part.children())
             norms = any("norm" in type(child).__name__.lower() for child in children)
@@ -203,10 +193,9 @@ def private_skips(unet: nn.Module) -> Iterator[None]:
     ComfyUI adds a ControlNet's output in place to the skip connections, after the next block has used them. Every block
     gets a copy of its input, so nothing else uses the skip connections. Models without a UNet are left alone.
     """
-    blocks = [*getattr(unet, "input_blocks", [])][1:]
-    blocks += [block for block in [getattr(unet, "middle_block", None)] if block is not None]
+    blocks = [*[*getattr(unet, "input_blocks", [])][1:], getattr(unet, "middle_block", None)]
     with contextlib.ExitStack() as stack:
-        for block in blocks:
+        for block in filter(None, blocks):
             stack.callback(block[0].register_forward_pre_hook(_copy_input).remove)
         yield
 
@@ -216,10 +205,7 @@ def differentiable_attention(_original: Callable[..., Tensor], *args: Any, **kwa
 
 
 def fixed_clone(patcher: Any) -> Any:
-    """A clone of a ModelPatcher whose weights stay in place.
-
-    Raises RuntimeError when ComfyUI streams this model's weights and cannot make a fixed copy of them.
-    """
+    """A clone of a ModelPatcher whose weights stay in place; RuntimeError when ComfyUI cannot make one."""
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return patcher.clone()
     try:
@@ -254,17 +240,6 @@ def warn_of_guidance(model: Any) -> None:
         )
 
 
-def drop_all_guidance(clone: Any) -> None:
-    """Remove all guidance from a clone: losses and inversions use the model's own prediction."""
-    for name in GUIDANCE:
-        clone.model_options.pop(name, None)
-    for by_key in clone.wrappers.values():
-        for key in filter(is_pack_guidance, list(by_key)):
-            del by_key[key]
-    for key in filter(is_pack_guidance, list(clone.additional_models)):
-        clone.remove_additional_models(key)
-
-
 def sampling_keys(wrappers: dict[str, dict[Any, Any]]) -> set[Any]:
     """The keys of a MODEL's wrappers that belong to something that lives in the steps of a sampling, such as EasyCache.
 
@@ -276,22 +251,21 @@ def sampling_keys(wrappers: dict[str, dict[Any, Any]]) -> set[Any]:
     return {key for key in keys if not str(key).startswith("likeness")}
 
 
-def options_of_sampling(wrappers: dict[str, dict[Any, Any]], options: Mapping[str, Any]) -> set[str]:
-    """The names of the transformer options that such wrappers keep their state in: objects of their own module."""
-    keys = sampling_keys(wrappers)
-    functions = (each for by_key in wrappers.values() for key in keys & by_key.keys() for each in by_key[key])
-    modules = {getattr(function, "__module__", None) for function in functions}
-    return {name for name, value in options.items() if type(value).__module__ in modules}
-
-
-def drop_sampling_wrappers(clone: Any) -> None:
-    """Remove from a clone what is for the steps of a sampling, and log its names."""
+def drop_guidance(clone: Any) -> None:
+    """Remove from a clone what is for sampling only: guidance, since losses and inversions use the model's own
+    prediction, and what lives in the steps of a sampling, whose names are logged.
+    """
+    for name in (*GUIDANCE, NOTES):
+        clone.model_options.pop(name, None)
+    for key in filter(is_pack_guidance, list(clone.additional_models)):
+        clone.remove_additional_models(key)
     keys, names = sampling_keys(clone.wrappers), set[str]()
     for kind, by_key in clone.wrappers.items():
+        for key in filter(is_pack_guidance, list(by_key)):
+            del by_key[key]
         for key in keys & by_key.keys() - (set() if kind in SAMPLING else {None}):
             names.add(str(key))
             del by_key[key]
-    clone.model_options.pop(NOTES, None)
     if clone.model_options.pop(WINDOWS, None) is not None:
         names.add("context windows")
     for patch in clone.object_patches.keys() - uncompiled(clone.object_patches).keys():
@@ -312,8 +286,7 @@ def trainable_clone(model: Any, cast: bool = False, exact: bool = False) -> Any:
     cast: the weights will be float32 whatever the compute dtype. exact: compute in float32 where fp16 is unsafe.
     """
     clone = fixed_clone(model)
-    drop_all_guidance(clone)
-    drop_sampling_wrappers(clone)
+    drop_guidance(clone)
     options = clone.model_options["transformer_options"] = clone.model_options.get("transformer_options", {}).copy()
     options["optimized_attention_override"] = differentiable_attention
     dtype = model.model_dtype()

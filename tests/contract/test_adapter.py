@@ -182,14 +182,19 @@ def test_the_positive_prompt_alone_in_any_guider(monkeypatch):
 
     setting, seen = Setting(), set()
     model = applied(setting, ratio=1.0, apply_to="positive only")
-    called = host._Run.__call__
+    made = host._Injection._patch
 
-    def spy(run, h, options):
-        places = zip(options["cond_or_uncond"], options["uuids"], strict=True)
-        seen.update((place, name in run.excluded) for place, name in places)
-        return called(run, h, options)
+    def spied(injection, tokens, level, excluded):
+        patch = made(injection, tokens, level, excluded)
 
-    monkeypatch.setattr(host._Run, "__call__", spy)
+        def spy(h, options):
+            places = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+            seen.update((place, name in excluded) for place, name in places)
+            return patch(h, options)
+
+        return spy
+
+    monkeypatch.setattr(host._Injection, "_patch", spied)
     area = [[rows, {**options, "area": (8, 8, 0, 0)}] for rows, options in setting.target]
     for positive in (setting.target, area):
         guider = Guider_DualCFG(model)

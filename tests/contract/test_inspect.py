@@ -49,8 +49,7 @@ def test_predictions_without_numbers_give_no_maps():
 @pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32)])
 def test_many_maps_are_shown_smaller(size):
     """The whole prompt at every level fits on a sheet that can be shown; few maps keep their size."""
-    from likeness.core.attention.host.map_sheet import SHEET, TILE, map_sheet
-    from likeness.core.attention.host.maps import Maps
+    from likeness.core.attention.host.maps import SHEET, TILE, Maps, map_sheet
 
     many = map_sheet(Maps(torch.rand(50, 77, *size), [index / 50 for index in range(50)]))
     assert SHEET / 3 < max(many.shape[1:3]) < SHEET + 200

@@ -143,7 +143,7 @@ def test_what_does_not_show_its_attention_has_no_maps(name):
 def test_blend_keeps_the_source_away_from_the_word_and_a_mask_where_it_is_black():
     family = FAMILIES["FLUX.1"]
     model, (_, _, both) = family.model(), pair(family)
-    mask = torch.zeros(1, 1, 64, 64)
+    mask = torch.zeros(1, 64, 64)
     mask[..., 32:] = 1
     free, masked, blended = (
         play(family, controlled(model, both, **more), both, 2, steps=3) for more in ({}, {"mask": mask}, {"blend": 0.5})

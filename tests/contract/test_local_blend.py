@@ -29,6 +29,16 @@ def test_a_mask_keeps_the_picture_itself_elsewhere(clip):
             swapped(setting, clip, mask=wrong)
 
 
+def test_a_mask_that_another_node_changes_later_counts_as_it_was(clip):
+    setting = Setting()
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 16:40, 16:33] = 1.0
+    made = swapped(setting, clip, mask=mask)
+    before = play(*made)
+    mask.fill_(1.0)
+    assert torch.equal(play(*made), before)
+
+
 def test_the_local_blend_keeps_the_picture_where_the_word_is_not_looked_at(clip):
     """The kept part grows with the share; 1 keeps everything that an Euler step decides, and so the whole image."""
     setting = Setting()

@@ -66,7 +66,7 @@ class Corrections:
     """Counts the calls of core's correction()."""
 
     def __init__(self, monkeypatch) -> None:
-        from likeness.core.attention.host import prompt_to_prompt as attention_control
+        from likeness.core.attention.host import layers as attention_control
 
         self.count, original = 0, attention_control.correction
 

@@ -33,8 +33,9 @@ def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, inversion=(), 
 
     setting, adapter, own = parts
     settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
-    prompts = host.EditPrompts(setting.target, setting.empty, *inversion)
     with torch.inference_mode():
+        inverse = host.inversion_prompt(setting.model, setting.empty, *inversion)
+        prompts = setting.target, setting.empty, inverse
         models = host.StagedModels(setting.model, vae or autoencoder(), adapter)
         return host.edit_staged(models, about or own, prompts, source, mask, settings)
 

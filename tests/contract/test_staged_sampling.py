@@ -41,7 +41,7 @@ def staged(parts, vision=None, start=None, latent=LATENT, model=None, vae=None, 
 
     setting, adapter, about = parts
     settings = replace(host.StagedSettings(7, STEPS, 3.0, loops=Loops(2, 2)), **changes)
-    prompts = host.Prompts(setting.target, setting.empty, setting.source)
+    prompts = setting.target, setting.empty, setting.source
     with torch.inference_mode():
         models = host.StagedModels(model or setting.model, vae or autoencoder(), adapter, vision)
         return host.sample_staged(models, about, prompts, latent, settings, start)

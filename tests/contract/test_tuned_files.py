@@ -164,6 +164,30 @@ def test_weights_that_fit_no_layer_are_refused(tmp_path, name):
         run_node(LikenessLoadTuned, name="a.safetensors", model=Setting().model, strength=1.0)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64)},
+        {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8), "lokr_w2": (8, 8)},
+    ],
+    ids=["LoHa", "LoKr of low-rank factors"],
+)
+def test_forms_of_other_trainers_in_memory_do_what_comfyui_does_with_them(shapes):
+    import comfy.lora
+    import comfy.sd
+
+    from likeness.core.lora.artifact import FineTunedWeights
+    from likeness.core.lora.host.apply import apply_lora
+
+    setting, generator = Setting(), torch.Generator().manual_seed(2)
+    weights = {f"{LAYER}.{part}": torch.rand(shape, generator=generator) for part, shape in shapes.items()}
+    applied, _ = apply_lora(FineTunedWeights(weights), setting.model, None, 1.0)
+    stock, _ = comfy.sd.load_lora_for_models(setting.model, None, weights, 1.0, 0.0)
+    assert f"{LAYER}.weight" in applied.patches
+    assert torch.equal(picture(setting, applied), picture(setting, stock))
+    assert not torch.equal(picture(setting, applied), picture(setting, setting.model))
+
+
 def test_weights_of_another_family_without_a_header_are_refused(tmp_path):
     from safetensors.torch import save_file
 

@@ -16,7 +16,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...session.sampling import with_options
 from ..maps import column_probabilities
+from ..prompt_to_prompt import joint_correction
+from .layers import LayerCall, transformer_layers, wrapped
 
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name of the hook
 CHANGED = 1e-2  # relative: a token differs that differs by more
@@ -38,6 +41,9 @@ class Layout:
 class Call:
     """One attention call. q, k, v [B, heads, N, d]; options: ComfyUI's transformer_options."""
 
+    layout: Layout  # known to look(), as the number of the prompt's tokens
+    tokens: int
+
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *more: Any, **named: Any) -> None:
         self.q, self.k, self.v = q, k, v
         if not named.get("skip_reshape"):  # heads lie side by side
@@ -51,46 +57,56 @@ class Call:
     def lengths(self) -> tuple[int, int]:
         return self.q.shape[2], self.k.shape[2]
 
-    def probabilities(self, rows: slice, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+    def probabilities(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """From these rows' image to the prompt's tokens, see column_probabilities()."""
-        q, mask = self.q[rows, :, layout.image], self._added(rows, layout.image)
-        return column_probabilities(q, self.for_each_query(self.k[rows]), layout.text, mask, self.scale)
+        image, mask = self.layout.image, self._mask
+        if mask is not None:  # as what is added to the scores, [B, heads, T, N] or 1 of them
+            mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim != 3 else mask[:, None]
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+            mask = mask[rows if len(mask) > 1 else slice(None), :, image if mask.shape[2] > 1 else slice(None)]
+        q, k = self.q[rows, :, image], self._for_each_query(self.k[rows])
+        return column_probabilities(q, k, self.layout.text, mask, self.scale)
 
-    def maps(self, rows: slice, layout: Layout) -> Tensor:
-        """Those as maps [B, tokens, h, w], the mean over heads."""
-        attention = torch.cat([part.mean(1) for _, part in self.probabilities(rows, layout)], 1)
-        return attention.transpose(1, 2).unflatten(-1, layout.shape)
+    def maps(self, rows: slice, tokens: slice = slice(None)) -> Tensor:
+        """Those of some tokens as maps [B, tokens, h, w], the mean over heads."""
+        attention = torch.cat([part.mean(1) for _, part in self.probabilities(rows)], 1)
+        return attention.transpose(1, 2)[:, tokens].unflatten(-1, self.layout.shape)
 
-    def for_each_query(self, keys: Tensor) -> Tensor:
+    def corrected(self, out: Tensor, pair: slice, mapping: Tensor, is_edit: Tensor, renormalise: bool) -> Tensor:
+        """A copy of the output with prompt-to-prompt's control in the last of two rows, see joint_correction()."""
+        out = out.clone()
+        by_head = out if self._split_out else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        values = self._for_each_query(self.v[pair][1:])[0, :, self.layout.text]
+        edit = by_head[pair.stop - 1, :, self.layout.image]
+        joint_correction(self.probabilities(pair), edit, values, mapping, is_edit, renormalise)
+        return out
+
+    def _for_each_query(self, keys: Tensor) -> Tensor:
         """Keys or values [B, heads, N, d], of models that have one for several queries too."""
         return keys if keys.shape[1] == self.heads else keys.repeat_interleave(self.heads // keys.shape[1], 1)
 
-    def _added(self, rows: slice, queries: slice) -> Tensor | None:
-        """The mask as what is added to the scores, [B, heads, T, N] or 1 of them."""
-        mask = self._mask
-        if mask is None:
-            return None
-        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim != 3 else mask[:, None]
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-        return mask[rows if len(mask) > 1 else slice(None), :, queries if mask.shape[2] > 1 else slice(None)]
 
-    def by_head(self, out: Tensor) -> Tensor:
-        """The output as [B, heads, N, d], a view."""
-        return out if self._split_out else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-Look = Callable[[Call, Tensor], Tensor]  # from a call and its output to the output
-
-
-@contextlib.contextmanager
 def looking(
-    extra_args: dict[str, Any], look: Look, expected: Callable[[dict[str, Any]], bool], layout: Layout
-) -> Iterator[None]:
-    """Send every call in which the image looks at the prompt through look(), in one run, around other nodes' hooks.
-    RuntimeError when there is none in an evaluation for which expected(transformer_options) holds.
+    extra_args: dict[str, Any],
+    look: Callable[[Any, Tensor], Tensor],
+    guider: Any,
+    entry: dict[str, Any],
+    x: Tensor,
+    sigma: Tensor,
+    expected: Callable[[dict[str, Any]], bool] = lambda _options: True,
+) -> dict[str, Any]:
+    """A run's arguments with which every call in which the image looks at the prompt goes through look(), around other
+    nodes' hooks. look: from a Call, or a LayerCall of a UNet, and its output to the output. entry: a prompt of the
+    running guider; x, sigma: latents like the run's.
+
+    RuntimeError when there is no such call in an evaluation for which expected(transformer_options) holds.
     """
-    options = extra_args["model_options"]["transformer_options"]  # this run's copy
+    layers = transformer_layers(guider.inner_model.diffusion_model)
+    if layers:
+        return wrapped(extra_args, layers, "attn2", lambda inner: lambda *layer: look(LayerCall(*layer), inner(*layer)))
+    layout = find_layout(guider, entry, x, sigma)
+    options = extra_args["model_options"]["transformer_options"]
     before, wrappers, seen = options.get(OVERRIDE), options.get("wrappers", {}), [0]
 
     def hook(function: Any, *args: Any, **named: Any) -> Tensor:
@@ -99,6 +115,7 @@ def looking(
         if call.lengths != layout.lengths:
             return out
         seen[0] += 1
+        call.layout, call.tokens = layout, layout.text.stop - layout.text.start
         return look(call, out)
 
     def checked(executor: Any, *args: Any, **named: Any) -> Any:
@@ -112,15 +129,12 @@ def looking(
         return result
 
     of_apply = wrappers.get(WrappersMP.APPLY_MODEL, {})
-    options["wrappers"] = {**wrappers, WrappersMP.APPLY_MODEL: {**of_apply, KEY: [checked]}}
-    options[OVERRIDE] = hook
-    try:
-        yield
-    finally:
-        options["wrappers"] = wrappers
-        del options[OVERRIDE]
-        if before is not None:
-            options[OVERRIDE] = before
+    wrappers = {**wrappers, WrappersMP.APPLY_MODEL: {**of_apply, KEY: [checked]}}
+    return with_options(extra_args, **{"wrappers": wrappers, OVERRIDE: hook})
+
+
+class _Done(Exception):
+    """The layout is known; the rest of the prediction is not needed."""
 
 
 def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) -> Layout:
@@ -132,7 +146,31 @@ def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) ->
     left_out = {"area", "mask", "control", "timestep_start", "timestep_end"}
     prompt = {n: v[:1] if isinstance(v, Tensor) else v for n, v in entry.items() if n not in left_out}
     prompt["cross_attn"] = torch.cat([rows, other * rows.std(), rows])
-    model, probe = guider.inner_model, _Probe(rows.shape[1], x.shape[-2:])
+    model, tokens, (height, width) = guider.inner_model, rows.shape[1], x.shape[-2:]
+    start: int | None = None  # where the prompt's tokens begin, in the first layer that has them
+    cells, layout = 0, None  # the image's tokens
+
+    def probe(function: Any, *args: Any, **named: Any) -> Tensor:
+        nonlocal start, cells, layout
+        call = Call(*args, **named)
+        text, image = (_changed(call.k, 1), _changed(call.q, 2)) if len(call.q) == 3 else ((), ())
+        if len(image) and not cells:
+            cells = _count(image)
+        if len(text):
+            before = 0 if start is None else int(text[0])  # of all text, in a layer of text and image
+            if start is None:
+                start = int(text[0])
+                if _count(text) != tokens:
+                    raise _Done
+            if len(image):
+                first, behind = int(image[0]), before + start
+                grids = ((-(-height // patch), -(-width // patch)) for patch in range(1, 1 + max(height, width)))
+                shape = next((grid for grid in grids if grid[0] * grid[1] == cells), None)
+                places = slice(first, first + cells), slice(behind, behind + tokens)
+                layout = None if shape is None else Layout(call.lengths, *places, shape)
+                raise _Done
+        return function(*args, **named)
+
     if all(value.ndim > 1 for value in prompt.values() if isinstance(value, Tensor)):  # else not one for each latent
         entries = comfy.samplers.encode_model_conds(
             model.extra_conds, [prompt], three, x.device, "positive", latent_image=torch.zeros_like(three)
@@ -140,48 +178,13 @@ def find_layout(guider: Any, entry: dict[str, Any], x: Tensor, sigma: Tensor) ->
         with contextlib.suppress(_Done):
             options = {"transformer_options": {OVERRIDE: probe}}
             comfy.samplers.calc_cond_batch(model, [entries], three, sigma.to(x).expand(3), options)
-    if probe.layout is None:
+    if layout is None:
         raise ValueError(
             f"This model is a {type(model.diffusion_model).__name__}, whose layers do not show what of the image looks "
             "at which token of the prompt (they mix the tokens first, or hide their attention from ComfyUI's hook): "
             "connect one that does, such as SDXL, FLUX or Qwen-Image."
         )
-    return probe.layout
-
-
-class _Done(Exception):
-    """The layout is known; the rest of the prediction is not needed."""
-
-
-class _Probe:
-    """The hook while a model predicts for [a latent, it with another prompt, it with another image]."""
-
-    def __init__(self, tokens: int, size: tuple[int, ...]) -> None:
-        self._tokens = tokens
-        self._grids = [(-(-size[0] // patch), -(-size[1] // patch)) for patch in range(1, 1 + max(size))]
-        self._text: int | None = None  # where the prompt's tokens begin, in the first layer that has them
-        self._cells = 0  # the image's tokens
-        self.layout: Layout | None = None
-
-    def __call__(self, function: Any, *args: Any, **named: Any) -> Tensor:
-        call = Call(*args, **named)
-        if len(call.q) == 3:
-            text, image = _changed(call.k, 1), _changed(call.q, 2)
-            if len(image) and not self._cells:
-                self._cells = _count(image)
-            if len(text):
-                before = 0 if self._text is None else int(text[0])  # of all text, in a layer of text and image
-                if self._text is None:
-                    self._text = int(text[0])
-                    if _count(text) != self._tokens:
-                        raise _Done
-                if len(image):
-                    first, behind = int(image[0]), before + self._text
-                    places = slice(first, first + self._cells), slice(behind, behind + self._tokens)
-                    shape = next((grid for grid in self._grids if grid[0] * grid[1] == self._cells), None)
-                    self.layout = None if shape is None else Layout(call.lengths, *places, shape)
-                    raise _Done
-        return function(*args, **named)
+    return layout
 
 
 def _changed(tokens: Tensor, other: int) -> Tensor:

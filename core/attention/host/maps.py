@@ -1,7 +1,8 @@
-"""Cross-attention maps of a MODEL: a prompt's last tokens at several noise levels of one image."""
+"""Cross-attention maps of a MODEL, a prompt's last tokens at several noise levels of one image, and a sheet of them: a
+row for each token and one for their mean, a column for each noise level.
+"""
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.utils
@@ -13,11 +14,14 @@ from ...fit.fit import step_generator
 from ...prompt.conditioning import Conditioning, single_prompt
 from ...session.images import ImageSource, check_result
 from ...session.session import GuiderDenoiser, predicting
-from ..maps import mean_over_layers, normalize_maps, probabilities, token_maps
-from .joint import Call, Layout, find_layout, looking
-from .layers import Attention, transformer_layers, wrapped
+from ...vision.host.sheets import MARGIN, labelled_grid, thumbnail
+from ..maps import mean_over_layers, normalize_maps
+from .joint import Call, looking
 
 KEY = "likeness.inspect"
+TILE, SHEET = 192, 4096  # px: maximum longer side of a map; approximate longer side of the whole sheet
+TITLE = "attention to the last {} tokens of the prompt, from noise (0) to image (1)"
+SHADES = ((24, 24, 27), (67, 30, 120), (190, 55, 90), (250, 150, 40), (255, 250, 190))  # from dark to light
 
 
 @dataclass(frozen=True)
@@ -47,25 +51,34 @@ def attention_maps(
     samples = ImageSource(latent).encoded(model).latent[:1]
     sampling = model.get_model_object("model_sampling")
     clone = model.clone()
-    recorder = _MapRecorder(tokens, (samples.shape[-2], samples.shape[-1]))
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorder)
     bar = comfy.utils.ProgressBar(levels)
-    maps: list[Tensor] = []
+    of_layers: list[Tensor] = []
 
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    def record(call: Call, out: Tensor) -> Tensor:
+        of_layers.append(call.maps(slice(None), slice(-tokens, None)).cpu())
+        return out
+
+    def recorded(executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, x: Tensor, *more) -> Any:
+        extra_args = looking(extra_args, record, guider, guider.conds["positive"][0], x, sigmas[0])
+        return executor(guider, sigmas, extra_args, callback, x, *more)
+
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorded)
+
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> Tensor:
+        maps: list[Tensor] = []
         noise = torch.randn(x0.shape, generator=step_generator(seed, 0, "inspect")).to(x0)
         for percent, (rows, _) in zip(percents, prompts, strict=True):
             sigma = torch.tensor([float(sampling.percent_to_sigma(percent))]).to(x0)
-            recorder.maps.clear()  # of the checks before the first prediction, or of the last one
+            of_layers.clear()  # of the checks before the first prediction, or of the last one
             denoiser.denoised(denoiser.noised(x0, noise, sigma), sigma, rows.to(x0))
-            maps.append(recorder.mean())
+            maps.append(mean_over_layers(of_layers, (samples.shape[-2], samples.shape[-1])))
             bar.update(1)
+        return torch.cat(maps)
 
-    predicting(clone, [prompts[0]], samples, body)
+    values = predicting(clone, [prompts[0]], samples, body)
+    check_result("maps", values)
     cell = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)  # newer ComfyUI knows it
-    found = Maps(torch.cat(maps), percents, cell)
-    check_result("maps", found.values)
-    return found
+    return Maps(values, percents, cell)
 
 
 def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
@@ -84,37 +97,24 @@ def prompt_at(conditioning: Conditioning, percent: float) -> list[Any]:
     return entries[0]
 
 
-@dataclass(frozen=True)
-class _MapRecorder:
-    """A sampling wrapper that records the maps of every layer in which the image looks at the prompt."""
+def map_sheet(maps: Maps) -> Tensor:
+    """[1, H, W, 3] in 0..1. Each row is scaled to 0..1 separately; its maximum is printed next to it."""
+    count = maps.values.shape[1]
+    rows = [*maps.values.unbind(1), maps.values.mean(1)]
+    names = [*(f"token {index - count}" for index in range(count)), "mean"]
+    labels = [(name, f"to {float(row.amax()):.3f}") for name, row in zip(names, rows, strict=True)]
+    # Rows x columns of maps fit on a sheet; each is at most TILE.
+    height, width = maps.values.shape[-2:]
+    places = (len(rows), height), (len(maps.percents), width)
+    side = max(1, int(min(TILE, *((SHEET / n - MARGIN) * max(height, width) / length for n, length in places))))
+    tiles = [[thumbnail(apply_colormap(tile), side) for tile in normalize_maps(row)] for row in rows]
+    return labelled_grid(tiles, labels, [f"{percent:.2f}" for percent in maps.percents], TITLE.format(count))
 
-    tokens: int
-    size: tuple[int, int]
-    maps: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *more: Any) -> Any:
-        if layers := transformer_layers(guider.inner_model.diffusion_model):
-            run = wrapped(extra_args, layers, attn2=self._recorded)
-        else:
-            layout = find_layout(guider, guider.conds["positive"][0], more[1], sigmas[0])
-            run = looking(extra_args, functools.partial(self._look, layout), lambda _options: True, layout)
-        with run:
-            return executor(guider, sigmas, extra_args, *more)
-
-    def _recorded(self, inner: Attention) -> Attention:
-        """A cross-attention layer whose maps are recorded."""
-
-        def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            attention = probabilities(q, k, options["n_heads"])[..., -self.tokens :]
-            self.maps.append(token_maps(attention, tuple(options["activations_shape"][-2:])).cpu())
-            return inner(q, k, v, options)
-
-        return layer
-
-    def _look(self, layout: Layout, call: Call, out: Tensor) -> Tensor:
-        self.maps.append(call.maps(slice(None), layout)[:, -self.tokens :].cpu())
-        return out
-
-    def mean(self) -> Tensor:
-        """The mean over the layers of the last prediction, [1, tokens, h, w]."""
-        return mean_over_layers(self.maps, self.size)
+def apply_colormap(values: Tensor) -> Tensor:
+    """[h, w] in 0..1 -> [h, w, 3], from dark to light."""
+    shades = torch.tensor(SHADES, dtype=torch.float32) / 255.0
+    position = values.float().clamp(0.0, 1.0) * (len(SHADES) - 1)
+    lower = position.floor().clamp(max=len(SHADES) - 2).long()
+    fraction = (position - lower).unsqueeze(-1)
+    return shades[lower] * (1 - fraction) + shades[lower + 1] * fraction

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ...prompt.windows import SigmaRange
 from ...session.fingerprint import check_base
 from ...session.images import checked_mask
 from ...session.weights import POST_CFG
-from ..maps import mean_over_layers, probabilities, token_maps
+from ..maps import mean_over_layers
 from ..prompt_to_prompt import (
     BLEND_START,
     SELF_CELLS,
@@ -32,11 +32,9 @@ from ..prompt_to_prompt import (
     blend_mask,
     blend_predictions,
     column_map,
-    correction,
     edit_columns,
-    joint_correction,
 )
-from .joint import Call, Layout, find_layout, looking
+from .joint import Call, looking
 from .layers import Attention, transformer_layers, wrapped
 from .swapped_prompt import (
     KEY,
@@ -55,7 +53,7 @@ CHANGED = "connect the subject's mask, grown a little, or none"
 class SubjectSwap:
     """Replace `word` in a prompt, also with a learned subject. The percents are where control ends, 1 being the
     finished image. blend: a place may change if its attention is above this share of the maximum; 0 allows all places.
-    mask, a MASK: where the image may change; with blend, where both allow it.
+    mask, a MASK: where the image may change, 1 in a Control; with blend, where both allow it.
     """
 
     prompt: str
@@ -71,8 +69,8 @@ class SubjectSwap:
 
 @dataclass(frozen=True)
 class Control:
-    """The attention control of a MODEL. prompts: source and edit. swaps: one for each text encoder in the prompt. rows:
-    tokens of a prompt, padding included.
+    """The attention control of a MODEL, a wrapper of its samplings. prompts: source and edit. swaps: one for each text
+    encoder in the prompt. rows: tokens of a prompt, padding included.
     """
 
     request: SubjectSwap
@@ -80,33 +78,56 @@ class Control:
     swaps: tuple[Swap, ...]
     rows: int
 
-    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Map [rows, rows], and which tokens are the edit's own."""
-        tail = self.request.subject.tokens if self.request.subject else 0
-        mapping, is_edit = torch.eye(self.rows), edit_columns(Swap(0, 0, 0), self.rows, tail)
-        for swap in self.swaps:
-            mapping, is_edit = mapping @ column_map(swap, self.rows), is_edit | edit_columns(swap, self.rows)
-        return mapping.to(device), is_edit.to(device)
+    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more) -> Any:
+        entries = self._prompts(entries_by_prompt(guider), noise)
+        layers = transformer_layers(guider.inner_model.diffusion_model)
+        for entry in entries:
+            _check_rows(self.rows, _rows(entry) if layers else entry["cross_attn"].shape[1])
+        run = _Run(self, guider, entries, sigmas.tolist(), noise)
+        options = extra_args["model_options"]
+        if run.blends:
+            options = {**options, POST_CFG: [run.commit, *options.get(POST_CFG, []), run.blend]}
+        extra_args = {**extra_args, "model_options": options}
+        if self.request.self_percent > 0:
+            extra_args = wrapped(extra_args, layers, "attn1", run.self_attention)
+        extra_args = looking(extra_args, run.look, guider, entries[0], noise, sigmas[0], run.expected)
+        return executor(guider, sigmas, extra_args, callback, noise, *more)
 
-    def words(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The places of the word's tokens in the source and in the edit."""
-        ranges = [(range(s.start, s.start + s.old), range(s.start, s.start + s.new)) for s in self.swaps]
-        source, edit = (
-            torch.tensor([i for each in ends for i in each], device=device) for ends in zip(*ranges, strict=True)
-        )
-        return source, edit
+    def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
+        """The entries of the prompt that belongs to this control, since guiders name and order prompts differently."""
+        if noise.shape[0] != 2:
+            raise ValueError(
+                f"The latent holds {noise.shape[0]} image(s); a model from Replace Subject works on two, the "
+                "image and its edit: connect the latent of Replace Subject, and for anything else the model in "
+                "front of it."
+            )
+        marked = [entry for entries in conds.values() for entry in entries if KEY in entry]
+        own_prompts = [entry for entry in marked if entry[KEY] == self.prompts]
+        if not own_prompts:
+            origin = "another Replace Subject's" if marked else "not from Replace Subject"
+            raise ValueError(
+                f"The positive prompt is {origin}: connect the 'positive' of the Replace Subject that the model comes "
+                "from."
+            )
+        for entry in own_prompts:
+            if "area" in entry and self.request.blend > 0:
+                raise ValueError(
+                    "A prompt, the negative one included, holds in an area, whose maps do not show the whole image: "
+                    "take the area off, or give Replace Subject a mask in place of blend."
+                )
+        return own_prompts
 
 
 def replace_subject(
     model: Any, clip: Any, request: SubjectSwap, source: Conditioning | None = None
 ) -> tuple[Any, Conditioning]:
-    """A clone of the MODEL and the positive prompt for both images. ValueError before anything runs.
-
-    source: the prompt that the image was inverted with; its sizes and ControlNets apply to both.
+    """A clone of the MODEL and the positive prompt for both images. source: the prompt that the image was inverted
+    with, whose sizes and ControlNets apply to both.
     """
     learned, prompt, word, mask = request.subject, request.prompt, request.word, request.mask
     if mask is not None:
-        checked_mask(mask, 1, (mask.shape[-2], mask.shape[-1]), empty=CHANGED, full=CHANGED)
+        white = checked_mask(mask, 1, (mask.shape[-2], mask.shape[-1]), empty=CHANGED, full=CHANGED) > 0.5
+        request = replace(request, mask=white.float())
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)
     prompts = (prompt, edited_prompt(prompt, word, request.replacement))
@@ -138,67 +159,8 @@ def with_control(model: Any, control: Control) -> Any:
     """A clone of the MODEL with the control; replaces an earlier one."""
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(control))
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, control)
     return clone
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    """The sampling wrapper that installs the control for one run."""
-
-    control: Control
-
-    def __call__(
-        self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
-    ) -> Any:
-        entries = self._prompts(entries_by_prompt(guider), noise)
-        uuids = frozenset(entry["uuid"] for entry in entries)
-        lengths = [_rows(entry) for entries in guider.conds.values() for entry in entries or []]
-        run = _Run(self.control, uuids, lengths, guider.inner_model.model_sampling, sigmas.tolist(), noise)
-        model_options = extra_args["model_options"]  # this run's copy
-        after_cfg = model_options.get(POST_CFG, [])
-        if run.blends:
-            model_options[POST_CFG] = [run.commit, *after_cfg, run.blend]
-        try:
-            with self._installed(run, guider, extra_args, entries, sigmas[0]):
-                return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
-        finally:
-            model_options[POST_CFG] = after_cfg
-
-    def _installed(self, run: _Run, guider: Any, extra_args: dict[str, Any], entries: list[Any], sigma: Tensor) -> Any:
-        """A context with the control on every layer in which the image looks at the prompt."""
-        layers = transformer_layers(guider.inner_model.diffusion_model)
-        for entry in entries:
-            _check_rows(self.control.rows, _rows(entry) if layers else entry["cross_attn"].shape[1])
-        if not layers:
-            look = _Joint(run, find_layout(guider, entries[0], run.noise, sigma))
-            return looking(extra_args, look, look.expected, look.layout)
-        of_self = {"attn1": run.self_attention} if self.control.request.self_percent > 0 else {}
-        return wrapped(extra_args, layers, attn2=run.cross_attention, **of_self)
-
-    def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
-        """The entries of the prompt that belongs to this control, since guiders name and order prompts differently."""
-        if noise.shape[0] != 2:
-            raise ValueError(
-                f"The latent holds {noise.shape[0]} image(s); a model from Replace Subject works on two, the "
-                "image and its edit: connect the latent of Replace Subject, and for anything else the model in "
-                "front of it."
-            )
-        marked = [entry for entries in conds.values() for entry in entries if KEY in entry]
-        own_prompts = [entry for entry in marked if entry[KEY] == self.control.prompts]
-        if not own_prompts:
-            origin = "another Replace Subject's" if marked else "not from Replace Subject"
-            raise ValueError(
-                f"The positive prompt is {origin}: connect the 'positive' of the Replace Subject that the model comes "
-                "from."
-            )
-        for entry in own_prompts:
-            if "area" in entry and self.control.request.blend > 0:
-                raise ValueError(
-                    "A prompt, the negative one included, holds in an area, whose maps do not show the whole image: "
-                    "take the area off, or give Replace Subject a mask in place of blend."
-                )
-        return own_prompts
 
 
 def _rows(entry: dict[str, Any]) -> int:
@@ -220,24 +182,26 @@ class _Run:
     """The state of one sampling: the control's tensors, where both images are in a batch, and the word's attention."""
 
     def __init__(
-        self,
-        control: Control,
-        uuids: frozenset[Any],
-        lengths: Sequence[int],
-        sampling: Any,
-        levels: Sequence[float],
-        noise: Tensor,
+        self, control: Control, guider: Any, entries: list[dict[str, Any]], levels: Sequence[float], noise: Tensor
     ) -> None:
-        self.control, self.how = control, control.request
-        self.mapping, self.is_edit = control.columns(noise.device)
+        self.how, rows, sampling = control.request, control.rows, guider.inner_model.model_sampling
+        tail = self.how.subject.tokens if self.how.subject else 0
+        mapping, is_edit = torch.eye(rows), edit_columns(Swap(0, 0, 0), rows, tail)
+        self._words: tuple[list[int], list[int]] = [], []  # the places of its tokens in the source and in the edit
+        for swap in control.swaps:
+            mapping, is_edit = mapping @ column_map(swap, rows), is_edit | edit_columns(swap, rows)
+            self._words[0].extend(range(swap.start, swap.start + swap.old))
+            self._words[1].extend(range(swap.start, swap.start + swap.new))
+        self.mapping, self.is_edit = mapping.to(noise.device), is_edit.to(noise.device)
         self.cross, self.self_ = (
             SigmaRange(float("inf"), sampling.percent_to_sigma(end))
             for end in (self.how.end_percent, self.how.self_percent)
         )
-        self.prompt_uuids, self._levels, self._size = uuids, levels, (noise.shape[-2], noise.shape[-1])
-        self.noise = noise
+        self._uuids = frozenset(entry["uuid"] for entry in entries)
+        self._levels, self._size = levels, (noise.shape[-2], noise.shape[-1])
         self._blend_from = sampling.percent_to_sigma(BLEND_START)
-        self._longest = math.lcm(*lengths)  # ComfyUI repeats prompts of different lengths up to this
+        lengths = [_rows(entry) for entries in guider.conds.values() for entry in entries or []]
+        self._longest = math.lcm(control.rows, *lengths)  # ComfyUI repeats prompts of different lengths up to this
         self._attention, self._pending = torch.zeros(2, *self._size), torch.zeros(2, *self._size)
         self.blends = self.how.blend > 0 or self.how.mask is not None
         self.records = self.how.blend > 0 and bool(control.swaps)
@@ -246,7 +210,7 @@ class _Run:
         """The batch slices in which source and edit are evaluated with the positive prompt."""
         chunks = options.get("uuids", ())
         for index, chunk in enumerate(chunks):
-            if chunk not in self.prompt_uuids:
+            if chunk not in self._uuids:
                 continue
             if batch != 2 * len(chunks):
                 raise ValueError(
@@ -258,8 +222,7 @@ class _Run:
 
     def record(self, maps: Tensor) -> None:
         """Add a layer's attention [2, tokens, h, w] of source and edit to the prompt: that to the word."""
-        words = self.control.words(maps.device)
-        means = torch.stack([each[word].mean(0) for each, word in zip(maps, words, strict=True)])
+        means = torch.stack([each[word].mean(0) for each, word in zip(maps, self._words, strict=True)])
         self._pending = self._pending.to(means) + mean_over_layers([means[None]], self._size)[0]
 
     def commit(self, args: dict[str, Any]) -> Tensor:
@@ -281,31 +244,27 @@ class _Run:
         """Where [1, h, w] the mask and the word's attention allow the edit at this noise level; None for everywhere."""
         mask, allowed = self.how.mask, None
         if mask is not None:
-            white = (mask > 0.5).float().reshape(1, *mask.shape[-2:])
-            allowed = torch.nn.functional.adaptive_max_pool2d(white, self._size) > 0
+            allowed = torch.nn.functional.adaptive_max_pool2d(mask, self._size) > 0
         if not self.records or sigma > self._blend_from:
             return allowed
         attention_mask = blend_mask(self._attention, self.how.blend)
         return attention_mask if allowed is None else attention_mask & allowed.to(attention_mask.device)
 
-    def cross_attention(self, inner: Attention) -> Attention:
-        """A cross-attention layer under control."""
+    def look(self, call: Call, out: Tensor) -> Tensor:
+        """A layer in which the image looks at the prompt, under control."""
+        controls = self.cross.holds(float(call.options["sigmas"].max()))
+        for pair in self.pairs(len(call.q), call.options) if controls or self.records else ():
+            _check_rows(len(self.is_edit), call.tokens, self._longest)
+            if self.records:
+                self.record(call.maps(pair))
+            if controls:
+                out = call.corrected(out, pair, self.mapping, self.is_edit, self.how.renormalise)
+        return out
 
-        def layer(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            out, heads, renormalise = inner(q, k, v, options), options["n_heads"], self.how.renormalise
-            controls = self.cross.holds(float(options["sigmas"].max()))
-            for pair in self.pairs(q.shape[0], options) if controls or self.records else ():
-                _check_rows(len(self.is_edit), k.shape[1], self._longest)
-                if self.records:
-                    attention = probabilities(q[pair], k[pair], heads)
-                    self.record(token_maps(attention, tuple(options["activations_shape"][-2:])))
-                if controls:
-                    change = correction(q[pair], k[pair], v[pair], heads, self.mapping, self.is_edit, renormalise)
-                    out = out.clone()
-                    out[pair.stop - 1] += change.to(out)
-            return out
-
-        return layer
+    def expected(self, options: dict[str, Any]) -> bool:
+        """Whether the prompt is evaluated, at a level with control."""
+        active = self.records or self.cross.holds(float(options["sigmas"].max()))
+        return active and not self._uuids.isdisjoint(options.get("uuids", ()))
 
     def self_attention(self, inner: Attention) -> Attention:
         """A self-attention layer: the edit uses the source's attention with its own values (prompt-to-prompt)."""
@@ -318,30 +277,3 @@ class _Run:
             return inner(q, k, v, options)
 
         return layer
-
-
-@dataclass(frozen=True)
-class _Joint:
-    """All layers of a transformer in which the image looks at the prompt, under control."""
-
-    run: _Run
-    layout: Layout
-
-    def expected(self, options: dict[str, Any]) -> bool:
-        """Whether the prompt is evaluated, at a level with control."""
-        active = self.run.records or self.run.cross.holds(float(options["sigmas"].max()))
-        return active and not self.run.prompt_uuids.isdisjoint(options.get("uuids", ()))
-
-    def __call__(self, call: Call, out: Tensor) -> Tensor:
-        run, layout = self.run, self.layout
-        controls = run.cross.holds(float(call.options["sigmas"].max()))
-        for pair in run.pairs(len(call.q), call.options) if controls or run.records else ():
-            if run.records:
-                run.record(call.maps(pair, layout))
-            if controls:
-                out = out.clone()
-                edit = call.by_head(out)[pair.stop - 1, :, layout.image]
-                values = call.for_each_query(call.v[pair][1:])[0, :, layout.text]
-                parts = call.probabilities(pair, layout)
-                joint_correction(parts, edit, values, run.mapping, run.is_edit, run.how.renormalise)
-        return out

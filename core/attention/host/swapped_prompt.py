@@ -171,10 +171,7 @@ def _rows_of(changed: list[int], count: int, words_end: int, start: int) -> tupl
 def encode_prompts(
     clip: Any, prompts: tuple[str, str], source: Conditioning | None = None
 ) -> tuple[Conditioning, Conditioning]:
-    """Encode both prompts. source: the first prompt as connected; its options are copied to both.
-
-    ValueError when it encodes another text.
-    """
+    """Both prompts, encoded. source: the first as connected, whose options both get; ValueError for another text."""
     first, second = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in prompts)
     if source is None:
         return first, second

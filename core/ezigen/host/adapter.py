@@ -7,6 +7,7 @@ every sampler and with other nodes' patches, and leaves nothing behind.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +25,13 @@ from ...prompt.conditioning import Conditioning, single_prompt
 from ...prompt.host.entries import entries_by_prompt
 from ...session.fingerprint import check_base, fingerprint, network_of_file
 from ...session.images import checked_mask
+from ...session.sampling import with_options
 from ...session.session import predicting
 from ...vision.measures import subject_crop
 from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, Projected, SubjectTokens, join_images
 from ..artifact import StoredAdapter, base_sample
 from ..staged import layout_steps
-from .layers import Capture, Place, has_quantised_attention, key_of, places
+from .layers import Key, Place, capture, has_quantised_attention, key_of, places
 
 KEY = "likeness.adapter"
 BOTH, PROMPT_ONLY = "both", "positive only"
@@ -103,41 +105,29 @@ def check_model(model: Any) -> list[Place]:
     return blocks
 
 
-def encode_subject(
-    model: Any, vae: Any, positive: Conditioning, images: Tensor, seed: int, timestep: int = SUBJECT_TIMESTEP
-) -> Subject:
-    """Encode images [R, S, S, 3] from prepare_images(); positive: the subject's class, "a dog"."""
-    check_model(model)
-    single_prompt(positive, "subject's prompt")
-    latents = vae.encode(images)
-    return Subject(
-        join_images(capture_features(model, positive, latents, seed, timestep)), images.cpu(), fingerprint(model)
-    )
-
-
-def capture_features(model: Any, positive: Conditioning, latents: Tensor, seed: int, timestep: int) -> list[Tensor]:
-    """The normed inputs of all self-attentions [R, N_i, C_i], for latents [R, C, h, w] as in a LATENT.
+def encode_subject(model: Any, vae: Any, positive: Conditioning, images: Tensor, seed: int) -> Subject:
+    """Encode images [R, S, S, 3] from prepare_images(); positive: the subject's class, "a dog".
 
     The model runs with its LoRAs, but without other nodes' patches of its layers.
     """
-    capture, bare = Capture(), model.clone()
-    bare.model_options = {"transformer_options": {"patches": {"attn1_patch": [capture]}}}
+    blocks, inputs, bare = check_model(model), dict[Key, Tensor](), model.clone()
+    single_prompt(positive, "subject's prompt")
+    bare.model_options = {"transformer_options": {"patches": {"attn1_patch": [capture(inputs)]}}}
     bare.wrappers, bare.additional_models = {}, {}
 
     def body(denoiser: Any, x0: Tensor) -> None:
-        sigma = denoiser.sigmas[timestep].to(x0).view(1)
+        sigma = denoiser.sigmas[SUBJECT_TIMESTEP].to(x0).view(1)
         noise = torch.randn((1, *x0.shape[1:]), generator=step_generator(seed, 0, "subject")).to(x0)
         denoiser.denoised(denoiser.noised(x0, noise.expand_as(x0), sigma.expand(len(x0))), sigma)
 
-    predicting(bare, positive, latents, body)
-    return [features.cpu() for features in capture.order(places(model.model))]
+    predicting(bare, positive, vae.encode(images), body)
+    tokens = join_images([inputs[place.key].cpu() for place in blocks])
+    return Subject(tokens, images.cpu(), fingerprint(model))
 
 
 def load_patcher(stored: StoredAdapter, blocks: list[Place], dtype: torch.dtype = torch.float32) -> Any:
     """A ModelPatcher of the adapter for a model's blocks. It uses the file's tensors without a copy, or converts them
     if the model computes in a lower precision, to which every step would cast them anyway.
-
-    ValueError when the adapter belongs to another UNet.
     """
     with torch.device("meta"):
         adapter = Adapter([place.layer for place in blocks]).requires_grad_(False)
@@ -157,10 +147,8 @@ def with_adapter(
     strength: float = 1.0,
     apply_to: str = BOTH,
 ) -> Any:
-    """A clone of the MODEL with the adapter in the last `ratio` of the steps; replaces an earlier adapter.
-
-    strength 0 returns the model without an adapter. ValueError, before anything runs, when model, adapter and subject
-    do not belong together.
+    """A clone of the MODEL with the adapter in the last `ratio` of the steps, in place of an earlier one, or without
+    any at strength 0. ValueError, before anything runs, when model, adapter and subject do not belong together.
     """
     blocks = check_model(model)
     check_base(subject.base, model, "subject", "encoded with")
@@ -177,10 +165,8 @@ def with_adapter(
 def with_ratio(model: Any, ratio: float) -> Any:
     """A clone of a MODEL from with_adapter(), with the same adapter in another part of the steps."""
     clone = model.clone()
-    injections = clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
-    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    for injection in injections:
-        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, replace(injection, ratio=ratio))
+    by_key = clone.wrappers[WrappersMP.SAMPLER_SAMPLE]
+    by_key[KEY] = [replace(injection, ratio=ratio) for injection in by_key[KEY]]
     return clone
 
 
@@ -215,22 +201,16 @@ class _Injection:
     strength: float
     apply_to: str
 
-    def __call__(
-        self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *more
-    ) -> Any:
-        options = extra_args["model_options"]["transformer_options"]  # this run's copy
-        before = options.get("patches", {})
+    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more) -> Any:
         entries_by_prompt(guider)  # gives each prompt's entries their own ids
         negative = (guider.conds.get("negative") or []) if self.apply_to == PROMPT_ONLY else []
         excluded = frozenset(entry["uuid"] for entry in negative)
         tokens = self.tokens.map(lambda features: features.to(noise.device))
         scheme = guider.model_patcher.get_model_object("model_sampling")
-        run = _Run(self, tokens, self._first_level(sigmas, scheme), excluded)
-        options["patches"] = {**before, "middle_patch": [run, *before.get("middle_patch", [])]}
-        try:
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
-        finally:
-            options["patches"] = before
+        patch = self._patch(tokens, self._first_level(sigmas, scheme), excluded)
+        before = extra_args["model_options"]["transformer_options"].get("patches", {})
+        patches = {**before, "middle_patch": [patch, *before.get("middle_patch", [])]}
+        return executor(guider, sigmas, with_options(extra_args, patches=patches), callback, noise, *more)
 
     def _first_level(self, sigmas: Tensor, scheme: Any) -> float:
         """The highest noise level at which the adapter is active: that of a step or, when there are too few steps to
@@ -244,47 +224,33 @@ class _Injection:
         descending = sigmas.sort(descending=True).values  # SIGMAS may be reversed, for an inversion
         return float(descending[layout_steps(steps, self.ratio)]) * (1 + 1e-5)
 
+    def _patch(self, tokens: SubjectTokens, first_level: float, excluded: Collection[Any]) -> Callable[..., Tensor]:
+        """The middle_patch of one sampling. excluded: the ids of the entries that do not see the subject."""
+        index = {place.key: number for number, place in enumerate(self.places)}
+        projected: dict[tuple[int, torch.dtype], Projected] = {}
+        last: list[Any] = [None, False]  # all blocks of a call get the same levels; reading one synchronises a GPU
 
-class _Run:
-    """The middle_patch of one sampling."""
+        def adapted(number: int, h: Tensor) -> Tensor:
+            key = number, h.dtype
+            if key not in projected:
+                with torch.inference_mode(False), torch.no_grad():  # a later step may need a gradient through h
+                    projected[key] = self.adapter.project(number, tokens, h)
+            return self.adapter(number, h, tokens, self.strength, projected[key])
 
-    def __init__(
-        self, injection: _Injection, tokens: SubjectTokens, first_level: float, excluded: frozenset[Any]
-    ) -> None:
-        self.injection, self.tokens, self.first_level, self.excluded = injection, tokens, first_level, excluded
-        self.index = {place.key: number for number, place in enumerate(injection.places)}
-        self._last_check: tuple[Any, bool] = (None, False)
-        self._projected: dict[tuple[int, torch.dtype], Projected] = {}
+        def patch(h: Tensor, options: dict[str, Any]) -> Tensor:
+            """h [B, T, C] after a self-attention; each chunk of the batch belongs to one prompt."""
+            sigmas, number = options["sigmas"], index[key_of(options)]
+            if sigmas is not last[0]:
+                last[:] = sigmas, float(sigmas.max()) <= first_level
+            if not last[1]:
+                return h
+            skipped = [chunk in excluded for chunk in options.get("uuids") or [None]]
+            if not any(skipped):
+                return adapted(number, h)
+            parts = zip(h.chunk(len(skipped)), skipped, strict=True)
+            return torch.cat([part if skip else adapted(number, part) for part, skip in parts])
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _Run:
-        return self
-
-    def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
-        """h [B, T, C] after a self-attention; each chunk of the batch belongs to one prompt."""
-        if not self._is_active(options["sigmas"]):
-            return h
-        index = self.index[key_of(options)]
-        excluded = [chunk in self.excluded for chunk in options.get("uuids") or [None]]
-        if not any(excluded):
-            return self._adapted(index, h)
-        parts = list(h.chunk(len(excluded)))
-        for number, skipped in enumerate(excluded):
-            if not skipped:
-                parts[number] = self._adapted(index, parts[number])
-        return torch.cat(parts)
-
-    def _adapted(self, index: int, h: Tensor) -> Tensor:
-        adapter, key = self.injection.adapter, (index, h.dtype)
-        if key not in self._projected:
-            with torch.inference_mode(False), torch.no_grad():  # a later step may need a gradient through h
-                self._projected[key] = adapter.project(index, self.tokens, h)
-        return adapter(index, h, self.tokens, self.injection.strength, self._projected[key])
-
-    def _is_active(self, sigmas: Tensor) -> bool:
-        """Cached, since all blocks of a call get the same tensor and reading a number from a GPU synchronises."""
-        if sigmas is not self._last_check[0]:
-            self._last_check = (sigmas, float(sigmas.max()) <= self.first_level)
-        return self._last_check[1]
+        return patch
 
 
 def model_base_sample(model: Any) -> dict[str, list[float]]:

@@ -10,11 +10,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...attention.host.layers import Key
+from ...attention.host.layers import Key, transformer_layers
 from ...session.weights import differentiable_attention, is_packed
 from ..adapter import Adapter, Layer, SubjectTokens
-
-PARTS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,20 @@ class Place:
 
 
 def places(base: Any) -> list[Place]:
-    """All transformer blocks of a ComfyUI model (a MODEL's .model), in execution order.
-
-    ValueError for a network that is not ComfyUI's UNet, or has none.
-    """
-    unet, config = base.diffusion_model, base.model_config.unet_config
-    blocks = []
-    if hasattr(unet, "input_blocks") and hasattr(unet, "output_blocks"):
-        published = {native: name for name, native in comfy.utils.unet_to_diffusers(dict(config)).items()}
-        for name, part in unet.named_modules():
-            words = name.split(".")
-            if len(words) < 3 or words[-2] != "transformer_blocks" or words[0] not in PARTS:
-                continue
-            number = 0 if words[0] == "middle_block" else int(words[1])
-            official = published[f"{name}.attn1.to_q.weight"].removesuffix(".attn1.to_q.weight")
-            layer = Layer(official, part.attn1.to_q.weight.shape[0], part.attn1.heads)
-            blocks.append(Place((PARTS[words[0]], number, int(words[-1])), name, layer))
-    if not blocks:
+    """All transformer blocks of a ComfyUI model (a MODEL's .model), in execution order; ValueError for none."""
+    unet, end = base.diffusion_model, ".attn1.to_q.weight"
+    layers = transformer_layers(unet)
+    if not layers:
         raise ValueError(
             f"This model is a {type(unet).__name__}; the adapter stands in the transformer blocks of the UNet of "
             "SD1.x, SD2.x and SDXL: connect one of these."
         )
+    names = comfy.utils.unet_to_diffusers(dict(base.model_config.unet_config)).items()
+    published = {native.removesuffix(end): name.removesuffix(end) for name, native in names if native.endswith(end)}
+    blocks = []
+    for key, path in layers.items():
+        attention = unet.get_submodule(f"{path}.attn1")
+        blocks.append(Place(key, path, Layer(published[path], attention.to_q.weight.shape[0], attention.heads)))
     return blocks
 
 
@@ -75,35 +66,20 @@ def key_of(options: dict[str, Any]) -> Key:
     return (*options["block"], options.get("block_index", 0))
 
 
-class Capture:
-    """An attn1_patch that records the input of every self-attention; order() returns them in the order of places()."""
+def capture(inputs: dict[Key, Tensor]) -> Callable[..., Any]:
+    """An attn1_patch that records the input [R, N_i, C_i] of every self-attention, by its block's key."""
 
-    def __init__(self) -> None:
-        self._inputs: dict[Key, Tensor] = {}
-
-    def __call__(self, n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
-        self._inputs[key_of(options)] = n.detach()
+    def patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
+        inputs[key_of(options)] = n.detach()
         return n, context, value
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Capture:
-        return self  # ComfyUI copies the options of a MODEL deeply
-
-    def order(self, blocks: list[Place]) -> list[Tensor]:
-        """[R, N_i, C_i] of every block; clears the record."""
-        inputs, self._inputs = self._inputs, {}
-        return [inputs[place.key] for place in blocks]
+    return patch
 
 
-def middle_patch(
-    adapter: Adapter, blocks: list[Place], tokens: SubjectTokens | None, strength: float = 1.0
-) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+def middle_patch(adapter: Adapter, blocks: list[Place], tokens: SubjectTokens | None) -> Callable[..., Tensor]:
     """A middle_patch that applies the adapter after every self-attention, for the whole batch."""
     index = {place.key: number for number, place in enumerate(blocks)}
-
-    def patch(h: Tensor, options: dict[str, Any]) -> Tensor:
-        return adapter(index[key_of(options)], h, tokens, strength)
-
-    return patch
+    return lambda h, options: adapter(index[key_of(options)], h, tokens)
 
 
 class UNet:
@@ -119,9 +95,9 @@ class UNet:
         self.alphas_cumprod = (1 / (1 + sigmas**2)).float()
 
     def capture(self, z: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
-        capture = Capture()
-        self._run(z, timestep, context, {"attn1_patch": [capture]})
-        return capture.order(self.places)
+        inputs: dict[Key, Tensor] = {}
+        self._run(z, timestep, context, {"attn1_patch": [capture(inputs)]})
+        return [inputs[place.key] for place in self.places]
 
     def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
         patches = [] if self.adapter is None else [middle_patch(self.adapter, self.places, tokens)]

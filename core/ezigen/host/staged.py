@@ -30,16 +30,22 @@ log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
-class StagedSettings:
-    """The settings that determine the images, besides model, subject and prompts. keep_best: return the image of all
-    loops that is most similar to the subject, instead of the last one. published_level: see ezigen/staged.py.
-    """
+class LoopSettings:
+    """What determines the images of a sampling or an edit, besides model, subject and prompts."""
 
     seed: int = 0
     steps: int = STEPS
     cfg: float = CFG
     split_ratio: float = SPLIT_RATIO
     loops: Loops = Loops()
+
+
+@dataclass(frozen=True)
+class StagedSettings(LoopSettings):
+    """keep_best: return the image of all loops that is most similar to the subject, instead of the last one.
+    published_level: see ezigen/staged.py.
+    """
+
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
     published_level: bool = False
@@ -48,23 +54,12 @@ class StagedSettings:
 
 @dataclass(frozen=True)
 class StagedModels:
-    """The models of staged sampling: a MODEL with its VAE and an adapter. vision: a CLIP_VISION that compares images,
-    to stop the loops or to find the best image.
-    """
+    """vision: a CLIP_VISION that compares images, to stop the loops or to find the best one."""
 
     model: Any
     vae: Any
     adapter: StoredAdapter
     vision: Any | None = None
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """positive; negative: for the first sampling; loop_negative: for the loops, empty as published."""
-
-    positive: Conditioning
-    negative: Conditioning
-    loop_negative: Conditioning
 
 
 @dataclass(frozen=True)
@@ -77,14 +72,13 @@ class StagedResult:
     report: str
 
 
-def levels(model: Any, settings: StagedSettings) -> Tensor:
+def levels(model: Any, scheduler: str, steps: int) -> Tensor:
     """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler cannot produce."""
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
-    if len(sigmas) - 1 != settings.steps:
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+    if len(sigmas) - 1 != steps:
         raise ValueError(
-            f"The scheduler {settings.scheduler} makes {len(sigmas) - 1} steps when asked for {settings.steps}: ask "
-            "for a divisor of 1000 (20, 25, 40, 50), or take another scheduler."
+            f"The scheduler {scheduler} makes {len(sigmas) - 1} steps when asked for {steps}: ask for a divisor of "
+            "1000 (20, 25, 40, 50), or take another scheduler."
         )
     return sigmas
 
@@ -92,38 +86,33 @@ def levels(model: Any, settings: StagedSettings) -> Tensor:
 def sample_staged(
     models: StagedModels,
     subject: Subject,
-    prompts: Prompts,
+    prompts: tuple[Conditioning, Conditioning, Conditioning],
     latent: Tensor,
     settings: StagedSettings,
     start: Tensor | None = None,
 ) -> StagedResult:
-    """Sample in stages. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that
-    replaces the first sampling.
+    """Sample in stages. prompts: the positive one, the negative of the first sampling and that of the loops, empty as
+    published. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that replaces
+    the first sampling.
     """
+    positive, negative, loop_negative = prompts
     model, vae, vision = models.model, models.vae, models.vision
     loops, seed = settings.loops, settings.seed
-    if vision is None and (loops.least != loops.most or settings.keep_best):
-        raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
-            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
-        )
-    check_vae(model, vae)
-    if settings.cfg != 1.0:
-        warn_of_no_words(prompts.positive, prompts.negative)
+    check_staged(models, settings, positive, negative)
     if start is not None:
         warn_of_size(start)
-    sigmas = levels(model, settings)
+    sigmas = levels(model, settings.scheduler, settings.steps)
     _, appearance = split(sigmas, settings.split_ratio)
     adapted = with_adapter(model, models.adapter, subject)
     split_model = with_ratio(adapted, settings.split_ratio)
     steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1))
     sampler = comfy.samplers.sampler_object(settings.sampler)
-    stock: dict[str, Any] = {"callback": steps.callback, "disable_pbar": True, "positive": prompts.positive}
+    stock: dict[str, Any] = {"callback": lambda *now: steps.step(now[1]), "disable_pbar": True, "positive": positive}
     sample = functools.partial(comfy.sample.sample_custom, cfg=settings.cfg, sampler=sampler, **stock)
     if start is None:
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # step noise as in a stock sampler, for the same layout
-        inputs = {"negative": prompts.negative, "latent_image": latent, "seed": seed % SEEDS}
+        inputs = {"negative": negative, "latent_image": latent, "seed": seed % SEEDS}
         result = sample(split_model, noise, sigmas=sigmas, **inputs)
         images = LoopImages(vision, vae.decode(result).cpu())
     else:
@@ -139,14 +128,30 @@ def sample_staged(
             level = table[min(round(settings.split_ratio * TIMESTEPS), len(table) - 1)]
             signal, noise_factor = published_factors(float(appearance[0]), float(level))
             z, noise = signal * z, noise_factor * noise
-        x, step_seed = add_noise(model, z, noise, appearance[0]), (seed + loop + STEP_SEEDS) % SEEDS
-        inputs = {"negative": prompts.loop_negative, "latent_image": x, "seed": step_seed}
+        # Bit-identical to the stock node Add Noise.
+        z = model.get_model_object("process_latent_in")(z)
+        x = model.get_model_object("model_sampling").noise_scaling(appearance[0], noise, z)
+        x = model.get_model_object("process_latent_out")(x)
+        inputs = {"negative": loop_negative, "latent_image": x, "seed": (seed + loop + STEP_SEEDS) % SEEDS}
         result = sample(adapted, torch.zeros_like(x), sigmas=appearance, **inputs)
         latents.append(result)
         images.add(vae.decode(result).cpu())
     index = images.best(subject.images) if settings.keep_best else loop
     images.lines.append(f"{settings.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
     return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(images.lines))
+
+
+def check_staged(models: StagedModels, settings: LoopSettings, positive: Conditioning, negative: Conditioning) -> None:
+    """ValueError for a VAE of another model, or numbers of loops that need a vision model where there is none."""
+    loops, best = settings.loops, getattr(settings, "keep_best", False)
+    if models.vision is None and (loops.least != loops.most or best):
+        raise ValueError(
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
+            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
+        )
+    check_vae(models.model, models.vae)
+    if settings.cfg != 1.0:
+        warn_of_no_words(positive, negative)
 
 
 def warn_of_size(image: Tensor) -> None:
@@ -159,13 +164,6 @@ def warn_of_size(image: Tensor) -> None:
             width,
             height,
         )
-
-
-def add_noise(model: Any, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Noise a latent to level sigma, both as in a LATENT; bit-identical to the stock node Add Noise."""
-    z = model.get_model_object("process_latent_in")(latent)
-    x = model.get_model_object("model_sampling").noise_scaling(sigma, noise, z)
-    return model.get_model_object("process_latent_out")(x)
 
 
 def crop_to_cells(image: Tensor, vae: Any) -> Tensor:

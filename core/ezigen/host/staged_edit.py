@@ -1,6 +1,5 @@
 """EZIGen's editing with a MODEL: another subject in the masked area, the rest preserved by an inversion."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,31 +12,22 @@ from torch import Tensor
 
 from ...denoiser import predicted_noise, rescaled
 from ...fit.fit import step_generator
-from ...prompt.conditioning import Conditioning, single_prompt, warn_of_no_words
-from ...session.images import check_vae, checked_mask
+from ...prompt.conditioning import Conditioning, single_prompt
+from ...session.images import checked_mask
 from ...session.inputs import check_width
 from ...session.progress import Steps
 from ...session.session import predicting
 from ...vision.measures import resize_mask
-from ..staged import (
-    EDIT_CFG,
-    SPLIT_RATIO,
-    STEPS,
-    TOKEN,
-    Loops,
-    background_of,
-    invert_with_solver,
-    paste,
-    published_levels,
-    split,
-)
+from ..staged import EDIT_CFG, TOKEN, background_of, invert_with_solver, paste, published_levels, split
 from .adapter import Subject, with_adapter, without_adapter
 from .staged import (
+    SCHEDULER,
     SEEDS,
     LoopImages,
+    LoopSettings,
     StagedModels,
     StagedResult,
-    StagedSettings,
+    check_staged,
     crop_to_cells,
     levels,
     warn_of_size,
@@ -47,43 +37,30 @@ WHITE = 1.0 - 1e-4  # a 1 after a mask was scaled; above 254 / 255
 
 
 @dataclass(frozen=True)
-class EditSettings:
-    """The settings of an edit. published: use a background two steps noisier than the image, and only the mask's pure
-    white (see ezigen/staged.py). paste: finally restore the source's pixels outside the mask.
+class EditSettings(LoopSettings):
+    """published: use a background two steps noisier than the image, and only the mask's pure white (see
+    ezigen/staged.py). paste: finally restore the source's pixels outside the mask.
     """
 
-    seed: int = 0
-    steps: int = STEPS
     cfg: float = EDIT_CFG
-    split_ratio: float = SPLIT_RATIO
-    loops: Loops = Loops()
     published: bool = False
     paste: bool = False
 
 
-@dataclass(frozen=True)
-class EditPrompts:
-    """positive and negative of the sampling; inverse: the prompt of the inversion, instead of negative. clip: the text
-    encoder that makes the reference code's prompt for the inversion.
-    """
-
-    positive: Conditioning
-    negative: Conditioning
-    inverse: Conditioning | None = None
-    clip: Any | None = None
-
-    def inversion(self, model: Any) -> Conditioning:
-        """The prompt that the image is inverted with; ValueError for two of them."""
-        if self.inverse is not None and self.clip is not None:
-            raise ValueError(
-                "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
-                "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
-            )
-        if self.clip is None:
-            return self.negative if self.inverse is None else self.inverse
-        published = published_prompt(self.clip)
-        check_width("clip", published, model)
-        return published
+def inversion_prompt(
+    model: Any, negative: Conditioning, inverse: Conditioning | None = None, clip: Any | None = None
+) -> Conditioning:
+    """The prompt that an image is inverted with: `inverse`, or with a CLIP the reference code's, or else `negative`."""
+    if inverse is not None and clip is not None:
+        raise ValueError(
+            "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
+            "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
+        )
+    if clip is None:
+        return negative if inverse is None else inverse
+    published = published_prompt(clip)
+    check_width("clip", published, model)
+    return published
 
 
 def published_prompt(clip: Any) -> Conditioning:
@@ -109,23 +86,26 @@ def published_prompt(clip: Any) -> Conditioning:
 def edit_staged(
     models: StagedModels,
     subject: Subject,
-    prompts: EditPrompts,
+    prompts: tuple[Conditioning, Conditioning, Conditioning],
     source: Tensor,
     mask: Tensor,
     settings: EditSettings,
 ) -> StagedResult:
-    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the result's
-    images is the source.
+    """Edit in stages. prompts: the positive one, the negative and that of the inversion. source [1, H, W, 3]; mask
+    [1, H, W], white where the subject goes. The first of the result's images is the source.
     """
     model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
-    _check(source, mask, vision, settings)
-    check_vae(model, vae)
+    positive, negative, inverse = prompts
+    if len(source) != 1 or len(mask) != 1:
+        raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
+    if not bool((mask > (WHITE if settings.published else 0.5)).any()):
+        grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
+        raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
+    checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
+    check_staged(models, settings, positive, negative)
     warn_of_size(source)
-    if settings.cfg != 1.0:
-        warn_of_no_words(prompts.positive, prompts.negative)
-    inverse = prompts.inversion(model)
     single_prompt(inverse, "prompt of the inversion")
-    down = split(levels(model, StagedSettings(steps=settings.steps)), settings.split_ratio)[1]
+    down = split(levels(model, SCHEDULER, settings.steps), settings.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
     if settings.published:
         up = published_levels(table, settings.steps)[: len(down)]
@@ -144,10 +124,9 @@ def edit_staged(
         selected = (mask > WHITE).float() if settings.published else mask
         cells = resize_mask(selected, *start.shape[-2:])[:, None].to(start)
         sampler = _PastingSampler(backgrounds, cells, settings, loop, steps)
-        conds = prompts.positive, prompts.negative
         zeros, seed = torch.zeros_like(start), settings.seed % SEEDS
         result = comfy.sample.sample_custom(
-            adapted, start, settings.cfg, sampler, down, *conds, zeros, disable_pbar=True, seed=seed
+            adapted, start, settings.cfg, sampler, down, positive, negative, zeros, disable_pbar=True, seed=seed
         ).cpu()
         images.add(vae.decode(result).cpu())
     image = images[-1]
@@ -157,21 +136,6 @@ def edit_staged(
     return StagedResult(latent, image, torch.cat(images), "\n".join(images.lines))
 
 
-def _check(source: Tensor, mask: Tensor, vision: Any | None, settings: EditSettings) -> None:
-    loops = settings.loops
-    if len(source) != 1 or len(mask) != 1:
-        raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
-    if not bool((mask > (WHITE if settings.published else 0.5)).any()):
-        grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
-        raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
-    checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
-    if vision is None and loops.least != loops.most:
-        raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops: connect a "
-            "CLIP_VISION, or set both numbers the same."
-        )
-
-
 def _invert(
     model: Any, prompt: Conditioning, latent: Tensor, up: Tensor, down: Tensor, published: bool, steps: Steps
 ) -> tuple[Tensor, list[Tensor]]:
@@ -179,18 +143,17 @@ def _invert(
 
     Each pasted latent has the scale of the level that its step reaches, and its noise level too unless published.
     """
-    latents: list[Tensor] = []
 
-    def body(denoiser: Any, x0: Tensor) -> None:
+    def body(denoiser: Any, x0: Tensor) -> list[Tensor]:
         def predict(x: Tensor, sigma: Tensor) -> Tensor:
             steps.step()
             return predicted_noise(denoiser, x, sigma, denoiser.context)
 
         sigmas = up.to(x0)
         start = rescaled(x0, torch.zeros_like(sigmas[0]), sigmas[0]) if published else x0
-        latents.extend(x.cpu() for x in invert_with_solver(predict, start, sigmas))
+        return [x.cpu() for x in invert_with_solver(predict, start, sigmas)]
 
-    predicting(model, prompt, latent, body)
+    latents = predicting(model, prompt, latent, body)
     if not published:
         return latents[-1], latents
     # As published, latents of variance 1 are used at the step after which they are pasted, two levels lower.
@@ -210,19 +173,14 @@ class _PastingSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *_more, **_named):
         x, mask = noise, self.mask.to(noise)
+
+        def draw(*_levels: Tensor) -> Tensor:
+            return torch.randn(noise.shape, generator=self.generator).to(noise)
+
         for step in range(len(sigmas) - 1):
             mm.throw_exception_if_processing_interrupted()
-            x = comfy.k_diffusion.sampling.sample_ddpm(
-                model_wrap,
-                x,
-                sigmas[step : step + 2],
-                extra_args=extra_args,
-                disable=True,
-                noise_sampler=self._noise(x),
-            )
+            two = sigmas[step : step + 2]
+            x = comfy.k_diffusion.sampling.sample_ddpm(model_wrap, x, two, extra_args, disable=True, noise_sampler=draw)
             x = paste(x, background_of(self.backgrounds, step, self.settings.published).to(x), mask)
             self.steps.step()
         return x
-
-    def _noise(self, like: Tensor) -> Callable[..., Tensor]:
-        return lambda *_levels: torch.randn(like.shape, generator=self.generator).to(like)

@@ -7,9 +7,10 @@ runs the UNet only, once for the subject images and once, with a gradient, for t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import comfy.model_management as mm
@@ -64,7 +65,7 @@ class TrainingModels:
 
 @dataclass(frozen=True)
 class AdapterJob(Job):
-    """A complete adapter training. begin() sets data, the folder's latents and prompts."""
+    """A complete adapter training."""
 
     method: ClassVar[str] = "ezigen"
 
@@ -73,7 +74,6 @@ class AdapterJob(Job):
     folder: PairFolder
     plan: AdapterPlan
     settings: TrainingSettings
-    data: EncodedFolder | None = None
     one_result = True
 
     @property
@@ -98,11 +98,12 @@ class AdapterJob(Job):
         count = sum(4 * place.layer.width**2 + 3 * place.layer.width + 1 for place in self.places)
         return dedicated_store("adapter_runs", RUN_BYTES_PER_WEIGHT * count, KEPT_RUNS)
 
-    def begin(self, done: int) -> AdapterJob:
-        return replace(self, data=EncodedFolder(self.models, self.places, self.folder, self.settings.seed))
+    @functools.cached_property
+    def data(self) -> EncodedFolder:
+        """The folder's latents and prompts; made once, when the session begins."""
+        return EncodedFolder(self.models, self.places, self.folder, self.settings.seed)
 
     def session(self) -> Session:
-        assert self.data is not None  # begin() came first
         model, plan = self.models.model, self.plan
         cells = plan.size // self.models.vae.spacial_compression_encode()
         latent = torch.zeros(1, model.get_model_object("latent_format").latent_channels, cells, cells)
@@ -121,10 +122,7 @@ class AdapterJob(Job):
         network, folder_report = UNet(base, adapter.to(x0.device)), list(self.folder.describe().encode())
 
         def sample(number: int) -> Sample:
-            assert self.data is not None  # begin() came first
-            item = self.data.sample(number)
-            parts = (item.latent, item.context, item.subjects, item.subject_contexts)
-            return Sample(*(part.to(x0.device) for part in parts))
+            return Sample(*(part.to(x0.device) for part in vars(self.data.sample(number)).values()))
 
         def result() -> Result:
             check_errors = torch.tensor(mean_errors(network, UNet(base, None), sample, self.settings.seed))

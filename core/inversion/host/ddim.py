@@ -35,20 +35,18 @@ def invert_image(
     check_invertible(model, sigmas)
     samples = source.encoded(model).latent
     steps = Steps(model, len(sigmas) - 1, every=10)
-    found: list[Trajectory] = []
     header = {**_origin(model, positive), "label": label}
 
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> Trajectory:
         x0, context = x0.float(), denoiser.context
         latents = invert(denoiser, x0, context, sigmas, label, iterations, steps.step)
         error = None
         if check:
             missed = reconstruct(denoiser, latents[0], context, sigmas) - x0
             error = float(missed.norm() / x0.norm().clamp_min(1e-6))
-        found.append(Trajectory(latents.cpu(), sigmas.detach().float().cpu(), header, error))
+        return Trajectory(latents.cpu(), sigmas.detach().float().cpu(), header, error)
 
-    predicting(model, positive, samples, body)
-    return found[0]
+    return predicting(model, positive, samples, body)
 
 
 def check_invertible(model: Any, sigmas: Tensor) -> None:

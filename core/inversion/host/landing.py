@@ -82,10 +82,9 @@ def attach_landing(model: Any, landing: Landing) -> Any:
     """A clone of the MODEL with the Landing attached, in place of any other Landing on it."""
     clone = model.clone()
     others = [function for function in clone.model_options.get(POST_CFG, []) if not isinstance(function, Landing)]
-    clone.model_options[POST_CFG] = others
+    clone.model_options[POST_CFG] = [*others, landing]
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
         clone.remove_wrappers_with_key(kind, KEY)
-    clone.set_model_sampler_post_cfg_function(landing)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, landing.check)
     if landing.residuals:
         clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, landing.moved)

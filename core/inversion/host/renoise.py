@@ -51,22 +51,6 @@ class ReNoiseResult:
         )
 
 
-class RecordedNoises:
-    """The noises of a Replay as a noise_sampler for k-diffusion samplers."""
-
-    def __init__(self, replay: Replay) -> None:
-        self.replay, self._levels = replay, tuple(replay.sigmas.tolist())
-
-    def __call__(self, sigma: Tensor, _following: Tensor) -> Tensor:
-        steps = [step for step, level in enumerate(self._levels) if abs(level - float(sigma)) <= CLOSE * level]
-        if not steps:
-            raise ValueError(
-                f"The sampling has the noise level {float(sigma):.4g}, the inversion had "
-                f"{[round(level, 4) for level in self._levels]}: connect the SIGMAS of Invert For Few Steps."
-            )
-        return self.replay.noises[steps[0]][None].to(sigma)
-
-
 def renoise_image(
     model: Any, positive: Conditioning, source: ImageSource, sigmas: Tensor, settings: ReNoiseSettings
 ) -> ReNoiseResult:
@@ -91,19 +75,17 @@ def renoise_image(
     levels = sigmas.detach().float().cpu().clone()
     levels[-1] = 0.0  # inversion starts at the clean image
     steps = Steps(model, len(levels) - 1)
-    results: list[tuple[Tensor, Replay, float]] = []
 
-    def body(denoiser: GuiderDenoiser, x0: Tensor) -> None:
+    def body(denoiser: GuiderDenoiser, x0: Tensor) -> tuple[Tensor, Replay, float]:
         x0 = x0.float()
         start, replay = renoise(denoiser, x0, denoiser.context, levels, settings, steps.step)
         again = start
         for step, sigma in enumerate(replay.sigmas[:-1].to(x0)):
             again = replay.step(again, predicted_noise(denoiser, again, sigma, denoiser.context), step)
         error = float((again - x0).norm() / x0.norm().clamp_min(1e-6))
-        results.append((start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error))
+        return start.cpu(), Replay(replay.sigmas.cpu(), replay.noises.cpu()), error
 
-    predicting(model, positive, samples, body)
-    start, replay, error = results[0]
+    start, replay, error = predicting(model, positive, samples, body)
     if not bool(torch.isfinite(start).all()):
         raise ValueError(
             "The inversion ran away: what this model predicts for the image is too unlike noise to be corrected. "
@@ -120,7 +102,18 @@ def replaying_sampler(replay: Replay) -> Any:
     """ComfyUI's euler_ancestral with the recorded noises, or euler if there are none."""
     if not len(replay.noises):
         return comfy.samplers.sampler_object("euler")
-    return comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": RecordedNoises(replay)})
+    levels = replay.sigmas.tolist()
+
+    def noise_of(sigma: Tensor, _following: Tensor) -> Tensor:
+        steps = [step for step, level in enumerate(levels) if abs(level - float(sigma)) <= CLOSE * level]
+        if not steps:
+            raise ValueError(
+                f"The sampling has the noise level {float(sigma):.4g}, the inversion had "
+                f"{[round(level, 4) for level in levels]}: connect the SIGMAS of Invert For Few Steps."
+            )
+        return replay.noises[steps[0]][None].to(sigma)
+
+    return comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": noise_of})
 
 
 def replay_of(latent: dict[str, Any]) -> Replay | None:

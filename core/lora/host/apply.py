@@ -9,7 +9,7 @@ import comfy.lora
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy.weight_adapter.lora import LoRAAdapter
+from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
 from torch import Tensor, nn
 
 from ...prompt.conditioning import Conditioning, detached
@@ -71,15 +71,9 @@ def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, A
     own, patches = module.state_dict(), comfy.lora.load_lora(weights, keys, log_missing=False)
     for target, patch in patches.items():
         name, part = (target, None) if isinstance(target, str) else target[:2]
-        if isinstance(patch, tuple):  # a difference
-            count = patch[1][0].numel()
-        elif isinstance(patch, LoRAAdapter):
-            count = patch.weights[0].shape[0] * patch.weights[1][0].numel()
-        else:  # LoKr
-            count = patch.weights[0].numel() * patch.weights[1].numel()
-        weight = own.get(name, torch.empty(0))
+        count, weight = _count(patch), own.get(name, torch.empty(0))
         expected = weight.numel() if part is None else weight.numel() // weight.shape[part[0]] * part[2]
-        if count != expected and weight.is_floating_point():  # others are packed
+        if count not in (None, expected) and weight.is_floating_point():  # others are packed
             raise ValueError(
                 f"The fine-tune has {count} numbers for '{name}', this model {expected}: connect the model that it "
                 "was trained on."
@@ -89,6 +83,20 @@ def _check_fits(weights: dict[str, Tensor], module: nn.Module, keys: dict[str, A
             f"The fine-tune is for layers that this model does not have, such as '{next(iter(weights))}': connect the "
             "model that it was trained on."
         )
+
+
+def _count(patch: Any) -> int | None:
+    """How many numbers a patch changes; None for kinds that this pack does not make, whose sizes ComfyUI checks."""
+    if isinstance(patch, tuple):  # a difference
+        return patch[1][0].numel()
+    one, other, _alpha, *more = patch.weights
+    if isinstance(patch, LoRAAdapter) and more[0] is None:
+        return one.shape[0] * other[0].numel()
+    return (
+        one.numel() * other.numel()
+        if isinstance(patch, LoKrAdapter) and isinstance(one, Tensor) and isinstance(other, Tensor)
+        else None
+    )
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:
