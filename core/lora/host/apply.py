@@ -92,11 +92,8 @@ def _count(patch: Any) -> int | None:
     one, other, _alpha, *more = patch.weights
     if isinstance(patch, LoRAAdapter) and more[0] is None:
         return one.shape[0] * other[0].numel()
-    return (
-        one.numel() * other.numel()
-        if isinstance(patch, LoKrAdapter) and isinstance(one, Tensor) and isinstance(other, Tensor)
-        else None
-    )
+    whole = isinstance(patch, LoKrAdapter) and isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one.numel() * other.numel() if whole else None
 
 
 def encode_prompt(clip: Any, prompt: str) -> Conditioning:
