@@ -144,7 +144,7 @@ class SisoJob(Job):
 
     def is_complete(self, stored: Run) -> bool:
         """It has enough iterations, or early stopping by the current settings ends it."""
-        enough = stored.step >= self.steps or self.settings.should_stop(self.settings.plateau(stored.losses))
+        enough = stored.step >= self.steps or self.settings.stops(stored.losses)
         return stored.step in stored.results and enough
 
     def end(self, done: Run) -> int:
