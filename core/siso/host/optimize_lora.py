@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
+from ...lora.artifact import FineTunedWeights
 from ...lora.host.layers import check_run, trained_layers
 from ...lora.low_rank import ATTENTION, attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
@@ -30,14 +32,15 @@ from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
-from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
+from ...vision.host.extras.offline import package
+from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
-from .prodigy import prodigy
 from .result import IMAGE_STATE, OptimizedLora, both_loras, run_bytes
 from .similarity import Similarity
 
 METHOD = "siso"
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
+SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}  # Prodigy's, as in SISO's script
 APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
 log = logging.getLogger("likeness")
 
@@ -221,7 +224,8 @@ def optimize_lora(job: SisoJob) -> OptimizedLora:
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     keep, parts = job.plan.keep, job_run.state["parts"].tolist()
     lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
-    result = OptimizedLora(lora, image, images.float() / 255, job_run.losses, parts, keep, job.header(job_run))
+    tuned = FineTunedWeights(lora, job.header(job_run))
+    result = OptimizedLora(tuned, image, images.float() / 255, job_run.losses, parts, keep)
     if result.warning():
         log.warning("%s", result.warning())
     return result
@@ -254,6 +258,14 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
             f"The latent was inverted along the noise levels {_round(sampling.replay.sigmas)}, and the SIGMAS are "
             f"{_round(sampling.sigmas)}: connect the SIGMAS that came with the latent."
         )
+
+
+def prodigy() -> Optimizer:
+    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) from its authors' package; all parameter groups share one
+    learning rate. RuntimeError without the package, which is optional.
+    """
+    library = package("prodigyopt", "Prodigy", "prodigyopt", " (or choose AdamW)")
+    return functools.partial(library.Prodigy, **SAFEGUARDS)
 
 
 def _check_prompt(text: TextEncoder, generator: Generator) -> None:

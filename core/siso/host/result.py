@@ -1,7 +1,7 @@
 """The result of a similarity optimisation: LoRA, images and losses; and the size of its stored runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,25 +18,21 @@ BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twi
 
 @dataclass(frozen=True)
 class OptimizedLora:
-    """lora: tensors for stock loaders, of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
+    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
     [N, H, W, 3], losses and parts (the value of each term): of every iteration.
     """
 
-    lora: dict[str, Tensor]
+    lora: FineTunedWeights
     image: Tensor
     images: Tensor
     losses: list[float]
     parts: list[list[float]]
-    keep: Keep = "best"
-    header: dict[str, Any] = field(default_factory=dict)
+    keep: Keep
 
     @property
     def best(self) -> int:
         """The iteration with the lowest loss, from 0."""
         return min(range(len(self.losses)), key=self.losses.__getitem__)
-
-    def tuned(self) -> FineTunedWeights:
-        return FineTunedWeights(self.lora, self.header)
 
     def report(self) -> str:
         """The best iteration's loss and the first one's, term by term."""
