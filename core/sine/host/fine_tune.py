@@ -43,7 +43,7 @@ from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
-from .position_map import apply_fine_tune, position_map_of, takes_map, with_same_map
+from .position_map import apply_fine_tune, position_map_of, takes_map, with_position_map
 
 LORA, FULL = "LoRA", "full weights"
 FORMS = {LORA: LowRank, "T-LoRA": TimestepRank, "LoKr": Kronecker}  # what the method "LoRA" trains
@@ -213,7 +213,7 @@ def fine_tune(
             type(model.model.model_config).__name__,
         )
         plan = replace(plan, crop=CropSettings(crop.resolution), placed=False)
-    mapped = with_same_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
+    mapped = with_position_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
     if not plan.crop.cells:
         settings = replace(settings, recon_weight=0.0)
     job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
