@@ -15,15 +15,17 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ...files import read_weights
 from ...session import folders
 from ...session.inputs import Names
 from ...session.weights import load_fully
+from ..instance_retrieval import from_published
 from ..preprocess import Preprocess
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
 from .extras.offline import running
 from .extras.open_clip_file import load_open_clip
-from .extras.retrieval import load_tower
+from .extras.retrieval import MAX_BYTES, RetrievalTower
 from .extras.tower import Tower, VisionOutput
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
@@ -104,8 +106,8 @@ def load_vision(path: Path) -> VisionModel:
 
 
 def load_retrieval_model(path: Path) -> VisionModel:
-    """SISO's second vision model, from its published file. ValueError for anything else."""
-    return VisionModel(load_tower(path))
+    """SISO's second vision model, from its published .pth or its tensors as safetensors. ValueError for others."""
+    return VisionModel(RetrievalTower(from_published(read_weights(path, MAX_BYTES)), path.stem))
 
 
 def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
