@@ -49,18 +49,16 @@ class Samples:
     """The training data, in the order of the updates.
 
     x0 [N, C, h, w] in the model's latent space; boxes [N, 4] (y0, x0, y1, x1 in cells) or None; mask [N, 1, h, w] of
-    ones and zeros, or None. period: update s uses sample s % period. N may be smaller than period if the run ends
-    before it needs all samples.
+    ones and zeros, or None. They repeat after N updates.
     """
 
     x0: Tensor
     boxes: Tensor | None = None
     mask: Tensor | None = None
-    period: int = 0
 
     def at(self, step: int, device: torch.device | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x0 [1, C, h, w], box [1, 4] and mask [1, 1, h, w] for an update."""
-        i = step % (self.period or self.x0.shape[0])
+        i = step % self.x0.shape[0]
         box, mask = (None if part is None else part[i : i + 1].to(device) for part in (self.boxes, self.mask))
         return self.x0[i : i + 1].to(device), box, mask
 

@@ -228,7 +228,7 @@ def fine_tune(
 def _in_scale(latent_format: Any, part: Samples) -> Samples:
     """Samples in the model's own latent space."""
     x0, boxes, mask = detached([part.x0, part.boxes, part.mask])
-    return Samples(latent_format.process_in(x0), boxes, mask, part.period)
+    return Samples(latent_format.process_in(x0), boxes, mask)
 
 
 def _prompt_of(text: TextEncoder | None, prompt_text: str, fixed: Callable[[], Prompt]) -> Callable[[], Prompt]:

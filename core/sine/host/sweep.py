@@ -52,12 +52,10 @@ def measures(
     identity, a cosine, is drawn as the distance 1 - identity. Several values of a pair become their mean.
     """
     curves = {}
-    identity_distance = None if identity is None else [1.0 - value for value in identity]
-    for title, values in (("distance", distance), ("1 - identity", identity_distance), ("text score", text)):
-        missing = 1.0 - NOT_MEASURED if values is identity_distance else NOT_MEASURED
-        if values is None or all(value == missing for value in values):
-            continue
-        curves[title] = mean_of_each_pair(values, count, title)
+    for title, values in (("distance", distance), ("1 - identity", identity), ("text score", text)):
+        if values is not None and any(value != NOT_MEASURED for value in values):
+            shown = [1.0 - value for value in values] if title == "1 - identity" else values
+            curves[title] = mean_of_each_pair(shown, count, title)
     return curves
 
 
