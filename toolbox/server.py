@@ -141,7 +141,11 @@ class Server:
 
     def __enter__(self) -> Server:
         try:
-            self.start()
+            with self.log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
+                )
+            wait(self._answers, START_TIMEOUT, f"ComfyUI did not answer: see {self.log_path}")
         except BaseException:  # a signal while it starts
             self.stop()
             raise
@@ -149,13 +153,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def start(self) -> None:
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
-            )
-        wait(self._answers, START_TIMEOUT, f"ComfyUI did not answer: see {self.log_path}")
 
     def _answers(self) -> bool:
         if self._process is None or self._process.poll() is not None:
