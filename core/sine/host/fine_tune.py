@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -187,11 +187,9 @@ class FineTuneJob(Job):
             prior_prompt = _prompt_of(text, self.prior.prompt, lambda: Prompt(of_prior.context))
             prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt, of_prior)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
-        weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
-        with weights.active():
-            fit = FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior, weights.at)
-            yield fit, weights.result
+        with _trained(denoiser, text, self.plan, self.settings.seed) as (parameters, at, result):
+            yield FineTune(denoiser, samples, prompt, parameters, self.settings, prior, at), result
 
 
 def fine_tune(
@@ -301,32 +299,31 @@ def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
     return samples, prior_samples
 
 
-class _TrainedWeights:
-    """The trained parameters inside a session: LoRAs on the layers, or the weights themselves."""
+@contextlib.contextmanager
+def _trained(
+    denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int
+) -> Iterator[tuple[Mapping[str, nn.Parameter], Callable[[int, int], None], Callable[[], Result]]]:
+    """The trained parameters inside a session: LoRAs on the layers, or the weights themselves. With them, what to call
+    before the model predicts at a timestep, and the current result.
+    """
+    if plan.method == FULL:
+        leaves = denoiser.leaves
+        yield leaves, lambda _t, _count: None, lambda: weight_differences(leaves.before, dict(leaves))
+        return
+    layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
+    check_run(denoiser.model, layers, denoiser.called)
+    adapters = new_adapters(layers, plan.rank, seed, kind=FORMS[plan.form])
 
-    def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int) -> None:
-        self.full = plan.method == FULL
-        if self.full:
-            self._before, self.parameters = denoiser.leaves.before, denoiser.leaves
-            return
-        self._layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
-        check_run(denoiser.model, self._layers, denoiser.called)
-        self._adapters = new_adapters(self._layers, plan.rank, seed, kind=FORMS[plan.form])
-        self.parameters = factors(self._adapters)
-
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
-
-    def at(self, t: int, count: int) -> None:
-        """Called before the model predicts at a timestep; a text encoder has none."""
-        for name, adapter in ({} if self.full else self._adapters).items():
-            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):
+    def at(t: int, count: int) -> None:
+        for name, adapter in adapters.items():
+            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):  # a text encoder has no timestep
                 adapter.at(t, count)
 
-    def result(self) -> Result:
-        if self.full:
-            return weight_differences(self._before, dict(self.parameters))
-        return {key: value for name, adapter in self._adapters.items() for key, value in adapter.tensors(name).items()}
+    def result() -> Result:
+        return {key: value for name, adapter in adapters.items() for key, value in adapter.tensors(name).items()}
+
+    with attached_lora(layers, adapters):
+        yield factors(adapters), at, result
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from .background import Background
 from .result import IMAGE_STATE, OptimizedLora, both_loras, run_bytes
 from .similarity import Similarity
 
-METHOD = "siso"
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}  # Prodigy's, as in SISO's script
 APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
@@ -100,7 +99,7 @@ class Generator:
 class SisoJob(Job):
     """A complete SISO job. begin() sets text, the text encoder if it trains too."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "siso"
     state: ClassVar[Collection[str]] = IMAGE_STATE
     shows_image: ClassVar[bool] = True
 
@@ -181,13 +180,13 @@ class SisoJob(Job):
                 stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
                 for vision in self.similarity.visions:
                     stack.enter_context(layers_checkpointed(vision.model))
-            images = ImageSampling(generator, self.sampling, denoiser, x0, text)
+            generate = image_sampling(generator, self.sampling, denoiser, x0, text)
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
                 terms.append(self.background.term())
             optimizer = prodigy() if self.settings.optimizer == "Prodigy" else torch.optim.AdamW
             fit = Siso(
-                lambda: images.generate(fit.step if plan.new_noise else 0),
+                lambda: generate(fit.step if plan.new_noise else 0),
                 terms, factors(adapters), self.settings, optimizer,
             )  # fmt: skip
             yield fit, lambda: both_loras(fit, layers, adapters)
@@ -196,7 +195,7 @@ class SisoJob(Job):
         """The header of the artifact."""
         settings = {"rank": self.plan.rank, "iterations": job_run.step, "keep": self.plan.keep}
         return {
-            "method": METHOD,
+            "method": self.method,
             "base": self.base,
             "prompt": self.generator.prompt,
             "weights": "LoRA",
@@ -302,44 +301,42 @@ def _more_memory(generator: Generator, similarity: Similarity, sampling: Samplin
     return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + vision_bytes
 
 
-class ImageSampling:
-    """Generates images by Euler steps; the last steps have a gradient."""
+def image_sampling(
+    generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
+) -> Callable[[int], Tensor]:
+    """A function that generates an image [1, 3, H, W] in 0..1 with the current LoRA, by Euler steps of which the last
+    have a gradient. Its argument is the number of the noise; 0 is the seed's.
+    """
+    scheme = generator.model.get_model_object("model_sampling")
+    latent_format: Any = denoiser.model.latent_format  # with a gradient
+    sigmas = detached(sampling.sigmas).to(x0)
+    steps = len(sigmas) - 1
+    replay = Replay(sigmas, x0[:0] if sampling.replay is None else detached(sampling.replay.noises).to(x0))
+    unguided = denoiser.of("negative") if sampling.cfg != 1.0 else None
+    tokens = None if text is None else text.tokens(generator.prompt)
 
-    def __init__(
-        self, generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
-    ) -> None:
-        self._generator, self._sampling, self._denoiser, self._text = generator, sampling, denoiser, text
-        self._scheme = generator.model.get_model_object("model_sampling")
-        self._sigmas = detached(sampling.sigmas).to(x0)
-        recorded = x0[:0] if sampling.replay is None else detached(sampling.replay.noises).to(x0)
-        self._replay, self._x0 = Replay(self._sigmas, recorded), x0
-        self._unguided = denoiser.of("negative") if sampling.cfg != 1.0 else None
-        self._tokens = None if text is None else text.tokens(generator.prompt)
+    def start(number: int) -> Tensor:
+        """The inverted image, or the latent with a noise."""
+        if sampling.replay is not None:
+            return x0
+        seed = (sampling.seed + number * APART) % 2**64
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+        return noisy_start(scheme, noise, x0, sigmas)
 
-    def _start(self, number: int) -> Tensor:
-        """The inverted image, or the latent with a noise: number 0 is the seed's."""
-        if self._sampling.replay is not None:
-            return self._x0
-        generator = torch.Generator().manual_seed((self._sampling.seed + number * APART) % 2**64)
-        noise = torch.randn(self._x0.shape, generator=generator).to(self._x0)
-        return noisy_start(self._scheme, noise, self._x0, self._sigmas)
-
-    def generate(self, number: int) -> Tensor:
-        """The image [1, 3, H, W] in 0..1 with the current LoRA."""
-        x, prompt = self._start(number), None if self._text is None else self._text.encode(self._tokens)
-        steps = len(self._sigmas) - 1
-        for step in range(steps):
-            with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
-                sigma = self._sigmas[step]
-                x = self._replay.step(x, (x - self._predict(x, sigma, prompt)) / sigma, step)
-        latent_format: Any = self._denoiser.model.latent_format  # with a gradient
-        samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
-        return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
-
-    def _predict(self, x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
-        tokens = (None, None) if prompt is None else (prompt.context, prompt.pooled)
-        positive = self._denoiser.denoised(x, sigma.view(1), *tokens)
-        if self._unguided is None:
+    def predict(x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
+        positive = denoiser.denoised(x, sigma, *((None, None) if prompt is None else (prompt.context, prompt.pooled)))
+        if unguided is None:
             return positive
-        negative = self._unguided.denoised(x, sigma.view(1))
-        return negative + self._sampling.cfg * (positive - negative)
+        negative = unguided.denoised(x, sigma)
+        return negative + sampling.cfg * (positive - negative)
+
+    def generate(number: int) -> Tensor:
+        x, prompt = start(number), None if text is None else text.encode(tokens)
+        for step in range(steps):
+            with torch.set_grad_enabled(step >= steps - sampling.grad_steps):
+                sigma = sigmas[step]
+                x = replay.step(x, (x - predict(x, sigma.view(1), prompt)) / sigma, step)
+        samples = latent_format.process_out(scheme.inverse_noise_scaling(sigmas[-1], x))
+        return decode(generator.vae, samples).movedim(-1, 1).clamp(0, 1)
+
+    return generate
