@@ -78,7 +78,6 @@ def library(folder: Path) -> Any:
 
 def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The transformer, with the call signature of ComfyUI's own models."""
-    library(folder)
     return _read(folder / "transformer", _network_class(), dtype)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -146,8 +147,6 @@ def thin_out(stops: Sequence) -> list:
 
 def shade(index: int, count: int) -> tuple[int, int, int]:
     """A colour between FIRST and LAST, through MIDDLE."""
-    share = index / max(count - 1, 1)
-    start, end = (FIRST, MIDDLE) if share <= 0.5 else (MIDDLE, LAST)
-    part = 2 * share if share <= 0.5 else 2 * share - 1
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
-    return red, green, blue
+    place = index / max(count - 1, 1)
+    red, green, blue = (np.interp(place, (0.0, 0.5, 1.0), channel) for channel in zip(FIRST, MIDDLE, LAST, strict=True))
+    return round(red), round(green), round(blue)

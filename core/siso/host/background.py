@@ -25,10 +25,6 @@ class Background:
     mask: Tensor
     weight: float
 
-    def key_parts(self) -> dict[str, Any]:
-        """For the key of a run, under the names that stored runs have."""
-        return {"picture": self.image, "mask": self.mask, "weight": self.weight}
-
     def check(self, vae: Any, latent: Tensor) -> None:
         """ValueError when the image does not have the size that a latent [1, C, h, w] decodes to, or the mask does not
         fit the image, or leaves nothing to preserve or nothing to change.

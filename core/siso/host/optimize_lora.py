@@ -84,10 +84,6 @@ class Generator:
     clip: Any | None = None
     prompt: str = ""
 
-    def networks(self) -> tuple[Any, Any | None]:
-        """The networks that get a LoRA: the MODEL's, and the text encoder's."""
-        return self.model.model, None if self.clip is None else self.clip.cond_stage_model
-
     def key_parts(self) -> Any:
         """Everything that determines the images besides the model's weights, for the key of a run."""
         text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
@@ -128,7 +124,8 @@ class SisoJob(Job):
         settings = {
             name: value for name, value in asdict(self.settings).items() if name not in ("threshold", "patience")
         }
-        background = [] if self.background is None else [self.background.key_parts()]
+        kept = self.background
+        background = [] if kept is None else [{"picture": kept.image, "mask": kept.mask, "weight": kept.weight}]
         parts = [part.key_parts() for part in self.similarity.parts]
         training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
         more = [] if self.plan.layers == ATTENTION else [self.plan.layers]
@@ -136,7 +133,8 @@ class SisoJob(Job):
         return digest([*training, [self.base, *self.generator.key_parts()], *background, *more])
 
     def store(self) -> RunStore:
-        layers = trained_layers(*self.generator.networks(), self.plan.layers)
+        clip = self.generator.clip
+        layers = trained_layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan.layers)
         size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
         return dedicated_store("picture_runs", size)
 
