@@ -51,10 +51,7 @@ def similarity_loss(features: Tensor, references: Tensor) -> Tensor:
 
 
 def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and zeros.
-
-    ValueError when the mask covers everything.
-    """
+    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and, somewhere, zeros."""
     outside = 1 - mask
     count = outside.sum() * image.shape[1]
     if not float(count) > 0:
@@ -79,9 +76,8 @@ def plateau(
 
 @dataclass(frozen=True)
 class SisoSettings:
-    """The settings that determine the result, besides the generator and the terms. patience 0 never stops early.
-
-    threshold and patience only determine the length of a run, not its iterations.
+    """The settings that determine the result, besides the generator and the terms; of these, threshold and patience (0
+    never stops early) determine its length alone.
     """
 
     learning_rate: float = 2e-4

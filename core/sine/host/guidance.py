@@ -56,10 +56,7 @@ def subject_model(
     start_percent: float = 0.0,
     k_timestep: int = -1,
 ) -> SubjectModel:
-    """A SubjectModel from a node's values. k_timestep: K in training timesteps, used instead of end_percent unless -1.
-
-    ValueError for an empty window.
-    """
+    """A SubjectModel from a node's values. k_timestep: K in training timesteps, in place of end_percent unless -1."""
     if k_timestep != -1:
         end_percent = max(0.0, percent_of(k_timestep))
     if start_percent > end_percent:
@@ -191,10 +188,7 @@ class _Branch:
     def prepare(
         self, guider: Any, prompt: str, sigmas: Tensor, seed: int | None, noise: Tensor, *latents: Tensor | None
     ) -> None:
-        """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model.
-
-        latents: latent and mask, as ComfyUI gives them.
-        """
+        """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model."""
         device, tuned, own = self._running.load_device, self._subject.model, self._subject.conditioning
         entries = guider.original_conds[prompt] if own is None else comfy.sampler_helpers.convert_cond(own)
         conds = {prompt: [dict(entry) for entry in entries]}

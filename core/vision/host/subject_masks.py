@@ -40,11 +40,7 @@ class SubjectMasks(NamedTuple):
 
 
 def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> SubjectMasks:
-    """Masks of the subject in images [B, H, W, C] in 0..1.
-
-    ValueError when an image does not show it; a problem with segment-anything's package or file is reported before the
-    detection.
-    """
+    """Masks of the subject in images [B, H, W, C] in 0..1; faults of segment-anything are raised before the work."""
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
     segmenter_model = sam.load_sam(segmenter)
