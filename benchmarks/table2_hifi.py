@@ -167,8 +167,8 @@ class Bench(subjects.Bench):
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
             moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
             how = ReferenceSettings(self.settings.cfg)
-            result = sample_with_reference(model, positive, self.empty, given, moved_image, how)
-            found.append(self.decoded(result.samples))
+            samples, *_ = sample_with_reference(model, positive, self.empty, given, moved_image, how)
+            found.append(self.decoded(samples))
         return torch.cat(found)
 
     def scored(self, case: Case, images: Any) -> dict[str, float]:

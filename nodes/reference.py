@@ -80,6 +80,5 @@ class LikenessReferenceGuide(Node):
     ) -> io.NodeOutput:
         reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
         how = published.ReferenceSettings(**settings)
-        found = sample_with_reference(model, positive, negative, noise, reference, how)
-        loss = loss_map(found.losses) if found.losses else nothing()
-        return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
+        samples, *rest, losses, report = sample_with_reference(model, positive, negative, noise, reference, how)
+        return io.NodeOutput({"samples": samples}, *rest, loss_map(losses) if losses else nothing(), report)

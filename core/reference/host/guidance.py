@@ -31,26 +31,6 @@ TIMES = ("start_percent", "end_percent")
 
 
 @dataclass(frozen=True)
-class GuidedImage:
-    """A finished image, as in a LATENT, and the model and negatives that reproduce it from the same noise."""
-
-    samples: Tensor
-    model: Any
-    negative: Conditioning
-    losses: list[float]
-    window: range
-    steps: int
-
-    def report(self) -> str:
-        first, last, count = self.window[0], self.window[-1], len(self.losses) // len(self.window)
-        lines = [f"guided in steps {first + 1} to {last + 1} of {self.steps}, {count} updates in each"]
-        for index, step in enumerate(self.window if count else ()):
-            of_step = self.losses[index * count : (index + 1) * count]
-            lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
 class ReferenceJob(Job):
     """One guided sampling. positive: the prompt as one plain entry; contexts: its tokens at each step. noise, mask and
     contexts are on the CPU. prompt_key: describe() of the connected prompt.
@@ -122,11 +102,12 @@ def sample_with_reference(
     noise: Any,
     reference: ReferenceImage,
     settings: ReferenceSettings,
-) -> GuidedImage:
+) -> tuple[Tensor, Any, Conditioning, list[float], str]:
     """Sample (or resume, or load from disk) an image along the trajectory's noise levels, guided by the reference.
 
-    positive may have one entry per step; negative is the empty prompt; noise is a NOISE. ValueError, before any work,
-    for inputs that do not fit together.
+    Returns the image as in a LATENT, the model and negatives that reproduce it from the same noise, all losses, and a
+    report. positive may have one entry per step; negative is the empty prompt; noise is a NOISE. ValueError, before any
+    work, for inputs that do not fit together.
     """
     trajectory, percents = reference.trajectory, (reference.start_percent, reference.end_percent)
     check_base(trajectory.header.get("base", {}), model)
@@ -152,7 +133,17 @@ def sample_with_reference(
     target = trajectory.latents[window[0]]
     replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, window, trajectory.sigmas.tolist(), sampling)
-    return GuidedImage(result["samples"], replay, conditioning, job_run.losses, window, trajectory.steps)
+    report = _report(job_run.losses, window, trajectory.steps)
+    return result["samples"], replay, conditioning, job_run.losses, report
+
+
+def _report(losses: list[float], window: range, steps: int) -> str:
+    count = len(losses) // len(window)
+    lines = [f"guided in steps {window[0] + 1} to {window[-1] + 1} of {steps}, {count} updates in each"]
+    for index, step in enumerate(window if count else ()):
+        of_step = losses[index * count : (index + 1) * count]
+        lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
+    return "\n".join(lines)
 
 
 def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
