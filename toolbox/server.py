@@ -230,8 +230,17 @@ class Server:
             while run.status not in FINISHED:
                 channel.settimeout(max(0.1, start + timeout - time.monotonic()))
                 message = channel.recv()
-                if isinstance(message, str):  # bytes are previews
-                    self._handle(run, json.loads(message), on_event)
+                event = json.loads(message) if isinstance(message, str) else {}  # bytes are previews
+                data = event.get("data") or {}
+                if not event or data.get("prompt_id", run.prompt_id) != run.prompt_id:
+                    continue
+                run.events.append(event)
+                if on_event:
+                    on_event(event)
+                if event["type"] == "execution_error":
+                    raise PromptError(data.get("exception_message", ""), data)
+                if event["type"] in FINISHED:
+                    run.status = event["type"]
         finally:
             channel.close()
         # The history is written just after the last event.
@@ -248,19 +257,6 @@ class Server:
         if answer.get("node_errors"):  # the server would skip a part of the graph and report success
             raise PromptError("a part of the prompt was refused", answer)
         return answer["prompt_id"]
-
-    @staticmethod
-    def _handle(run: PromptRun, event: dict[str, Any], on_event: Callable[[dict[str, Any]], None] | None) -> None:
-        data = event.get("data") or {}
-        if data.get("prompt_id", run.prompt_id) != run.prompt_id:
-            return
-        run.events.append(event)
-        if on_event:
-            on_event(event)
-        if event["type"] == "execution_error":
-            raise PromptError(data.get("exception_message", ""), data)
-        if event["type"] in FINISHED:
-            run.status = event["type"]
 
 
 def environment_from_variables() -> Environment:

@@ -85,31 +85,23 @@ class ReferenceJob(Job):
         yield fit, result
 
 
-@dataclass(frozen=True)
-class ReferenceImage:
-    """An inverted reference, the subject's mask [1, H, W] in it, and the part of the sampling that it guides."""
-
-    trajectory: Trajectory
-    mask: Tensor
-    start_percent: float
-    end_percent: float
-
-
 def sample_with_reference(
     model: Any,
     positive: Conditioning,
     negative: Conditioning,
     noise: Any,
-    reference: ReferenceImage,
+    trajectory: Trajectory,
+    mask: Tensor,
+    percents: tuple[float, float],
     settings: ReferenceSettings,
 ) -> tuple[Tensor, Any, Conditioning, list[float], str]:
-    """Sample (or resume, or load from disk) an image along the trajectory's noise levels, guided by the reference.
+    """Sample (or resume, or load from disk) an image along the noise levels of an inverted reference, which guides it
+    with the subject that its mask [1, H, W] shows, between these percents of the sampling.
 
     Returns the image as in a LATENT, the model and negatives that reproduce it from the same noise, all losses, and a
     report. positive may have one entry per step; negative is the empty prompt; noise is a NOISE. ValueError, before any
     work, for inputs that do not fit together.
     """
-    trajectory, percents = reference.trajectory, (reference.start_percent, reference.end_percent)
     check_base(trajectory.header.get("base", {}), model)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
@@ -122,7 +114,7 @@ def sample_with_reference(
     warn_of_guidance(model)
     sampling = model.get_model_object("model_sampling")
     window = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
-    cells = subject_cells(reference.mask, trajectory.latents)
+    cells = subject_cells(mask, trajectory.latents)
     prompt, contexts = plain_prompt(positive, trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     start_noise = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
     job = ReferenceJob(

@@ -44,9 +44,6 @@ class SubjectModel:
     end_percent: float = 1.0
     share: float = 1.0
 
-    def window(self, sampling: Any) -> SigmaRange:
-        return SigmaRange(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
-
 
 def subject_model(
     model: Any,
@@ -186,7 +183,9 @@ class _Branch:
 
         inputs: noise, latent, mask and seed, as ComfyUI gives them.
         """
-        self.weight, self.window = subject.weight, subject.window(guider.inner_model.model_sampling)
+        sigma_of = guider.inner_model.model_sampling.percent_to_sigma
+        self.weight = subject.weight
+        self.window = SigmaRange(sigma_of(subject.start_percent), sigma_of(subject.end_percent))
         self._subject, self._running = subject, running
         self._overlay = Overlay(subject.model, running, subject.share)
         self._cache: tuple[Tensor, Tensor] | None = None

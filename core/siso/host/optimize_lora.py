@@ -84,12 +84,6 @@ class Generator:
     clip: Any | None = None
     prompt: str = ""
 
-    def key_parts(self) -> Any:
-        """Everything that determines the images besides the model's weights, for the key of a run."""
-        text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
-        model_parts = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
-        return [model_parts, describe([self.vae.patcher, self.positive, self.negative, text])]
-
 
 @dataclass(frozen=True)
 class SisoJob(Job):
@@ -124,13 +118,16 @@ class SisoJob(Job):
         settings = {
             name: value for name, value in asdict(self.settings).items() if name not in ("threshold", "patience")
         }
-        kept = self.background
+        made, kept, clip = self.generator, self.background, self.generator.clip
+        text = None if clip is None else [clip.patcher, clip.layer_idx, made.prompt]
+        base = [self.base, [patches_digest(made.model), precision(made.model), str(made.vae.vae_dtype)]]
+        images = describe([made.vae.patcher, made.positive, made.negative, text])
         background = [] if kept is None else [{"picture": kept.image, "mask": kept.mask, "weight": kept.weight}]
         parts = [part.key_parts() for part in self.similarity.parts]
         training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
         more = [] if self.plan.layers == ATTENTION else [self.plan.layers]
         more += ["new noise"] if self.plan.new_noise else []
-        return digest([*training, [self.base, *self.generator.key_parts()], *background, *more])
+        return digest([*training, [*base, images], *background, *more])
 
     def store(self) -> RunStore:
         clip = self.generator.clip
