@@ -87,6 +87,8 @@ class Coco:
         return place(cut, width * scale, height * scale, self.size)
 
     def _add_part(self, file: Path, limit: int) -> None:
+        from pycocotools.coco import COCO
+
         part = file.stem.removeprefix(PREFIX)
         captions, folder = file.with_name(f"captions_{part}.json"), self.path / part
         for expected, what in ((captions, "captions"), (folder, "images")):
@@ -95,8 +97,10 @@ class Coco:
                     f"{self.path.name} has no {what} of {part}: {expected.relative_to(self.path)} was expected. "
                     f"It should hold {EXPECTED}."
                 )
-        texts, objects = read_coco(captions), read_coco(file)
+        with annotation_file(captions):
+            texts = COCO(str(captions))
         with annotation_file(file):
+            objects = COCO(str(file))
             for image in objects.dataset["images"][: limit or None]:
                 own = [" ".join(each["caption"].split()) for each in texts.imgToAnns[image["id"]]]
                 caption, instances = max(own, key=len, default=""), self._instances(objects, image)
@@ -106,30 +110,20 @@ class Coco:
                     self.left_out += 1
 
     def _instances(self, coco: Any, image: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """An image's usable instances; a damaged one among half a million is counted and left out."""
+        """An image's usable instances, the largest first; without crowds, on whose run lengths the reference fails. A
+        damaged one among half a million is counted and left out.
+        """
         instances = []
-        for each in usable_instances(coco.imgToAnns[image["id"]]):
+        order = sorted(coco.imgToAnns[image["id"]], key=lambda each: each["area"], reverse=True)
+        for each in order[: len(order) // 2] if len(order) > MAX_SUBJECTS else order:
+            if each["area"] < MIN_AREA or not isinstance(each["segmentation"], list):
+                continue
             runs = run_lengths(each["segmentation"], image["height"], image["width"])
             if runs is None:
                 self.damaged += 1
             else:
                 instances.append((coco.cats[each["category_id"]]["name"], runs))
         return instances
-
-
-def usable_instances(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The usable instances of an image, the largest first; without crowds, on whose run lengths the reference fails."""
-    order = sorted(annotations, key=lambda each: each["area"], reverse=True)
-    half = order[: len(order) // 2] if len(order) > MAX_SUBJECTS else order
-    return [each for each in half if each["area"] >= MIN_AREA and isinstance(each["segmentation"], list)]
-
-
-def read_coco(file: Path) -> Any:
-    """The annotations of a file, by image. ValueError when it holds none."""
-    from pycocotools.coco import COCO
-
-    with annotation_file(file):
-        return COCO(str(file))
 
 
 @contextlib.contextmanager

@@ -143,15 +143,12 @@ class FineTuneJob(Job):
         prior_parts = None
         if prior is not None:
             prior_parts = [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
-        weights = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.crop)]
+        usual = ((plan.layers, ATTENTION), (plan.form, LORA))  # left out, as before there was a choice
+        weights = [plan.method, plan.rank, asdict(plan.crop), *(chosen for chosen, other in usual if chosen != other)]
         encoder = None if clip is None else precision(clip.patcher)
         precisions = [precision(self.model), str(self.vae.vae_dtype), encoder]
         prompt_parts = describe([self.vae.patcher, self.positive, text])
         model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
-        if plan.method == LORA and plan.layers != ATTENTION:
-            weights.append(plan.layers)
-        if plan.method == LORA and plan.form != LORA:
-            weights.append(plan.form)
         images = [data.image, data.mask, prior_parts, *self.objective.values()]
         return digest([self.method, weights, asdict(self.settings), model_parts, *images])
 
@@ -201,6 +198,8 @@ def fine_tune(
     prior: FineTuneData | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
+    if plan.method == FULL:
+        plan = replace(plan, rank=0, layers=ATTENTION, form=LORA)
     positive, crop = data.conditioning(), plan.crop if takes_map(model) else CropSettings(plan.crop.resolution)
     data = replace(data, mask=check_images(data.image, data.mask, crop))
     prior = _check(FineTuneJob(model, vae, data, positive, plan, settings, prior))
@@ -328,9 +327,8 @@ def _trained(
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
     data, plan = job.data, job.plan
-    lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
-    lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
-    lora |= {} if plan.form == LORA or not lora else {"form": plan.form}
+    lora: dict[str, Any] = {"rank": plan.rank, "layers": plan.layers, "form": plan.form}
+    lora = {name: value for name, value in lora.items() if value not in (0, ATTENTION, LORA)}
     patches: dict[str, Any] = {} if plan.placed else {"patches": "not on this model"}
     if plan.crop.cells:
         patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}
