@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -31,16 +31,10 @@ class MaskRequest:
     choose: str = geometry.BEST
 
 
-class SubjectMasks(NamedTuple):
-    """mask [B, H, W] of 0 and 1; image [B, H, W, 3]: the images with the detections drawn on them; info: a report."""
-
-    mask: Tensor
-    image: Tensor
-    info: str
-
-
-def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> SubjectMasks:
-    """Masks of the subject in images [B, H, W, C] in 0..1; faults of segment-anything are raised before the work."""
+def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> tuple[Tensor, Tensor, str]:
+    """Masks [B, H, W] of 0 and 1 of the subject in images [B, H, W, C] in 0..1, the images with the detections drawn on
+    them, and a report. Faults of segment-anything are raised before the work.
+    """
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
     segmenter_model = sam.load_sam(segmenter)
@@ -68,7 +62,7 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
         masks.append(mask.float())
         overlays.append(_overlay(pixels, mask, each, selected))
         lines.append(_summary(number, each, selected, float(mask.float().mean()), request.choose))
-    return SubjectMasks(torch.stack(masks), torch.stack(overlays), "\n".join(lines))
+    return torch.stack(masks), torch.stack(overlays), "\n".join(lines)
 
 
 def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:

@@ -30,6 +30,7 @@ from .extras.tower import Tower, VisionOutput
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
 BYTES_PER_PIXEL = 600.0  # upper estimate of one forward pass's activations, for ComfyUI's memory management
+OUTPUTS = ("image_embeds", "last_hidden_state", "penultimate_hidden_states", "mm_projected")
 BATCH = 8  # images per forward pass without gradients
 
 
@@ -48,15 +49,13 @@ class VisionModel:
         self.image_mean, self.image_std = list(tower.preprocess.mean), list(tower.preprocess.std)
 
     def encode_image(self, image: Tensor, crop: bool = True) -> comfy.clip_vision.Output:
-        """[B, H, W, C] in 0..1 -> Output with image_embeds, last_hidden_state, penultimate_hidden_states."""
+        """[B, H, W, C] in 0..1 -> Output with OUTPUTS."""
         _load(self, image.shape[0])
         with torch.no_grad():
-            result = self.run(image, crop, self.preprocess)
+            outputs = self.run(image, crop, self.preprocess)
         output, device = comfy.clip_vision.Output(), mm.intermediate_device()
-        output["image_embeds"] = result.embedding.to(device)
-        output["last_hidden_state"] = None if result.last is None else result.last.to(device)
-        output["penultimate_hidden_states"] = None if result.penultimate is None else result.penultimate.to(device)
-        output["mm_projected"] = None
+        for name, value in zip(OUTPUTS, (*outputs, None), strict=True):
+            output[name] = None if value is None else value.to(device)
         return output
 
     def run(self, pixels: Tensor, crop: bool, preprocess: Preprocess) -> VisionOutput:
@@ -117,7 +116,7 @@ def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preproc
     """
     preprocess = preprocess or preprocess_of(vision)
     if isinstance(vision, VisionModel):
-        return vision.run(pixels, crop, preprocess).embedding
+        return vision.run(pixels, crop, preprocess)[0]
     inputs = preprocess(pixels.to(vision.load_device), crop)
     pooled = vision.model(pixel_values=inputs, intermediate_output=-2)[2]
     return pooled.mean(1) if pooled.ndim == 3 else pooled

@@ -28,4 +28,4 @@ class RetrievalTower(Tower):
         self.description = f"{name} (instance retrieval, {model.fc1.out_features} numbers)"
 
     def forward(self, pixel_values: Tensor) -> VisionOutput:
-        return VisionOutput(self.model(pixel_values), None, None)
+        return self.model(pixel_values), None, None

@@ -42,7 +42,7 @@ class TransformersTower(Tower):
         if hasattr(self.model, "visual_projection"):
             embedding = self.model.visual_projection(embedding)
         hidden = getattr(out, "hidden_states", None)
-        return VisionOutput(embedding, last, hidden[-2] if hidden else None)
+        return embedding, last, hidden[-2] if hidden else None
 
     def encode_text(self, texts: list[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
