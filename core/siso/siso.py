@@ -106,9 +106,7 @@ class Siso(Fit):
         settings: SisoSettings,
         optimizer: Optimizer = torch.optim.AdamW,
     ) -> None:
-        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: the one that
-        the settings name.
-        """
+        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters."""
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
         text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT_PREFIX)]
         rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT_PREFIX)]

@@ -18,8 +18,8 @@ BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twi
 
 @dataclass(frozen=True)
 class OptimizedLora:
-    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
-    [N, H, W, 3], losses and parts (the value of each term): of every iteration.
+    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images [N, H, W, 3], losses and
+    parts (the value of each term): of every iteration.
     """
 
     lora: FineTunedWeights
