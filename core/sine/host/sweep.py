@@ -23,7 +23,6 @@ from ...vision.host.sheets import (
     centre,
     font,
     labelled_grid,
-    plain,
     thumbnail,
 )
 from ..sweep import Grid, mean_of_each_pair, timestep
@@ -103,7 +102,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         return left + (x - first) / span * width, top + (high - y) / (high - low) * height
 
     step = 6 * FINE
-    draw.text((left, top - 26 * FINE), plain(panel.title), fill=INK, font=face)
+    draw.text((left, top - 26 * FINE), panel.title, fill=INK, font=face)
     for tick in ticks:
         y = place(first, tick)[1]
         draw.line((left, y, left + width, y), fill=FAINT, width=FINE)
@@ -113,7 +112,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         x = place(stop, low)[0]
         draw.line((x, top + height, x, top + height + step / 2), fill=INK, width=FINE)
         centre(draw, x, top + height + step, f"{stop:g}", face)
-    centre(draw, left + width / 2, top + height + 24 * FINE, plain(panel.axis), face)
+    centre(draw, left + width / 2, top + height + 24 * FINE, panel.axis, face)
     draw.line((left, top, left, top + height, left + width, top + height), fill=INK, width=FINE)
     labelled = thin_out(range(len(panel.curves)))
     for k, (curve, name) in enumerate(zip(panel.curves, panel.names, strict=True)):
@@ -125,7 +124,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         if k in labelled:
             y = top + labelled.index(k) * 20 * FINE
             draw.line((left + width + 3 * step, y + 9 * FINE, left + width + 6 * step, y + 9 * FINE), color, 2 * FINE)
-            draw.text((left + width + 7 * step, y), plain(name), fill=INK, font=face)
+            draw.text((left + width + 7 * step, y), name, fill=INK, font=face)
 
 
 def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
