@@ -3,7 +3,6 @@ images and captions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,34 @@ from ...core.fit.fit import step_generator
 from .data import Item
 
 
-@dataclass(frozen=True)
 class Base:
     unet: Any
     vae: Any
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
+
+    def __init__(self, folder: Path) -> None:
+        """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        readers = {
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+            "tokenizer": CLIPTokenizer,
+            "scheduler": DDPMScheduler,
+        }
+        for name, kind in readers.items():
+            try:
+                setattr(self, name, kind.from_pretrained(folder / name, local_files_only=True))
+            except Exception as error:  # these libraries raise many types
+                raise ValueError(
+                    f"{folder / name} could not be read ({error}): give the diffusers folder of SD2.1-base, complete "
+                    f"with {', '.join(readers)}."
+                ) from error
+        _check(self, folder)
 
     def freeze(self, device: torch.device, dtype: torch.dtype) -> None:
         for part in (self.unet, self.vae, self.text_encoder):
@@ -55,32 +75,6 @@ class Base:
         length = self.text_encoder.config.max_position_embeddings
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].float()
-
-
-def read_base(folder: Path) -> Base:
-    """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    readers = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "tokenizer": CLIPTokenizer,
-        "scheduler": DDPMScheduler,
-    }
-    parts: dict[str, Any] = {}
-    for name, kind in readers.items():
-        try:
-            parts[name] = kind.from_pretrained(folder / name, local_files_only=True)
-        except Exception as error:  # these libraries raise many types
-            raise ValueError(
-                f"{folder / name} could not be read ({error}): give the diffusers folder of SD2.1-base, complete with "
-                f"{', '.join(readers)}."
-            ) from error
-    base = Base(**parts)
-    _check(base, folder)
-    return base
 
 
 def _check(base: Base, folder: Path) -> None:

@@ -15,7 +15,7 @@ from ...core.ezigen.artifact import base_sample, read_adapter
 from ...core.ezigen.train import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS, Sample, TrainingSettings
 from ...core.fit.runs import digest
 from ...core.fit.train import Retention, train
-from .base import Base, read_base
+from .base import Base
 from .data import PairDataset, Share, source
 from .network import DiffusersUNet, diffusers_adapter
 from .training import ADAPTER, RegularCheckpointer, SharedTraining, States
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace, accelerator: Any) -> None:
     ]
     for each in sources:
         log.info("%s", each.describe())
-    base = read_base(options.model)
+    base = Base(options.model)
     cell = 2 ** sum(len(part.config.block_out_channels) - 1 for part in (base.vae, base.unet))  # pixels
     if options.size % cell:
         raise ValueError(f"--size is {options.size}: give a multiple of {cell}, 512 as published.")
