@@ -37,19 +37,13 @@ def parser() -> argparse.ArgumentParser:
     add = command_line.add_argument
     add("--model", type=Path, required=True, help="diffusers folder of SD2.1-base")
     add("--data", type=Path, nargs="+", required=True, help="folders: COCO, YouTube-VIS, or subjects with captions")
-    add(
-        "--start",
-        type=Path,
-        help="adapter to start from: a file, or the published checkpoint; none: a copy of the UNet's self-attention",
-    )
+    add("--start", type=Path, help="adapter or published checkpoint to start from; none: the UNet's self-attention")
     add("--out", type=Path, required=True, help=f"folder for {ADAPTER} and the run's states")
     add("--steps", type=_positive, default=200_000, help="total number of updates")
     add("--batch", type=_positive, default=1, help="samples per batch in each process")
     add("--accumulate", type=_positive, default=1, help="batches per update in each process")
     add("--learning-rate", type=_share, default=LEARNING_RATE, help="constant learning rate of AdamW")
-    add(
-        "--drop", type=_share, default=DROP, help=f"share of samples without subject (reference code: {DROP_PUBLISHED})"
-    )
+    add("--drop", type=_share, default=DROP, help=f"share without a subject (reference code: {DROP_PUBLISHED})")
     add("--seed", type=int, default=0, help="random seed")
     add("--size", type=_positive, default=512, help="side of images, in pixels")
     add("--max-subjects", type=_positive, default=MAX_SUBJECTS, help="maximum number of subject images per sample")

@@ -154,10 +154,17 @@ class FineTuneJob(Job):
         return run_store(RUN_BYTES_PER_WEIGHT * self._numbers)
 
     def begin(self, done: int) -> FineTuneJob:
-        steps = max(self.steps, done)
+        steps, crop, seed = max(self.steps, done), self.plan.crop, self.settings.seed
         log.info("SINE: encoding the image(s) for %d steps", steps)
+        samples, of_prior = make_samples(self.model, self.vae, self.data.image, self.data.mask, crop, seed, steps), None
+        if self.prior is not None:
+            whole = CropSettings(crop.resolution)
+            of_prior = make_samples(self.model, self.vae, self.prior.image, None, whole, seed, steps)
+            if crop.cells:  # next to patches, prior images carry the box of the whole image
+                box = of_prior.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
+                of_prior = replace(of_prior, boxes=box.expand(of_prior.x0.shape[0], -1))
         text = None if self.data.clip is None else TextEncoder(self.data.clip)
-        return replace(self, samples=_samples(self, steps), text=text)
+        return replace(self, samples=(samples, of_prior), text=text)
 
     def session(self) -> Session:
         assert self.samples is not None  # begin() came first
@@ -279,19 +286,6 @@ def _layers(base: Any, text: nn.Module | None, plan: FineTunePlan) -> dict[str, 
     """The layers of the model and of the text encoder that get a LoRA."""
     encoder = {} if text is None else attention_layers(text, TEXT_PREFIX.removesuffix("."))
     return {**network_layers(base, plan.layers), **encoder}
-
-
-def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
-    """The samples for `steps` updates, and those of the prior."""
-    crop, seed = job.plan.crop, job.settings.seed
-    samples = make_samples(job.model, job.vae, job.data.image, job.data.mask, crop, seed, steps)
-    if job.prior is None:
-        return samples, None
-    prior_samples = make_samples(job.model, job.vae, job.prior.image, None, CropSettings(crop.resolution), seed, steps)
-    if crop.cells:  # next to patches, prior images carry the box of the whole image
-        whole = prior_samples.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
-        prior_samples = replace(prior_samples, boxes=whole.expand(prior_samples.x0.shape[0], -1))
-    return samples, prior_samples
 
 
 @contextlib.contextmanager

@@ -35,11 +35,12 @@ from ...session.stores import dedicated_store
 from ...vision.host.extras.offline import package
 from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
-from .result import IMAGE_STATE, OptimizedLora, both_loras, run_bytes
+from .result import IMAGE_STATE, OptimizedLora, both_loras
 from .similarity import Similarity
 
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}  # Prodigy's, as in SISO's script
+BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
 APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
 log = logging.getLogger("likeness")
 
@@ -100,6 +101,7 @@ class SisoJob(Job):
     settings: SisoSettings
     background: Background | None = None
     text: TextEncoder | None = None
+    retention = Retention(LAST, 2)
 
     @property
     def model(self) -> Any:
@@ -108,10 +110,6 @@ class SisoJob(Job):
     @property
     def steps(self) -> int:
         return self.plan.iterations
-
-    @property
-    def retention(self) -> Retention:
-        return Retention(LAST, 2)
 
     def key(self) -> str:
         """Everything that determines the iterations, but not their number or which one is used."""
@@ -130,10 +128,11 @@ class SisoJob(Job):
         return digest([*training, [*base, images], *background, *more])
 
     def store(self) -> RunStore:
-        clip = self.generator.clip
+        """For the LoRAs and the image of every iteration; the best one's is float32."""
+        clip, shape = self.generator.clip, self.sampling.latent.shape
         layers = trained_layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan.layers)
-        size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
-        return dedicated_store("picture_runs", size)
+        images = (self.steps + 4) * 3 * shape[-2] * shape[-1] * self.generator.vae.spacial_compression_decode() ** 2
+        return dedicated_store("picture_runs", images + BYTES_PER_NUMBER * layers.numbers(self.plan.rank))
 
     def begin(self, done: int) -> SisoJob:
         clip = self.generator.clip

@@ -1,8 +1,7 @@
-"""The result of a similarity optimisation: LoRA, images and losses; and the size of its stored runs."""
+"""The result of a similarity optimisation: LoRA, images and losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from ...lora.low_rank import LowRank
 from ..siso import Keep, Siso
 
 IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
-BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,3 @@ def both_loras(fit: Siso, layers: LoraLayers, adapters: Mapping[str, LowRank]) -
         for kind, values in kinds.items()
         for name, value in layers.tensors(adapters, values).items()
     }
-
-
-def run_bytes(vae: Any, latent: Tensor, iterations: int, layers: LoraLayers, rank: int) -> int:
-    """Upper limit of a run's size in bytes, including the image of every iteration."""
-    cell = vae.spacial_compression_decode()
-    images = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one is float32
-    return images + BYTES_PER_NUMBER * layers.numbers(rank)
