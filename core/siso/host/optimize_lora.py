@@ -35,7 +35,7 @@ from ...session.stores import dedicated_store
 from ...vision.host.extras.offline import package
 from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
-from .result import IMAGE_STATE, OptimizedLora, both_loras
+from .result import IMAGE_STATE, OptimizedLora
 from .similarity import Similarity
 
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
@@ -183,7 +183,14 @@ class SisoJob(Job):
                 lambda: generate(fit.step if plan.new_noise else 0),
                 terms, factors(adapters), self.settings, optimizer,
             )  # fmt: skip
-            yield fit, lambda: both_loras(fit, layers, adapters)
+
+            def result() -> Result:
+                """The LoRAs of the best and of the last iteration, as `keep` may change later."""
+                kinds = {"best": fit.best, "last": fit.parameters}
+                loras = {kind: layers.tensors(adapters, values) for kind, values in kinds.items()}
+                return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
+
+            yield fit, result
 
     def header(self, job_run: Run) -> dict[str, Any]:
         """The header of the artifact."""

@@ -1,15 +1,11 @@
 """The result of a similarity optimisation: LoRA, images and losses."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...fit.train import Result
 from ...lora.artifact import FineTunedWeights
-from ...lora.host.layers import LoraLayers
-from ...lora.low_rank import LowRank
-from ..siso import Keep, Siso
+from ..siso import Keep
 
 IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
 
@@ -52,13 +48,3 @@ class OptimizedLora:
             f"No image was more like the subject than the first{note}: try another learning rate (ten times lower, or "
             "higher), a prompt that names the subject's class, or another seed."
         )
-
-
-def both_loras(fit: Siso, layers: LoraLayers, adapters: Mapping[str, LowRank]) -> Result:
-    """The LoRAs of the best and of the last iteration, as `keep` may change later."""
-    kinds = {"best": fit.best, "last": fit.parameters}
-    return {
-        f"{kind}.{name}": value
-        for kind, values in kinds.items()
-        for name, value in layers.tensors(adapters, values).items()
-    }
