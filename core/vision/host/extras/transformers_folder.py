@@ -1,7 +1,7 @@
 """A Hugging Face transformers folder -> Tower. Read from disk only; code in the folder is never run."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,11 @@ def read_model(
     transformers = package("transformers", folder.name, "transformers")
     _check_size(folder, config, getattr(transformers, class_name))
     setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
-    with _no_progress_bar(transformers):
+    bars = transformers.utils.logging
+    with contextlib.ExitStack() as stack:
+        if bars.is_progress_bar_enabled():
+            bars.disable_progress_bar()
+            stack.callback(bars.enable_progress_bar)
         model, info = pretrained(
             getattr(transformers, class_name),
             folder,
@@ -152,18 +156,6 @@ def check_complete(folder: Path, missing: set[str], unused: Collection[str] = ()
                 f"The weights of {folder.name} {problem.format(len(names))} (first: {min(names)}): copy config.json "
                 "and model.safetensors of the same model."
             )
-
-
-@contextlib.contextmanager
-def _no_progress_bar(transformers: Any) -> Iterator[None]:
-    bars = transformers.utils.logging
-    enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            bars.enable_progress_bar()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
