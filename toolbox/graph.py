@@ -107,10 +107,7 @@ def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, 
 
 
 def _source(nodes: Mapping[Any, Any], origins: Mapping[Any, Any], link: Any) -> list[Any] | None:
-    """The output that a link's value actually comes from, [node id, output index] in the server's format, or None.
-
-    nodes: by id; origins: the node and the output at which each link begins.
-    """
+    """[node id, output index] that a link's value really comes from, or None. nodes: by id; origins: of the links."""
     if link is None:
         return None
     if link not in origins:

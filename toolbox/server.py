@@ -80,9 +80,7 @@ def wait(condition: Callable[[], Any], timeout: float, problem: str) -> Any:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Create a link to a folder if the system allows it, else a copy. A link to another one, as a checkout that has
-    moved leaves it, is replaced.
-    """
+    """Link to a folder if the system allows it, else copy it. A link to where a checkout was before is replaced."""
     if target.is_symlink() and target.resolve() != source.resolve():
         target.unlink()
     if target.is_symlink() or target.exists():

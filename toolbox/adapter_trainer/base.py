@@ -1,6 +1,4 @@
-"""A diffusers folder of SD2.1-base (or another Stable Diffusion of that shape): its frozen parts, and the encoding of
-images and captions.
-"""
+"""A diffusers folder of SD2.1-base, or another of its shape: its frozen parts, which encode images and captions."""
 
 from collections.abc import Sequence
 from pathlib import Path

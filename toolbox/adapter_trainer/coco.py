@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from ...core.ezigen.subject_pairs import MAX_SUBJECTS, Pair
 from .masks import cut_out, place, read_image, run_lengths, unpack
@@ -76,15 +74,14 @@ class Coco:
 
     def _read(self, record: Record) -> Pair:
         image, instances = read_image(record.path), record.instances[: self.max_subjects]
-        subjects = [self._subject(image, runs) for _, runs in instances]
+        subjects = []
+        for _, runs in instances:
+            cut = cut_out(image, unpack(runs, image))
+            width, height = cut.width / image.width, cut.height / image.height  # of the image stretched to a square
+            scale = self.size / max(width, height)
+            subjects.append(place(cut, width * scale, height * scale, self.size))
         target = place(image, self.size, self.size, self.size)
         return Pair(target, record.caption, torch.stack(subjects), [noun for noun, _ in instances])
-
-    def _subject(self, image: Image.Image, runs: dict[str, Any]) -> Tensor:
-        cut = cut_out(image, unpack(runs, image))
-        width, height = cut.width / image.width, cut.height / image.height  # of the image stretched to a square
-        scale = self.size / max(width, height)
-        return place(cut, width * scale, height * scale, self.size)
 
     def _add_part(self, file: Path, limit: int) -> None:
         from pycocotools.coco import COCO
