@@ -67,13 +67,12 @@ class Samples:
 class Prior:
     """Other images of the subject's class with their own prompt, so that the model does not forget the class.
 
-    denoiser: the model with what else that prompt brings (masks, another encoder's tokens); None for the training
-    prompt's.
+    denoiser: the model with what else that prompt brings, such as masks or another encoder's tokens.
     """
 
     samples: Samples
     prompt: Callable[[], Prompt]
-    denoiser: PlacedDenoiser | None = None
+    denoiser: PlacedDenoiser
 
 
 def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor | None = None) -> Tensor:

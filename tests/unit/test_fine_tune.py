@@ -43,7 +43,7 @@ def make(samples: int = 3, prior: int = 0, **settings) -> FineTune:
         lambda: prompt,
         {"shift": denoiser.shift},
         FineTuneSettings(**{"learning_rate": 0.05, **settings}),
-        Prior(Samples(x0[samples:]), lambda: other) if prior else None,
+        Prior(Samples(x0[samples:]), lambda: other, denoiser) if prior else None,
     )
 
 

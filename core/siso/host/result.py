@@ -36,13 +36,12 @@ class OptimizedLora:
             f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
             f"first: loss {self.losses[0]:.4f} ({first})"
         )
-        warning = self.warning()
-        return text if warning is None else f"{text}\n{warning}"
+        return f"{text}\n{self.warning()}".rstrip()
 
-    def warning(self) -> str | None:
-        """Advice if no image was better than the first, else None."""
+    def warning(self) -> str:
+        """Advice if no image was better than the first."""
         if self.best > 0 or len(self.losses) < 2:
-            return None
+            return ""
         note = ", so the LoRA changes nothing" if self.keep == "best" else ""
         return (
             f"No image was more like the subject than the first{note}: try another learning rate (ten times lower, or "

@@ -79,13 +79,8 @@ class VisionModel:
         return self.model.state_dict()
 
 
-def is_vision_model(path: Path) -> bool:
-    """Whether an entry of models/likeness_vision is neither a detector nor a captioning model, which have own nodes."""
-    return not (is_detector(path) or is_captioner(path))
-
-
-def vision_names(matches: Callable[[Path], bool] = is_vision_model) -> Names:
-    """The entries of models/likeness_vision that match."""
+def vision_names(matches: Callable[[Path], bool] = lambda path: not (is_detector(path) or is_captioner(path))) -> Names:
+    """The entries of models/likeness_vision that match; by default those without a node of their own."""
     return folders.matching(folders.VISION, matches)
 
 
