@@ -65,10 +65,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Prior:
-    """Other images of the subject's class with their own prompt, so that the model does not forget the class.
-
-    denoiser: the model with what else that prompt brings, such as masks or another encoder's tokens.
-    """
+    """Images of the subject's class, so that the model does not forget it; prompt and denoiser (masks) are theirs."""
 
     samples: Samples
     prompt: Callable[[], Prompt]

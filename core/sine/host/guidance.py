@@ -27,7 +27,6 @@ from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
 
 KEY = GUIDANCE_PREFIX
-WRAPPERS = (WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 log = logging.getLogger("likeness")
 
 
@@ -110,12 +109,12 @@ def attached(model: Any, subjects: list[SubjectModel], prompt: str) -> Any:
         elif owner is not subject.model:
             check_separable(subject.model, owner)
     clone = model.clone()
-    for wrapper in WRAPPERS:
-        clone.remove_wrappers_with_key(wrapper, KEY)
     clone.set_additional_models(KEY, [*separate, *_control_models(subjects)])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(separate), prompt))
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _predict)
+    sampling = _Sampling(tuple(subjects), tuple(separate), prompt)
+    kinds = WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH
+    for kind, wrapper in zip(kinds, (sampling, _forget, _predict), strict=True):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
 
 
