@@ -113,7 +113,7 @@ class Bench:
                 x = DDPMSampler_step(scaled, sigma, following, evaluated(scaled, sigma), draw)
                 x = x * (following**2 + 1) ** 0.5 if following else x
             made = self.vae.decode(base.process_latent_out(x))
-            one, other = (self.vision.model(look(each)).embedding for each in (self.image, made))
+            one, other = (self.vision.model(look(each))[0] for each in (self.image, made))
             F.cosine_similarity(one, other)
 
         return loop

@@ -127,9 +127,7 @@ def chosen(cases: range, folder: Path) -> dict[str, Any]:
 
     def share(vision: Any, make: Callable[[range], Iterator[Set]]) -> float:
         sets = ((torch.stack(candidates), fifth, right) for candidates, fifth, right in make(cases))
-        return frame.mean(
-            choose_reference(four, fifth[None], vision, None).index == right for four, fifth, right in sets
-        )
+        return frame.mean(choose_reference(four, fifth[None], vision, None)[0] == right for four, fifth, right in sets)
 
     paths, kinds = build_vision_folders(folder), {"individual": individuals, "place": places, "view": views}
     result: dict[str, Any] = {"cases": len(cases), "candidates": CANDIDATES}

@@ -146,7 +146,7 @@ class Bench(subjects.Bench):
         """Algorithm 2 for each of the images, from its own noise; one without a subject to align with stays."""
         from ..core.inversion.host.ddim import invert_image
         from ..core.reference.host.alignment import MAX_DEGREES
-        from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
+        from ..core.reference.host.guidance import sample_with_reference
         from ..core.session.images import ImageSource
         from ..core.session.session import gradients
 
@@ -165,10 +165,9 @@ class Bench(subjects.Bench):
             source = ImageSource(None, moved, self.world.vae)
             trajectory = invert_image(model, caption, source, self.levels, "published", 0)
             given = SimpleNamespace(generate_noise=lambda _latent, noise=noise: noise)  # a NOISE that is there already
-            moved_image = ReferenceImage(trajectory, mask, START_PERCENT, END_PERCENT)
-            how = ReferenceSettings(self.settings.cfg)
-            result = sample_with_reference(model, positive, self.empty, given, moved_image, how)
-            found.append(self.decoded(result.samples))
+            moved_image, how = (trajectory, mask, (START_PERCENT, END_PERCENT)), ReferenceSettings(self.settings.cfg)
+            samples, *_ = sample_with_reference(model, positive, self.empty, given, *moved_image, how)
+            found.append(self.decoded(samples))
         return torch.cat(found)
 
     def scored(self, case: Case, images: Any) -> dict[str, float]:

@@ -42,9 +42,9 @@ class LikenessChooseReference(Node):
 
     @classmethod
     def execute(cls, images, picture, vision, masks=None) -> io.NodeOutput:
-        choice = choose_reference(images, picture, vision, masks)
-        taken = slice(choice.index, choice.index + 1)
-        return io.NodeOutput(images[taken], nothing() if masks is None else masks[taken], *choice)
+        index, *rest = choose_reference(images, picture, vision, masks)
+        taken = slice(index, index + 1)
+        return io.NodeOutput(images[taken], nothing() if masks is None else masks[taken], index, *rest)
 
 
 class LikenessAlign(Node):

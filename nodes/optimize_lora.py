@@ -62,11 +62,10 @@ class LikenessOptimizeLora(Node):
         rest = background(image, mask, background_weight)
         job = host.SisoJob(generator, similarity, sampling, plan, settings, rest)
         found = host.optimize_lora(job)
-        lora = found.tuned()
-        tuned, encoder = apply_lora(lora, generator.model, generator.clip, 1.0)
+        tuned, encoder = apply_lora(found.lora, generator.model, generator.clip, 1.0)
         encoder = nothing() if encoder is None else encoder
         loss = loss_map(found.losses)
-        return io.NodeOutput(tuned, encoder, lora, found.image, found.images, loss, found.report())
+        return io.NodeOutput(tuned, encoder, found.lora, found.image, found.images, loss, found.report())
 
 
 def _inputs() -> list[io.Input]:

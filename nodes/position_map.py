@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..core.sine.host.position_map import check_same_grid, with_position_map
+from ..core.sine.host.position_map import with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from . import inputs
 from .node import Node
@@ -43,7 +43,6 @@ class LikenessPositionMap(Node):
 
     @classmethod
     def execute(cls, model, cells, interpolation, x=0.0, y=0.0, width=1.0, height=1.0) -> io.NodeOutput:
-        check_same_grid(model, cells, interpolation)
         return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
 
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..core.reference import guidance as published
-from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
+from ..core.reference.host.guidance import sample_with_reference
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import Node
@@ -78,8 +78,7 @@ class LikenessReferenceGuide(Node):
     def execute(
         cls, model, positive, negative, noise, trajectory, mask, start_percent, end_percent, **settings
     ) -> io.NodeOutput:
-        reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
-        how = published.ReferenceSettings(**settings)
-        found = sample_with_reference(model, positive, negative, noise, reference, how)
-        loss = loss_map(found.losses) if found.losses else nothing()
-        return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
+        how, percents = published.ReferenceSettings(**settings), (start_percent, end_percent)
+        given = model, positive, negative, noise, trajectory, mask, percents
+        samples, *rest, losses, report = sample_with_reference(*given, how)
+        return io.NodeOutput({"samples": samples}, *rest, loss_map(losses) if losses else nothing(), report)

@@ -11,8 +11,6 @@ import time
 from _load import load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 from test import ONE_THREAD, PARALLEL, checks, report, run  # ty: ignore[import-not-found]
 
-HOST = "tests/parity/host"
-
 
 def main() -> int:
     """Set up and check; the exit code is 0 only if everything passed."""
@@ -22,7 +20,7 @@ def main() -> int:
     python = prepare_check()
     hidden = ("COMFYUI_PATH", "PYTHONPATH", "PYTHONHOME")
     variables = {name: value for name, value in os.environ.items() if name not in hidden} | ONE_THREAD
-    tests = [str(python), "-m", "pytest", "-q", *PARALLEL, "tests/unit", "tests/parity", f"--ignore={HOST}"]
+    tests = [str(python), "-m", "pytest", "-q", *PARALLEL, "tests/unit", "tests/parity", "--ignore=tests/parity/host"]
     start = time.monotonic()
     failed = run({**checks(python), "tests": [*tests, *sys.argv[1:]]}, variables)
     report(", ".join(failed) or "all", not failed, start)

@@ -106,38 +106,25 @@ def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, 
     return {slot.name: value for slot, value in zip(slots, values, strict=True) if slot.kind == "value"}
 
 
-class _Links:
-    """Follows links to the output that a value actually comes from."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._nodes = {node["id"]: node for node in graph["nodes"]}
-        self._origins = {link[0]: (link[1], link[2]) for link in graph["links"]}
-
-    def source(self, link: int | None) -> list[Any] | None:
-        """[node id, output index] in the server's format, or None without a source."""
-        if link is None:
-            return None
-        if link not in self._origins:
-            raise GraphError(f"Link {link} is used but not defined.")
-        identity, index = self._origins[link]
-        if identity is None:  # the subgraph gives nothing there
-            return None
-        node = self._nodes[identity]
-        if node.get("mode", 0) == MUTED:
-            return None
-        if node["type"] == REROUTE:
-            return self.source(node["inputs"][0].get("link"))
-        if node.get("mode", 0) == BYPASSED:
-            return self._through(node, index)
-        return [str(identity), index]
-
-    def _through(self, node: Mapping[str, Any], index: int) -> list[Any] | None:
-        """A bypassed node passes on its input of the output's type, the one at the same index or else the first."""
-        kind, inputs = node["outputs"][index]["type"], node.get("inputs", [])
-        for entry in inputs[index : index + 1] + inputs:
-            if entry["type"] == kind:
-                return self.source(entry.get("link"))
+def _source(nodes: Mapping[Any, Any], origins: Mapping[Any, Any], link: Any) -> list[Any] | None:
+    """[node id, output index] that a link's value really comes from, or None. nodes: by id; origins: of the links."""
+    if link is None:
         return None
+    if link not in origins:
+        raise GraphError(f"Link {link} is used but not defined.")
+    identity, index = origins[link]
+    if identity is None or nodes[identity].get("mode", 0) == MUTED:  # None: the subgraph gives nothing there
+        return None
+    node, inputs = nodes[identity], nodes[identity].get("inputs", [])
+    if node["type"] == REROUTE:
+        return _source(nodes, origins, inputs[0].get("link"))
+    if (
+        node.get("mode", 0) == BYPASSED
+    ):  # it passes on its input of the output's type, at the same index or else the first
+        kind = node["outputs"][index]["type"]
+        passed = (entry for entry in inputs[index : index + 1] + inputs if entry["type"] == kind)
+        return _source(nodes, origins, next(passed, {}).get("link"))
+    return [str(identity), index]
 
 
 def subgraphs(graph: Graph) -> dict[str, Graph]:
@@ -221,7 +208,7 @@ def active_nodes(graph: Graph) -> Iterator[dict[str, Any]]:
 def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
     """The graph in the format of POST /prompt."""
     graph, prompt = flattened(graph, object_info), {}
-    links = _Links(graph)
+    nodes, origins = {node["id"]: node for node in graph["nodes"]}, {link[0]: link[1:3] for link in graph["links"]}
     for node in active_nodes(graph):
         known = {entry.name for entry in inputs_of(node["type"], object_info)}
         inputs = named_values(node, object_info)
@@ -230,7 +217,7 @@ def convert(graph: Graph, object_info: ObjectInfo) -> dict[str, Any]:
                 continue
             if entry["name"] not in known:
                 raise GraphError(f"{label(node)} has no input {entry['name']}.")
-            source = links.source(entry["link"])
+            source = _source(nodes, origins, entry["link"])
             if source is not None:
                 inputs[entry["name"]] = source
         titled = {"_meta": {"title": node["title"]}} if "title" in node else {}  # as the page does
@@ -275,11 +262,7 @@ def set_value(node: dict[str, Any], entry: str, value: Any, object_info: ObjectI
 
 
 def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: ObjectInfo) -> Graph:
-    """A copy of the graph with changed widget values.
-
-    settings: {(title or type of the node, input): value}. A type selects all its nodes. GraphError for an unknown node
-    or input.
-    """
+    """A copy of the graph with other widget values: {(title of a node or type of several, input): value}."""
     copied = copy.deepcopy(graph)
     for (name, entry), value in settings.items():
         for node in matching_nodes(copied, name):

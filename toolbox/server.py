@@ -80,9 +80,7 @@ def wait(condition: Callable[[], Any], timeout: float, problem: str) -> Any:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Create a link to a folder if the system allows it, else a copy. A link to another one, as a checkout that has
-    moved leaves it, is replaced.
-    """
+    """Link to a folder if the system allows it, else copy it. A link to where a checkout was before is replaced."""
     if target.is_symlink() and target.resolve() != source.resolve():
         target.unlink()
     if target.is_symlink() or target.exists():
@@ -94,9 +92,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def name_models(models: Path, base: Path) -> Path:
-    """Write ComfyUI's configuration of a second models folder, searched after base/models; files are saved to the
-    latter.
-    """
+    """Write ComfyUI's configuration of a second models folder, searched after base/models, where files are saved."""
     path, folder = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
     folders = {each.name: f"{folder / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
     path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))
@@ -141,7 +137,11 @@ class Server:
 
     def __enter__(self) -> Server:
         try:
-            self.start()
+            with self.log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
+                )
+            wait(self._answers, START_TIMEOUT, f"ComfyUI did not answer: see {self.log_path}")
         except BaseException:  # a signal while it starts
             self.stop()
             raise
@@ -149,13 +149,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def start(self) -> None:
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, cwd=self._folder, stdout=log, stderr=log, env=self._variables, start_new_session=True
-            )
-        wait(self._answers, START_TIMEOUT, f"ComfyUI did not answer: see {self.log_path}")
 
     def _answers(self) -> bool:
         if self._process is None or self._process.poll() is not None:
@@ -233,8 +226,17 @@ class Server:
             while run.status not in FINISHED:
                 channel.settimeout(max(0.1, start + timeout - time.monotonic()))
                 message = channel.recv()
-                if isinstance(message, str):  # bytes are previews
-                    self._handle(run, json.loads(message), on_event)
+                event = json.loads(message) if isinstance(message, str) else {}  # bytes are previews
+                data = event.get("data") or {}
+                if not event or data.get("prompt_id", run.prompt_id) != run.prompt_id:
+                    continue
+                run.events.append(event)
+                if on_event:
+                    on_event(event)
+                if event["type"] == "execution_error":
+                    raise PromptError(data.get("exception_message", ""), data)
+                if event["type"] in FINISHED:
+                    run.status = event["type"]
         finally:
             channel.close()
         # The history is written just after the last event.
@@ -251,19 +253,6 @@ class Server:
         if answer.get("node_errors"):  # the server would skip a part of the graph and report success
             raise PromptError("a part of the prompt was refused", answer)
         return answer["prompt_id"]
-
-    @staticmethod
-    def _handle(run: PromptRun, event: dict[str, Any], on_event: Callable[[dict[str, Any]], None] | None) -> None:
-        data = event.get("data") or {}
-        if data.get("prompt_id", run.prompt_id) != run.prompt_id:
-            return
-        run.events.append(event)
-        if on_event:
-            on_event(event)
-        if event["type"] == "execution_error":
-            raise PromptError(data.get("exception_message", ""), data)
-        if event["type"] in FINISHED:
-            run.status = event["type"]
 
 
 def environment_from_variables() -> Environment:

@@ -16,6 +16,7 @@ Deviations, each with its reason:
   ablation, with weight 0 as in the reference code.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,33 +49,27 @@ class Samples:
     """The training data, in the order of the updates.
 
     x0 [N, C, h, w] in the model's latent space; boxes [N, 4] (y0, x0, y1, x1 in cells) or None; mask [N, 1, h, w] of
-    ones and zeros, or None. period: update s uses sample s % period. N may be smaller than period if the run ends
-    before it needs all samples.
+    ones and zeros, or None. They repeat after N updates.
     """
 
     x0: Tensor
     boxes: Tensor | None = None
     mask: Tensor | None = None
-    period: int = 0
 
     def at(self, step: int, device: torch.device | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x0 [1, C, h, w], box [1, 4] and mask [1, 1, h, w] for an update."""
-        i = step % (self.period or self.x0.shape[0])
+        i = step % self.x0.shape[0]
         box, mask = (None if part is None else part[i : i + 1].to(device) for part in (self.boxes, self.mask))
         return self.x0[i : i + 1].to(device), box, mask
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Other images of the subject's class with their own prompt, so that the model does not forget the class.
-
-    denoiser: the model with what else that prompt brings (masks, another encoder's tokens); None for the training
-    prompt's.
-    """
+    """Images of the subject's class, so that the model does not forget it; prompt and denoiser (masks) are theirs."""
 
     samples: Samples
     prompt: Callable[[], Prompt]
-    denoiser: PlacedDenoiser | None = None
+    denoiser: PlacedDenoiser
 
 
 def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
@@ -156,19 +151,11 @@ class FineTune(Fit):
         loss.backward()
         if self.prior is not None and self.settings.prior_weight:
             value += self._prior(self.prior, generator)
-        finite_or_raise(self._gradient_norms(), self.step, "gradient")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf)  # of all devices; it changes nothing
+        finite_or_raise(norm, self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
         return denoised.detach()
-
-    def _gradient_norms(self) -> Tensor:
-        """The sum of all gradient norms; the text encoder may be on another device than the diffusion model."""
-        devices: dict[torch.device, list[Tensor]] = {}
-        for leaf in self.parameters.values():
-            if leaf.grad is not None:
-                devices.setdefault(leaf.device, []).append(leaf.grad)
-        sums = [torch.stack(torch._foreach_norm(gradients)).sum().cpu() for gradients in devices.values()]
-        return torch.stack(sums).sum()
 
     def _prior(self, prior: Prior, generator: torch.Generator) -> float:
         """The prior-preservation term, with its own backward pass so that only one graph is held at a time."""

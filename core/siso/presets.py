@@ -11,8 +11,6 @@ images were not shown to be as good at any rate, so that the noise stays. Nothin
 several steps, or for edits.
 """
 
-from __future__ import annotations
-
 from ..fit.presets import FAST, FLOW, NOISE, PUBLISHED, Presets
 from . import siso
 

@@ -20,7 +20,7 @@ Source: the reference scripts. Deviations, each with its reason:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,10 +51,7 @@ def similarity_loss(features: Tensor, references: Tensor) -> Tensor:
 
 
 def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and zeros.
-
-    ValueError when the mask covers everything.
-    """
+    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and, somewhere, zeros."""
     outside = 1 - mask
     count = outside.sum() * image.shape[1]
     if not float(count) > 0:
@@ -62,39 +59,25 @@ def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     return (outside * (image - source)).square().sum() / count
 
 
-class Plateau:
-    """Early stopping after `patience` consecutive iterations without a loss below the best by `threshold` percent.
+def plateau(
+    losses: Iterable[float], threshold: float = THRESHOLD, published: bool = False
+) -> Iterator[tuple[float, int]]:
+    """After each loss: the best so far, and the number of losses since then. A loss is a new best if it is below the
+    last one by `threshold` percent.
 
     published: the rule of the reference code, which takes a percentage of the loss itself.
     """
-
-    def __init__(self, threshold: float = THRESHOLD, patience: int = PATIENCE, published: bool = False) -> None:
-        self.threshold, self.patience, self.published = threshold, patience, published
-        self.best, self.count, self.longest = math.inf, 0, 0
-
-    def update(self, loss: float) -> bool:
-        """Add a loss; returns whether it is an improvement by the threshold."""
-        margin = self.threshold / 100
-        if self.published or self.best == math.inf:
-            limit = self.best * (1 + margin)
-        else:
-            limit = self.best - margin * abs(self.best)
-        improved = loss < limit
-        self.best, self.count = (loss, 0) if improved else (self.best, self.count + 1)
-        self.longest = max(self.longest, self.count)
-        return improved
-
-    @property
-    def over(self) -> bool:
-        """Whether the stopping condition holds or has held before."""
-        return self.longest >= self.patience
+    best, count, margin = math.inf, 0, threshold / 100
+    for loss in losses:
+        limit = best * (1 + margin) if published or best == math.inf else best - margin * abs(best)
+        best, count = (loss, 0) if loss < limit else (best, count + 1)
+        yield best, count
 
 
 @dataclass(frozen=True)
 class SisoSettings:
-    """The settings that determine the result, besides the generator and the terms. patience 0 never stops early.
-
-    threshold and patience only determine the length of a run, not its iterations.
+    """The settings that determine the result, besides the generator and the terms; of these, threshold and patience (0
+    never stops early) determine its length alone.
     """
 
     learning_rate: float = 2e-4
@@ -105,16 +88,9 @@ class SisoSettings:
     patience: int = PATIENCE
     optimizer: OptimizerName = "AdamW"
 
-    def plateau(self, losses: Sequence[float] = ()) -> Plateau:
-        """The stopping rule, after these losses."""
-        rule = Plateau(self.threshold, self.patience)
-        for loss in losses:
-            rule.update(loss)
-        return rule
-
-    def should_stop(self, rule: Plateau) -> bool:
-        """Whether early stopping ends a run."""
-        return bool(self.patience) and rule.over
+    def stops(self, losses: Iterable[float]) -> bool:
+        """Whether early stopping ends a run with these losses, or would have ended it before."""
+        return 0 < self.patience <= max((count for _, count in plateau(losses, self.threshold)), default=0)
 
 
 class Siso(Fit):
@@ -130,9 +106,7 @@ class Siso(Fit):
         settings: SisoSettings,
         optimizer: Optimizer = torch.optim.AdamW,
     ) -> None:
-        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: the one that
-        the settings name.
-        """
+        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters."""
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
         text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT_PREFIX)]
         rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT_PREFIX)]
@@ -141,7 +115,6 @@ class Siso(Fit):
             {"params": text, "lr": settings.text_rate, "weight_decay": settings.text_decay},
         ]
         self.optimizer = optimizer([group for group in groups if group["params"]])
-        self.plateau = settings.plateau()
         self.losses: list[float] = []
         self.parts: list[list[float]] = []  # per iteration, the value of each term
         self.best: dict[str, Tensor] = {}  # parameters of the best image
@@ -151,7 +124,7 @@ class Siso(Fit):
     @property
     def done(self) -> bool:
         """Whether the losses have stopped falling."""
-        return self.settings.should_stop(self.plateau)
+        return self.settings.stops(self.losses)
 
     def update(self) -> Tensor:
         image = self.generate()
@@ -175,7 +148,6 @@ class Siso(Fit):
         self.losses.append(value)
         self.parts.append(parts)
         self.images.append((255 * pixels.detach()).round().byte().cpu())
-        self.plateau.update(value)
         return pixels.detach()
 
     def own_state(self) -> dict[str, Tensor]:
@@ -194,6 +166,4 @@ class Siso(Fit):
         self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
         self.image = state["picture"].to(device) if "picture" in state else None
         self.images, self.parts = list(state["pictures"].split(1)), state["parts"].tolist()
-        # The current settings: a run resumes with another patience.
-        self.plateau = self.settings.plateau(state["losses"].tolist())
         restore_groups(self.optimizer, state)

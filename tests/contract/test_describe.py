@@ -298,7 +298,7 @@ def with_own_part(what: str, setting: Setting, folder):
     """A model with a part of the pack on it that a training goes through."""
     from likeness.core.ezigen.host.adapter import with_adapter
     from likeness.core.inversion.host.landing import Landing, attach_landing
-    from likeness.core.sine.host.position_map import with_same_map
+    from likeness.core.sine.host.position_map import with_position_map
     from likeness.core.vision.host.vision import load_vision
 
     from ..vision.models import clip_folder
@@ -308,7 +308,7 @@ def with_own_part(what: str, setting: Setting, folder):
         clip_folder(folder)
         return load_vision(folder).patcher
     if what == "map":
-        return with_same_map(setting.model, 8, "bilinear")
+        return with_position_map(setting.model, 8, "bilinear")
     if what == "adapter":
         return with_adapter(setting.model, stored(setting.model), subject(setting))
     return attach_landing(setting.model, Landing({0: torch.zeros(1, 4, 8, 8)}, (1.0, 0.0)))

@@ -365,8 +365,8 @@ def test_the_artifact_tells_where_it_comes_from(vision):
     from likeness.core.siso.host.background import background
 
     found = optimised(Setting(), vision, iterations=3)
-    tuned = found.tuned()
-    assert tuned.header["method"] == "siso" and tuned.header["base"] and tuned.header["settings"]["rank"] == 2
+    header = found.lora.header
+    assert header["method"] == "siso" and header["base"] and header["settings"]["rank"] == 2
     assert f"best: iteration {found.best + 1} of 3" in found.report()
     assert background(None, None, 1.0) is None
     with pytest.raises(ValueError, match="mask was connected without an image"):

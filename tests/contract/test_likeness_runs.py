@@ -58,7 +58,7 @@ def test_both_loras_are_there(vision, served, tmp_path):  # noqa: F811
     served()
     again = with_seed(seed, keep="last")
     assert same(again.lora, last.lora) and not same(again.lora, best.lora)
-    assert again.tuned().header["settings"]["keep"] == "last"
+    assert again.lora.header["settings"]["keep"] == "last"
 
 
 def test_a_negative_prompt_that_is_not_used_changes_no_run(vision, served):  # noqa: F811

@@ -73,7 +73,8 @@ def test_the_map_changes_the_picture_and_nothing_stays_behind(family):
 
 def test_a_second_map_replaces_the_first():
     setting = Setting()
-    twice = with_position_map(mapped(setting), 32, "nearest")
+    left = with_position_map(setting.model, 32, "nearest", (0.0, 0.0, 1.0, 0.5))
+    twice = with_position_map(left, 32, "nearest", (0.0, 0.0, 1.0, 1.0))
     once = with_position_map(setting.model, 32, "nearest")
     assert position_map_of(twice) == position_map_of(once) == PositionMap(32, "nearest")
     one, other = (sample(model, setting.target, setting.empty, setting.latent) for model in (twice, once))

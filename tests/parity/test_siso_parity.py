@@ -13,7 +13,7 @@ from likeness.core.inversion.renoise import (
     patch_kl,
     regularize,
 )
-from likeness.core.siso.siso import Plateau, background_error, similarity_loss
+from likeness.core.siso.siso import PATIENCE, background_error, plateau, similarity_loss
 from likeness.core.vision.instance_retrieval import PREPROCESS, from_published
 
 from .siso_numbers import DINO, part, picture
@@ -59,12 +59,11 @@ CURVES = ("falling", "plateau", "noisy", "positive")
 @pytest.mark.parametrize("script", ["sdxl", "flux", "sana", "edit"])
 @pytest.mark.parametrize("curve", CURVES)
 def test_stopping_as_published(official, curve, script):
-    rule, best, count, stop = Plateau(3, 7, published=True), [], [], -1
-    for index, loss in enumerate(official[f"es.{curve}.losses"].tolist()):
-        rule.update(loss)
-        best.append(rule.best)
-        count.append(rule.count)
-        if rule.over:
+    best, count, stop = [], [], -1
+    for index, state in enumerate(plateau(official[f"es.{curve}.losses"].tolist(), published=True)):
+        best.append(state[0])
+        count.append(state[1])
+        if state[1] >= PATIENCE:
             stop = index
             break
     expected = part(official, f"es.{curve}.{script}.")
@@ -73,15 +72,11 @@ def test_stopping_as_published(official, curve, script):
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_the_default_rule_differs_for_positive_losses_alone(official, curve):
-    ours, theirs = Plateau(3, 7), Plateau(3, 7, published=True)
-    for loss in official[f"es.{curve}.losses"].tolist():
-        ours.update(loss)
-        theirs.update(loss)
-        if ours.over:
-            break
-    same = (ours.best, ours.count) == (theirs.best, theirs.count)
-    assert same == (curve != "positive")
-    assert curve != "positive" or ours.over and not theirs.over
+    losses = official[f"es.{curve}.losses"].tolist()
+    ours, theirs = list(plateau(losses)), list(plateau(losses, published=True))
+    end = next((index for index, (_, count) in enumerate(ours) if count >= PATIENCE), len(losses) - 1)
+    assert (ours[: end + 1] == theirs[: end + 1]) == (curve != "positive")
+    assert curve != "positive" or ours[end][1] >= PATIENCE > max(count for _, count in theirs[: end + 1])
 
 
 def test_renoise_measures_of_noise(official):

@@ -43,7 +43,7 @@ def make(samples: int = 3, prior: int = 0, **settings) -> FineTune:
         lambda: prompt,
         {"shift": denoiser.shift},
         FineTuneSettings(**{"learning_rate": 0.05, **settings}),
-        Prior(Samples(x0[samples:]), lambda: other) if prior else None,
+        Prior(Samples(x0[samples:]), lambda: other, denoiser) if prior else None,
     )
 
 
@@ -147,8 +147,6 @@ def test_samples_come_in_turn_with_their_boxes_whatever_the_number_of_steps():
     assert [asked[2].tolist() for asked in fit.denoiser.asked] == [
         fit.samples.boxes[[i]].tolist() for i in (0, 1, 2, 0, 1)
     ]
-    few = Samples(fit.samples.x0[:2], period=7)
-    assert torch.equal(few.at(8)[0], few.x0[1:]) and torch.equal(few.at(7)[0], few.x0[:1])
 
 
 def test_the_optimum_is_the_mean_of_the_samples():

@@ -47,9 +47,8 @@ TRAININGS = {  # the job, and the name of its method
 }
 WORDS = {  # texts in a key, by the file that has them
     "sine/host/fine_tune.py": ("LoRA", "full weights"),
-    "siso/host/background.py": ("picture", "mask", "weight"),
     "session/sampling.py": ("objective", "network output"),
-    "siso/host/optimize_lora.py": ("threshold", "patience"),
+    "siso/host/optimize_lora.py": ("threshold", "patience", "picture", "mask", "weight"),
     "session/fingerprint.py": ("family", "prediction", "latent_format", "shapes", "content"),
 }
 

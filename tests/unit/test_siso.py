@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.siso.siso import Plateau, Siso, SisoSettings, background_error, similarity_loss
+from likeness.core.siso.siso import Siso, SisoSettings, background_error, plateau, similarity_loss
 from likeness.core.vision.instance_retrieval import from_published
 
 
@@ -45,7 +45,6 @@ def test_resumed_it_goes_on_bit_for_bit():
     assert second.losses == whole.losses and second.parts == whole.parts
     assert torch.equal(second.parameters["x"], whole.parameters["x"]) and torch.equal(second.best["x"], whole.best["x"])
     assert torch.equal(second.image, whole.image)
-    assert (second.plateau.best, second.plateau.count) == (whole.plateau.best, whole.plateau.count)
 
 
 def test_how_far_it_goes_is_decided_by_the_settings_of_now():
@@ -105,11 +104,10 @@ def test_a_mask_must_leave_a_background():
 
 
 def test_a_rise_of_positive_losses_is_no_improvement():
-    rule, published = Plateau(3, 5), Plateau(3, 5, published=True)
-    for loss in (1.0, 1.01, 1.02, 1.03, 1.04, 1.05):
-        rule.update(loss)
-        published.update(loss)
-    assert rule.over and not published.over
+    losses = (1.0, 1.01, 1.02, 1.03, 1.04, 1.05)
+    assert list(plateau(losses)) == [(1.0, count) for count in range(6)]
+    assert list(plateau(losses, published=True)) == [(loss, 0) for loss in losses]
+    assert SisoSettings(patience=5).stops(losses) and not SisoSettings(patience=6).stops(losses)
 
 
 @pytest.mark.parametrize(

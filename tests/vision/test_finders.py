@@ -90,14 +90,14 @@ def test_owl_boxes_are_the_librarys(tmp_path, version):
 def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
     images = pictures(2, 48, 64)
     request = MaskRequest("red dog", box_threshold=0.4)
-    best = subject_masks(images, request, folder, small_sam)
-    every = subject_masks(images, MaskRequest("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
-    assert best.mask.shape == (2, 48, 64) and best.image.shape == (2, 48, 64, 3)
-    assert set(best.mask.unique().tolist()) <= {0.0, 1.0}
-    assert bool((every.mask >= best.mask).all()) and float(every.mask.sum()) > float(best.mask.sum())
-    assert re.search(r"image 0: red dog 1\.00 at .* \d+ found, taken: number 0 \(best\); mask", best.info)
-    assert "image 1:" in best.info and "sam_small.pth (vit_b)" in best.info
-    assert float((best.image - images).abs().mean()) > 0.01
+    best, drawn, info = subject_masks(images, request, folder, small_sam)
+    every, *_ = subject_masks(images, MaskRequest("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
+    assert best.shape == (2, 48, 64) and drawn.shape == (2, 48, 64, 3)
+    assert set(best.unique().tolist()) <= {0.0, 1.0}
+    assert bool((every >= best).all()) and float(every.sum()) > float(best.sum())
+    assert re.search(r"image 0: red dog 1\.00 at .* \d+ found, taken: number 0 \(best\); mask", info)
+    assert "image 1:" in info and "sam_small.pth (vit_b)" in info
+    assert float((drawn - images).abs().mean()) > 0.01
     assert "memory leak" not in caplog.text
 
 
@@ -105,7 +105,7 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
     from segment_anything import SamPredictor, sam_model_registry
 
     images = pictures(1, 48, 64)
-    found = subject_masks(images, MaskRequest("dog", 0.4), folder, small_sam)
+    found, *_ = subject_masks(images, MaskRequest("dog", 0.4), folder, small_sam)
     network = sam_model_registry["vit_b"]()
     network.load_state_dict(torch.load(small_sam, weights_only=True))
     predictor = SamPredictor(network.train(False))
@@ -114,7 +114,7 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
         box = grounding.load_detector(folder)(pixels, "dog", 0.4, 0.25).boxes[0]
         predictor.set_image(pixels)
         mask, _, _ = predictor.predict(box=box.numpy(), multimask_output=False)
-    assert_close(found.mask[0], torch.from_numpy(mask[0]).float())
+    assert_close(found[0], torch.from_numpy(mask[0]).float())
 
 
 def test_a_subject_that_is_not_there(folder, small_sam):

@@ -154,4 +154,4 @@ def test_gradient_reaches_the_pixels(tmp_path):
     a = pictures(1, 64, 64, seed=1).requires_grad_(True)
     (gradient,) = torch.autograd.grad(model(a, pictures(1, 64, 64, seed=2)).sum(), a)
     assert bool(torch.isfinite(gradient).all()) and bool(gradient.any())
-    assert_close(model.head0.grad, None)
+    assert_close(model.heads[0].grad, None)

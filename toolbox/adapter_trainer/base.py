@@ -1,9 +1,6 @@
-"""A diffusers folder of SD2.1-base (or another Stable Diffusion of that shape): its frozen parts, and the encoding of
-images and captions.
-"""
+"""A diffusers folder of SD2.1-base, or another of its shape: its frozen parts, which encode images and captions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,34 @@ from ...core.fit.fit import step_generator
 from .data import Item
 
 
-@dataclass(frozen=True)
 class Base:
     unet: Any
     vae: Any
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
+
+    def __init__(self, folder: Path) -> None:
+        """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        readers = {
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+            "tokenizer": CLIPTokenizer,
+            "scheduler": DDPMScheduler,
+        }
+        for name, kind in readers.items():
+            try:
+                setattr(self, name, kind.from_pretrained(folder / name, local_files_only=True))
+            except Exception as error:  # these libraries raise many types
+                raise ValueError(
+                    f"{folder / name} could not be read ({error}): give the diffusers folder of SD2.1-base, complete "
+                    f"with {', '.join(readers)}."
+                ) from error
+        _check(self, folder)
 
     def freeze(self, device: torch.device, dtype: torch.dtype) -> None:
         for part in (self.unet, self.vae, self.text_encoder):
@@ -32,10 +50,7 @@ class Base:
 
     @torch.no_grad()
     def samples(self, items: Sequence[Item], seed: int) -> list[Sample]:
-        """The samples of one batch, in float32 on the networks' device.
-
-        The random numbers depend only on (seed, number of the sample).
-        """
+        """The samples of one batch, float32 on the networks' device; random numbers depend on (seed, number) only."""
         pairs, counts = [item.pair for item in items], [1 + len(item.pair.subjects) for item in items]
         images = torch.cat([torch.cat([pair.target[None], pair.subjects]) for pair in pairs])
         texts = [text for pair in pairs for text in (pair.caption, *map(subject_prompt, pair.classes))]
@@ -58,32 +73,6 @@ class Base:
         length = self.text_encoder.config.max_position_embeddings
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].float()
-
-
-def read_base(folder: Path) -> Base:
-    """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    readers = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "tokenizer": CLIPTokenizer,
-        "scheduler": DDPMScheduler,
-    }
-    parts: dict[str, Any] = {}
-    for name, kind in readers.items():
-        try:
-            parts[name] = kind.from_pretrained(folder / name, local_files_only=True)
-        except Exception as error:  # these libraries raise many types
-            raise ValueError(
-                f"{folder / name} could not be read ({error}): give the diffusers folder of SD2.1-base, complete with "
-                f"{', '.join(readers)}."
-            ) from error
-    base = Base(**parts)
-    _check(base, folder)
-    return base
 
 
 def _check(base: Base, folder: Path) -> None:

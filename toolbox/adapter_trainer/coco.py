@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from ...core.ezigen.subject_pairs import MAX_SUBJECTS, Pair
 from .masks import cut_out, place, read_image, run_lengths, unpack
@@ -44,10 +42,7 @@ class Coco:
     """The pairs of a COCO folder, one per usable image, in the order of the annotation files."""
 
     def __init__(self, path: Path, size: int, max_subjects: int = MAX_SUBJECTS, limit: int = 0) -> None:
-        """limit: use only the first images of each part; 0 for all.
-
-        ValueError, which says what is expected, when there is nothing to learn from.
-        """
+        """limit: use only the first images of each part; 0 for all. ValueError when there is nothing to learn from."""
         self.path, self.size, self.max_subjects = path, size, max_subjects
         self.skipped: list[str] = []
         """Skipped files with the reason; grows while images are read."""
@@ -79,17 +74,18 @@ class Coco:
 
     def _read(self, record: Record) -> Pair:
         image, instances = read_image(record.path), record.instances[: self.max_subjects]
-        subjects = [self._subject(image, runs) for _, runs in instances]
+        subjects = []
+        for _, runs in instances:
+            cut = cut_out(image, unpack(runs, image))
+            width, height = cut.width / image.width, cut.height / image.height  # of the image stretched to a square
+            scale = self.size / max(width, height)
+            subjects.append(place(cut, width * scale, height * scale, self.size))
         target = place(image, self.size, self.size, self.size)
         return Pair(target, record.caption, torch.stack(subjects), [noun for noun, _ in instances])
 
-    def _subject(self, image: Image.Image, runs: dict[str, Any]) -> Tensor:
-        cut = cut_out(image, unpack(runs, image))
-        width, height = cut.width / image.width, cut.height / image.height  # of the image stretched to a square
-        scale = self.size / max(width, height)
-        return place(cut, width * scale, height * scale, self.size)
-
     def _add_part(self, file: Path, limit: int) -> None:
+        from pycocotools.coco import COCO
+
         part = file.stem.removeprefix(PREFIX)
         captions, folder = file.with_name(f"captions_{part}.json"), self.path / part
         for expected, what in ((captions, "captions"), (folder, "images")):
@@ -98,8 +94,10 @@ class Coco:
                     f"{self.path.name} has no {what} of {part}: {expected.relative_to(self.path)} was expected. "
                     f"It should hold {EXPECTED}."
                 )
-        texts, objects = read_coco(captions), read_coco(file)
+        with annotation_file(captions):
+            texts = COCO(str(captions))
         with annotation_file(file):
+            objects = COCO(str(file))
             for image in objects.dataset["images"][: limit or None]:
                 own = [" ".join(each["caption"].split()) for each in texts.imgToAnns[image["id"]]]
                 caption, instances = max(own, key=len, default=""), self._instances(objects, image)
@@ -109,30 +107,20 @@ class Coco:
                     self.left_out += 1
 
     def _instances(self, coco: Any, image: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """An image's usable instances; a damaged one among half a million is counted and left out."""
+        """An image's usable instances, the largest first; without crowds, on whose run lengths the reference fails. A
+        damaged one among half a million is counted and left out.
+        """
         instances = []
-        for each in usable_instances(coco.imgToAnns[image["id"]]):
+        order = sorted(coco.imgToAnns[image["id"]], key=lambda each: each["area"], reverse=True)
+        for each in order[: len(order) // 2] if len(order) > MAX_SUBJECTS else order:
+            if each["area"] < MIN_AREA or not isinstance(each["segmentation"], list):
+                continue
             runs = run_lengths(each["segmentation"], image["height"], image["width"])
             if runs is None:
                 self.damaged += 1
             else:
                 instances.append((coco.cats[each["category_id"]]["name"], runs))
         return instances
-
-
-def usable_instances(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The usable instances of an image, the largest first; without crowds, on whose run lengths the reference fails."""
-    order = sorted(annotations, key=lambda each: each["area"], reverse=True)
-    half = order[: len(order) // 2] if len(order) > MAX_SUBJECTS else order
-    return [each for each in half if each["area"] >= MIN_AREA and isinstance(each["segmentation"], list)]
-
-
-def read_coco(file: Path) -> Any:
-    """The annotations of a file, by image. ValueError when it holds none."""
-    from pycocotools.coco import COCO
-
-    with annotation_file(file):
-        return COCO(str(file))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ...core.ezigen.artifact import base_sample, read_adapter
 from ...core.ezigen.train import DROP, DROP_PUBLISHED, LEARNING_RATE, MAX_SUBJECTS, Sample, TrainingSettings
 from ...core.fit.runs import digest
 from ...core.fit.train import Retention, train
-from .base import Base, read_base
+from .base import Base
 from .data import PairDataset, Share, source
 from .network import DiffusersUNet, diffusers_adapter
 from .training import ADAPTER, RegularCheckpointer, SharedTraining, States
@@ -37,19 +37,13 @@ def parser() -> argparse.ArgumentParser:
     add = command_line.add_argument
     add("--model", type=Path, required=True, help="diffusers folder of SD2.1-base")
     add("--data", type=Path, nargs="+", required=True, help="folders: COCO, YouTube-VIS, or subjects with captions")
-    add(
-        "--start",
-        type=Path,
-        help="adapter to start from: a file, or the published checkpoint; none: a copy of the UNet's self-attention",
-    )
+    add("--start", type=Path, help="adapter or published checkpoint to start from; none: the UNet's self-attention")
     add("--out", type=Path, required=True, help=f"folder for {ADAPTER} and the run's states")
     add("--steps", type=_positive, default=200_000, help="total number of updates")
     add("--batch", type=_positive, default=1, help="samples per batch in each process")
     add("--accumulate", type=_positive, default=1, help="batches per update in each process")
     add("--learning-rate", type=_share, default=LEARNING_RATE, help="constant learning rate of AdamW")
-    add(
-        "--drop", type=_share, default=DROP, help=f"share of samples without subject (reference code: {DROP_PUBLISHED})"
-    )
+    add("--drop", type=_share, default=DROP, help=f"share without a subject (reference code: {DROP_PUBLISHED})")
     add("--seed", type=int, default=0, help="random seed")
     add("--size", type=_positive, default=512, help="side of images, in pixels")
     add("--max-subjects", type=_positive, default=MAX_SUBJECTS, help="maximum number of subject images per sample")
@@ -136,7 +130,7 @@ def run(options: argparse.Namespace, accelerator: Any) -> None:
     ]
     for each in sources:
         log.info("%s", each.describe())
-    base = read_base(options.model)
+    base = Base(options.model)
     cell = 2 ** sum(len(part.config.block_out_channels) - 1 for part in (base.vae, base.unet))  # pixels
     if options.size % cell:
         raise ValueError(f"--size is {options.size}: give a multiple of {cell}, 512 as published.")

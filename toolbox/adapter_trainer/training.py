@@ -32,7 +32,8 @@ class SharedTraining(AdapterTraining):
 
     def __init__(self, accelerator: Any, network: DiffusersUNet, settings: TrainingSettings, share: Share) -> None:
         super().__init__(network, network.adapter, lambda _numbers: next(self.batches), settings)
-        self.accelerator, self.share, self.stop = accelerator, share, False
+        self.accelerator, self.share = accelerator, share
+        self.stop = 0.0  # when it was asked to stop
         self.batches: Generator[list[Sample]]
         """This process's samples from the current step on."""
         self.skipped: set[str] = set()
@@ -61,14 +62,12 @@ class SharedTraining(AdapterTraining):
         A second request after PATIENCE seconds ends the process at once, without saving. Earlier ones are ignored,
         because Accelerate's launcher forwards the signal that the terminal has already sent to every process.
         """
-        first = 0.0
 
         def on_signal(number: int, _frame: object) -> None:
-            nonlocal first
             if not self.stop:
                 log.warning("Asked to stop (%s): the update is finished and saved first.", signal.Signals(number).name)
-                self.stop, first = True, time.monotonic()
-            elif time.monotonic() - first > PATIENCE:
+                self.stop = time.monotonic()
+            elif time.monotonic() - self.stop > PATIENCE:
                 os._exit(128 + number)
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -91,10 +90,7 @@ class States(RunStore):
         """Up to which step both the states and the adapter are on disk."""
 
     def load(self, key: str, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor] | None:
-        """The newest state, in all processes, or None before the first; key and choose are ignored.
-
-        ValueError, in all processes, when it has other settings, or none can be read.
-        """
+        """The newest state, or None before the first, or its fault, in all processes; key and choose are ignored."""
         from accelerate.utils import broadcast_object_list
 
         answer: Any = None

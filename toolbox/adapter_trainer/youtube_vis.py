@@ -19,7 +19,6 @@ direction, and the target's widened box at most 0.8 in one. Deviations, each wit
 import contextlib
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,8 @@ SENTENCES = (
 )
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are exclusive
-
-
-@dataclass(frozen=True)
-class Object:
-    """An object of a video: its class, and its masks by the file of the frame, two or more."""
-
-    noun: str
-    masks: dict[Path, dict[str, Any]]
+Object = tuple[str, dict[Path, dict[str, Any]]]
+"""An object of a video: its class, and its masks by the file of the frame, two or more."""
 
 
 class Unusable(Exception):
@@ -67,10 +60,7 @@ class YoutubeVis:
     """Pairs from videos; a pair depends on the generator alone."""
 
     def __init__(self, path: Path, size: int, draws: int = DRAWS) -> None:
-        """draws: number of samples in one pass over the data.
-
-        ValueError, which says what is expected, when there is nothing to learn from.
-        """
+        """draws: samples in one pass over the data. ValueError when there is nothing to learn from."""
         self.path, self.size, self.draws = path, size, draws
         self.skipped: list[str] = []
         """Skipped files with the reason; grows while frames are read."""
@@ -101,20 +91,21 @@ class YoutubeVis:
         raise ValueError(f"{self.path.name}: no pair could be drawn. {problems}.")
 
     def _draw(self, dice: random.Random) -> Pair:
-        thing = dice.choice(dice.choice(self.videos))
-        frames = list(thing.masks)
+        noun, masks = dice.choice(dice.choice(self.videos))
+        frames = list(masks)
         apart = max(1, len(frames) // 8)
         first = dice.randrange(len(frames) - apart)
         last = dice.randrange(first + apart, len(frames))
-        (subject_image, subject_mask), (image, mask) = (self._frame(thing, frames[number]) for number in (first, last))
+        both = frames[first], frames[last]
+        (subject_image, subject_mask), (image, mask) = (self._frame(file, masks[file]) for file in both)
         subject = subject_alone(subject_image, subject_mask, self.size, dice)
         target = window(image, mask, self.size, dice)
-        return Pair(target, dice.choice(SENTENCES).format(thing.noun), subject[None], [thing.noun])
+        return Pair(target, dice.choice(SENTENCES).format(noun), subject[None], [noun])
 
-    def _frame(self, thing: Object, file: Path) -> tuple[Image.Image, Mask]:
+    def _frame(self, file: Path, runs: dict[str, Any]) -> tuple[Image.Image, Mask]:
         try:
             image = read_image(file)
-            mask = unpack(thing.masks[file], image)
+            mask = unpack(runs, image)
         except Exception as error:  # Pillow raises many types for damaged files
             self.skipped.append(f"{file.parent.name}/{file.name}: {error or type(error).__name__}"[:200])
             raise Unusable from error
@@ -174,5 +165,5 @@ def _videos(content: dict[str, Any], frames: Path) -> list[list[Object]]:
         runs = [run_lengths(one, video["height"], video["width"]) for one in each["segmentations"]]
         masks = {file: one for file, one in zip(files, runs, strict=True) if one is not None}
         if len(masks) > 1:
-            objects.setdefault(each["video_id"], []).append(Object(nouns[each["category_id"]], masks))
+            objects.setdefault(each["video_id"], []).append((nouns[each["category_id"]], masks))
     return list(objects.values())

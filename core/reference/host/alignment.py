@@ -1,6 +1,6 @@
 """HiFi Tuner (arXiv 2312.00079), section 3.3: choose a reference image of the subject and align it with another."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management as mm
 import torch
@@ -19,29 +19,9 @@ TINT = 0.5
 DRAW = "connect a mask of the subject (Subject Mask, or draw one)"
 
 
-class Choice(NamedTuple):
-    """index: of the best candidate. similarity: its cosine with the generated image. info: all similarities."""
-
-    index: int
-    similarity: float
-    info: str
-
-
-class AlignedReference(NamedTuple):
-    """The transformed reference: image [1, H, W, 3] and mask [1, H, W] (0 and 1) in the target's frame. overlay: both
-    subjects in colour. matrix: the transform as text.
-    """
-
-    image: Tensor
-    mask: Tensor
-    iou: float
-    overlay: Tensor
-    matrix: str
-
-
-def choose_reference(images: Tensor, target: Tensor, vision: Any, masks: Tensor | None) -> Choice:
-    """The candidate [B, H, W, C] most similar to the generated image [1, h, w, C], by the cosine of whole-image
-    embeddings (the paper uses the class token of DINO ViT-S/16).
+def choose_reference(images: Tensor, target: Tensor, vision: Any, masks: Tensor | None) -> tuple[int, float, str]:
+    """The index of the candidate [B, H, W, C] most similar to the generated image [1, h, w, C], the cosine of their
+    whole-image embeddings (the paper uses the class token of DINO ViT-S/16), and all similarities as text.
     """
     if len(target) != 1:
         raise ValueError(
@@ -59,11 +39,15 @@ def choose_reference(images: Tensor, target: Tensor, vision: Any, masks: Tensor 
         f"image {number}: {value:.4f}" + (" (taken)" if number == best else "")
         for number, value in enumerate(similarities)
     ]
-    return Choice(best, similarities[best], "\n".join([*lines, f"by {describe(vision)}"]))
+    return best, similarities[best], "\n".join([*lines, f"by {describe(vision)}"])
 
 
-def align_reference(image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: float) -> AlignedReference:
-    """Transform the reference image [1, H, W, C] and its mask so that its subject covers the target's mask."""
+def align_reference(
+    image: Tensor, mask: Tensor, target: Tensor, form: str, max_degrees: float
+) -> tuple[Tensor, Tensor, float, Tensor, str]:
+    """Transform the reference image [1, H, W, C] and its mask so that its subject covers the target's mask: both in the
+    target's frame, their IoU, an image of both subjects in colour, and the transform as text.
+    """
     for name, tensor in (("picture", image), ("mask", mask), ("target_mask", target)):
         if tensor.ndim > 2 and len(tensor) != 1:
             raise ValueError(
@@ -87,7 +71,7 @@ def align_reference(image: Tensor, mask: Tensor, target: Tensor, form: str, max_
         f"scale {fit.scale:.3f}, turned by {fit.degrees:.1f} degrees, IoU {fit.iou:.3f} ({form})\n{rows}\n"
         "from (x, y, 1) of the reference to the target; both reach from -1 to 1 along the longer side"
     )
-    return AlignedReference(warped, warped_mask, fit.iou, _overlay(warped, warped_mask, target_mask), description)
+    return warped, warped_mask, fit.iou, _overlay(warped, warped_mask, target_mask), description
 
 
 def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:

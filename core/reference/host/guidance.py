@@ -31,26 +31,6 @@ TIMES = ("start_percent", "end_percent")
 
 
 @dataclass(frozen=True)
-class GuidedImage:
-    """A finished image, as in a LATENT, and the model and negatives that reproduce it from the same noise."""
-
-    samples: Tensor
-    model: Any
-    negative: Conditioning
-    losses: list[float]
-    window: range
-    steps: int
-
-    def report(self) -> str:
-        first, last, count = self.window[0], self.window[-1], len(self.losses) // len(self.window)
-        lines = [f"guided in steps {first + 1} to {last + 1} of {self.steps}, {count} updates in each"]
-        for index, step in enumerate(self.window if count else ()):
-            of_step = self.losses[index * count : (index + 1) * count]
-            lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
 class ReferenceJob(Job):
     """One guided sampling. positive: the prompt as one plain entry; contexts: its tokens at each step. noise, mask and
     contexts are on the CPU. prompt_key: describe() of the connected prompt.
@@ -105,30 +85,23 @@ class ReferenceJob(Job):
         yield fit, result
 
 
-@dataclass(frozen=True)
-class ReferenceImage:
-    """An inverted reference, the subject's mask [1, H, W] in it, and the part of the sampling that it guides."""
-
-    trajectory: Trajectory
-    mask: Tensor
-    start_percent: float
-    end_percent: float
-
-
 def sample_with_reference(
     model: Any,
     positive: Conditioning,
     negative: Conditioning,
     noise: Any,
-    reference: ReferenceImage,
+    trajectory: Trajectory,
+    mask: Tensor,
+    percents: tuple[float, float],
     settings: ReferenceSettings,
-) -> GuidedImage:
-    """Sample (or resume, or load from disk) an image along the trajectory's noise levels, guided by the reference.
+) -> tuple[Tensor, Any, Conditioning, list[float], str]:
+    """Sample (or resume, or load from disk) an image along the noise levels of an inverted reference, which guides it
+    with the subject that its mask [1, H, W] shows, between these percents of the sampling.
 
-    positive may have one entry per step; negative is the empty prompt; noise is a NOISE. ValueError, before any work,
-    for inputs that do not fit together.
+    Returns the image as in a LATENT, the model and negatives that reproduce it from the same noise, all losses, and a
+    report. positive may have one entry per step; negative is the empty prompt; noise is a NOISE. ValueError, before any
+    work, for inputs that do not fit together.
     """
-    trajectory, percents = reference.trajectory, (reference.start_percent, reference.end_percent)
     check_base(trajectory.header.get("base", {}), model)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
@@ -141,7 +114,7 @@ def sample_with_reference(
     warn_of_guidance(model)
     sampling = model.get_model_object("model_sampling")
     window = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
-    cells = subject_cells(reference.mask, trajectory.latents)
+    cells = subject_cells(mask, trajectory.latents)
     prompt, contexts = plain_prompt(positive, trajectory.sigmas.tolist(), sampling.percent_to_sigma)
     start_noise = noise.generate_noise({"samples": torch.zeros_like(trajectory.latents[0])}).float().cpu()
     job = ReferenceJob(
@@ -152,7 +125,17 @@ def sample_with_reference(
     target = trajectory.latents[window[0]]
     replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, window, trajectory.sigmas.tolist(), sampling)
-    return GuidedImage(result["samples"], replay, conditioning, job_run.losses, window, trajectory.steps)
+    report = _report(job_run.losses, window, trajectory.steps)
+    return result["samples"], replay, conditioning, job_run.losses, report
+
+
+def _report(losses: list[float], window: range, steps: int) -> str:
+    count = len(losses) // len(window)
+    lines = [f"guided in steps {window[0] + 1} to {window[-1] + 1} of {steps}, {count} updates in each"]
+    for index, step in enumerate(window if count else ()):
+        of_step = losses[index * count : (index + 1) * count]
+        lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
+    return "\n".join(lines)
 
 
 def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
@@ -209,10 +192,7 @@ def plain_prompt(
 def masked_negative(
     negative: Conditioning, nulls: Tensor | None, mask: Tensor, window: range, sigmas: list[float], sampling: Any
 ) -> Conditioning:
-    """The empty prompt; in the window's steps it holds outside the mask, and each step's own tokens hold inside.
-
-    nulls [W, n, d]; None if nothing was optimised.
-    """
+    """The empty prompt; in the window it holds outside the mask, and each step's nulls [W, n, d], if any, inside."""
     (phi, options), times = negative[0], windows(sigmas, sampling.percent_to_sigma)
     begin, end = times[window[0]][0], times[window[-1]][1]
     if nulls is None:

@@ -78,7 +78,6 @@ def library(folder: Path) -> Any:
 
 def load_network(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The transformer, with the call signature of ComfyUI's own models."""
-    library(folder)
     return _read(folder / "transformer", _network_class(), dtype)
 
 
@@ -223,12 +222,11 @@ def _check_settings(part: Path, kind: Any) -> None:
     for name in known.keys() & {name for name, value in config.items() if value is not None}:
         value, default = config[name], known[name].default
         number = is_number(value) and not isinstance(value, bool)
+        fits, expected = True, ""
         if isinstance(default, bool):
             fits, expected = isinstance(value, bool), "true or false"
         elif number or is_number(default):
             fits, expected = number and (value > 0 or value == default), "a number above 0"
-        else:
-            fits, expected = True, ""
         if not fits:
             raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy {SOURCE} whole.")
     check_size(where, config, [*part.glob("*.safetensors")], lambda: kind.from_config(config))

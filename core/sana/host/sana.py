@@ -87,10 +87,7 @@ class FullLoadPatcher(comfy.model_patcher.ModelPatcher):
 
 
 class SanaTokenizer:
-    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma.
-
-    instruction: prepended to every non-empty prompt, as in the reference code.
-    """
+    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma."""
 
     def __init__(self, tokenizer: Any, instruction: str) -> None:
         self._tokenizer, self._instruction = tokenizer, instruction
@@ -106,10 +103,6 @@ class SanaTokenizer:
         if text and (tokenizer_options or {}).get(INSTRUCTED, True):
             text, most = self._instruction + text, self._instruction_length + most - 2
         return {"gemma2": [[(number, 1.0, *end) for number in self._tokenizer.encode(text)[:most]]]}
-
-    def untokenize(self, pairs: list[tuple]) -> list[tuple]:
-        """Pairs of a token tuple and its text."""
-        return [(pair, self._tokenizer.decode([pair[0]])) for pair in pairs]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty: nothing is saved with a model."""
@@ -131,9 +124,7 @@ def sana_names() -> Names:
 
 
 def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:
-    """Load all models of a folder. ValueError, before anything large is read, when it has another model, is incomplete
-    or pickled; RuntimeError when diffusers is not installed.
-    """
+    """Load all models of a folder. ValueError for another or an incomplete one, before anything large is read."""
     sana.check_folder(folder)
     sana.library(folder)
     model, vae, plain = load_model(folder, dtype), _vae(folder), _clip(folder)

@@ -43,11 +43,10 @@ def make_samples(
     size = settings.cells * cell or settings.resolution
     squares = resize_to_square(image[..., :3].cpu().movedim(-1, 1), size)
     masks = None if mask is None else resize_to_square(mask.cpu().reshape(-1, 1, *mask.shape[-2:]), size)
-    period = settings.crops if settings.cells else image.shape[0]
-    count = min(period, steps)
+    count = settings.crops if settings.cells else image.shape[0]
     boxes: list[Box] = []
     latents, latent_masks = [], []
-    for i in range(count):
+    for i in range(min(count, steps)):
         mm.throw_exception_if_processing_interrupted()
         square = squares[i % image.shape[0]][None]
         patch_mask = None if masks is None else masks[i % masks.shape[0]][None]
@@ -63,7 +62,6 @@ def make_samples(
         torch.cat(latents),
         torch.tensor(boxes, dtype=torch.int64) if boxes else None,
         torch.cat(latent_masks) if latent_masks else None,
-        period,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -43,7 +43,7 @@ from ...session.weights import check_trainable_weights
 from ..fine_tune import LEARNING_RATE_FULL, FineTune, FineTuneSettings, Prior, Samples
 from ..position_map import marker
 from .crops import CropSettings, check_images, make_samples
-from .position_map import apply_fine_tune, position_map_of, takes_map, with_same_map
+from .position_map import apply_fine_tune, position_map_of, takes_map, with_position_map
 
 LORA, FULL = "LoRA", "full weights"
 FORMS = {LORA: LowRank, "T-LoRA": TimestepRank, "LoKr": Kronecker}  # what the method "LoRA" trains
@@ -98,9 +98,7 @@ class FineTuneData:
 
 @dataclass(frozen=True)
 class FineTuneJob(Job):
-    """A complete fine-tuning job. model: with its position map. begin() sets samples, the encoded images, and text,
-    the text encoder if it trains too.
-    """
+    """A complete fine-tuning job. model: with its position map. begin() sets samples, and text if that trains too."""
 
     method: ClassVar[str] = "sine"
 
@@ -143,15 +141,12 @@ class FineTuneJob(Job):
         prior_parts = None
         if prior is not None:
             prior_parts = [prior.image, prior.prompt if clip is not None else describe(prior.positive)]
-        weights = [plan.method, plan.rank if plan.method == LORA else 0, asdict(plan.crop)]
+        usual = ((plan.layers, ATTENTION), (plan.form, LORA))  # left out, as before there was a choice
+        weights = [plan.method, plan.rank, asdict(plan.crop), *(chosen for chosen, other in usual if chosen != other)]
         encoder = None if clip is None else precision(clip.patcher)
         precisions = [precision(self.model), str(self.vae.vae_dtype), encoder]
         prompt_parts = describe([self.vae.patcher, self.positive, text])
         model_parts = [self.base, patches_digest(self.model), precisions, prompt_parts]
-        if plan.method == LORA and plan.layers != ATTENTION:
-            weights.append(plan.layers)
-        if plan.method == LORA and plan.form != LORA:
-            weights.append(plan.form)
         images = [data.image, data.mask, prior_parts, *self.objective.values()]
         return digest([self.method, weights, asdict(self.settings), model_parts, *images])
 
@@ -159,10 +154,17 @@ class FineTuneJob(Job):
         return run_store(RUN_BYTES_PER_WEIGHT * self._numbers)
 
     def begin(self, done: int) -> FineTuneJob:
-        steps = max(self.steps, done)
+        steps, crop, seed = max(self.steps, done), self.plan.crop, self.settings.seed
         log.info("SINE: encoding the image(s) for %d steps", steps)
+        samples, of_prior = make_samples(self.model, self.vae, self.data.image, self.data.mask, crop, seed, steps), None
+        if self.prior is not None:
+            whole = CropSettings(crop.resolution)
+            of_prior = make_samples(self.model, self.vae, self.prior.image, None, whole, seed, steps)
+            if crop.cells:  # next to patches, prior images carry the box of the whole image
+                box = of_prior.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
+                of_prior = replace(of_prior, boxes=box.expand(of_prior.x0.shape[0], -1))
         text = None if self.data.clip is None else TextEncoder(self.data.clip)
-        return replace(self, samples=_samples(self, steps), text=text)
+        return replace(self, samples=(samples, of_prior), text=text)
 
     def session(self) -> Session:
         assert self.samples is not None  # begin() came first
@@ -187,11 +189,9 @@ class FineTuneJob(Job):
             prior_prompt = _prompt_of(text, self.prior.prompt, lambda: Prompt(of_prior.context))
             prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt, of_prior)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
-        weights = _TrainedWeights(denoiser, text, self.plan, self.settings.seed)
         samples = _in_scale(latent_format, images)
-        with weights.active():
-            fit = FineTune(denoiser, samples, prompt, weights.parameters, self.settings, prior, weights.at)
-            yield fit, weights.result
+        with _trained(denoiser, text, self.plan, self.settings.seed) as (parameters, at, result):
+            yield FineTune(denoiser, samples, prompt, parameters, self.settings, prior, at), result
 
 
 def fine_tune(
@@ -203,6 +203,8 @@ def fine_tune(
     prior: FineTuneData | None = None,
 ) -> tuple[Any, Any | None, FineTunedWeights, list[float]]:
     """Train (or resume, or load from disk); returns the fine-tuned MODEL and CLIP, the artifact and all losses."""
+    if plan.method == FULL:
+        plan = replace(plan, rank=0, layers=ATTENTION, form=LORA)
     positive, crop = data.conditioning(), plan.crop if takes_map(model) else CropSettings(plan.crop.resolution)
     data = replace(data, mask=check_images(data.image, data.mask, crop))
     prior = _check(FineTuneJob(model, vae, data, positive, plan, settings, prior))
@@ -213,7 +215,7 @@ def fine_tune(
             type(model.model.model_config).__name__,
         )
         plan = replace(plan, crop=CropSettings(crop.resolution), placed=False)
-    mapped = with_same_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
+    mapped = with_position_map(model, plan.crop.cells, plan.interpolation) if plan.crop.cells else model
     if not plan.crop.cells:
         settings = replace(settings, recon_weight=0.0)
     job = FineTuneJob(mapped, vae, data, positive, plan, settings, prior)
@@ -228,7 +230,7 @@ def fine_tune(
 def _in_scale(latent_format: Any, part: Samples) -> Samples:
     """Samples in the model's own latent space."""
     x0, boxes, mask = detached([part.x0, part.boxes, part.mask])
-    return Samples(latent_format.process_in(x0), boxes, mask, part.period)
+    return Samples(latent_format.process_in(x0), boxes, mask)
 
 
 def _prompt_of(text: TextEncoder | None, prompt_text: str, fixed: Callable[[], Prompt]) -> Callable[[], Prompt]:
@@ -241,9 +243,7 @@ def _prompt_of(text: TextEncoder | None, prompt_text: str, fixed: Callable[[], P
 
 
 def _check(job: FineTuneJob) -> FineTuneData | None:
-    """Check all inputs before anything is loaded, and warn about settings that work but are rarely intended; returns
-    the prior, or None if it is unused.
-    """
+    """Check all inputs before anything is loaded, and warn about rare settings; returns the prior if it is used."""
     data, plan, prior = job.data, job.plan, job.prior
     single_prompt(job.positive, "training prompt")
     if plan.method == FULL:
@@ -288,52 +288,37 @@ def _layers(base: Any, text: nn.Module | None, plan: FineTunePlan) -> dict[str, 
     return {**network_layers(base, plan.layers), **encoder}
 
 
-def _samples(job: FineTuneJob, steps: int) -> tuple[Samples, Samples | None]:
-    """The samples for `steps` updates, and those of the prior."""
-    crop, seed = job.plan.crop, job.settings.seed
-    samples = make_samples(job.model, job.vae, job.data.image, job.data.mask, crop, seed, steps)
-    if job.prior is None:
-        return samples, None
-    prior_samples = make_samples(job.model, job.vae, job.prior.image, None, CropSettings(crop.resolution), seed, steps)
-    if crop.cells:  # next to patches, prior images carry the box of the whole image
-        whole = prior_samples.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
-        prior_samples = replace(prior_samples, boxes=whole.expand(prior_samples.x0.shape[0], -1))
-    return samples, prior_samples
+@contextlib.contextmanager
+def _trained(
+    denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int
+) -> Iterator[tuple[Mapping[str, nn.Parameter], Callable[[int, int], None], Callable[[], Result]]]:
+    """The trained parameters inside a session: LoRAs on the layers, or the weights themselves. With them, what to call
+    before the model predicts at a timestep, and the current result.
+    """
+    if plan.method == FULL:
+        leaves = denoiser.leaves
+        yield leaves, lambda _t, _count: None, lambda: weight_differences(leaves.before, dict(leaves))
+        return
+    layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
+    check_run(denoiser.model, layers, denoiser.called)
+    adapters = new_adapters(layers, plan.rank, seed, kind=FORMS[plan.form])
 
-
-class _TrainedWeights:
-    """The trained parameters inside a session: LoRAs on the layers, or the weights themselves."""
-
-    def __init__(self, denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int) -> None:
-        self.full = plan.method == FULL
-        if self.full:
-            self._before, self.parameters = denoiser.leaves.before, denoiser.leaves
-            return
-        self._layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
-        check_run(denoiser.model, self._layers, denoiser.called)
-        self._adapters = new_adapters(self._layers, plan.rank, seed, kind=FORMS[plan.form])
-        self.parameters = factors(self._adapters)
-
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.full else attached_lora(self._layers, self._adapters)
-
-    def at(self, t: int, count: int) -> None:
-        """Called before the model predicts at a timestep; a text encoder has none."""
-        for name, adapter in ({} if self.full else self._adapters).items():
-            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):
+    def at(t: int, count: int) -> None:
+        for name, adapter in adapters.items():
+            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):  # a text encoder has no timestep
                 adapter.at(t, count)
 
-    def result(self) -> Result:
-        if self.full:
-            return weight_differences(self._before, dict(self.parameters))
-        return {key: value for name, adapter in self._adapters.items() for key, value in adapter.tensors(name).items()}
+    def result() -> Result:
+        return {key: value for name, adapter in adapters.items() for key, value in adapter.tensors(name).items()}
+
+    with attached_lora(layers, adapters):
+        yield factors(adapters), at, result
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
     data, plan = job.data, job.plan
-    lora: dict[str, Any] = {"rank": plan.rank} if plan.method == LORA else {}
-    lora |= {} if plan.layers == ATTENTION or not lora else {"layers": plan.layers}
-    lora |= {} if plan.form == LORA or not lora else {"form": plan.form}
+    lora: dict[str, Any] = {"rank": plan.rank, "layers": plan.layers, "form": plan.form}
+    lora = {name: value for name, value in lora.items() if value not in (0, ATTENTION, LORA)}
     patches: dict[str, Any] = {} if plan.placed else {"patches": "not on this model"}
     if plan.crop.cells:
         patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}

@@ -27,7 +27,6 @@ from .position_map import KEY as POSITION_MAP
 from .position_map import PICTURE, position_map_of
 
 KEY = GUIDANCE_PREFIX
-WRAPPERS = (WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 log = logging.getLogger("likeness")
 
 
@@ -44,9 +43,6 @@ class SubjectModel:
     end_percent: float = 1.0
     share: float = 1.0
 
-    def window(self, sampling: Any) -> SigmaRange:
-        return SigmaRange(sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent))
-
 
 def subject_model(
     model: Any,
@@ -56,10 +52,7 @@ def subject_model(
     start_percent: float = 0.0,
     k_timestep: int = -1,
 ) -> SubjectModel:
-    """A SubjectModel from a node's values. k_timestep: K in training timesteps, used instead of end_percent unless -1.
-
-    ValueError for an empty window.
-    """
+    """A SubjectModel from a node's values. k_timestep: K in training timesteps, in place of end_percent unless -1."""
     if k_timestep != -1:
         end_percent = max(0.0, percent_of(k_timestep))
     if start_percent > end_percent:
@@ -116,12 +109,12 @@ def attached(model: Any, subjects: list[SubjectModel], prompt: str) -> Any:
         elif owner is not subject.model:
             check_separable(subject.model, owner)
     clone = model.clone()
-    for wrapper in WRAPPERS:
-        clone.remove_wrappers_with_key(wrapper, KEY)
     clone.set_additional_models(KEY, [*separate, *_control_models(subjects)])
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _Sampling(tuple(subjects), tuple(separate), prompt))
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _forget)
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _predict)
+    sampling = _Sampling(tuple(subjects), tuple(separate), prompt)
+    kinds = WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH
+    for kind, wrapper in zip(kinds, (sampling, _forget, _predict), strict=True):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
 
 
@@ -182,24 +175,25 @@ def _control_models(subjects: list[SubjectModel]) -> list[Any]:
 class _Branch:
     """A fine-tuned model that predicts in one run."""
 
-    def __init__(self, subject: SubjectModel, running: Any, sampling: Any) -> None:
-        self.weight, self.window = subject.weight, subject.window(sampling)
-        self._subject, self._running = subject, running
-        self._overlay = Overlay(subject.model, running, subject.share)
-        self._cache: tuple[Tensor, Tensor] | None = None
-
-    def prepare(
-        self, guider: Any, prompt: str, sigmas: Tensor, seed: int | None, noise: Tensor, *latents: Tensor | None
+    def __init__(
+        self, subject: SubjectModel, running: Any, guider: Any, prompt: str, sigmas: Tensor, *inputs: Any
     ) -> None:
         """Process the prompt with the fine-tuned model's network, as ComfyUI does for the base model.
 
-        latents: latent and mask, as ComfyUI gives them.
+        inputs: noise, latent, mask and seed, as ComfyUI gives them.
         """
-        device, tuned, own = self._running.load_device, self._subject.model, self._subject.conditioning
+        sigma_of = guider.inner_model.model_sampling.percent_to_sigma
+        self.weight = subject.weight
+        self.window = SigmaRange(sigma_of(subject.start_percent), sigma_of(subject.end_percent))
+        self._subject, self._running = subject, running
+        self._overlay = Overlay(subject.model, running, subject.share)
+        self._cache: tuple[Tensor, Tensor] | None = None
+        device, tuned, own = running.load_device, subject.model, subject.conditioning
+        noise, *more = inputs
         entries = guider.original_conds[prompt] if own is None else comfy.sampler_helpers.convert_cond(own)
         conds = {prompt: [dict(entry) for entry in entries]}
         with self._overlay.active():  # a network may have a part for prompts, which the fine-tuning changed too
-            processed = comfy.samplers.process_conds(self._running.model, noise, conds, device, *latents, seed)
+            processed = comfy.samplers.process_conds(running.model, noise, conds, device, *more)
         self._conds = processed[prompt]
         if self._overlay.patched_weights:
             log.info(
@@ -213,9 +207,9 @@ class _Branch:
         options = self._options.setdefault("transformer_options", {})
         for name in ("wrappers", "callbacks"):
             merge_nested_dicts(options.setdefault(name, {}), getattr(tuned, name), copy_dict1=False)
-        masks = self._running.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(RANK_MASK, [])
-        if self._subject.share != 1.0 and masks:  # the weights that stay keep their mask
-            scaled = [replace(mask, strength=mask.strength * (1 - self._subject.share)) for mask in masks]
+        masks = running.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(RANK_MASK, [])
+        if subject.share != 1.0 and masks:  # the weights that stay keep their mask
+            scaled = [replace(mask, strength=mask.strength * (1 - subject.share)) for mask in masks]
             options["wrappers"].setdefault(WrappersMP.APPLY_MODEL, {})[RANK_MASK] = scaled
         if not self._overlay.empty:  # a compiled network ignores hooks on its layers
             calls = options["wrappers"].get(WrappersMP.APPLY_MODEL, {})
@@ -255,21 +249,6 @@ class _Branch:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The state of one sampling: ids of the entries of the guided prompt, and the fine-tuned models."""
-
-    entries: frozenset[Any]
-    branches: tuple[_Branch, ...]
-
-    def index(self, conds: list) -> int | None:
-        """The index of the guided prompt among the prompts to evaluate, since guiders order them differently."""
-        for index, cond in enumerate(conds):
-            if cond is not None and any(entry.get("uuid") in self.entries for entry in cond):
-                return index
-        return None
-
-
-@dataclass(frozen=True)
 class _Sampling:
     """The sampling wrapper that prepares the fine-tuned models for one run."""
 
@@ -294,15 +273,14 @@ class _Sampling:
                 stack.callback(model.cleanup)
                 model.pre_run()
             for subject in (each for each in self.subjects if each.weight != 0.0):
-                branch = _Branch(subject, self._running(subject.model, base, loaded), guider.inner_model.model_sampling)
-                seed = extra_args.get("seed")
-                branch.prepare(guider, self.prompt, sigmas, seed, noise, latent_image, denoise_mask)
+                running, inputs = self._running(subject.model, base, loaded), (noise, latent_image, denoise_mask)
+                branch = _Branch(subject, running, guider, self.prompt, sigmas, *inputs, extra_args.get("seed"))
                 branches.append(branch)
                 stack.callback(branch.cleanup)
                 branch.warn(base, [float(sigma) for sigma in sigmas[:-1]])
             entries = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get(self.prompt, []))
             options = extra_args["model_options"]["transformer_options"]  # this run's copy
-            options[KEY] = _Run(entries, tuple(branches))
+            options[KEY] = entries, tuple(branches)
             stack.callback(options.pop, KEY)
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
 
@@ -318,29 +296,29 @@ class _Sampling:
         return base
 
 
-def _run_of(model_options: dict[str, Any]) -> _Run | None:
-    return model_options.get("transformer_options", {}).get(KEY)
+def _run_of(model_options: dict[str, Any]) -> tuple[frozenset[Any], tuple[_Branch, ...]]:
+    """The state of one sampling: ids of the entries of the guided prompt, and the fine-tuned models."""
+    return model_options.get("transformer_options", {}).get(KEY, (frozenset(), ()))
 
 
 def _forget(executor: Any, x: Tensor, timestep: Tensor, model_options: dict | None = None, *args: Any) -> Any:
     """Wraps every prediction of the guider: clears the fine-tuned models' cached predictions afterwards."""
-    run = _run_of(model_options or {})
     try:
         return executor(x, timestep, model_options, *args)
     finally:
-        for branch in run.branches if run else ():
+        for branch in _run_of(model_options or {})[1]:
             branch.forget()
 
 
 def _predict(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict) -> list:
     """Wraps ComfyUI's evaluation of the prompts: inside the window, eq. 3's mix replaces the positive prediction."""
-    run = _run_of(model_options)
-    index = None if run is None else run.index(conds)
-    if run is None or index is None:
-        return executor(model, conds, x, timestep, model_options)
+    entries, branches = _run_of(model_options)
     sigma = float(timestep.max())
-    active = [branch for branch in run.branches if branch.window.holds(sigma)]
-    if not active:
+    active = [branch for branch in branches if branch.window.holds(sigma)]
+    # Guiders order the prompts differently.
+    places = (place for place, cond in enumerate(conds) if any(entry.get("uuid") in entries for entry in cond or ()))
+    index = next(places, None)
+    if index is None or not active:
         return executor(model, conds, x, timestep, model_options)
     weights = [branch.weight for branch in active]
     skip_base = base_share(weights) == 0.0

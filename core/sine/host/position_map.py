@@ -126,12 +126,19 @@ def _cached_map(channels: int, patch: PositionMap, window: Box, size: tuple[int,
         return position_map(channels, patch.cells, box, size, patch.interpolation).to(dtype)
 
 
-def with_position_map(model: Any, cells: int, interpolation: str, window: Box = WHOLE) -> Any:
-    """A clone of the MODEL with the map; replaces an earlier map.
+def with_position_map(model: Any, cells: int, interpolation: str, window: Box | None = None) -> Any:
+    """A clone of the MODEL with the map.
 
-    window: (y, x, height, width) of the latent to sample, as fractions of the whole image. ValueError for models that
-    cannot have a map, too many cells, or a window beyond the image.
+    window: (y, x, height, width) of the latent to sample, as fractions of the whole image; None for that of a map that
+    is there, or all. ValueError for models that cannot have a map, for a map of another grid, which its weights were
+    trained with, for too many cells, or a window beyond the image.
     """
+    existing = position_map_of(model)
+    if existing is not None and (existing.cells, existing.interpolation) != (cells, interpolation):
+        raise ValueError(
+            f"The model was tuned with a map of {existing.cells} cells, {existing.interpolation}; {cells} cells, "
+            f"{interpolation} were asked for: set the same values, or connect the model without a map."
+        )
     if not takes_map(model):
         raise ValueError(
             f"A {type(model.model.model_config).__name__} cannot be told where in an image it is, expected is a UNet's "
@@ -140,6 +147,7 @@ def with_position_map(model: Any, cells: int, interpolation: str, window: Box = 
         )
     if cells > MAX_CELLS:
         raise ValueError(f"The map would have {cells} cells, expected {MAX_CELLS} at most: set fewer cells.")
+    window = window or (WHOLE if existing is None else existing.window)
     y, x, height, width = window
     if min(window) < 0 or min(height, width) <= 0 or y + height > 1 + 1e-6 or x + width > 1 + 1e-6:
         raise ValueError(
@@ -217,16 +225,6 @@ def position_map_of(model: Any) -> PositionMap | None:
     return maps[0] if maps else None
 
 
-def check_same_grid(model: Any, cells: int, interpolation: str) -> None:
-    """ValueError when the MODEL has a map of another grid, which its weights were trained with."""
-    existing = position_map_of(model)
-    if existing is not None and (existing.cells, existing.interpolation) != (cells, interpolation):
-        raise ValueError(
-            f"The model was tuned with a map of {existing.cells} cells, {existing.interpolation}; {cells} cells, "
-            f"{interpolation} were asked for: set the same values, or connect the model without a map."
-        )
-
-
 def _tell_size(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **more: Any) -> Any:
     noise = more["noise"] if "noise" in more else args[1]
     extra_args["model_options"]["transformer_options"][PICTURE] = tuple(noise.shape[2:])  # a copy of this run's own
@@ -247,15 +245,8 @@ def _tell_areas(executor: Any, model: Any, conds: list, x: Tensor, timestep: Ten
     return executor(model, conds, x, timestep, model_options)
 
 
-def with_same_map(model: Any, cells: int, interpolation: str) -> Any:
-    """A clone of the MODEL with the map; an existing map must have the same grid, and its window is kept."""
-    check_same_grid(model, cells, interpolation)
-    existing = position_map_of(model)
-    return with_position_map(model, cells, interpolation, WHOLE if existing is None else existing.window)
-
-
 def apply_fine_tune(tuned: FineTunedWeights, model: Any, clip: Any | None, strength: float) -> tuple[Any, Any | None]:
     """As apply_lora(), with the position map that the weights need; strength 0 returns both unchanged."""
     patched, encoder = apply_lora(tuned, model, clip, strength)
     needed = None if strength == 0.0 else needed_map(tuned)
-    return patched if needed is None else with_same_map(patched, *needed), encoder
+    return patched if needed is None else with_position_map(patched, *needed), encoder

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from ...vision.host.sheets import (
     centre,
     font,
     labelled_grid,
-    plain,
     thumbnail,
 )
 from ..sweep import Grid, mean_of_each_pair, timestep
@@ -52,12 +52,10 @@ def measures(
     identity, a cosine, is drawn as the distance 1 - identity. Several values of a pair become their mean.
     """
     curves = {}
-    identity_distance = None if identity is None else [1.0 - value for value in identity]
-    for title, values in (("distance", distance), ("1 - identity", identity_distance), ("text score", text)):
-        missing = 1.0 - NOT_MEASURED if values is identity_distance else NOT_MEASURED
-        if values is None or all(value == missing for value in values):
-            continue
-        curves[title] = mean_of_each_pair(values, count, title)
+    for title, values in (("distance", distance), ("1 - identity", identity), ("text score", text)):
+        if values is not None and any(value != NOT_MEASURED for value in values):
+            shown = [1.0 - value for value in values] if title == "1 - identity" else values
+            curves[title] = mean_of_each_pair(shown, count, title)
     return curves
 
 
@@ -104,7 +102,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         return left + (x - first) / span * width, top + (high - y) / (high - low) * height
 
     step = 6 * FINE
-    draw.text((left, top - 26 * FINE), plain(panel.title), fill=INK, font=face)
+    draw.text((left, top - 26 * FINE), panel.title, fill=INK, font=face)
     for tick in ticks:
         y = place(first, tick)[1]
         draw.line((left, y, left + width, y), fill=FAINT, width=FINE)
@@ -114,7 +112,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         x = place(stop, low)[0]
         draw.line((x, top + height, x, top + height + step / 2), fill=INK, width=FINE)
         centre(draw, x, top + height + step, f"{stop:g}", face)
-    centre(draw, left + width / 2, top + height + 24 * FINE, plain(panel.axis), face)
+    centre(draw, left + width / 2, top + height + 24 * FINE, panel.axis, face)
     draw.line((left, top, left, top + height, left + width, top + height), fill=INK, width=FINE)
     labelled = thin_out(range(len(panel.curves)))
     for k, (curve, name) in enumerate(zip(panel.curves, panel.names, strict=True)):
@@ -126,7 +124,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, 
         if k in labelled:
             y = top + labelled.index(k) * 20 * FINE
             draw.line((left + width + 3 * step, y + 9 * FINE, left + width + 6 * step, y + 9 * FINE), color, 2 * FINE)
-            draw.text((left + width + 7 * step, y), plain(name), fill=INK, font=face)
+            draw.text((left + width + 7 * step, y), name, fill=INK, font=face)
 
 
 def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
@@ -148,8 +146,6 @@ def thin_out(stops: Sequence) -> list:
 
 def shade(index: int, count: int) -> tuple[int, int, int]:
     """A colour between FIRST and LAST, through MIDDLE."""
-    share = index / max(count - 1, 1)
-    start, end = (FIRST, MIDDLE) if share <= 0.5 else (MIDDLE, LAST)
-    part = 2 * share if share <= 0.5 else 2 * share - 1
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
-    return red, green, blue
+    place = index / max(count - 1, 1)
+    red, green, blue = (np.interp(place, (0.0, 0.5, 1.0), channel) for channel in zip(FIRST, MIDDLE, LAST, strict=True))
+    return round(red), round(green), round(blue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from ...fit.fit import Fit, curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
+from ...lora.artifact import FineTunedWeights
 from ...lora.host.layers import check_run, trained_layers
 from ...lora.low_rank import ATTENTION, attached_lora, factors, new_adapters
 from ...prompt.conditioning import Conditioning, detached, single_prompt
@@ -30,14 +32,15 @@ from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
-from ..siso import ITERATIONS, RANK, Keep, Siso, SisoSettings
+from ...vision.host.extras.offline import package
+from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
-from .prodigy import prodigy
-from .result import IMAGE_STATE, OptimizedLora, both_loras, run_bytes
+from .result import IMAGE_STATE, OptimizedLora
 from .similarity import Similarity
 
-METHOD = "siso"
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
+SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}  # Prodigy's, as in SISO's script
+BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
 APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
 log = logging.getLogger("likeness")
 
@@ -82,22 +85,12 @@ class Generator:
     clip: Any | None = None
     prompt: str = ""
 
-    def networks(self) -> tuple[Any, Any | None]:
-        """The networks that get a LoRA: the MODEL's, and the text encoder's."""
-        return self.model.model, None if self.clip is None else self.clip.cond_stage_model
-
-    def key_parts(self) -> Any:
-        """Everything that determines the images besides the model's weights, for the key of a run."""
-        text = None if self.clip is None else [self.clip.patcher, self.clip.layer_idx, self.prompt]
-        model_parts = [patches_digest(self.model), precision(self.model), str(self.vae.vae_dtype)]
-        return [model_parts, describe([self.vae.patcher, self.positive, self.negative, text])]
-
 
 @dataclass(frozen=True)
 class SisoJob(Job):
     """A complete SISO job. begin() sets text, the text encoder if it trains too."""
 
-    method: ClassVar[str] = METHOD
+    method: ClassVar[str] = "siso"
     state: ClassVar[Collection[str]] = IMAGE_STATE
     shows_image: ClassVar[bool] = True
 
@@ -108,6 +101,7 @@ class SisoJob(Job):
     settings: SisoSettings
     background: Background | None = None
     text: TextEncoder | None = None
+    retention = Retention(LAST, 2)
 
     @property
     def model(self) -> Any:
@@ -117,26 +111,28 @@ class SisoJob(Job):
     def steps(self) -> int:
         return self.plan.iterations
 
-    @property
-    def retention(self) -> Retention:
-        return Retention(LAST, 2)
-
     def key(self) -> str:
         """Everything that determines the iterations, but not their number or which one is used."""
         settings = {
             name: value for name, value in asdict(self.settings).items() if name not in ("threshold", "patience")
         }
-        background = [] if self.background is None else [self.background.key_parts()]
+        made, kept, clip = self.generator, self.background, self.generator.clip
+        text = None if clip is None else [clip.patcher, clip.layer_idx, made.prompt]
+        base = [self.base, [patches_digest(made.model), precision(made.model), str(made.vae.vae_dtype)]]
+        images = describe([made.vae.patcher, made.positive, made.negative, text])
+        background = [] if kept is None else [{"picture": kept.image, "mask": kept.mask, "weight": kept.weight}]
         parts = [part.key_parts() for part in self.similarity.parts]
         training = [self.method, self.plan.rank, settings, asdict(self.sampling), parts]
         more = [] if self.plan.layers == ATTENTION else [self.plan.layers]
         more += ["new noise"] if self.plan.new_noise else []
-        return digest([*training, [self.base, *self.generator.key_parts()], *background, *more])
+        return digest([*training, [*base, images], *background, *more])
 
     def store(self) -> RunStore:
-        layers = trained_layers(*self.generator.networks(), self.plan.layers)
-        size = run_bytes(self.generator.vae, self.sampling.latent, self.steps, layers, self.plan.rank)
-        return dedicated_store("picture_runs", size)
+        """For the LoRAs and the image of every iteration; the best one's is float32."""
+        clip, shape = self.generator.clip, self.sampling.latent.shape
+        layers = trained_layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan.layers)
+        images = (self.steps + 4) * 3 * shape[-2] * shape[-1] * self.generator.vae.spacial_compression_decode() ** 2
+        return dedicated_store("picture_runs", images + BYTES_PER_NUMBER * layers.numbers(self.plan.rank))
 
     def begin(self, done: int) -> SisoJob:
         clip = self.generator.clip
@@ -144,7 +140,7 @@ class SisoJob(Job):
 
     def is_complete(self, stored: Run) -> bool:
         """It has enough iterations, or early stopping by the current settings ends it."""
-        enough = stored.step >= self.steps or self.settings.should_stop(self.settings.plateau(stored.losses))
+        enough = stored.step >= self.steps or self.settings.stops(stored.losses)
         return stored.step in stored.results and enough
 
     def end(self, done: Run) -> int:
@@ -178,22 +174,29 @@ class SisoJob(Job):
                 stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
                 for vision in self.similarity.visions:
                     stack.enter_context(layers_checkpointed(vision.model))
-            images = ImageSampling(generator, self.sampling, denoiser, x0, text)
+            generate = image_sampling(generator, self.sampling, denoiser, x0, text)
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
                 terms.append(self.background.term())
             optimizer = prodigy() if self.settings.optimizer == "Prodigy" else torch.optim.AdamW
             fit = Siso(
-                lambda: images.generate(fit.step if plan.new_noise else 0),
+                lambda: generate(fit.step if plan.new_noise else 0),
                 terms, factors(adapters), self.settings, optimizer,
             )  # fmt: skip
-            yield fit, lambda: both_loras(fit, layers, adapters)
+
+            def result() -> Result:
+                """The LoRAs of the best and of the last iteration, as `keep` may change later."""
+                kinds = {"best": fit.best, "last": fit.parameters}
+                loras = {kind: layers.tensors(adapters, values) for kind, values in kinds.items()}
+                return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
+
+            yield fit, result
 
     def header(self, job_run: Run) -> dict[str, Any]:
         """The header of the artifact."""
         settings = {"rank": self.plan.rank, "iterations": job_run.step, "keep": self.plan.keep}
         return {
-            "method": METHOD,
+            "method": self.method,
             "base": self.base,
             "prompt": self.generator.prompt,
             "weights": "LoRA",
@@ -221,7 +224,8 @@ def optimize_lora(job: SisoJob) -> OptimizedLora:
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     keep, parts = job.plan.keep, job_run.state["parts"].tolist()
     lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
-    result = OptimizedLora(lora, image, images.float() / 255, job_run.losses, parts, keep, job.header(job_run))
+    tuned = FineTunedWeights(lora, job.header(job_run))
+    result = OptimizedLora(tuned, image, images.float() / 255, job_run.losses, parts, keep)
     if result.warning():
         log.warning("%s", result.warning())
     return result
@@ -254,6 +258,12 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
             f"The latent was inverted along the noise levels {_round(sampling.replay.sigmas)}, and the SIGMAS are "
             f"{_round(sampling.sigmas)}: connect the SIGMAS that came with the latent."
         )
+
+
+def prodigy() -> Optimizer:
+    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101). RuntimeError without its authors' package."""
+    library = package("prodigyopt", "Prodigy", "prodigyopt", " (or choose AdamW)")
+    return functools.partial(library.Prodigy, **SAFEGUARDS)
 
 
 def _check_prompt(text: TextEncoder, generator: Generator) -> None:
@@ -290,44 +300,42 @@ def _more_memory(generator: Generator, similarity: Similarity, sampling: Samplin
     return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + vision_bytes
 
 
-class ImageSampling:
-    """Generates images by Euler steps; the last steps have a gradient."""
+def image_sampling(
+    generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
+) -> Callable[[int], Tensor]:
+    """A function that generates an image [1, 3, H, W] in 0..1 with the current LoRA, by Euler steps of which the last
+    have a gradient. Its argument is the number of the noise; 0 is the seed's.
+    """
+    scheme = generator.model.get_model_object("model_sampling")
+    latent_format: Any = denoiser.model.latent_format  # with a gradient
+    sigmas = detached(sampling.sigmas).to(x0)
+    steps = len(sigmas) - 1
+    replay = Replay(sigmas, x0[:0] if sampling.replay is None else detached(sampling.replay.noises).to(x0))
+    unguided = denoiser.of("negative") if sampling.cfg != 1.0 else None
+    tokens = None if text is None else text.tokens(generator.prompt)
 
-    def __init__(
-        self, generator: Generator, sampling: Sampling, denoiser: GuiderDenoiser, x0: Tensor, text: TextEncoder | None
-    ) -> None:
-        self._generator, self._sampling, self._denoiser, self._text = generator, sampling, denoiser, text
-        self._scheme = generator.model.get_model_object("model_sampling")
-        self._sigmas = detached(sampling.sigmas).to(x0)
-        recorded = x0[:0] if sampling.replay is None else detached(sampling.replay.noises).to(x0)
-        self._replay, self._x0 = Replay(self._sigmas, recorded), x0
-        self._unguided = denoiser.of("negative") if sampling.cfg != 1.0 else None
-        self._tokens = None if text is None else text.tokens(generator.prompt)
+    def start(number: int) -> Tensor:
+        """The inverted image, or the latent with a noise."""
+        if sampling.replay is not None:
+            return x0
+        seed = (sampling.seed + number * APART) % 2**64
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+        return noisy_start(scheme, noise, x0, sigmas)
 
-    def _start(self, number: int) -> Tensor:
-        """The inverted image, or the latent with a noise: number 0 is the seed's."""
-        if self._sampling.replay is not None:
-            return self._x0
-        generator = torch.Generator().manual_seed((self._sampling.seed + number * APART) % 2**64)
-        noise = torch.randn(self._x0.shape, generator=generator).to(self._x0)
-        return noisy_start(self._scheme, noise, self._x0, self._sigmas)
-
-    def generate(self, number: int) -> Tensor:
-        """The image [1, 3, H, W] in 0..1 with the current LoRA."""
-        x, prompt = self._start(number), None if self._text is None else self._text.encode(self._tokens)
-        steps = len(self._sigmas) - 1
-        for step in range(steps):
-            with torch.set_grad_enabled(step >= steps - self._sampling.grad_steps):
-                sigma = self._sigmas[step]
-                x = self._replay.step(x, (x - self._predict(x, sigma, prompt)) / sigma, step)
-        latent_format: Any = self._denoiser.model.latent_format  # with a gradient
-        samples = latent_format.process_out(self._scheme.inverse_noise_scaling(self._sigmas[-1], x))
-        return decode(self._generator.vae, samples).movedim(-1, 1).clamp(0, 1)
-
-    def _predict(self, x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
-        tokens = (None, None) if prompt is None else (prompt.context, prompt.pooled)
-        positive = self._denoiser.denoised(x, sigma.view(1), *tokens)
-        if self._unguided is None:
+    def predict(x: Tensor, sigma: Tensor, prompt: Prompt | None) -> Tensor:
+        positive = denoiser.denoised(x, sigma, *((None, None) if prompt is None else (prompt.context, prompt.pooled)))
+        if unguided is None:
             return positive
-        negative = self._unguided.denoised(x, sigma.view(1))
-        return negative + self._sampling.cfg * (positive - negative)
+        negative = unguided.denoised(x, sigma)
+        return negative + sampling.cfg * (positive - negative)
+
+    def generate(number: int) -> Tensor:
+        x, prompt = start(number), None if text is None else text.encode(tokens)
+        for step in range(steps):
+            with torch.set_grad_enabled(step >= steps - sampling.grad_steps):
+                sigma = sigmas[step]
+                x = replay.step(x, (x - predict(x, sigma.view(1), prompt)) / sigma, step)
+        samples = latent_format.process_out(scheme.inverse_noise_scaling(sigmas[-1], x))
+        return decode(generator.vae, samples).movedim(-1, 1).clamp(0, 1)
+
+    return generate

@@ -1,42 +1,32 @@
-"""The result of a similarity optimisation: LoRA, images and losses; and the size of its stored runs."""
+"""The result of a similarity optimisation: LoRA, images and losses."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...fit.train import Result
 from ...lora.artifact import FineTunedWeights
-from ...lora.host.layers import LoraLayers
-from ...lora.low_rank import LowRank
-from ..siso import Keep, Siso
+from ..siso import Keep
 
 IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
-BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
 
 
 @dataclass(frozen=True)
 class OptimizedLora:
-    """lora: tensors for stock loaders, of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
-    [N, H, W, 3], losses and parts (the value of each term): of every iteration.
+    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images [N, H, W, 3], losses and
+    parts (the value of each term): of every iteration.
     """
 
-    lora: dict[str, Tensor]
+    lora: FineTunedWeights
     image: Tensor
     images: Tensor
     losses: list[float]
     parts: list[list[float]]
-    keep: Keep = "best"
-    header: dict[str, Any] = field(default_factory=dict)
+    keep: Keep
 
     @property
     def best(self) -> int:
         """The iteration with the lowest loss, from 0."""
         return min(range(len(self.losses)), key=self.losses.__getitem__)
-
-    def tuned(self) -> FineTunedWeights:
-        return FineTunedWeights(self.lora, self.header)
 
     def report(self) -> str:
         """The best iteration's loss and the first one's, term by term."""
@@ -46,32 +36,14 @@ class OptimizedLora:
             f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
             f"first: loss {self.losses[0]:.4f} ({first})"
         )
-        warning = self.warning()
-        return text if warning is None else f"{text}\n{warning}"
+        return f"{text}\n{self.warning()}".rstrip()
 
-    def warning(self) -> str | None:
-        """Advice if no image was better than the first, else None."""
+    def warning(self) -> str:
+        """Advice if no image was better than the first."""
         if self.best > 0 or len(self.losses) < 2:
-            return None
+            return ""
         note = ", so the LoRA changes nothing" if self.keep == "best" else ""
         return (
             f"No image was more like the subject than the first{note}: try another learning rate (ten times lower, or "
             "higher), a prompt that names the subject's class, or another seed."
         )
-
-
-def both_loras(fit: Siso, layers: LoraLayers, adapters: Mapping[str, LowRank]) -> Result:
-    """The LoRAs of the best and of the last iteration, as `keep` may change later."""
-    kinds = {"best": fit.best, "last": fit.parameters}
-    return {
-        f"{kind}.{name}": value
-        for kind, values in kinds.items()
-        for name, value in layers.tensors(adapters, values).items()
-    }
-
-
-def run_bytes(vae: Any, latent: Tensor, iterations: int, layers: LoraLayers, rank: int) -> int:
-    """Upper limit of a run's size in bytes, including the image of every iteration."""
-    cell = vae.spacial_compression_decode()
-    images = (iterations + 4) * 3 * latent.shape[-2] * latent.shape[-1] * cell**2  # the best one is float32
-    return images + BYTES_PER_NUMBER * layers.numbers(rank)

@@ -249,10 +249,7 @@ def _embed(vision: Any, images: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _outside(mask: Tensor | None, reference_mask: Tensor | None, request: Request) -> Tensor | None:
-    """1 outside the subjects of both the image and the reference; None without masks or without a comparison.
-
-    ValueError when nothing lies outside although the request needs it.
-    """
+    """1 outside the subjects of both the image and the reference; None without masks or without a comparison."""
     if not request.same_size or (mask is None and reference_mask is None):
         return None
     shape = request.images.shape[:3]
@@ -309,19 +306,15 @@ def _notes(request: Request, outside: Tensor | None) -> list[str]:
 
 def ranking(values: dict[str, list[float]], rank_by: str) -> tuple[list[float], str]:
     """(one number per image, higher is better; the rule in words). rank_by: one of the RANKINGS that are measured."""
+    identity = [name for name in ("dino", "clip_i") if name in values]
+    if not identity and rank_by == OVERALL:
+        rank_by = "clip_t" if "clip_t" in values else "psnr"
     if rank_by in TITLES:
         sign = -1.0 if rank_by == "lpips" else 1.0
         return [sign * v for v in values[rank_by]], TITLES[rank_by] + (", lowest first" if sign < 0 else "")
-    identity = [name for name in ("dino", "clip_i") if name in values]
     total = [sum(row) / len(identity) for row in zip(*(values[name] for name in identity), strict=True)]
     rule = " and ".join(TITLES[name] for name in identity)
     rule = f"the mean of {rule}" if len(identity) == 2 else rule
-    if rank_by == "identity":
+    if rank_by == "identity" or "clip_t" not in values:
         return total, rule
-    if "clip_t" in values:
-        if not identity:
-            return values["clip_t"], TITLES["clip_t"]
-        return [a + b for a, b in zip(total, values["clip_t"], strict=True)], f"{rule}, plus CLIP-T"
-    if identity:
-        return total, rule
-    return values["psnr"], TITLES["psnr"]
+    return [a + b for a, b in zip(total, values["clip_t"], strict=True)], f"{rule}, plus CLIP-T"

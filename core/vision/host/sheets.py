@@ -56,15 +56,12 @@ def labelled_grid(
     size: int = FONT_SIZE,
 ) -> Tensor:
     """[1, h, w, 3] in 0..1: tiles in rows and columns, with a line of text above each column, lines of text beside each
-    row, and a title on top.
-
-    size: of the text, in pixels.
+    row, and a title on top. size: of the text, in pixels.
     """
     face, line = font(size), FONT_SIZE + 6
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def text_width(texts: Sequence[str]) -> int:
-        return max(int(measure.textlength(text, font=face)) for text in texts)
+        return max(int(face.getlength(text)) for text in texts)
 
     present = [tile for row in tiles for tile in row if tile is not None]
     width = max(text_width(columns), *(tile.width for tile in present)) + MARGIN
@@ -93,21 +90,17 @@ def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font)
 
 
 def score_sheet(images: Tensor, captions: list[list[str]], best: int, footer: list[str]) -> Tensor:
-    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer.
-
-    ASCII text only: other characters are replaced by '?', since PIL's default font may lack them.
-    """
+    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer."""
     face = font()
     thumbnails = [thumbnail(image) for image in images]
     width, height = thumbnails[0].size
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    line = int(measure.textbbox((0, 0), "Ag", font=face)[3]) + 3
-    cell_width = max(width, *(int(measure.textlength(plain(t), font=face)) for c in captions for t in c)) + 2 * MARGIN
+    line = int(face.getbbox("Ag")[3]) + 3
+    cell_width = max(width, *(int(face.getlength(plain(t))) for c in captions for t in c)) + 2 * MARGIN
     cell_height = height + line * max(len(caption) for caption in captions) + 3 * MARGIN
     columns = min(len(thumbnails), MAX_COLUMNS)
     rows = math.ceil(len(thumbnails) / columns)
     sheet_width = max(columns * cell_width, SMALLEST)
-    characters = max(int((sheet_width - 2 * MARGIN) / (measure.textlength("x" * 40, font=face) / 40)), 10)
+    characters = max(int((sheet_width - 2 * MARGIN) / (face.getlength("x" * 40) / 40)), 10)
     notes = [part for text in footer for part in textwrap.wrap(plain(text), characters)]
     sheet_height = rows * cell_height + len(notes) * line + 2 * MARGIN
     sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)

@@ -1,8 +1,9 @@
 """Find a named subject in images with a detector's boxes and segment-anything's masks; and caption images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -30,19 +31,9 @@ class MaskRequest:
     choose: str = geometry.BEST
 
 
-class SubjectMasks(NamedTuple):
-    """mask [B, H, W] of 0 and 1; image [B, H, W, 3]: the images with the detections drawn on them; info: a report."""
-
-    mask: Tensor
-    image: Tensor
-    info: str
-
-
-def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> SubjectMasks:
-    """Masks of the subject in images [B, H, W, C] in 0..1.
-
-    ValueError when an image does not show it; a problem with segment-anything's package or file is reported before the
-    detection.
+def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> tuple[Tensor, Tensor, str]:
+    """Masks [B, H, W] of 0 and 1 of the subject in images [B, H, W, C] in 0..1, the images with the detections drawn on
+    them, and a report. Faults of segment-anything are raised before the work.
     """
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
@@ -50,13 +41,13 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
     images = list(map(as_pixels, image))
     detector_model = grounding.load_detector(detector)
     detector_model.check(request.subject)
-    detect = _LoadedModel(detector_model, grounding.input_pixels(detector_model) * grounding.BYTES_PER_PIXEL)
+    detect = _loaded(detector_model, grounding.input_pixels(detector_model) * grounding.BYTES_PER_PIXEL)
     detections = []
     for pixels in images:
         mm.throw_exception_if_processing_interrupted()
         detections.append(detect(pixels, request.subject, request.box_threshold, request.text_threshold))
     _check_detections(detections, request)
-    segment = _LoadedModel(segmenter_model, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
+    segment = _loaded(segmenter_model, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
     masks, overlays = [], []
     lines = [f"'{request.subject.strip()}' by {detector_model.description} and {segmenter_model.description}"]
     for number, (pixels, each) in enumerate(zip(images, detections, strict=True)):
@@ -71,7 +62,7 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
         masks.append(mask.float())
         overlays.append(_overlay(pixels, mask, each, selected))
         lines.append(_summary(number, each, selected, float(mask.float().mean()), request.choose))
-    return SubjectMasks(torch.stack(masks), torch.stack(overlays), "\n".join(lines))
+    return torch.stack(masks), torch.stack(overlays), "\n".join(lines)
 
 
 def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:
@@ -79,7 +70,7 @@ def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:
     device = mm.get_torch_device()
     dtype = torch.float16 if mm.should_use_fp16(device, prioritize_performance=False) else torch.float32
     captioner = caption.load_captioner(folder, dtype)
-    write = _LoadedModel(captioner, caption.BYTES)
+    write = _loaded(captioner, caption.BYTES)
     texts = []
     for number, each in enumerate(image):
         mm.throw_exception_if_processing_interrupted()
@@ -89,19 +80,18 @@ def captions(image: Tensor, folder: Path, max_tokens: int) -> list[str]:
     return texts
 
 
-class _LoadedModel:
+def _loaded(model: nn.Module, memory: float) -> Callable[..., Any]:
     """Another library's network, fully loaded through ComfyUI, which makes room for it like for its own models."""
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device()
+    )
+    mm.load_models_gpu([patcher], memory_required=memory, force_full_load=True)
 
-    def __init__(self, model: nn.Module, memory: float) -> None:
-        self.model = model
-        self.patcher = comfy.model_patcher.ModelPatcher(
-            model, load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device()
-        )
-        mm.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
-
-    def __call__(self, *inputs: Any) -> Any:
+    def run(*inputs: Any) -> Any:
         with torch.no_grad():
-            return self.model(*inputs)
+            return patcher.model(*inputs)  # the patcher lives as long as this function
+
+    return run
 
 
 def _check_detections(detections: list[Detections], request: MaskRequest) -> None:

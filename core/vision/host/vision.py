@@ -15,27 +15,27 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ...files import read_weights
 from ...session import folders
 from ...session.inputs import Names
 from ...session.weights import load_fully
+from ..instance_retrieval import from_published
 from ..preprocess import Preprocess
 from .extras.caption import is_captioner
 from .extras.grounding import is_detector
 from .extras.offline import running
 from .extras.open_clip_file import load_open_clip
-from .extras.retrieval import load_tower
+from .extras.retrieval import MAX_BYTES, RetrievalTower
 from .extras.tower import Tower, VisionOutput
 from .extras.transformers_folder import WEIGHTS, load_transformers
 
 BYTES_PER_PIXEL = 600.0  # upper estimate of one forward pass's activations, for ComfyUI's memory management
+OUTPUTS = ("image_embeds", "last_hidden_state", "penultimate_hidden_states", "mm_projected")
 BATCH = 8  # images per forward pass without gradients
 
 
 class VisionModel:
-    """A CLIP_VISION whose network comes from transformers or open_clip; float32 weights in a ModelPatcher.
-
-    encode_image(), load_device, patcher and image_size are compatible with ComfyUI's own object.
-    """
+    """A CLIP_VISION, with what ComfyUI's own object has, of another library's network in float32."""
 
     def __init__(self, tower: Tower) -> None:
         self.model = tower
@@ -49,15 +49,13 @@ class VisionModel:
         self.image_mean, self.image_std = list(tower.preprocess.mean), list(tower.preprocess.std)
 
     def encode_image(self, image: Tensor, crop: bool = True) -> comfy.clip_vision.Output:
-        """[B, H, W, C] in 0..1 -> Output with image_embeds, last_hidden_state, penultimate_hidden_states."""
+        """[B, H, W, C] in 0..1 -> Output with OUTPUTS."""
         _load(self, image.shape[0])
         with torch.no_grad():
-            result = self.run(image, crop, self.preprocess)
+            outputs = self.run(image, crop, self.preprocess)
         output, device = comfy.clip_vision.Output(), mm.intermediate_device()
-        output["image_embeds"] = result.embedding.to(device)
-        output["last_hidden_state"] = None if result.last is None else result.last.to(device)
-        output["penultimate_hidden_states"] = None if result.penultimate is None else result.penultimate.to(device)
-        output["mm_projected"] = None
+        for name, value in zip(OUTPUTS, (*outputs, None), strict=True):
+            output[name] = None if value is None else value.to(device)
         return output
 
     def run(self, pixels: Tensor, crop: bool, preprocess: Preprocess) -> VisionOutput:
@@ -81,13 +79,8 @@ class VisionModel:
         return self.model.state_dict()
 
 
-def is_vision_model(path: Path) -> bool:
-    """Whether an entry of models/likeness_vision is neither a detector nor a captioning model, which have own nodes."""
-    return not (is_detector(path) or is_captioner(path))
-
-
-def vision_names(matches: Callable[[Path], bool] = is_vision_model) -> Names:
-    """The entries of models/likeness_vision that match."""
+def vision_names(matches: Callable[[Path], bool] = lambda path: not (is_detector(path) or is_captioner(path))) -> Names:
+    """The entries of models/likeness_vision that match; by default those without a node of their own."""
     return folders.matching(folders.VISION, matches)
 
 
@@ -104,8 +97,8 @@ def load_vision(path: Path) -> VisionModel:
 
 
 def load_retrieval_model(path: Path) -> VisionModel:
-    """SISO's second vision model, from its published file. ValueError for anything else."""
-    return VisionModel(load_tower(path))
+    """SISO's second vision model, from its published .pth or its tensors as safetensors. ValueError for others."""
+    return VisionModel(RetrievalTower(from_published(read_weights(path, MAX_BYTES)), path.stem))
 
 
 def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preprocess | None = None) -> Tensor:
@@ -118,7 +111,7 @@ def features(vision: Any, pixels: Tensor, crop: bool = True, preprocess: Preproc
     """
     preprocess = preprocess or preprocess_of(vision)
     if isinstance(vision, VisionModel):
-        return vision.run(pixels, crop, preprocess).embedding
+        return vision.run(pixels, crop, preprocess)[0]
     inputs = preprocess(pixels.to(vision.load_device), crop)
     pooled = vision.model(pixel_values=inputs, intermediate_output=-2)[2]
     return pooled.mean(1) if pooled.ndim == 3 else pooled

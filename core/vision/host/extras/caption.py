@@ -57,5 +57,4 @@ def load_captioner(folder: Path, dtype: torch.dtype) -> Captioner:
         )
     processor = read_processor(folder)  # first: it takes no time
     model, _ = read_model(folder, "AutoModelForImageTextToText", dtype)
-    with offline():
-        return Captioner(model, processor, folder.name)
+    return Captioner(model, processor, folder.name)

@@ -113,8 +113,7 @@ def load_detector(folder: Path) -> Detector:
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"The folder {folder.name} has no tokenizer files: copy the model's whole folder.")
     model, _ = read_model(folder, "AutoModelForZeroShotObjectDetection")
-    with offline():
-        return Detector(model, processor, folder.name)
+    return Detector(model, processor, folder.name)
 
 
 def input_pixels(detector: Detector) -> float:

@@ -26,9 +26,7 @@ def offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
-    """ValueError when a network of another library cannot be run: what its folder says of it may fit its weights and
-    still not work.
-    """
+    """ValueError when another library's network cannot be run, though its folder's settings fit its weights."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -39,7 +39,7 @@ class OpenClipTower(Tower):
             embedding = self.model.encode_image(pixel_values)
         if blocks and not getattr(transformer, "batch_first", True):
             hidden = [tokens.transpose(0, 1) for tokens in hidden]
-        return VisionOutput(embedding, hidden[-1] if hidden else None, hidden[0] if len(hidden) == 2 else None)
+        return embedding, hidden[-1] if hidden else None, hidden[0] if len(hidden) == 2 else None
 
     def encode_text(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))

@@ -1,11 +1,8 @@
 """The published file of the instance-retrieval model -> Tower (see core/vision/instance_retrieval.py)."""
 
-from pathlib import Path
-
 from torch import Tensor
 
-from ....files import read_weights
-from ...instance_retrieval import PREPROCESS, RetrievalNetwork, from_published
+from ...instance_retrieval import PREPROCESS, RetrievalNetwork
 from .tower import Tower, VisionOutput
 
 MAX_BYTES = 8 << 30
@@ -20,10 +17,4 @@ class RetrievalTower(Tower):
         self.description = f"{name} (instance retrieval, {model.fc1.out_features} numbers)"
 
     def forward(self, pixel_values: Tensor) -> VisionOutput:
-        return VisionOutput(self.model(pixel_values), None, None)
-
-
-def load_tower(path: Path) -> RetrievalTower:
-    """Read a .pth (tensors only, no code) or a .safetensors file; ValueError when it holds something else."""
-    tensors = read_weights(path, MAX_BYTES)
-    return RetrievalTower(from_published(tensors), path.stem)
+        return self.model(pixel_values), None, None

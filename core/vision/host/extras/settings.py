@@ -35,9 +35,8 @@ def read_preprocessing(folder: Path) -> dict[str, Any] | None:
 def _check_preprocessing(where: str, settings: dict[str, Any]) -> None:
     most = MAX_SIDE**2 if PIXELS in settings else MAX_SIDE
     for name, value in settings.items():
-        if value is None:
-            fits, expected = True, ""
-        elif name in SIDES:
+        fits, expected = True, ""
+        if name in SIDES:
             fits, expected = all(is_side(side, most) for side in _sides(value)), f"sides of 1 to {most} pixels"
         elif name in CHANNELS:
             fits, expected = is_color(value, positive=name == "image_std"), "three numbers, of image_std above 0"
@@ -47,9 +46,7 @@ def _check_preprocessing(where: str, settings: dict[str, Any]) -> None:
             fits, expected = value in FILTERS, "a number from 0 to 5"
         elif name == "rescale_factor":
             fits, expected = is_number(value) and value > 0, "a number above 0"
-        else:
-            fits, expected = True, ""
-        if not fits:
+        if not fits and value is not None:
             raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy it again.")
 
 

@@ -1,19 +1,11 @@
 """The interface through which the pack uses other libraries' vision models."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from ...preprocess import Preprocess
 
-
-@dataclass(frozen=True)
-class VisionOutput:
-    """A vision model's output. embedding [B, D]; tokens of the last and the penultimate layer, or None."""
-
-    embedding: Tensor
-    last: Tensor | None
-    penultimate: Tensor | None
+VisionOutput = tuple[Tensor, Tensor | None, Tensor | None]
+"""The embedding [B, D]; tokens of the last and the penultimate layer, or None."""
 
 
 class Tower(nn.Module):

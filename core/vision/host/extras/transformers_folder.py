@@ -1,7 +1,7 @@
 """A Hugging Face transformers folder -> Tower. Read from disk only; code in the folder is never run."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class TransformersTower(Tower):
         if hasattr(self.model, "visual_projection"):
             embedding = self.model.visual_projection(embedding)
         hidden = getattr(out, "hidden_states", None)
-        return VisionOutput(embedding, last, hidden[-2] if hidden else None)
+        return embedding, last, hidden[-2] if hidden else None
 
     def encode_text(self, texts: list[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
@@ -62,11 +62,9 @@ def load_transformers(folder: Path) -> Tower:
         raise ValueError(
             f"The folder {folder.name} holds a {type(model).__name__}, which takes no images: choose another."
         )
-    with offline():
-        tokenizer, text_missing = _tokenizer(folder, model)
-        tower = TransformersTower(model, tokenizer, not missing, folder.name)
-    tower.preprocess = _preprocess(folder, model.config)
-    tower.text_missing = text_missing
+    tokenizer, text_missing = _tokenizer(folder, model)
+    tower = TransformersTower(model, tokenizer, not missing, folder.name)
+    tower.preprocess, tower.text_missing = _preprocess(folder, model.config), text_missing
     if str(model.config.model_type).startswith("dinov2"):
         tower.trained_side = _side(model.config.image_size)
     return tower
@@ -87,17 +85,23 @@ def read_model(
     if variant is None:
         weights_variant(folder)
     transformers = package("transformers", folder.name, "transformers")
-    _check_size(folder, config, getattr(transformers, class_name))
-    setting = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # its older name
-    with _no_progress_bar(transformers):
-        model, info = pretrained(
-            getattr(transformers, class_name),
-            folder,
-            f"transformers {transformers.__version__}",
-            trust_remote_code=False,
-            variant=variant,
-            **{setting: dtype},  # while loading: a captioner in float32 would need twice the memory
-        )
+    kind, version = getattr(transformers, class_name), transformers.__version__
+
+    def build() -> Any:
+        settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return getattr(kind, "from_config", kind)(settings)
+
+    files, quantised = [*folder.glob("*.safetensors")], "quantization_config" in config
+    with offline():
+        check_size(f"config.json of {folder.name}", config, files, None if quantised else build)
+    setting = "dtype" if int(version.split(".")[0]) >= 5 else "torch_dtype"  # its older name
+    options = {"variant": variant, setting: dtype}  # while loading: a captioner in float32 would need twice the memory
+    bars = transformers.utils.logging
+    with contextlib.ExitStack() as stack:
+        if bars.is_progress_bar_enabled():
+            bars.disable_progress_bar()
+            stack.callback(bars.enable_progress_bar)
+        model, info = pretrained(kind, folder, f"transformers {version}", trust_remote_code=False, **options)
     missing = set(info["missing_keys"])
     check_complete(folder, {name for name in missing if not name.startswith(optional)})
     return model.to(dtype).train(False).requires_grad_(False), missing
@@ -154,36 +158,11 @@ def check_complete(folder: Path, missing: set[str], unused: Collection[str] = ()
             )
 
 
-@contextlib.contextmanager
-def _no_progress_bar(transformers: Any) -> Iterator[None]:
-    bars = transformers.utils.logging
-    enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            bars.enable_progress_bar()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. ValueError when it cannot be read."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"The folder {folder.name} has no config.json: copy the model's whole folder.")
     return read_table(folder / "config.json")
-
-
-def _check_size(folder: Path, config: dict[str, Any], kind: Any) -> None:
-    """ValueError when config.json asks for a much larger network than the files hold: it is built before it is read."""
-    import transformers
-
-    def build() -> Any:
-        settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return getattr(kind, "from_config", kind)(settings)
-
-    files = [*folder.glob("*.safetensors")]
-    with offline():
-        check_size(f"config.json of {folder.name}", config, files, None if "quantization_config" in config else build)
 
 
 def _tokenizer(folder: Path, model: Any) -> tuple[Any, str | None]:
