@@ -92,7 +92,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def name_models(models: Path, base: Path) -> Path:
-    """Write ComfyUI's configuration of a second models folder, searched after base/models, where files are saved."""
+    """Write ComfyUI's configuration of a second models folder, searched after base/models; files are saved to the
+    latter.
+    """
     path, folder = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
     folders = {each.name: f"{folder / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
     path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))

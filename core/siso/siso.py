@@ -106,7 +106,9 @@ class Siso(Fit):
         settings: SisoSettings,
         optimizer: Optimizer = torch.optim.AdamW,
     ) -> None:
-        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters."""
+        """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: the one that
+        the settings name.
+        """
         self.generate, self.terms, self.parameters, self.settings = generate, terms, dict(parameters), settings
         text = [parameter for name, parameter in self.parameters.items() if name.startswith(TEXT_PREFIX)]
         rest = [parameter for name, parameter in self.parameters.items() if not name.startswith(TEXT_PREFIX)]

@@ -90,7 +90,9 @@ class States(RunStore):
         """Up to which step both the states and the adapter are on disk."""
 
     def load(self, key: str, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor] | None:
-        """The newest state, or None before the first, or its fault, in all processes; key and choose are ignored."""
+        """The newest state, in all processes, or None before the first; key and choose are ignored. What is wrong with
+        the states is raised in all processes.
+        """
         from accelerate.utils import broadcast_object_list
 
         answer: Any = None

@@ -124,7 +124,9 @@ def sana_names() -> Names:
 
 
 def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:
-    """Load all models of a folder. ValueError for another or an incomplete one, before anything large is read."""
+    """Load all models of a folder. ValueError, before anything large is read, when it has another model, is incomplete
+    or pickled; RuntimeError when diffusers is not installed.
+    """
     sana.check_folder(folder)
     sana.library(folder)
     model, vae, plain = load_model(folder, dtype), _vae(folder), _clip(folder)

@@ -98,7 +98,9 @@ class FineTuneData:
 
 @dataclass(frozen=True)
 class FineTuneJob(Job):
-    """A complete fine-tuning job. model: with its position map. begin() sets samples, and text if that trains too."""
+    """A complete fine-tuning job. model: with its position map. begin() sets samples, the encoded images, and text,
+    the text encoder if it trains too.
+    """
 
     method: ClassVar[str] = "sine"
 
@@ -243,7 +245,9 @@ def _prompt_of(text: TextEncoder | None, prompt_text: str, fixed: Callable[[], P
 
 
 def _check(job: FineTuneJob) -> FineTuneData | None:
-    """Check all inputs before anything is loaded, and warn about rare settings; returns the prior if it is used."""
+    """Check all inputs before anything is loaded, and warn about settings that work but are rarely intended; returns
+    the prior, or None if it is unused.
+    """
     data, plan, prior = job.data, job.plan, job.prior
     single_prompt(job.positive, "training prompt")
     if plan.method == FULL:

@@ -26,7 +26,9 @@ class Background:
     weight: float
 
     def check(self, vae: Any, latent: Tensor) -> None:
-        """ValueError when the image or the mask does not fit a latent [1, C, h, w], or nothing is to keep or change."""
+        """ValueError when the image does not have the size that a latent [1, C, h, w] decodes to, or the mask does not
+        fit the image, or leaves nothing to preserve or nothing to change.
+        """
         height, width = self.image.shape[1:3]
         cell = vae.spacial_compression_decode()
         size = (latent.shape[-2] * cell, latent.shape[-1] * cell)

@@ -261,7 +261,9 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
 
 
 def prodigy() -> Optimizer:
-    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101). RuntimeError without its authors' package."""
+    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) from its authors' package; all parameter groups share one
+    learning rate. RuntimeError without the package, which is optional.
+    """
     library = package("prodigyopt", "Prodigy", "prodigyopt", " (or choose AdamW)")
     return functools.partial(library.Prodigy, **SAFEGUARDS)
 

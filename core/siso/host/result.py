@@ -12,8 +12,8 @@ IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that 
 
 @dataclass(frozen=True)
 class OptimizedLora:
-    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images [N, H, W, 3], losses and
-    parts (the value of each term): of every iteration.
+    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
+    [N, H, W, 3], losses and parts (the value of each term): of every iteration.
     """
 
     lora: FineTunedWeights

@@ -26,7 +26,9 @@ def offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
-    """ValueError when another library's network cannot be run, though its folder's settings fit its weights."""
+    """ValueError when a network of another library cannot be run: what its folder says of it may fit its weights and
+    still not work.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
