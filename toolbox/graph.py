@@ -262,7 +262,11 @@ def set_value(node: dict[str, Any], entry: str, value: Any, object_info: ObjectI
 
 
 def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: ObjectInfo) -> Graph:
-    """A copy of the graph with other widget values: {(title of a node or type of several, input): value}."""
+    """A copy of the graph with changed widget values.
+
+    settings: {(title or type of the node, input): value}. A type selects all its nodes. GraphError for an unknown node
+    or input.
+    """
     copied = copy.deepcopy(graph)
     for (name, entry), value in settings.items():
         for node in matching_nodes(copied, name):

@@ -101,7 +101,10 @@ def _from_moments(reference: Tensor, target: Tensor, angles: Tensor) -> Tensor:
 
 
 def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees: float = 180.0) -> Alignment:
-    """The transform that aligns the reference mask [H, W] with the target mask [h, w]; max_degrees limits its start."""
+    """The transform that aligns the reference mask [H, W] with the target mask [h, w]; values in 0..1.
+
+    max_degrees limits the initial angles. ValueError for masks with too few set pixels.
+    """
     for name, mask in (("reference", reference), ("target", target)):
         count = int((mask > 0.5).sum())
         if count < SMALLEST:

@@ -54,7 +54,10 @@ class Reference:
 
 
 class ReferenceGuide(Fit):
-    """The whole sampling, with J updates per step of its window; with J = 0 there are none and advance() samples."""
+    """The whole sampling, with the optimisation in its window: J updates per step there.
+
+    With J = 0 there are no updates: advance() samples.
+    """
 
     def __init__(
         self,

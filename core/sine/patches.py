@@ -36,7 +36,10 @@ def draw_box(cells: int, uniform: Callable[[], float], at_most: Callable[[int], 
 
 
 def box_of(seed: int, index: int, cells: int, whole_image: float, shows: Callable[[Box], bool] | None = None) -> Box:
-    """The rectangle of the index-th patch that shows() some of the subject; or, with this probability, all."""
+    """The rectangle of the index-th patch; the whole image with probability whole_image.
+
+    shows(box): whether the box contains any part of the subject.
+    """
     whole = (0, 0, cells, cells)
     generator = step_generator(seed, index, "patch")
 

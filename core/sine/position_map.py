@@ -94,7 +94,10 @@ def marker(cells: int, interpolation: str) -> dict[str, Tensor]:
 
 
 def needed_map(tensors: Mapping[str, Tensor], name: str = "The LoRA") -> tuple[int, str] | None:
-    """Cells and interpolation of the position map that weights (of this name) need; None if they need none."""
+    """Cells and interpolation of the position map that weights need; None if they need none.
+
+    ValueError, which names the weights, for a marker of an impossible map.
+    """
     if MARKER not in tensors:
         return None
     value = tensors[MARKER]

@@ -51,7 +51,10 @@ def similarity_loss(features: Tensor, references: Tensor) -> Tensor:
 
 
 def background_error(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and, somewhere, zeros."""
+    """Mean squared difference of images [1, C, H, W] outside a mask [1, 1, H, W] of ones and zeros.
+
+    ValueError when the mask covers everything.
+    """
     outside = 1 - mask
     count = outside.sum() * image.shape[1]
     if not float(count) > 0:
@@ -76,8 +79,9 @@ def plateau(
 
 @dataclass(frozen=True)
 class SisoSettings:
-    """The settings that determine the result, besides the generator and the terms; of these, threshold and patience (0
-    never stops early) determine its length alone.
+    """The settings that determine the result, besides the generator and the terms. patience 0 never stops early.
+
+    threshold and patience only determine the length of a run, not its iterations.
     """
 
     learning_rate: float = 2e-4

@@ -50,7 +50,10 @@ class Base:
 
     @torch.no_grad()
     def samples(self, items: Sequence[Item], seed: int) -> list[Sample]:
-        """The samples of one batch, float32 on the networks' device; random numbers depend on (seed, number) only."""
+        """The samples of one batch, in float32 on the networks' device.
+
+        The random numbers depend only on (seed, number of the sample).
+        """
         pairs, counts = [item.pair for item in items], [1 + len(item.pair.subjects) for item in items]
         images = torch.cat([torch.cat([pair.target[None], pair.subjects]) for pair in pairs])
         texts = [text for pair in pairs for text in (pair.caption, *map(subject_prompt, pair.classes))]

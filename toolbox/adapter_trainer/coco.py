@@ -42,7 +42,10 @@ class Coco:
     """The pairs of a COCO folder, one per usable image, in the order of the annotation files."""
 
     def __init__(self, path: Path, size: int, max_subjects: int = MAX_SUBJECTS, limit: int = 0) -> None:
-        """limit: use only the first images of each part; 0 for all. ValueError when there is nothing to learn from."""
+        """limit: use only the first images of each part; 0 for all.
+
+        ValueError, which says what is expected, when there is nothing to learn from.
+        """
         self.path, self.size, self.max_subjects = path, size, max_subjects
         self.skipped: list[str] = []
         """Skipped files with the reason; grows while images are read."""

@@ -90,8 +90,9 @@ class States(RunStore):
         """Up to which step both the states and the adapter are on disk."""
 
     def load(self, key: str, choose: Callable[[list[str]], list[str]] = list) -> dict[str, Tensor] | None:
-        """The newest state, in all processes, or None before the first; key and choose are ignored. What is wrong with
-        the states is raised in all processes.
+        """The newest state, in all processes, or None before the first; key and choose are ignored.
+
+        ValueError, in all processes, when it has other settings, or none can be read.
         """
         from accelerate.utils import broadcast_object_list
 

@@ -60,7 +60,10 @@ class YoutubeVis:
     """Pairs from videos; a pair depends on the generator alone."""
 
     def __init__(self, path: Path, size: int, draws: int = DRAWS) -> None:
-        """draws: samples in one pass over the data. ValueError when there is nothing to learn from."""
+        """draws: number of samples in one pass over the data.
+
+        ValueError, which says what is expected, when there is nothing to learn from.
+        """
         self.path, self.size, self.draws = path, size, draws
         self.skipped: list[str] = []
         """Skipped files with the reason; grows while frames are read."""

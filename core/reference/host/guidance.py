@@ -192,7 +192,10 @@ def plain_prompt(
 def masked_negative(
     negative: Conditioning, nulls: Tensor | None, mask: Tensor, window: range, sigmas: list[float], sampling: Any
 ) -> Conditioning:
-    """The empty prompt; in the window it holds outside the mask, and each step's nulls [W, n, d], if any, inside."""
+    """The empty prompt; in the window's steps it holds outside the mask, and each step's own tokens hold inside.
+
+    nulls [W, n, d]; None if nothing was optimised.
+    """
     (phi, options), times = negative[0], windows(sigmas, sampling.percent_to_sigma)
     begin, end = times[window[0]][0], times[window[-1]][1]
     if nulls is None:

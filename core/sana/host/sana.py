@@ -87,7 +87,10 @@ class FullLoadPatcher(comfy.model_patcher.ModelPatcher):
 
 
 class SanaTokenizer:
-    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma."""
+    """The tokenizer with the interface of ComfyUI's CLIP. Prompt weights, "(word:1.2)", are plain text to Gemma.
+
+    instruction: prepended to every non-empty prompt, as in the reference code.
+    """
 
     def __init__(self, tokenizer: Any, instruction: str) -> None:
         self._tokenizer, self._instruction = tokenizer, instruction

@@ -52,7 +52,10 @@ def subject_model(
     start_percent: float = 0.0,
     k_timestep: int = -1,
 ) -> SubjectModel:
-    """A SubjectModel from a node's values. k_timestep: K in training timesteps, in place of end_percent unless -1."""
+    """A SubjectModel from a node's values. k_timestep: K in training timesteps, used instead of end_percent unless -1.
+
+    ValueError for an empty window.
+    """
     if k_timestep != -1:
         end_percent = max(0.0, percent_of(k_timestep))
     if start_percent > end_percent:

@@ -249,7 +249,10 @@ def _embed(vision: Any, images: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _outside(mask: Tensor | None, reference_mask: Tensor | None, request: Request) -> Tensor | None:
-    """1 outside the subjects of both the image and the reference; None without masks or without a comparison."""
+    """1 outside the subjects of both the image and the reference; None without masks or without a comparison.
+
+    ValueError when nothing lies outside although the request needs it.
+    """
     if not request.same_size or (mask is None and reference_mask is None):
         return None
     shape = request.images.shape[:3]

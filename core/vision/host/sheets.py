@@ -56,7 +56,9 @@ def labelled_grid(
     size: int = FONT_SIZE,
 ) -> Tensor:
     """[1, h, w, 3] in 0..1: tiles in rows and columns, with a line of text above each column, lines of text beside each
-    row, and a title on top. size: of the text, in pixels.
+    row, and a title on top.
+
+    size: of the text, in pixels.
     """
     face, line = font(size), FONT_SIZE + 6
 
@@ -90,7 +92,10 @@ def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font)
 
 
 def score_sheet(images: Tensor, captions: list[list[str]], best: int, footer: list[str]) -> Tensor:
-    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer."""
+    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer.
+
+    ASCII text only: other characters are replaced by '?', since PIL's default font may lack them.
+    """
     face = font()
     thumbnails = [thumbnail(image) for image in images]
     width, height = thumbnails[0].size

@@ -33,7 +33,7 @@ class MaskRequest:
 
 def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> tuple[Tensor, Tensor, str]:
     """Masks [B, H, W] of 0 and 1 of the subject in images [B, H, W, C] in 0..1, the images with the detections drawn on
-    them, and a report. Faults of segment-anything are raised before the work.
+    them, and a report. ValueError when an image does not show it; faults of segment-anything come before the detection.
     """
     if not request.subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")

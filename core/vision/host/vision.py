@@ -35,7 +35,10 @@ BATCH = 8  # images per forward pass without gradients
 
 
 class VisionModel:
-    """A CLIP_VISION, with what ComfyUI's own object has, of another library's network in float32."""
+    """A CLIP_VISION whose network comes from transformers or open_clip; float32 weights in a ModelPatcher.
+
+    encode_image(), load_device, patcher and image_size are compatible with ComfyUI's own object.
+    """
 
     def __init__(self, tower: Tower) -> None:
         self.model = tower
