@@ -16,7 +16,6 @@ Deviations, each with its reason:
   ablation, with weight 0 as in the reference code.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -151,8 +150,11 @@ class FineTune(Fit):
         loss.backward()
         if self.prior is not None and self.settings.prior_weight:
             value += self._prior(self.prior, generator)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf)  # of all devices; it changes nothing
-        finite_or_raise(norm, self.step, "gradient")
+        gradients = [leaf.grad for leaf in self.parameters.values() if leaf.grad is not None]
+        devices = {gradient.device for gradient in gradients}  # a text encoder may be on another one
+        parts = [[gradient for gradient in gradients if gradient.device == device] for device in devices]
+        norms = [torch.stack(torch._foreach_norm(part)).sum().cpu() for part in parts]
+        finite_or_raise(torch.stack(norms).sum(), self.step, "gradient")
         self.optimizer.step()
         self.losses.append(value)
         return denoised.detach()
