@@ -84,7 +84,7 @@ SEARCH = {
 BASE = {"unet": "0.04 @ 300", "flow": "0.2 @ 300"}  # what the others are compared with in the search
 FAST = {
     "unet": Way(0.04, (100, 200, 300), start_percent=0.15, end_percent=0.85),
-    "flow": Way(0.2, (100, 200, 300)),
+    "flow": Way(0.6, (100, 200, 300)),
 }
 
 
