@@ -16,8 +16,6 @@ from ..core.session.inputs import check_axes, check_input, check_pooled, check_w
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
 
-CHECKED = "_likeness_checked"
-
 
 class Node(io.ComfyNode):
     """execute() of a subclass gets what its schema promises, in the process of a test as in a server, and so does
@@ -45,53 +43,36 @@ class Node(io.ComfyNode):
             names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *files)]
             found.__signature__ = inspect.Signature(names)  # ty: ignore[unresolved-attribute]
             cls.fingerprint_inputs, cls.validate_inputs = classmethod(states), classmethod(found)
-        for name, wrapped in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
-            method = cls.__dict__.get(name)
-            if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
-                setattr(cls, name, classmethod(wrapped(method.__func__)))
+        schema = functools.cache(cls.define_schema)  # once: it looks for files
+        for name, wrapper in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
+            method = cls.__dict__.get(name)  # ComfyUI runs a clone of the class each time, which has wrapped ones
+            if isinstance(method, classmethod) and not hasattr(method.__func__, "__wrapped__"):
+                setattr(cls, name, classmethod(wrapper(method.__func__, schema)))
 
 
-def _schema_once() -> Callable[[type[Node]], io.Schema]:
-    """The schema of a node, built once: it looks for files. (ComfyUI runs a clone of the class each time.)"""
-    found: list[io.Schema] = []
-
-    def schema(cls: type[Node]) -> io.Schema:
-        if not found:
-            found.append(cls.define_schema())
-        return found[0]
-
-    return schema
-
-
-def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    schema_of = _schema_once()
-
+def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.Schema]) -> Callable[..., io.NodeOutput]:
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
         with ascii_only(), disk_errors(), random_numbers():
-            schema = schema_of(cls)
+            schema = schema_of()
             names = (widget.id for widget in schema.inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
             output = execute(cls, **checked(schema, given))
             check_results(schema, output)
             return output
 
-    setattr(run, CHECKED, True)
     return run
 
 
-def _checked_so_far(status: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    schema_of = _schema_once()
-
+def _checked_so_far(status: Callable[..., list[str]], schema_of: Callable[[], io.Schema]) -> Callable[..., list[str]]:
     @functools.wraps(status)
     def run(cls: type[Node], **given: Any) -> list[str]:
         with ascii_only():
-            schema = schema_of(cls)
+            schema = schema_of()
             lazy = {widget.id for widget in schema.inputs if getattr(widget, "lazy", None)}
             there = {name: value for name, value in given.items() if value is not None or name not in lazy}
             return status(cls, **{**given, **checked(schema, there)})
 
-    setattr(run, CHECKED, True)
     return run
 
 
