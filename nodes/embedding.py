@@ -9,7 +9,6 @@ from ..core.embedding.artifact import load_embedding, save_embedding
 from ..core.embedding.host.train import (
     ANCHORS,
     Previews,
-    RegularizerOptions,
     Schedule,
     TrainingPrompts,
     preview_images,
@@ -176,23 +175,16 @@ class LikenessTrainEmbedding(Node):
         )
 
     @classmethod
-    def execute(cls, model, positive, preview_steps, preview_cfg, target=None, preset=AS_SET, **more) -> io.NodeOutput:
+    def execute(cls, model, positive, preview_steps, preset=AS_SET, **more) -> io.NodeOutput:
         more = apply_preset(HIPER, preset, kind_of(model), more)
-        init = more.pop("init")
-        source, settings, schedule, anchor = build(more, ImageSource, hiper.HiPerSettings, Schedule, RegularizerOptions)
-        if init == EMPTY and anchor.negative is None:
-            raise ValueError(
-                "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
-            )
+        source, settings, schedule, prompts = build(more, ImageSource, hiper.HiPerSettings, Schedule, TrainingPrompts)
         images = source.encoded(model)
-        empty = anchor.negative if init == EMPTY else None
-        prompts = TrainingPrompts(empty, target, anchor, anchor.negative, preview_cfg)
         embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts)
         loss = loss_map(losses)
         if source.vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
-        how = Previews(source.vae, anchor.negative, preview_steps, preview_cfg, settings.seed)
-        previews = preview_images(model, embedding, positive, target, tuple(images.latent.shape), how)
+        how = Previews(source.vae, prompts.negative, preview_steps, prompts.preview_cfg, settings.seed)
+        previews = preview_images(model, embedding, positive, prompts.target, tuple(images.latent.shape), how)
         return io.NodeOutput(embedding, loss, previews)
 
 

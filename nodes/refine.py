@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner
-from ..core.embedding.host.refine import SavedStep, refine_embedding
+from ..core.embedding.host.refine import refine_embedding
 from ..core.embedding.host.train import RegularizerOptions
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
@@ -53,6 +53,6 @@ class LikenessRefineEmbedding(Node):
     @classmethod
     def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
         source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, RegularizerOptions)
-        saved, images = SavedStep(embedding, step), source.encoded(model)
-        refined, losses = refine_embedding(model, positive, images, saved, sigmas, settings, anchor)
+        images = source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, embedding, sigmas, settings, anchor, step)
         return io.NodeOutput(refined, loss_map(losses))

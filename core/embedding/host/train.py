@@ -41,8 +41,8 @@ from ...session.session import GuiderDenoiser, Session
 from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
-from ..hifi_tuner import RegularizedHiPer, Regularizer
-from ..presets import HIPER
+from ..hifi_tuner import Regularizer
+from ..presets import EMPTY, HIPER, SOURCE
 from .so_far import SoFar
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
@@ -71,7 +71,7 @@ class RegularizerOptions:
     anchor_weight: float = 0.0
     anchor: str = ANCHORS[0]
 
-    def build(self, context: Tensor, tokens: int) -> Regularizer | None:
+    def regularizer(self, context: Tensor, tokens: int) -> Regularizer | None:
         """The Regularizer for the last `tokens` tokens of a prompt with this context."""
         if self.anchor_weight == 0.0:
             return None
@@ -85,21 +85,26 @@ class RegularizerOptions:
 
 
 @dataclass(frozen=True)
-class TrainingPrompts:
-    """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
-    prompt that will get the embedding; it is checked before the training starts and drawn while it runs, guided away
-    from `negative` by cfg. regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
+class TrainingPrompts(RegularizerOptions):
+    """Prompts besides the source prompt. With a weight, HiFi Tuner's eq. 6 is the objective instead of HiPer's. target:
+    the prompt that will get the embedding; it is checked before the training starts and drawn while it runs, guided
+    away from `negative` by preview_cfg. init: where the tokens start, EMPTY for those of `negative`.
     """
 
-    empty: Conditioning | None = None
     target: Conditioning | None = None
-    regularizer: RegularizerOptions = RegularizerOptions()
-    negative: Conditioning | None = None
-    cfg: float = 7.5
+    init: str = SOURCE
+    preview_cfg: float = 7.5
+
+    def __post_init__(self) -> None:
+        if self.init == EMPTY and self.negative is None:
+            raise ValueError(
+                "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
+            )
 
     def so_far(self, seed: int) -> SoFar | None:
         """The image shown while the training runs; None for a target of several prompts, or none."""
-        return SoFar(self.target, self.negative, self.cfg, seed) if self.target and len(self.target) == 1 else None
+        one = self.target and len(self.target) == 1
+        return SoFar(self.target, self.negative, self.preview_cfg, seed) if one else None
 
 
 def source_rows(
@@ -145,14 +150,15 @@ class TokensJob(Job):
         return Session(self.model, prompt, self.images.latent, learned=tokens)
 
     def inputs(self, denoiser: GuiderDenoiser, x0: Tensor) -> tuple[Any, ...]:
-        """What the fit is made of, besides its regularizer."""
+        """What the fit is made of."""
         start, mask = detached([self.start, self.images.mask])
-        context = denoiser.context.to(x0.device, torch.float32)
-        return denoiser, x0, context, start, self.settings, None if mask is None else mask.to(x0.device)
+        mask = None if mask is None else mask.to(x0.device)
+        regularizer = None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
+        return denoiser, x0, denoiser.context.to(x0.device, torch.float32), start, self.settings, mask, regularizer
 
-    def pull(self) -> Regularizer | None:
-        """The fit's regularizer."""
-        return None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
+    def objective_and_place(self) -> list[Any]:
+        """Of a run's key, at its end; no place where stored runs have none."""
+        return [*self.objective.values(), *([] if self.placement == TAIL_OF_PADDING else [self.placement])]
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ class EmbeddingJob(TokensJob):
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
         what += [self.attached(), self.start, asdict(self.images), *regularizer]
-        return digest([*what, *self.objective.values(), *key_part(self.placement)])
+        return digest([*what, *self.objective_and_place()])
 
     def session(self) -> Session:
         session = super().session()
@@ -189,7 +195,7 @@ class EmbeddingJob(TokensJob):
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        fit = RegularizedHiPer(*self.inputs(denoiser, x0), regularizer=self.pull())
+        fit = hiper.HiPer(*self.inputs(denoiser, x0))
         fast = settings_of(HIPER, FAST, kind_of(self.model))["learning_rate"]
         fit.advice = f"learning_rate is {self.settings.learning_rate}, the preset '{FAST}' has {fast}; try a lower one."
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
@@ -205,11 +211,6 @@ class EmbeddingJob(TokensJob):
         return {**header, "placement": self.placement}
 
 
-def key_part(placement: Placement) -> list[str]:
-    """Of a run's key; nothing where stored runs have nothing."""
-    return [] if placement == TAIL_OF_PADDING else [placement]
-
-
 def train_embedding(
     model: Any,
     positive: Conditioning,
@@ -219,14 +220,15 @@ def train_embedding(
     prompts: TrainingPrompts = TrainingPrompts(),
 ) -> tuple[Embedding, list[float]]:
     """Train an embedding, resuming or reusing a stored run; returns it and the loss of every step."""
-    rows, initial, placement = source_rows(model, positive, prompts.empty, settings.tokens)
+    empty = prompts.negative if prompts.init == EMPTY else None
+    rows, initial, placement = source_rows(model, positive, empty, settings.tokens)
     if prompts.target is not None:
         apply_embedding(prompts.target, initial[None], hiper.SCALE, (), placement)
         warn_of_empty(prompts.target, "prompt on 'target'", "write what you want to see")
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
-    regularizer = prompts.regularizer.build(rows, settings.tokens)
+    regularizer = prompts.regularizer(rows, settings.tokens)
     job = EmbeddingJob(
         model, positive, images, settings, placement, initial, regularizer, schedule, prompts.so_far(settings.seed)
     )
