@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
-from .node import Node
+from .node import Node, build
 from .types import LoraModel, LossMap, output, schema
 
 
@@ -132,41 +131,15 @@ class LikenessFineTune(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        image,
-        prompt,
-        method,
-        patches,
-        steps,
-        rank,
-        resolution,
-        whole_image,
-        cells,
-        interpolation,
-        crops,
-        prior_prompt,
-        checkpointing,
-        clip=None,
-        positive=None,
-        mask=None,
-        prior_image=None,
-        prior_positive=None,
-        layers=ATTENTION,
-        lora_type=LORA,
-        **settings,
+        cls, model, vae, patches, resolution, whole_image, cells, crops, prior_prompt, prior_image=None, **more
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
         crop = CropSettings(resolution, grid, crops, whole_image) if patches else CropSettings(resolution)
-        tuned, tuned_clip, lora, losses = fine_tune(
-            model,
-            vae,
-            FineTuneData(image, prompt, mask, clip, positive),
-            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers, lora_type),
-            sine.FineTuneSettings(**settings),
-            None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
-        )
+        kinds = FineTuneData, FineTunePlan, sine.FineTuneSettings
+        of_class, form = more.pop("prior_positive", None), more.pop("lora_type", LORA)
+        data, plan, settings = build({**more, "crop": crop, "form": form}, *kinds)
+        prior = None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=of_class)
+        tuned, tuned_clip, lora, losses = fine_tune(model, vae, data, plan, settings, prior)
         return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))
 
 
