@@ -70,14 +70,11 @@ class LikenessAlign(Node):
                         "symmetric: each mask has to cover the other. as printed: the paper's sum over the "
                         "reference's points only, which shrinks the reference to somewhere inside the target.",
                     ),
-                    io.Float.Input(
+                    inputs.number(
                         "max_degrees",
-                        default=MAX_DEGREES,
-                        min=0.0,
-                        max=180.0,
-                        step=1.0,
-                        round=0.1,
-                        tooltip="Largest initial rotation in degrees. 180 finds any angle but may turn the subject "
+                        MAX_DEGREES,
+                        (0.0, 180.0, 1.0, 0.1),
+                        "Largest initial rotation in degrees. 180 finds any angle but may turn the subject "
                         "upside down if that covers the mask slightly better; 0 starts upright. Only for symmetric.",
                     ),
                 ),

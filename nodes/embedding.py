@@ -30,14 +30,13 @@ from .types import Embedding, LossMap, output, schema
 def anchor_inputs(weight: float) -> list[io.Input]:
     """HiFi Tuner's regularizer, with this default weight."""
     return inputs.advanced(
-        inputs.fraction(
+        inputs.number(
             "anchor_weight",
             weight,
+            (0.0, 1.0, 0.001, 1e-6),
             "Weight of the regularizer that keeps the learned token embeddings close to those of the empty prompt "
             "connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still followed. 0 turns it "
             "off, as in HiPer.",
-            step=0.001,
-            round=1e-6,
             optional=True,
         ),
         inputs.choice(
@@ -113,32 +112,29 @@ class LikenessTrainEmbedding(Node):
                     "a CPU; on a GPU, up to rounding."
                 ),
                 *inputs.advanced(
-                    inputs.fraction(
+                    inputs.number(
                         "start_percent",
                         0.0,
+                        (0.0, 1.0, 0.01),
                         "Start of the part of the denoising process to train on. 0 is pure noise.",
-                        round=None,
                     ),
-                    inputs.fraction(
+                    inputs.number(
                         "end_percent",
                         1.0,
+                        (0.0, 1.0, 0.01),
                         "End of the part of the denoising process to train on. 1 is the finished image.",
-                        round=None,
                     ),
-                    inputs.count(
+                    inputs.number(
                         "preview_steps",
                         20,
-                        1000,
+                        (0, 1000),
                         "Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
-                        min=0,
                     ),
-                    io.Float.Input(
+                    inputs.number(
                         "preview_cfg",
-                        default=7.5,
-                        min=1.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Guidance scale of the preview images. Without a negative prompt it is 1.",
+                        7.5,
+                        (1.0, 100.0, 0.1),
+                        "Guidance scale of the preview images. Without a negative prompt it is 1.",
                     ),
                 ),
                 *image_inputs("Encodes the image and decodes the previews."),

@@ -61,12 +61,12 @@ class LikenessFineTune(Node):
                     "Number of updates. Raise it later to resume the run. A lower value returns that step of a LoRA if "
                     "it was saved (every 500), else the longer run with a warning; full weights are trained again.",
                 ),
-                inputs.rate(
+                inputs.number(
+                    "learning_rate",
                     sine.LEARNING_RATE,
+                    (1e-9, 1.0, 1e-6, 1e-9),
                     "AdamW's learning rate: 0.0001 for a LoRA. For full weights set the paper's 0.000001; the default "
                     "is 100 times higher.",
-                    step=1e-6,
-                    round=1e-9,
                 ),
                 inputs.count(
                     "rank",
@@ -74,13 +74,11 @@ class LikenessFineTune(Node):
                     512,
                     "Rank of the LoRA. A higher rank can hold more of the image. Not used with full weights.",
                 ),
-                inputs.count(
+                inputs.number(
                     "resolution",
                     512,
-                    4096,
+                    (64, 4096, 8),
                     "Side of the training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
-                    min=64,
-                    step=8,
                 ),
                 inputs.seed(
                     "Seed of the patches, timesteps, noise and LoRA initialization. The same seed gives bit-identical "
@@ -145,29 +143,25 @@ class LikenessFineTune(Node):
 
 def _advanced() -> list[io.Input]:
     return inputs.advanced(
-        inputs.fraction(
+        inputs.number(
             "whole_image",
             0.0,
+            (0.0, 1.0, 0.05),
             "Probability of training on the whole image instead of a patch: 0 in the reference code, 0.1 in its "
             "diffusers script.",
-            step=0.05,
-            round=None,
         ),
-        io.Float.Input(
+        inputs.number(
             "recon_weight",
-            default=sine.RECON_WEIGHT,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="Weight of the second term of the patch loss, which emphasizes the layout at high noise: 1 in the "
+            sine.RECON_WEIGHT,
+            (0.0, 100.0, 0.1),
+            "Weight of the second term of the patch loss, which emphasizes the layout at high noise: 1 in the "
             "reference code, 0 in the paper. Not used without patches.",
         ),
-        inputs.count(
+        inputs.number(
             "cells",
             0,
-            MAX_CELLS,
+            (0, MAX_CELLS),
             "Cells per side of the position map's grid. 0 is twice the training square (128 for 512 pixels).",
-            min=0,
         ),
         inputs.choice(
             "interpolation",
@@ -178,13 +172,11 @@ def _advanced() -> list[io.Input]:
         inputs.count(
             "crops", 1000, 100_000, "Number of patches encoded before training. They repeat after that many steps."
         ),
-        io.Float.Input(
+        inputs.number(
             "prior_weight",
-            default=0.0,
-            min=0.0,
-            max=10.0,
-            step=0.1,
-            tooltip="Weight of the loss on other images of the class (DreamBooth's prior preservation). 0 turns it "
+            0.0,
+            (0.0, 10.0, 0.1),
+            "Weight of the loss on other images of the class (DreamBooth's prior preservation). 0 turns it "
             "off; the paper found more artifacts with it.",
         ),
         io.String.Input(

@@ -48,13 +48,12 @@ def _window() -> list[io.Input]:
                 0.0,
                 "Point in the sampling at which the fine-tuned model starts guiding: 0 is pure noise, as in the paper.",
             ),
-            inputs.count(
+            inputs.number(
                 "k_timestep",
                 -1,
-                LAST_TIMESTEP + 1,
+                (-1, LAST_TIMESTEP + 1),
                 "K as a training timestep, as in the paper: 0 guides to the end, 1000 never. It overrides "
                 "end_percent; -1 uses end_percent.",
-                min=-1,
             ),
         ),
     ]

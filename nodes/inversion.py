@@ -121,25 +121,24 @@ class LikenessNullText(Node):
                     published.INNER_STEPS, "Maximum number of updates per sampling step. Only for null-text."
                 ),
                 *inputs.advanced(
-                    inputs.rate(
+                    inputs.number(
+                        "learning_rate",
                         published.LEARNING_RATE,
+                        (1e-9, 1.0, 1e-3, 1e-6),
                         "Adam's learning rate at the first step. It falls by 1 % with every step.",
-                        step=1e-3,
                     ),
-                    inputs.fraction(
+                    inputs.number(
                         "epsilon",
                         published.EPSILON,
+                        (0.0, 1.0, 1e-5, 1e-7),
                         "A step ends early once its loss is below this value. The limit rises for later steps.",
-                        step=1e-5,
-                        round=1e-7,
                     ),
-                    inputs.count(
+                    inputs.number(
                         "patience",
                         0,
-                        1000,
+                        (0, 1000),
                         "A step also ends after this many updates in a row without improvement, and keeps its "
                         "best negative. 0 never does, as in the reference code.",
-                        min=0,
                     ),
                 ),
             ],

@@ -89,13 +89,12 @@ def _inputs() -> list[io.Input]:
             10_000,
             "Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
         ),
-        inputs.rate(
+        inputs.number(
+            "learning_rate",
             2e-4,
+            (1e-7, 1.0, 1e-5, 1e-8),
             "AdamW's learning rate. SISO uses 0.0002 for SDXL-turbo and FLUX.1-schnell, 0.0008 for Sana. Set it to 1 "
             "for Prodigy.",
-            min=1e-7,
-            step=1e-5,
-            round=1e-8,
         ),
         inputs.cfg(
             1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."
@@ -112,7 +111,7 @@ def _inputs() -> list[io.Input]:
 
 def _advanced_inputs() -> list[io.Input]:
     def number(name: str, default: float, most: float, tooltip: str) -> io.Input:
-        return inputs.fraction(name, default, tooltip, max=most, step=default / 10, round=1e-8)
+        return inputs.number(name, default, (0.0, most, default / 10, 1e-8), tooltip)
 
     return inputs.advanced(
         inputs.count("rank", siso.RANK, 512, "Rank of the LoRA."),
@@ -125,13 +124,12 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder. 0.001 for FLUX."),
         number("threshold", siso.THRESHOLD, 100.0, "Decrease of the loss, in percent, that counts as an improvement."),
-        inputs.count(
+        inputs.number(
             "patience",
             siso.PATIENCE,
-            10_000,
+            (0, 10_000),
             "Stops after this many iterations without an improvement; 0 never stops early. A higher value "
             "resumes a stopped run.",
-            min=0,
         ),
         inputs.choice(
             "keep",

@@ -22,13 +22,12 @@ class LikenessPositionMap(Node):
             search_aliases=["sine", "patch", "tile"],
             inputs=[
                 io.Model.Input("model", tooltip="A model that was fine-tuned on patches."),
-                inputs.count(
+                inputs.number(
                     "cells",
                     CELLS,
-                    MAX_CELLS,
+                    (2, MAX_CELLS),
                     "Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
                     "training at 512 pixels.",
-                    min=2,
                 ),
                 inputs.choice(
                     "interpolation",

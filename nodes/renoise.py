@@ -80,21 +80,16 @@ def _advanced_inputs() -> list[io.Input]:
         inputs.count(
             "averaged", published.AVERAGED, 100, "Number of last iterations whose predicted noise is averaged."
         ),
-        inputs.fraction(
+        inputs.number(
             "kl_weight",
             published.KL_WEIGHT,
+            (0.0, 10.0, 0.005, 1e-6),
             "Strength of the correction that makes patches of the predicted noise look like noise.",
-            max=10.0,
-            step=0.005,
-            round=1e-6,
         ),
-        io.Float.Input(
+        inputs.number(
             "correlation_weight",
-            default=published.CORRELATION_WEIGHT,
-            min=0.0,
-            max=1000.0,
-            step=1.0,
-            round=1e-4,
-            tooltip="Strength of the correction that decorrelates neighbors in the predicted noise (SD-turbo: 0).",
+            published.CORRELATION_WEIGHT,
+            (0.0, 1000.0, 1.0, 1e-4),
+            "Strength of the correction that decorrelates neighbors in the predicted noise (SD-turbo: 0).",
         ),
     )

@@ -27,33 +27,31 @@ def _subject() -> list[io.Input]:
 def _numbers(cfg: float) -> list[io.Input]:
     return [
         inputs.seed("Seed of all noise; every loop draws new noise from it."),
-        inputs.count("steps", published.STEPS, 1000, "Steps of a full sampling. EZIGen uses 50.", min=2),
+        inputs.number("steps", published.STEPS, (2, 1000), "Steps of a full sampling. EZIGen uses 50."),
         inputs.cfg(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
         inputs.split_ratio(
             0.99,
             "Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more likeness "
             "and less freedom.",
         ),
-        inputs.count(
+        inputs.number(
             "min_loops",
             published.MIN_LOOPS,
-            100,
+            (0, 100),
             "Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
-            min=0,
         ),
-        inputs.count(
+        inputs.number(
             "max_loops",
             published.MIN_LOOPS,
-            100,
+            (0, 100),
             "Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
-            min=0,
         ),
-        inputs.fraction(
+        inputs.number(
             "threshold",
             published.THRESHOLD,
+            (0.0, 1.0, 0.005, 0.0001),
             "Similarity of two consecutive images, as the vision model sees them, at which the loops end. EZIGen uses "
             "0.99 with CLIP ViT-B/32, which is seldom reached.",
-            step=0.005,
         ),
         io.ClipVision.Input(
             "vision",

@@ -76,12 +76,11 @@ def _inputs() -> list[io.Input]:
         inputs.count(
             "batch", 1, 256, "Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory."
         ),
-        inputs.rate(
+        inputs.number(
+            "learning_rate",
             LEARNING_RATE,
+            (1e-8, 1.0, 1e-5, 1e-8),
             "AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
-            min=1e-8,
-            step=1e-5,
-            round=1e-8,
         ),
         inputs.seed("Seed of the order of the images, the timesteps and the noise."),
     ]
@@ -89,13 +88,12 @@ def _inputs() -> list[io.Input]:
 
 def _advanced_inputs() -> list[io.Input]:
     return inputs.advanced(
-        inputs.fraction(
+        inputs.number(
             "drop",
             DROP,
+            (0.0, 1.0, 0.05, 0.001),
             "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops 0.8 "
             "because of an inverted comparison.",
-            step=0.05,
-            round=0.001,
         ),
         inputs.count(
             "max_subjects",

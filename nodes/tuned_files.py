@@ -61,13 +61,11 @@ class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
                     tooltip="A file in models/loras. Press R to refresh the list after saving one.",
                 ),
                 io.Model.Input("model", tooltip="The base model of the fine-tune. It is not changed."),
-                io.Float.Input(
+                inputs.number(
                     "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
+                    1.0,
+                    (-10.0, 10.0, 0.05),
+                    "Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
                     "position map.",
                 ),
                 io.Clip.Input(
