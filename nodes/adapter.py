@@ -8,8 +8,7 @@ from ..core.ezigen.artifact import read_adapter, save_adapter
 from ..core.ezigen.host import adapter as host
 from ..core.session import folders
 from . import inputs
-from .node import Node, SavingNode
-from .types import Adapter, Subject, output, schema
+from .node import Adapter, Node, SavingNode, Subject, output, schema
 
 
 class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):

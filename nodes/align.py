@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align_reference, choose_reference
 from ..core.session.outputs import nothing
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessChooseReference(Node):

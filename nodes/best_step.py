@@ -8,8 +8,7 @@ from ..core.embedding.host.train import Previews
 from ..core.vision.host.scoring import Request
 from ..core.vision.host.sheets import score_sheet
 from . import inputs
-from .node import Node, build
-from .types import Embedding, output, schema
+from .node import Embedding, Node, build, output, schema
 
 
 class LikenessBestStep(Node):

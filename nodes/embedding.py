@@ -23,8 +23,7 @@ from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from ..core.session.sampling import kind_of
 from . import inputs
-from .node import Node, SavingNode, build
-from .types import Embedding, LossMap, output, schema
+from .node import Embedding, LossMap, Node, SavingNode, build, output, schema
 
 
 def anchor_inputs(weight: float) -> list[io.Input]:

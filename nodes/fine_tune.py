@@ -10,8 +10,7 @@ from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
-from .node import Node, build
-from .types import LoraModel, LossMap, output, schema
+from .node import LoraModel, LossMap, Node, build, output, schema
 
 
 class LikenessFineTune(Node):

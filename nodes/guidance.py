@@ -8,8 +8,7 @@ from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from ..core.sine.host.personalization import OMEGA, with_personalization
 from . import inputs
-from .node import Node
-from .types import Subjects, output, schema
+from .node import Node, Subjects, output, schema
 
 
 def _tuned() -> list[io.Input]:

@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.attention.host.map_sheet import map_sheet
 from ..core.attention.host.maps import attention_maps
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessInspect(Node):

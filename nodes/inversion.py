@@ -9,8 +9,7 @@ from ..core.inversion.host.null_text import prepare_reconstruction
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import Node
-from .types import LossMap, Trajectory, output, schema
+from .node import LossMap, Node, Trajectory, output, schema
 
 
 class LikenessInvert(Node):

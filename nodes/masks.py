@@ -15,8 +15,7 @@ from ..core.vision.host.subject_masks import (
 )
 from ..core.vision.host.vision import vision_names
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folders.SAMS}):

@@ -1,4 +1,6 @@
-"""What all nodes of the pack share: their inputs are checked by their own schema, and no text can break a log."""
+"""What all nodes share: the pack's types, schemas that load on ComfyUI 0.3.75 and later, inputs that are checked by
+their own schema, and no text that can break a log.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +17,30 @@ from ..core.session.images import check_result
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
+
+Adapter = io.Custom("LIKENESS_ADAPTER")
+Embedding = io.Custom("LIKENESS_EMBEDDING")
+LoraModel = io.Custom("LORA_MODEL")
+LossMap = io.Custom("LOSS_MAP")
+Similarity = io.Custom("LIKENESS_SIMILARITY")
+Subject = io.Custom("LIKENESS_SUBJECT")
+Subjects = io.Custom("LIKENESS_SUBJECTS")
+Trajectory = io.Custom("LIKENESS_TRAJECTORY")
+
+TYPED = ("one image", "dreambooth", "face", "character", "ip-adapter")  # common search terms
+_KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(**fields: Any) -> io.Schema:
+    """An io.Schema with the aliases that all nodes share. Fields unknown to this ComfyUI (search_aliases before 0.11)
+    are left out.
+    """
+    fields["search_aliases"] = [*fields["search_aliases"], *TYPED]
+    return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
+
+
+def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
+    return kind.Output(display_name=name, tooltip=tooltip, **more)
 
 
 class Node(io.ComfyNode):

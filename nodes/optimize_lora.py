@@ -16,8 +16,7 @@ from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
 from ..core.siso.presets import NEW, SAME, SISO
 from . import inputs
-from .node import Node, build
-from .types import LoraModel, LossMap, Similarity, output, schema
+from .node import LoraModel, LossMap, Node, Similarity, build, output, schema
 
 
 class LikenessOptimizeLora(Node):

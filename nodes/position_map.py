@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.sine.host.position_map import check_same_grid, with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessPositionMap(Node):

@@ -6,8 +6,7 @@ from ..core.reference import guidance as published
 from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import Node
-from .types import LossMap, Trajectory, output, schema
+from .node import LossMap, Node, Trajectory, output, schema
 
 
 class LikenessReferenceGuide(Node):

@@ -9,8 +9,7 @@ from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map
 from . import inputs
 from .embedding import anchor_inputs, image_inputs
-from .node import Node, build
-from .types import Embedding, LossMap, output, schema
+from .node import Embedding, LossMap, Node, build, output, schema
 
 
 class LikenessRefineEmbedding(Node):

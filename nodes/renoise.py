@@ -6,8 +6,7 @@ from ..core.inversion import renoise as published
 from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 

@@ -7,8 +7,7 @@ from ..core.attention.host.swapped_prompt import check_texts
 from ..core.attention.prompt_to_prompt import END_PERCENT
 from ..core.session.outputs import nothing
 from . import inputs
-from .node import Node
-from .types import Embedding, output, schema
+from .node import Embedding, Node, output, schema
 
 
 class LikenessReplaceSubject(Node):

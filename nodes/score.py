@@ -9,8 +9,7 @@ from ..core.vision.host import scoring
 from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 NO_LPIPS = "none"
 

@@ -6,8 +6,7 @@ from ..core.session import folders
 from ..core.siso.host import similarity as host
 from ..core.vision.host.vision import load_retrieval_model
 from . import inputs
-from .node import Node
-from .types import Similarity, output, schema
+from .node import Node, Similarity, output, schema
 
 
 class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):

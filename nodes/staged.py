@@ -8,8 +8,7 @@ from ..core.ezigen import staged as published
 from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
 from . import inputs
-from .node import Node
-from .types import Adapter, Subject, output, schema
+from .node import Adapter, Node, Subject, output, schema
 
 LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
 LARGE = " It is sampled at its own size, so scale its short side to 512 first."

@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.session.outputs import nothing
 from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessSweep(Node):

@@ -8,8 +8,7 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Node, build
-from .types import Adapter, LossMap, output, schema
+from .node import Adapter, LossMap, Node, build, output, schema
 
 
 class LikenessTrainAdapter(Node, files={"folder": None}):

@@ -10,8 +10,7 @@ from ..core.session.outputs import nothing
 from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
 from . import inputs
-from .node import Node, SavingNode
-from .types import LoraModel, output, schema
+from .node import LoraModel, Node, SavingNode, output, schema
 
 
 class LikenessSaveTuned(SavingNode):
