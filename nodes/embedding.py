@@ -26,12 +26,12 @@ from . import inputs
 from .node import Embedding, LossMap, Node, SavingNode, build, output, schema
 
 
-def anchor_inputs(weight: float) -> list[io.Input]:
-    """HiFi Tuner's regularizer, with this default weight."""
+def anchor_inputs() -> list[io.Input]:
+    """HiFi Tuner's regularizer, by default none."""
     return inputs.advanced(
         inputs.number(
             "anchor_weight",
-            weight,
+            0.0,
             (0.0, 1.0, 0.001, 1e-6),
             "Weight of the regularizer that keeps the learned token embeddings close to those of the empty prompt "
             "connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still followed. 0 turns it "
@@ -149,7 +149,7 @@ class LikenessTrainEmbedding(Node):
                     tooltip="The empty prompt. It guides the previews, initializes the embedding if init asks for it, "
                     "and is what the regularizer pulls the embedding towards.",
                 ),
-                *anchor_inputs(0.0),
+                *anchor_inputs(),
                 inputs.preset(
                     "fast: 300 steps at a learning rate of 0.04 on the middle of the denoising, as alike as 1000 "
                     "published ones in the toyworld. published: HiPer's own."

@@ -28,7 +28,7 @@ def number(name: str, default: float, limits: Sequence[float], tooltip: str, **m
     """A number, a whole one where its default is. limits: the least and the greatest value, the step, and what the
     page rounds it to, the last two if there are any.
     """
-    kind = io.Int if isinstance(default, int) else io.Float
+    kind: Any = io.Int if isinstance(default, int) else io.Float
     named = dict(zip(("min", "max", "step", "round"), limits, strict=False))
     return kind.Input(name, default=default, tooltip=tooltip, **named, **more)
 

@@ -41,7 +41,7 @@ class LikenessRefineEmbedding(Node):
                     optional=True,
                     tooltip="The empty prompt, which the regularizer pulls the embedding towards.",
                 ),
-                *anchor_inputs(0.0),
+                *anchor_inputs(),
             ],
             outputs=[
                 output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),

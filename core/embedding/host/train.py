@@ -43,7 +43,7 @@ from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import Regularizer
 from ..presets import EMPTY, HIPER, SOURCE
-from .so_far import SoFar
+from .so_far import NEW, so_far
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
 PREVIEWED = 3  # saved steps that are shown at most, the last among them
@@ -101,10 +101,10 @@ class TrainingPrompts(RegularizerOptions):
                 "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
             )
 
-    def so_far(self, seed: int) -> SoFar | None:
-        """The image shown while the training runs; None for a target of several prompts, or none."""
-        one = self.target and len(self.target) == 1
-        return SoFar(self.target, self.negative, self.preview_cfg, seed) if one else None
+    @property
+    def shown(self) -> Conditioning | None:
+        """The target that is drawn while the training runs; None for one of several prompts, or none."""
+        return self.target if self.target and len(self.target) == 1 else None
 
 
 def source_rows(
@@ -168,7 +168,7 @@ class EmbeddingJob(TokensJob):
     method: ClassVar[str] = METHOD
 
     schedule: Schedule
-    shown: SoFar | None = None
+    prompts: TrainingPrompts = TrainingPrompts()
 
     @property
     def steps(self) -> int:
@@ -186,12 +186,16 @@ class EmbeddingJob(TokensJob):
 
     def session(self) -> Session:
         session = super().session()
-        if self.shown is None:
+        if self.prompts.shown is None:
             return session
-        return replace(session, prompts=detached(self.shown.prompts(len(self.start), self.placement)))
+        target = with_room(self.prompts.shown, len(self.start), self.placement)
+        return replace(session, negative=self.prompts.negative, prompts={NEW: target})
 
     def so_far(self, denoiser: GuiderDenoiser, fit: Fit, x0: Tensor) -> Tensor | None:
-        return None if self.shown is None else self.shown.latent(denoiser, fit.parameters["h"], x0)
+        if self.prompts.shown is None:
+            return None
+        cfg = None if self.prompts.negative is None else self.prompts.preview_cfg
+        return so_far(denoiser, fit.parameters["h"], x0, cfg, self.settings.seed)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
@@ -229,9 +233,7 @@ def train_embedding(
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
     regularizer = prompts.regularizer(rows, settings.tokens)
-    job = EmbeddingJob(
-        model, positive, images, settings, placement, initial, regularizer, schedule, prompts.so_far(settings.seed)
-    )
+    job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule, prompts)
     finished = run(job)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
