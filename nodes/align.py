@@ -26,10 +26,8 @@ class LikenessChooseReference(Node):
                     tooltip="The vision model for the comparison, from Load Vision Model. The paper uses dino-vits16; "
                     "others work too.",
                 ),
-                io.Mask.Input(
-                    "masks", optional=True, tooltip="One mask per image; the chosen image's mask is passed through."
-                ),
             ],
+            optional=[io.Mask.Input("masks", tooltip="One mask per image; the chosen image's mask is passed through.")],
             outputs=[
                 output(io.Image, "image", "The chosen image."),
                 output(io.Mask, "mask", "Its mask. Nodes connected here do not run without masks."),

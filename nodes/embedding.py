@@ -6,14 +6,7 @@ from comfy_api.latest import io
 
 from ..core.embedding import hiper
 from ..core.embedding.artifact import load_embedding, save_embedding
-from ..core.embedding.host.train import (
-    ANCHORS,
-    Previews,
-    Schedule,
-    TrainingPrompts,
-    preview_images,
-    train_embedding,
-)
+from ..core.embedding.host.train import ANCHORS, Previews, Schedule, TrainingPrompts, preview_images, train_embedding
 from ..core.embedding.presets import EMPTY, HIPER, SOURCE
 from ..core.fit.presets import AS_SET, apply_preset
 from ..core.prompt.conditioning import apply_embedding
@@ -36,14 +29,12 @@ def anchor_inputs() -> list[io.Input]:
             "Weight of the regularizer that keeps the learned token embeddings close to those of the empty prompt "
             "connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still followed. 0 turns it "
             "off, as in HiPer.",
-            optional=True,
         ),
         inputs.choice(
             "anchor",
             ANCHORS,
             "How the regularizer is applied: as a term of the loss, as in the paper, or decoupled from the gradient, "
             "so that Adam does not rescale it. The decoupled form needs a larger weight (0.1 to 1).",
-            optional=True,
         ),
     )
 
@@ -51,10 +42,10 @@ def anchor_inputs() -> list[io.Input]:
 def image_inputs(vae: str) -> list[io.Input]:
     """The inputs for the training images; vae: the tooltip of that input."""
     return [
-        io.Latent.Input("latent", optional=True, tooltip="The training image(s), encoded. Use this or image and VAE."),
-        io.Image.Input("image", optional=True, tooltip="The training image(s), at the model's size. Needs the VAE."),
-        io.Vae.Input("vae", optional=True, tooltip=vae),
-        io.Mask.Input("mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."),
+        io.Latent.Input("latent", tooltip="The training image(s), encoded. Use this or image and VAE."),
+        io.Image.Input("image", tooltip="The training image(s), at the model's size. Needs the VAE."),
+        io.Vae.Input("vae", tooltip=vae),
+        io.Mask.Input("mask", tooltip="White on the subject. The rest of the image is not learned."),
     ]
 
 
@@ -136,16 +127,16 @@ class LikenessTrainEmbedding(Node):
                         "Guidance scale of the preview images. Without a negative prompt it is 1.",
                     ),
                 ),
+            ],
+            optional=[
                 *image_inputs("Encodes the image and decodes the previews."),
                 io.Conditioning.Input(
                     "target",
-                    optional=True,
                     tooltip="The edit prompt. It is used for previews only, never for the loss. While the training "
                     "runs, the node shows it with the subject as learned so far.",
                 ),
                 io.Conditioning.Input(
                     "negative",
-                    optional=True,
                     tooltip="The empty prompt. It guides the previews, initializes the embedding if init asks for it, "
                     "and is what the regularizer pulls the embedding towards.",
                 ),
@@ -204,9 +195,10 @@ class LikenessApplyEmbedding(Node):
                     "turns it off.",
                 ),
                 inputs.saved_step("Saved step to use. 0 selects the recommended one (the last one up to 1000)."),
+            ],
+            optional=[
                 io.Model.Input(
                     "model",
-                    optional=True,
                     tooltip="Connect the model to check that the embedding was trained on it. It has no other effect.",
                 ),
             ],

@@ -84,28 +84,19 @@ class LikenessFineTune(Node):
                     "results on a CPU; on a GPU, up to rounding."
                 ),
                 *_advanced(),
+            ],
+            optional=[
                 io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="Connect it to train the text encoder too, as in the paper. Use this or 'positive'.",
+                    "clip", tooltip="Connect it to train the text encoder too, as in the paper. Use this or 'positive'."
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    optional=True,
                     tooltip="The encoded training prompt; the text encoder is not trained. Use this or 'clip'. "
                     "'prompt' must contain the same text verbatim, since Load Fine-Tune encodes it.",
                 ),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."
-                ),
-                io.Image.Input(
-                    "prior_image", optional=True, tooltip="Images of the subject's class, for prior_weight."
-                ),
-                io.Conditioning.Input(
-                    "prior_positive",
-                    optional=True,
-                    tooltip="The encoded class prompt, if no 'clip' is connected.",
-                ),
+                io.Mask.Input("mask", tooltip="White on the subject. The rest of the image is not learned."),
+                io.Image.Input("prior_image", tooltip="Images of the subject's class, for prior_weight."),
+                io.Conditioning.Input("prior_positive", tooltip="The encoded class prompt, if no 'clip' is connected."),
                 *inputs.advanced(
                     inputs.layers("those of the attention"),
                     inputs.choice(
@@ -114,7 +105,6 @@ class LikenessFineTune(Node):
                         "T-LoRA uses half of the ranks at high noise and all at low noise, so that a single image is "
                         "over-fitted less. LoKr is a product of two small matrices: 'rank' is then the size of the "
                         "first, and a higher one makes a smaller file. Not used with full weights.",
-                        optional=True,
                     ),
                 ),
             ],
@@ -179,9 +169,7 @@ def _advanced() -> list[io.Input]:
             "off; the paper found more artifacts with it.",
         ),
         io.String.Input(
-            "prior_prompt",
-            default="",
-            tooltip="The class prompt, such as 'photo of a dog', if 'clip' is connected.",
+            "prior_prompt", default="", tooltip="The class prompt, such as 'photo of a dog', if 'clip' is connected."
         ),
         inputs.checkpointing(),
     )

@@ -99,8 +99,8 @@ class LikenessSubjectModel(Node):
                     "0.5.",
                 ),
                 *_window(),
-                Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
             ],
+            optional=[Subjects.Input("subjects", tooltip="Fine-tuned models to add this one to.")],
             outputs=[output(Subjects, "subjects", "The fine-tuned models, for a guidance node.")],
         )
 

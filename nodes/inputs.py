@@ -72,7 +72,7 @@ def split_ratio(most: float, tooltip: str) -> io.Input:
 def preset(tooltip: str) -> io.Input:
     """Settings that take the place of those on the node; tooltip: what each of them is."""
     first = "Settings that take the place of those above; the log says which. as set: none. "
-    return choice("preset", presets.NAMES, first + tooltip, optional=True)
+    return choice("preset", presets.NAMES, first + tooltip)
 
 
 def saved_step(tooltip: str) -> io.Input:
@@ -100,14 +100,13 @@ def layers(attention: str) -> io.Input:
         LAYERS,
         f"Which layers get the LoRA: {attention}, or all linear layers of the model's blocks. All of them hold more of "
         "the subject and take more memory.",
-        optional=True,
     )
 
 
 def encoded_or_image() -> list[io.Input]:
     """The three inputs of an ImageSource: a latent, or an image with the VAE that encodes it."""
     return [
-        io.Latent.Input("latent", optional=True, tooltip="The encoded image. Use this or image and VAE."),
-        io.Image.Input("image", optional=True, tooltip="The image to encode. Needs the VAE."),
-        io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+        io.Latent.Input("latent", tooltip="The encoded image. Use this or image and VAE."),
+        io.Image.Input("image", tooltip="The image to encode. Needs the VAE."),
+        io.Vae.Input("vae", tooltip="Encodes the image."),
     ]

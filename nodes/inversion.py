@@ -41,12 +41,13 @@ class LikenessInvert(Node):
                         "iterations", ITERATIONS, 50, "Additional model calls per step. Only for 'fixed point'."
                     )
                 ),
+            ],
+            optional=[
                 *inputs.encoded_or_image(),
                 *inputs.advanced(
                     io.Boolean.Input(
                         "check",
                         default=True,
-                        optional=True,
                         tooltip="Samples the noise again without guidance and reports how closely the image comes "
                         "back: one model call more in each step.",
                     )

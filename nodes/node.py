@@ -5,7 +5,7 @@ their own schema, and no text that can break a log.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -31,10 +31,13 @@ TYPED = ("one image", "dreambooth", "face", "character", "ip-adapter")  # common
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 
-def schema(**fields: Any) -> io.Schema:
-    """An io.Schema with the aliases that all nodes share. Fields unknown to this ComfyUI (search_aliases before 0.11)
-    are left out.
+def schema(*, inputs: list[io.Input], optional: Sequence[io.Input] = (), **fields: Any) -> io.Schema:
+    """An io.Schema with the aliases that all nodes share. optional: the inputs behind the others that may be left out.
+    Fields unknown to this ComfyUI (search_aliases before 0.11) are left out.
     """
+    for widget in optional:
+        widget.optional = True
+    fields["inputs"] = [*inputs, *optional]
     fields["search_aliases"] = [*fields["search_aliases"], *TYPED]
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
 

@@ -30,7 +30,8 @@ class LikenessOptimizeLora(Node):
             "that the next is more similar to the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the "
             "LoRA also works with other prompts and more steps.",
             search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
-            inputs=[*_inputs(), *_advanced_inputs(), *_optional_inputs()],
+            inputs=[*_inputs(), *_advanced_inputs()],
+            optional=_optional_inputs(),
             outputs=[
                 output(io.Model, "model", "The model with the LoRA."),
                 output(io.Clip, "clip", "The text encoder with the LoRA, if 'clip' is connected."),
@@ -75,12 +76,10 @@ def _inputs() -> list[io.Input]:
         io.Conditioning.Input("positive", tooltip="A plain prompt such as 'a photo of a dog'."),
         Similarity.Input("similarity", tooltip="The similarity to optimize, from Likeness To Images."),
         io.Latent.Input(
-            "latent",
-            tooltip="The image size (Empty Latent Image), or for editing the noise of an inverted image.",
+            "latent", tooltip="The image size (Empty Latent Image), or for editing the noise of an inverted image."
         ),
         io.Sigmas.Input(
-            "sigmas",
-            tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others.",
+            "sigmas", tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others."
         ),
         inputs.count(
             "iterations",
@@ -148,29 +147,26 @@ def _advanced_inputs() -> list[io.Input]:
 
 def _optional_inputs() -> list[io.Input]:
     return [
-        io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, for cfg above 1."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt, for cfg above 1."),
         io.Clip.Input(
             "clip",
-            optional=True,
             tooltip="Connect it to optimize the CLIP text encoders too, as SISO does for SDXL-turbo and FLUX. It "
             "encodes 'prompt', which must match 'positive'.",
         ),
         io.String.Input(
             "prompt",
             default="",
-            optional=True,
             tooltip="The text that 'positive' was encoded from. It is stored in the LoRA file and has no other effect "
             "without 'clip'.",
         ),
-        io.Image.Input("image", optional=True, tooltip="For editing: the image whose background is kept."),
-        io.Mask.Input("mask", optional=True, tooltip="White where the image may change. It must not be empty."),
+        io.Image.Input("image", tooltip="For editing: the image whose background is kept."),
+        io.Mask.Input("mask", tooltip="White where the image may change. It must not be empty."),
         *inputs.advanced(
             inputs.choice(
                 "optimizer",
                 get_args(siso.OptimizerName),
                 "SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the prodigyopt "
                 "package.",
-                optional=True,
             ),
             inputs.layers("those of the attention (of FLUX.1 also some others, as in the authors' script)"),
             inputs.choice(
@@ -178,7 +174,6 @@ def _optional_inputs() -> list[io.Input]:
                 (SAME, NEW),
                 "same: every iteration has the noise of the seed, as SISO. new: each has another one, so that the LoRA "
                 "also works from other seeds; all iterations run, and the last one's LoRA is returned.",
-                optional=True,
             ),
         ),
         inputs.preset(

@@ -35,11 +35,11 @@ class LikenessRefineEmbedding(Node):
                 inputs.rate(hifi_tuner.LEARNING_RATE, "Adam's learning rate, as in the embedding's training."),
                 inputs.saved_step("Saved step of the embedding to start from. 0 selects the recommended one."),
                 inputs.seed("Seed of the image and the noise of each update."),
+            ],
+            optional=[
                 *image_inputs("Encodes the image."),
                 io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="The empty prompt, which the regularizer pulls the embedding towards.",
+                    "negative", tooltip="The empty prompt, which the regularizer pulls the embedding towards."
                 ),
                 *anchor_inputs(),
             ],

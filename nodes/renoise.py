@@ -41,8 +41,8 @@ class LikenessRenoise(Node):
                     default=published.SEED,
                 ),
                 *_advanced_inputs(),
-                *inputs.encoded_or_image(),
             ],
+            optional=inputs.encoded_or_image(),
             outputs=[
                 output(
                     io.Latent,

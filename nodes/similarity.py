@@ -63,10 +63,11 @@ class LikenessSimilarity(Node):
                     (0.0, 10.0, 0.05),
                     "Weight of this similarity. SISO uses 1 for DINOv2 and for instance retrieval.",
                 ),
-                Similarity.Input("similarity", optional=True, tooltip="Another similarity to add this one to."),
+            ],
+            optional=[
+                Similarity.Input("similarity", tooltip="Another similarity to add this one to."),
                 io.Mask.Input(
                     "mask",
-                    optional=True,
                     tooltip="White on the subject, which is then cut out and put on white, so that nothing is lost at "
                     "the border. Not in the paper, which uses the whole image.",
                 ),

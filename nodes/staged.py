@@ -160,9 +160,7 @@ class LikenessStagedEdit(Node):
                 io.Mask.Input("mask", tooltip="White where the subject goes. Gray blends it with the image."),
                 *_numbers(published.EDIT_CFG),
                 io.Boolean.Input(
-                    "paste",
-                    default=False,
-                    tooltip="Pastes the source image's own pixels outside the mask at the end.",
+                    "paste", default=False, tooltip="Pastes the source image's own pixels outside the mask at the end."
                 ),
                 *inputs.advanced(
                     io.Boolean.Input(
@@ -172,12 +170,13 @@ class LikenessStagedEdit(Node):
                         "the source image itself. Off: as in the reference code, which leaves noise in the background.",
                     )
                 ),
+            ],
+            optional=[
                 io.Conditioning.Input(
-                    "inversion_prompt", optional=True, tooltip="Inverts the image with this prompt instead of negative."
+                    "inversion_prompt", tooltip="Inverts the image with this prompt instead of negative."
                 ),
                 io.Clip.Input(
                     "clip",
-                    optional=True,
                     tooltip="The model's own CLIP. Inverts the image as the reference code does: with 77 times token "
                     "7788, without positions, which no text node can encode.",
                 ),

@@ -21,12 +21,10 @@ class LikenessTrainAdapter(Node, files={"folder": None}):
             description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
             "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
             search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
-            inputs=[
-                *_inputs(),
-                *_advanced_inputs(),
+            inputs=[*_inputs(), *_advanced_inputs()],
+            optional=[
                 Adapter.Input(
                     "adapter",
-                    optional=True,
                     tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
                     "the model's self-attention layers, and needs the full number of steps.",
                 ),

@@ -67,10 +67,10 @@ class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
                     "Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
                     "position map.",
                 ),
+            ],
+            optional=[
                 io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="The text encoder. It gets its own trained weights and encodes the training prompt.",
+                    "clip", tooltip="The text encoder. It gets its own trained weights and encodes the training prompt."
                 ),
             ],
             outputs=[
