@@ -1,12 +1,13 @@
-"""Train, apply, save and load subject embeddings (HiPer)."""
+"""Train, refine, apply, save and load subject embeddings (HiPer, HiFi Tuner)."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.embedding import hiper
+from ..core.embedding import hifi_tuner, hiper
 from ..core.embedding.artifact import load_embedding, save_embedding
-from ..core.embedding.host.train import ANCHORS, Previews, Schedule, TrainingPrompts, preview_images, train_embedding
+from ..core.embedding.host import train
+from ..core.embedding.host.refine import refine_embedding
 from ..core.embedding.presets import EMPTY, HIPER, SOURCE
 from ..core.fit.presets import AS_SET, apply_preset
 from ..core.prompt.conditioning import apply_embedding
@@ -32,7 +33,7 @@ def anchor_inputs() -> list[io.Input]:
         ),
         inputs.choice(
             "anchor",
-            ANCHORS,
+            train.ANCHORS,
             "How the regularizer is applied: as a term of the loss, as in the paper, or decoupled from the gradient, "
             "so that Adam does not rescale it. The decoupled form needs a larger weight (0.1 to 1).",
         ),
@@ -163,15 +164,61 @@ class LikenessTrainEmbedding(Node):
     @classmethod
     def execute(cls, model, positive, preview_steps, preset=AS_SET, **more) -> io.NodeOutput:
         more = apply_preset(HIPER, preset, kind_of(model), more)
-        source, settings, schedule, prompts = build(more, ImageSource, hiper.HiPerSettings, Schedule, TrainingPrompts)
+        kinds = ImageSource, hiper.HiPerSettings, train.Schedule, train.TrainingPrompts
+        source, settings, schedule, prompts = build(more, *kinds)
         images = source.encoded(model)
-        embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts)
+        embedding, losses = train.train_embedding(model, positive, images, settings, schedule, prompts)
         loss = loss_map(losses)
         if source.vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
-        how = Previews(source.vae, prompts.negative, preview_steps, prompts.preview_cfg, settings.seed)
-        previews = preview_images(model, embedding, positive, prompts.target, tuple(images.latent.shape), how)
+        how = train.Previews(source.vae, prompts.negative, preview_steps, prompts.preview_cfg, settings.seed)
+        previews = train.preview_images(model, embedding, positive, prompts.target, tuple(images.latent.shape), how)
         return io.NodeOutput(embedding, loss, previews)
+
+
+class LikenessRefineEmbedding(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessRefineEmbedding",
+            display_name="Refine Subject Embedding (HiFi Tuner)",
+            category="likeness/embedding",
+            description="Trains an embedding further for each denoising step separately, starting from the noisiest "
+            "(HiFi Tuner), so that early steps hold shape and late steps hold detail.",
+            search_aliases=["hifi tuner", "step-wise", "textual inversion", "subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the embedding was trained on. It is not changed."),
+                io.Conditioning.Input("positive", tooltip="The source prompt that the embedding was trained with."),
+                Embedding.Input("embedding", tooltip="From Train Subject Embedding or Load Subject Embedding."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="Noise levels of the sampling, from BasicScheduler. Separate token embeddings are learned "
+                    "for each of its steps; other schedules use those of the nearest level.",
+                ),
+                inputs.inner_steps(hifi_tuner.INNER_STEPS, "Updates per denoising step. The paper uses 10."),
+                inputs.rate(hifi_tuner.LEARNING_RATE, "Adam's learning rate, as in the embedding's training."),
+                inputs.saved_step("Saved step of the embedding to start from. 0 selects the recommended one."),
+                inputs.seed("Seed of the image and the noise of each update."),
+            ],
+            optional=[
+                *image_inputs("Encodes the image."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The empty prompt, which the regularizer pulls the embedding towards."
+                ),
+                *anchor_inputs(),
+            ],
+            outputs=[
+                output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
+        source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, train.RegularizerOptions)
+        images = source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, embedding, sigmas, settings, anchor, step)
+        return io.NodeOutput(refined, loss_map(losses))
 
 
 class LikenessApplyEmbedding(Node):
