@@ -10,7 +10,7 @@ from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import LossMap, Node, Trajectory, output, schema
+from .node import LossMap, Node, Trajectory, build, output, schema
 
 ANCESTRAL, PLAIN = SAMPLERS = ("euler_ancestral", "euler")
 
@@ -71,10 +71,8 @@ class LikenessInvert(Node):
         )
 
     @classmethod
-    def execute(
-        cls, model, positive, sigmas, label, iterations=ITERATIONS, latent=None, image=None, vae=None, check=True
-    ) -> io.NodeOutput:
-        source = ImageSource(latent, image, vae)
+    def execute(cls, model, positive, sigmas, label, iterations=ITERATIONS, check=True, **more) -> io.NodeOutput:
+        source = ImageSource(**more)
         trajectory = invert_image(model, positive, source, sigmas, label, iterations, check)
         latent, noise = start_of(model, trajectory)
         return io.NodeOutput(trajectory, latent, sigmas, noise, trajectory.report())
@@ -216,9 +214,10 @@ class LikenessRenoise(Node):
         )
 
     @classmethod
-    def execute(cls, model, positive, sigmas, sampler, latent=None, image=None, vae=None, **settings) -> io.NodeOutput:
-        how = renoise.ReNoiseSettings(sampler == ANCESTRAL, **settings)
-        found = renoise_image(model, positive, ImageSource(latent, image, vae), sigmas, how)
+    def execute(cls, model, positive, sigmas, sampler, **more) -> io.NodeOutput:
+        more["ancestral"] = sampler == ANCESTRAL
+        source, how = build(more, ImageSource, renoise.ReNoiseSettings)
+        found = renoise_image(model, positive, source, sigmas, how)
         return io.NodeOutput(found.latent, found.sampler, found.replay.sigmas, found.report(), found.noise)
 
 

@@ -140,12 +140,13 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in given.items():
         widget = widgets[name]
+        kind, limits = widget.get_io_type(), vars(widget)
         if value is None and widget.optional:
             found[name] = None
         elif schema.is_input_list:
-            found[name] = [_value(widget, each) for each in value]
+            found[name] = [check_input(name, kind, each, limits) for each in value]
         else:
-            found[name] = _value(widget, value)
+            found[name] = check_input(name, kind, value, limits)
     for name, value in found.items():
         owner = name.rpartition("_")[0]  # tuned_positive belongs to `tuned`, which the guidance compares with the model
         model = None if owner in found else found.get("model")
@@ -173,7 +174,3 @@ def _tensors(value: Any) -> list[Tensor]:
     entries = [each[0] for each in value] if isinstance(value, list) else [value]
     found = [each.get("samples") if isinstance(each, Mapping) else each for each in entries]
     return [each for each in found if isinstance(each, Tensor)]
-
-
-def _value(widget: io.Input, value: Any) -> Any:
-    return check_input(widget.id, widget.get_io_type(), value, vars(widget))

@@ -7,7 +7,7 @@ from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align
 from ..core.reference.host.guidance import ReferenceImage, sample_with_reference
 from ..core.session.outputs import loss_map, nothing
 from . import inputs
-from .node import LossMap, Node, Trajectory, output, schema
+from .node import LossMap, Node, Trajectory, build, output, schema
 
 
 class LikenessChooseReference(Node):
@@ -164,11 +164,8 @@ class LikenessReferenceGuide(Node):
         )
 
     @classmethod
-    def execute(
-        cls, model, positive, negative, noise, trajectory, mask, start_percent, end_percent, **settings
-    ) -> io.NodeOutput:
-        reference = ReferenceImage(trajectory, mask, start_percent, end_percent)
-        how = published.ReferenceSettings(**settings)
+    def execute(cls, model, positive, negative, noise, **more) -> io.NodeOutput:
+        reference, how = build(more, ReferenceImage, published.ReferenceSettings)
         found = sample_with_reference(model, positive, negative, noise, reference, how)
         loss = loss_map(found.losses) if found.losses else nothing()
         return io.NodeOutput({"samples": found.samples}, found.model, found.negative, loss, found.report())
