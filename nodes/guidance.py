@@ -13,6 +13,8 @@ from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
 from . import inputs
 from .node import Node, Subjects, output, schema
 
+SWEPT, EACH = ("base_weight", "end_percent"), "The {} of each pair, for Subject Guidance and Plot Guidance Sweep."
+
 
 def _tuned() -> list[io.Input]:
     return [
@@ -228,20 +230,7 @@ class LikenessSweep(Node):
                     "400. Higher keeps more of the image.",
                 ),
             ],
-            outputs=[
-                output(
-                    io.Float,
-                    "base_weight",
-                    "The base_weight of each pair, for Subject Guidance and Plot Guidance Sweep.",
-                    is_output_list=True,
-                ),
-                output(
-                    io.Float,
-                    "end_percent",
-                    "The end_percent of each pair, for Subject Guidance and Plot Guidance Sweep.",
-                    is_output_list=True,
-                ),
-            ],
+            outputs=[output(io.Float, name, EACH.format(name), is_output_list=True) for name in SWEPT],
         )
 
     @classmethod

@@ -66,9 +66,7 @@ class LikenessScore(Node):
 
     @classmethod
     def fingerprint_inputs(cls, lpips=NO_LPIPS, **_inputs) -> str:
-        if lpips in (None, NO_LPIPS):
-            return ""
-        return folders.state(folders.LPIPS, lpips)
+        return "" if lpips == NO_LPIPS else folders.state(folders.LPIPS, lpips)
 
     @classmethod
     def execute(cls, images, lpips=NO_LPIPS, **request) -> io.NodeOutput:

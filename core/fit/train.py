@@ -121,10 +121,8 @@ class Checkpointer:
     def resume(self, fit: Fit) -> None:
         """Restore the fit to the end of the stored run, if there is one."""
         run = stored_run(self.store, self.key)
-        if run is None:
-            return
-        self.results = run.results
-        if run.state:
+        if run is not None:
+            self.results = run.results
             fit.restore(run.state)
 
     def keep(self, step: int, result: Result) -> None:
