@@ -97,9 +97,7 @@ def stored_last(store: RunStore, key: str, steps: int) -> tuple[str, Run | None]
         return key, run
     shorter_key = digest([key, steps])
     shorter = stored_run(store, shorter_key, whole=False)
-    if run is None and shorter is None:
-        return key, None
-    return shorter_key, shorter
+    return (key if run is None and shorter is None else shorter_key), shorter
 
 
 @dataclass(frozen=True)
