@@ -77,7 +77,7 @@ def test_a_preset_is_the_same_as_its_settings_on_the_node(vision, monkeypatch):
     from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
 
     short = {"iterations": 2, "learning_rate": 0.01, "noise": "same"}
-    monkeypatch.setattr("likeness.nodes.similarity.SISO", {"fast": {"noise": short}})
+    monkeypatch.setattr("likeness.nodes.optimize_lora.SISO", {"fast": {"noise": short}})
     setting = Setting()
     alike = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=1.0)[0]
     inputs = inputs_of(setting, alike)
