@@ -129,8 +129,9 @@ class Bench:
         from ..nodes.embedding import LikenessRefineEmbedding, LikenessTrainEmbedding
         from ..nodes.fine_tune import LikenessFineTune
         from ..nodes.inversion import LikenessInvert, LikenessNullText
+        from ..nodes.optimize_lora import LikenessOptimizeLora
         from ..nodes.reference import LikenessReferenceGuide
-        from ..nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+        from ..nodes.similarity import LikenessSimilarity
 
         model, prompts = {"model": self.model, "positive": self.positive}, {"negative": self.negative}
         tune = {"image": self.image, "vae": self.vae, "steps": 2, "resolution": SIDE, "patches": False}

@@ -1,4 +1,4 @@
-"""EZIGen's adapter and the reference images that it attends to; its training on a folder of subject images."""
+"""Subjects from a single image without training: EZIGen's adapter and the reference images it attends to."""
 
 import functools
 
@@ -6,13 +6,9 @@ from comfy_api.latest import io
 
 from ..core.ezigen.artifact import read_adapter, save_adapter
 from ..core.ezigen.host import adapter as host
-from ..core.ezigen.host import train as training
-from ..core.ezigen.subject_pairs import PairFolder
-from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
 from ..core.session import folders
-from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Adapter, LossMap, Node, SavingNode, Subject, build, output, schema
+from .node import Adapter, Node, SavingNode, Subject, output, schema
 
 
 class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):
@@ -171,95 +167,3 @@ class LikenessApplyAdapter(Node):
     @classmethod
     def execute(cls, model, adapter, subject, split_ratio, strength, apply_to=host.APPLY_TO[0]) -> io.NodeOutput:
         return io.NodeOutput(host.with_adapter(model, adapter, subject, split_ratio, strength, apply_to))
-
-
-class LikenessTrainAdapter(Node, files={"folder": None}):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessTrainAdapter",
-            display_name="Train Subject Adapter (EZIGen)",
-            category="likeness/adapter",
-            description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
-            "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
-            search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
-            inputs=[*_training_inputs(), *_advanced_training_inputs()],
-            optional=[
-                Adapter.Input(
-                    "adapter",
-                    tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
-                    "the model's self-attention layers, and needs the full number of steps.",
-                ),
-            ],
-            outputs=[
-                output(Adapter, "adapter", "For Apply Subject Adapter; Extract Subject Adapter saves it."),
-                output(LossMap, "loss", "The loss of every step, for Plot Loss Graph."),
-                output(
-                    io.String,
-                    "report",
-                    "The files used and skipped, and the error with and without the subject's images.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
-        kinds = training.TrainingModels, training.AdapterPlan, TrainingSettings
-        models, plan, settings = build({**more, "start": adapter}, *kinds)
-        pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-        trained, losses, report = training.train_adapter(models, pairs, plan, settings)
-        return io.NodeOutput(trained, loss_map(losses), report)
-
-
-def _training_inputs() -> list[io.Input]:
-    return [
-        io.Model.Input(
-            "model", tooltip="SD2.1-base (512), which the published adapter is for, or an SD1.x model. Not changed."
-        ),
-        io.Clip.Input("clip", tooltip="Encodes the captions and the class nouns."),
-        io.Vae.Input("vae", tooltip="Encodes the images."),
-        io.Combo.Input(
-            "folder",
-            options=folders.image_folders(),
-            tooltip="A folder in ComfyUI's input folder with one subfolder per subject: images, each with <name>.txt "
-            "(its caption) and <name>.mask.png (white on the subject). Press R to refresh the list.",
-        ),
-        inputs.side("Side in pixels of the squares that images and subjects are scaled to: the model's native size."),
-        inputs.count(
-            "steps",
-            2000,
-            10_000_000,
-            "Number of updates: a few thousand when starting from the published adapter, which itself took "
-            "200,000. Raise it later to resume the run.",
-        ),
-        inputs.count(
-            "batch", 1, 256, "Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory."
-        ),
-        inputs.number(
-            "learning_rate",
-            LEARNING_RATE,
-            (1e-8, 1.0, 1e-5, 1e-8),
-            "AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
-        ),
-        inputs.seed("Seed of the order of the images, the timesteps and the noise."),
-    ]
-
-
-def _advanced_training_inputs() -> list[io.Input]:
-    return inputs.advanced(
-        inputs.number(
-            "drop",
-            DROP,
-            (0.0, 1.0, 0.05, 0.001),
-            "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops 0.8 "
-            "because of an inverted comparison.",
-        ),
-        inputs.count(
-            "max_subjects",
-            MAX_SUBJECTS,
-            MAX_SUBJECTS,
-            "Maximum number of other images of a subject shown with each image. EZIGen uses 4; 1 costs less "
-            "and is enough if you will only ever use one.",
-        ),
-        inputs.checkpointing(),
-    )

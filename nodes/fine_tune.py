@@ -1,22 +1,16 @@
-"""Fine-tune a model on one image (SINE; DreamBooth-style without patches); its position map, and its files."""
+"""Fine-tune a model on one image (SINE; DreamBooth-style without patches)."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.lora.artifact import FineTunedWeights, save_fine_tune
-from ..core.lora.host.apply import encode_prompt
-from ..core.session import folders
-from ..core.session.fingerprint import check_base
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
-from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
-from ..core.sine.host.position_map import apply_fine_tune, check_same_grid, with_position_map
-from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
+from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
-from .node import LoraModel, LossMap, Node, SavingNode, build, output, schema
+from .node import LoraModel, LossMap, Node, build, output, schema
 
 
 class LikenessFineTune(Node):
@@ -179,135 +173,3 @@ def _advanced() -> list[io.Input]:
         ),
         inputs.checkpointing(),
     )
-
-
-class LikenessPositionMap(Node):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessPositionMap",
-            display_name="Position Map",
-            category="likeness/fine_tune",
-            description="Gives a model that was fine-tuned on patches of an image its position map (SINE). Fine-Tune "
-            "On Image and Load Fine-Tune attach it automatically; use this node for files from other loaders and for "
-            "tiles.",
-            search_aliases=["sine", "patch", "tile"],
-            inputs=[
-                io.Model.Input("model", tooltip="A model that was fine-tuned on patches."),
-                inputs.number(
-                    "cells",
-                    CELLS,
-                    (2, MAX_CELLS),
-                    "Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
-                    "training at 512 pixels.",
-                ),
-                inputs.choice(
-                    "interpolation",
-                    INTERPOLATIONS,
-                    "Interpolation of the map, as in training. SINE uses bilinear for photographs and nearest for "
-                    "paintings.",
-                ),
-                *inputs.advanced(*(inputs.fraction(name, default, TILE + what) for name, default, what in WINDOW)),
-            ],
-            outputs=[output(io.Model, "model", "The model with its position map.")],
-        )
-
-    @classmethod
-    def execute(cls, model, cells, interpolation, x=0.0, y=0.0, width=1.0, height=1.0) -> io.NodeOutput:
-        check_same_grid(model, cells, interpolation)
-        return io.NodeOutput(with_position_map(model, cells, interpolation, (y, x, height, width)))
-
-
-TILE = "Only for sampling one tile of a larger image by itself: "
-WINDOW = (
-    ("x", 0.0, "the left edge of the tile, where 0 is the left edge of the whole image."),
-    ("y", 0.0, "the upper edge of the tile, where 0 is the upper edge of the whole image."),
-    ("width", 1.0, "the width of the tile, where 1 is the whole image."),
-    ("height", 1.0, "the height of the tile, where 1 is the whole image."),
-)
-
-
-class LikenessSaveTuned(SavingNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessSaveTuned",
-            display_name="Save Fine-Tune",
-            category="likeness/fine_tune",
-            description="Saves the result of Fine-Tune On Image or Optimize LoRA to models/loras, with its prompt and "
-            "position map. The stock Load LoRA also reads the file, without the map.",
-            search_aliases=["sine", "siso", "save lora"],
-            inputs=[
-                LoraModel.Input("lora", tooltip="The output of Fine-Tune On Image or Optimize LoRA."),
-                inputs.prefix("likeness/tuned"),
-            ],
-            outputs=[
-                output(LoraModel, "lora", "The fine-tune, passed through."),
-                output(io.String, "name", "The name under which Load Fine-Tune lists the file."),
-            ],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, lora, filename_prefix) -> io.NodeOutput:
-        if not isinstance(lora, FineTunedWeights):
-            raise ValueError(
-                "This LORA_MODEL was not made by Fine-Tune On Image or Optimize LoRA, so nothing is known of its "
-                "prompt and base: save it with the stock Save LoRA node."
-            )
-        return cls.saved(folders.LORAS, lora, filename_prefix, save_fine_tune, summary(lora))
-
-
-class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="LikenessLoadTuned",
-            display_name="Load Fine-Tune",
-            category="likeness/fine_tune",
-            description="Loads a saved fine-tune: the weights, the position map they need and the training prompt.",
-            search_aliases=["sine", "siso", "load lora", "position map"],
-            inputs=[
-                io.Combo.Input(
-                    "name",
-                    options=folders.names(folders.LORAS),
-                    tooltip="A file in models/loras. Press R to refresh the list after saving one.",
-                ),
-                io.Model.Input("model", tooltip="The base model of the fine-tune. It is not changed."),
-                inputs.number(
-                    "strength",
-                    1.0,
-                    (-10.0, 10.0, 0.05),
-                    "Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
-                    "position map.",
-                ),
-            ],
-            optional=[
-                io.Clip.Input(
-                    "clip", tooltip="The text encoder. It gets its own trained weights and encodes the training prompt."
-                ),
-            ],
-            outputs=[
-                output(io.Model, "model", "The fine-tuned model, with its position map."),
-                output(io.Clip, "clip", "The fine-tuned text encoder. Nodes connected here do not run without 'clip'."),
-                output(io.String, "prompt", "The training prompt."),
-                output(
-                    io.Conditioning,
-                    "positive",
-                    "The training prompt, encoded by the fine-tuned text encoder, for Subject Guidance. Nodes "
-                    "connected here do not run without 'clip', or for a file of the stock Save LoRA, which has no "
-                    "prompt.",
-                ),
-                output(io.String, "info", "Method, base model, prompt, position map, settings and loss."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, name, model, strength, clip=None) -> io.NodeOutput:
-        tuned = load_fine_tune(folders.resolve(folders.LORAS, name))
-        check_base(tuned.header.get("base", {}), model)
-        tuned_model, tuned_clip = apply_fine_tune(tuned, model, clip, strength)
-        if tuned_clip is None:
-            return io.NodeOutput(tuned_model, nothing(), tuned.prompt, nothing(), summary(tuned))
-        positive = encode_prompt(tuned_clip, tuned.prompt) if tuned.prompt else nothing()
-        return io.NodeOutput(tuned_model, tuned_clip, tuned.prompt, positive, summary(tuned))

@@ -219,7 +219,8 @@ def _similarity_model():
 
 def _fit_siso(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.02, seed: int = 0, **more):
     """A LoRA that makes one sampling step's image more like the setting's."""
-    from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
 
     alike = run_node(LikenessSimilarity, vision=_similarity_model(), image=setting.image, weight=1.0)[0]
     inputs = {"model": setting.model, "vae": autoencoder(setting.channels), "positive": setting.source}

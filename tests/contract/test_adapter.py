@@ -359,11 +359,11 @@ def test_prepared_pictures(caplog):
 
 def test_a_name_is_refused_before_anything_runs_unless_it_comes_by_a_link():
     """ComfyUI asks with None then, and leaves only the named inputs to the node."""
-    from likeness.nodes import adapter, embedding, fine_tune, masks, sana, score, similarity
+    from likeness.nodes import adapter, embedding, masks, sana, score, similarity, train_adapter, tuned_files
 
-    loaders = [adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrievalModel, fine_tune.LikenessLoadTuned]
+    loaders = [adapter.LikenessLoadAdapter, similarity.LikenessLoadRetrievalModel, tuned_files.LikenessLoadTuned]
     loaders += [embedding.LikenessLoadEmbedding, sana.LikenessLoadSana, score.LikenessLoadVision]
-    named = {"name": loaders, "folder": [adapter.LikenessTrainAdapter], "model": [masks.LikenessCaption]}
+    named = {"name": loaders, "folder": [train_adapter.LikenessTrainAdapter], "model": [masks.LikenessCaption]}
     for name, nodes in named.items():
         for node in nodes:
             assert inspect.getfullargspec(node.validate_inputs).args == ["cls", name]

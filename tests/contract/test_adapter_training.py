@@ -370,7 +370,7 @@ def input_folder(tmp_path, monkeypatch):
 def test_the_node(job, input_folder):
     """Folders are listed and looked up below ComfyUI's input folder, and nowhere else."""
     from likeness.core.session.folders import image_folders
-    from likeness.nodes.adapter import LikenessTrainAdapter
+    from likeness.nodes.train_adapter import LikenessTrainAdapter
 
     narrow_world.draw(input_folder / "sets" / "mine", range(2), 2)
     outside = narrow_world.draw(input_folder.parent / "outside", range(2), 2)

@@ -216,7 +216,8 @@ def test_the_image_of_an_optimized_lora_is_the_stock_samplers(name):
     import comfy.sample
     import comfy.samplers
 
-    from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
 
     family, seed = FAMILIES[name], 4
     model, vae, positive = family.model(), family.autoencoder(), family.prompt(1)

@@ -122,8 +122,8 @@ def test_a_reference_guided_image_is_made_again_by_the_stock_sampler(name):
 def attempted(step: str, family) -> Any:
     """Run a step as far as a transformer gets."""
     from likeness.core.ezigen.host.layers import places
-    from likeness.nodes.fine_tune import LikenessPositionMap
     from likeness.nodes.inspect import LikenessInspect
+    from likeness.nodes.position_map import LikenessPositionMap
 
     model, prompt, latent = family.model(), family.prompt(1), {"samples": family.latents()}
     if step == "Replace, Inspect":

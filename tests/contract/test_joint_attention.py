@@ -265,7 +265,7 @@ def test_an_inverted_image_is_edited_on_a_flow_model():
     from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
 
     from likeness.nodes.inversion import LikenessInvert, LikenessNullText
-    from likeness.nodes.reference import LikenessReplaceSubject
+    from likeness.nodes.replace import LikenessReplaceSubject
 
     family, clip, text = FAMILIES["Z-Image"], tiny_models.clip_qwen(64), "a photo of a cat on the grass"
     model = family.model()

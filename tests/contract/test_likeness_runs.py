@@ -105,7 +105,8 @@ def test_of_the_last_lora_it_is_not_said_that_it_changes_nothing(vision, caplog,
 def test_one_iteration_can_be_plotted(vision):  # noqa: F811
     from comfy_extras.nodes_train import LossGraphNode
 
-    from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
 
     from .test_similarity_nodes import inputs_of
 

@@ -103,7 +103,7 @@ def test_a_box_of_a_training_and_areas():
 
 
 def test_a_map_is_refused_by_a_model_that_cannot_follow():
-    from likeness.nodes.fine_tune import LikenessPositionMap
+    from likeness.nodes.position_map import LikenessPositionMap
 
     with pytest.raises(ValueError, match="A SD3 cannot be told where.*use this model without"):
         run_node(LikenessPositionMap, model=FAMILIES["SD3.5"].model(), cells=16, interpolation="bilinear")

@@ -18,7 +18,7 @@ CELLS = 16
 
 
 def mapped(setting, **window):
-    from likeness.nodes.fine_tune import LikenessPositionMap
+    from likeness.nodes.position_map import LikenessPositionMap
 
     return run_node(LikenessPositionMap, model=setting.model, cells=CELLS, interpolation="bilinear", **window)[0]
 
@@ -179,7 +179,7 @@ def test_a_window_outside_the_picture_is_refused(window):
 
 
 def test_a_map_for_another_grid_is_refused():
-    from likeness.nodes.fine_tune import LikenessPositionMap
+    from likeness.nodes.position_map import LikenessPositionMap
 
     setting = Setting()
     setting.model = mapped(setting)

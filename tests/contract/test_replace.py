@@ -33,7 +33,7 @@ def swapped(setting, clip, **changes) -> tuple:
 
 
 def outputs(setting, clip, **changes) -> tuple:
-    from likeness.nodes.reference import LikenessReplaceSubject
+    from likeness.nodes.replace import LikenessReplaceSubject
 
     start = {"samples": 14 * setting.latent["samples"] / 0.18215}
     inputs = {"model": setting.model, "clip": clip, "latent": start, "negative": setting.empty, "prompt": PROMPT}

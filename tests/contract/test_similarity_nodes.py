@@ -52,7 +52,8 @@ def inputs_of(setting: Setting, similarity) -> dict:
 def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
 
     setting, clip = Setting(), tiny_models.clip_l()
     one = run_node(LikenessSimilarity, vision=vision, image=setting.image, weight=0.5)[0]
@@ -74,7 +75,8 @@ def test_the_nodes_give_model_text_encoder_lora_and_pictures(vision):
 def test_a_preset_is_the_same_as_its_settings_on_the_node(vision, monkeypatch):
     """To the byte, under the same key: what was trained is served for either."""
     from likeness.core.session.session import Session
-    from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
 
     short = {"iterations": 2, "learning_rate": 0.01, "noise": "same"}
     monkeypatch.setattr("likeness.nodes.optimize_lora.SISO", {"fast": {"noise": short}})
@@ -241,7 +243,8 @@ def test_a_loss_that_never_falls_is_told(vision, caplog, monkeypatch):
 
 def test_a_latent_or_vae_of_another_model_is_refused(vision, monkeypatch):
     from likeness.core.session.session import Session
-    from likeness.nodes.similarity import LikenessOptimizeLora, LikenessSimilarity
+    from likeness.nodes.optimize_lora import LikenessOptimizeLora
+    from likeness.nodes.similarity import LikenessSimilarity
 
     monkeypatch.setattr(Session, "run", None)
     setting = Setting()

@@ -24,14 +24,14 @@ def shades(weights, ends) -> list[torch.Tensor]:
 
 
 def plot(weights, ends, **measures):
-    from likeness.nodes.guidance import LikenessSweepPlot
+    from likeness.nodes.sweep import LikenessSweepPlot
 
     inputs = {"images": shades(weights, ends), **measures}
     return run_node(LikenessSweepPlot, base_weight=weights, end_percent=ends, **inputs)
 
 
 def swept() -> tuple[list[float], list[float]]:
-    from likeness.nodes.guidance import LikenessSweep
+    from likeness.nodes.sweep import LikenessSweep
 
     return run_node(LikenessSweep, base_weights=WEIGHTS, end_percents=ENDS)
 
@@ -40,7 +40,7 @@ def test_comfyui_runs_a_node_once_for_each_pair_and_hands_the_plot_all_at_once()
     """Through the server's own mapping of lists, rather than by our knowledge of it."""
     import execution
 
-    from likeness.nodes.guidance import LikenessSweep, LikenessSweepPlot
+    from likeness.nodes.sweep import LikenessSweep, LikenessSweepPlot
 
     def call(node, inputs):
         made = asyncio.run(execution.get_output_data("prompt", "1", node, inputs))
@@ -158,7 +158,7 @@ def test_several_images_of_a_pair_are_one_cell_and_one_point():
     ],
 )
 def test_lists_that_do_not_belong_together(more, sentence):
-    from likeness.nodes.guidance import LikenessSweepPlot
+    from likeness.nodes.sweep import LikenessSweepPlot
 
     weights, ends = swept()
     inputs = {"images": shades(weights, ends), "base_weight": weights, "end_percent": ends, **more}

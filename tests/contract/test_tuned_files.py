@@ -66,7 +66,7 @@ def test_stock_loaders_name_the_map_that_they_leave_out(caplog):
 
 
 def test_save_and_load_give_model_clip_map_prompt_and_positive(clip):
-    from likeness.nodes.fine_tune import LikenessLoadTuned, LikenessSaveTuned
+    from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
     setting = Setting()
     model, tuned_clip, lora, _ = train(setting, clip=clip)
@@ -89,7 +89,7 @@ def test_a_file_of_the_stock_save_node_gets_its_map_back(tmp_path):
     from safetensors.torch import save_file
 
     from likeness.core.sine.host.position_map import position_map_of
-    from likeness.nodes.fine_tune import LikenessLoadTuned
+    from likeness.nodes.tuned_files import LikenessLoadTuned
 
     setting = Setting()
     model, _, lora, _ = train(setting)
@@ -105,7 +105,7 @@ def test_a_file_of_the_stock_save_node_gets_its_map_back(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a\0b", "C:\\x.safetensors", ""])
 def test_names_that_leave_the_folder_are_refused(name):
-    from likeness.nodes.fine_tune import LikenessLoadTuned, LikenessSaveTuned
+    from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
     setting = Setting()
     with pytest.raises(ValueError, match="not a plain name"):
@@ -115,14 +115,14 @@ def test_names_that_leave_the_folder_are_refused(name):
 
 
 def test_another_lora_is_not_saved_as_ours():
-    from likeness.nodes.fine_tune import LikenessSaveTuned
+    from likeness.nodes.tuned_files import LikenessSaveTuned
 
     with pytest.raises(ValueError, match="was not made by Fine-Tune On Image"):
         run_node(LikenessSaveTuned, lora={"x": torch.zeros(1)}, filename_prefix="a")
 
 
 def test_another_family_is_refused_by_the_loader():
-    from likeness.nodes.fine_tune import LikenessLoadTuned, LikenessSaveTuned
+    from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
     name = run_node(LikenessSaveTuned, lora=train(Setting())[2], filename_prefix="a")[1]
     with pytest.raises(ValueError, match="connect the model"):
@@ -153,7 +153,7 @@ def test_weights_that_fit_no_layer_are_refused(tmp_path, name):
     """ComfyUI leaves them out with a line in the log, and the picture shows no subject."""
     from safetensors.torch import save_file
 
-    from likeness.nodes.fine_tune import LikenessLoadTuned
+    from likeness.nodes.tuned_files import LikenessLoadTuned
 
     shapes, said = OTHERS[name]
     (tmp_path / "loras").mkdir()
@@ -167,7 +167,7 @@ def test_weights_that_fit_no_layer_are_refused(tmp_path, name):
 def test_weights_of_another_family_without_a_header_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    from likeness.nodes.fine_tune import LikenessLoadTuned
+    from likeness.nodes.tuned_files import LikenessLoadTuned
 
     (tmp_path / "loras").mkdir()
     save_file(
