@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from ..core.embedding.hifi_tuner import RegularizedHiPer
-from ..core.embedding.hiper import LEARNING_RATE, HiPerSettings
+from ..core.embedding.hiper import LEARNING_RATE, HiPer, HiPerSettings
 from ..core.fit.fit import step_generator
 from ..core.fit.runs import digest
 from ..core.prompt.conditioning import apply_embedding
@@ -88,11 +87,11 @@ FAST = {
 }
 
 
-class Varied(RegularizedHiPer):
+class Varied(HiPer):
     """The pack's training with a rate that changes, or other timesteps."""
 
     def __init__(self, *inputs: Any, way: Way) -> None:
-        super().__init__(*inputs, regularizer=None)
+        super().__init__(*inputs)
         self.way = way
 
     def draw(self) -> tuple[int, torch.Tensor, torch.Tensor]:

@@ -126,12 +126,11 @@ class Bench:
         """Each long node, ready to be run."""
         from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 
-        from ..nodes.embedding import LikenessTrainEmbedding
+        from ..nodes.embedding import LikenessRefineEmbedding, LikenessTrainEmbedding
         from ..nodes.fine_tune import LikenessFineTune
         from ..nodes.inversion import LikenessInvert, LikenessNullText
         from ..nodes.optimize_lora import LikenessOptimizeLora
         from ..nodes.reference import LikenessReferenceGuide
-        from ..nodes.refine import LikenessRefineEmbedding
         from ..nodes.similarity import LikenessSimilarity
 
         model, prompts = {"model": self.model, "positive": self.positive}, {"negative": self.negative}

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from ..core.denoiser import latent_mask
 from ..core.embedding.hifi_tuner import StepWiseSettings
 from ..core.embedding.hiper import HiPerSettings
+from ..core.embedding.presets import EMPTY
 from ..core.prompt.conditioning import apply_embedding
 from ..core.reference.alignment import align, warp
 from ..core.reference.guidance import END_PERCENT, START_PERCENT, ReferenceSettings
@@ -90,7 +91,7 @@ class Bench(subjects.Bench):
 
     def embedding(self, case: Case, masked: bool, weight: float) -> Any:
         """Eq. 6, or a part of it."""
-        from ..core.embedding.host.train import RegularizerOptions, Schedule, TrainingPrompts, train_embedding
+        from ..core.embedding.host.train import Schedule, TrainingPrompts, train_embedding
 
         how = self.settings
         return train_embedding(
@@ -99,12 +100,12 @@ class Bench(subjects.Bench):
             self.subject(case, masked),
             HiPerSettings(how.tokens, how.learning_rate, case.seed),
             Schedule(how.steps, how.steps, how.start_percent, how.end_percent),
-            TrainingPrompts(self.empty, regularizer=RegularizerOptions(self.empty, weight)),
+            TrainingPrompts(self.empty, weight, init=EMPTY),
         )[0]
 
     def refined(self, case: Case, embedding: Any) -> Any:
         """Algorithm 1."""
-        from ..core.embedding.host.refine import SavedStep, refine_embedding
+        from ..core.embedding.host.refine import refine_embedding
         from ..core.embedding.host.train import RegularizerOptions
 
         how = self.settings
@@ -112,7 +113,7 @@ class Bench(subjects.Bench):
             self.world.model,
             self.conditioning(case.class_prompt()),
             self.subject(case, True),
-            SavedStep(embedding),
+            embedding,
             self.levels,
             StepWiseSettings(how.inner_steps, how.inner_rate, case.seed),
             RegularizerOptions(self.empty, how.anchor_weight),

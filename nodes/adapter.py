@@ -8,8 +8,7 @@ from ..core.ezigen.artifact import read_adapter, save_adapter
 from ..core.ezigen.host import adapter as host
 from ..core.session import folders
 from . import inputs
-from .node import Node, SavingNode
-from .types import Adapter, Subject, output, schema
+from .node import Adapter, Node, SavingNode, Subject, output, schema
 
 
 class LikenessLoadAdapter(Node, files={"name": folders.ADAPTERS}):
@@ -104,11 +103,11 @@ class LikenessEncodeSubject(Node):
                 ),
                 Subject.Input("subject", optional=True, tooltip="An encoded subject to add these images to."),
                 *inputs.advanced(
-                    inputs.fraction(
+                    inputs.number(
                         "margin",
                         host.MARGIN,
+                        (0.0, 1.0, 0.01),
                         "White border around a masked subject, as a fraction of its longer side.",
-                        round=None,
                     )
                 ),
             ],
@@ -147,14 +146,11 @@ class LikenessApplyAdapter(Node):
                     "higher gives more likeness and less freedom, 1 starts at the first step. With denoise below 1 or "
                     "a partial run, it is a fraction of the remaining steps.",
                 ),
-                io.Float.Input(
+                inputs.number(
                     "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    round=0.001,
-                    tooltip="Scale of the adapter's output. 1 is EZIGen's value, 0 is the model alone.",
+                    1.0,
+                    (0.0, 2.0, 0.05, 0.001),
+                    "Scale of the adapter's output. 1 is EZIGen's value, 0 is the model alone.",
                 ),
                 *inputs.advanced(
                     inputs.choice(

@@ -8,8 +8,7 @@ from ..core.embedding.host.train import Previews
 from ..core.vision.host.scoring import Request
 from ..core.vision.host.sheets import score_sheet
 from . import inputs
-from .node import Node, build
-from .types import Embedding, output, schema
+from .node import Embedding, Node, build, output, schema
 
 
 class LikenessBestStep(Node):
@@ -42,32 +41,23 @@ class LikenessBestStep(Node):
                     inputs.count("steps", 20, 1000, "Sampling steps of each image."),
                     inputs.cfg(7.5, "Guidance scale. Without a negative prompt it is 1."),
                 ),
-                io.ClipVision.Input(
-                    "dino", optional=True, tooltip="Measures likeness: DINOv2 from Load Vision Model, for instance."
-                ),
+            ],
+            optional=[
+                io.ClipVision.Input("dino", tooltip="Measures likeness: DINOv2 from Load Vision Model, for instance."),
                 io.ClipVision.Input(
                     "clip",
-                    optional=True,
                     tooltip="A CLIP model: measures likeness too and, with a text encoder and 'prompt', how well the "
                     "prompt is followed.",
                 ),
                 io.String.Input(
-                    "prompt",
-                    default="",
-                    optional=True,
-                    force_input=True,
-                    tooltip="The text of the new prompt, for the CLIP model.",
+                    "prompt", default="", force_input=True, tooltip="The text of the new prompt, for the CLIP model."
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt of the images."),
-                io.Mask.Input(
-                    "reference_mask", optional=True, tooltip="White on the subject: only that part is compared."
-                ),
+                io.Conditioning.Input("negative", tooltip="The negative prompt of the images."),
+                io.Mask.Input("reference_mask", tooltip="White on the subject: only that part is compared."),
             ],
             outputs=[
                 output(
-                    Embedding,
-                    "embedding",
-                    "The same embedding. Step 0 of Apply Subject Embedding is now the best one.",
+                    Embedding, "embedding", "The same embedding. Step 0 of Apply Subject Embedding is now the best one."
                 ),
                 output(io.Int, "step", "The best step."),
                 output(io.Image, "images", "First the images without the subject, then those of each step."),

@@ -1,20 +1,13 @@
-"""Train, apply, save and load subject embeddings (HiPer)."""
+"""Train, refine, apply, save and load subject embeddings (HiPer, HiFi Tuner)."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.embedding import hiper
+from ..core.embedding import hifi_tuner, hiper
 from ..core.embedding.artifact import load_embedding, save_embedding
-from ..core.embedding.host.train import (
-    ANCHORS,
-    Previews,
-    RegularizerOptions,
-    Schedule,
-    TrainingPrompts,
-    preview_images,
-    train_embedding,
-)
+from ..core.embedding.host import train
+from ..core.embedding.host.refine import refine_embedding
 from ..core.embedding.presets import EMPTY, HIPER, SOURCE
 from ..core.fit.presets import AS_SET, apply_preset
 from ..core.prompt.conditioning import apply_embedding
@@ -24,29 +17,25 @@ from ..core.session.images import ImageSource
 from ..core.session.outputs import loss_map, nothing
 from ..core.session.sampling import kind_of
 from . import inputs
-from .node import Node, SavingNode, build
-from .types import Embedding, LossMap, output, schema
+from .node import Embedding, LossMap, Node, SavingNode, build, output, schema
 
 
-def anchor_inputs(weight: float) -> list[io.Input]:
-    """HiFi Tuner's regularizer, with this default weight."""
+def anchor_inputs() -> list[io.Input]:
+    """HiFi Tuner's regularizer, by default none."""
     return inputs.advanced(
-        inputs.fraction(
+        inputs.number(
             "anchor_weight",
-            weight,
+            0.0,
+            (0.0, 1.0, 0.001, 1e-6),
             "Weight of the regularizer that keeps the learned token embeddings close to those of the empty prompt "
             "connected to 'negative' (HiFi Tuner; usually 0.01), so that the prompt is still followed. 0 turns it "
             "off, as in HiPer.",
-            step=0.001,
-            round=1e-6,
-            optional=True,
         ),
         inputs.choice(
             "anchor",
-            ANCHORS,
+            train.ANCHORS,
             "How the regularizer is applied: as a term of the loss, as in the paper, or decoupled from the gradient, "
             "so that Adam does not rescale it. The decoupled form needs a larger weight (0.1 to 1).",
-            optional=True,
         ),
     )
 
@@ -54,10 +43,10 @@ def anchor_inputs(weight: float) -> list[io.Input]:
 def image_inputs(vae: str) -> list[io.Input]:
     """The inputs for the training images; vae: the tooltip of that input."""
     return [
-        io.Latent.Input("latent", optional=True, tooltip="The training image(s), encoded. Use this or image and VAE."),
-        io.Image.Input("image", optional=True, tooltip="The training image(s), at the model's size. Needs the VAE."),
-        io.Vae.Input("vae", optional=True, tooltip=vae),
-        io.Mask.Input("mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."),
+        io.Latent.Input("latent", tooltip="The training image(s), encoded. Use this or image and VAE."),
+        io.Image.Input("image", tooltip="The training image(s), at the model's size. Needs the VAE."),
+        io.Vae.Input("vae", tooltip=vae),
+        io.Mask.Input("mask", tooltip="White on the subject. The rest of the image is not learned."),
     ]
 
 
@@ -114,48 +103,45 @@ class LikenessTrainEmbedding(Node):
                     "a CPU; on a GPU, up to rounding."
                 ),
                 *inputs.advanced(
-                    inputs.fraction(
+                    inputs.number(
                         "start_percent",
                         0.0,
+                        (0.0, 1.0, 0.01),
                         "Start of the part of the denoising process to train on. 0 is pure noise.",
-                        round=None,
                     ),
-                    inputs.fraction(
+                    inputs.number(
                         "end_percent",
                         1.0,
+                        (0.0, 1.0, 0.01),
                         "End of the part of the denoising process to train on. 1 is the finished image.",
-                        round=None,
                     ),
-                    inputs.count(
+                    inputs.number(
                         "preview_steps",
                         20,
-                        1000,
+                        (0, 1000),
                         "Sampling steps of each preview image. 0 makes no previews. Needs the VAE.",
-                        min=0,
                     ),
-                    io.Float.Input(
+                    inputs.number(
                         "preview_cfg",
-                        default=7.5,
-                        min=1.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Guidance scale of the preview images. Without a negative prompt it is 1.",
+                        7.5,
+                        (1.0, 100.0, 0.1),
+                        "Guidance scale of the preview images. Without a negative prompt it is 1.",
                     ),
                 ),
+            ],
+            optional=[
                 *image_inputs("Encodes the image and decodes the previews."),
                 io.Conditioning.Input(
                     "target",
-                    optional=True,
                     tooltip="The edit prompt. It is used for previews only, never for the loss. While the training "
                     "runs, the node shows it with the subject as learned so far.",
                 ),
                 io.Conditioning.Input(
                     "negative",
-                    optional=True,
                     tooltip="The empty prompt. It guides the previews, initializes the embedding if init asks for it, "
                     "and is what the regularizer pulls the embedding towards.",
                 ),
-                *anchor_inputs(0.0),
+                *anchor_inputs(),
                 inputs.preset(
                     "fast: 300 steps at a learning rate of 0.04 on the middle of the denoising, as alike as 1000 "
                     "published ones in the toyworld. published: HiPer's own."
@@ -176,24 +162,63 @@ class LikenessTrainEmbedding(Node):
         )
 
     @classmethod
-    def execute(cls, model, positive, preview_steps, preview_cfg, target=None, preset=AS_SET, **more) -> io.NodeOutput:
+    def execute(cls, model, positive, preview_steps, preset=AS_SET, **more) -> io.NodeOutput:
         more = apply_preset(HIPER, preset, kind_of(model), more)
-        init = more.pop("init")
-        source, settings, schedule, anchor = build(more, ImageSource, hiper.HiPerSettings, Schedule, RegularizerOptions)
-        if init == EMPTY and anchor.negative is None:
-            raise ValueError(
-                "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
-            )
+        kinds = ImageSource, hiper.HiPerSettings, train.Schedule, train.TrainingPrompts
+        source, settings, schedule, prompts = build(more, *kinds)
         images = source.encoded(model)
-        empty = anchor.negative if init == EMPTY else None
-        prompts = TrainingPrompts(empty, target, anchor, anchor.negative, preview_cfg)
-        embedding, losses = train_embedding(model, positive, images, settings, schedule, prompts)
+        embedding, losses = train.train_embedding(model, positive, images, settings, schedule, prompts)
         loss = loss_map(losses)
         if source.vae is None or preview_steps == 0:
             return io.NodeOutput(embedding, loss, nothing())
-        how = Previews(source.vae, anchor.negative, preview_steps, preview_cfg, settings.seed)
-        previews = preview_images(model, embedding, positive, target, tuple(images.latent.shape), how)
+        how = train.Previews(source.vae, prompts.negative, preview_steps, prompts.preview_cfg, settings.seed)
+        previews = train.preview_images(model, embedding, positive, prompts.target, tuple(images.latent.shape), how)
         return io.NodeOutput(embedding, loss, previews)
+
+
+class LikenessRefineEmbedding(Node):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LikenessRefineEmbedding",
+            display_name="Refine Subject Embedding (HiFi Tuner)",
+            category="likeness/embedding",
+            description="Trains an embedding further for each denoising step separately, starting from the noisiest "
+            "(HiFi Tuner), so that early steps hold shape and late steps hold detail.",
+            search_aliases=["hifi tuner", "step-wise", "textual inversion", "subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the embedding was trained on. It is not changed."),
+                io.Conditioning.Input("positive", tooltip="The source prompt that the embedding was trained with."),
+                Embedding.Input("embedding", tooltip="From Train Subject Embedding or Load Subject Embedding."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="Noise levels of the sampling, from BasicScheduler. Separate token embeddings are learned "
+                    "for each of its steps; other schedules use those of the nearest level.",
+                ),
+                inputs.inner_steps(hifi_tuner.INNER_STEPS, "Updates per denoising step. The paper uses 10."),
+                inputs.rate(hifi_tuner.LEARNING_RATE, "Adam's learning rate, as in the embedding's training."),
+                inputs.saved_step("Saved step of the embedding to start from. 0 selects the recommended one."),
+                inputs.seed("Seed of the image and the noise of each update."),
+            ],
+            optional=[
+                *image_inputs("Encodes the image."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The empty prompt, which the regularizer pulls the embedding towards."
+                ),
+                *anchor_inputs(),
+            ],
+            outputs=[
+                output(Embedding, "embedding", "The step-wise embedding, for Apply Subject Embedding with scale 1."),
+                output(LossMap, "loss", "The loss of every update, for Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
+        source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, train.RegularizerOptions)
+        images = source.encoded(model)
+        refined, losses = refine_embedding(model, positive, images, embedding, sigmas, settings, anchor, step)
+        return io.NodeOutput(refined, loss_map(losses))
 
 
 class LikenessApplyEmbedding(Node):
@@ -217,9 +242,10 @@ class LikenessApplyEmbedding(Node):
                     "turns it off.",
                 ),
                 inputs.saved_step("Saved step to use. 0 selects the recommended one (the last one up to 1000)."),
+            ],
+            optional=[
                 io.Model.Input(
                     "model",
-                    optional=True,
                     tooltip="Connect the model to check that the embedding was trained on it. It has no other effect.",
                 ),
             ],

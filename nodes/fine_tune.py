@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.lora.low_rank import ATTENTION
 from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
 from ..core.sine.position_map import INTERPOLATIONS, MAX_CELLS
 from . import inputs
-from .node import Node
-from .types import LoraModel, LossMap, output, schema
+from .node import LoraModel, LossMap, Node, build, output, schema
 
 
 class LikenessFineTune(Node):
@@ -62,12 +60,12 @@ class LikenessFineTune(Node):
                     "Number of updates. Raise it later to resume the run. A lower value returns that step of a LoRA if "
                     "it was saved (every 500), else the longer run with a warning; full weights are trained again.",
                 ),
-                inputs.rate(
+                inputs.number(
+                    "learning_rate",
                     sine.LEARNING_RATE,
+                    (1e-9, 1.0, 1e-6, 1e-9),
                     "AdamW's learning rate: 0.0001 for a LoRA. For full weights set the paper's 0.000001; the default "
                     "is 100 times higher.",
-                    step=1e-6,
-                    round=1e-9,
                 ),
                 inputs.count(
                     "rank",
@@ -75,41 +73,30 @@ class LikenessFineTune(Node):
                     512,
                     "Rank of the LoRA. A higher rank can hold more of the image. Not used with full weights.",
                 ),
-                inputs.count(
+                inputs.number(
                     "resolution",
                     512,
-                    4096,
+                    (64, 4096, 8),
                     "Side of the training square in pixels: 512 for SD1.x, 768 for SD2.x, 1024 for SDXL.",
-                    min=64,
-                    step=8,
                 ),
                 inputs.seed(
                     "Seed of the patches, timesteps, noise and LoRA initialization. The same seed gives bit-identical "
                     "results on a CPU; on a GPU, up to rounding."
                 ),
                 *_advanced(),
+            ],
+            optional=[
                 io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="Connect it to train the text encoder too, as in the paper. Use this or 'positive'.",
+                    "clip", tooltip="Connect it to train the text encoder too, as in the paper. Use this or 'positive'."
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    optional=True,
                     tooltip="The encoded training prompt; the text encoder is not trained. Use this or 'clip'. "
                     "'prompt' must contain the same text verbatim, since Load Fine-Tune encodes it.",
                 ),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="White on the subject. The rest of the image is not learned."
-                ),
-                io.Image.Input(
-                    "prior_image", optional=True, tooltip="Images of the subject's class, for prior_weight."
-                ),
-                io.Conditioning.Input(
-                    "prior_positive",
-                    optional=True,
-                    tooltip="The encoded class prompt, if no 'clip' is connected.",
-                ),
+                io.Mask.Input("mask", tooltip="White on the subject. The rest of the image is not learned."),
+                io.Image.Input("prior_image", tooltip="Images of the subject's class, for prior_weight."),
+                io.Conditioning.Input("prior_positive", tooltip="The encoded class prompt, if no 'clip' is connected."),
                 *inputs.advanced(
                     inputs.layers("those of the attention"),
                     inputs.choice(
@@ -118,7 +105,6 @@ class LikenessFineTune(Node):
                         "T-LoRA uses half of the ranks at high noise and all at low noise, so that a single image is "
                         "over-fitted less. LoKr is a product of two small matrices: 'rank' is then the size of the "
                         "first, and a higher one makes a smaller file. Not used with full weights.",
-                        optional=True,
                     ),
                 ),
             ],
@@ -132,69 +118,39 @@ class LikenessFineTune(Node):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        image,
-        prompt,
-        method,
-        patches,
-        steps,
-        rank,
-        resolution,
-        whole_image,
-        cells,
-        interpolation,
-        crops,
-        prior_prompt,
-        checkpointing,
-        clip=None,
-        positive=None,
-        mask=None,
-        prior_image=None,
-        prior_positive=None,
-        layers=ATTENTION,
-        lora_type=LORA,
-        **settings,
+        cls, model, vae, patches, resolution, whole_image, cells, crops, prior_prompt, prior_image=None, **more
     ) -> io.NodeOutput:
         grid = cells or 2 * resolution // vae.spacial_compression_encode()
         crop = CropSettings(resolution, grid, crops, whole_image) if patches else CropSettings(resolution)
-        tuned, tuned_clip, lora, losses = fine_tune(
-            model,
-            vae,
-            FineTuneData(image, prompt, mask, clip, positive),
-            FineTunePlan(crop, method, steps, rank, interpolation, checkpointing, layers, lora_type),
-            sine.FineTuneSettings(**settings),
-            None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=prior_positive),
-        )
+        kinds = FineTuneData, FineTunePlan, sine.FineTuneSettings
+        of_class, form = more.pop("prior_positive", None), more.pop("lora_type", LORA)
+        data, plan, settings = build({**more, "crop": crop, "form": form}, *kinds)
+        prior = None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=of_class)
+        tuned, tuned_clip, lora, losses = fine_tune(model, vae, data, plan, settings, prior)
         return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))
 
 
 def _advanced() -> list[io.Input]:
     return inputs.advanced(
-        inputs.fraction(
+        inputs.number(
             "whole_image",
             0.0,
+            (0.0, 1.0, 0.05),
             "Probability of training on the whole image instead of a patch: 0 in the reference code, 0.1 in its "
             "diffusers script.",
-            step=0.05,
-            round=None,
         ),
-        io.Float.Input(
+        inputs.number(
             "recon_weight",
-            default=sine.RECON_WEIGHT,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="Weight of the second term of the patch loss, which emphasizes the layout at high noise: 1 in the "
+            sine.RECON_WEIGHT,
+            (0.0, 100.0, 0.1),
+            "Weight of the second term of the patch loss, which emphasizes the layout at high noise: 1 in the "
             "reference code, 0 in the paper. Not used without patches.",
         ),
-        inputs.count(
+        inputs.number(
             "cells",
             0,
-            MAX_CELLS,
+            (0, MAX_CELLS),
             "Cells per side of the position map's grid. 0 is twice the training square (128 for 512 pixels).",
-            min=0,
         ),
         inputs.choice(
             "interpolation",
@@ -205,19 +161,15 @@ def _advanced() -> list[io.Input]:
         inputs.count(
             "crops", 1000, 100_000, "Number of patches encoded before training. They repeat after that many steps."
         ),
-        io.Float.Input(
+        inputs.number(
             "prior_weight",
-            default=0.0,
-            min=0.0,
-            max=10.0,
-            step=0.1,
-            tooltip="Weight of the loss on other images of the class (DreamBooth's prior preservation). 0 turns it "
+            0.0,
+            (0.0, 10.0, 0.1),
+            "Weight of the loss on other images of the class (DreamBooth's prior preservation). 0 turns it "
             "off; the paper found more artifacts with it.",
         ),
         io.String.Input(
-            "prior_prompt",
-            default="",
-            tooltip="The class prompt, such as 'photo of a dog', if 'clip' is connected.",
+            "prior_prompt", default="", tooltip="The class prompt, such as 'photo of a dog', if 'clip' is connected."
         ),
         inputs.checkpointing(),
     )

@@ -8,8 +8,7 @@ from ..core.sine.guidance import BASE_WEIGHT, CFG, END_PERCENT, LAST_TIMESTEP
 from ..core.sine.host.guidance import guider, subject_model, with_guidance
 from ..core.sine.host.personalization import OMEGA, with_personalization
 from . import inputs
-from .node import Node
-from .types import Subjects, output, schema
+from .node import Node, Subjects, output, schema
 
 
 def _tuned() -> list[io.Input]:
@@ -48,13 +47,12 @@ def _window() -> list[io.Input]:
                 0.0,
                 "Point in the sampling at which the fine-tuned model starts guiding: 0 is pure noise, as in the paper.",
             ),
-            inputs.count(
+            inputs.number(
                 "k_timestep",
                 -1,
-                LAST_TIMESTEP + 1,
+                (-1, LAST_TIMESTEP + 1),
                 "K as a training timestep, as in the paper: 0 guides to the end, 1000 never. It overrides "
                 "end_percent; -1 uses end_percent.",
-                min=-1,
             ),
         ),
     ]
@@ -101,8 +99,8 @@ class LikenessSubjectModel(Node):
                     "0.5.",
                 ),
                 *_window(),
-                Subjects.Input("subjects", optional=True, tooltip="Fine-tuned models to add this one to."),
             ],
+            optional=[Subjects.Input("subjects", tooltip="Fine-tuned models to add this one to.")],
             outputs=[output(Subjects, "subjects", "The fine-tuned models, for a guidance node.")],
         )
 

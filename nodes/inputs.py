@@ -1,6 +1,6 @@
 """Inputs that several nodes declare."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -24,16 +24,23 @@ def choice(name: str, options: Iterable[str], tooltip: str, **more: Any) -> io.I
     return io.Combo.Input(name, options=words, tooltip=tooltip, **more)
 
 
-def fraction(name: str, default: float, tooltip: str, **more: Any) -> io.Input:
-    """An input from 0 to 1: a fraction, or a point in the schedule. more: another step, round or limit."""
-    limits: dict[str, Any] = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.0001, **more}
-    return io.Float.Input(name, default=default, tooltip=tooltip, **limits)
+def number(name: str, default: float, limits: Sequence[float], tooltip: str, **more: Any) -> io.Input:
+    """A number, a whole one where its default is. limits: the least and the greatest value, the step, and what the
+    page rounds it to, the last two if there are any.
+    """
+    kind: Any = io.Int if isinstance(default, int) else io.Float
+    named = dict(zip(("min", "max", "step", "round"), limits, strict=False))
+    return kind.Input(name, default=default, tooltip=tooltip, **named, **more)
 
 
-def count(name: str, default: int, most: int, tooltip: str, **more: Any) -> io.Input:
-    """A whole number from 1 to `most`. more: another minimum or step."""
-    limits: dict[str, Any] = {"min": 1, "max": most, **more}
-    return io.Int.Input(name, default=default, tooltip=tooltip, **limits)
+def fraction(name: str, default: float, tooltip: str) -> io.Input:
+    """An input from 0 to 1: a fraction, or a point in the schedule."""
+    return number(name, default, (0.0, 1.0, 0.01, 0.0001), tooltip)
+
+
+def count(name: str, default: int, most: int, tooltip: str) -> io.Input:
+    """A whole number from 1 to `most`."""
+    return number(name, default, (1, most), tooltip)
 
 
 def seed(tooltip: str, default: int = 0) -> io.Input:
@@ -42,39 +49,38 @@ def seed(tooltip: str, default: int = 0) -> io.Input:
 
 
 def cfg(default: float, tooltip: str, least: float = 1.0) -> io.Input:
-    return io.Float.Input("cfg", default=default, min=least, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+    return number("cfg", default, (least, 100.0, 0.1, 0.01), tooltip)
 
 
-def rate(default: float, tooltip: str, **more: float) -> io.Input:
-    """The learning rate. more: another step, round or minimum."""
-    return fraction("learning_rate", default, tooltip, **{"min": 1e-9, "step": 1e-4, "round": 1e-6, **more})
+def rate(default: float, tooltip: str) -> io.Input:
+    return number("learning_rate", default, (1e-9, 1.0, 1e-4, 1e-6), tooltip)
 
 
 def inner_steps(default: int, tooltip: str, least: int = 1) -> io.Input:
-    return io.Int.Input("inner_steps", default=default, min=least, max=1000, tooltip=tooltip)
+    return number("inner_steps", default, (least, 1000), tooltip)
 
 
 def side(tooltip: str) -> io.Input:
-    return io.Int.Input("size", default=512, min=64, max=2048, step=8, tooltip=tooltip)
+    return number("size", 512, (64, 2048, 8), tooltip)
 
 
 def split_ratio(most: float, tooltip: str) -> io.Input:
     """The last part of the steps, in which EZIGen's adapter is active."""
-    return fraction("split_ratio", SPLIT_RATIO, tooltip, min=0.01, max=most, step=0.05, round=0.001)
+    return number("split_ratio", SPLIT_RATIO, (0.01, most, 0.05, 0.001), tooltip)
 
 
 def preset(tooltip: str) -> io.Input:
     """Settings that take the place of those on the node; tooltip: what each of them is."""
     first = "Settings that take the place of those above; the log says which. as set: none. "
-    return choice("preset", presets.NAMES, first + tooltip, optional=True)
+    return choice("preset", presets.NAMES, first + tooltip)
 
 
 def saved_step(tooltip: str) -> io.Input:
-    return io.Int.Input("step", default=0, min=0, max=100_000, tooltip=tooltip)
+    return number("step", 0, (0, 100_000), tooltip)
 
 
 def scale(default: float, tooltip: str) -> io.Input:
-    return io.Float.Input("scale", default=default, min=0.0, max=4.0, step=0.01, tooltip=tooltip)
+    return number("scale", default, (0.0, 4.0, 0.01), tooltip)
 
 
 def prefix(default: str) -> io.Input:
@@ -94,14 +100,13 @@ def layers(attention: str) -> io.Input:
         LAYERS,
         f"Which layers get the LoRA: {attention}, or all linear layers of the model's blocks. All of them hold more of "
         "the subject and take more memory.",
-        optional=True,
     )
 
 
 def encoded_or_image() -> list[io.Input]:
     """The three inputs of an ImageSource: a latent, or an image with the VAE that encodes it."""
     return [
-        io.Latent.Input("latent", optional=True, tooltip="The encoded image. Use this or image and VAE."),
-        io.Image.Input("image", optional=True, tooltip="The image to encode. Needs the VAE."),
-        io.Vae.Input("vae", optional=True, tooltip="Encodes the image."),
+        io.Latent.Input("latent", tooltip="The encoded image. Use this or image and VAE."),
+        io.Image.Input("image", tooltip="The image to encode. Needs the VAE."),
+        io.Vae.Input("vae", tooltip="Encodes the image."),
     ]

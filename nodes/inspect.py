@@ -4,8 +4,7 @@ from comfy_api.latest import io
 
 from ..core.attention.host.maps import attention_maps, map_sheet
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessInspect(Node):

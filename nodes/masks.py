@@ -15,8 +15,7 @@ from ..core.vision.host.subject_masks import (
 )
 from ..core.vision.host.vision import vision_names
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folders.SAMS}):
@@ -95,19 +94,19 @@ def _mask_inputs() -> list[io.Input]:
             tooltip="A segment-anything file in models/sams, such as sam_vit_b_01ec64.pth. Needs a package: pip "
             "install segment-anything.",
         ),
-        inputs.fraction(
+        inputs.number(
             "box_threshold",
             BOX_THRESHOLD,
+            (0.0, 1.0, 0.01, 0.001),
             "Minimum score for the subject to count as found. Lower it if the subject is missed (about 0.1 for OWL "
             "models), raise it if other things are mistaken for it.",
-            round=0.001,
         ),
         *inputs.advanced(
-            inputs.fraction(
+            inputs.number(
                 "text_threshold",
                 TEXT_THRESHOLD,
+                (0.0, 1.0, 0.01, 0.001),
                 "Minimum score for a word of the subject to be shown beside a box. The mask is the same.",
-                round=0.001,
             ),
             inputs.choice(
                 "choose",

@@ -1,9 +1,11 @@
-"""What all nodes of the pack share: their inputs are checked by their own schema, and no text can break a log."""
+"""What all nodes share: the pack's types, schemas that load on ComfyUI 0.3.75 and later, inputs that are checked by
+their own schema, and no text that can break a log.
+"""
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -16,7 +18,32 @@ from ..core.session.inputs import check_axes, check_input, check_pooled, check_w
 from ..core.session.outputs import prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
 
-CHECKED = "_likeness_checked"
+Adapter = io.Custom("LIKENESS_ADAPTER")
+Embedding = io.Custom("LIKENESS_EMBEDDING")
+LoraModel = io.Custom("LORA_MODEL")
+LossMap = io.Custom("LOSS_MAP")
+Similarity = io.Custom("LIKENESS_SIMILARITY")
+Subject = io.Custom("LIKENESS_SUBJECT")
+Subjects = io.Custom("LIKENESS_SUBJECTS")
+Trajectory = io.Custom("LIKENESS_TRAJECTORY")
+
+TYPED = ("one image", "dreambooth", "face", "character", "ip-adapter")  # common search terms
+_KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(*, inputs: list[io.Input], optional: Sequence[io.Input] = (), **fields: Any) -> io.Schema:
+    """An io.Schema with the aliases that all nodes share. optional: the inputs behind the others that may be left out.
+    Fields unknown to this ComfyUI (search_aliases before 0.11) are left out.
+    """
+    for widget in optional:
+        widget.optional = True
+    fields["inputs"] = [*inputs, *optional]
+    fields["search_aliases"] = [*fields["search_aliases"], *TYPED]
+    return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
+
+
+def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
+    return kind.Output(display_name=name, tooltip=tooltip, **more)
 
 
 class Node(io.ComfyNode):
@@ -45,53 +72,36 @@ class Node(io.ComfyNode):
             names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *files)]
             found.__signature__ = inspect.Signature(names)  # ty: ignore[unresolved-attribute]
             cls.fingerprint_inputs, cls.validate_inputs = classmethod(states), classmethod(found)
-        for name, wrapped in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
-            method = cls.__dict__.get(name)
-            if isinstance(method, classmethod) and not hasattr(method.__func__, CHECKED):
-                setattr(cls, name, classmethod(wrapped(method.__func__)))
+        schema = functools.cache(cls.define_schema)  # once: it looks for files
+        for name, wrapper in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
+            method = cls.__dict__.get(name)  # ComfyUI runs a clone of the class each time, which has wrapped ones
+            if isinstance(method, classmethod) and not hasattr(method.__func__, "__wrapped__"):
+                setattr(cls, name, classmethod(wrapper(method.__func__, schema)))
 
 
-def _schema_once() -> Callable[[type[Node]], io.Schema]:
-    """The schema of a node, built once: it looks for files. (ComfyUI runs a clone of the class each time.)"""
-    found: list[io.Schema] = []
-
-    def schema(cls: type[Node]) -> io.Schema:
-        if not found:
-            found.append(cls.define_schema())
-        return found[0]
-
-    return schema
-
-
-def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    schema_of = _schema_once()
-
+def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.Schema]) -> Callable[..., io.NodeOutput]:
     @functools.wraps(execute)
     def run(cls: type[Node], *arguments: Any, **named: Any) -> io.NodeOutput:
         with ascii_only(), disk_errors(), random_numbers():
-            schema = schema_of(cls)
+            schema = schema_of()
             names = (widget.id for widget in schema.inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
             output = execute(cls, **checked(schema, given))
             check_results(schema, output)
             return output
 
-    setattr(run, CHECKED, True)
     return run
 
 
-def _checked_so_far(status: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    schema_of = _schema_once()
-
+def _checked_so_far(status: Callable[..., list[str]], schema_of: Callable[[], io.Schema]) -> Callable[..., list[str]]:
     @functools.wraps(status)
     def run(cls: type[Node], **given: Any) -> list[str]:
         with ascii_only():
-            schema = schema_of(cls)
+            schema = schema_of()
             lazy = {widget.id for widget in schema.inputs if getattr(widget, "lazy", None)}
             there = {name: value for name, value in given.items() if value is not None or name not in lazy}
             return status(cls, **{**given, **checked(schema, there)})
 
-    setattr(run, CHECKED, True)
     return run
 
 
@@ -130,12 +140,13 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in given.items():
         widget = widgets[name]
+        kind, limits = widget.get_io_type(), vars(widget)
         if value is None and widget.optional:
             found[name] = None
         elif schema.is_input_list:
-            found[name] = [_value(widget, each) for each in value]
+            found[name] = [check_input(name, kind, each, limits) for each in value]
         else:
-            found[name] = _value(widget, value)
+            found[name] = check_input(name, kind, value, limits)
     for name, value in found.items():
         owner = name.rpartition("_")[0]  # tuned_positive belongs to `tuned`, which the guidance compares with the model
         model = None if owner in found else found.get("model")
@@ -163,7 +174,3 @@ def _tensors(value: Any) -> list[Tensor]:
     entries = [each[0] for each in value] if isinstance(value, list) else [value]
     found = [each.get("samples") if isinstance(each, Mapping) else each for each in entries]
     return [each for each in found if isinstance(each, Tensor)]
-
-
-def _value(widget: io.Input, value: Any) -> Any:
-    return check_input(widget.id, widget.get_io_type(), value, vars(widget))

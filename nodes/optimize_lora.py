@@ -16,8 +16,7 @@ from ..core.siso.host import optimize_lora as host
 from ..core.siso.host.background import background
 from ..core.siso.presets import NEW, SAME, SISO
 from . import inputs
-from .node import Node, build
-from .types import LoraModel, LossMap, Similarity, output, schema
+from .node import LoraModel, LossMap, Node, Similarity, build, output, schema
 
 
 class LikenessOptimizeLora(Node):
@@ -31,7 +30,8 @@ class LikenessOptimizeLora(Node):
             "that the next is more similar to the subject (SISO). Use a plain prompt such as 'a photo of a dog'; the "
             "LoRA also works with other prompts and more steps.",
             search_aliases=["siso", "image similarity", "single image", "lora training", "reward"],
-            inputs=[*_inputs(), *_advanced_inputs(), *_optional_inputs()],
+            inputs=[*_inputs(), *_advanced_inputs()],
+            optional=_optional_inputs(),
             outputs=[
                 output(io.Model, "model", "The model with the LoRA."),
                 output(io.Clip, "clip", "The text encoder with the LoRA, if 'clip' is connected."),
@@ -75,12 +75,10 @@ def _inputs() -> list[io.Input]:
         io.Conditioning.Input("positive", tooltip="A plain prompt such as 'a photo of a dog'."),
         Similarity.Input("similarity", tooltip="The similarity to optimize, from Likeness To Images."),
         io.Latent.Input(
-            "latent",
-            tooltip="The image size (Empty Latent Image), or for editing the noise of an inverted image.",
+            "latent", tooltip="The image size (Empty Latent Image), or for editing the noise of an inverted image."
         ),
         io.Sigmas.Input(
-            "sigmas",
-            tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others.",
+            "sigmas", tooltip="Noise levels of the sampling: one step for turbo models, 20 or more for others."
         ),
         inputs.count(
             "iterations",
@@ -88,13 +86,12 @@ def _inputs() -> list[io.Input]:
             10_000,
             "Maximum number of images. Raise it later to continue; a lower value returns the run as stored.",
         ),
-        inputs.rate(
+        inputs.number(
+            "learning_rate",
             2e-4,
+            (1e-7, 1.0, 1e-5, 1e-8),
             "AdamW's learning rate. SISO uses 0.0002 for SDXL-turbo and FLUX.1-schnell, 0.0008 for Sana. Set it to 1 "
             "for Prodigy.",
-            min=1e-7,
-            step=1e-5,
-            round=1e-8,
         ),
         inputs.cfg(
             1.0, "Guidance scale during optimization: 1 for turbo models. Above 1 it needs the negative prompt."
@@ -111,7 +108,7 @@ def _inputs() -> list[io.Input]:
 
 def _advanced_inputs() -> list[io.Input]:
     def number(name: str, default: float, most: float, tooltip: str) -> io.Input:
-        return inputs.fraction(name, default, tooltip, max=most, step=default / 10, round=1e-8)
+        return inputs.number(name, default, (0.0, most, default / 10, 1e-8), tooltip)
 
     return inputs.advanced(
         inputs.count("rank", siso.RANK, 512, "Rank of the LoRA."),
@@ -124,13 +121,12 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         number("text_decay", 1e-2, 1.0, "Weight decay of the text encoder. 0.001 for FLUX."),
         number("threshold", siso.THRESHOLD, 100.0, "Decrease of the loss, in percent, that counts as an improvement."),
-        inputs.count(
+        inputs.number(
             "patience",
             siso.PATIENCE,
-            10_000,
+            (0, 10_000),
             "Stops after this many iterations without an improvement; 0 never stops early. A higher value "
             "resumes a stopped run.",
-            min=0,
         ),
         inputs.choice(
             "keep",
@@ -150,29 +146,26 @@ def _advanced_inputs() -> list[io.Input]:
 
 def _optional_inputs() -> list[io.Input]:
     return [
-        io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, for cfg above 1."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt, for cfg above 1."),
         io.Clip.Input(
             "clip",
-            optional=True,
             tooltip="Connect it to optimize the CLIP text encoders too, as SISO does for SDXL-turbo and FLUX. It "
             "encodes 'prompt', which must match 'positive'.",
         ),
         io.String.Input(
             "prompt",
             default="",
-            optional=True,
             tooltip="The text that 'positive' was encoded from. It is stored in the LoRA file and has no other effect "
             "without 'clip'.",
         ),
-        io.Image.Input("image", optional=True, tooltip="For editing: the image whose background is kept."),
-        io.Mask.Input("mask", optional=True, tooltip="White where the image may change. It must not be empty."),
+        io.Image.Input("image", tooltip="For editing: the image whose background is kept."),
+        io.Mask.Input("mask", tooltip="White where the image may change. It must not be empty."),
         *inputs.advanced(
             inputs.choice(
                 "optimizer",
                 get_args(siso.OptimizerName),
                 "SISO uses AdamW. Prodigy finds the step size itself, with learning_rate 1; it needs the prodigyopt "
                 "package.",
-                optional=True,
             ),
             inputs.layers("those of the attention (of FLUX.1 also some others, as in the authors' script)"),
             inputs.choice(
@@ -180,7 +173,6 @@ def _optional_inputs() -> list[io.Input]:
                 (SAME, NEW),
                 "same: every iteration has the noise of the seed, as SISO. new: each has another one, so that the LoRA "
                 "also works from other seeds; all iterations run, and the last one's LoRA is returned.",
-                optional=True,
             ),
         ),
         inputs.preset(

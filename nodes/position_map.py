@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.sine.host.position_map import with_position_map
 from ..core.sine.position_map import CELLS, INTERPOLATIONS, MAX_CELLS
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessPositionMap(Node):
@@ -22,13 +21,12 @@ class LikenessPositionMap(Node):
             search_aliases=["sine", "patch", "tile"],
             inputs=[
                 io.Model.Input("model", tooltip="A model that was fine-tuned on patches."),
-                inputs.count(
+                inputs.number(
                     "cells",
                     CELLS,
-                    MAX_CELLS,
+                    (2, MAX_CELLS),
                     "Cells per side of the map, as in training: 128 for SINE's own checkpoints and for "
                     "training at 512 pixels.",
-                    min=2,
                 ),
                 inputs.choice(
                     "interpolation",

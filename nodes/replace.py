@@ -7,8 +7,7 @@ from ..core.attention.host.swapped_prompt import check_texts
 from ..core.attention.prompt_to_prompt import END_PERCENT
 from ..core.session.outputs import nothing
 from . import inputs
-from .node import Node
-from .types import Embedding, output, schema
+from .node import Embedding, Node, output, schema
 
 
 class LikenessReplaceSubject(Node):
@@ -29,9 +28,7 @@ class LikenessReplaceSubject(Node):
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
                 io.Latent.Input("latent", lazy=True, tooltip="The latent of one image, from Invert Image."),
                 io.Conditioning.Input(
-                    "negative",
-                    lazy=True,
-                    tooltip="From Null-Text, for reconstruction with guidance. Passed through.",
+                    "negative", lazy=True, tooltip="From Null-Text, for reconstruction with guidance. Passed through."
                 ),
                 io.String.Input(
                     "prompt",
@@ -74,23 +71,22 @@ class LikenessReplaceSubject(Node):
                         "off.",
                     ),
                 ),
+            ],
+            optional=[
                 Embedding.Input(
                     "embedding",
-                    optional=True,
                     lazy=True,
                     tooltip="A trained subject to insert into the edit; its attention is not constrained. Use its "
                     "class as the replacement.",
                 ),
                 io.Mask.Input(
                     "mask",
-                    optional=True,
                     tooltip="White where the image may change: the subject, grown to where the new one will be. The "
                     "rest keeps the source image; with blend, a change must be allowed by both. Needs the euler "
                     "sampler.",
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    optional=True,
                     tooltip="The prompt given to Invert Image, if it carries sizes (SDXL) or a ControlNet. They then "
                     "apply to both images.",
                 ),

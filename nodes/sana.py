@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.sana.host import sana as host
 from ..core.session import folders
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessLoadSana(Node, files={"name": folders.DIFFUSERS}):

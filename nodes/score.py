@@ -9,8 +9,7 @@ from ..core.vision.host import scoring
 from ..core.vision.host.sheets import score_sheet
 from ..core.vision.host.vision import load_vision, vision_names
 from . import inputs
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 NO_LPIPS = "none"
 
@@ -59,6 +58,7 @@ class LikenessScore(Node):
             "the batch.",
             search_aliases=["dino score", "clip score", "similarity", "psnr", "lpips", "metrics", "rank"],
             inputs=_score_inputs(),
+            optional=_optional_inputs(),
             outputs=_score_outputs(),
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -66,9 +66,7 @@ class LikenessScore(Node):
 
     @classmethod
     def fingerprint_inputs(cls, lpips=NO_LPIPS, **_inputs) -> str:
-        if lpips in (None, NO_LPIPS):
-            return ""
-        return folders.state(folders.LPIPS, lpips)
+        return "" if lpips == NO_LPIPS else folders.state(folders.LPIPS, lpips)
 
     @classmethod
     def execute(cls, images, lpips=NO_LPIPS, **request) -> io.NodeOutput:
@@ -110,44 +108,42 @@ def _score_inputs() -> list[io.Input]:
             "The score that decides the best image. overall: mean of DINO and CLIP-I, plus CLIP-T, as far as they are "
             "measured; PSNR if none of them is.",
         ),
+    ]
+
+
+def _optional_inputs() -> list[io.Input]:
+    return [
         io.Image.Input(
             "reference",
-            optional=True,
             tooltip="An image of the subject: one for all images, or one per image. For PSNR and LPIPS, the image "
             "before the edit, at the same size.",
         ),
         io.Mask.Input(
             "mask",
-            optional=True,
             tooltip="White on the subject in the images. Identity is then measured on the subject alone, on white, "
             "and PSNR and LPIPS outside it. Masks of other sizes are resized.",
         ),
         io.Mask.Input(
             "reference_mask",
-            optional=True,
             tooltip="White on the subject in the reference. Not needed if the reference is already cut out on white.",
         ),
         io.ClipVision.Input(
             "dino",
-            optional=True,
             tooltip="Vision model for identity, usually DINOv2, from Load Vision Model or Load CLIP Vision.",
         ),
         io.ClipVision.Input(
             "clip",
-            optional=True,
             tooltip="Vision model for CLIP-I and CLIP-T. CLIP-T needs its text encoder: use Load Vision Model.",
         ),
         io.Boolean.Input(
             "all_references",
             default=False,
-            optional=True,
             tooltip="DINO and CLIP-I of an image are the mean over all references, as many as given: papers report it. "
             "Off: one reference for all images, or one each.",
         ),
         io.String.Input(
             "names",
             default="",
-            optional=True,
             tooltip="Names of the images, separated by commas, for the report and the grid, which then shows the best "
             "image first, with the seconds of trainings titled 'name: ...'. If empty, the images are numbered.",
         ),

@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from ..core.session import folders
 from ..core.siso.host import similarity as host
 from ..core.vision.host.vision import load_retrieval_model
-from .node import Node
-from .types import Similarity, output, schema
+from . import inputs
+from .node import Node, Similarity, output, schema
 
 
 class LikenessLoadRetrievalModel(Node, files={"name": folders.RETRIEVAL}):
@@ -57,18 +57,17 @@ class LikenessSimilarity(Node):
                     tooltip="One or more images of the subject; their mean similarity counts. Only the central square "
                     "of each image is used.",
                 ),
-                io.Float.Input(
+                inputs.number(
                     "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Weight of this similarity. SISO uses 1 for DINOv2 and for instance retrieval.",
+                    1.0,
+                    (0.0, 10.0, 0.05),
+                    "Weight of this similarity. SISO uses 1 for DINOv2 and for instance retrieval.",
                 ),
-                Similarity.Input("similarity", optional=True, tooltip="Another similarity to add this one to."),
+            ],
+            optional=[
+                Similarity.Input("similarity", tooltip="Another similarity to add this one to."),
                 io.Mask.Input(
                     "mask",
-                    optional=True,
                     tooltip="White on the subject, which is then cut out and put on white, so that nothing is lost at "
                     "the border. Not in the paper, which uses the whole image.",
                 ),

@@ -8,8 +8,7 @@ from ..core.ezigen import staged as published
 from ..core.ezigen.host import staged as host
 from ..core.ezigen.host import staged_edit as editing
 from . import inputs
-from .node import Node
-from .types import Adapter, Subject, output, schema
+from .node import Adapter, Node, Subject, output, schema
 
 LOOPS = "number of loops. A loop repeats the last part of the steps, starting from the previous result. "
 LARGE = " It is sampled at its own size, so scale its short side to 512 first."
@@ -27,33 +26,31 @@ def _subject() -> list[io.Input]:
 def _numbers(cfg: float) -> list[io.Input]:
     return [
         inputs.seed("Seed of all noise; every loop draws new noise from it."),
-        inputs.count("steps", published.STEPS, 1000, "Steps of a full sampling. EZIGen uses 50.", min=2),
+        inputs.number("steps", published.STEPS, (2, 1000), "Steps of a full sampling. EZIGen uses 50."),
         inputs.cfg(cfg, f"Guidance scale; EZIGen uses {cfg:g}."),
         inputs.split_ratio(
             0.99,
             "Fraction of the steps, counted from the end, in which the adapter is active. Higher gives more likeness "
             "and less freedom.",
         ),
-        inputs.count(
+        inputs.number(
             "min_loops",
             published.MIN_LOOPS,
-            100,
+            (0, 100),
             "Minimum " + LOOPS + "Set it equal to max_loops for a fixed number, which needs no vision model.",
-            min=0,
         ),
-        inputs.count(
+        inputs.number(
             "max_loops",
             published.MIN_LOOPS,
-            100,
+            (0, 100),
             "Maximum " + LOOPS + "EZIGen uses 3 to 9, which needs a vision model.",
-            min=0,
         ),
-        inputs.fraction(
+        inputs.number(
             "threshold",
             published.THRESHOLD,
+            (0.0, 1.0, 0.005, 0.0001),
             "Similarity of two consecutive images, as the vision model sees them, at which the loops end. EZIGen uses "
             "0.99 with CLIP ViT-B/32, which is seldom reached.",
-            step=0.005,
         ),
         io.ClipVision.Input(
             "vision",
@@ -163,9 +160,7 @@ class LikenessStagedEdit(Node):
                 io.Mask.Input("mask", tooltip="White where the subject goes. Gray blends it with the image."),
                 *_numbers(published.EDIT_CFG),
                 io.Boolean.Input(
-                    "paste",
-                    default=False,
-                    tooltip="Pastes the source image's own pixels outside the mask at the end.",
+                    "paste", default=False, tooltip="Pastes the source image's own pixels outside the mask at the end."
                 ),
                 *inputs.advanced(
                     io.Boolean.Input(
@@ -175,12 +170,13 @@ class LikenessStagedEdit(Node):
                         "the source image itself. Off: as in the reference code, which leaves noise in the background.",
                     )
                 ),
+            ],
+            optional=[
                 io.Conditioning.Input(
-                    "inversion_prompt", optional=True, tooltip="Inverts the image with this prompt instead of negative."
+                    "inversion_prompt", tooltip="Inverts the image with this prompt instead of negative."
                 ),
                 io.Clip.Input(
                     "clip",
-                    optional=True,
                     tooltip="The model's own CLIP. Inverts the image as the reference code does: with 77 times token "
                     "7788, without positions, which no text node can encode.",
                 ),

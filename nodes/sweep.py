@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..core.session.outputs import nothing
 from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
-from .node import Node
-from .types import output, schema
+from .node import Node, output, schema
 
 
 class LikenessSweep(Node):
@@ -72,22 +71,21 @@ class LikenessSweepPlot(Node):
                 io.Image.Input("images", tooltip="The results: one image for each pair, or the same number for each."),
                 io.Float.Input("base_weight", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
                 io.Float.Input("end_percent", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
+            ],
+            optional=[
                 io.Float.Input(
                     "distance",
-                    optional=True,
                     force_input=True,
                     tooltip="A distance to the source image, such as lpips from Score Likeness. Lower is closer.",
                 ),
                 io.Float.Input(
                     "identity",
-                    optional=True,
                     force_input=True,
                     tooltip="A similarity to the source image, such as dino or clip_i from Score Likeness. It is "
                     "plotted as the distance 1 - identity.",
                 ),
                 io.Float.Input(
                     "text",
-                    optional=True,
                     force_input=True,
                     tooltip="The similarity of each image to the edit prompt: clip_t from Score Likeness.",
                 ),

@@ -8,8 +8,7 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Node, build
-from .types import Adapter, LossMap, output, schema
+from .node import Adapter, LossMap, Node, build, output, schema
 
 
 class LikenessTrainAdapter(Node, files={"folder": None}):
@@ -22,12 +21,10 @@ class LikenessTrainAdapter(Node, files={"folder": None}):
             description="Trains EZIGen's adapter on a folder of images of many subjects, for more likeness on subjects "
             "of that kind. The model's weights do not change. A command-line trainer exists for large datasets.",
             search_aliases=["ezigen", "subject adapter", "training", "fine-tune adapter"],
-            inputs=[
-                *_inputs(),
-                *_advanced_inputs(),
+            inputs=[*_inputs(), *_advanced_inputs()],
+            optional=[
                 Adapter.Input(
                     "adapter",
-                    optional=True,
                     tooltip="An adapter to continue from. Without one, training starts as in EZIGen, from copies of "
                     "the model's self-attention layers, and needs the full number of steps.",
                 ),
@@ -76,12 +73,11 @@ def _inputs() -> list[io.Input]:
         inputs.count(
             "batch", 1, 256, "Images per update. EZIGen uses 1; more make the loss less noisy and multiply the memory."
         ),
-        inputs.rate(
+        inputs.number(
+            "learning_rate",
             LEARNING_RATE,
+            (1e-8, 1.0, 1e-5, 1e-8),
             "AdamW's learning rate. EZIGen uses 0.0001; use 0.00001 to 0.00005 to continue from an adapter.",
-            min=1e-8,
-            step=1e-5,
-            round=1e-8,
         ),
         inputs.seed("Seed of the order of the images, the timesteps and the noise."),
     ]
@@ -89,13 +85,12 @@ def _inputs() -> list[io.Input]:
 
 def _advanced_inputs() -> list[io.Input]:
     return inputs.advanced(
-        inputs.fraction(
+        inputs.number(
             "drop",
             DROP,
+            (0.0, 1.0, 0.05, 0.001),
             "Fraction of the samples in which the subject is dropped. The authors intended 0.1; their code drops 0.8 "
             "because of an inverted comparison.",
-            step=0.05,
-            round=0.001,
         ),
         inputs.count(
             "max_subjects",

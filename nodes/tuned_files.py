@@ -10,8 +10,7 @@ from ..core.session.outputs import nothing
 from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
 from . import inputs
-from .node import Node, SavingNode
-from .types import LoraModel, output, schema
+from .node import LoraModel, Node, SavingNode, output, schema
 
 
 class LikenessSaveTuned(SavingNode):
@@ -61,19 +60,17 @@ class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
                     tooltip="A file in models/loras. Press R to refresh the list after saving one.",
                 ),
                 io.Model.Input("model", tooltip="The base model of the fine-tune. It is not changed."),
-                io.Float.Input(
+                inputs.number(
                     "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
+                    1.0,
+                    (-10.0, 10.0, 0.05),
+                    "Strength of the fine-tune. 1 is as trained; 0 returns the model as it is, without the "
                     "position map.",
                 ),
+            ],
+            optional=[
                 io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="The text encoder. It gets its own trained weights and encodes the training prompt.",
+                    "clip", tooltip="The text encoder. It gets its own trained weights and encodes the training prompt."
                 ),
             ],
             outputs=[

@@ -76,8 +76,7 @@ class Embedding:
         best = self.header.get("best")
         if isinstance(best, int) and best in self.rows:
             return best
-        early = [step for step in self.rows if step <= RECOMMENDED_STEP]
-        return max(early) if early else min(self.rows)
+        return max((step for step in self.rows if step <= RECOMMENDED_STEP), default=min(self.rows))
 
     def at(self, step: int) -> Tensor:
         """The tokens [T, n, d] of a saved step, 0 for the recommended one. ValueError for a step that was not saved."""

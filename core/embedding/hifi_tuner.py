@@ -53,25 +53,6 @@ class Regularizer:
                 c_s.lerp_(self.rows.to(c_s), learning_rate * self.weight)
 
 
-class RegularizedHiPer(HiPer):
-    """Eq. 6 over all timesteps: HiPer's optimisation with the regularizer, if there is one."""
-
-    def __init__(self, *inputs: Any, regularizer: Regularizer | None) -> None:
-        """inputs: as for HiPer."""
-        super().__init__(*inputs)
-        self.regularizer = regularizer
-
-    def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        loss, denoised = super().loss(index, t, noise)
-        return loss if self.regularizer is None else loss + self.regularizer.term(self.h), denoised
-
-    def update(self) -> Tensor:
-        denoised = super().update()
-        if self.regularizer is not None:
-            self.regularizer.pull(self.h, self.settings.learning_rate)
-        return denoised
-
-
 @dataclass(frozen=True)
 class StepWiseSettings:
     """What determines the result of Algorithm 1, besides the model, the images, the prompt and c_s."""
@@ -81,12 +62,12 @@ class StepWiseSettings:
     seed: int = 0
 
 
-class StepWise(RegularizedHiPer):
+class StepWise(HiPer):
     """Algorithm 1: T x I updates."""
 
-    def __init__(self, sigmas: Sequence[float], *inputs: Any, regularizer: Regularizer | None = None) -> None:
-        """sigmas: T noise levels, descending; inputs: as for HiPer, beginning from the tokens of eq. 6."""
-        super().__init__(*inputs, regularizer=regularizer)
+    def __init__(self, sigmas: Sequence[float], *inputs: Any, **more: Any) -> None:
+        """sigmas: T noise levels, descending; inputs, more: as for HiPer, beginning from the tokens of eq. 6."""
+        super().__init__(*inputs, **more)
         self.levels, self.finished = torch.tensor(sigmas), list[Tensor]()
 
     def draw(self) -> tuple[int, Tensor, Tensor]:

@@ -50,11 +50,14 @@ class HiPer(Fit):
         start: Tensor,
         settings: Any,
         mask: Tensor | None = None,
+        regularizer: Any = None,
     ) -> None:
         """x0 [B, C, h, w] in the model's latent space; context [1, tokens, d] of the source prompt; start [n, d], the
-        initial h; settings: HiPerSettings, or those of Algorithm 1; mask [B or 1, 1, h, w] of ones and zeros.
+        initial h; settings: HiPerSettings, or those of Algorithm 1; mask [B or 1, 1, h, w] of ones and zeros;
+        regularizer: HiFi Tuner's (hifi_tuner.Regularizer), whose eq. 6 is then minimised.
         """
         self.denoiser, self.x0, self.context, self.mask, self.settings = denoiser, x0, context, mask, settings
+        self.regularizer = regularizer
         self.levels, self.losses = denoiser.sigmas, list[float]()
         self.begin(start)
 
@@ -73,16 +76,19 @@ class HiPer(Fit):
         return index, t, noise
 
     def loss(self, index: int, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """|| eps_theta - eps ||^2 (a mean) for one draw, with the denoised estimate."""
+        """|| eps_theta - eps ||^2 (a mean) for one draw, plus the regularizer's term; with the denoised estimate."""
         x0 = self.x0[index : index + 1]
         sigma = self.levels[t].to(x0)
         error, denoised = output_error(self.denoiser, x0, noise.to(x0), sigma, with_tail(self.context, self.h))
         mask = None if self.mask is None else self.mask[index % self.mask.shape[0]][None]
-        return masked_mean(error.float().square(), mask), denoised
+        loss = masked_mean(error.float().square(), mask)
+        return loss if self.regularizer is None else loss + self.regularizer.term(self.h), denoised
 
     def update(self) -> Tensor:
         loss, denoised = self.loss(*self.draw())
         value = finite_or_raise(loss, self.step)
         self.descend(loss, self.h)
         self.losses.append(value)
+        if self.regularizer is not None:
+            self.regularizer.pull(self.h, self.settings.learning_rate)
         return denoised.detach()

@@ -164,12 +164,11 @@ class Adapter(nn.Module):
         return h + delta if strength == 1.0 else h + strength * delta
 
     def published_parameters(self) -> dict[str, nn.Parameter]:
-        return {self._published(name): parameter for name, parameter in self.named_parameters()}
-
-    def _published(self, name: str) -> str:
-        """WEIGHTS, or <layer's published name>.<part> for layers.<index>.<part>."""
-        _, index, part = name.split(".", 2) if name != WEIGHTS else ("", "", "")
-        return f"{self.described[int(index)].name}.{part}" if index else WEIGHTS
+        """By published names, w first, in the order of named_parameters()."""
+        found = {WEIGHTS: self.learnable_weights}
+        for layer, adapter in zip(self.described, self.layers, strict=True):
+            found |= {f"{layer.name}.{part}": parameter for part, parameter in adapter.named_parameters()}
+        return found
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
@@ -203,8 +202,8 @@ class Adapter(nn.Module):
     def load(self, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
         """Load the tensors of a file, or take them as they are; ValueError as in check()."""
         self.check(tensors)
-        names = [name for name, _ in self.named_parameters()]
-        self.load_state_dict({name: tensors[self._published(name)] for name in names}, assign=assign)
+        names = zip(self.state_dict(), self.published_parameters(), strict=True)
+        self.load_state_dict({own: tensors[published] for own, published in names}, assign=assign)
 
 
 def _some(what: str, names: Sequence[str]) -> str:

@@ -48,8 +48,7 @@ class StoredAdapter:
 
     def order(self) -> list[str]:
         """Its layers in execution order."""
-        layers = {name.partition(".adapter")[0] for name in self.tensors if name != WEIGHTS}
-        return sort_layers(layers)
+        return sort_layers({name.partition(".adapter")[0] for name in self.tensors if name != WEIGHTS})
 
     def widths(self) -> list[int]:
         return [self.tensors[f"{name}.{PARTS[0]}"].shape[0] for name in self.order()]

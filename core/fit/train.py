@@ -97,9 +97,7 @@ def stored_last(store: RunStore, key: str, steps: int) -> tuple[str, Run | None]
         return key, run
     shorter_key = digest([key, steps])
     shorter = stored_run(store, shorter_key, whole=False)
-    if run is None and shorter is None:
-        return key, None
-    return shorter_key, shorter
+    return (key if run is None and shorter is None else shorter_key), shorter
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,8 @@ class Checkpointer:
     def resume(self, fit: Fit) -> None:
         """Restore the fit to the end of the stored run, if there is one."""
         run = stored_run(self.store, self.key)
-        if run is None:
-            return
-        self.results = run.results
-        if run.state:
+        if run is not None:
+            self.results = run.results
             fit.restore(run.state)
 
     def keep(self, step: int, result: Result) -> None:

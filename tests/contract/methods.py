@@ -131,7 +131,7 @@ def _fit_step_wise(setting: Setting, *, steps: int = STEPS, save_every: int = 0,
     """One update for each of `steps` denoising steps, from the prompt's own rows on."""
     from likeness.core.embedding.artifact import Embedding
     from likeness.core.session.fingerprint import fingerprint
-    from likeness.nodes.refine import LikenessRefineEmbedding
+    from likeness.nodes.embedding import LikenessRefineEmbedding
 
     first = Embedding({6: setting.source[0][0][:, -5:].clone()}, {"base": fingerprint(setting.model)})
     inputs = {"learning_rate": 0.02, "step": 0, "seed": 0, "inner_steps": 1, "latent": setting.latent, "mask": None}

@@ -304,13 +304,14 @@ def test_every_node_has_aliases_of_its_own_and_those_that_people_type(monkeypatc
     """Whether or not this ComfyUI knows the field."""
     import asyncio
 
-    from likeness.nodes import LikenessExtension, types
+    from likeness.nodes import LikenessExtension
+    from likeness.nodes import node as shared
 
-    monkeypatch.setattr(types, "_KNOWN", {*types._KNOWN, "search_aliases"})
-    monkeypatch.setattr(types.io, "Schema", lambda **fields: fields)
+    monkeypatch.setattr(shared, "_KNOWN", {*shared._KNOWN, "search_aliases"})
+    monkeypatch.setattr(shared.io, "Schema", lambda **fields: fields)
     for node in asyncio.run(LikenessExtension().get_node_list()):
         aliases = node.define_schema()["search_aliases"]
-        assert set(aliases) >= set(types.TYPED) and len(set(aliases)) > len(types.TYPED), node.__name__
+        assert set(aliases) >= set(shared.TYPED) and len(set(aliases)) > len(shared.TYPED), node.__name__
 
 
 def test_where_the_end_of_a_prompt_cannot_be_told_apply_says_so_too(caplog):

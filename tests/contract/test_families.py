@@ -168,8 +168,7 @@ def image_of(family) -> torch.Tensor:
 @pytest.mark.usefixtures("own_folders")
 @each_family
 def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
-    from likeness.nodes.embedding import LikenessApplyEmbedding, LikenessTrainEmbedding
-    from likeness.nodes.refine import LikenessRefineEmbedding
+    from likeness.nodes.embedding import LikenessApplyEmbedding, LikenessRefineEmbedding, LikenessTrainEmbedding
 
     family = FAMILIES[name]
     model, mask = family.model(), torch.zeros(1, family.image, family.image)

@@ -117,7 +117,7 @@ def test_few_steps_are_inverted_for_euler_and_the_report_is_true(name):
     """Where noise is added, from the second level on, as in the reference code: at the first, a step says little of its
     start, and the iterations need long.
     """
-    from likeness.nodes.renoise import LikenessRenoise
+    from likeness.nodes.inversion import LikenessRenoise
 
     setting, flow = Setting(name), name in FLOW
     setting.sigmas = setting.sigmas[0 if flow else 1 :]

@@ -44,7 +44,7 @@ def trained(setting: Setting, tokens: int = 4, **changes):
 
 
 def refined(setting: Setting, embedding, **changes):
-    from likeness.nodes.refine import LikenessRefineEmbedding
+    from likeness.nodes.embedding import LikenessRefineEmbedding
 
     inputs = {
         "model": setting.model,

@@ -26,7 +26,7 @@ def sigmas(setting: Setting, steps: int = 4, first: int = 1) -> torch.Tensor:
 
 def invert(setting: Setting, **changes):
     """What a random network predicts is not like noise, so it is not made so, unless asked for."""
-    from likeness.nodes.renoise import LikenessRenoise
+    from likeness.nodes.inversion import LikenessRenoise
 
     inputs = {"model": setting.model, "positive": setting.source, "latent": setting.latent, "sigmas": sigmas(setting)}
     inputs |= {"kl_weight": 0.0, "correlation_weight": 0.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from likeness.core.embedding.hifi_tuner import RegularizedHiPer, Regularizer, StepWise, StepWiseSettings
+from likeness.core.embedding.hifi_tuner import Regularizer, StepWise, StepWiseSettings
 from likeness.core.embedding.hiper import HiPer, HiPerSettings
 from likeness.core.prompt.conditioning import with_tail
 
@@ -20,19 +20,17 @@ def world():
     return denoiser, denoiser.mean(torch.randn(1, 4, WIDTH, generator=generator)), context
 
 
-def eq6(weight: float, decoupled: bool = False, steps: int = 200) -> RegularizedHiPer:
+def eq6(weight: float, decoupled: bool = False, steps: int = 200) -> HiPer:
     denoiser, x0, context = world()
     start = context[0, -TOKENS:]
     settings = HiPerSettings(tokens=TOKENS, learning_rate=0.05, t_low=300)
-    fit = RegularizedHiPer(
-        denoiser, x0, context, start, settings, regularizer=Regularizer(start.clone(), weight, decoupled)
-    )
+    fit = HiPer(denoiser, x0, context, start, settings, regularizer=Regularizer(start.clone(), weight, decoupled))
     for _ in range(steps):
         fit.update()
     return fit
 
 
-def drift(fit: RegularizedHiPer) -> float:
+def drift(fit: HiPer) -> float:
     return float((fit.h.detach() - fit.regularizer.rows).norm())
 
 
@@ -55,7 +53,7 @@ def test_the_first_loss_has_both_terms():
     start = context[0, -TOKENS:]
     settings = HiPerSettings(tokens=TOKENS)
     plain = HiPer(denoiser, x0, context, start, settings)
-    held = RegularizedHiPer(denoiser, x0, context, start, settings, regularizer=Regularizer(start + 2.0, 0.25))
+    held = HiPer(denoiser, x0, context, start, settings, regularizer=Regularizer(start + 2.0, 0.25))
     torch.testing.assert_close(held.loss(*held.draw())[0], plain.loss(*plain.draw())[0] + 0.25 * 4.0)
 
 

@@ -18,7 +18,7 @@ from ...session.job import run
 from ...session.session import GuiderDenoiser
 from ..artifact import Embedding
 from ..hifi_tuner import StepWise, StepWiseSettings
-from .train import RegularizerOptions, TokensJob, key_part, source_rows
+from .train import RegularizerOptions, TokensJob, source_rows
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class RefiningJob(TokensJob):
         regularizer = None if self.regularizer is None else asdict(self.regularizer)
         what: list[Any] = [self.method, asdict(self.settings), self.base, self.attached()]
         what += [self.start[None], self.sigmas, asdict(self.images), regularizer]
-        return digest([*what, *self.objective.values(), *key_part(self.placement)])
+        return digest([*what, *self.objective_and_place()])
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        fit = StepWise(self.sigmas[:-1].tolist(), *self.inputs(denoiser, x0), regularizer=self.pull())
+        fit = StepWise(self.sigmas[:-1].tolist(), *self.inputs(denoiser, x0))
         yield fit, lambda: {"": fit.rows()}
 
     def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
@@ -58,29 +58,21 @@ class RefiningJob(TokensJob):
         }
 
 
-@dataclass(frozen=True)
-class SavedStep:
-    """A saved step of an embedding; 0 is the recommended one."""
-
-    embedding: Embedding
-    step: int = 0
-
-
 def refine_embedding(
     model: Any,
     positive: Conditioning,
     images: TrainingImages,
-    saved: SavedStep,
+    embedding: Embedding,
     sigmas: Tensor,
     settings: StepWiseSettings,
     options: RegularizerOptions,
+    step: int = 0,
 ) -> tuple[Embedding, list[float]]:
-    """Refine one saved step of an embedding, resuming or reusing a stored run; returns the refined embedding and the
-    loss of every update.
+    """Refine a saved step of an embedding, 0 for the recommended one, resuming or reusing a stored run; returns the
+    refined embedding and the loss of every update.
 
     sigmas [T + 1] as for the sampler. The result has one saved step, with the number of the original one.
     """
-    embedding, step = saved.embedding, saved.step
     check_base(embedding.header.get("base", {}), model)
     start = embedding.at(step)
     if len(start) != 1:
@@ -91,7 +83,7 @@ def refine_embedding(
             f"The embedding has width {embedding.width}, the prompt {rows.shape[-1]}: use the prompt and the text "
             "encoder that it was trained with."
         )
-    regularizer = options.build(rows, embedding.tokens)
+    regularizer = options.regularizer(rows, embedding.tokens)
     job = RefiningJob(model, positive, images, settings, embedding.placement, start[0], regularizer, sigmas)
     finished = run(job)
     header = job.header(embedding.header.get("settings", {}), finished.losses)

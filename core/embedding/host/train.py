@@ -41,9 +41,9 @@ from ...session.session import GuiderDenoiser, Session
 from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
-from ..hifi_tuner import RegularizedHiPer, Regularizer
-from ..presets import HIPER
-from .so_far import SoFar
+from ..hifi_tuner import Regularizer
+from ..presets import EMPTY, HIPER, SOURCE
+from .so_far import NEW, so_far
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
 PREVIEWED = 3  # saved steps that are shown at most, the last among them
@@ -71,7 +71,7 @@ class RegularizerOptions:
     anchor_weight: float = 0.0
     anchor: str = ANCHORS[0]
 
-    def build(self, context: Tensor, tokens: int) -> Regularizer | None:
+    def regularizer(self, context: Tensor, tokens: int) -> Regularizer | None:
         """The Regularizer for the last `tokens` tokens of a prompt with this context."""
         if self.anchor_weight == 0.0:
             return None
@@ -85,21 +85,26 @@ class RegularizerOptions:
 
 
 @dataclass(frozen=True)
-class TrainingPrompts:
-    """Prompts besides the source prompt. empty: initialises the tokens, instead of the source prompt. target: the
-    prompt that will get the embedding; it is checked before the training starts and drawn while it runs, guided away
-    from `negative` by cfg. regularizer: with a weight, HiFi Tuner eq. 6 is the objective instead of HiPer's.
+class TrainingPrompts(RegularizerOptions):
+    """Prompts besides the source prompt. With a weight, HiFi Tuner's eq. 6 is the objective instead of HiPer's. target:
+    the prompt that will get the embedding; it is checked before the training starts and drawn while it runs, guided
+    away from `negative` by preview_cfg. init: where the tokens start, EMPTY for those of `negative`.
     """
 
-    empty: Conditioning | None = None
     target: Conditioning | None = None
-    regularizer: RegularizerOptions = RegularizerOptions()
-    negative: Conditioning | None = None
-    cfg: float = 7.5
+    init: str = SOURCE
+    preview_cfg: float = 7.5
 
-    def so_far(self, seed: int) -> SoFar | None:
-        """The image shown while the training runs; None for a target of several prompts, or none."""
-        return SoFar(self.target, self.negative, self.cfg, seed) if self.target and len(self.target) == 1 else None
+    def __post_init__(self) -> None:
+        if self.init == EMPTY and self.negative is None:
+            raise ValueError(
+                "init is 'empty prompt' but nothing is connected to 'negative': connect the empty prompt there."
+            )
+
+    @property
+    def shown(self) -> Conditioning | None:
+        """The target that is drawn while the training runs; None for one of several prompts, or none."""
+        return self.target if self.target and len(self.target) == 1 else None
 
 
 def source_rows(
@@ -145,14 +150,15 @@ class TokensJob(Job):
         return Session(self.model, prompt, self.images.latent, learned=tokens)
 
     def inputs(self, denoiser: GuiderDenoiser, x0: Tensor) -> tuple[Any, ...]:
-        """What the fit is made of, besides its regularizer."""
+        """What the fit is made of."""
         start, mask = detached([self.start, self.images.mask])
-        context = denoiser.context.to(x0.device, torch.float32)
-        return denoiser, x0, context, start, self.settings, None if mask is None else mask.to(x0.device)
+        mask = None if mask is None else mask.to(x0.device)
+        regularizer = None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
+        return denoiser, x0, denoiser.context.to(x0.device, torch.float32), start, self.settings, mask, regularizer
 
-    def pull(self) -> Regularizer | None:
-        """The fit's regularizer."""
-        return None if self.regularizer is None else Regularizer(**detached(asdict(self.regularizer)))
+    def objective_and_place(self) -> list[Any]:
+        """Of a run's key, at its end; no place where stored runs have none."""
+        return [*self.objective.values(), *([] if self.placement == TAIL_OF_PADDING else [self.placement])]
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class EmbeddingJob(TokensJob):
     method: ClassVar[str] = METHOD
 
     schedule: Schedule
-    shown: SoFar | None = None
+    prompts: TrainingPrompts = TrainingPrompts()
 
     @property
     def steps(self) -> int:
@@ -176,20 +182,24 @@ class EmbeddingJob(TokensJob):
         regularizer = [] if self.regularizer is None else [asdict(self.regularizer)]
         what: list[Any] = [self.method, asdict(self.settings), self.schedule.save_every, self.base]
         what += [self.attached(), self.start, asdict(self.images), *regularizer]
-        return digest([*what, *self.objective.values(), *key_part(self.placement)])
+        return digest([*what, *self.objective_and_place()])
 
     def session(self) -> Session:
         session = super().session()
-        if self.shown is None:
+        if self.prompts.shown is None:
             return session
-        return replace(session, prompts=detached(self.shown.prompts(len(self.start), self.placement)))
+        target = with_room(self.prompts.shown, len(self.start), self.placement)
+        return replace(session, negative=self.prompts.negative, prompts={NEW: target})
 
     def so_far(self, denoiser: GuiderDenoiser, fit: Fit, x0: Tensor) -> Tensor | None:
-        return None if self.shown is None else self.shown.latent(denoiser, fit.parameters["h"], x0)
+        if self.prompts.shown is None:
+            return None
+        cfg = None if self.prompts.negative is None else self.prompts.preview_cfg
+        return so_far(denoiser, fit.parameters["h"], x0, cfg, self.settings.seed)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        fit = RegularizedHiPer(*self.inputs(denoiser, x0), regularizer=self.pull())
+        fit = hiper.HiPer(*self.inputs(denoiser, x0))
         fast = settings_of(HIPER, FAST, kind_of(self.model))["learning_rate"]
         fit.advice = f"learning_rate is {self.settings.learning_rate}, the preset '{FAST}' has {fast}; try a lower one."
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
@@ -205,11 +215,6 @@ class EmbeddingJob(TokensJob):
         return {**header, "placement": self.placement}
 
 
-def key_part(placement: Placement) -> list[str]:
-    """Of a run's key; nothing where stored runs have nothing."""
-    return [] if placement == TAIL_OF_PADDING else [placement]
-
-
 def train_embedding(
     model: Any,
     positive: Conditioning,
@@ -219,17 +224,16 @@ def train_embedding(
     prompts: TrainingPrompts = TrainingPrompts(),
 ) -> tuple[Embedding, list[float]]:
     """Train an embedding, resuming or reusing a stored run; returns it and the loss of every step."""
-    rows, initial, placement = source_rows(model, positive, prompts.empty, settings.tokens)
+    empty = prompts.negative if prompts.init == EMPTY else None
+    rows, initial, placement = source_rows(model, positive, empty, settings.tokens)
     if prompts.target is not None:
         apply_embedding(prompts.target, initial[None], hiper.SCALE, (), placement)
         warn_of_empty(prompts.target, "prompt on 'target'", "write what you want to see")
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
-    regularizer = prompts.regularizer.build(rows, settings.tokens)
-    job = EmbeddingJob(
-        model, positive, images, settings, placement, initial, regularizer, schedule, prompts.so_far(settings.seed)
-    )
+    regularizer = prompts.regularizer(rows, settings.tokens)
+    job = EmbeddingJob(model, positive, images, settings, placement, initial, regularizer, schedule, prompts)
     finished = run(job)
     saved = {step: result[""] for step, result in finished.results.items()}
     return Embedding(saved, job.header(finished.step, finished.losses)), finished.losses
