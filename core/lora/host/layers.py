@@ -17,10 +17,10 @@ from ..low_rank import (
     ATTENTION,
     TEXT_PREFIX,
     Layer,
-    LowRank,
     Rows,
     attention_layers,
     block_layers,
+    file_tensors,
     hidden_layers,
     module_of,
     sizes,
@@ -49,12 +49,11 @@ class LoraLayers:
     def numbers(self, rank: int) -> int:
         return sum(rank * sum(sizes(layer)) for layer in self.layers.values())
 
-    def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors. values: the factors, by "<key>.up" and "<key>.down"."""
         tensors: dict[str, Tensor] = {}
-        for key, adapter in adapters.items():
-            factors = {part: values[f"{key}.{part}"] for part in ("up", "down")}
-            tensors |= adapter.tensors(self.names[key], factors, self.peft)
+        for key, name in self.names.items():
+            tensors |= file_tensors(name, values[f"{key}.up"], values[f"{key}.down"], self.peft)
         return tensors
 
 
@@ -82,13 +81,10 @@ def trained_layers(base: Any, text: nn.Module | None = None, kind: str = ATTENTI
     cond_stage_model). ValueError when one of them has none.
     """
     by_name, peft = _published(base) if kind == ATTENTION else ({}, False)
-    names = {MODEL_PREFIX + name: name for name in by_name}
-    layers: dict[str, Layer] = {MODEL_PREFIX + name: layer for name, layer in by_name.items()}
-    if not by_name:
-        layers |= network_layers(base, kind)
-        names = {name: name for name in layers}
-    for name, layer in ({} if text is None else _text(text, peft)).items():
-        names[TEXT_PREFIX + name], layers[TEXT_PREFIX + name] = name, layer
+    network = (MODEL_PREFIX, by_name) if by_name else ("", network_layers(base, kind))
+    parts = (network, (TEXT_PREFIX, {} if text is None else _text(text, peft)))
+    layers = {prefix + name: layer for prefix, part in parts for name, layer in part.items()}
+    names = {prefix + name: name for prefix, part in parts for name in part}
     return LoraLayers(layers, names, peft)
 
 

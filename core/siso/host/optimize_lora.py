@@ -35,12 +35,12 @@ from ...session.stores import dedicated_store
 from ...vision.host.extras.offline import package
 from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
-from .result import IMAGE_STATE, OptimizedLora
 from .similarity import Similarity
 
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}  # Prodigy's, as in SISO's script
 BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
+IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
 APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
 log = logging.getLogger("likeness")
 
@@ -187,7 +187,7 @@ class SisoJob(Job):
             def result() -> Result:
                 """The LoRAs of the best and of the last iteration, as `keep` may change later."""
                 kinds = {"best": fit.best, "last": fit.parameters}
-                loras = {kind: layers.tensors(adapters, values) for kind, values in kinds.items()}
+                loras = {kind: layers.tensors(values) for kind, values in kinds.items()}
                 return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
 
             yield fit, result
@@ -203,6 +203,45 @@ class SisoJob(Job):
             "settings": {**asdict(self.settings), **settings},
             "losses": curve(job_run.losses),
         }
+
+
+@dataclass(frozen=True)
+class OptimizedLora:
+    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
+    [N, H, W, 3], losses and parts (the value of each term): of every iteration.
+    """
+
+    lora: FineTunedWeights
+    image: Tensor
+    images: Tensor
+    losses: list[float]
+    parts: list[list[float]]
+    keep: Keep
+
+    @property
+    def best(self) -> int:
+        """The iteration with the lowest loss, from 0."""
+        return min(range(len(self.losses)), key=self.losses.__getitem__)
+
+    def report(self) -> str:
+        """The best iteration's loss and the first one's, term by term."""
+        terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])
+        first = " ".join(f"{value:.4f}" for value in self.parts[0])
+        text = (
+            f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
+            f"first: loss {self.losses[0]:.4f} ({first})"
+        )
+        return f"{text}\n{self.warning()}".rstrip()
+
+    def warning(self) -> str:
+        """Advice if no image was better than the first."""
+        if self.best > 0 or len(self.losses) < 2:
+            return ""
+        note = ", so the LoRA changes nothing" if self.keep == "best" else ""
+        return (
+            f"No image was more like the subject than the first{note}: try another learning rate (ten times lower, or "
+            "higher), a prompt that names the subject's class, or another seed."
+        )
 
 
 def optimize_lora(job: SisoJob) -> OptimizedLora:
