@@ -125,13 +125,12 @@ def seconds_of(name: str, node: str, prompt: Mapping[str, Any]) -> float | None:
 
     prompt: in ComfyUI's API form, with the titles that the page adds.
     """
-    ahead, waiting = {node}, [node]
-    while waiting:
-        for value in prompt.get(waiting.pop(), {}).get("inputs", {}).values():
+    ahead = [node]
+    for each in ahead:  # which grows meanwhile
+        for value in prompt.get(each, {}).get("inputs", {}).values():
             if isinstance(value, list) and value and str(value[0]) not in ahead:
-                ahead.add(str(value[0]))
-                waiting.append(str(value[0]))
-    metas = {each: prompt[each].get("_meta") for each in ahead & prompt.keys() & _learned.keys()}
+                ahead.append(str(value[0]))
+    metas = {each: prompt[each].get("_meta") for each in prompt.keys() & _learned.keys() & set(ahead)}
     titles = {each: str(meta.get("title")) for each, meta in metas.items() if isinstance(meta, dict)}
     seconds = [_learned[each] for each, title in titles.items() if title.startswith(f"{name}:")]
     known = [each for each in seconds if each is not None]

@@ -15,7 +15,7 @@ from ...fit.train import Result
 from ...inversion.host.landing import Landing, attach_landing
 from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
-from ...prompt.windows import active_entries, windows
+from ...prompt.windows import windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import as_latent, checked_mask
@@ -167,7 +167,11 @@ def plain_prompt(
     positive: Conditioning, sigmas: list[float], sigma_of: Callable[[float], float]
 ) -> tuple[Conditioning, list[Tensor]]:
     """A prompt that may change from step to step, as one entry without a window, and its tokens at each step."""
-    entries_at = [active_entries(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
+    spans = [(sigma_of(each.get(TIMES[1], 1.0)), sigma_of(each.get(TIMES[0], 0.0))) for _, each in positive]
+    entries_at = [  # as ComfyUI evaluates them
+        [entry for entry, (low, high) in zip(positive, spans, strict=True) if low <= sigma <= high]
+        for sigma in sigmas[:-1]
+    ]
     for step, entries in enumerate(entries_at):
         if len(entries) != 1:
             raise ValueError(

@@ -292,10 +292,11 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
     check_vae(generator.model, generator.vae)
     if background is not None:
         background.check(generator.vae, sampling.latent)
-    if sampling.replay is not None and not _same_levels(sampling.replay.sigmas, sampling.sigmas):
+    levels, inverted = (each.sigmas.float().cpu() for each in (sampling, sampling.replay or sampling))
+    if inverted.shape != levels.shape or not torch.allclose(inverted, levels, rtol=1e-4, atol=1e-4):
         raise ValueError(
-            f"The latent was inverted along the noise levels {_round(sampling.replay.sigmas)}, and the SIGMAS are "
-            f"{_round(sampling.sigmas)}: connect the SIGMAS that came with the latent."
+            f"The latent was inverted along the noise levels {_round(inverted)}, and the SIGMAS are {_round(levels)}: "
+            "connect the SIGMAS that came with the latent."
         )
 
 
@@ -327,10 +328,6 @@ def _check_prompt(text: TextEncoder, generator: Generator) -> None:
 
 def _round(sigmas: Tensor) -> list[float]:
     return [round(float(sigma), 4) for sigma in sigmas]
-
-
-def _same_levels(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
 
 
 def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: SisoPlan) -> float:
