@@ -57,9 +57,8 @@ def check_base(recorded: dict[str, str], model: Any, what: str = "artifact", mad
         log.warning("The %s does not record its base model, so it was not checked.", what)
         return
     current = fingerprint(model)
-    known = [name for name in FIXED if "" not in (recorded.get(name), current[name])]
-    for name in known:
-        if recorded.get(name) != current[name]:
+    for name in FIXED:
+        if current[name] and recorded.get(name) not in ("", current[name]):
             raise ValueError(
                 f"The {what} was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected "
                 f"model is {current['family']} ({current['prediction']}), and their {name.replace('_', ' ')} differ: "
@@ -105,7 +104,6 @@ def _without_guidance(by_key: dict[Any, Any], others: Collection[Any] = ()) -> d
 
 def precision(model: Any) -> list[str]:
     """The dtypes in which a model's weights are stored and in which it computes."""
-    stored = model.model_dtype() if hasattr(model, "model_dtype") else None
     # Not the attribute itself: a training's clone, which may still be loaded, sets its own on the shared model.
     cast = model.get_model_object("manual_cast_dtype") if hasattr(model.model, "manual_cast_dtype") else None
-    return [str(stored), str(cast)]
+    return [str(model.model_dtype()), str(cast)]

@@ -147,16 +147,22 @@ class SisoJob(Job):
         return done.step
 
     def session(self) -> Session:
-        generator, similarity = self.generator, self.similarity
+        generator, visions, sampling = self.generator, self.similarity.visions, self.sampling
+        recompute, latent = self.plan.checkpointing, sampling.latent
+        # In addition to the first prediction: more predictions, the decoder, and the largest vision model.
+        passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
+        memory = (passes - 1) * activations(generator.model, latent, recompute)
+        memory += decoding_memory(generator.vae, latent, recompute)
+        memory += max(vision_memory(vision, recompute) for vision in visions)
         return Session(
             generator.model,
             generator.positive,
-            self.sampling.latent,
+            latent,
             negative=generator.negative,
-            checkpointing=self.plan.checkpointing,
+            checkpointing=recompute,
             text=None if self.text is None else self.text.patcher,
-            others=[generator.vae.patcher, *(vision.patcher for vision in similarity.visions)],
-            more_memory=_more_memory(generator, similarity, self.sampling, self.plan),
+            others=[generator.vae.patcher, *(vision.patcher for vision in visions)],
+            more_memory=memory,
             exact=self.sampling.replay is not None,  # the first image must be the inverted one
         )
 
@@ -191,18 +197,6 @@ class SisoJob(Job):
                 return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
 
             yield fit, result
-
-    def header(self, job_run: Run) -> dict[str, Any]:
-        """The header of the artifact."""
-        settings = {"rank": self.plan.rank, "iterations": job_run.step, "keep": self.plan.keep}
-        return {
-            "method": self.method,
-            "base": self.base,
-            "prompt": self.generator.prompt,
-            "weights": "LoRA",
-            "settings": {**asdict(self.settings), **settings},
-            "losses": curve(job_run.losses),
-        }
 
 
 @dataclass(frozen=True)
@@ -263,8 +257,15 @@ def optimize_lora(job: SisoJob) -> OptimizedLora:
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     keep, parts = job.plan.keep, job_run.state["parts"].tolist()
     lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
-    tuned = FineTunedWeights(lora, job.header(job_run))
-    result = OptimizedLora(tuned, image, images.float() / 255, job_run.losses, parts, keep)
+    header = {
+        "method": job.method,
+        "base": job.base,
+        "prompt": generator.prompt,
+        "weights": "LoRA",
+        "settings": {**asdict(settings), "rank": job.plan.rank, "iterations": job_run.step, "keep": keep},
+        "losses": curve(job_run.losses),
+    }
+    result = OptimizedLora(FineTunedWeights(lora, header), image, images.float() / 255, job_run.losses, parts, keep)
     if result.warning():
         log.warning("%s", result.warning())
     return result
@@ -328,14 +329,6 @@ def _check_prompt(text: TextEncoder, generator: Generator) -> None:
 
 def _round(sigmas: Tensor) -> list[float]:
     return [round(float(sigma), 4) for sigma in sigmas]
-
-
-def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: SisoPlan) -> float:
-    """Bytes in addition to the first prediction's: more predictions, the decoder, and the largest vision model."""
-    passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
-    predictions = (passes - 1) * activations(generator.model, sampling.latent, plan.checkpointing)
-    vision_bytes = max(vision_memory(vision, plan.checkpointing) for vision in similarity.visions)
-    return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + vision_bytes
 
 
 def image_sampling(
