@@ -6,6 +6,7 @@ Reading checks size, header, memory and finite values; pickles are read as plain
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -206,8 +207,8 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_HEADER:
             raise ValueError(f"it has {shown_bytes(path.stat().st_size)}")
-        text, number = path.read_text(encoding="utf-8"), _checked(float)
-        table = json.loads(text, parse_int=_checked(int), parse_float=number, parse_constant=number)
+        whole, text = functools.partial(_checked, convert=int), path.read_text(encoding="utf-8")
+        table = json.loads(text, parse_int=whole, parse_float=_checked, parse_constant=_checked)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read ({str(error)[:200]}): copy it again.") from error
     if not isinstance(table, dict):
@@ -215,13 +216,10 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _checked(convert: Callable[[str], float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not is_number(convert(text)):
-            raise ValueError(f"it holds the number {text[:20]}")
-        return convert(text)
-
-    return number
+def _checked(text: str, convert: Callable[[str], float] = float) -> float:
+    if not is_number(convert(text)):
+        raise ValueError(f"it holds the number {text[:20]}")
+    return convert(text)
 
 
 def read_plain(path: Path, max_bytes: int) -> Any:

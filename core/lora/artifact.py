@@ -114,7 +114,15 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
 
     tensors, header = read_tensors(path, MAX_BYTES, check)
     if header:
-        _check_header(path, header)
+        check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
+        prompt = header.get("prompt", "")
+        checks = (
+            isinstance(prompt, str) and len(prompt) <= MAX_TEXT and not re.search("[\ud800-\udfff]", prompt),
+            _plain(header.get("settings", {}), (str, bool, int, float)),
+            _plain(header.get("base", {}), (str,)),
+        )
+        if not all(checks):
+            raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
     else:  # saved by a stock node
         _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
     for name, value in tensors.items():
@@ -142,18 +150,6 @@ def _refuse_official(path: Path, names: list[str]) -> None:
             "models/checkpoints, load it with Load Checkpoint, and send its model through Position Map (128 cells, "
             "bilinear for photos, nearest for paintings)."
         )
-
-
-def _check_header(path: Path, header: dict[str, Any]) -> None:
-    check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
-    prompt = header.get("prompt", "")
-    checks = (
-        isinstance(prompt, str) and len(prompt) <= MAX_TEXT and not re.search("[\ud800-\udfff]", prompt),
-        _plain(header.get("settings", {}), (str, bool, int, float)),
-        _plain(header.get("base", {}), (str,)),
-    )
-    if not all(checks):
-        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
 
 
 def _plain(table: dict[str, Any], kinds: tuple[type, ...]) -> bool:

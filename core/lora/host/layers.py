@@ -109,38 +109,29 @@ def _published(base: Any) -> tuple[dict[str, Layer], bool]:
     nothing where there are no such names.
     """
     network, config = cast(nn.Module, base.diffusion_model), base.model_config.unet_config
+    layers: dict[str, Layer] = {}
     if hasattr(base, "lora_layers"):  # a model that declares them itself: {name in a PEFT file: layer}
         return dict(base.lora_layers()), True
     if "num_res_blocks" in config:
-        return _unet(network, config), False
+        attention = block_layers(network, NETWORK)
+        for name, target in comfy.utils.unet_to_diffusers(config).items():
+            path = MODEL_PREFIX + target.removesuffix(".weight")
+            if target.endswith(".weight") and path in attention:
+                layers["lora_unet_" + name.removesuffix(".weight").replace(".", "_")] = attention[path]
+        return layers, False
     keys = comfy.utils.flux_to_diffusers(config) if "depth_single_blocks" in config else {}
     targets = [target[0] if isinstance(target, tuple) else target for target in keys.values()]
     known = network.state_dict().keys()
-    if keys and all(target in known or target.startswith(FLUX_OPTIONAL) for target in targets):
-        return _flux(network, keys), True
-    return {}, False
-
-
-def _unet(unet: nn.Module, config: dict[str, Any]) -> dict[str, Layer]:
-    attention = block_layers(unet, NETWORK)
-    layers: dict[str, Layer] = {}
-    for diffusers_name, comfy_name in comfy.utils.unet_to_diffusers(config).items():
-        layer = attention.get(MODEL_PREFIX + comfy_name.removesuffix(".weight"))
-        if layer is not None and comfy_name.endswith(".weight"):
-            layers["lora_unet_" + diffusers_name.removesuffix(".weight").replace(".", "_")] = layer
-    return layers
-
-
-def _flux(flux: nn.Module, keys: dict[str, Any]) -> dict[str, Layer]:
-    parts = dict(flux.named_modules())
-    layers: dict[str, Layer] = {}
+    if not all(target in known or target.startswith(FLUX_OPTIONAL) for target in targets):
+        return {}, False
+    parts = dict(network.named_modules())
     for name, target in keys.items():
         name, end = name.rpartition(".")[::2]
         if end == "weight" and name.endswith(FLUX_LAYERS):
             key, rows = target if isinstance(target, tuple) else (target, None)  # rows: (dimension, start, count)
             layer = parts[key.removesuffix(".weight")]
             layers[f"transformer.{name}"] = layer if rows is None else Rows(layer, *rows[1:])
-    return layers
+    return layers, bool(keys)
 
 
 def _text(encoder: nn.Module, peft: bool) -> dict[str, Layer]:

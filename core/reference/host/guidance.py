@@ -125,17 +125,12 @@ def sample_with_reference(
     target = trajectory.latents[window[0]]
     replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, window, trajectory.sigmas.tolist(), sampling)
-    report = _report(job_run.losses, window, trajectory.steps)
-    return result["samples"], replay, conditioning, job_run.losses, report
-
-
-def _report(losses: list[float], window: range, steps: int) -> str:
-    count = len(losses) // len(window)
-    lines = [f"guided in steps {window[0] + 1} to {window[-1] + 1} of {steps}, {count} updates in each"]
+    losses, count = job_run.losses, len(job_run.losses) // len(window)
+    lines = [f"guided in steps {window[0] + 1} to {window[-1] + 1} of {trajectory.steps}, {count} updates in each"]
     for index, step in enumerate(window if count else ()):
         of_step = losses[index * count : (index + 1) * count]
         lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
-    return "\n".join(lines)
+    return result["samples"], replay, conditioning, losses, "\n".join(lines)
 
 
 def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
