@@ -89,9 +89,6 @@ class NullTextJob(Job):
     def is_complete(self, stored: Run) -> bool:
         return stored.step in stored.results and len(stored.last["nulls"]) == self.trajectory.steps
 
-    def end(self, done: Run) -> int:
-        return done.step
-
     def session(self) -> Session:
         latent = self.model.get_model_object("latent_format").process_out(self.trajectory.latents[-1])
         return Session(self.model, self.positive, latent, negative=self.first, exact=True)
