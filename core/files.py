@@ -6,6 +6,7 @@ Reading checks size, header, memory and finite values; pickles are read as plain
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,16 +107,14 @@ def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: dict[
     """The format is an eight-byte length, a JSON table of contents, and the tensor data in order."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     sums = dict.fromkeys(names, "0" * 8) if checksums else {}
-    start = file.tell()
-    table = _contents(names, tensors, header, sums)
-    file.write(table)
+    file.write(_contents(names, tensors, header, sums))
     for name in names:
         data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         file.write(data)
         if checksums:
             sums[name] = f"{zlib.crc32(data):08x}"
     if checksums:
-        file.seek(start)
+        file.seek(0)
         file.write(_contents(names, tensors, header, sums))
 
 
@@ -153,14 +153,20 @@ def read_tensors(
     if size < 8 or length > min(MAX_HEADER, size - 8):
         raise ValueError(f"{path.name} is cut off or not a safetensors file: copy or train it again.")
     with _open_safetensors(path) as file:
-        names = list(file.keys())
+        names, metadata = list(file.keys()), file.metadata() or {}
     chosen = choose(names)
     with _open_safetensors(path) as file:
-        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in chosen}
     for name, value in tensors.items():
         check_tensor(path, value, name)
-    header = _parse_header(path, metadata)
+    try:
+        header = json.loads(metadata.get(HEADER_KEY, "{}"))
+    except (ValueError, RecursionError) as error:  # not JSON, a number with thousands of digits, or nested too deeply
+        raise ValueError(
+            f"{path.name} has a damaged header ({type(error).__name__}): copy or train it again."
+        ) from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path.name} has a header that is not a table of settings: copy or train it again.")
     sums = header.pop(CHECKSUMS, None)
     for name, value in tensors.items() if isinstance(sums, dict) else ():
         if sums.get(name) != f"{zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data):08x}":
@@ -201,8 +207,8 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_HEADER:
             raise ValueError(f"it has {shown_bytes(path.stat().st_size)}")
-        text, number = path.read_text(encoding="utf-8"), _checked(float)
-        table = json.loads(text, parse_int=_checked(int), parse_float=number, parse_constant=number)
+        whole, text = functools.partial(_checked, convert=int), path.read_text(encoding="utf-8")
+        table = json.loads(text, parse_int=whole, parse_float=_checked, parse_constant=_checked)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read ({str(error)[:200]}): copy it again.") from error
     if not isinstance(table, dict):
@@ -210,13 +216,10 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _checked(convert: Callable[[str], float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not is_number(convert(text)):
-            raise ValueError(f"it holds the number {text[:20]}")
-        return convert(text)
-
-    return number
+def _checked(text: str, convert: Callable[[str], float] = float) -> float:
+    if not is_number(convert(text)):
+        raise ValueError(f"it holds the number {text[:20]}")
+    return convert(text)
 
 
 def read_plain(path: Path, max_bytes: int) -> Any:
@@ -260,18 +263,6 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _parse_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        header = json.loads(metadata.get(HEADER_KEY, "{}"))
-    except (ValueError, RecursionError) as error:  # not JSON, a number with thousands of digits, or nested too deeply
-        raise ValueError(
-            f"{path.name} has a damaged header ({type(error).__name__}): copy or train it again."
-        ) from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path.name} has a header that is not a table of settings: copy or train it again.")
-    return header
-
-
 def check_header(path: Path, header: dict[str, Any], kind: str, what: str) -> None:
     """ValueError unless this is the header of an artifact of this kind, with losses and strings safe to display.
 
@@ -295,4 +286,4 @@ def check_header(path: Path, header: dict[str, Any], kind: str, what: str) -> No
 
 def is_number(value: Any) -> bool:
     """Whether this is a finite number within the range of a float."""
-    return isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
+    return isinstance(value, Real) and -MAX_NUMBER <= value <= MAX_NUMBER

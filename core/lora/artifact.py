@@ -113,8 +113,17 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
         return names
 
     tensors, header = read_tensors(path, MAX_BYTES, check)
-    _check_header(path, header)
-    if not header:
+    if header:
+        check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
+        prompt = header.get("prompt", "")
+        checks = (
+            isinstance(prompt, str) and len(prompt) <= MAX_TEXT and not re.search("[\ud800-\udfff]", prompt),
+            _plain(header.get("settings", {}), (str, bool, int, float)),
+            _plain(header.get("base", {}), (str,)),
+        )
+        if not all(checks):
+            raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
+    else:  # saved by a stock node
         _refuse_foreign(path, [name for name in tensors if name.startswith(OTHERS)])
     for name, value in tensors.items():
         sizes: dict[str, tuple[int, ...]] = {"alpha": (0,), ".lokr_w1": (2,), ".lokr_w2": (2,)}
@@ -143,25 +152,10 @@ def _refuse_official(path: Path, names: list[str]) -> None:
         )
 
 
-def _check_header(path: Path, header: dict[str, Any]) -> None:
-    if not header:
-        return  # saved by a stock node
-    check_header(path, header, KIND, "a fine-tune of this pack: choose one made by Save Fine-Tune")
-    prompt = header.get("prompt", "")
-    checks = (
-        isinstance(prompt, str) and len(prompt) <= MAX_TEXT and not re.search("[\ud800-\udfff]", prompt),
-        _plain(header.get("settings", {}), (str, bool, int, float)),
-        _plain(header.get("base", {}), (str,)),
-    )
-    if not all(checks):
-        raise ValueError(f"{path.name} has a damaged header: copy or train it again.")
-
-
-def _plain(table: Any, kinds: tuple[type, ...]) -> bool:
+def _plain(table: dict[str, Any], kinds: tuple[type, ...]) -> bool:
     """Whether this is a short dict of short values of these types: it is displayed as it is."""
     return (
-        isinstance(table, dict)
-        and len(table) <= MAX_SETTINGS
+        len(table) <= MAX_SETTINGS
         and all(isinstance(value, kinds) for value in table.values())
         and all(is_number(value) for value in table.values() if not isinstance(value, str))
         and all(len(str(part)) <= MAX_WORD for item in table.items() for part in item)

@@ -73,15 +73,18 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return low_rank_product(x, *self.product())
 
-    def tensors(self, path: str, values: Mapping[str, Tensor] | None = None, peft: bool = False) -> dict[str, Tensor]:
-        """The factors under ComfyUI's LoRA names, or PEFT's, which have no alpha; path is the layer's path in the
-        model. values: "up" and "down" to use instead of the current ones."""
-        up, down = self.product() if values is None else (values["up"], values["down"])
-        named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down}
-        named[f"{path}.alpha"] = torch.tensor(float(down.shape[0]))
-        if peft:
-            named = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
-        return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The current factors as in file_tensors()."""
+        return file_tensors(path, *self.product())
+
+
+def file_tensors(path: str, up: Tensor, down: Tensor, peft: bool = False) -> dict[str, Tensor]:
+    """B and A under ComfyUI's LoRA names, or PEFT's, which have no alpha; path is the layer's path in the model."""
+    named = {f"{path}.lora_up.weight": up, f"{path}.lora_down.weight": down}
+    named[f"{path}.alpha"] = torch.tensor(float(down.shape[0]))
+    if peft:
+        named = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+    return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
 
 @contextlib.contextmanager
@@ -173,10 +176,9 @@ def hidden_layers(network: nn.Module) -> dict[str, str]:
 
 
 def new_adapters(
-    layers: Mapping[str, Layer], rank: int, seed: int, deviation: float | None = None, kind: type[Any] = LowRank
+    layers: Mapping[str, Layer], rank: int, seed: int, kind: type[Any] = LowRank, **more: float
 ) -> dict[str, Any]:
-    """One adapter per layer, initialised from the seed and the layer's name only."""
-    more = {} if deviation is None else {"deviation": deviation}
+    """One adapter per layer, initialised from the seed and the layer's name only. more: further arguments of `kind`."""
     return {name: kind(layer, rank, step_generator(seed, 0, f"lora {name}"), **more) for name, layer in layers.items()}
 
 

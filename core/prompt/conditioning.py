@@ -135,11 +135,10 @@ def apply_embedding(
     the tokens would overwrite words or another embedding.
     """
     for text, _ in conditioning:
-        if text is None or text.ndim != 3 or text.shape[-1] != rows.shape[-1]:
-            content = "nothing" if text is None else f"rows of width {text.shape[-1]}"
+        if text.shape[-1] != rows.shape[-1]:
             raise ValueError(
-                f"The embedding has width {rows.shape[-1]}, the prompt {content}: it belongs to another model family, "
-                "encode the prompt with the text encoder that the embedding was trained with."
+                f"The embedding has width {rows.shape[-1]}, the prompt rows of width {text.shape[-1]}: it belongs to "
+                "another model family, encode the prompt with the text encoder that the embedding was trained with."
             )
     if scale == 0.0:
         return [[text, options.copy()] for text, options in conditioning]

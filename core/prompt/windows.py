@@ -64,12 +64,3 @@ def step_wise(conditioning: Conditioning, rows: Sequence[Tensor], steps: Sequenc
             if begin < stop:
                 entries.append([context, {**options, "start_percent": begin, "end_percent": stop}])
     return entries
-
-
-def active_entries(conditioning: Conditioning, sigma: float, sigma_of: Callable[[float], float]) -> Conditioning:
-    """The entries that ComfyUI evaluates at noise level sigma."""
-    return [
-        entry
-        for entry in conditioning
-        if sigma_of(entry[1].get("end_percent", 1.0)) <= sigma <= sigma_of(entry[1].get("start_percent", 0.0))
-    ]

@@ -105,13 +105,12 @@ def align(reference: Tensor, target: Tensor, literal: bool = False, max_degrees:
 
     max_degrees limits the initial angles. ValueError for masks with too few set pixels.
     """
-    for name, mask in (("reference", reference), ("target", target)):
-        count = int((mask > 0.5).sum())
-        if count < SMALLEST:
-            raise ValueError(
-                f"The {name} mask has {count} set pixels, {SMALLEST} are needed: check that the subject was found."
-            )
     reference_xy, target_xy = points(reference), points(target)
+    for name, at in (("reference", reference_xy), ("target", target_xy)):
+        if len(at) < SMALLEST:
+            raise ValueError(
+                f"The {name} mask has {len(at)} set pixels, {SMALLEST} are needed: check that the subject was found."
+            )
     coarse = _subsample(reference_xy, COARSE_POINTS), _subsample(target_xy, COARSE_POINTS)
     fine = _subsample(reference_xy, FINE_POINTS), _subsample(target_xy, FINE_POINTS)
     if literal:

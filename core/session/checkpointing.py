@@ -37,14 +37,14 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 def layers_checkpointed(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The same for every stack of equal layers in a vision model, whichever library it comes from."""
-    stacks: list[list[nn.Module]] = []
+    outer: list[nn.Module] = []
     inner: set[int] = set()
     for part in module.modules():
         layers = list(part.children()) if isinstance(part, nn.ModuleList) and id(part) not in inner else []
         if len(layers) > 1 and len({type(layer) for layer in layers}) == 1:
-            stacks.append(layers)
+            outer += layers
             inner |= {id(below) for layer in layers for below in layer.modules()}
-    return _checkpointed([layer for layers in stacks for layer in layers])
+    return _checkpointed(outer)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Fingerprints of the base model that an artifact was made for, and digests of what is attached to it."""
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -56,9 +57,8 @@ def check_base(recorded: dict[str, str], model: Any, what: str = "artifact", mad
         log.warning("The %s does not record its base model, so it was not checked.", what)
         return
     current = fingerprint(model)
-    known = [name for name in FIXED if "" not in (recorded.get(name), current[name])]
-    for name in known:
-        if recorded.get(name) != current[name]:
+    for name in FIXED:
+        if current[name] and recorded.get(name) not in ("", current[name]):
             raise ValueError(
                 f"The {what} was made for {recorded.get('family')} ({recorded.get('prediction')}), the connected "
                 f"model is {current['family']} ({current['prediction']}), and their {name.replace('_', ' ')} differ: "
@@ -87,8 +87,7 @@ def patches_digest(model: Any) -> str:
     parts["object_patches"] = uncompiled(parts["object_patches"] or {})
     parts["additional_models"] = _without_guidance(getattr(model, "additional_models", {}))
     for name in ("wrappers", "callbacks"):
-        kinds = {kind: _without_guidance(by_key) for kind, by_key in getattr(model, name, {}).items()}
-        kinds = {kind: {k: v for k, v in by_key.items() if k not in of_sampling} for kind, by_key in kinds.items()}
+        kinds = {kind: _without_guidance(by_key, of_sampling) for kind, by_key in getattr(model, name, {}).items()}
         parts[name] = {kind: by_key for kind, by_key in kinds.items() if by_key}
     options = {name: value for name, value in model.model_options.items() if name not in (NOTES, WINDOWS)}
     # Such wrappers keep their state in the transformer options: objects of their own module.
@@ -99,13 +98,12 @@ def patches_digest(model: Any) -> str:
     return digest([describe(parts), describe(options)])
 
 
-def _without_guidance(by_key: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in by_key.items() if not is_pack_guidance(key) and value}
+def _without_guidance(by_key: dict[Any, Any], others: Collection[Any] = ()) -> dict[Any, Any]:
+    return {key: value for key, value in by_key.items() if value and not is_pack_guidance(key) and key not in others}
 
 
 def precision(model: Any) -> list[str]:
     """The dtypes in which a model's weights are stored and in which it computes."""
-    stored = model.model_dtype() if hasattr(model, "model_dtype") else None
     # Not the attribute itself: a training's clone, which may still be loaded, sets its own on the shared model.
     cast = model.get_model_object("manual_cast_dtype") if hasattr(model.model, "manual_cast_dtype") else None
-    return [str(stored), str(cast)]
+    return [str(model.model_dtype()), str(cast)]

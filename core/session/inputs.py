@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import MAX_NUMBER, MAX_TEXT
+from ..files import MAX_TEXT, is_number
 from .images import check_finite, check_image, check_range
 
 POOLED = "pooled_output"
@@ -35,8 +35,9 @@ def check_input(name: str, kind: str, value: Any, options: Mapping[str, Any]) ->
     if check is not None:
         check(name, value)
     elif not all(hasattr(value, attribute) for attribute in _OBJECTS.get(kind, ())):
-        remedy = _LOADERS.get(kind) if value is None else None
-        raise _unfit(name, value, f"a {kind}", remedy or f"connect a node that gives {kind}")
+        missing = value is None and kind in _LOADERS
+        remedy = f"the loaded file has none, connect Load {kind}" if missing else f"connect a node that gives {kind}"
+        raise _unfit(name, value, f"a {kind}", remedy)
     return value
 
 
@@ -130,15 +131,11 @@ def _flag(name: str, value: Any, _options: Mapping[str, Any]) -> bool:
 def _number(name: str, value: Any, options: Mapping[str, Any]) -> float:
     low, high = options.get("min"), options.get("max")
     span = "a number" if low is None or high is None else f"a number from {low:g} to {high:g}"
-    if isinstance(value, bool) or not _is_finite(value):
+    if isinstance(value, bool) or not is_number(value):
         raise _unfit(name, value, span, "give a finite number")
     if (low is not None and value < low) or (high is not None and value > high):
         raise _unfit(name, value, span, "change it")
     return float(value)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def _integer(name: str, value: Any, options: Mapping[str, Any]) -> int:
@@ -212,18 +209,14 @@ _TENSORS: dict[str, Callable[[str, Any], None]] = {
 }  # fmt: skip
 # Of a prompt, where ComfyUI itself uses them unseen.
 _OPTIONS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("strength", "mask_strength", "start_percent", "end_percent"), _is_finite),
+    **dict.fromkeys(("strength", "mask_strength", "start_percent", "end_percent"), is_number),
     "control": lambda given: hasattr(given, "get_control"),
     "hooks": lambda given: hasattr(given, "hooks"),
     "gligen": lambda given: isinstance(given, Sequence) and len(given) == 3 and hasattr(given[1], "model"),
     "area": lambda given: isinstance(given, Sequence),
     "mask": lambda given: isinstance(given, Tensor),
 }
-# A checkpoint without one gives nothing in its place.
-_LOADERS = {
-    "CLIP": "the loaded file has none, connect Load CLIP",
-    "VAE": "the loaded file has none, connect Load VAE",
-}
+_LOADERS = "CLIP", "VAE"  # a checkpoint without one gives nothing in its place
 # What the nodes ask of objects, so that another pack's own version of one will do.
 _OBJECTS: dict[str, tuple[str, ...]] = {
     "MODEL": ("clone", "model", "get_model_object", "load_device"),

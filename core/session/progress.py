@@ -37,15 +37,14 @@ class Steps:
         """Count one step; latent [B, C, h, w] in the model's own space. Raises ComfyUI's interrupt."""
         mm.throw_exception_if_processing_interrupted()
         self._done += 1
-        preview = _preview(self._previewer, latent if self._done % self._every == 0 else None)
+        preview = self._preview(latent if self._done % self._every == 0 else None)
         self._bar.update_absolute(self._done, self._total, preview)
 
-
-def _preview(previewer: Any | None, latent: Tensor | None) -> Any | None:
-    """A latent's preview image for the progress bar; None without a previewer or a latent."""
-    if previewer is None or latent is None:
-        return None
-    return previewer.decode_latent_to_preview_image("JPEG", latent[:1].float())
+    def _preview(self, latent: Tensor | None) -> Any | None:
+        """A latent's preview image for the progress bar; None without a previewer or a latent."""
+        if self._previewer is None or latent is None:
+            return None
+        return self._previewer.decode_latent_to_preview_image("JPEG", latent[:1].float())
 
 
 class Sparingly:
@@ -87,7 +86,7 @@ class Progress(Steps):
             self._bar.update_absolute(step)
             return
         self._last, self._so_far = now, so_far
-        preview = _preview(self._previewer, denoised)
+        preview = self._preview(denoised)
         if image is not None:
             pixels = (255 * image.movedim(0, -1)).round().byte().cpu().numpy()
             preview = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)
@@ -125,13 +124,12 @@ def seconds_of(name: str, node: str, prompt: Mapping[str, Any]) -> float | None:
 
     prompt: in ComfyUI's API form, with the titles that the page adds.
     """
-    ahead, waiting = {node}, [node]
-    while waiting:
-        for value in prompt.get(waiting.pop(), {}).get("inputs", {}).values():
+    ahead = [node]
+    for each in ahead:  # which grows meanwhile
+        for value in prompt.get(each, {}).get("inputs", {}).values():
             if isinstance(value, list) and value and str(value[0]) not in ahead:
-                ahead.add(str(value[0]))
-                waiting.append(str(value[0]))
-    metas = {each: prompt[each].get("_meta") for each in ahead & prompt.keys() & _learned.keys()}
+                ahead.append(str(value[0]))
+    metas = {each: prompt[each].get("_meta") for each in prompt.keys() & _learned.keys() & set(ahead)}
     titles = {each: str(meta.get("title")) for each, meta in metas.items() if isinstance(meta, dict)}
     seconds = [_learned[each] for each, title in titles.items() if title.startswith(f"{name}:")]
     known = [each for each in seconds if each is not None]

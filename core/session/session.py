@@ -53,7 +53,6 @@ class GuiderDenoiser:
         self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, "positive"
         self.leaves = leaves or Leaves()
         self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
-        self._entry = guider.conds[self._role][0]
         self._sampling = guider.inner_model.model_sampling
         self._as_noise = not sampling.objective(self._sampling)
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
@@ -81,7 +80,7 @@ class GuiderDenoiser:
         changed = {name: value.to(x.device) for name, value in texts.items() if value is not None}
         guider, entries = self._guider, self._guider.conds[self._role]
         if changed:  # prepared as for a sampling: some models pad or number tokens, or send them through own layers
-            prompt, prepare = [{**self._entry, **changed}], guider.inner_model.extra_conds
+            prompt, prepare = [{**entries[0], **changed}], guider.inner_model.extra_conds
             entries = comfy.samplers.encode_model_conds(
                 prepare, prompt, x.detach(), x.device, self._role, latent_image=self._x0
             )
@@ -91,7 +90,7 @@ class GuiderDenoiser:
     def of(self, role: str) -> GuiderDenoiser:
         """The same model's predictions for another of the guider's prompts, with everything attached to that prompt."""
         other = copy.copy(self)
-        other._role, other._entry = role, self._guider.conds[role][0]
+        other._role = role
         return other
 
     @property
@@ -101,7 +100,7 @@ class GuiderDenoiser:
     @property
     def context(self) -> Tensor:
         """The prompt's token embeddings as its text encoder made them, [1, tokens, width]."""
-        return self._entry["cross_attn"]
+        return self._guider.conds[self._role][0]["cross_attn"]
 
 
 def _run(guider: Any, latent: Tensor, body: Callable[[Any, dict[str, Any], Tensor], T]) -> T:

@@ -261,10 +261,9 @@ def drop_guidance(clone: Any) -> None:
         clone.remove_additional_models(key)
     keys, names = sampling_keys(clone.wrappers), set[str]()
     for kind, by_key in clone.wrappers.items():
-        for key in filter(is_pack_guidance, list(by_key)):
-            del by_key[key]
-        for key in keys & by_key.keys() - (set() if kind in SAMPLING else {None}):
-            names.add(str(key))
+        of_steps = keys & by_key.keys() - (set() if kind in SAMPLING else {None})
+        names |= set(map(str, of_steps))
+        for key in [*filter(is_pack_guidance, by_key), *of_steps]:
             del by_key[key]
     if clone.model_options.pop(WINDOWS, None) is not None:
         names.add("context windows")

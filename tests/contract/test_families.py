@@ -108,7 +108,7 @@ def test_a_lora_of_its_layers_is_what_the_stock_loader_makes_of_the_file(name, k
             for adapter in adapters.values():
                 adapter.up.normal_(0, 0.2, generator=generator)
             found.append(denoiser.denoised(x.clone(), sigma))
-            found.append(layers.tensors(adapters, factors(adapters)))
+            found.append(layers.tensors(factors(adapters)))
 
     Session(model, source, family.latents()).run(body)
     ours, tensors = found

@@ -31,7 +31,7 @@ def with_lora(family, model, seed: int = 1):
         for adapter in adapters.values():
             adapter.up.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
-        return comfy.sd.load_lora_for_models(model, None, layers.tensors(adapters, factors(adapters)), 1.0, 0.0)[0]
+        return comfy.sd.load_lora_for_models(model, None, layers.tensors(factors(adapters)), 1.0, 0.0)[0]
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor, apart: torch.Tensor) -> None:

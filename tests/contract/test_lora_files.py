@@ -23,7 +23,7 @@ def learned(model, clip) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.up.normal_(0, 0.1, generator=generator)
-    return trained.tensors(adapters, {name: value.detach() for name, value in factors(adapters).items()})
+    return trained.tensors({name: value.detach() for name, value in factors(adapters).items()})
 
 
 def stock(patcher) -> dict[str, torch.Tensor]:

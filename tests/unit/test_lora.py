@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from likeness.core.lora.low_rank import ALL, Rows, attached_lora, attention_layers, block_layers, factors, new_adapters
+from likeness.core.lora.low_rank import (
+    ALL,
+    Rows,
+    attached_lora,
+    attention_layers,
+    block_layers,
+    factors,
+    file_tensors,
+    new_adapters,
+)
 
 NAME = "net.attention.wide.0"
 
@@ -126,7 +135,7 @@ def test_adapters_of_some_rows_of_a_layer_are_those_of_the_weight_merged_in_rows
     plain = net(x)
     assert torch.equal(expected[:, 3:6], plain[:, 3:6]) and torch.equal(expected[:, 9:], plain[:, 9:])
     for name, place in layers.items():
-        named = adapters[name].tensors(name, peft=True)
+        named = file_tensors(name, *adapters[name].product(), peft=True)
         assert list(named) == [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
         with torch.no_grad():
             net.weight[place.start : place.start + place.count] += (

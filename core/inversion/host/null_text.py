@@ -45,9 +45,9 @@ def prepare_reconstruction(
     start: Start,
 ) -> Reconstruction:
     """The Reconstruction by null-text optimisation, or by one of the methods without it (see null_text.py)."""
+    check_trajectory(model, positive, trajectory)
     if method == "null-text":
         return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings)
-    check_trajectory(model, positive, trajectory)
     if method == "negative prompt":
         copy = [[context, options.copy()] for context, options in positive]
         return Reconstruction(model, copy, None, "The negative prompt of every step is the prompt itself; no updates.")
@@ -89,9 +89,6 @@ class NullTextJob(Job):
     def is_complete(self, stored: Run) -> bool:
         return stored.step in stored.results and len(stored.last["nulls"]) == self.trajectory.steps
 
-    def end(self, done: Run) -> int:
-        return done.step
-
     def session(self) -> Session:
         latent = self.model.get_model_object("latent_format").process_out(self.trajectory.latents[-1])
         return Session(self.model, self.positive, latent, negative=self.first, exact=True)
@@ -114,7 +111,6 @@ def null_text(
     model: Any, positive: Conditioning, first: Conditioning, trajectory: Trajectory, settings: NullTextSettings
 ) -> Reconstruction:
     """Optimise one negative per step of a trajectory, the first from a prompt on, resuming or reusing a stored run."""
-    check_trajectory(model, positive, trajectory)
     if trajectory.latents.shape[1] != 1:
         raise ValueError(
             f"The trajectory holds {trajectory.latents.shape[1]} images; each needs negatives of its own: invert one "

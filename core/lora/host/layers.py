@@ -17,10 +17,10 @@ from ..low_rank import (
     ATTENTION,
     TEXT_PREFIX,
     Layer,
-    LowRank,
     Rows,
     attention_layers,
     block_layers,
+    file_tensors,
     hidden_layers,
     module_of,
     sizes,
@@ -49,12 +49,11 @@ class LoraLayers:
     def numbers(self, rank: int) -> int:
         return sum(rank * sum(sizes(layer)) for layer in self.layers.values())
 
-    def tensors(self, adapters: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors. values: the factors, by "<key>.up" and "<key>.down"."""
         tensors: dict[str, Tensor] = {}
-        for key, adapter in adapters.items():
-            factors = {part: values[f"{key}.{part}"] for part in ("up", "down")}
-            tensors |= adapter.tensors(self.names[key], factors, self.peft)
+        for key, name in self.names.items():
+            tensors |= file_tensors(name, values[f"{key}.up"], values[f"{key}.down"], self.peft)
         return tensors
 
 
@@ -82,13 +81,10 @@ def trained_layers(base: Any, text: nn.Module | None = None, kind: str = ATTENTI
     cond_stage_model). ValueError when one of them has none.
     """
     by_name, peft = _published(base) if kind == ATTENTION else ({}, False)
-    names = {MODEL_PREFIX + name: name for name in by_name}
-    layers: dict[str, Layer] = {MODEL_PREFIX + name: layer for name, layer in by_name.items()}
-    if not by_name:
-        layers |= network_layers(base, kind)
-        names = {name: name for name in layers}
-    for name, layer in ({} if text is None else _text(text, peft)).items():
-        names[TEXT_PREFIX + name], layers[TEXT_PREFIX + name] = name, layer
+    network = (MODEL_PREFIX, by_name) if by_name else ("", network_layers(base, kind))
+    parts = (network, (TEXT_PREFIX, {} if text is None else _text(text, peft)))
+    layers = {prefix + name: layer for prefix, part in parts for name, layer in part.items()}
+    names = {prefix + name: name for prefix, part in parts for name in part}
     return LoraLayers(layers, names, peft)
 
 
@@ -113,38 +109,29 @@ def _published(base: Any) -> tuple[dict[str, Layer], bool]:
     nothing where there are no such names.
     """
     network, config = cast(nn.Module, base.diffusion_model), base.model_config.unet_config
+    layers: dict[str, Layer] = {}
     if hasattr(base, "lora_layers"):  # a model that declares them itself: {name in a PEFT file: layer}
         return dict(base.lora_layers()), True
     if "num_res_blocks" in config:
-        return _unet(network, config), False
+        attention = block_layers(network, NETWORK)
+        for name, target in comfy.utils.unet_to_diffusers(config).items():
+            path = MODEL_PREFIX + target.removesuffix(".weight")
+            if target.endswith(".weight") and path in attention:
+                layers["lora_unet_" + name.removesuffix(".weight").replace(".", "_")] = attention[path]
+        return layers, False
     keys = comfy.utils.flux_to_diffusers(config) if "depth_single_blocks" in config else {}
     targets = [target[0] if isinstance(target, tuple) else target for target in keys.values()]
     known = network.state_dict().keys()
-    if keys and all(target in known or target.startswith(FLUX_OPTIONAL) for target in targets):
-        return _flux(network, keys), True
-    return {}, False
-
-
-def _unet(unet: nn.Module, config: dict[str, Any]) -> dict[str, Layer]:
-    attention = block_layers(unet, NETWORK)
-    layers: dict[str, Layer] = {}
-    for diffusers_name, comfy_name in comfy.utils.unet_to_diffusers(config).items():
-        layer = attention.get(MODEL_PREFIX + comfy_name.removesuffix(".weight"))
-        if layer is not None and comfy_name.endswith(".weight"):
-            layers["lora_unet_" + diffusers_name.removesuffix(".weight").replace(".", "_")] = layer
-    return layers
-
-
-def _flux(flux: nn.Module, keys: dict[str, Any]) -> dict[str, Layer]:
-    parts = dict(flux.named_modules())
-    layers: dict[str, Layer] = {}
+    if not all(target in known or target.startswith(FLUX_OPTIONAL) for target in targets):
+        return {}, False
+    parts = dict(network.named_modules())
     for name, target in keys.items():
         name, end = name.rpartition(".")[::2]
         if end == "weight" and name.endswith(FLUX_LAYERS):
             key, rows = target if isinstance(target, tuple) else (target, None)  # rows: (dimension, start, count)
             layer = parts[key.removesuffix(".weight")]
             layers[f"transformer.{name}"] = layer if rows is None else Rows(layer, *rows[1:])
-    return layers
+    return layers, bool(keys)
 
 
 def _text(encoder: nn.Module, peft: bool) -> dict[str, Layer]:

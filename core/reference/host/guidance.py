@@ -15,7 +15,7 @@ from ...fit.train import Result
 from ...inversion.host.landing import Landing, attach_landing
 from ...inversion.trajectory import Trajectory
 from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
-from ...prompt.windows import active_entries, windows
+from ...prompt.windows import windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import as_latent, checked_mask
@@ -125,17 +125,12 @@ def sample_with_reference(
     target = trajectory.latents[window[0]]
     replay = attach_landing(model, Landing({window[0] - 1: target}, tuple(trajectory.sigmas.tolist()), cells))
     conditioning = masked_negative(negative, result.get("nulls"), cells, window, trajectory.sigmas.tolist(), sampling)
-    report = _report(job_run.losses, window, trajectory.steps)
-    return result["samples"], replay, conditioning, job_run.losses, report
-
-
-def _report(losses: list[float], window: range, steps: int) -> str:
-    count = len(losses) // len(window)
-    lines = [f"guided in steps {window[0] + 1} to {window[-1] + 1} of {steps}, {count} updates in each"]
+    losses, count = job_run.losses, len(job_run.losses) // len(window)
+    lines = [f"guided in steps {window[0] + 1} to {window[-1] + 1} of {trajectory.steps}, {count} updates in each"]
     for index, step in enumerate(window if count else ()):
         of_step = losses[index * count : (index + 1) * count]
         lines.append(f"step {step + 1:3d}: loss {of_step[0]:.3g} to {of_step[-1]:.3g}")
-    return "\n".join(lines)
+    return result["samples"], replay, conditioning, losses, "\n".join(lines)
 
 
 def guided_steps(sigmas: list[float], start: float, end: float, sigma_of: Callable[[float], float]) -> range:
@@ -167,7 +162,11 @@ def plain_prompt(
     positive: Conditioning, sigmas: list[float], sigma_of: Callable[[float], float]
 ) -> tuple[Conditioning, list[Tensor]]:
     """A prompt that may change from step to step, as one entry without a window, and its tokens at each step."""
-    entries_at = [active_entries(positive, sigma, sigma_of) for sigma in sigmas[:-1]]
+    spans = [(sigma_of(each.get(TIMES[1], 1.0)), sigma_of(each.get(TIMES[0], 0.0))) for _, each in positive]
+    entries_at = [  # as ComfyUI evaluates them
+        [entry for entry, (low, high) in zip(positive, spans, strict=True) if low <= sigma <= high]
+        for sigma in sigmas[:-1]
+    ]
     for step, entries in enumerate(entries_at):
         if len(entries) != 1:
             raise ValueError(

@@ -35,12 +35,12 @@ from ...session.stores import dedicated_store
 from ...vision.host.extras.offline import package
 from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
-from .result import IMAGE_STATE, OptimizedLora
 from .similarity import Similarity
 
 SAME_TEXT = 0.05  # relative: tolerance between two encodings of one prompt; bf16 rounds by 0.01
 SAFEGUARDS = {"use_bias_correction": True, "safeguard_warmup": True}  # Prodigy's, as in SISO's script
 BYTES_PER_NUMBER = 4 * 10  # of a LoRA, in a run: current and best one, each twice, and the optimiser's two to four
+IMAGE_STATE = ("picture", "pictures", "parts")  # entries of a fit's state that belong to its result
 APART = 1_000_003  # between the seeds of two iterations' noises, so that the next seeds' stay unseen
 log = logging.getLogger("likeness")
 
@@ -147,16 +147,22 @@ class SisoJob(Job):
         return done.step
 
     def session(self) -> Session:
-        generator, similarity = self.generator, self.similarity
+        generator, visions, sampling = self.generator, self.similarity.visions, self.sampling
+        recompute, latent = self.plan.checkpointing, sampling.latent
+        # In addition to the first prediction: more predictions, the decoder, and the largest vision model.
+        passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
+        memory = (passes - 1) * activations(generator.model, latent, recompute)
+        memory += decoding_memory(generator.vae, latent, recompute)
+        memory += max(vision_memory(vision, recompute) for vision in visions)
         return Session(
             generator.model,
             generator.positive,
-            self.sampling.latent,
+            latent,
             negative=generator.negative,
-            checkpointing=self.plan.checkpointing,
+            checkpointing=recompute,
             text=None if self.text is None else self.text.patcher,
-            others=[generator.vae.patcher, *(vision.patcher for vision in similarity.visions)],
-            more_memory=_more_memory(generator, similarity, self.sampling, self.plan),
+            others=[generator.vae.patcher, *(vision.patcher for vision in visions)],
+            more_memory=memory,
             exact=self.sampling.replay is not None,  # the first image must be the inverted one
         )
 
@@ -187,22 +193,49 @@ class SisoJob(Job):
             def result() -> Result:
                 """The LoRAs of the best and of the last iteration, as `keep` may change later."""
                 kinds = {"best": fit.best, "last": fit.parameters}
-                loras = {kind: layers.tensors(adapters, values) for kind, values in kinds.items()}
+                loras = {kind: layers.tensors(values) for kind, values in kinds.items()}
                 return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
 
             yield fit, result
 
-    def header(self, job_run: Run) -> dict[str, Any]:
-        """The header of the artifact."""
-        settings = {"rank": self.plan.rank, "iterations": job_run.step, "keep": self.plan.keep}
-        return {
-            "method": self.method,
-            "base": self.base,
-            "prompt": self.generator.prompt,
-            "weights": "LoRA",
-            "settings": {**asdict(self.settings), **settings},
-            "losses": curve(job_run.losses),
-        }
+
+@dataclass(frozen=True)
+class OptimizedLora:
+    """lora: of the best or the last iteration (keep). image [1, H, W, 3]: the best; images
+    [N, H, W, 3], losses and parts (the value of each term): of every iteration.
+    """
+
+    lora: FineTunedWeights
+    image: Tensor
+    images: Tensor
+    losses: list[float]
+    parts: list[list[float]]
+    keep: Keep
+
+    @property
+    def best(self) -> int:
+        """The iteration with the lowest loss, from 0."""
+        return min(range(len(self.losses)), key=self.losses.__getitem__)
+
+    def report(self) -> str:
+        """The best iteration's loss and the first one's, term by term."""
+        terms = " ".join(f"{value:.4f}" for value in self.parts[self.best])
+        first = " ".join(f"{value:.4f}" for value in self.parts[0])
+        text = (
+            f"best: iteration {self.best + 1} of {len(self.losses)}, loss {self.losses[self.best]:.4f} ({terms})\n"
+            f"first: loss {self.losses[0]:.4f} ({first})"
+        )
+        return f"{text}\n{self.warning()}".rstrip()
+
+    def warning(self) -> str:
+        """Advice if no image was better than the first."""
+        if self.best > 0 or len(self.losses) < 2:
+            return ""
+        note = ", so the LoRA changes nothing" if self.keep == "best" else ""
+        return (
+            f"No image was more like the subject than the first{note}: try another learning rate (ten times lower, or "
+            "higher), a prompt that names the subject's class, or another seed."
+        )
 
 
 def optimize_lora(job: SisoJob) -> OptimizedLora:
@@ -224,8 +257,15 @@ def optimize_lora(job: SisoJob) -> OptimizedLora:
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     keep, parts = job.plan.keep, job_run.state["parts"].tolist()
     lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
-    tuned = FineTunedWeights(lora, job.header(job_run))
-    result = OptimizedLora(tuned, image, images.float() / 255, job_run.losses, parts, keep)
+    header = {
+        "method": job.method,
+        "base": job.base,
+        "prompt": generator.prompt,
+        "weights": "LoRA",
+        "settings": {**asdict(settings), "rank": job.plan.rank, "iterations": job_run.step, "keep": keep},
+        "losses": curve(job_run.losses),
+    }
+    result = OptimizedLora(FineTunedWeights(lora, header), image, images.float() / 255, job_run.losses, parts, keep)
     if result.warning():
         log.warning("%s", result.warning())
     return result
@@ -253,10 +293,11 @@ def _check(generator: Generator, similarity: Similarity, sampling: Sampling, bac
     check_vae(generator.model, generator.vae)
     if background is not None:
         background.check(generator.vae, sampling.latent)
-    if sampling.replay is not None and not _same_levels(sampling.replay.sigmas, sampling.sigmas):
+    levels, inverted = (each.sigmas.float().cpu() for each in (sampling, sampling.replay or sampling))
+    if inverted.shape != levels.shape or not torch.allclose(inverted, levels, rtol=1e-4, atol=1e-4):
         raise ValueError(
-            f"The latent was inverted along the noise levels {_round(sampling.replay.sigmas)}, and the SIGMAS are "
-            f"{_round(sampling.sigmas)}: connect the SIGMAS that came with the latent."
+            f"The latent was inverted along the noise levels {_round(inverted)}, and the SIGMAS are {_round(levels)}: "
+            "connect the SIGMAS that came with the latent."
         )
 
 
@@ -288,18 +329,6 @@ def _check_prompt(text: TextEncoder, generator: Generator) -> None:
 
 def _round(sigmas: Tensor) -> list[float]:
     return [round(float(sigma), 4) for sigma in sigmas]
-
-
-def _same_levels(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=1e-4, atol=1e-4)
-
-
-def _more_memory(generator: Generator, similarity: Similarity, sampling: Sampling, plan: SisoPlan) -> float:
-    """Bytes in addition to the first prediction's: more predictions, the decoder, and the largest vision model."""
-    passes = sampling.grad_steps * (1 if sampling.cfg == 1.0 else 2)
-    predictions = (passes - 1) * activations(generator.model, sampling.latent, plan.checkpointing)
-    vision_bytes = max(vision_memory(vision, plan.checkpointing) for vision in similarity.visions)
-    return predictions + decoding_memory(generator.vae, sampling.latent, plan.checkpointing) + vision_bytes
 
 
 def image_sampling(
