@@ -59,10 +59,11 @@ class Bench(subjects.Bench):
 
     def run(self) -> tuple[float, float, int]:
         """Seconds of one execution of the node, those of its previews, and how many there are."""
+        from ..core.embedding.host import train
         from ..nodes import embedding
 
         used, images = [0.0], []
-        made = embedding.preview_images
+        made = train.preview_images
 
         def timed(*inputs: Any) -> torch.Tensor:
             begun = time.process_time()
@@ -71,7 +72,7 @@ class Bench(subjects.Bench):
             return images[-1]
 
         begun = time.process_time()
-        with torch.inference_mode(), mock.patch.object(embedding, "preview_images", timed):
+        with torch.inference_mode(), mock.patch.object(train, "preview_images", timed):
             embedding.LikenessTrainEmbedding.PREPARE_CLASS_CLONE({}).execute(**self.inputs)
         return time.process_time() - begun, used[0], len(images[0])
 

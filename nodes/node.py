@@ -70,7 +70,7 @@ class Node(io.ComfyNode):
 
             # ComfyUI leaves the inputs that the signature names to this method, and those only.
             names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *files)]
-            found.__signature__ = inspect.Signature(names)  # ty: ignore[unresolved-attribute]
+            found.__signature__ = inspect.Signature(names)  # ty: ignore[missing-attribute]
             cls.fingerprint_inputs, cls.validate_inputs = classmethod(states), classmethod(found)
         schema = functools.cache(cls.define_schema)  # once: it looks for files
         for name, wrapper in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
