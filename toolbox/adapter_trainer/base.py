@@ -12,34 +12,26 @@ from ...core.ezigen.train import TIMESTEPS, Sample
 from ...core.fit.fit import step_generator
 from .data import Item
 
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
 
 class Base:
-    unet: Any
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-    scheduler: Any
-
     def __init__(self, folder: Path) -> None:
         """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        readers = {
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModel,
-            "tokenizer": CLIPTokenizer,
-            "scheduler": DDPMScheduler,
-        }
-        for name, kind in readers.items():
+        def read(name: str, kind: Any) -> Any:
             try:
-                setattr(self, name, kind.from_pretrained(folder / name, local_files_only=True))
+                return kind.from_pretrained(folder / name, local_files_only=True)
             except Exception as error:  # these libraries raise many types
                 raise ValueError(
                     f"{folder / name} could not be read ({error}): give the diffusers folder of SD2.1-base, complete "
-                    f"with {', '.join(readers)}."
+                    f"with {', '.join(PARTS)}."
                 ) from error
+
+        kinds = UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer, DDPMScheduler
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = map(read, PARTS, kinds)
         _check(self, folder)
 
     def freeze(self, device: torch.device, dtype: torch.dtype) -> None:
