@@ -34,17 +34,12 @@ SAMPLED = 32  # values of each of the base's sampled weights
 
 @dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """An adapter's tensors by published names, and its header.
-
-    base: the first values of some of the UNet's weights, by published name, which identify the base model.
+    """An adapter's tensors by published names, and its header, whose "base" has the first values of some of the UNet's
+    weights, by published name, which identify the base model.
     """
 
     tensors: dict[str, Tensor]
     header: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def base(self) -> dict[str, list[float]]:
-        return self.header.get("base", {})
 
     def order(self) -> list[str]:
         """Its layers in execution order."""
