@@ -22,10 +22,8 @@ def blocks(unet: nn.Module) -> dict[str, Any]:
     return {name: parts[name] for name in sort_layers(parts)}
 
 
-def diffusers_adapter(unet: nn.Module) -> Adapter:
-    """An adapter for a diffusers UNet, in float32, with the published initialisation. ValueError for an unsupported
-    UNet.
-    """
+def layers(unet: nn.Module) -> list[Layer]:
+    """The layers that get the adapter. ValueError for an unsupported UNet."""
     parts = blocks(unet)
     kinds = {(getattr(part, "norm_type", ""), getattr(part, "only_cross_attention", True)) for part in parts.values()}
     if kinds != {("layer_norm", False)}:
@@ -33,8 +31,12 @@ def diffusers_adapter(unet: nn.Module) -> Adapter:
             f"The UNet ({type(unet).__name__}) has no transformer blocks with self-attention like those of SD1.x and "
             "SD2.x: choose a folder of SD2.1-base."
         )
-    layers = [Layer(name, part.attn1.to_q.weight.shape[0], part.attn1.heads) for name, part in parts.items()]
-    adapter = Adapter(layers)
+    return [Layer(name, part.attn1.to_q.weight.shape[0], part.attn1.heads) for name, part in parts.items()]
+
+
+def diffusers_adapter(unet: nn.Module) -> Adapter:
+    """An adapter for a diffusers UNet, in float32, with the published initialisation."""
+    adapter = Adapter(layers(unet))
     adapter.start_from({name: value.detach().float().cpu() for name, value in unet.state_dict().items()})
     return adapter
 
