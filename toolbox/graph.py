@@ -118,9 +118,7 @@ def _source(nodes: Mapping[Any, Any], origins: Mapping[Any, Any], link: Any) -> 
     node, inputs = nodes[identity], nodes[identity].get("inputs", [])
     if node["type"] == REROUTE:
         return _source(nodes, origins, inputs[0].get("link"))
-    if (
-        node.get("mode", 0) == BYPASSED
-    ):  # it passes on its input of the output's type, at the same index or else the first
+    if node.get("mode", 0) == BYPASSED:  # its input of the output's type passes, at the same index or else the first
         kind = node["outputs"][index]["type"]
         passed = (entry for entry in inputs[index : index + 1] + inputs if entry["type"] == kind)
         return _source(nodes, origins, next(passed, {}).get("link"))

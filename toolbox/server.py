@@ -91,16 +91,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
 
 
-def name_models(models: Path, base: Path) -> Path:
-    """Write ComfyUI's configuration of a second models folder, searched after base/models; files are saved to the
-    latter.
-    """
-    path, folder = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
-    folders = {each.name: f"{folder / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
-    path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))
-    return path
-
-
 class Server:
     """Starts on entering the context and stops on leaving it.
 
@@ -127,7 +117,12 @@ class Server:
             link_or_copy(folder, base / "custom_nodes" / name)
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(SETTINGS))
         page = ["--front-end-root", str(frontend)] if frontend else []
-        more = ["--extra-model-paths-config", str(name_models(models, base))] if models else []
+        more: list[str] = []
+        if models:  # searched after base/models, where files are saved
+            path, own = base / "extra_model_paths.json", base.resolve() / "models"  # JSON is YAML too
+            folders = {each.name: f"{own / each.name}\n{each.name}" for each in models.iterdir() if each.is_dir()}
+            path.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **folders}}))
+            more = ["--extra-model-paths-config", str(path)]
         self._command = [
             *(str(environment.python), "-u", "main.py", "--listen", "127.0.0.1", "--port", str(self.port)),
             *(["--cpu"] if cpu else []),

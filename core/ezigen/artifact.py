@@ -34,17 +34,12 @@ SAMPLED = 32  # values of each of the base's sampled weights
 
 @dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """An adapter's tensors by published names, and its header.
-
-    base: the first values of some of the UNet's weights, by published name, which identify the base model.
+    """An adapter's tensors by published names, and its header, whose "base" has the first values of some of the UNet's
+    weights, by published name, which identify the base model.
     """
 
     tensors: dict[str, Tensor]
     header: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def base(self) -> dict[str, list[float]]:
-        return self.header.get("base", {})
 
     def order(self) -> list[str]:
         """Its layers in execution order."""
@@ -92,8 +87,9 @@ def read_adapter(path: Path) -> StoredAdapter:
         log.warning("%s has no %s: they are taken as 1, where training began.", path.name, WEIGHTS)
         tensors[WEIGHTS] = torch.ones(len(layers))
     _check_tensors(path, layers, tensors)
-    _check_header(path, header, layers)
-    if not header:
+    if header:
+        _check_header(path, header, layers)
+    else:
         sample = sorted(base)[:: max(1, len(base) // 4)]
         header = {"kind": KIND, "format": FORMAT, "base": {name: base[name] for name in sample}, "from": path.name}
     return StoredAdapter(tensors, header)
@@ -144,8 +140,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_header(path: Path, header: dict[str, Any], layers: list[str]) -> None:
-    if not header:
-        return
     check_header(path, header, KIND, "an adapter: choose a file of Extract Adapter or Train Adapter")
     base = header.get("base", {})
     valid = isinstance(base, dict) and all(

@@ -161,27 +161,11 @@ class PairFolder:
 
     def target(self, entry: ImageEntry) -> Tensor | None:
         """[3, S, S] in 0..1, a square crop around the subject; None if it cannot be read."""
-
-        def read() -> Tensor:
-            image, mask = self._read(entry)
-            square = _square(image, mask)
-            small = functional.interpolate(square[None], (self.size,) * 2, mode="bicubic", antialias=True)
-            return small[0].clamp(0, 1)
-
-        return self._try_read(entry, False, read)
+        return self._try_read(entry, False)
 
     def cut_out(self, entry: ImageEntry) -> Tensor | None:
         """[3, S, S] in 0..1, the subject alone on white; None if it cannot be read."""
-
-        def read() -> Tensor:
-            image, mask = self._read(entry)
-            if mask is None:
-                raise ValueError("it has neither a mask nor a transparent part")
-            if not bool((mask >= SUBJECT).any()):
-                raise ValueError("its mask is empty")
-            return subject_crop(image.movedim(0, -1)[None], mask[None], self.size)[0].movedim(-1, 0).clamp(0, 1)
-
-        return self._try_read(entry, True, read)
+        return self._try_read(entry, True)
 
     def state(self) -> str:
         """A hash of the contents of all files in use."""
@@ -276,11 +260,19 @@ class PairFolder:
     def _inside(self, path: Path) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(self.path)
 
-    def _try_read(self, entry: ImageEntry, cut: bool, read: Callable[[], Tensor]) -> Tensor | None:
+    def _try_read(self, entry: ImageEntry, cut: bool) -> Tensor | None:
         if (entry.path, cut) in self._unreadable:
             return None
         try:
-            return read()
+            image, mask = self._read(entry)
+            if not cut:
+                square = _square(image, mask)[None]
+                return functional.interpolate(square, (self.size,) * 2, mode="bicubic", antialias=True)[0].clamp(0, 1)
+            if mask is None:
+                raise ValueError("it has neither a mask nor a transparent part")
+            if not bool((mask >= SUBJECT).any()):
+                raise ValueError("its mask is empty")
+            return subject_crop(image.movedim(0, -1)[None], mask[None], self.size)[0].movedim(-1, 0).clamp(0, 1)
         except Exception as error:  # Pillow raises many types for damaged files
             if (entry.path, not cut) not in self._unreadable:
                 self.skipped.append(f"{entry.name}: {error or type(error).__name__}"[:200])

@@ -93,17 +93,11 @@ def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06)
         top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
         side = math.ceil(max(bottom - top, right - left) * (1.0 + 2.0 * margin))
         on_white = image * mask[..., None].to(image) + (1.0 - mask[..., None].to(image))
-        square = _window(on_white.movedim(-1, 0), (top + bottom - side) // 2, (left + right - side) // 2, side)
+        y, x = (top + bottom - side) // 2, (left + right - side) // 2
+        padding = (-x, x + side - image.shape[1], -y, y + side - image.shape[0])  # below 0 it cuts off
+        square = functional.pad(on_white.movedim(-1, 0), padding, value=1.0)
         crops.append(functional.interpolate(square[None], (size, size), mode="bicubic", antialias=True))
     return torch.cat(crops).movedim(1, -1)
-
-
-def _window(image: Tensor, top: int, left: int, side: int) -> Tensor:
-    """A square of an image [C, H, W], padded with white beyond the image."""
-    height, width = image.shape[1:]
-    inside = image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
-    padding = (max(-left, 0), max(left + side - width, 0), max(-top, 0), max(top + side - height, 0))
-    return functional.pad(inside, padding, value=1.0)
 
 
 def order(values: Sequence[float]) -> list[int]:

@@ -101,7 +101,8 @@ def test_the_file(whole, data):
     made_with = stored.header["settings"]
     assert (stored.header["steps"], made_with["batch"], made_with["seed"], made_with["precision"]) == (12, 4, 5, "no")
     assert made_with["data"] == ["balls: 3 subjects, 6 captioned images, 6 with a mask"]
-    assert len(stored.base) == 4 and all(name.endswith("attn1.to_q.weight") for name in stored.base)
+    base = stored.header["base"]
+    assert len(base) == 4 and all(name.endswith("attn1.to_q.weight") for name in base)
     assert {value.dtype for value in stored.tensors.values()} == {torch.float32}
     assert not torch.equal(stored.tensors["learnable_weights"], torch.ones(4))
     assert sorted(written(whole)) == [

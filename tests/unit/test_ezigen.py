@@ -202,7 +202,7 @@ def test_every_published_layout_is_read(tmp_path, caplog):
         assert found.tensors.keys() == own.keys()
         assert all(torch.equal(value, own[name]) for name, value in found.tensors.items())
         assert found.order() == [layer.name for layer in LAYERS] and found.widths() == [8, 12, 8]
-        assert found.base and set(found.base) <= set(others)
+        assert found.header["base"] and set(found.header["base"]) <= set(others)
     assert "taken as 1" not in caplog.text
     (folder / "model_1.safetensors").unlink()
     assert torch.equal(read_adapter(folder).tensors[WEIGHTS], torch.ones(3))

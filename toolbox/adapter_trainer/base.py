@@ -12,35 +12,41 @@ from ...core.ezigen.train import TIMESTEPS, Sample
 from ...core.fit.fit import step_generator
 from .data import Item
 
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
 
 class Base:
-    unet: Any
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-    scheduler: Any
-
     def __init__(self, folder: Path) -> None:
         """Read the folder; ValueError, which says what is expected, for an invalid folder or an unsupported model."""
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        readers = {
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModel,
-            "tokenizer": CLIPTokenizer,
-            "scheduler": DDPMScheduler,
-        }
-        for name, kind in readers.items():
+        def read(name: str, kind: Any) -> Any:
             try:
-                setattr(self, name, kind.from_pretrained(folder / name, local_files_only=True))
+                return kind.from_pretrained(folder / name, local_files_only=True)
             except Exception as error:  # these libraries raise many types
                 raise ValueError(
                     f"{folder / name} could not be read ({error}): give the diffusers folder of SD2.1-base, complete "
-                    f"with {', '.join(readers)}."
+                    f"with {', '.join(PARTS)}."
                 ) from error
-        _check(self, folder)
+
+        kinds = UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer, DDPMScheduler
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = map(read, PARTS, kinds)
+        unet, latent, text = self.unet.config, self.vae.config.latent_channels, self.text_encoder.config
+        kind, steps = self.scheduler.config.prediction_type, self.scheduler.config.num_train_timesteps
+        problem = ""
+        if kind != "epsilon":
+            problem = f"it predicts '{kind}' (SD2.1 at 768 predicts v), a model that predicts noise was expected"
+        elif steps != TIMESTEPS:
+            problem = f"it has {steps} timesteps, {TIMESTEPS} were expected"
+        elif unet.cross_attention_dim != text.hidden_size or unet.addition_embed_type is not None:
+            problem = (
+                f"the UNet takes more than the {text.hidden_size} numbers a token of its one text encoder, as SDXL's"
+            )
+        elif unet.in_channels != latent:
+            problem = f"the UNet takes {unet.in_channels} channels, the autoencoder gives {latent}, as for inpainting"
+        if problem:
+            raise ValueError(f"{folder}: {problem}: give SD2.1-base (512), or SD1.x.")
 
     def freeze(self, device: torch.device, dtype: torch.dtype) -> None:
         for part in (self.unet, self.vae, self.text_encoder):
@@ -76,20 +82,3 @@ class Base:
         length = self.text_encoder.config.max_position_embeddings
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].float()
-
-
-def _check(base: Base, folder: Path) -> None:
-    """ValueError for a model that cannot be trained here."""
-    unet, latent, text = base.unet.config, base.vae.config.latent_channels, base.text_encoder.config
-    kind, steps = base.scheduler.config.prediction_type, base.scheduler.config.num_train_timesteps
-    problem = ""
-    if kind != "epsilon":
-        problem = f"it predicts '{kind}' (SD2.1 at 768 predicts v), a model that predicts noise was expected"
-    elif steps != TIMESTEPS:
-        problem = f"it has {steps} timesteps, {TIMESTEPS} were expected"
-    elif unet.cross_attention_dim != text.hidden_size or unet.addition_embed_type is not None:
-        problem = f"the UNet takes more than the {text.hidden_size} numbers a token of its one text encoder, as SDXL's"
-    elif unet.in_channels != latent:
-        problem = f"the UNet takes {unet.in_channels} channels, the autoencoder gives {latent}, as for inpainting"
-    if problem:
-        raise ValueError(f"{folder}: {problem}: give SD2.1-base (512), or SD1.x.")

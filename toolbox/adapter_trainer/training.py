@@ -122,18 +122,6 @@ class States(RunStore):
 
     def _newest(self) -> dict[str, Tensor]:
         stored = read_adapter(self.adapter).header
-        self._check_settings(stored)
-        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
-            tensors = super().load(path.stem)
-            if tensors is not None:
-                self.stored_step = min(stored.get("steps", 0), len(tensors[LOSSES]))
-                return tensors
-        raise ValueError(
-            f"{self.adapter} is there, and no state in {self.folder} can be read: give another folder with --out, or "
-            "remove this one to begin anew."
-        )
-
-    def _check_settings(self, stored: dict[str, Any]) -> None:
         before = stored.get("settings", {})
         changes = [
             f"{name} was {before.get(name)}, is {value}"
@@ -148,6 +136,15 @@ class States(RunStore):
             )
         if changes:
             log.warning("The run goes on with other settings (%s): not what one begun with them would give.", text)
+        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
+            tensors = super().load(path.stem)
+            if tensors is not None:
+                self.stored_step = min(stored.get("steps", 0), len(tensors[LOSSES]))
+                return tensors
+        raise ValueError(
+            f"{self.adapter} is there, and no state in {self.folder} can be read: give another folder with --out, or "
+            "remove this one to begin anew."
+        )
 
 
 class RegularCheckpointer(Checkpointer):

@@ -52,10 +52,7 @@ class Call:
         self._split_out, self.heads, self.scale = bool(named.get("skip_output_reshape")), heads, named.get("scale")
         self.options: dict[str, Any] = named.get("transformer_options") or {}
         self._mask = named.get("mask", more[0] if more else None)
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        return self.q.shape[2], self.k.shape[2]
+        self.lengths = self.q.shape[2], self.k.shape[2]
 
     def probabilities(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """From these rows' image to the prompt's tokens, see column_probabilities()."""

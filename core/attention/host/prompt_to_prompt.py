@@ -235,20 +235,15 @@ class _Run:
         """Called last after CFG: the prediction that keeps the edit equal to the source away from the word."""
         self._pending = torch.zeros_like(self._pending)
         sigma = float(args["sigma"].max())
-        step, mask = step_at(sigma, self._levels), self._edit_mask(sigma)
+        step, mask = step_at(sigma, self._levels), None  # [1, h, w], None for everywhere
+        if self.how.mask is not None:
+            mask = torch.nn.functional.adaptive_max_pool2d(self.how.mask, self._size) > 0
+        if self.records and sigma <= self._blend_from:
+            allowed = blend_mask(self._attention, self.how.blend)
+            mask = allowed if mask is None else allowed & mask.to(allowed.device)
         if step is None or mask is None:
             return args["denoised"]
         return blend_predictions(args["input"], args["denoised"], sigma, self._levels[step + 1], mask)
-
-    def _edit_mask(self, sigma: float) -> Tensor | None:
-        """Where [1, h, w] the mask and the word's attention allow the edit at this noise level; None for everywhere."""
-        mask, allowed = self.how.mask, None
-        if mask is not None:
-            allowed = torch.nn.functional.adaptive_max_pool2d(mask, self._size) > 0
-        if not self.records or sigma > self._blend_from:
-            return allowed
-        attention_mask = blend_mask(self._attention, self.how.blend)
-        return attention_mask if allowed is None else attention_mask & allowed.to(attention_mask.device)
 
     def look(self, call: Call, out: Tensor) -> Tensor:
         """A layer in which the image looks at the prompt, under control."""

@@ -181,7 +181,7 @@ def _warn_of_base(stored: StoredAdapter, model: Any, blocks: list[Place]) -> Non
     if has_quantised_attention(model, blocks):
         return
     state, modules = network_of_file(model), {place.layer.name: place.module for place in blocks}
-    for name, row in stored.base.items():
+    for name, row in stored.header.get("base", {}).items():
         layer = name.removesuffix(".attn1.to_q.weight")
         weight, recorded = state[f"{modules[layer]}.attn1.to_q.weight"], torch.tensor(row)
         current = weight.flatten()[: len(row)].float().cpu()

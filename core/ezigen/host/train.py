@@ -20,7 +20,7 @@ from torch import Tensor
 from ...fit.fit import Fit, curve, step_generator
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result
-from ...prompt.conditioning import CHUNK, Conditioning, detached
+from ...prompt.conditioning import CHUNK, detached
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import check_vae
@@ -111,7 +111,8 @@ class AdapterJob(Job):
         weights = sum(4 * place.layer.width**2 for place in self.places)
         passes = self.settings.batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1
         more = BYTES_PER_WEIGHT * weights + activations(model, latent, plan.checkpointing) * passes
-        return Session(model, self.data.conditioning(), latent, checkpointing=plan.checkpointing, more_memory=more)
+        prompt = [[next(iter(self.data.rows.values()))[None], {}]]  # any one
+        return Session(model, prompt, latent, checkpointing=plan.checkpointing, more_memory=more)
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
@@ -146,23 +147,18 @@ class AdapterJob(Job):
 def train_adapter(
     models: TrainingModels, folder: PairFolder, plan: AdapterPlan, settings: TrainingSettings
 ) -> tuple[StoredAdapter, list[float], str]:
-    """Train (or resume, or load from disk); returns the adapter, all losses, and a report for the user."""
+    """Train (or resume, or load from disk); returns the adapter, all losses, and a report for the user: the data used,
+    the course of the loss, and the error with and without the subject.
+    """
     job = AdapterJob(models, check_inputs(models, plan.size), folder, plan, settings)
     job_run = run(job)
     losses, result = job_run.losses, dict(job_run.last)
-    check_errors, about = result.pop(CHECK_ERRORS).tolist(), bytes(result.pop(FOLDER_REPORT).tolist()).decode()
-    report = training_report(about, job_run.step, settings.batch, losses, check_errors)
-    return StoredAdapter(result, job.header(job_run.step, losses)), losses, report
-
-
-def training_report(folder: str, steps: int, batch: int, losses: list[float], check_errors: list[float]) -> str:
-    """The data used, the course of the loss, and the error with and without the subject."""
+    bare, without_subject, with_subject = result.pop(CHECK_ERRORS).tolist()
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:]))
-    bare, without_subject, with_subject = check_errors
     lines = [
-        folder,
-        f"{steps} steps of {batch}: mean loss of the first tenth {first:.5f}, of the last {last:.5f}",
+        bytes(result.pop(FOLDER_REPORT).tolist()).decode(),
+        f"{job_run.step} steps of {settings.batch}: mean loss of the first tenth {first:.5f}, of the last {last:.5f}",
         f"error on {CHECKED} samples of the folder: {with_subject:.5f} with the subject, {without_subject:.5f} with "
         f"the adapter but no subject, {bare:.5f} by the model alone",
     ]
@@ -170,7 +166,7 @@ def training_report(folder: str, steps: int, batch: int, losses: list[float], ch
         lines.append("The subject's images do not help yet: train longer.")
     elif with_subject >= bare:
         lines.append("The adapter uses the subject's images, and is not yet better than the model alone: train on.")
-    return "\n".join(lines)
+    return StoredAdapter(result, job.header(job_run.step, losses)), losses, "\n".join(lines)
 
 
 def check_inputs(models: TrainingModels, size: int) -> list[Place]:
@@ -239,10 +235,6 @@ class EncodedFolder:
         )
         noun_rows = self.rows[subject_prompt(image.class_noun)].expand(len(subjects), -1, -1)
         return Sample(*detached([latent, self.rows[image.caption], torch.stack(subjects), noun_rows]))
-
-    def conditioning(self) -> Conditioning:
-        """Any one of the prompts, for the session."""
-        return [[next(iter(self.rows.values()))[None], {}]]
 
     def _encode(self, clip: Any, text: str) -> Tensor:
         """[77, d]: longer texts are truncated, as in the published training; brackets do not set weights."""

@@ -202,21 +202,13 @@ def _network_class() -> type:
 
 
 def _read(part: Path, kind: Any, dtype: torch.dtype) -> Any:
-    """A diffusers network, frozen, in the given dtype; ValueError when it is incomplete."""
+    """A diffusers network, frozen, in the given dtype. ValueError when it is incomplete, or, before it is built, for a
+    config.json with values of another kind than the network's own defaults, or of a much larger network than its files
+    hold.
+    """
     from diffusers.utils import is_accelerate_available
 
     variant = weights_variant(part, WEIGHTS, VARIANTS)
-    _check_settings(part, kind)
-    memory = {"low_cpu_mem_usage": is_accelerate_available()}  # diffusers logs a warning if it cannot
-    model, info = pretrained(kind, part, "diffusers", variant=variant, torch_dtype=dtype, **memory)
-    check_complete(part, set(info["missing_keys"]), set(info["unexpected_keys"]))
-    return model.train(False).requires_grad_(False)
-
-
-def _check_settings(part: Path, kind: Any) -> None:
-    """ValueError for a config.json with values of another kind than the network's own defaults, or for a much larger
-    network than its files hold; before it is built.
-    """
     config, known = read_table(part / "config.json"), inspect.signature(kind.__init__).parameters
     where = f"config.json of {part.parent.name}/{part.name}"
     for name in known.keys() & {name for name, value in config.items() if value is not None}:
@@ -230,3 +222,7 @@ def _check_settings(part: Path, kind: Any) -> None:
         if not fits:
             raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy {SOURCE} whole.")
     check_size(where, config, [*part.glob("*.safetensors")], lambda: kind.from_config(config))
+    memory = {"low_cpu_mem_usage": is_accelerate_available()}  # diffusers logs a warning if it cannot
+    model, info = pretrained(kind, part, "diffusers", variant=variant, torch_dtype=dtype, **memory)
+    check_complete(part, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    return model.train(False).requires_grad_(False)

@@ -35,11 +35,9 @@ ENCODE_VALUES, DECODE_VALUES, BACKWARD_VALUES, PASSES = 1200, 1350, 30, 4
 class SanaLatents(comfy.latent_formats.LatentFormat):
     """Latents of the deep compression autoencoder."""
 
-    latent_channels = 32
-    spacial_downscale_ratio = 32  # read by newer ComfyUI (with this spelling)
-
     def __init__(self, scale_factor: float = 1.0, channels: int = 32, ratio: int = 32) -> None:
-        self.scale_factor, self.latent_channels, self.spacial_downscale_ratio = scale_factor, channels, ratio
+        self.scale_factor, self.latent_channels = scale_factor, channels
+        self.spacial_downscale_ratio = ratio  # read by newer ComfyUI (with this spelling)
 
 
 class Sana(comfy.supported_models_base.BASE):

@@ -37,7 +37,8 @@ def make_samples(
 ) -> Samples:
     """Samples for `steps` updates, at the scale of a LATENT: a sequence of patches, or the whole images.
 
-    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. The i-th sample comes from image i % B.
+    image [B, H, W, 3] in 0..1, mask [B or 1, H, W]. The i-th sample comes from image i % B. ValueError when the VAE is
+    not the model's.
     """
     cell = vae.spacial_compression_encode()
     size = settings.cells * cell or settings.resolution
@@ -55,7 +56,10 @@ def make_samples(
             square = cut(square, boxes[-1], cell, settings.resolution)
             patch_mask = None if patch_mask is None else cut(patch_mask, boxes[-1], cell, settings.resolution)
         # One at a time: in a batch the last bits of a latent depend on its neighbours.
-        latents.append(_encode(model, vae, square))
+        latent = image_latents(model, vae.encode(square.movedim(1, -1)))
+        if not bool(torch.isfinite(latent).all()):
+            raise ValueError("The VAE gave NaN or infinite numbers: load it in fp32 (--fp32-vae) or use a fixed one.")
+        latents.append(latent.float().cpu())
         if patch_mask is not None:
             latent_masks.append(as_latent(latent_mask(patch_mask, *latents[-1].shape[-2:]), latents[-1]))
     return Samples(
@@ -70,11 +74,3 @@ def _box(mask: Tensor | None, settings: CropSettings, seed: int, index: int, cel
         return mask is None or bool((cut(mask, box, cell, settings.resolution) > 0.5).any())
 
     return box_of(seed, index, settings.cells, settings.whole_image, shows)
-
-
-def _encode(model: Any, vae: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels [1, 3, H, W] to a latent [1, C, h, w] on the CPU; ValueError when the VAE is not the model's."""
-    samples = image_latents(model, vae.encode(pixels.movedim(1, -1)))
-    if not bool(torch.isfinite(samples).all()):
-        raise ValueError("The VAE gave NaN or infinite numbers: load it in fp32 (--fp32-vae) or use a fixed one.")
-    return samples.float().cpu()

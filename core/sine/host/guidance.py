@@ -97,7 +97,17 @@ def with_guidance(model: Any, subjects: list[SubjectModel], allow_over_one: bool
     space or noise schedule) or separated, and for weights over 1.
     """
     check_weights([subject.weight for subject in subjects], allow_over_one)
-    _warn_of_wrappers(subjects, model)
+    kind = WrappersMP.SAMPLER_SAMPLE  # a fine-tuned model predicts within the base model's sampling
+    base_ids = {id(wrapper) for wrappers in model.wrappers.get(kind, {}).values() for wrapper in wrappers}
+    for subject in subjects:
+        items = subject.model.wrappers.get(kind, {}).items()
+        keys = [key for key, wrappers in items if any(id(wrapper) not in base_ids for wrapper in wrappers)]
+        unused = sorted(str(key) for key in keys if key not in (KEY, POSITION_MAP))
+        if unused:
+            log.warning(
+                "What lies on the tuned model for a whole sampling takes no part (%s): put it on the base model.",
+                ", ".join(unused),
+            )
     return attached(model, subjects, "positive")
 
 
@@ -111,29 +121,17 @@ def attached(model: Any, subjects: list[SubjectModel], prompt: str) -> Any:
             separate.append(subject.model)
         elif owner is not subject.model:
             check_separable(subject.model, owner)
+    prompts = [subject.conditioning for subject in subjects if subject.conditioning is not None]
+    conds = {str(index): comfy.sampler_helpers.convert_cond(prompt) for index, prompt in enumerate(prompts)}
+    of_prompts = comfy.sampler_helpers.get_additional_models(conds, torch.float32)[0]  # such as ControlNets
     clone = model.clone()
-    clone.set_additional_models(KEY, [*separate, *_control_models(subjects)])
+    clone.set_additional_models(KEY, [*separate, *of_prompts])
     sampling = _Sampling(tuple(subjects), tuple(separate), prompt)
     kinds = WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH
     for kind, wrapper in zip(kinds, (sampling, _forget, _predict), strict=True):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
-
-
-def _warn_of_wrappers(subjects: list[SubjectModel], model: Any) -> None:
-    """Warn about sampling wrappers on a fine-tuned model: it predicts within the base model's sampling."""
-    kind = WrappersMP.SAMPLER_SAMPLE
-    base_ids = {id(wrapper) for wrappers in model.wrappers.get(kind, {}).values() for wrapper in wrappers}
-    for subject in subjects:
-        items = subject.model.wrappers.get(kind, {}).items()
-        keys = [key for key, wrappers in items if any(id(wrapper) not in base_ids for wrapper in wrappers)]
-        unused = sorted(str(key) for key in keys if key not in (KEY, POSITION_MAP))
-        if unused:
-            log.warning(
-                "What lies on the tuned model for a whole sampling takes no part (%s): put it on the base model.",
-                ", ".join(unused),
-            )
 
 
 def guider(model: Any, positive: Conditioning, negative: Conditioning, cfg: float) -> Any:
@@ -166,13 +164,6 @@ def _check_pair(tuned: Any, base: Any) -> None:
             f"{float(b.sigma_max):.4g}): at one noise level they would see different images. Apply the same model "
             "sampling node (or none) to both."
         )
-
-
-def _control_models(subjects: list[SubjectModel]) -> list[Any]:
-    """Models attached to the training prompts, such as ControlNets, for ComfyUI to load."""
-    prompts = [subject.conditioning for subject in subjects if subject.conditioning is not None]
-    conds = {str(index): comfy.sampler_helpers.convert_cond(prompt) for index, prompt in enumerate(prompts)}
-    return comfy.sampler_helpers.get_additional_models(conds, torch.float32)[0]
 
 
 class _Branch:

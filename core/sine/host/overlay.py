@@ -106,16 +106,10 @@ class Overlay:
                 backup = running.backup.get(key)
                 start = functools.partial(getattr, module, attribute) if backup is None else lambda b=backup: b.weight
                 self._functions.append((module, attribute, _weight_function(key, target, start, module, share)))
-
-    @property
-    def empty(self) -> bool:
+        self.empty = not self._hooks and not self._functions
         """Whether both models have the same weights."""
-        return not self._hooks and not self._functions
-
-    @property
-    def patched_weights(self) -> int:
+        self.patched_weights = len(self._functions)
         """The number of weights that are patched again in every prediction: all except plain LoRAs."""
-        return len(self._functions)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

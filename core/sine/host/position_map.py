@@ -41,9 +41,6 @@ class PositionMap:
     interpolation: str
     window: Box = WHOLE
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> PositionMap:
-        return self  # ComfyUI copies the options of a MODEL deeply
-
     def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
         """Add the map to h [B, channels, height, width] after block ("input", 0); other blocks are unchanged."""
         if options["block"] != ("input", 0):

@@ -5,7 +5,6 @@ The grid follows SINE's figures 7, 9 and 19 to 21, the curves follow its figure 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -35,6 +34,9 @@ FAINT = (63, 63, 70)
 FIRST, MIDDLE, LAST = (99, 110, 250), (45, 212, 191), (250, 204, 21)  # colours of the curves, from low to high
 MOST_TICKS = 9
 
+Panel = tuple[str, str, list[list[tuple[float, float]]], list[str], tuple[float, ...]]
+"""One set of axes: titles of it and of x, curves of points (x, y), their names, and the values of x."""
+
 
 def grid_sheet(images: Sequence[Tensor], grid: Grid) -> Tensor:
     """Images [H, W, C] in 0..1 -> [1, h, w, 3]: one row per K, one column per v, labelled at the edges."""
@@ -59,25 +61,13 @@ def measures(
     return curves
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes: curves of points (x, y), their names, and the values of x."""
-
-    title: str
-    axis: str
-    curves: list[list[tuple[float, float]]]
-    names: list[str]
-    stops: tuple[float, ...]
-
-
 def panels(title: str, values: Sequence[float], grid: Grid) -> list[Panel]:
     """A measure over v for each K and over K for each v; an axis with a single value is left out."""
     ks, vs = [f"K {timestep(end)}" for end in grid.end_percents], [f"v {weight:g}" for weight in grid.base_weights]
-    over_v = Panel(f"{title} over v", "v (base_weight)", grid.over_base_weight(values), ks, grid.base_weights)
-    over_k = Panel(
-        f"{title} over K", "end_percent (K falls to the right)", grid.over_end_percent(values), vs, grid.end_percents
-    )
-    return [panel for panel in (over_v, over_k) if len(panel.stops) > 1] or [over_v]
+    over_v = f"{title} over v", "v (base_weight)", grid.over_base_weight(values), ks, grid.base_weights
+    axis_of_k = "end_percent (K falls to the right)"
+    over_k = f"{title} over K", axis_of_k, grid.over_end_percent(values), vs, grid.end_percents
+    return [panel for panel in (over_v, over_k) if len(panel[-1]) > 1] or [over_v]
 
 
 def plot_sheet(measures: Mapping[str, Sequence[float]], grid: Grid) -> Tensor:
@@ -95,28 +85,29 @@ def plot_sheet(measures: Mapping[str, Sequence[float]], grid: Grid) -> Tensor:
 
 def _draw_panel(draw: ImageDraw.ImageDraw, face: Font, panel: Panel, left: int, top: int) -> None:
     width, height = PANEL[0] * FINE, PANEL[1] * FINE
-    low, high, ticks = nice_range([y for curve in panel.curves for _, y in curve])
-    first, span = panel.stops[0], (panel.stops[-1] - panel.stops[0]) or 1.0
+    title, axis, curves, names, stops = panel
+    low, high, ticks = nice_range([y for curve in curves for _, y in curve])
+    first, span = stops[0], (stops[-1] - stops[0]) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - first) / span * width, top + (high - y) / (high - low) * height
 
     step = 6 * FINE
-    draw.text((left, top - 26 * FINE), panel.title, fill=INK, font=face)
+    draw.text((left, top - 26 * FINE), title, fill=INK, font=face)
     for tick in ticks:
         y = place(first, tick)[1]
         draw.line((left, y, left + width, y), fill=FAINT, width=FINE)
         text = f"{tick:g}"
         draw.text((left - draw.textlength(text, font=face) - step, y - 8 * FINE), text, fill=INK, font=face)
-    for stop in thin_out(panel.stops):
+    for stop in thin_out(stops):
         x = place(stop, low)[0]
         draw.line((x, top + height, x, top + height + step / 2), fill=INK, width=FINE)
         centre(draw, x, top + height + step, f"{stop:g}", face)
-    centre(draw, left + width / 2, top + height + 24 * FINE, panel.axis, face)
+    centre(draw, left + width / 2, top + height + 24 * FINE, axis, face)
     draw.line((left, top, left, top + height, left + width, top + height), fill=INK, width=FINE)
-    labelled = thin_out(range(len(panel.curves)))
-    for k, (curve, name) in enumerate(zip(panel.curves, panel.names, strict=True)):
-        color = shade(k, len(panel.curves))
+    labelled = thin_out(range(len(curves)))
+    for k, (curve, name) in enumerate(zip(curves, names, strict=True)):
+        color = shade(k, len(curves))
         points = [place(x, y) for x, y in curve]
         draw.line(points, fill=color, width=2 * FINE, joint="curve")
         for x, y in points:

@@ -46,22 +46,35 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
     for pixels in images:
         mm.throw_exception_if_processing_interrupted()
         detections.append(detect(pixels, request.subject, request.box_threshold, request.text_threshold))
-    _check_detections(detections, request)
+    subject = request.subject.strip()
+    missing = [(number, each.highest) for number, each in enumerate(detections) if not len(each.boxes)]
+    if missing:
+        where = ", ".join(f"image {number} (best score {highest:.2f})" for number, highest in missing)
+        raise ValueError(
+            f"No '{subject}' above the box_threshold of {request.box_threshold:g} was found in {where}, "
+            "counted from 0: name it with another word, lower box_threshold below that score, or draw the mask by hand."
+        )
     segment = _loaded(segmenter_model, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
     masks, overlays = [], []
-    lines = [f"'{request.subject.strip()}' by {detector_model.description} and {segmenter_model.description}"]
+    lines = [f"'{subject}' by {detector_model.description} and {segmenter_model.description}"]
     for number, (pixels, each) in enumerate(zip(images, detections, strict=True)):
         mm.throw_exception_if_processing_interrupted()
         selected = geometry.select_boxes(each.boxes, each.scores, request.choose)
         mask = segment(pixels, each.boxes[selected]).any(0)
         if not bool(mask.any()):
             raise ValueError(
-                f"In image {number} segment-anything found nothing in the box of the {request.subject.strip()}: draw "
+                f"In image {number} segment-anything found nothing in the box of the {subject}: draw "
                 "the mask by hand (MaskEditor), or choose another sam file."
             )
         masks.append(mask.float())
         overlays.append(_overlay(pixels, mask, each, selected))
-        lines.append(_summary(number, each, selected, float(mask.float().mean()), request.choose))
+        boxes = ", ".join(
+            f"{label or 'unnamed'} {score:.2f} at {'/'.join(str(round(edge)) for edge in box)}"
+            for label, score, box in each.each()
+        )
+        if len(each.boxes) > 1:
+            boxes += f"; {len(each.boxes)} found, taken: number {', '.join(map(str, selected))} ({request.choose})"
+        lines.append(f"image {number}: {boxes}; mask {100 * float(mask.float().mean()):.1f} % of the image")
     return torch.stack(masks), torch.stack(overlays), "\n".join(lines)
 
 
@@ -92,28 +105,6 @@ def _loaded(model: nn.Module, memory: float) -> Callable[..., Any]:
             return patcher.model(*inputs)  # the patcher lives as long as this function
 
     return run
-
-
-def _check_detections(detections: list[Detections], request: MaskRequest) -> None:
-    missing = [(number, each.highest) for number, each in enumerate(detections) if not len(each.boxes)]
-    if not missing:
-        return
-    where = ", ".join(f"image {number} (best score {highest:.2f})" for number, highest in missing)
-    raise ValueError(
-        f"No '{request.subject.strip()}' above the box_threshold of {request.box_threshold:g} was found in {where}, "
-        "counted from 0: name it with another word, lower box_threshold below that score, or draw the mask by hand."
-    )
-
-
-def _summary(number: int, detections: Detections, selected: list[int], area: float, choose: str) -> str:
-    boxes = ", ".join(
-        f"{label or 'unnamed'} {score:.2f} at {'/'.join(str(round(edge)) for edge in box)}"
-        for label, score, box in detections.each()
-    )
-    several = ""
-    if len(detections.boxes) > 1:
-        several = f"; {len(detections.boxes)} found, taken: number {', '.join(map(str, selected))} ({choose})"
-    return f"image {number}: {boxes}{several}; mask {100 * area:.1f} % of the image"
 
 
 def _overlay(pixels: np.ndarray, mask: Tensor, detections: Detections, selected: list[int]) -> Tensor:

@@ -89,14 +89,11 @@ def vision_names(matches: Callable[[Path], bool] = lambda path: not (is_detector
 
 def load_vision(path: Path) -> VisionModel:
     """A transformers folder, an open_clip folder, or an open_clip safetensors file. ValueError for anything else."""
-    if path.is_file():
-        if path.suffix.lower() != ".safetensors":
-            raise ValueError(f"{path.name} is not a safetensors file: pickled weights can run code and are refused.")
-        return VisionModel(load_open_clip(path))
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path.name} is not a safetensors file: pickled weights can run code and are refused.")
     complete = (path / "config.json").is_file() and any((path / name).is_file() for name in WEIGHTS)
-    if not complete and (path / "open_clip_config.json").is_file():
-        return VisionModel(load_open_clip(path))
-    return VisionModel(load_transformers(path))
+    of_open_clip = path.is_file() or (not complete and (path / "open_clip_config.json").is_file())
+    return VisionModel(load_open_clip(path) if of_open_clip else load_transformers(path))
 
 
 def load_retrieval_model(path: Path) -> VisionModel:

@@ -26,28 +26,26 @@ def read_preprocessing(folder: Path) -> dict[str, Any] | None:
     there or in processor_config.json, where newer libraries write them.
     """
     tables = {name: read_table(folder / name) for name in PROCESSORS if (folder / name).is_file()}
-    for name, table in tables.items():
+    for file, table in tables.items():
         part = table.get("image_processor")
-        _check_preprocessing(f"{name} of {folder.name}", {**table, **(part if isinstance(part, dict) else {})})
+        settings = {**table, **(part if isinstance(part, dict) else {})}
+        most = MAX_SIDE**2 if PIXELS in settings else MAX_SIDE
+        for name, value in settings.items():
+            fits, expected = True, ""
+            if name in SIDES:
+                fits, expected = all(is_side(side, most) for side in _sides(value)), f"sides of 1 to {most} pixels"
+            elif name in CHANNELS:
+                fits, expected = is_color(value, positive=name == "image_std"), "three numbers, of image_std above 0"
+            elif name.startswith("do_"):
+                fits, expected = value in (True, False), "true or false"
+            elif name == "resample":
+                fits, expected = value in FILTERS, "a number from 0 to 5"
+            elif name == "rescale_factor":
+                fits, expected = is_number(value) and value > 0, "a number above 0"
+            if not fits and value is not None:
+                given = f"{file} of {folder.name} has {ascii(value)[:60]} as {name}"
+                raise ValueError(f"{given}, expected {expected}: copy it again.")
     return tables.get(PROCESSORS[0])
-
-
-def _check_preprocessing(where: str, settings: dict[str, Any]) -> None:
-    most = MAX_SIDE**2 if PIXELS in settings else MAX_SIDE
-    for name, value in settings.items():
-        fits, expected = True, ""
-        if name in SIDES:
-            fits, expected = all(is_side(side, most) for side in _sides(value)), f"sides of 1 to {most} pixels"
-        elif name in CHANNELS:
-            fits, expected = is_color(value, positive=name == "image_std"), "three numbers, of image_std above 0"
-        elif name.startswith("do_"):
-            fits, expected = value in (True, False), "true or false"
-        elif name == "resample":
-            fits, expected = value in FILTERS, "a number from 0 to 5"
-        elif name == "rescale_factor":
-            fits, expected = is_number(value) and value > 0, "a number above 0"
-        if not fits and value is not None:
-            raise ValueError(f"{where} has {ascii(value)[:60]} as {name}, expected {expected}: copy it again.")
 
 
 def is_side(value: Any, most: int = MAX_SIDE) -> bool:
