@@ -1,9 +1,8 @@
 """`python3 toolbox/test.py [--slow]`: set everything up and run all checks.
 
 Ruff and the types; then the tests without a server, on two cores; then those of the server and of the browser, in
-parallel, with some of the others beside them, since these two often wait. `--slow` adds tests that take minutes and
-stores their results in benchmarks/results/. COMFYUI_PATH uses an existing ComfyUI. Other arguments are passed to pytest
-instead of the tiers.
+parallel. `--slow` adds tests that take minutes and stores their results in benchmarks/results/. COMFYUI_PATH uses an
+existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 """
 
 import functools
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
-IN_PROCESS = ("unit", "parity", "contract", "trials", "toyworld")
-WITH_SERVER = {"server": ("server",), "browser": ("browser",), "beside them": ("trainer", "vision", "input")}
+IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input", "trials", "toyworld")
+WITH_SERVER = ("server", "browser")
 PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -77,8 +76,7 @@ def main() -> int:
         pytest, variables = [*pytest, "-q", "--durations=10"], variables | ONE_THREAD
         in_process = [*pytest, *PARALLEL, *(f"tests/{tier}" for tier in IN_PROCESS)]
         failed += run({"in process": in_process}, variables)
-        beside = {name: [*pytest, *(f"tests/{tier}" for tier in tiers)] for name, tiers in WITH_SERVER.items()}
-        failed += run_parallel(beside, variables)
+        failed += run_parallel({tier: [*pytest, f"tests/{tier}"] for tier in WITH_SERVER}, variables)
     report(", ".join(failed) or "all", not failed, start)
     return 1 if failed else 0
 
