@@ -19,7 +19,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 def transformer_layers(unet: Any) -> dict[Key, str]:
     """The transformer layers of ComfyUI's UNet, by its names of them, as paths of modules; none in another network."""
     layers: dict[Key, str] = {}
-    for path, _ in unet.named_modules():
+    for path, _ in getattr(unet, "_orig_mod", unet).named_modules():  # a compiled network has the other's paths
         part, *_, owner, index = words if len(words := path.split(".")) > 2 else ("", "", "")
         if part in PARTS and owner == "transformer_blocks":
             layers[PARTS[part], 0 if part == "middle_block" else int(words[1]), int(index)] = path

@@ -58,9 +58,9 @@ def attention_maps(
         of_layers.append(call.maps(slice(None), slice(-tokens, None)).cpu())
         return out
 
-    def recorded(executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, x: Tensor, *more) -> Any:
+    def recorded(executor, guider, sigmas, extra_args, callback, x, *more, **named) -> Any:
         extra_args = looking(extra_args, record, guider, guider.conds["positive"][0], x, sigmas[0])
-        return executor(guider, sigmas, extra_args, callback, x, *more)
+        return executor(guider, sigmas, extra_args, callback, x, *more, **named)
 
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, recorded)
 

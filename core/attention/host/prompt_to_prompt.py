@@ -78,7 +78,7 @@ class Control:
     swaps: tuple[Swap, ...]
     rows: int
 
-    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more) -> Any:
+    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more, **named) -> Any:
         entries = self._prompts(entries_by_prompt(guider), noise)
         layers = transformer_layers(guider.inner_model.diffusion_model)
         for entry in entries:
@@ -91,7 +91,7 @@ class Control:
         if self.request.self_percent > 0:
             extra_args = wrapped(extra_args, layers, "attn1", run.self_attention)
         extra_args = looking(extra_args, run.look, guider, entries[0], noise, sigmas[0], run.expected)
-        return executor(guider, sigmas, extra_args, callback, noise, *more)
+        return executor(guider, sigmas, extra_args, callback, noise, *more, **named)
 
     def _prompts(self, conds: dict[str, list], noise: Tensor) -> list[dict[str, Any]]:
         """The entries of the prompt that belongs to this control, since guiders name and order prompts differently."""

@@ -122,6 +122,7 @@ def encode_subject(model: Any, vae: Any, positive: Conditioning, images: Tensor,
 
     predicting(bare, positive, vae.encode(images), body)
     tokens = join_images([inputs[place.key].cpu() for place in blocks])
+    inputs.clear()  # the MODEL's options hold it
     return Subject(tokens, images.cpu(), fingerprint(model))
 
 
@@ -201,7 +202,7 @@ class _Injection:
     strength: float
     apply_to: str
 
-    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more) -> Any:
+    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *more, **named) -> Any:
         entries_by_prompt(guider)  # gives each prompt's entries their own ids
         negative = (guider.conds.get("negative") or []) if self.apply_to == PROMPT_ONLY else []
         excluded = frozenset(entry["uuid"] for entry in negative)
@@ -210,7 +211,8 @@ class _Injection:
         patch = self._patch(tokens, self._first_level(sigmas, scheme), excluded)
         before = extra_args["model_options"]["transformer_options"].get("patches", {})
         patches = {**before, "middle_patch": [patch, *before.get("middle_patch", [])]}
-        return executor(guider, sigmas, with_options(extra_args, patches=patches), callback, noise, *more)
+        extra_args = with_options(extra_args, patches=patches)
+        return executor(guider, sigmas, extra_args, callback, noise, *more, **named)
 
     def _first_level(self, sigmas: Tensor, scheme: Any) -> float:
         """The highest noise level at which the adapter is active: that of a step or, when there are too few steps to

@@ -145,9 +145,10 @@ def check_staged(models: StagedModels, settings: LoopSettings, positive: Conditi
     """ValueError for a VAE of another model, or numbers of loops that need a vision model where there is none."""
     loops, best = settings.loops, getattr(settings, "keep_best", False)
     if models.vision is None and (loops.least != loops.most or best):
+        which, keep = (", or which image is best", " and keep the last image") if best else ("", "")
         raise ValueError(
-            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops, or which "
-            "image is best: connect a CLIP_VISION, or set both numbers the same and keep the last image."
+            f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops{which}: "
+            f"connect a CLIP_VISION, or set both numbers the same{keep}."
         )
     check_vae(models.model, models.vae)
     if settings.cfg != 1.0:
