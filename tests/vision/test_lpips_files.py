@@ -154,4 +154,13 @@ def test_gradient_reaches_the_pixels(tmp_path):
     a = pictures(1, 64, 64, seed=1).requires_grad_(True)
     (gradient,) = torch.autograd.grad(model(a, pictures(1, 64, 64, seed=2)).sum(), a)
     assert bool(torch.isfinite(gradient).all()) and bool(gradient.any())
-    assert_close(model.heads[0].grad, None)
+    assert_close(model.head0.grad, None)
+
+
+def test_heads_in_half_precision_are_loaded_in_a_node_too(tmp_path):
+    """Nodes run in inference mode, whose tensors cannot become parameters."""
+    path = write(tmp_path, "alexnet", ".safetensors")
+    save_file({name: value.half() for name, value in heads("alexnet").items()}, path)
+    with torch.inference_mode():
+        distance = load_lpips(path, [str(tmp_path)])(*(pictures(1, 96, 96, seed) for seed in (1, 2)))
+    assert float(distance) > 0

@@ -42,7 +42,9 @@ class Lpips(nn.Module):
         for layer in features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # the feature map before it is still needed for its gradient
-        self.layers, self.compared, self.heads = features, compared, nn.ParameterList(heads)
+        self.layers, self.compared = features, compared
+        for i, head in enumerate(heads):
+            self.register_buffer(f"head{i}", head)
         self.description = ""
 
     def features(self, pixels: Tensor) -> list[Tensor]:
@@ -58,7 +60,8 @@ class Lpips(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
         """LPIPS for each pair of images -> [B]; weight as in vision/measures.py."""
-        return measures.lpips(self.features(a), self.features(b), list(self.heads), weight)
+        heads = [getattr(self, f"head{i}") for i in range(len(self.compared))]
+        return measures.lpips(self.features(a), self.features(b), heads, weight)
 
 
 def load_lpips(path: Path, folders: Iterable[str]) -> Lpips:
