@@ -153,9 +153,10 @@ def read_tensors(
     if size < 8 or length > min(MAX_HEADER, size - 8):
         raise ValueError(f"{path.name} is cut off or not a safetensors file: copy or train it again.")
     with _open_safetensors(path) as file:
-        names, metadata = list(file.keys()), file.metadata() or {}
+        names = list(file.keys())
     chosen = choose(names)
-    with _open_safetensors(path) as file:
+    with _open_safetensors(path) as file:  # all of one file: another process may replace it
+        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in chosen}
     for name, value in tensors.items():
         check_tensor(path, value, name)

@@ -95,6 +95,7 @@ class Job(abc.ABC):
 
     def begin(self, done: int) -> Job:
         """Called once before the model is loaded, if updates are to be made; prepares what session() and fit() share.
+
         done: number of updates already stored.
         """
         return self

@@ -109,3 +109,35 @@ def test_all_weights_of_a_bf16_model_are_served_when_queued_again(tmp_path, monk
     inputs |= {"method": "full weights", "patches": False, "resolution": 64, "learning_rate": 1e-3}
     losses = [run_node(LikenessFineTune, **inputs)[3] for _ in range(2)]
     assert trained == [2] and losses[0] == losses[1]
+
+
+def test_what_a_prediction_holds_is_let_go_at_its_end():
+    """Not only when the garbage is collected, which may be in the middle of the next sampling."""
+    import gc
+    import weakref
+
+    from likeness.core.session.session import predicting
+
+    class Held:
+        pass
+
+    held = Held()
+    alive, model = weakref.ref(held), tiny_models.sd1()
+    prompt, latent = [[torch.randn(1, 77, 768), {}]], torch.zeros(1, 4, 8, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            predicting(model, prompt, latent, lambda _denoiser, _x0, held=held: 1)
+        del held
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_the_layers_of_a_compiled_network_are_found():
+    from likeness.core.attention.host.layers import transformer_layers
+
+    network = tiny_models.sd1().model.diffusion_model
+    found = transformer_layers(network)
+    assert found and transformer_layers(torch.compile(network, backend="eager")) == found

@@ -105,6 +105,10 @@ class SanaTokenizer:
             text, most = self._instruction + text, self._instruction_length + most - 2
         return {"gemma2": [[(number, 1.0, *end) for number in self._tokenizer.encode(text)[:most]]]}
 
+    def untokenize(self, pairs: list[tuple]) -> list[tuple]:
+        """Pairs of a token tuple and its text."""
+        return [(pair, self._tokenizer.decode([pair[0]])) for pair in pairs]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Empty: nothing is saved with a model."""
         return {}
