@@ -43,11 +43,11 @@ class Entry:
     whole: dict[str, Any] = field(default_factory=dict)
     """Inputs with which every update sees the whole image."""
     longer_instead: bool = False
-    """Asked for 8 steps after 9 were done it gives the 9, as it did not keep the 8."""
+    """Asked for 4 steps after 5 were done it gives the 5, as it did not keep the 4."""
     says_so: bool = True
     """And the log tells; otherwise the node's report says how many there are."""
     rate: float = 0.03
-    """At which 40 updates learn visibly and without going to and fro."""
+    """At which 24 updates learn visibly and without going to and fro."""
     without: frozenset[str] = frozenset()
     """The PROMISES that do not apply, as the method has no such thing."""
 
@@ -304,14 +304,14 @@ class _Noise:
 
 
 def _fit_reference(setting: Setting, *, steps: int = STEPS, learning_rate: float = 0.1, seed: int = 0):
-    """So many updates in one step of ten; the artifact is the image with the model and negatives that make it."""
+    """So many updates in one step of five; the artifact is the image with the model and negatives that make it."""
     from likeness.nodes.reference import LikenessReferenceGuide
 
     mask = torch.zeros(1, *setting.image.shape[1:3])
     mask[:, 16:48, 16:48] = 1
     inputs = {"model": setting.model, "positive": setting.source, "negative": setting.empty, "mask": mask, "cfg": 7.5}
-    inputs |= {"noise": _Noise(seed), "trajectory": _trajectory(setting, 10), "inner_steps": steps}
-    window = {"start_percent": 0.21, "end_percent": 0.35}
+    inputs |= {"noise": _Noise(seed), "trajectory": _trajectory(setting, 5), "inner_steps": steps}
+    window = {"start_percent": 0.3, "end_percent": 0.5}
     output = run_node(LikenessReferenceGuide, **inputs, **window, learning_rate=learning_rate)
     return output[:3], output[3]["loss"]
 

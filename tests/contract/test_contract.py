@@ -88,10 +88,10 @@ def test_the_model_gives_the_same_bits_after_training(entry, family):
 @all_families(that_have("falls"), pytest.mark.slow)
 def test_the_loss_falls(entry, family):
     """Against the same draws without learning: timestep and noise alone move the loss more than training does."""
-    idle, learning = (entry.fit(Setting(family), steps=40, learning_rate=rate)[1] for rate in (1e-7, entry.rate))
+    idle, learning = (entry.fit(Setting(family), steps=24, learning_rate=rate)[1] for rate in (1e-7, entry.rate))
     assert idle[0] == learning[0]
-    won = [after < before for before, after in zip(idle[-20:], learning[-20:], strict=True)]
-    assert sum(learning[-20:]) < sum(idle[-20:]) and sum(won) >= 15
+    won = [after < before for before, after in zip(idle[-12:], learning[-12:], strict=True)]
+    assert sum(learning[-12:]) < sum(idle[-12:]) and sum(won) >= 9
 
 
 @first([entry for entry in METHODS if entry.save])
@@ -133,23 +133,23 @@ def test_same_seed_same_bytes_other_seed_other_bytes(entry, family, tmp_path):
 def test_cancel_keeps_the_work_and_resuming_is_exact(entry, family, tmp_path, monkeypatch):
     from likeness.core.session.progress import Progress
 
-    whole, losses = entry.fit(Setting(family), steps=9)
+    whole, losses = entry.fit(Setting(family), steps=6)
     forget_runs(tmp_path)
     update, seen = Progress.update, []
 
     def cancel(self, losses, *shown, **more):
-        if len(losses) == 5 and (shown or more):
+        if len(losses) == 3 and (shown or more):
             raise Cancelled
         seen.append(len(losses))
         update(self, losses, *shown, **more)
 
     monkeypatch.setattr(Progress, "update", cancel)
     with pytest.raises(Cancelled):
-        entry.fit(Setting(family), steps=9)
+        entry.fit(Setting(family), steps=6)
     monkeypatch.setattr(Progress, "update", lambda self, losses, *_shown, **_more: seen.append(len(losses)))
     seen.clear()
-    resumed, again = entry.fit(Setting(family), steps=9)
-    assert seen[0] == 6, "the first five updates were made again"
+    resumed, again = entry.fit(Setting(family), steps=6)
+    assert seen[0] == 4, "the first three updates were made again"
     assert equal(entry, whole, resumed) and losses == again
 
 
@@ -225,30 +225,30 @@ def test_what_lies_on_the_model_or_in_the_prompt_makes_another_run(entry, family
 
 @first(METHODS)
 def test_a_finished_run_is_not_trained_again(entry, family, monkeypatch):
-    whole, losses = entry.fit(Setting(family), steps=9)
-    shorter, fewer = entry.fit(Setting(family), steps=8)
+    whole, losses = entry.fit(Setting(family), steps=5)
+    shorter, fewer = entry.fit(Setting(family), steps=4)
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(job, "train", refuse)
-    for steps, result, its_losses in ((9, whole, losses), (8, shorter, fewer)):
+    for steps, result, its_losses in ((5, whole, losses), (4, shorter, fewer)):
         second, again = entry.fit(Setting(family), steps=steps)
         assert equal(entry, result, second) and its_losses == again
     with pytest.raises(AssertionError, match="trained again"):
-        entry.fit(Setting(family), steps=10)
+        entry.fit(Setting(family), steps=6)
 
 
 @first(that_have("lengths"))
 def test_fewer_steps_than_were_done(entry, family, tmp_path, caplog):
-    direct, _ = entry.fit(Setting(family), steps=8)
+    direct, _ = entry.fit(Setting(family), steps=4)
     forget_runs(tmp_path)
-    longer, losses = entry.fit(Setting(family), steps=9)
-    shorter, fewer = entry.fit(Setting(family), steps=8)
+    longer, losses = entry.fit(Setting(family), steps=5)
+    shorter, fewer = entry.fit(Setting(family), steps=4)
     assert equal(entry, shorter, longer if entry.longer_instead else direct)
     assert not equal(entry, direct, longer)
-    assert fewer == losses[: 9 if entry.longer_instead else 8]
-    assert ("8 steps were asked for" in caplog.text) == (entry.longer_instead and entry.says_so)
+    assert fewer == losses[: 5 if entry.longer_instead else 4]
+    assert ("4 steps were asked for" in caplog.text) == (entry.longer_instead and entry.says_so)
 
 
 @first(METHODS)

@@ -63,7 +63,7 @@ def test_the_picture_comes_back_without_guidance_and_the_fixed_point_is_exact(fa
     setting = calm(Setting(family))
     errors = {}
     for label in ("published", "current", "fixed point"):
-        trajectory, start, levels = invert(setting, label=label, iterations=30)
+        trajectory, start, levels = invert(setting, label=label, iterations=18)
         assert trajectory.latents.shape == (STEPS + 1, 1, 4, 8, 8) and torch.equal(levels, sigmas(setting.model))
         errors[label] = distance(setting, play(setting, start, levels, setting.empty, 1.0))
     assert errors["fixed point"] < 1e-3 < errors["published"] < 0.5 and errors["current"] < 0.5
@@ -247,9 +247,9 @@ def test_every_level_meets_exactly_one_window(scheduler, steps):
 
 def test_more_steps_than_the_published_rate_lasts():
     setting = calm(Setting())
-    trajectory, *_ = invert(setting, sigmas=sigmas(setting.model, 125, "simple"))
+    trajectory, *_ = invert(setting, sigmas=sigmas(setting.model, 102, "simple"))
     negative, loss, *_ = optimised(setting, trajectory, inner_steps=1)
-    assert len(negative) == 125 and len(loss["loss"]) == 125
+    assert len(negative) == 102 and len(loss["loss"]) == 102
 
 
 @pytest.mark.parametrize("updates", [3, 13, 15])
@@ -361,7 +361,7 @@ def test_noise_and_latent_together_bring_the_image_back_on_every_kind_of_model(n
     scheduler = "ddim_uniform" if name == "sd1" else "simple"
     for levels in (sigmas(setting.model, STEPS, scheduler), sigmas(setting.model, STEPS, scheduler)[4:]):
         for label, bound in (("published", 0.5), ("current", 0.5), ("midpoint", 0.5), ("fixed point", 1e-4)):
-            outputs = invert(setting, True, label=label, iterations=30, sigmas=levels)
+            outputs = invert(setting, True, label=label, iterations=18, sigmas=levels)
             trajectory, latent, _, noise, report = outputs
             found = from_noise(setting, setting.model, latent, noise, levels, setting.empty, 1.0)
             missed = float((found - setting.latent["samples"]).norm() / setting.latent["samples"].norm())
@@ -374,7 +374,7 @@ def test_noise_and_latent_together_bring_the_image_back_on_every_kind_of_model(n
 def test_guided_flow_models_come_back(name, method, own_folders):
     setting = flow_setting(name)
     levels = sigmas(setting.model, STEPS, "simple")
-    trajectory, latent, _, noise, _ = invert(setting, True, label="fixed point", iterations=30, sigmas=levels)
+    trajectory, latent, _, noise, _ = invert(setting, True, label="fixed point", iterations=18, sigmas=levels)
     negative, _, _, model = optimised(setting, trajectory, method=method, start="prompt", epsilon=0.0)
     found = from_noise(setting, model, latent, noise, levels, negative, 4.0)
     torch.testing.assert_close(found, setting.latent["samples"], atol=1e-5, rtol=0)

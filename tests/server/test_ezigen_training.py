@@ -71,7 +71,7 @@ def test_the_graph_trains_and_shows_what_that_changed(results):
 
 def test_cancelled_it_goes_on_bit_for_bit(server, job):
     """A finished one is served without training, unless a file of the folder has changed."""
-    seed, steps, cancel_at = 5001, 6, 3
+    seed, steps, cancel_at = 5001, 4, 2
     asked: list[int] = []
     stopped: list[int] = []
 
