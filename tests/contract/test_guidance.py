@@ -64,6 +64,11 @@ def picture(setting, model, **changes):
     return sample(model, setting.target, setting.empty, setting.latent, **{"steps": 5, **changes})
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for rounding, which a sampling multiplies, and which differs between processors."""
+    assert float((found - expected).norm() / expected.norm()) < 2e-4
+
+
 def through_guider(setting, tuned, cfg: float = 4.0, **changes):
     """The same sampling as image(), by SamplerCustomAdvanced's own calls on our GUIDER."""
     import comfy.samplers
@@ -106,7 +111,7 @@ def test_one_loader_gives_what_two_loaders_give(weights):
     picture(setting, shared)  # loads the tuned weights into the module
     second = picture(setting, patch(setting, shared))
     assert torch.equal(first, second), "the order of loading matters"
-    torch.testing.assert_close(first, separate, atol=2e-4, rtol=1e-5)
+    assert_same(first, separate)
     assert float((first - plain).abs().mean()) > 1e-3
     assert torch.equal(plain, picture(setting, setting.model))
     for part in setting.model.model.modules():
@@ -128,7 +133,7 @@ def test_a_lora_on_the_base_model_stays_with_whom_it_was_given_to(weights, befor
     else:
         shared = with_lora(patch(setting, with_lora(setting.model, weights())), style)
         separate = with_lora(patch(apart, with_lora(other_loader(), weights())), style)
-    torch.testing.assert_close(picture(setting, shared), picture(apart, separate), atol=2e-4, rtol=1e-5)
+    assert_same(picture(setting, shared), picture(apart, separate))
 
 
 def test_a_lora_hook_on_the_edit_prompt_is_not_heard_by_the_tuned_model():
@@ -137,7 +142,7 @@ def test_a_lora_hook_on_the_edit_prompt_is_not_heard_by_the_tuned_model():
     for each, tuned in ((setting, with_lora(setting.model, lora())), (apart, with_lora(other_loader(), lora()))):
         model, hooked = hook_lora(each, patch(each, tuned), each.target)
         results.append(sample(model, hooked, each.empty, each.latent, steps=5))
-    torch.testing.assert_close(*results, atol=2e-4, rtol=1e-5)
+    assert_same(*results)
 
 
 def test_flow_models_are_mixed_on_their_own_schedule():
@@ -147,7 +152,7 @@ def test_flow_models_are_mixed_on_their_own_schedule():
     setting.model = run_node(ModelSamplingSD3, model=setting.model, shift=3.0)[0]
     separate = run_node(ModelSamplingSD3, model=with_lora(other_loader(), lora()), shift=3.0)[0]
     one = picture(setting, patch(setting, with_lora(setting.model, lora())))
-    torch.testing.assert_close(one, picture(setting, patch(setting, separate)), atol=2e-4, rtol=1e-5)
+    assert_same(one, picture(setting, patch(setting, separate)))
     assert float((one - picture(setting, setting.model)).abs().mean()) > 1e-3
     refused("noise schedule", setting, run_node(ModelSamplingSD3, model=separate, shift=1.0)[0])
 
@@ -160,7 +165,7 @@ def test_two_tuned_models_of_a_second_loader_share_its_module():
     for style in (other, apart):
         subjects = subject(setting, style, 0.5)
         results.append(picture(setting, patch(setting, one, base_weight=0.6, subjects=subjects)))
-    torch.testing.assert_close(results[0], results[1], atol=2e-4, rtol=1e-5)
+    assert_same(results[0], results[1])
 
 
 def subject(setting, model, weight, **changes):
@@ -422,7 +427,7 @@ def test_a_compiled_model_and_its_lora_in_one_module():
     setting.model = compiled
     shared = with_lora(compiled, lora(keys=[ATTENTION]))
     found = picture(setting, patch(setting, shared), cfg=1.0)
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-5)
+    assert_same(found, expected)
     assert shared.wrappers["apply_model"]["torch.compile"], "the user's model lost its compilation"
 
 
@@ -523,7 +528,7 @@ def test_personalization_guidance_is_the_papers_equation(weights, weak):
     tuned = with_lora(setting.model, weights())
     expected = by_hand(setting, with_lora(other_loader(), weights()), with_lora(other_loader(), weights(), weak))
     found = picture(setting, personalized(setting, tuned, weak))
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    assert_same(found, expected)
     assert float((found - picture(setting, tuned)).abs().mean()) > 1e-3
 
 
@@ -531,12 +536,9 @@ def test_personalization_guidance_between_plain_guidance_and_two_files(caplog):
     setting = Setting()
     tuned = with_lora(setting.model, lora())
     plain, base = picture(setting, tuned), picture(setting, setting.model)
-    torch.testing.assert_close(picture(setting, personalized(setting, tuned, 1.0)), plain, atol=2e-4, rtol=1e-4)
+    assert_same(picture(setting, personalized(setting, tuned, 1.0)), plain)
     apart = with_lora(other_loader(), lora())
-    torch.testing.assert_close(
-        picture(setting, personalized(setting, apart)), picture(setting, personalized(setting, tuned)),
-        atol=2e-4, rtol=1e-4,
-    )  # fmt: skip
+    assert_same(picture(setting, personalized(setting, apart)), picture(setting, personalized(setting, tuned)))
     with pytest.raises(ValueError, match="'weak' is 0.5, but the two models are two loaded files"):
         personalized(setting, apart, 0.5)
     assert torch.equal(base, picture(setting, setting.model)) and torch.equal(plain, picture(setting, tuned))
