@@ -11,10 +11,12 @@ import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+GROUP = 1 << 26  # bytes of weights that an optimizer updates together
 
 
 class Fit(ABC):
@@ -91,6 +93,20 @@ def restore_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def in_groups(leaves: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups, in the order of the leaves, for an optimizer with foreach=True: its loop over the tensors of a
+    group runs in C++, with the results of a loop in Python, but with a second copy of the group at a time.
+    """
+    groups, size = [], 0
+    for leaf in leaves:
+        size += leaf.nbytes
+        if not groups or size > GROUP:
+            groups.append({"params": []})
+            size = leaf.nbytes
+        groups[-1]["params"].append(leaf)
+    return groups
 
 
 def group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..denoiser import PlacedDenoiser, Prompt, masked_mean, output_error
-from ..fit.fit import Fit, finite_or_raise, step_generator
+from ..fit.fit import Fit, finite_or_raise, in_groups, step_generator
 
 LEARNING_RATE = 1e-4  # for low-rank factors
 LEARNING_RATE_FULL = 1e-6  # for all weights (paper)
 RECON_WEIGHT = 1.0  # scale_recon_loss of the patch configurations
 POOLED = 64  # latent pixels; a training square of 512 pixels is not pooled
-LARGE = 1 << 30  # bytes of parameters above which AdamW updates them one by one, without a second copy
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,8 @@ class FineTune(Fit):
         self.denoiser, self.samples, self.prompt, self.prior, self.at = denoiser, samples, prompt, prior, at
         self.parameters, self.settings = dict(parameters), settings
         leaves = list(self.parameters.values())
-        large = sum(leaf.numel() * leaf.element_size() for leaf in leaves) > LARGE
         self.device = leaves[0].device
-        self.optimizer = torch.optim.AdamW(leaves, lr=settings.learning_rate, foreach=False if large else None)
+        self.optimizer = torch.optim.AdamW(in_groups(leaves), lr=settings.learning_rate, foreach=True)
         self.losses: list[float] = []
 
     def draw(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor]:

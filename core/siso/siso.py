@@ -19,6 +19,7 @@ Source: the reference scripts. Deviations, each with its reason:
 - with several references, the cosine is the mean over them, as in the reference code.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ Keep = Literal["best", "last"]
 OptimizerName = Literal["AdamW", "Prodigy"]
 Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Parameter groups, each with its lr and weight_decay -> an optimiser whose state is tensors and numbers."""
+ADAMW = functools.partial(torch.optim.AdamW, foreach=True)  # one call for all of a LoRA's small tensors
 
 Term = Callable[[Tensor], Tensor]
 """Image [1, 3, H, W] in 0..1 -> scalar loss."""
@@ -108,7 +110,7 @@ class Siso(Fit):
         terms: Sequence[Term],
         parameters: Mapping[str, nn.Parameter],
         settings: SisoSettings,
-        optimizer: Optimizer = torch.optim.AdamW,
+        optimizer: Optimizer = ADAMW,
     ) -> None:
         """generate() returns the image [1, 3, H, W] in 0..1 with a gradient to the parameters. optimizer: the one that
         the settings name.
@@ -147,10 +149,10 @@ class Siso(Fit):
         self.optimizer.zero_grad(set_to_none=True)
         image.backward(pixels.grad)
         finite_or_raise(nn.utils.clip_grad_norm_(self.parameters.values(), MAX_NORM), self.step, "gradient")
-        parameters = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        better = not self.losses or value < min(self.losses)
+        best = {name: value.detach().clone() for name, value in self.parameters.items()} if better else self.best
         self.optimizer.step()
-        if not self.losses or value < min(self.losses):
-            self.best, self.image = parameters, pixels.detach()
+        self.best, self.image = best, pixels.detach() if better else self.image
         self.losses.append(value)
         self.parts.append(parts)
         self.images.append((255 * pixels.detach()).round().byte().cpu())

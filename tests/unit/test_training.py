@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from likeness.core.fit import train as training
+from likeness.core.fit.fit import adam_state, in_groups
 from likeness.core.fit.runs import RunStore
 from likeness.core.fit.train import Checkpointer, Retention, stored_run, train
 
@@ -142,3 +143,25 @@ def test_runs_of_the_first_release_are_still_served(tmp_path):
     assert sorted(old.results) == [4] and old.results[4].keys() == {""} and not old.can_serve(5)
     again, run = go(store, steps=5)
     assert run.step == 6 and torch.equal(run.results[6][""][0], fit.h.detach()) and again.denoiser.calls == 0
+
+
+def test_weights_in_groups_are_updated_to_the_very_bits_of_torchs_own_loop(monkeypatch):
+    """And so are their moments, under the same numbers."""
+    monkeypatch.setattr("likeness.core.fit.fit.GROUP", 4 * 100)
+    shapes = [(3,), (5, 7), (64,), (20, 10), (1,), (2, 2)]
+
+    def trained(make) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = make(leaves)
+        for _ in range(3):
+            for leaf in leaves:
+                leaf.grad = torch.randn(leaf.shape, generator=generator)
+            optimizer.step()
+        return leaves, adam_state(optimizer)
+
+    leaves, state = trained(lambda leaves: torch.optim.AdamW(in_groups(leaves), lr=1e-2, foreach=True))
+    loop, moments = trained(lambda leaves: torch.optim.AdamW(leaves, lr=1e-2, foreach=False))
+    assert all(torch.equal(a, b) for a, b in zip(leaves, loop, strict=True))
+    assert state.keys() == moments.keys() and all(torch.equal(state[name], moments[name]) for name in state)
+    assert [len(group["params"]) for group in in_groups(leaves)] == [2, 1, 1, 2]

@@ -33,7 +33,7 @@ from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
 from ...vision.host.extras.offline import package
-from ..siso import ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
+from ..siso import ADAMW, ITERATIONS, RANK, Keep, Optimizer, Siso, SisoSettings
 from .background import Background
 from .similarity import Similarity
 
@@ -184,7 +184,7 @@ class SisoJob(Job):
             terms = [part.term() for part in self.similarity.parts if part.weight]
             if self.background is not None:
                 terms.append(self.background.term())
-            optimizer = prodigy() if self.settings.optimizer == "Prodigy" else torch.optim.AdamW
+            optimizer = prodigy() if self.settings.optimizer == "Prodigy" else ADAMW
             fit = Siso(
                 lambda: generate(fit.step if plan.new_noise else 0),
                 terms, factors(adapters), self.settings, optimizer,
