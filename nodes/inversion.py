@@ -122,11 +122,10 @@ class LikenessNullText(Node):
                     null_text.INNER_STEPS, "Maximum number of updates per sampling step. Only for null-text."
                 ),
                 *inputs.advanced(
-                    inputs.number(
-                        "learning_rate",
+                    inputs.rate(
                         null_text.LEARNING_RATE,
-                        (1e-9, 1.0, 1e-3, 1e-6),
                         "Adam's learning rate at the first step. It falls by 1 % with every step.",
+                        1e-3,
                     ),
                     inputs.number(
                         "epsilon",

@@ -142,11 +142,8 @@ class LikenessReferenceGuide(Node):
                     "keeps more of its details.",
                 ),
                 *inputs.advanced(
-                    inputs.number(
-                        "learning_rate",
-                        published.LEARNING_RATE,
-                        (1e-9, 1.0, 1e-3, 1e-6),
-                        "Adam's learning rate for the negative token embeddings.",
+                    inputs.rate(
+                        published.LEARNING_RATE, "Adam's learning rate for the negative token embeddings.", 1e-3
                     )
                 ),
             ],

@@ -7,6 +7,9 @@ from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
 from .node import Node, output, schema
 
+NAMES = ("base_weight", "end_percent")
+AFTER, LIST = "for Subject Guidance and Plot Guidance Sweep", "The list of this name, from Sweep Guidance."
+
 
 class LikenessSweep(Node):
     @classmethod
@@ -33,18 +36,7 @@ class LikenessSweep(Node):
                 ),
             ],
             outputs=[
-                output(
-                    io.Float,
-                    "base_weight",
-                    "The base_weight of each pair, for Subject Guidance and Plot Guidance Sweep.",
-                    is_output_list=True,
-                ),
-                output(
-                    io.Float,
-                    "end_percent",
-                    "The end_percent of each pair, for Subject Guidance and Plot Guidance Sweep.",
-                    is_output_list=True,
-                ),
+                output(io.Float, name, f"The {name} of each pair, {AFTER}.", is_output_list=True) for name in NAMES
             ],
         )
 
@@ -69,8 +61,7 @@ class LikenessSweepPlot(Node):
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="The results: one image for each pair, or the same number for each."),
-                io.Float.Input("base_weight", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
-                io.Float.Input("end_percent", force_input=True, tooltip="The list of this name, from Sweep Guidance."),
+                *(io.Float.Input(name, force_input=True, tooltip=LIST) for name in NAMES),
             ],
             optional=[
                 io.Float.Input(

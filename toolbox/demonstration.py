@@ -28,8 +28,7 @@ def say(text: str) -> None:
 class Narrator:
     """Prints the training's progress every few seconds."""
 
-    def __init__(self) -> None:
-        self._last = 0.0
+    _last = 0.0
 
     def __call__(self, event: dict) -> None:
         if event["type"] == "likeness.progress" and time.monotonic() - self._last > 10:

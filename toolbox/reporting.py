@@ -200,13 +200,12 @@ def main(arguments: list[str]) -> int:
     with server:
         machine, object_info = machine_of(server, options), server.object_info()
         for number in options.only:
-            sys.stdout.write(f"[report] {GRAPHS[number]} ...\n")
-            sys.stdout.flush()
+            print(f"[report] {GRAPHS[number]} ...", flush=True)
             outcomes.append(ran(server, options, number, object_info))
-            sys.stdout.write(f"[report] {outcomes[-1].problem or f'{outcomes[-1].seconds:.0f} s'}\n")
+            print(f"[report] {outcomes[-1].problem or f'{outcomes[-1].seconds:.0f} s'}")
             log = server.log().splitlines()[-400:]
             record = {"machine": machine, "outcomes": [vars(each) for each in outcomes], "log": log}
             (options.out / "report.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
             (options.out / "report.html").write_text(page(options, machine, outcomes), encoding="utf-8")
-    sys.stdout.write(f"[report] {options.out / 'report.html'}\n")
+    print(f"[report] {options.out / 'report.html'}")
     return int(all(outcome.problem for outcome in outcomes))

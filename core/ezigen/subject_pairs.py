@@ -126,24 +126,20 @@ class PairFolder:
 
     def pair(self, index: int, generator: torch.Generator) -> Pair:
         """Read the pair of a captioned image. ValueError when no image of the folder can be read."""
-        entry, target, subjects = self.draw(index, generator, self.target, self.cut_out)
+        entry, target, subjects = self.draw(index, generator, self.read)
         return Pair(target, entry.caption, torch.stack(subjects), [entry.class_noun] * len(subjects))
 
     def draw(
-        self,
-        index: int,
-        generator: torch.Generator,
-        target: Callable[[ImageEntry], T | None],
-        cut_out: Callable[[ImageEntry], T | None],
+        self, index: int, generator: torch.Generator, read: Callable[[ImageEntry, bool], T | None]
     ) -> tuple[ImageEntry, T, list[T]]:
-        """A captioned image, target() of it, and cut_out() of each of its subject images.
+        """A captioned image as read(entry, False), and each of its subject images as read(entry, True).
 
-        Both functions return None for unusable images, which are replaced by the next ones.
+        read() returns None for unusable images, which are replaced by the next ones.
         """
         for number in range(index, index + len(self)):
             entry = self.targets[number % len(self)]
-            target_value = target(entry)
-            if target_value is None:
+            target = read(entry, False)
+            if target is None:
                 continue
             masked = self._masked[entry.subject]
             others = [each for each in masked if each is not entry]
@@ -153,19 +149,31 @@ class PairFolder:
             # Its own cut-out comes last, because the adapter should not learn to copy.
             for each in [*order, *(same for same in masked if same is entry)]:
                 redundant = each is entry and bool(cut_outs)
-                cut = None if redundant or len(cut_outs) == count else cut_out(each)
+                cut = None if redundant or len(cut_outs) == count else read(each, True)
                 cut_outs += [] if cut is None else [cut]
             if cut_outs:
-                return entry, target_value, cut_outs
+                return entry, target, cut_outs
         raise ValueError(f"{self.path.name}: no pair of images can be read. {'; '.join(self.skipped[-3:])}.")
 
-    def target(self, entry: ImageEntry) -> Tensor | None:
-        """[3, S, S] in 0..1, a square crop around the subject; None if it cannot be read."""
-        return self._try_read(entry, False)
-
-    def cut_out(self, entry: ImageEntry) -> Tensor | None:
-        """[3, S, S] in 0..1, the subject alone on white; None if it cannot be read."""
-        return self._try_read(entry, True)
+    def read(self, entry: ImageEntry, cut: bool) -> Tensor | None:
+        """[3, S, S] in 0..1: a square crop around the subject or, cut, it alone on white; None if it cannot be read."""
+        if (entry.path, cut) in self._unreadable:
+            return None
+        try:
+            image, mask = self._read(entry)
+            if not cut:
+                square = _square(image, mask)[None]
+                return functional.interpolate(square, (self.size,) * 2, mode="bicubic", antialias=True)[0].clamp(0, 1)
+            if mask is None:
+                raise ValueError("it has neither a mask nor a transparent part")
+            if not bool((mask >= SUBJECT).any()):
+                raise ValueError("its mask is empty")
+            return subject_crop(image.movedim(0, -1)[None], mask[None], self.size)[0].movedim(-1, 0).clamp(0, 1)
+        except Exception as error:  # Pillow raises many types for damaged files
+            if (entry.path, not cut) not in self._unreadable:
+                self.skipped.append(f"{entry.name}: {error or type(error).__name__}"[:200])
+            self._unreadable.add((entry.path, cut))
+            return None
 
     def state(self) -> str:
         """A hash of the contents of all files in use."""
@@ -259,25 +267,6 @@ class PairFolder:
 
     def _inside(self, path: Path) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(self.path)
-
-    def _try_read(self, entry: ImageEntry, cut: bool) -> Tensor | None:
-        if (entry.path, cut) in self._unreadable:
-            return None
-        try:
-            image, mask = self._read(entry)
-            if not cut:
-                square = _square(image, mask)[None]
-                return functional.interpolate(square, (self.size,) * 2, mode="bicubic", antialias=True)[0].clamp(0, 1)
-            if mask is None:
-                raise ValueError("it has neither a mask nor a transparent part")
-            if not bool((mask >= SUBJECT).any()):
-                raise ValueError("its mask is empty")
-            return subject_crop(image.movedim(0, -1)[None], mask[None], self.size)[0].movedim(-1, 0).clamp(0, 1)
-        except Exception as error:  # Pillow raises many types for damaged files
-            if (entry.path, not cut) not in self._unreadable:
-                self.skipped.append(f"{entry.name}: {error or type(error).__name__}"[:200])
-            self._unreadable.add((entry.path, cut))
-            return None
 
     def _read(self, entry: ImageEntry) -> tuple[Tensor, Tensor | None]:
         """The image [3, H, W] on white, and its mask [H, W] or None, both in 0..1."""

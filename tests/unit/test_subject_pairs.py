@@ -62,7 +62,7 @@ def test_a_pair(folder):
 def test_the_target_is_a_square_around_the_subject(folder):
     pairs = PairFolder(folder, 32)
     cup = next(picture for picture in pairs.targets if picture.subject == "old_cup3")
-    target = pairs.target(cup)
+    target = pairs.read(cup, False)
     assert target is not None
     red = (target[0] > 0.6).nonzero()
     assert red.amin(0).tolist() == [8, 8] and red.amax(0).tolist() == [23, 23]  # in the middle, and not squeezed
@@ -73,7 +73,7 @@ def test_the_subjects_are_other_pictures(folder):
     pairs = PairFolder(folder, 16)
     counts = set()
     for seed in range(40):
-        picture, _, shown = pairs.draw(seed % 6, generator(seed), lambda each: each, lambda each: each)
+        picture, _, shown = pairs.draw(seed % 6, generator(seed), lambda each, _cut: each)
         if picture.subject == "dog_1":
             assert picture not in shown and len(set(shown)) == len(shown)
             assert {each.subject for each in shown} == {"dog_1"}
@@ -82,7 +82,7 @@ def test_the_subjects_are_other_pictures(folder):
     two = PairFolder(folder, 16, max_subjects=2)
     assert max(len(two.pair(1, generator(seed)).classes) for seed in range(20)) == 2
     alone = next(number for number, picture in enumerate(pairs.targets) if picture.subject == "old_cup3")
-    picture, _, shown = pairs.draw(alone, generator(), lambda each: each, lambda each: each)
+    picture, _, shown = pairs.draw(alone, generator(), lambda each, _cut: each)
     assert shown == [picture]
 
 
@@ -163,7 +163,7 @@ def test_pictures_with_a_caption_or_a_mask_alone_still_serve(tmp_path):
     draw(tmp_path / "dog", "shown", caption=None)
     draw(tmp_path / "dog", "drawn", mask=False)
     pairs = PairFolder(tmp_path, 16)
-    picture, _, shown = pairs.draw(0, generator(), lambda each: each, lambda each: each)
+    picture, _, shown = pairs.draw(0, generator(), lambda each, _cut: each)
     assert picture.path.name == "drawn.png" and [each.path.name for each in shown] == ["shown.png"]
     assert len(pairs.skipped) == 2
 

@@ -215,8 +215,8 @@ class EncodedFolder:
                 return None
             return process(models.vae.encode(image.movedim(0, -1)[None]))[0].float().cpu()
 
-        self.targets = {each.path: latent(folder.target(each)) for each in folder.targets}
-        self.cut_outs = {each.path: latent(folder.cut_out(each)) for each in folder.cut_outs}
+        self.targets = {each.path: latent(folder.read(each, False)) for each in folder.targets}
+        self.cut_outs = {each.path: latent(folder.read(each, True)) for each in folder.cut_outs}
         self.rows: dict[str, Tensor] = {}
         for image in folder.targets:
             for text in (image.caption, subject_prompt(image.class_noun)):
@@ -230,8 +230,7 @@ class EncodedFolder:
         image, latent, subjects = self.folder.draw(
             index_of(self.seed, number, len(self.folder)),
             pair_generator(self.seed, number),
-            lambda each: self.targets[each.path],
-            lambda each: self.cut_outs[each.path],
+            lambda each, cut: (self.cut_outs if cut else self.targets)[each.path],
         )
         noun_rows = self.rows[subject_prompt(image.class_noun)].expand(len(subjects), -1, -1)
         return Sample(*detached([latent, self.rows[image.caption], torch.stack(subjects), noun_rows]))

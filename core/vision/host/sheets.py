@@ -92,10 +92,7 @@ def centre(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, face: Font)
 
 
 def score_sheet(images: Tensor, captions: list[list[str]], best: int, footer: list[str]) -> Tensor:
-    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer.
-
-    ASCII text only: other characters are replaced by '?', since PIL's default font may lack them.
-    """
+    """[B, H, W, 3] in 0..1 and lines of text per image -> [1, h, w, 3], with a frame around the best and a footer."""
     face = font()
     thumbnails = [thumbnail(image) for image in images]
     width, height = thumbnails[0].size
