@@ -186,7 +186,7 @@ class Bench(subjects.Bench):
             swap = SubjectSwap(
                 wanted.prompt, wanted.word, wanted.new, None, setting.end_percent, blend=setting.blend, mask=place
             )  # fmt: skip
-            model, positive = replace_subject(start.model, self.clip, swap)
+            model, positive = replace_subject(start.model, self.clip, swap, start.latent)
             if PLAIN not in found:
                 found[PLAIN] = self.scored(wanted, self.images(start.model, positive, start), target, mask)
             found[setting.name] = self.scored(wanted, self.images(model, positive, start), target, mask)

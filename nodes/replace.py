@@ -112,5 +112,5 @@ class LikenessReplaceSubject(Node):
     ) -> io.NodeOutput:
         start = repeat_latent(latent)
         learned = None if embedding is None else LearnedSubject(embedding, scale, step)
-        patched, both = replace_subject(model, clip, SubjectSwap(subject=learned, **swap), positive)
+        patched, both = replace_subject(model, clip, SubjectSwap(subject=learned, **swap), start, positive)
         return io.NodeOutput(patched, both, negative, start, nothing() if embedding is None else embedding)

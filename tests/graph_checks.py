@@ -26,6 +26,7 @@ from likeness.toolbox.graph import (
 from likeness.toyworld import workflows
 
 TITLE_BAR = 30  # pixels above a node's position
+GROUP_TITLE = 28  # pixels below a group's upper edge in which the letters of its title stand
 MODEL_FILES = (".safetensors", ".ckpt", ".sft", ".gguf", ".bin", ".pt", ".pth")
 SAVED = "likeness/"  # where graphs save what others load
 PAGE_WORDS = {"Open in MaskEditor", "Set Group Nodes to Always", "Bypass Group Nodes"}  # that a note may quote
@@ -91,9 +92,9 @@ def overlaps(graph: Graph) -> Iterator[str]:
 
 
 def groups(graph: Graph) -> Iterator[str]:
-    """A group holds whole nodes, all on or all off, since people switch the group; groups must not lie on each other.
+    """A group holds whole nodes, all on or all off, since people switch the group; none of them covers its title.
 
-    One group may hold another.
+    Groups must not lie on each other; one group may hold another.
     """
     frames = [(group["title"], frame_of(group)) for group in graph.get("groups") or []]
     for index, (title, frame) in enumerate(frames):
@@ -105,6 +106,9 @@ def groups(graph: Graph) -> Iterator[str]:
             yield f"The group {title} holds nodes that are on and nodes that are off; give all of them the same mode."
         if not held:
             yield f"The group {title} holds no node; remove it."
+        for node in held:
+            if box_of(node)[1] < frame[1] + GROUP_TITLE:
+                yield f"{label(node)} covers the title of the group {title}; move it down."
         for other, place in frames[:index]:
             if meet(frame, place) and not inside(frame, place) and not inside(place, frame):
                 yield f"The groups {title} and {other} lie on each other; move them apart."

@@ -187,6 +187,14 @@ def test_the_default_prompt_beside_an_encoded_one_is_told(caplog, clip):
     assert "'positive' is connected and 'prompt' is the default, 'photo of a sks dog'" in caplog.text
 
 
+def test_an_empty_training_prompt_is_said(caplog, clip):
+    train(Setting(), positive=None, clip=clip, prompt="")
+    assert "The training prompt is empty: name the subject in it" in caplog.text
+    caplog.clear()
+    train(Setting(), positive=None, clip=clip, prompt="a dog")
+    assert "prompt is empty" not in caplog.text
+
+
 def test_large_runs_lie_apart_and_are_resumed(tmp_path, monkeypatch):
 
     setting = Setting()

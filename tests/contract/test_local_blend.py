@@ -24,6 +24,7 @@ def test_a_mask_keeps_the_picture_itself_elsewhere(clip):
         (0 * mask, "mask is empty"),
         (torch.ones_like(mask), "covers the whole image"),
         (mask.expand(2, -1, -1), "2 masks"),
+        (mask[:, :40], "64 x 40 pixels, its image 8 x 8, which is another proportion"),
     ):
         with pytest.raises(ValueError, match=match):
             swapped(setting, clip, mask=wrong)

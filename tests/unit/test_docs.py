@@ -73,6 +73,35 @@ def test_list_of_graphs_names_every_graph_once() -> None:
     assert sorted(map(unquote, listed)) == sorted(GRAPHS)
 
 
+RATES = {"SINE": ("effect_sine", "wide_sine"), "SISO": ("effect_siso", "effect_siso_turbo", "edit_siso")}
+"""Section -> the stored results behind its figures."""
+
+
+def rate_of(result: str) -> str:
+    stored = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text(encoding="utf-8"))
+    return f"learning rate {stored['settings']['learning_rate']}"
+
+
+@pytest.mark.parametrize("section", RATES)
+def test_a_learning_rate_of_the_toyworld_stands_beside_its_figures(section: str) -> None:
+    """They are higher than the published ones, so that figures without them mislead."""
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    own = results.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert all(rate_of(result) in own for result in RATES[section])
+    first = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in first.splitlines() if line.startswith(f"| {section}") and "identity" in line)
+    result = "effect_siso_turbo" if section == "SISO" else "effect_sine"
+    number = rate_of(result).rpartition(" ")[2]
+    assert "learning rate" in row and number in row
+
+
+def test_patches_are_called_equal_only_as_far_as_they_are() -> None:
+    """The boxes are the reference code's; tests/parity/test_sine_training_parity.py holds the pixels to two levels."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "The boxes of its patches are equal; their pixels differ by 0.41 of 255 on average and 1.66 at most" in text
+    assert not any("patches exactly" in page.read_text(encoding="utf-8") for page in PAGES)
+
+
 @pytest.mark.parametrize("page", HELP, ids=lambda page: page.stem)
 def test_help_page_names_graphs_that_hold_its_node(page: Path) -> None:
     line = page.read_text(encoding="utf-8").split("\n\n")[1]

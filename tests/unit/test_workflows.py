@@ -90,6 +90,31 @@ def take_the_table_away(graph):
     note["widgets_values"] = [re.sub(r"(?m)^\|.*$", "", note["widgets_values"][0])]
 
 
+def held(graph):
+    """A group with several nodes, and these."""
+    for group in graph["groups"]:
+        frame = graph_checks.frame_of(group)
+        inside = [node for node in graph["nodes"] if graph_checks.inside(graph_checks.box_of(node), frame)]
+        if len(inside) > 1:
+            return group, inside
+    raise LookupError("no group holds several nodes")
+
+
+def switch_one_off(graph):
+    _, nodes = held(graph)
+    nodes[0]["mode"] = 4 if nodes[0].get("mode", 0) == 0 else 0
+
+
+def cut_one(graph):
+    group, nodes = held(graph)
+    group["bounding"] = [*group["bounding"][:2], graph_checks.box_of(nodes[0])[2] - group["bounding"][0] - 5, 5000]
+
+
+def cover_a_title(graph):
+    group, nodes = held(graph)
+    nodes[0]["pos"] = [nodes[0]["pos"][0], group["bounding"][1] + graph_checks.TITLE_BAR + 5]
+
+
 def frame_nothing(graph):
     graph["groups"] = [*graph["groups"], {"title": "Empty", "bounding": [-9000, -9000, 10, 10]}]
 
@@ -101,6 +126,9 @@ def frame_nothing(graph):
         (rename_what_is_shown, "0 nodes have that title"),
         (take_the_table_away, "No note has a table of models"),
         (frame_nothing, "holds no node"),
+        (switch_one_off, "nodes that are on and nodes that are off"),
+        (cut_one, "in a group as a whole or not at all"),
+        (cover_a_title, "covers the title of the group"),
     ],
 )
 def test_checks_find_what_is_wrong(change, sentence):

@@ -83,6 +83,15 @@ def test_masks_of_another_size_are_fitted_to_the_picture():
     assert iou > 0.85 and image.shape == (1, 64, 64, 3)
 
 
+def test_a_mask_of_the_surroundings_is_turned_over():
+    subject = torch.zeros(1, 64, 64)
+    subject[:, 20:, 6:] = 1.0  # cut off by two edges, as a person in a photo
+    cut_out, surroundings = (
+        align_reference(scene(wedge()), each, wedge(), SYMMETRIC, 0.0) for each in (subject, 1 - subject)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(cut_out[:2], surroundings[:2], strict=True))
+
+
 @pytest.mark.parametrize(
     ("mask", "target", "expected"),
     [

@@ -119,14 +119,15 @@ class Control:
 
 
 def replace_subject(
-    model: Any, clip: Any, request: SubjectSwap, source: Conditioning | None = None
+    model: Any, clip: Any, request: SubjectSwap, latent: dict[str, Any], source: Conditioning | None = None
 ) -> tuple[Any, Conditioning]:
-    """A clone of the MODEL and the positive prompt for both images. source: the prompt that the image was inverted
-    with, whose sizes and ControlNets apply to both.
+    """A clone of the MODEL and the positive prompt for both images. latent: the starting noise. source: the prompt that
+    the image was inverted with, whose sizes and ControlNets apply to both.
     """
     learned, prompt, word, mask = request.subject, request.prompt, request.word, request.mask
     if mask is not None:
-        white = checked_mask(mask, 1, (mask.shape[-2], mask.shape[-1]), empty=CHANGED, full=CHANGED) > 0.5
+        rows, columns = latent["samples"].shape[-2:]
+        white = checked_mask(mask, 1, (rows, columns), empty=CHANGED, full=CHANGED) > 0.5
         request = replace(request, mask=white.float())
     if learned is not None:
         check_base(learned.embedding.header.get("base", {}), model)

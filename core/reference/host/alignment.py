@@ -77,7 +77,8 @@ def align_reference(
 def _plane(name: str, mask: Tensor, size: tuple[int, int] | None) -> Tensor:
     """A mask as [H, W] of 0 and 1, at its image's size. ValueError if it is empty, full, or of another aspect ratio."""
     shape = (mask.shape[-2], mask.shape[-1])
-    plane = checked_mask(mask, 1, size or shape, name=name, empty=DRAW, full=DRAW)[None]
+    of_reference = size is not None  # it may be a cut-out of Load Image, which a generated image never is
+    plane = checked_mask(mask, 1, size or shape, name=name, empty=DRAW, full=DRAW, subject=of_reference)[None]
     if size is not None and shape != size:
         plane = F.interpolate(plane, size, mode="bilinear", align_corners=False)
         checked_mask(plane, 1, size, name=name, empty=DRAW, full=DRAW)
