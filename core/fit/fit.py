@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-GROUP = 1 << 26  # bytes of weights that an optimizer updates together
+GROUP = 1 << 24  # bytes of weights that an optimizer updates together
 
 
 class Fit(ABC):
