@@ -1,6 +1,7 @@
-"""Draws fast_hiper's curves: identity and text score over the steps of the training, in one row for each set.
+"""Draws the curves of fast_hiper or fast_siso: identity and text score over the steps, in one row for each set.
 
     python toolbox/_load.py benchmarks.plot_fast benchmarks/results/fast_hiper.json docs/hiper_fast.png
+    python toolbox/_load.py benchmarks.plot_fast benchmarks/results/fast_siso.json docs/siso_fast.png
 
 Where the published training was taken from a stored run, only its end is known.
 """
@@ -16,11 +17,13 @@ from .plot import GAP, MARGIN, PANEL, Panel
 
 COLORS = {"published": (130, 130, 130), "fast": (31, 99, 180)}
 SETS = {"plain": "", "fine parts": ", subjects with fine parts"}
+NOISES = {"one noise": ", one noise", "new noise": ", new noises"}
 
 
 def points(curve: dict[str, Any], way: str, score: str) -> dict[int, float]:
     """The score over the passes, from none on."""
-    found = {int(kind.split(" @ ")[1]): each[score] for kind, each in curve.items() if kind.startswith(f"{way} @ ")}
+    ends = [kind.partition(f"{way} @ ")[2] for kind in curve]
+    found = {int(end): each[score] for end, each in zip(ends, curve.values(), strict=True) if end}
     return {0: curve["without"][score], **found} if len(found) > 1 else found
 
 
@@ -33,12 +36,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("picture", type=Path)
     options = parser.parse_args(arguments)
     found = json.loads(options.results.read_text())
-    ways, height = found["settings"]["ways"], PANEL[1] + 2 * MARGIN - 18
-    canvas = Image.new("RGB", (2 * (PANEL[0] + MARGIN) + GAP, len(SETS) * height + 24), "white")
-    for row, (name, title) in enumerate(SETS.items()):
+    sets, summary, height = SETS, found["summary"], PANEL[1] + 2 * MARGIN - 18
+    if not sets.keys() <= summary.keys():
+        sets, summary = NOISES, summary["all"]
+    canvas = Image.new("RGB", (2 * (PANEL[0] + MARGIN) + GAP, len(sets) * height + 24), "white")
+    for row, (name, title) in enumerate(sets.items()):
         part = Image.new("RGB", (canvas.width, height), "white")
         for index, score in enumerate(("identity", "text")):
-            lines = {way: points(found["summary"][name], way, score) for way in COLORS}
+            lines = {way: points(summary[name], way, score) for way in COLORS}
             passes = sorted({0}.union(*lines.values()))
             values = [value for line in lines.values() for value in line.values()]
             left, low, high = MARGIN + index * (PANEL[0] + MARGIN), min(values) - 0.02, max(values) + 0.02
@@ -52,6 +57,8 @@ def main(arguments: list[str]) -> int:
     for index, (way, color) in enumerate(COLORS.items()):
         x, y = MARGIN + 190 * index, canvas.height - 14
         draw.line([x, y, x + 24, y], fill=color, width=3)
-        draw.text((x + 30, y), f"{way}, learning rate {ways[way]['rate']:g}", fill=0, anchor="lm")
+        rates = {each["rate"] for kind, each in found["settings"]["ways"].items() if kind.endswith(way)}
+        text = " and ".join(f"{rate:g}" for rate in sorted(rates))
+        draw.text((x + 30, y), f"{way}, learning rate {text}", fill=0, anchor="lm")
     canvas.save(options.picture)
     return 0
