@@ -96,8 +96,8 @@ def clip_swap(clip: Any, prompt: str, edited: str, word: str, learned: LearnedSu
         swap = word_swap(of_source, of_edit, of_word)
     except ValueError as error:
         raise ValueError(
-            f"'{shorten(word)}' is no token sequence of its own in '{shorten(prompt)}' ({error}): put spaces around it, "
-            "and give weights such as (word:1.2) to the whole word."
+            f"'{shorten(word)}' is no token sequence of its own in '{shorten(prompt)}' ({error}): put spaces around "
+            "it, and give weights such as (word:1.2) to the whole word."
         ) from error
     _check_tail(learned, ROOM - len(of_edit), edited)
     return swap
