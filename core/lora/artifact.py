@@ -107,7 +107,7 @@ def read_fine_tune(path: Path, needs: Collection[str] = ()) -> FineTunedWeights:
 
     def check(names: list[str]) -> list[str]:
         _refuse_official(path, names)
-        if not names:
+        if not set(names) - set(needs):
             raise ValueError(f"{path.name} holds nothing (it is empty): choose a file made by Save Fine-Tune.")
         _refuse_foreign(path, [name for name in names if name not in needs and not re.fullmatch(KEY, name)])
         return names

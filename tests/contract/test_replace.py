@@ -379,6 +379,7 @@ def test_what_cannot_be_replaced_is_refused_before_sampling(clip):
 
     refused("'dog' is not in the prompt", word="dog")
     refused("'cats' is not in the prompt", word="cats")
+    refused(rf"'{'x' * 57}\.\.\.' is not in the prompt", word="x" * 100_000)
     refused("'a' is 2 times in the prompt", word="a")
     refused("write one or more words", word=" ")
     refused("write one or more words", replacement="")

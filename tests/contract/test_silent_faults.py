@@ -83,6 +83,56 @@ def test_a_video_is_not_an_image():
         METHOD["hiper"].fit(setting)
 
 
+def of_family(name: str) -> Setting:
+    """A setting with the model, the prompts and the latent of a family."""
+    family, setting = families()[name], Setting()
+    setting.model, setting.source, setting.empty = family.model(), family.prompt(1), family.prompt(3)
+    setting.latent = {"samples": family.latents()}
+    return setting
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("name", ["Wan", "Cosmos-Predict2"])
+def test_a_latent_without_a_frame_axis_is_one_frame(name, monkeypatch):
+    """ComfyUI would broadcast it to a video of as many frames as it has channels."""
+    setting, shapes = of_family(name), set()
+    own = setting.model.model.diffusion_model.forward
+
+    def forward(x, *inputs, **more):
+        shapes.add(tuple(x.shape))
+        return own(x, *inputs, **more)
+
+    monkeypatch.setattr(setting.model.model.diffusion_model, "forward", forward)
+    setting.latent["samples"] = setting.latent["samples"][:, :, 0]
+    METHOD["hiper"].fit(setting)
+    assert shapes == {(1, 16, 1, 8, 8)}
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("name", ["Chroma", "Z-Image"])
+def test_no_word_of_a_prompt_without_padding_is_replaced(name):
+    """Its last tokens are words; five of five were refused, and an empty prompt of one token gave one of four."""
+    from likeness.nodes.embedding import LikenessApplyEmbedding
+
+    setting = of_family(name)
+    setting.source = [[setting.source[0][0][:, :5], setting.source[0][1]]]
+    embedding = METHOD["hiper"].fit(setting)[0]
+    inputs = {"conditioning": setting.source, "embedding": embedding, "scale": 1.0, "step": 0}
+    ((tokens, _),) = run_node(LikenessApplyEmbedding, **inputs)[0]
+    assert tokens.shape[1] == 10 and torch.equal(tokens[:, :5], setting.source[0][0])
+    setting.empty = [[setting.empty[0][0][:, :1], setting.empty[0][1]]]
+    more = METHOD["hiper"].fit(setting, init="empty prompt", negative=setting.empty, tokens=4)[0]
+    assert more.tokens == 4
+
+
+def test_all_attention_layers_of_both_streams_get_a_lora():
+    """HiDream's text stream and its outputs have names of their own."""
+    from likeness.core.lora.host.layers import trained_layers
+
+    names = {name.rpartition(".")[2] for name in trained_layers(families()["HiDream"].model().model).layers}
+    assert names == {f"to_{part}{stream}" for part in ("q", "k", "v", "out") for stream in ("", "_t")}
+
+
 @pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize(
     ("family", "given", "said"),

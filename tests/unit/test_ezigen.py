@@ -223,13 +223,14 @@ def test_saved_and_read_again(tmp_path):
 def test_bad_files_are_refused(tmp_path):
     own = tensors()
     first = f"{LAYERS[0].name}.{PARTS[0]}"
-    cases = {
-        "no adapter": base(),
-        "lacks": {name: value for name, value in own.items() if name != first},
-        "expected": {**own, first: torch.randn(8, 4)},
-        "NaN": {**own, first: own[first] * float("nan")},
-    }
-    for message, table in cases.items():
+    cases = [
+        ("no adapter", base()),
+        ("lacks", {name: value for name, value in own.items() if name != first}),
+        ("expected", {**own, first: torch.randn(8, 4)}),
+        ("expected", {**own, first: torch.tensor(1.0)}),
+        ("NaN", {**own, first: own[first] * float("nan")}),
+    ]
+    for message, table in cases:
         path = tmp_path / "file.safetensors"
         save_file(table, path)
         with pytest.raises(ValueError, match=message):

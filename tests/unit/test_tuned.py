@@ -148,6 +148,7 @@ def digits(path, count: int) -> None:
 BAD = {
     "empty file": (lambda p: p.write_bytes(b""), "cut off"),
     "no tensors": (lambda p: raw(p, {}), "it is empty"),
+    "a marker alone": (lambda p: ours(p, {MARKER: torch.tensor([64.0, 0.0])}), "it is empty"),
     "another lora": (
         lambda p: save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(2, 2)}, p),
         "not a fine-tune of this pack.*stock Load LoRA",

@@ -40,20 +40,20 @@ def edited_prompt(prompt: str, word: str, new: str) -> str:
     """The prompt with one word (or a phrase) replaced; ValueError unless it occurs exactly once."""
     if not word.strip() or not new.strip():
         raise ValueError(
-            f"The word is '{word}' and its replacement '{new}': write one or more words of the prompt, and what takes "
-            "their place."
+            f"The word is '{shorten(word)}' and its replacement '{shorten(new)}': write one or more words of the "
+            "prompt, and what takes their place."
         )
     pattern = rf"(?i)(?<!\w){re.escape(word.strip())}(?!\w)"
     count = len(re.findall(pattern, prompt))
     if count == 0:
         raise ValueError(
-            f"The word '{word}' is not in the prompt '{shorten(prompt)}': write it as it stands there ('cats' is "
-            "another word), or put it into the prompt that the image is inverted with."
+            f"The word '{shorten(word)}' is not in the prompt '{shorten(prompt)}': write it as it stands there ('cats' "
+            "is another word), or put it into the prompt that the image is inverted with."
         )
     if count > 1:
         raise ValueError(
-            f"The word '{word}' is {count} times in the prompt '{shorten(prompt)}': describe the image so that "
-            "it is there once, or name more of the words around it."
+            f"The word '{shorten(word)}' is {count} times in the prompt '{shorten(prompt)}': describe the image so "
+            "that it is there once, or name more of the words around it."
         )
     return re.sub(pattern, lambda _match: new.strip(), prompt)
 
@@ -96,8 +96,8 @@ def clip_swap(clip: Any, prompt: str, edited: str, word: str, learned: LearnedSu
         swap = word_swap(of_source, of_edit, of_word)
     except ValueError as error:
         raise ValueError(
-            f"'{word}' is no token sequence of its own in '{shorten(prompt)}' ({error}): put spaces around it, and "
-            "give weights such as (word:1.2) to the whole word."
+            f"'{shorten(word)}' is no token sequence of its own in '{shorten(prompt)}' ({error}): put spaces around "
+            "it, and give weights such as (word:1.2) to the whole word."
         ) from error
     _check_tail(learned, ROOM - len(of_edit), edited)
     return swap
