@@ -133,8 +133,12 @@ def test_the_scorer_prefers_the_true_caption(built: dict[str, Path]) -> None:
     assert min(found.values()) > 85
 
 
-def test_the_mask_node_finds_the_subject() -> None:
+def test_the_mask_node_finds_the_subject(monkeypatch: pytest.MonkeyPatch) -> None:
     inprocess.start()
+    import nodes
+    from likeness.nodes.score import LikenessLoadVision
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "LikenessLoadVision", LikenessLoadVision)
     folder = assets.ASSETS.parent / "comfyui_nodes"
     spec = importlib.util.spec_from_file_location("toyworld_nodes_under_test", folder / "__init__.py")
     assert spec is not None and spec.loader is not None
