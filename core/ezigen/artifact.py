@@ -162,7 +162,7 @@ def _check_tensors(path: Path, layers: list[str], tensors: dict[str, Tensor]) ->
         raise ValueError(f"{path.name} lacks '{missing[0]}' of its adapter: copy or download it again.")
     shapes: dict[str, tuple[int, ...]] = {WEIGHTS: (len(layers),)}
     for layer in layers:
-        width = max(tensors[f"{layer}.{PARTS[0]}"].shape, default=1)
+        width = next(iter(tensors[f"{layer}.{PARTS[0]}"].shape), 1)
         shapes |= {f"{layer}.{part}": (width, width) if part in PARTS[:4] else (width,) for part in PARTS}
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape or not tensors[name].is_floating_point():
