@@ -17,8 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.embedding.presets import HIPER
-from ..core.fit.presets import FAST, NOISE
+from ..core.embedding.presets import FAST_HIPER
 from ..core.prompt.conditioning import apply_embedding
 from . import frame, subjects, table2_hifi
 from .fast_hiper import against
@@ -29,9 +28,16 @@ from .table2_hifi import Settings
 STORED = Path(__file__).parent / "results" / "table2_hifi.json"
 STAGES = {"prompt alone": "prompt alone", "published, stage one": "+ regularisation", "published": "+ step-wise"}
 INNER_STEPS, RATE = 3, 0.02  # of the winner
-SHORT = replace(Settings(), **HIPER[FAST][NOISE], inner_steps=INNER_STEPS, inner_rate=RATE)
-SEARCH = {f"{rate:g}": replace(SHORT, inner_rate=rate) for rate in (5e-3, 0.01, 0.02)}
-TEST = {"fast": SHORT, "fast, then published": replace(SHORT, inner_steps=10, inner_rate=5e-3)}
+SHORT = replace(Settings(), **FAST_HIPER, inner_steps=INNER_STEPS, inner_rate=RATE)
+PUBLISHED_RATE = 5e-3
+SEARCH = {f"{rate:g}": replace(SHORT, inner_rate=rate) for rate in (PUBLISHED_RATE, 0.01, RATE)}
+# Updates a step of stage two, after the fast stage one.
+LENGTHS = {"fast": (RATE, (1, INNER_STEPS)), "published": (PUBLISHED_RATE, (5, 10))}
+TEST = {
+    f"{name} @ {each * SHORT.sampling_steps}": replace(SHORT, inner_steps=each, inner_rate=rate)
+    for name, (rate, lengths) in LENGTHS.items()
+    for each in lengths
+}
 
 
 class Bench(table2_hifi.Bench):

@@ -22,7 +22,7 @@ from .fast_siso import SEARCHED, SEED, TESTED, Way
 
 FULL = Way(5e-3, (250, 500))
 SEARCH = {"full": FULL, **{f"{rate:g}": Way(rate, (250,)) for rate in (0.003, 0.0075, 0.01)}}
-FAST = {"full": FULL}
+FAST = {"full": replace(FULL, at=(100, 250, 375, 500))}
 
 
 class Bench(effect_sine.Bench):
