@@ -4,12 +4,16 @@ published: HiPer's own settings, whose sources hiper.py names, on every model; w
 
 fast: the winner of a search (benchmarks/results/search_hiper.json) for models that add noise to the latent (SD1.x to
 SDXL): a learning rate of 0.04 for 300 steps, on the timesteps from 150 to 850. Against published (fast_hiper.json, 24
-other subjects of the toyworld) identity is higher by 0.120 (0.067 to 0.176), text by 0.000 (-0.025 to 0.024). Nothing
-was searched for flow models, whose tokens have other sizes. save_every, init and the anchor stay as they are on the
-node, so that HiFi Tuner's first stage can use it.
+other subjects of the toyworld) identity is higher by 0.120 (0.067 to 0.176), text by 0.000 (-0.025 to 0.024). On flow
+models the rate is 0.03 of the size of the prompt's numbers, since these differ a hundredfold between text encoders and
+Adam moves each number by about the rate: 0.6 on the toyworld's, where published learns next to nothing in its 1000
+steps. There identity is higher by 0.336 (0.239 to 0.436), text lower by 0.049 (0.017 to 0.083; fast_hiper_flow.json, 16
+subjects). save_every, init and the anchor stay as they are on the node, so that HiFi Tuner's first stage can use it.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from ..fit.presets import FAST, FLOW, NOISE, PUBLISHED, Presets
 from . import hiper
@@ -25,12 +29,28 @@ _PUBLISHED = {
     "end_percent": 1.0,
     "anchor_weight": 0.0,
 }
-_FAST = {
+FAST_HIPER = {
     "steps": 300,
     "learning_rate": 0.04,
     "tokens": hiper.TOKENS,
     "start_percent": 0.15,
     "end_percent": 0.85,
 }
+_SHARE = 0.03  # of the size of the prompt's numbers: the learning rate of fast on flow models
 
-HIPER: Presets = {PUBLISHED: {NOISE: _PUBLISHED, FLOW: _PUBLISHED}, FAST: {NOISE: _FAST}}
+
+def size_of(rows: Tensor) -> float:
+    """The size of a prompt's numbers: the median of the root mean squares of its tokens [1, N, d], but for zeros."""
+    sizes = rows.float().square().mean(-1).sqrt()
+    return float(sizes[sizes > 0].median()) if bool(sizes.any()) else 1.0
+
+
+def rate_for(rows: Tensor) -> float:
+    """The learning rate of fast on flow models for a prompt's tokens [1, N, d], in two digits."""
+    return float(f"{_SHARE * size_of(rows):.1e}")
+
+
+def presets_for(rows: Tensor) -> Presets:
+    """The presets for a source prompt's tokens [1, N, d]."""
+    flow = {**FAST_HIPER, "learning_rate": rate_for(rows), "start_percent": 0.0, "end_percent": 1.0}
+    return {PUBLISHED: {NOISE: _PUBLISHED, FLOW: _PUBLISHED}, FAST: {NOISE: FAST_HIPER, FLOW: flow}}

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from likeness.core.embedding.hiper import HiPerSettings
-from likeness.core.embedding.presets import HIPER, SOURCE
+from likeness.core.embedding.presets import SOURCE, presets_for, size_of
 from likeness.core.fit.fit import rises
 from likeness.core.fit.presets import AS_SET, FAST, FLOW, NOISE, PUBLISHED, apply_preset
 from likeness.core.siso.presets import SISO
 from likeness.core.siso.siso import ITERATIONS, RANK, SisoSettings
 
+HIPER = presets_for(torch.full((1, 3, 4), 0.5))
 AS_ON_THE_NODE = {"steps": 7, "learning_rate": 0.5, "tokens": 2, "seed": 3, "anchor_weight": 0.2}
 
 
@@ -36,8 +37,18 @@ def test_published_is_the_papers(kind, caplog):
 def test_fast_needs_fewer_steps_at_a_higher_rate():
     for kind in (NOISE, FLOW):
         inputs = apply_preset(HIPER, FAST, kind, AS_ON_THE_NODE)
-        assert inputs["steps"] <= 300 and inputs["learning_rate"] > 5e-3
+        assert inputs["steps"] <= 300 and inputs["learning_rate"] == {NOISE: 0.04, FLOW: 0.015}[kind]
         assert inputs["seed"] == 3 and inputs["anchor_weight"] == 0.2
+
+
+def test_the_rate_of_fast_on_flow_models_follows_the_size_of_the_prompts_numbers():
+    rows = torch.randn(1, 9, 4096, generator=torch.Generator().manual_seed(0))
+    rows[:, 0] *= 500  # the first token of many language models
+    rows[:, 7:] = 0.0  # masked padding
+    assert 0.98 < size_of(rows) < 1.02 and size_of(torch.zeros(1, 2, 3)) == 1.0
+    for scale, rate in ((0.2, 0.006), (1.0, 0.03), (20.0, 0.6)):
+        inputs = apply_preset(presets_for(scale * rows), FAST, FLOW, AS_ON_THE_NODE)
+        assert inputs["learning_rate"] == rate and inputs["start_percent"] == 0.0
 
 
 @pytest.mark.parametrize("kind, decay, text", [(NOISE, 1e-2, (2e-4, 1e-2)), (FLOW, 1e-4, (5e-6, 1e-3))])

@@ -18,7 +18,7 @@ from ...session.job import run
 from ...session.session import GuiderDenoiser
 from ..artifact import Embedding
 from ..hifi_tuner import StepWise, StepWiseSettings
-from .train import RegularizerOptions, TokensJob, source_rows
+from .train import RegularizerOptions, TokensJob, source_rows, warn_of_rate
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def refine_embedding(
             f"The embedding has width {embedding.width}, the prompt {rows.shape[-1]}: use the prompt and the text "
             "encoder that it was trained with."
         )
+    warn_of_rate(settings.learning_rate, rows)
     regularizer = options.regularizer(rows, embedding.tokens)
     job = RefiningJob(model, positive, images, settings, embedding.placement, start[0], regularizer, sigmas)
     finished = run(job)

@@ -42,7 +42,7 @@ from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import Regularizer
-from ..presets import EMPTY, HIPER, SOURCE
+from ..presets import EMPTY, SOURCE, presets_for, rate_for, size_of
 from .so_far import NEW, so_far
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
@@ -128,6 +128,16 @@ def warn_of_empty(prompt: Conditioning, name: str, remedy: str) -> None:
         log.warning("The %s is empty: %s.", name, remedy)
 
 
+def warn_of_rate(rate: float, rows: Tensor) -> None:
+    """A warning for a learning rate at which a published training could not change the prompt's tokens [1, N, d]."""
+    if rate * hiper.STEPS < size_of(rows):
+        log.warning(
+            "learning_rate is %g, and this prompt's tokens are numbers of about %.2g: even %d updates change them by "
+            "less. Try a rate of about %g.",
+            *(rate, size_of(rows), hiper.STEPS, rate_for(rows)),
+        )
+
+
 @dataclass(frozen=True)
 class TokensJob(Job):
     """What the trainings of tokens share. start [n, d]: the initial tokens."""
@@ -200,7 +210,7 @@ class EmbeddingJob(TokensJob):
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
         fit = hiper.HiPer(*self.inputs(denoiser, x0))
-        fast = settings_of(HIPER, FAST, kind_of(self.model))["learning_rate"]
+        fast = settings_of(presets_for(denoiser.context), FAST, kind_of(self.model))["learning_rate"]
         fit.advice = f"learning_rate is {self.settings.learning_rate}, the preset '{FAST}' has {fast}; try a lower one."
         yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
 
@@ -229,6 +239,7 @@ def train_embedding(
     if prompts.target is not None:
         apply_embedding(prompts.target, initial[None], hiper.SCALE, (), placement)
         warn_of_empty(prompts.target, "prompt on 'target'", "write what you want to see")
+    warn_of_rate(settings.learning_rate, rows)
     count = len(model.get_model_object("model_sampling").sigmas)
     t_low, t_high = timestep_range(count, schedule.start_percent, schedule.end_percent)
     settings = replace(settings, t_low=t_low, t_high=t_high)
