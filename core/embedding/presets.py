@@ -16,6 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..fit.presets import FAST, FLOW, NOISE, PUBLISHED, Presets
+from ..prompt.conditioning import size_of
 from . import hiper
 
 SOURCE, EMPTY = "source prompt", "empty prompt"  # where the tokens start
@@ -37,12 +38,6 @@ FAST_HIPER = {
     "end_percent": 0.85,
 }
 _SHARE = 0.03  # of the size of the prompt's numbers: the learning rate of fast on flow models
-
-
-def size_of(rows: Tensor) -> float:
-    """The size of a prompt's numbers: the median of the root mean squares of its tokens [1, N, d], but for zeros."""
-    sizes = rows.float().square().mean(-1).sqrt()
-    return float(sizes[sizes > 0].median()) if bool(sizes.any()) else 1.0
 
 
 def rate_for(rows: Tensor) -> float:

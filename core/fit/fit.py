@@ -150,11 +150,15 @@ def start_random_numbers(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def rollback_on_interrupt(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo an optimizer step when the block is interrupted, for updates that run the model again after their step.
+def rollback_on_interrupt(optimizer: torch.optim.Optimizer, again: bool) -> Iterator[None]:
+    """Undo an optimizer step when the block is interrupted, for an update that runs the model again after its step;
+    again: whether it does.
 
     Parameters and moments are restored; an update must change anything else only after this block.
     """
+    if not again:
+        yield
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = [parameter.detach().clone() for parameter in parameters]
     moments = {name: moment.clone() for name, moment in adam_state(optimizer).items()}

@@ -119,13 +119,13 @@ class NullText(Fit):
         scale = variance(self.denoiser.noised, self.sigmas[i + 1])
         loss = ((self.next_x(eps) - self.trajectory[i + 1]).float().square() / scale).mean()
         value = finite_or_raise(loss, self.step)
-        before, denoised = self.u.detach().clone(), (self.x - self.sigmas[i] * eps).detach()
+        denoised, patience = (self.x - self.sigmas[i] * eps).detach(), self.settings.patience
         best, best_loss, worse = self.best, self.best_loss, self.worse + 1
         if value < best_loss:
-            best, best_loss, worse = before, value, 0
-        limit, patience, following = self.settings.epsilon + i * EPSILON_GROWTH, self.settings.patience, self.x
+            best, best_loss, worse = self.u.detach().clone() if patience else best, value, 0
+        limit, following = self.settings.epsilon + i * EPSILON_GROWTH, self.x
         is_last = value < limit or self.counts[-1] + 1 >= self.settings.inner_steps or 0 < patience <= worse
-        with rollback_on_interrupt(self.optimizer):
+        with rollback_on_interrupt(self.optimizer, is_last):
             self.descend(loss, self.u)
             null = best if patience and worse else self.u.detach()
             if is_last:  # continue from the latent that the embedding actually leads to, not from the pivot

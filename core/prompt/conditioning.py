@@ -22,6 +22,7 @@ MASK = "attention_mask"  # option of a prompt: which of its tokens the model loo
 Placement = Literal["tail", "append"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 TAIL_OF_PADDING, APPENDED = PLACEMENTS
+UPDATES = 1000  # of Adam, each of which moves a number by about the learning rate: a long training
 CHUNK = 77  # tokens in one pass of a CLIP text encoder: begin, up to 75 tokens, end, padding
 
 
@@ -94,6 +95,25 @@ def warn_of_no_words(positive: Conditioning, negative: Conditioning) -> None:
     tensors = all(isinstance(each, Tensor) for pair in pairs for each in pair)
     if pairs and tensors and len(positive) == len(negative) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs):
         log.warning("The prompt is the same as the negative prompt, or both are empty: write what you want to see.")
+
+
+def size_of(rows: Tensor) -> float:
+    """The size of a prompt's numbers: the median of the root mean squares of its tokens [1, N, d], but for zeros."""
+    sizes = rows.float().square().mean(-1).sqrt()
+    return float(sizes[sizes > 0].median()) if bool(sizes.any()) else 1.0
+
+
+def warn_of_rate(rate: float, rows: Tensor) -> None:
+    """A warning for a learning rate at which UPDATES of Adam could not change tokens [1, N, d] by their own size. The
+    published rates are for CLIP's, whose numbers are about 1.
+    """
+    size = size_of(rows)
+    if rate * UPDATES < size:
+        log.warning(
+            "learning_rate is %g, and this prompt's tokens are numbers of about %.2g: even %d updates change them by "
+            "less, so that next to nothing is learned. Try a rate of about %.1g, as many times as high.",
+            *(rate, size, UPDATES, rate * size),
+        )
 
 
 def check_room(conditioning: Conditioning, tokens: int) -> None:

@@ -167,17 +167,6 @@ def test_a_preset_is_the_same_as_its_settings_on_the_node(monkeypatch, caplog):
     assert torch.equal(train(setting, preset="as set", **short)[0].at(3), named.at(3))
 
 
-def test_a_rate_too_low_for_the_size_of_the_tokens_is_said(caplog):
-    """Where a text encoder's numbers are large, a thousand updates of the published rate change nothing."""
-    setting = Setting()
-    train(setting, steps=1)
-    assert "this prompt's tokens are numbers" not in caplog.text
-    large = [[300 * setting.source[0][0], setting.source[0][1]]]
-    train(setting, steps=1, learning_rate=5e-3, positive=large, preview_steps=0)
-    size = float(large[0][0][0].square().mean(-1).sqrt().median())
-    assert f"learning_rate is 0.005, and this prompt's tokens are numbers of about {size:.2g}" in caplog.text
-
-
 def test_a_rate_at_which_the_loss_rises_is_said_and_the_run_goes_on(monkeypatch, caplog):
     from likeness.core.fit import train as training
 

@@ -182,3 +182,18 @@ def test_checkpointing_that_saves_nothing_is_said(caplog):
     with caplog.at_level(logging.WARNING, "likeness"), checkpointed(torch.nn.Linear(2, 2)):
         pass
     assert "Checkpointing saves nothing" in caplog.text
+
+
+@pytest.mark.usefixtures("own_folders")
+@pytest.mark.parametrize("name", ["hiper", "hifi", "step-wise", "null-text", "reference"])
+def test_a_rate_too_low_for_the_size_of_the_tokens_is_said(name, caplog):
+    """Where a text encoder's numbers are large, a thousand updates at the published rate change nothing: on the
+    toyworld's flow transformer HiPer learned nothing and said nothing.
+    """
+    method, setting = METHOD[name], Setting()
+    method.fit(setting, steps=1, learning_rate=0.01)
+    assert "next to nothing is learned" not in caplog.text
+    setting.source, setting.empty = ([[300 * rows, more]] for ((rows, more),) in (setting.source, setting.empty))
+    method.fit(setting, steps=1, learning_rate=0.01)
+    assert caplog.text.count("learning_rate is 0.01, and this prompt's tokens are numbers of about 3e+02") == 1
+    assert "Try a rate of about 3" in caplog.text

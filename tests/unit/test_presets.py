@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from likeness.core.embedding.hiper import HiPerSettings
-from likeness.core.embedding.presets import SOURCE, presets_for, size_of
+from likeness.core.embedding.presets import SOURCE, presets_for
 from likeness.core.fit.fit import rises
 from likeness.core.fit.presets import AS_SET, FAST, FLOW, NOISE, PUBLISHED, apply_preset
+from likeness.core.prompt.conditioning import size_of
 from likeness.core.siso.presets import SISO
 from likeness.core.siso.siso import ITERATIONS, RANK, SisoSettings
 

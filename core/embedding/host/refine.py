@@ -10,7 +10,7 @@ from torch import Tensor
 from ...fit.fit import Fit, curve
 from ...fit.runs import digest
 from ...fit.train import Result
-from ...prompt.conditioning import Conditioning
+from ...prompt.conditioning import Conditioning, warn_of_rate
 from ...prompt.windows import windows
 from ...session.fingerprint import check_base
 from ...session.images import TrainingImages
@@ -18,7 +18,7 @@ from ...session.job import run
 from ...session.session import GuiderDenoiser
 from ..artifact import Embedding
 from ..hifi_tuner import StepWise, StepWiseSettings
-from .train import RegularizerOptions, TokensJob, source_rows, warn_of_rate
+from .train import RegularizerOptions, TokensJob, source_rows
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ...prompt.conditioning import (
     placement_for,
     single_prompt,
     start_rows,
+    warn_of_rate,
     with_room,
     without_tail,
 )
@@ -42,7 +43,7 @@ from ...session.stores import kept
 from .. import hiper
 from ..artifact import Embedding
 from ..hifi_tuner import Regularizer
-from ..presets import EMPTY, SOURCE, presets_for, rate_for, size_of
+from ..presets import EMPTY, SOURCE, presets_for
 from .so_far import NEW, so_far
 
 METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
@@ -126,16 +127,6 @@ def warn_of_empty(prompt: Conditioning, name: str, remedy: str) -> None:
     """A warning for a prompt without a word, as far as its text encoder tells."""
     if any(padding_rows(rows, options.get("pooled_output")) == CHUNK - 2 for rows, options in prompt):
         log.warning("The %s is empty: %s.", name, remedy)
-
-
-def warn_of_rate(rate: float, rows: Tensor) -> None:
-    """A warning for a learning rate at which a published training could not change the prompt's tokens [1, N, d]."""
-    if rate * hiper.STEPS < size_of(rows):
-        log.warning(
-            "learning_rate is %g, and this prompt's tokens are numbers of about %.2g: even %d updates change them by "
-            "less. Try a rate of about %g.",
-            *(rate, size_of(rows), hiper.STEPS, rate_for(rows)),
-        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...fit.fit import Fit
 from ...fit.runs import digest
 from ...fit.train import Result, Run
-from ...prompt.conditioning import Conditioning, detached, single_prompt
+from ...prompt.conditioning import Conditioning, detached, single_prompt, warn_of_rate
 from ...prompt.windows import step_wise, windows
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
@@ -122,7 +122,7 @@ def null_text(
             "classifier-free guidance (FLUX.1, turbo models) needs no null-text: choose direct or direct edit."
         )
     warn_of_guidance(model)
-    single_prompt(first, "negative prompt")
+    warn_of_rate(settings.learning_rate, single_prompt(first, "negative prompt"))
     finished = run(NullTextJob(model, positive, first, trajectory, settings))
     sampling = model.get_model_object("model_sampling")
     steps = windows(trajectory.sigmas.tolist(), sampling.percent_to_sigma)

@@ -14,7 +14,7 @@ from ...fit.runs import digest
 from ...fit.train import Result
 from ...inversion.host.landing import Landing, attach_landing
 from ...inversion.trajectory import Trajectory
-from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt
+from ...prompt.conditioning import TAIL, Conditioning, detached, single_prompt, warn_of_rate
 from ...prompt.windows import windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
@@ -108,10 +108,12 @@ def sample_with_reference(
             f"The trajectory holds {trajectory.latents.shape[1]} images, a generation is guided by one reference: "
             "invert one image."
         )
-    single_prompt(negative, "negative prompt")
+    empty = single_prompt(negative, "negative prompt")
     if settings.cfg == 1.0 and settings.inner_steps:
         raise ValueError("With cfg 1 no negative prompt is looked at: set the cfg that the image is sampled with.")
     warn_of_guidance(model)
+    if settings.inner_steps:
+        warn_of_rate(settings.learning_rate, empty)
     sampling = model.get_model_object("model_sampling")
     window = guided_steps(trajectory.sigmas.tolist(), *percents, sampling.percent_to_sigma)
     cells = subject_cells(mask, trajectory.latents)
