@@ -32,7 +32,7 @@ SHORT = replace(Settings(), **FAST_HIPER, inner_steps=INNER_STEPS, inner_rate=RA
 PUBLISHED_RATE = 5e-3
 SEARCH = {f"{rate:g}": replace(SHORT, inner_rate=rate) for rate in (PUBLISHED_RATE, 0.01, RATE)}
 # Updates a step of stage two, after the fast stage one.
-LENGTHS = {"fast": (RATE, (1, INNER_STEPS)), "published": (PUBLISHED_RATE, (5, 10))}
+LENGTHS = {"fast": (RATE, (1, INNER_STEPS)), "published rate": (PUBLISHED_RATE, (5, 10))}
 TEST = {
     f"{name} @ {each * SHORT.sampling_steps}": replace(SHORT, inner_steps=each, inner_rate=rate)
     for name, (rate, lengths) in LENGTHS.items()

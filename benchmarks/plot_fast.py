@@ -16,7 +16,8 @@ from typing import Any
 
 from .plot import GAP, MARGIN, PANEL, Panel
 
-COLORS = {"published": (130, 130, 130), "fast": (31, 99, 180), "full": (130, 130, 130)}
+GRAY = (130, 130, 130)
+COLORS = {"published": GRAY, "fast": (31, 99, 180), "full": GRAY, "published rate": GRAY}
 SETS = {"plain": "", "fine parts": ", subjects with fine parts"}
 NOISES = {"one noise": ", one noise", "new noise": ", new noises"}
 STARTS = ("without", "fast, stage one", "base")  # what no step was made of

@@ -74,7 +74,7 @@ class LikenessTrainEmbedding(Node):
                     "Number of updates, usually 300 to 1000; many more reduce editability. Raise it later to resume "
                     "the run. A lower value returns that step if it was saved, else the longer run with a warning.",
                 ),
-                inputs.rate(
+                inputs.token_rate(
                     hiper.LEARNING_RATE,
                     "Adam's learning rate. 0.005 for SD1.x, 0.002 for SDXL; try 0.001 to 0.01, with fewer steps up to "
                     "0.04.",
@@ -197,7 +197,7 @@ class LikenessRefineEmbedding(Node):
                     "for each of its steps; other schedules use those of the nearest level.",
                 ),
                 inputs.inner_steps(hifi_tuner.INNER_STEPS, "Updates per denoising step. The paper uses 10."),
-                inputs.rate(hifi_tuner.LEARNING_RATE, "Adam's learning rate, as in the embedding's training."),
+                inputs.token_rate(hifi_tuner.LEARNING_RATE, "Adam's learning rate, as in the embedding's training."),
                 inputs.saved_step("Saved step of the embedding to start from. 0 selects the recommended one."),
                 inputs.seed("Seed of the image and the noise of each update."),
             ],

@@ -122,7 +122,7 @@ class LikenessNullText(Node):
                     null_text.INNER_STEPS, "Maximum number of updates per sampling step. Only for null-text."
                 ),
                 *inputs.advanced(
-                    inputs.rate(
+                    inputs.token_rate(
                         null_text.LEARNING_RATE,
                         "Adam's learning rate at the first step. It falls by 1 % with every step.",
                         1e-3,

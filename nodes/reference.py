@@ -142,7 +142,7 @@ class LikenessReferenceGuide(Node):
                     "keeps more of its details.",
                 ),
                 *inputs.advanced(
-                    inputs.rate(
+                    inputs.token_rate(
                         published.LEARNING_RATE, "Adam's learning rate for the negative token embeddings.", 1e-3
                     )
                 ),

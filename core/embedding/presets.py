@@ -5,10 +5,11 @@ published: HiPer's own settings, whose sources hiper.py names, on every model; w
 fast: the winner of a search (benchmarks/results/search_hiper.json) for models that add noise to the latent (SD1.x to
 SDXL): a learning rate of 0.04 for 300 steps, on the timesteps from 150 to 850. Against published (fast_hiper.json, 24
 other subjects of the toyworld) identity is higher by 0.120 (0.067 to 0.176), text by 0.000 (-0.025 to 0.024). On flow
-models the rate is 0.03 of the size of the prompt's numbers, since these differ a hundredfold between text encoders and
-Adam moves each number by about the rate: 0.6 on the toyworld's, where published learns next to nothing in its 1000
-steps. There identity is higher by 0.336 (0.239 to 0.436), text lower by 0.049 (0.017 to 0.083; fast_hiper_flow.json, 16
-subjects). save_every, init and the anchor stay as they are on the node, so that HiFi Tuner's first stage can use it.
+models the rate is 0.03 of the size of the prompt's numbers, since these differ widely between text encoders (sixtyfold
+between the toyworld's two) and Adam moves each number by about the rate: 0.6 on the toyworld's, where published learns
+next to nothing in its 1000 steps. There identity is higher by 0.336 (0.239 to 0.436), text lower by 0.049 (0.017 to
+0.083; fast_hiper_flow.json, 16 subjects). save_every, init and the anchor stay as they are on the node, so that HiFi
+Tuner's first stage can use it.
 """
 
 from __future__ import annotations

@@ -98,21 +98,23 @@ def warn_of_no_words(positive: Conditioning, negative: Conditioning) -> None:
 
 
 def size_of(rows: Tensor) -> float:
-    """The size of a prompt's numbers: the median of the root mean squares of its tokens [1, N, d], but for zeros."""
+    """The size of a prompt's numbers: the median of the root mean squares of its tokens [1, N, d]. Padding counts too,
+    but not zeros.
+    """
     sizes = rows.float().square().mean(-1).sqrt()
     return float(sizes[sizes > 0].median()) if bool(sizes.any()) else 1.0
 
 
 def warn_of_rate(rate: float, rows: Tensor) -> None:
-    """A warning for a learning rate at which UPDATES of Adam could not change tokens [1, N, d] by their own size. The
-    published rates are for CLIP's, whose numbers are about 1.
+    """A warning for a learning rate at which UPDATES of Adam could not change tokens [1, N, d] by half of their size.
+    The published rates, of 0.005 and 0.01, are for CLIP's tokens, whose numbers are about 1.
     """
     size = size_of(rows)
-    if rate * UPDATES < size:
+    if rate * UPDATES < size / 2:
         log.warning(
             "learning_rate is %g, and this prompt's tokens are numbers of about %.2g: even %d updates change them by "
-            "less, so that next to nothing is learned. Try a rate of about %.1g, as many times as high.",
-            *(rate, size, UPDATES, rate * size),
+            "less than half, so that next to nothing is learned. Try a rate of about %.1g, a hundredth of their size.",
+            *(rate, size, UPDATES, size / 100),
         )
 
 

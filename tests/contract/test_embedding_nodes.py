@@ -156,7 +156,9 @@ def test_a_preset_is_the_same_as_its_settings_on_the_node(monkeypatch, caplog):
     from likeness.core.session.session import Session
 
     short = {"steps": 3, "learning_rate": 0.03, "tokens": 4, "anchor_weight": 0.0}
-    monkeypatch.setattr("likeness.nodes.embedding.presets_for", lambda _rows: {"fast": {"noise": short}})
+    rows: list[torch.Tensor] = []
+    presets = {"fast": {"noise": short}}
+    monkeypatch.setattr("likeness.nodes.embedding.presets_for", lambda given: rows.append(given) or presets)
     caplog.set_level("INFO")
     setting = Setting()
     named = train(setting, **short)[0]
@@ -164,7 +166,18 @@ def test_a_preset_is_the_same_as_its_settings_on_the_node(monkeypatch, caplog):
     served = train(setting, preset="fast", anchor_weight=0.5, steps=4)[0]
     assert torch.equal(served.at(3), named.at(3)) and served.header == named.header
     assert "Preset 'fast' sets steps 3, learning_rate 0.03, tokens 4" in caplog.text
+    assert all(torch.equal(each, setting.source[0][0]) for each in rows) and rows
     assert torch.equal(train(setting, preset="as set", **short)[0].at(3), named.at(3))
+
+
+def test_fast_takes_its_rate_on_a_flow_model_from_the_prompt(monkeypatch):
+    from likeness.core.embedding.presets import FAST_HIPER
+
+    monkeypatch.setitem(FAST_HIPER, "steps", 2)
+    setting = Setting("flux")
+    setting.source[0][0].mul_(20)
+    settings = train(setting, preset="fast", preview_steps=0)[0].header["settings"]
+    assert settings["learning_rate"] == pytest.approx(0.6, rel=0.05) and settings["steps"] == 2
 
 
 def test_a_rate_at_which_the_loss_rises_is_said_and_the_run_goes_on(monkeypatch, caplog):

@@ -196,4 +196,4 @@ def test_a_rate_too_low_for_the_size_of_the_tokens_is_said(name, caplog):
     setting.source, setting.empty = ([[300 * rows, more]] for ((rows, more),) in (setting.source, setting.empty))
     method.fit(setting, steps=1, learning_rate=0.01)
     assert caplog.text.count("learning_rate is 0.01, and this prompt's tokens are numbers of about 3e+02") == 1
-    assert "Try a rate of about 3" in caplog.text
+    assert "Try a rate of about 3, a hundredth of their size" in caplog.text
