@@ -41,12 +41,8 @@ FAST_HIPER = {
 _SHARE = 0.03  # of the size of the prompt's numbers: the learning rate of fast on flow models
 
 
-def rate_for(rows: Tensor) -> float:
-    """The learning rate of fast on flow models for a prompt's tokens [1, N, d], in two digits."""
-    return float(f"{_SHARE * size_of(rows):.1e}")
-
-
 def presets_for(rows: Tensor) -> Presets:
     """The presets for a source prompt's tokens [1, N, d]."""
-    flow = {**FAST_HIPER, "learning_rate": rate_for(rows), "start_percent": 0.0, "end_percent": 1.0}
+    rate = float(f"{_SHARE * size_of(rows):.1e}")  # two digits
+    flow = {**FAST_HIPER, "learning_rate": rate, "start_percent": 0.0, "end_percent": 1.0}
     return {PUBLISHED: {NOISE: _PUBLISHED, FLOW: _PUBLISHED}, FAST: {NOISE: FAST_HIPER, FLOW: flow}}
