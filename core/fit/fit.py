@@ -57,7 +57,7 @@ class Fit(ABC):
         """Load a state returned by state(); the fit takes ownership of the tensors."""
         self.restore_own(state)
         self.losses = state["losses"].tolist()
-        restore_adam(self.optimizer, state)
+        restore_optimizer(self.optimizer, state)
 
     def own_state(self) -> dict[str, Tensor]:
         """The part of the state besides losses and moments."""
@@ -85,13 +85,17 @@ def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of adam_state()."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of adam_state(), and of group_state() where the tensors have its numbers."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+        if key.startswith(("adam.", "group.")):
+            kind, index, name = key.split(".", 2)
+            if kind == "adam":
+                state.setdefault(int(index), {})[name] = value
+            else:
+                group = optimizer.param_groups[int(index)]
+                group[name] = type(group.get(name, 0.0))(value.item())
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -119,15 +123,6 @@ def group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_groups(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of group_state()."""
-    for key, value in tensors.items():
-        if key.startswith("group."):
-            _, index, name = key.split(".", 2)
-            group = optimizer.param_groups[int(index)]
-            group[name] = type(group.get(name, 0.0))(value.item())
-
-
 @contextlib.contextmanager
 def random_numbers(seed: int = 0) -> Iterator[None]:
     """torch's own random numbers, from this seed on; afterwards they are as before. Other nodes' patches of a model,
@@ -150,25 +145,18 @@ def start_random_numbers(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def rollback_on_interrupt(optimizer: torch.optim.Optimizer, again: bool) -> Iterator[None]:
+def rollback_on_interrupt(fit: Fit, again: bool) -> Iterator[None]:
     """Undo an optimizer step when the block is interrupted, for an update that runs the model again after its step;
     again: whether it does.
 
-    Parameters and moments are restored; an update must change anything else only after this block.
+    An update must change anything that is no part of the fit's state only after this block.
     """
-    if not again:
-        yield
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    values = [parameter.detach().clone() for parameter in parameters]
-    moments = {name: moment.clone() for name, moment in adam_state(optimizer).items()}
+    before = {name: value.clone() for name, value in fit.state().items()} if again else {}
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.copy_(value)
-        restore_adam(optimizer, moments)
+        if again:
+            fit.restore(before)
         raise
 
 

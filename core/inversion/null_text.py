@@ -125,7 +125,7 @@ class NullText(Fit):
             best, best_loss, worse = self.u.detach().clone() if patience else best, value, 0
         limit, following = self.settings.epsilon + i * EPSILON_GROWTH, self.x
         is_last = value < limit or self.counts[-1] + 1 >= self.settings.inner_steps or 0 < patience <= worse
-        with rollback_on_interrupt(self.optimizer, is_last):
+        with rollback_on_interrupt(self, is_last):
             self.descend(loss, self.u)
             null = best if patience and worse else self.u.detach()
             if is_last:  # continue from the latent that the embedding actually leads to, not from the pivot

@@ -129,7 +129,7 @@ class ReferenceGuide(Fit):
         value = finite_or_raise(loss, self.step)
         denoised = (x - sigma * (eps + self.settings.cfg * (eps_c - eps))).detach()
         last = (self.step + 1) % self.settings.inner_steps == 0
-        with rollback_on_interrupt(self.optimizer, last):
+        with rollback_on_interrupt(self, last):
             self.descend(loss, self.phi_h)
             if last:
                 with torch.no_grad():

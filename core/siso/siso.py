@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..fit.fit import Fit, finite_or_raise, group_state, restore_groups
+from ..fit.fit import Fit, finite_or_raise, group_state
 from ..lora.low_rank import TEXT_PREFIX
 from ..vision.measures import cosine
 
@@ -174,4 +174,3 @@ class Siso(Fit):
         self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
         self.image = state["picture"].to(device) if "picture" in state else None
         self.images, self.parts = list(state["pictures"].split(1)), state["parts"].tolist()
-        restore_groups(self.optimizer, state)
