@@ -68,14 +68,9 @@ class Job(abc.ABC):
         return objective(self.model.get_model_object("model_sampling"))
 
     @property
-    def one_result(self) -> bool:
-        """Whether the run saves only its last result, because results are large."""
-        return False
-
-    @property
     def retention(self) -> Retention:
-        """At which steps a result is saved, and how many."""
-        return Retention(LAST, 1 if self.one_result else None)
+        """At which steps a result is saved, and how many: only the last one where results are large."""
+        return Retention(LAST)
 
     @abc.abstractmethod
     def key(self) -> str:
@@ -93,16 +88,11 @@ class Job(abc.ABC):
         """The step whose result is returned."""
         return done.end_with_warning(self.steps)
 
-    def begin(self, done: int) -> Job:
-        """Called once before the model is loaded, if updates are to be made; prepares what session() and fit() share.
-
-        done: number of updates already stored.
-        """
-        return self
-
     @abc.abstractmethod
     def session(self) -> Session:
-        """The session that the fit runs in."""
+        """The session that the fit runs in; called before the model is loaded, if updates are to be made. What it
+        shares with fit() is a cached property.
+        """
 
     @abc.abstractmethod
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> FitContext:
@@ -121,7 +111,7 @@ def run(job: Job) -> Run:
     An interrupt or error during training is raised here too, after the work so far is stored.
     """
     key, store = job.key(), job.store()
-    if job.one_result:
+    if job.retention.most == 1:
         key, stored = stored_last(store, key, job.steps)
     else:
         stored = stored_run(store, key, whole=False, more=job.state)
@@ -144,7 +134,6 @@ def run(job: Job) -> Run:
 def _train(job: Job, done: int, store: RunStore, key: str, progress: Progress) -> Run:
     if not done:
         log.info("%s: no run is stored for exactly this model, these inputs and settings: it is trained.", job.method)
-    job = job.begin(done)
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> Run:
         with job.fit(denoiser, x0) as (fit, result):

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ...fit.fit import Fit, curve, step_generator
 from ...fit.runs import RunStore, digest
-from ...fit.train import Result
+from ...fit.train import Result, Retention
 from ...prompt.conditioning import CHUNK, detached
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import check_vae
-from ...session.job import Job, run
+from ...session.job import LAST, Job, run
 from ...session.memory import BYTES_PER_WEIGHT, GB, activations
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
@@ -74,7 +74,7 @@ class AdapterJob(Job):
     folder: PairFolder
     plan: AdapterPlan
     settings: TrainingSettings
-    one_result = True
+    retention = Retention(LAST, 1)
 
     @property
     def model(self) -> Any:

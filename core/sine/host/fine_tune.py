@@ -98,9 +98,7 @@ class FineTuneData:
 
 @dataclass(frozen=True)
 class FineTuneJob(Job):
-    """A complete fine-tuning job. model: with its position map. begin() sets samples, the encoded images, and text,
-    the text encoder if it trains too.
-    """
+    """A complete fine-tuning job. model: with its position map."""
 
     method: ClassVar[str] = "sine"
 
@@ -111,27 +109,20 @@ class FineTuneJob(Job):
     plan: FineTunePlan
     settings: FineTuneSettings
     prior: FineTuneData | None
-    samples: tuple[Samples, Samples | None] | None = None
-    text: TextEncoder | None = None
 
     @property
     def steps(self) -> int:
         return self.plan.steps
 
     @property
-    def one_result(self) -> bool:
-        """Differences of all weights are large, so only the last result is kept."""
-        return self.plan.method == FULL
-
-    @property
     def retention(self) -> Retention:
-        if self.one_result:
+        if self.plan.method == FULL:  # differences of all weights are large, so only the last result is kept
             return Retention(LAST, 1)
         return Retention(KEEP_EVERY, max(2, KEPT_BYTES // (4 * self._numbers)))
 
     @functools.cached_property
     def _numbers(self) -> int:
-        if self.one_result:
+        if self.plan.method == FULL:
             return sum(value.numel() for module in _modules(self.model, self.data) for value in module.parameters())
         clip = self.data.clip
         layers = _layers(self.model.model, None if clip is None else clip.cond_stage_model, self.plan)
@@ -155,8 +146,10 @@ class FineTuneJob(Job):
     def store(self) -> RunStore:
         return run_store(RUN_BYTES_PER_WEIGHT * self._numbers)
 
-    def begin(self, done: int) -> FineTuneJob:
-        steps, crop, seed = max(self.steps, done), self.plan.crop, self.settings.seed
+    @functools.cached_property
+    def samples(self) -> tuple[Samples, Samples | None]:
+        """The encoded images, and those of the prior."""
+        steps, crop, seed = self.steps, self.plan.crop, self.settings.seed
         log.info("SINE: encoding the image(s) for %d steps", steps)
         samples, of_prior = make_samples(self.model, self.vae, self.data.image, self.data.mask, crop, seed, steps), None
         if self.prior is not None:
@@ -165,11 +158,14 @@ class FineTuneJob(Job):
             if crop.cells:  # next to patches, prior images carry the box of the whole image
                 box = of_prior.x0.new_tensor([[0, 0, crop.cells, crop.cells]])
                 of_prior = replace(of_prior, boxes=box.expand(of_prior.x0.shape[0], -1))
-        text = None if self.data.clip is None else TextEncoder(self.data.clip)
-        return replace(self, samples=(samples, of_prior), text=text)
+        return samples, of_prior
+
+    @functools.cached_property
+    def text(self) -> TextEncoder | None:
+        """The text encoder, if it trains too."""
+        return None if self.data.clip is None else TextEncoder(self.data.clip)
 
     def session(self) -> Session:
-        assert self.samples is not None  # begin() came first
         return Session(
             self.model,
             self.positive,
@@ -182,7 +178,6 @@ class FineTuneJob(Job):
 
     @contextlib.contextmanager
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
-        assert self.samples is not None  # begin() came first
         text, (images, prior_samples) = self.text, self.samples
         latent_format = self.model.get_model_object("latent_format")
         prior = None

@@ -88,7 +88,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class SisoJob(Job):
-    """A complete SISO job. begin() sets text, the text encoder if it trains too."""
+    """A complete SISO job."""
 
     method: ClassVar[str] = "siso"
     state: ClassVar[Collection[str]] = IMAGE_STATE
@@ -100,7 +100,6 @@ class SisoJob(Job):
     plan: SisoPlan
     settings: SisoSettings
     background: Background | None = None
-    text: TextEncoder | None = None
     retention = Retention(LAST, 2)
 
     @property
@@ -134,9 +133,10 @@ class SisoJob(Job):
         images = (self.steps + 4) * 3 * shape[-2] * shape[-1] * self.generator.vae.spacial_compression_decode() ** 2
         return dedicated_store("picture_runs", images + BYTES_PER_NUMBER * layers.numbers(self.plan.rank))
 
-    def begin(self, done: int) -> SisoJob:
-        clip = self.generator.clip
-        return self if clip is None else replace(self, text=TextEncoder(clip))
+    @functools.cached_property
+    def text(self) -> TextEncoder | None:
+        """The text encoder, if it trains too."""
+        return None if self.generator.clip is None else TextEncoder(self.generator.clip)
 
     def is_complete(self, stored: Run) -> bool:
         """It has enough iterations, or early stopping by the current settings ends it."""
