@@ -10,11 +10,9 @@ after several numbers of passes, on images of the subject in another place, by a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +119,9 @@ class Bench(effect_hiper.Bench):
             def key(self) -> str:
                 return digest([super().key(), asdict(way)] if way.varied else super().key())
 
-            @contextlib.contextmanager
-            def fit(self, denoiser: Any, x0: torch.Tensor) -> Iterator[Any]:
+            def fit(self, denoiser: Any, x0: torch.Tensor) -> Any:
                 fit = Varied(*self.inputs(denoiser, x0), way=way)
-                yield fit, lambda: {"": fit.h.detach().clone()[None]}
+                return fit, lambda: {"": fit.h.detach().clone()[None]}
 
         model, prompt = self.world.model, self.conditioning(case.prompt(case.source_place))
         with torch.inference_mode():

@@ -7,7 +7,6 @@ the rest.
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import logging
 import time
@@ -30,7 +29,7 @@ LAST = 1 << 62  # Retention.every for a run that saves only its last result
 _seconds: dict[str, float] = {}  # what each run of this process took, by key
 log = logging.getLogger("likeness")
 
-FitContext = contextlib.AbstractContextManager[tuple[Fit, Callable[[], Result]]]
+Fitted = tuple[Fit, Callable[[], Result]]
 
 
 class Job(abc.ABC):
@@ -95,8 +94,8 @@ class Job(abc.ABC):
         """
 
     @abc.abstractmethod
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> FitContext:
-        """A context manager, entered inside the session: the fit, and a function that returns its current result."""
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
+        """Inside the session: the fit, and a function that returns its current result."""
 
     def so_far(self, denoiser: GuiderDenoiser, fit: Fit, x0: Tensor) -> Tensor | None:
         """An image of what was learned so far, as a latent [1, C, h, w] for the preview. None: the update's own is
@@ -136,20 +135,20 @@ def _train(job: Job, done: int, store: RunStore, key: str, progress: Progress) -
         log.info("%s: no run is stored for exactly this model, these inputs and settings: it is trained.", job.method)
 
     def body(denoiser: GuiderDenoiser, x0: Tensor) -> Run:
-        with job.fit(denoiser, x0) as (fit, result):
-            so_far = Sparingly(lambda: job.so_far(denoiser, fit, x0))
+        fit, result = job.fit(denoiser, x0)
+        so_far = Sparingly(lambda: job.so_far(denoiser, fit, x0))
 
-            def show(preview: Tensor) -> None:
-                if job.shows_image:
-                    progress.update(fit.losses, image=preview[0])
-                elif (image := so_far()) is not None:
-                    progress.update(fit.losses, image, so_far=True)
-                else:
-                    progress.update(fit.losses, preview)
+        def show(preview: Tensor) -> None:
+            if job.shows_image:
+                progress.update(fit.losses, image=preview[0])
+            elif (image := so_far()) is not None:
+                progress.update(fit.losses, image, so_far=True)
+            else:
+                progress.update(fit.losses, preview)
 
-            header = {"method": job.method, "settings": asdict(job.settings)}
-            finished = train(fit, job.steps, result, Checkpointer(store, key, header, job.retention), show)
-            state = {name: value.cpu() for name, value in fit.state().items() if name in job.state}
-            return Run(state, finished.losses, finished.results)
+        header = {"method": job.method, "settings": asdict(job.settings)}
+        finished = train(fit, job.steps, result, Checkpointer(store, key, header, job.retention), show)
+        state = {name: value.cpu() for name, value in fit.state().items() if name in job.state}
+        return Run(state, finished.losses, finished.results)
 
     return job.session().run(body)

@@ -53,6 +53,7 @@ class GuiderDenoiser:
         self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, "positive"
         self.leaves = leaves or Leaves()
         self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
+        self.attached = contextlib.ExitStack()  # closed at the end of a Session: what a fit changes of the model
         self._sampling = guider.inner_model.model_sampling
         self._as_noise = not sampling.objective(self._sampling)
         self.sigmas: Tensor = self._sampling.sigmas.detach().float().clone()
@@ -226,7 +227,8 @@ class Session:
             check_reuse(self.model, denoiser, x0[:1])
             with calls(parts, denoiser.called.add):
                 _probe(denoiser, x0[:1], self.learned)
-            return body(denoiser, x0)
+            with denoiser.attached:
+                return body(denoiser, x0)
 
 
 def _memory(models: list[Any], latent: Tensor, checkpointing: bool, all_weights: bool) -> float:

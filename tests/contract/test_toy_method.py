@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -60,10 +59,9 @@ class ToyJob(Job):
     def session(self) -> Session:
         return Session(self.model, self.positive, self.latent)
 
-    @contextlib.contextmanager
     def fit(self, denoiser, x0):
         fit = Toy(denoiser, x0, self.settings.rate)
-        yield fit, lambda: {"shift": fit.shift.detach().cpu().clone().view(1)}
+        return fit, lambda: {"shift": fit.shift.detach().cpu().clone().view(1)}
 
 
 def job(steps: int) -> ToyJob:

@@ -1,20 +1,17 @@
 """Refine an embedding for each denoising step with a MODEL (HiFi Tuner, Algorithm 1)."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...fit.fit import Fit, curve
+from ...fit.fit import curve
 from ...fit.runs import digest
-from ...fit.train import Result
 from ...prompt.conditioning import Conditioning, warn_of_rate
 from ...prompt.windows import windows
 from ...session.fingerprint import check_base
 from ...session.images import TrainingImages
-from ...session.job import run
+from ...session.job import Fitted, run
 from ...session.session import GuiderDenoiser
 from ..artifact import Embedding
 from ..hifi_tuner import StepWise, StepWiseSettings
@@ -39,10 +36,9 @@ class RefiningJob(TokensJob):
         what += [self.start[None], self.sigmas, asdict(self.images), regularizer]
         return digest([*what, *self.objective_and_place()])
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         fit = StepWise(self.sigmas[:-1].tolist(), *self.inputs(denoiser, x0))
-        yield fit, lambda: {"": fit.rows()}
+        return fit, lambda: {"": fit.rows()}
 
     def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
         """The header of the artifact. before: the settings of the original embedding."""

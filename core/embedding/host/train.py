@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from ...denoiser import timestep_range
 from ...fit.fit import Fit, curve, evenly
 from ...fit.presets import FAST, settings_of
 from ...fit.runs import digest
-from ...fit.train import Result, Retention
+from ...fit.train import Retention
 from ...prompt.conditioning import (
     CHUNK,
     TAIL_OF_PADDING,
@@ -35,7 +34,7 @@ from ...prompt.conditioning import (
 from ...session.describe import describe
 from ...session.fingerprint import fingerprint, patches_digest, precision
 from ...session.images import TrainingImages
-from ...session.job import Job, run
+from ...session.job import Fitted, Job, run
 from ...session.progress import Steps
 from ...session.sampling import decoded, kind_of, sample_latent
 from ...session.session import GuiderDenoiser, Session
@@ -198,12 +197,11 @@ class EmbeddingJob(TokensJob):
         cfg = None if self.prompts.negative is None else self.prompts.preview_cfg
         return so_far(denoiser, fit.parameters["h"], x0, cfg, self.settings.seed)
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         fit = hiper.HiPer(*self.inputs(denoiser, x0))
         fast = settings_of(presets_for(denoiser.context), FAST, kind_of(self.model))["learning_rate"]
         fit.advice = f"learning_rate is {self.settings.learning_rate}, the preset '{FAST}' has {fast}; try a lower one."
-        yield fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
+        return fit, lambda: {"": fit.h.detach().cpu().clone()[None]}
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
         """The header of the artifact."""

@@ -6,10 +6,9 @@ runs the UNet only, once for the subject images and once, with a gradient, for t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -17,14 +16,14 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
-from ...fit.fit import Fit, curve, step_generator
+from ...fit.fit import curve, step_generator
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import CHUNK, detached
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import check_vae
-from ...session.job import LAST, Job, run
+from ...session.job import LAST, Fitted, Job, run
 from ...session.memory import BYTES_PER_WEIGHT, GB, activations
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import dedicated_store
@@ -114,8 +113,7 @@ class AdapterJob(Job):
         prompt = [[next(iter(self.data.rows.values()))[None], {}]]  # any one
         return Session(model, prompt, latent, checkpointing=plan.checkpointing, more_memory=more)
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         base: Any = denoiser.model
         adapter = new_adapter(base)
         if self.models.start is not None:
@@ -130,7 +128,7 @@ class AdapterJob(Job):
             about = torch.tensor(folder_report, dtype=torch.uint8)
             return {**pack_adapter(adapter, {}).tensors, CHECK_ERRORS: check_errors, FOLDER_REPORT: about}
 
-        yield AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
+        return AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
         start, plan = self.models.start, self.plan

@@ -1,21 +1,18 @@
 """Reconstruct an inverted image with a MODEL: null-text optimization, and three methods that need no optimization."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...fit.fit import Fit
 from ...fit.runs import digest
 from ...fit.train import Result, Run
 from ...prompt.conditioning import Conditioning, detached, single_prompt, warn_of_rate
 from ...prompt.windows import step_wise, windows
 from ...session.describe import describe
 from ...session.fingerprint import patches_digest, precision
-from ...session.job import Job, run
+from ...session.job import Fitted, Job, run
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
 from ..null_text import Method, NullText, NullTextSettings, Start
@@ -93,8 +90,7 @@ class NullTextJob(Job):
         latent = self.model.get_model_object("latent_format").process_out(self.trajectory.latents[-1])
         return Session(self.model, self.positive, latent, negative=self.first, exact=True)
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         parts = detached([self.trajectory.latents, self.trajectory.sigmas, self.first[0][0]])
         latents, sigmas, null = (part.to(x0.device).float() for part in parts)
         unguided = denoiser.of("negative")
@@ -104,7 +100,7 @@ class NullTextJob(Job):
             nulls = torch.cat(fit.nulls) if fit.nulls else null[:0]
             return {"nulls": nulls.cpu(), "counts": torch.tensor(fit.counts)}
 
-        yield fit, result
+        return fit, result
 
 
 def null_text(

@@ -1,7 +1,6 @@
 """Reference-guided sampling (HiFi Tuner, Algorithm 2) with a MODEL, and its replay in any sampler."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...denoiser import latent_mask
-from ...fit.fit import Fit
 from ...fit.runs import digest
 from ...fit.train import Result
 from ...inversion.host.landing import Landing, attach_landing
@@ -19,7 +17,7 @@ from ...prompt.windows import windows
 from ...session.describe import describe
 from ...session.fingerprint import check_base, patches_digest, precision
 from ...session.images import as_latent, checked_mask
-from ...session.job import Job, run
+from ...session.job import Fitted, Job, run
 from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
 from ...session.weights import warn_of_guidance
@@ -63,8 +61,7 @@ class ReferenceJob(Job):
         latent = self.model.get_model_object("latent_format").process_out(self.trajectory.latents[-1])
         return Session(self.model, self.positive, latent, negative=self.negative, exact=True)
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         sampling = self.model.get_model_object("model_sampling")
         latent_format = self.model.get_model_object("latent_format")
         levels = self.trajectory.sigmas
@@ -82,7 +79,7 @@ class ReferenceJob(Job):
             samples = latent_format.process_out(sampling.inverse_noise_scaling(sigmas[-1], fit.x)).cpu()
             return {"samples": samples, **({"nulls": torch.cat(fit.nulls).cpu()} if fit.nulls else {})}
 
-        yield fit, result
+        return fit, result
 
 
 def sample_with_reference(

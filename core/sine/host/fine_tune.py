@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...denoiser import Prompt
-from ...fit.fit import Fit, curve
+from ...fit.fit import curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
@@ -36,7 +35,7 @@ from ...prompt.conditioning import Conditioning, detached, single_prompt
 from ...session.describe import describe
 from ...session.differentiable import TextEncoder
 from ...session.fingerprint import patches_digest, precision
-from ...session.job import LAST, Job, run
+from ...session.job import LAST, Fitted, Job, run
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import run_store
 from ...session.weights import check_trainable_weights
@@ -176,8 +175,7 @@ class FineTuneJob(Job):
             all_weights=self.plan.method == FULL,
         )
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         text, (images, prior_samples) = self.text, self.samples
         latent_format = self.model.get_model_object("latent_format")
         prior = None
@@ -187,8 +185,8 @@ class FineTuneJob(Job):
             prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt, of_prior)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
         samples = _in_scale(latent_format, images)
-        with _trained(denoiser, text, self.plan, self.settings.seed) as (parameters, at, result):
-            yield FineTune(denoiser, samples, prompt, parameters, self.settings, prior, at), result
+        parameters, at, result = _trained(denoiser, text, self.plan, self.settings.seed)
+        return FineTune(denoiser, samples, prompt, parameters, self.settings, prior, at), result
 
 
 def fine_tune(
@@ -287,17 +285,15 @@ def _layers(base: Any, text: nn.Module | None, plan: FineTunePlan) -> dict[str, 
     return {**network_layers(base, plan.layers), **encoder}
 
 
-@contextlib.contextmanager
 def _trained(
     denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int
-) -> Iterator[tuple[Mapping[str, nn.Parameter], Callable[[int, int], None], Callable[[], Result]]]:
+) -> tuple[Mapping[str, nn.Parameter], Callable[[int, int], None], Callable[[], Result]]:
     """The trained parameters inside a session: LoRAs on the layers, or the weights themselves. With them, what to call
     before the model predicts at a timestep, and the current result.
     """
     if plan.method == FULL:
         leaves = denoiser.leaves
-        yield leaves, lambda _t, _count: None, lambda: weight_differences(leaves.before, dict(leaves))
-        return
+        return leaves, lambda _t, _count: None, lambda: weight_differences(leaves.before, dict(leaves))
     layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
     check_run(denoiser.model, layers, denoiser.called)
     adapters = new_adapters(layers, plan.rank, seed, kind=FORMS[plan.form])
@@ -310,8 +306,8 @@ def _trained(
     def result() -> Result:
         return {key: value for name, adapter in adapters.items() for key, value in adapter.tensors(name).items()}
 
-    with attached_lora(layers, adapters):
-        yield factors(adapters), at, result
+    denoiser.attached.enter_context(attached_lora(layers, adapters))
+    return factors(adapters), at, result
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import Prompt
-from ...fit.fit import Fit, curve
+from ...fit.fit import curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
@@ -27,7 +26,7 @@ from ...session.describe import describe
 from ...session.differentiable import TextEncoder, decode
 from ...session.fingerprint import patches_digest, precision
 from ...session.images import check_vae, image_latents
-from ...session.job import LAST, Job, run
+from ...session.job import LAST, Fitted, Job, run
 from ...session.memory import activations, decoding_memory, vision_memory
 from ...session.sampling import noisy_start
 from ...session.session import GuiderDenoiser, Session
@@ -166,37 +165,36 @@ class SisoJob(Job):
             exact=self.sampling.replay is not None,  # the first image must be the inverted one
         )
 
-    @contextlib.contextmanager
-    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Iterator[tuple[Fit, Callable[[], Result]]]:
+    def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         generator, plan, text = self.generator, self.plan, self.text
         if text is not None:
             _check_prompt(text, generator)
         layers = trained_layers(denoiser.model, None if text is None else text.patcher.model, plan.layers)
         check_run(denoiser.model, layers.layers, denoiser.called)
         adapters = new_adapters(layers.layers, plan.rank, self.sampling.seed, deviation=1 / plan.rank)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(attached_lora(layers.layers, adapters))
-            if plan.checkpointing:  # the session does it for the diffusion model
-                stack.enter_context(checkpointed(generator.vae.first_stage_model, DECODER))
-                for vision in self.similarity.visions:
-                    stack.enter_context(layers_checkpointed(vision.model))
-            generate = image_sampling(generator, self.sampling, denoiser, x0, text)
-            terms = [part.term() for part in self.similarity.parts if part.weight]
-            if self.background is not None:
-                terms.append(self.background.term())
-            optimizer = prodigy() if self.settings.optimizer == "Prodigy" else ADAMW
-            fit = Siso(
-                lambda: generate(fit.step if plan.new_noise else 0),
-                terms, factors(adapters), self.settings, optimizer,
-            )  # fmt: skip
+        attach = denoiser.attached.enter_context
+        attach(attached_lora(layers.layers, adapters))
+        if plan.checkpointing:  # the session does it for the diffusion model
+            attach(checkpointed(generator.vae.first_stage_model, DECODER))
+            for vision in self.similarity.visions:
+                attach(layers_checkpointed(vision.model))
+        generate = image_sampling(generator, self.sampling, denoiser, x0, text)
+        terms = [part.term() for part in self.similarity.parts if part.weight]
+        if self.background is not None:
+            terms.append(self.background.term())
+        optimizer = prodigy() if self.settings.optimizer == "Prodigy" else ADAMW
+        fit = Siso(
+            lambda: generate(fit.step if plan.new_noise else 0),
+            terms, factors(adapters), self.settings, optimizer,
+        )  # fmt: skip
 
-            def result() -> Result:
-                """The LoRAs of the best and of the last iteration, as `keep` may change later."""
-                kinds = {"best": fit.best, "last": fit.parameters}
-                loras = {kind: layers.tensors(values) for kind, values in kinds.items()}
-                return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
+        def result() -> Result:
+            """The LoRAs of the best and of the last iteration, as `keep` may change later."""
+            kinds = {"best": fit.best, "last": fit.parameters}
+            loras = {kind: layers.tensors(values) for kind, values in kinds.items()}
+            return {f"{kind}.{name}": value for kind, lora in loras.items() for name, value in lora.items()}
 
-            yield fit, result
+        return fit, result
 
 
 @dataclass(frozen=True)
