@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..fit.fit import Fit, random_numbers
+from ..fit.fit import Fit, curve, random_numbers
 from ..fit.runs import RunStore
 from ..fit.train import Checkpointer, Result, Retention, Run, stored_last, stored_run, train
 from .fingerprint import fingerprint
@@ -102,6 +102,10 @@ class Job(abc.ABC):
         shown. It must not change the fit.
         """
         return None
+
+    def artifact_header(self, settings: dict[str, Any], losses: list[float], **more: Any) -> dict[str, Any]:
+        """The header of the artifact that the training makes. more: further entries, or others in place of these."""
+        return {"method": self.method, "base": self.base, "settings": settings, "losses": curve(losses), **more}
 
 
 def run(job: Job) -> Run:

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...fit.fit import curve
 from ...fit.runs import digest
 from ...prompt.conditioning import Conditioning, warn_of_rate
 from ...prompt.windows import windows
@@ -43,15 +42,10 @@ class RefiningJob(TokensJob):
     def header(self, before: dict[str, Any], losses: list[float]) -> dict[str, Any]:
         """The header of the artifact. before: the settings of the original embedding."""
         sampling = self.model.get_model_object("model_sampling")
-        refined = {**asdict(self.settings), **self.objective}
-        return {
-            "method": self.method,
-            "base": self.base,
-            "settings": {**before, "refined": refined, "sigmas": self.sigmas.tolist()},
-            "losses": curve(losses),
-            "windows": windows(self.sigmas.tolist(), sampling.percent_to_sigma),
-            "placement": self.placement,
-        }
+        refined, sigmas = {**asdict(self.settings), **self.objective}, self.sigmas.tolist()
+        times = windows(sigmas, sampling.percent_to_sigma)
+        settings = {**before, "refined": refined, "sigmas": sigmas}
+        return self.artifact_header(settings, losses, windows=times, placement=self.placement)
 
 
 def refine_embedding(

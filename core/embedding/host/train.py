@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import timestep_range
-from ...fit.fit import Fit, curve, evenly
+from ...fit.fit import Fit, evenly
 from ...fit.presets import FAST, settings_of
 from ...fit.runs import digest
 from ...fit.train import Retention
@@ -210,8 +210,7 @@ class EmbeddingJob(TokensJob):
         if self.regularizer is not None:
             settings |= {"anchor_weight": self.regularizer.weight, "decoupled": self.regularizer.decoupled}
         method = METHOD if self.regularizer is None else METHOD_REGULARIZED
-        header = {"method": method, "base": self.base, "settings": settings, "losses": curve(losses)}
-        return {**header, "placement": self.placement}
+        return self.artifact_header(settings, losses, method=method, placement=self.placement)
 
 
 def train_embedding(

@@ -16,7 +16,7 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
-from ...fit.fit import curve, step_generator
+from ...fit.fit import step_generator
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...prompt.conditioning import CHUNK, detached
@@ -133,13 +133,9 @@ class AdapterJob(Job):
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
         start, plan = self.models.start, self.plan
         images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(self.folder)}
-        return {
-            "method": self.method,
-            "base": model_base_sample(self.model),
-            "steps": steps + (0 if start is None else int(start.header.get("steps", 0))),
-            "settings": {**asdict(self.settings), **images, "steps": steps},
-            "losses": curve(losses),
-        }
+        settings = {**asdict(self.settings), **images, "steps": steps}
+        steps += 0 if start is None else int(start.header.get("steps", 0))
+        return self.artifact_header(settings, losses, base=model_base_sample(self.model), steps=steps)
 
 
 def train_adapter(

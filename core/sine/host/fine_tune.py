@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...denoiser import Prompt
-from ...fit.fit import curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention
 from ...lora.artifact import FineTunedWeights, weight_differences
@@ -318,19 +317,6 @@ def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]
     if plan.crop.cells:
         patches = {"crops": plan.crop.crops, "whole_image": plan.crop.whole_image}
     images = {"pictures": data.image.shape[0], "masked": data.mask is not None}
-    return {
-        "method": job.method,
-        "base": job.base,
-        "prompt": data.prompt,
-        "weights": plan.method,
-        "settings": {
-            **asdict(job.settings),
-            **job.objective,
-            **lora,
-            **patches,
-            **images,
-            "resolution": plan.crop.resolution,
-            "steps": steps,
-        },
-        "losses": curve(losses),
-    }
+    settings = {**asdict(job.settings), **job.objective, **lora, **patches, **images}
+    settings |= {"resolution": plan.crop.resolution, "steps": steps}
+    return job.artifact_header(settings, losses, prompt=data.prompt, weights=plan.method)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...denoiser import Prompt
-from ...fit.fit import curve
 from ...fit.runs import RunStore, digest
 from ...fit.train import Result, Retention, Run
 from ...inversion.renoise import Replay
@@ -255,14 +254,8 @@ def optimize_lora(job: SisoJob) -> OptimizedLora:
     image, images = (job_run.state[name].movedim(1, -1) for name in ("picture", "pictures"))
     keep, parts = job.plan.keep, job_run.state["parts"].tolist()
     lora = {name[len(keep) + 1 :]: value for name, value in job_run.last.items() if name.startswith(f"{keep}.")}
-    header = {
-        "method": job.method,
-        "base": job.base,
-        "prompt": generator.prompt,
-        "weights": "LoRA",
-        "settings": {**asdict(settings), "rank": job.plan.rank, "iterations": job_run.step, "keep": keep},
-        "losses": curve(job_run.losses),
-    }
+    about = {**asdict(settings), "rank": job.plan.rank, "iterations": job_run.step, "keep": keep}
+    header = job.artifact_header(about, job_run.losses, prompt=generator.prompt, weights="LoRA")
     result = OptimizedLora(FineTunedWeights(lora, header), image, images.float() / 255, job_run.losses, parts, keep)
     if result.warning():
         log.warning("%s", result.warning())
