@@ -30,26 +30,15 @@ class Denoiser(Protocol):
         ...
 
     def denoised(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, tokens, width]."""
+        """D(x, sigma, context): x [B, C, h, w], sigma [B], context [B or 1, tokens, width].
+
+        That of a session also takes a pooled prompt vector, pooled [1, width] (SDXL), and the position of each sample
+        within a larger image, boxes [B, 4] as y0, x0, y1, x1 in latent cells.
+        """
         ...
 
     def output_scale(self, sigma: Tensor) -> Tensor:
         """s(sigma) [B]: what an error of 1 in the network's output makes of D."""
-        ...
-
-
-class PlacedDenoiser(Denoiser, Protocol):
-    """A Denoiser that also takes a pooled prompt vector and the position of each sample within a larger image."""
-
-    def denoised(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        context: Tensor,
-        pooled: Tensor | None = None,
-        boxes: Tensor | None = None,
-    ) -> Tensor:
-        """As in Denoiser; pooled [1, width] for the prompt (SDXL), boxes [B, 4] as y0, x0, y1, x1 in latent cells."""
         ...
 
 
@@ -67,7 +56,7 @@ def output_error(
     """F(x_t, t, context) - F*, of eps models eps_theta - eps, and the denoised estimate it is computed from; both
     [B, C, h, w].
 
-    more: pooled and boxes for a PlacedDenoiser.
+    more: pooled and boxes, for the denoiser of a session.
     """
     x = denoiser.noised(x0, noise, sigma)
     denoised = denoiser.denoised(x, sigma, context, **more)

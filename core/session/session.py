@@ -72,7 +72,7 @@ class GuiderDenoiser:
         pooled: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> Tensor:
-        """As in PlacedDenoiser; context and pooled default to the prompt's own token embeddings and vector."""
+        """As in Denoiser; context and pooled default to the prompt's own token embeddings and vector."""
         mm.throw_exception_if_processing_interrupted()
         extra_args = self._extra_args
         if boxes is not None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..denoiser import PlacedDenoiser, Prompt, masked_mean, output_error
+from ..denoiser import Denoiser, Prompt, masked_mean, output_error
 from ..fit.fit import Fit, finite_or_raise, in_groups, step_generator
 
 LEARNING_RATE = 1e-4  # for low-rank factors
@@ -67,7 +67,7 @@ class Prior:
 
     samples: Samples
     prompt: Callable[[], Prompt]
-    denoiser: PlacedDenoiser
+    denoiser: Denoiser
 
 
 def recon_term(denoised: Tensor, x0: Tensor, t: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class FineTune(Fit):
 
     def __init__(
         self,
-        denoiser: PlacedDenoiser,
+        denoiser: Denoiser,
         samples: Samples,
         prompt: Callable[[], Prompt],
         parameters: Mapping[str, nn.Parameter],
@@ -125,7 +125,7 @@ class FineTune(Fit):
         box: Tensor | None = None,
         mask: Tensor | None = None,
         recon_weight: float = 0.0,
-        denoiser: PlacedDenoiser | None = None,
+        denoiser: Denoiser | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 1 plus recon_weight times the second term, for one batch; and the denoised estimate."""
         sigma = self.denoiser.sigmas.to(x0)[t.to(x0.device)]
