@@ -1,18 +1,14 @@
-"""What a MODEL's sampling says of itself, and preview images by ComfyUI's own sampler."""
+"""What a MODEL's sampling says of itself, and images of latents."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import comfy.sample
 import torch
 from torch import Tensor
 
 from ..fit.presets import FLOW, NOISE
-from ..prompt.conditioning import Conditioning
-
-SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together: DDIM with eta 0, as in the papers
 
 
 def output_scale(sampling: Any, sigma: Tensor) -> Tensor:
@@ -54,26 +50,6 @@ def with_options(extra_args: dict[str, Any], **options: Any) -> dict[str, Any]:
     model_options = extra_args["model_options"]
     options = {**model_options.get("transformer_options", {}), **options}
     return {**extra_args, "model_options": {**model_options, "transformer_options": options}}
-
-
-def sample_latent(
-    model: Any,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    shape: tuple[int, ...],
-    *,
-    steps: int,
-    cfg: float,
-    seed: int,
-) -> Tensor:
-    """One latent from fresh noise with a LATENT's shape [1, C, h, w]; without a negative prompt, cfg is 1."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    latent = torch.zeros(shape)
-    if negative is None:
-        negative, cfg = positive, 1.0
-    return comfy.sample.sample(
-        model, noise, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
-    )
 
 
 def decoded(vae: Any, latents: Tensor) -> Tensor:

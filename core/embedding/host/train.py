@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+import comfy.sample
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ from ...session.fingerprint import fingerprint, patches_digest, precision
 from ...session.images import TrainingImages
 from ...session.job import Fitted, Job, run
 from ...session.progress import Steps
-from ...session.sampling import decoded, kind_of, sample_latent
+from ...session.sampling import decoded, kind_of
 from ...session.session import GuiderDenoiser, Session
 from ...session.stores import kept
 from .. import hiper
@@ -49,6 +50,7 @@ METHOD, METHOD_REGULARIZED = "hiper", "hifi tuner"
 PREVIEWED = 3  # saved steps that are shown at most, the last among them
 PREVIEW_SHARE = 0.04  # of the training's cost, for previews at its end; one is always made
 UPDATE = 2.2  # evaluations of the model that an update costs, forward and backward
+SAMPLER, SCHEDULER = "euler", "ddim_uniform"  # together: DDIM with eta 0, as in the papers
 ANCHORS = ("in the loss", "decoupled")
 log = logging.getLogger("likeness")
 
@@ -240,7 +242,7 @@ def train_embedding(
 
 @dataclass(frozen=True)
 class Previews:
-    """Sampling settings of preview images."""
+    """Sampling settings of preview images; without a negative prompt, cfg is 1."""
 
     vae: Any
     negative: Conditioning | None
@@ -263,14 +265,16 @@ class Previews:
         key = digest(["images of prompts", *attached, *settings, *(describe(prompt) for prompt in prompts)])
 
         def sampled() -> Tensor:
-            progress = Steps(model, len(prompts) * images)
-            latents = []
+            progress, latents, empty = Steps(model, len(prompts) * images), list[Tensor](), torch.zeros(shape)
             for prompt in prompts:
-                for image in range(images):
-                    seed = self.seed + image
-                    latents.append(
-                        sample_latent(model, prompt, self.negative, shape, steps=self.steps, cfg=self.cfg, seed=seed)
-                    )
+                negative, cfg = (prompt, 1.0) if self.negative is None else (self.negative, self.cfg)
+                for seed in range(self.seed, self.seed + images):
+                    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                    latent = comfy.sample.sample(
+                        model, noise, self.steps, cfg, SAMPLER, SCHEDULER, prompt, negative, empty,
+                        disable_pbar=True, seed=seed,
+                    )  # fmt: skip
+                    latents.append(latent)
                     progress.step()
             return torch.cat(latents)
 
