@@ -9,7 +9,7 @@ which the weights misbehave; stock nodes log its name as not loaded, which is th
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class FineTunedWeights(dict[str, Tensor]):
         return "\n".join(lines)
 
 
-def weight_differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+def weight_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """after - before for all weights that changed, in float16; differences that are zero in float16 are dropped.
 
     Names: "<path>.weight" becomes "<path>.diff", "<path>.bias" becomes "<path>.diff_b", as in LoRA files.

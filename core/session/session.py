@@ -26,7 +26,6 @@ from .checkpointing import checkpointed
 from .memory import BYTES_PER_WEIGHT, activations, check_room, explain_out_of_memory, size_on
 from .reuse import check_reuse
 from .weights import (
-    Leaves,
     calls,
     check_fully_loaded,
     drop_guidance,
@@ -45,13 +44,12 @@ BOXES = "likeness.boxes"  # transformer_options: [B, 4] in latent cells, one box
 
 
 class GuiderDenoiser:
-    """A Denoiser backed by a running guider, for one of the guider's prompts. x0: the latent of the run. leaves: the
-    weights that the session trains, by name.
-    """
+    """A Denoiser backed by a running guider, for one of the guider's prompts. x0: the latent of the run."""
 
-    def __init__(self, guider: Any, extra_args: dict[str, Any], x0: Tensor, leaves: Leaves | None = None) -> None:
+    def __init__(self, guider: Any, extra_args: dict[str, Any], x0: Tensor) -> None:
         self._guider, self._extra_args, self._x0, self._role = guider, extra_args, x0, "positive"
-        self.leaves = leaves or Leaves()
+        self.leaves: dict[str, nn.Parameter] = {}  # the weights that a Session trains, by name
+        self.before: dict[str, Tensor] = {}  # what they were
         self.called: set[int] = set()  # ids of the modules that run in a prediction, known in a Session
         self.attached = contextlib.ExitStack()  # closed at the end of a Session: what a fit changes of the model
         self._sampling = guider.inner_model.model_sampling
@@ -216,14 +214,15 @@ class Session:
             trained = {"diffusion_model": network} if self.all_weights else {}
             if self.all_weights and self.text is not None:
                 trained["text_encoders"] = self.text.model
-            leaves = stack.enter_context(thawed(parts, trained))
+            weights = stack.enter_context(thawed(parts, trained))
             for part in parts:
                 stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
                 stack.enter_context(private_skips(network))
             if self.checkpointing:
                 stack.enter_context(checkpointed(network))
-            denoiser = GuiderDenoiser(guider, extra_args, x0, leaves)
+            denoiser = GuiderDenoiser(guider, extra_args, x0)
+            denoiser.leaves, denoiser.before = weights
             check_reuse(self.model, denoiser, x0[:1])
             with calls(parts, denoiser.called.add):
                 _probe(denoiser, x0[:1], self.learned)

@@ -65,22 +65,17 @@ def gradients() -> Iterator[None]:
         yield
 
 
-class Leaves(dict[str, nn.Parameter]):
-    """Trainable weights by their full names. before: the loaded weights whose place they take, not copied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: dict[str, Tensor] = {}
-
-
 @contextlib.contextmanager
-def thawed(modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None) -> Iterator[Leaves]:
+def thawed(
+    modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None = None
+) -> Iterator[tuple[dict[str, nn.Parameter], dict[str, Tensor]]]:
     """Replace all inference parameters and buffers, and a latent format's scales, by equal normal tensors without
     memory of their own. Those that ComfyUI casts in every forward stay, since autograd sees only the result of the
     cast; they collect no gradients meanwhile. The original objects come back, so that ModelPatcher's backups and other
     nodes that share the module remain valid.
 
-    trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names.
+    trained: modules, by prefix, whose weights become trainable float32 leaves; yields them by their full names, and the
+    loaded weights whose place they take, not copied.
     """
     with contextlib.ExitStack() as stack:
 
@@ -88,7 +83,15 @@ def thawed(modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None
             stack.callback(store.__setitem__, name, store[name])
             store[name] = value
 
-        leaves = _leaves(trained or {}, put)
+        leaves, before = dict[str, nn.Parameter](), dict[str, Tensor]()
+        by_id: dict[int, nn.Parameter] = {}  # a shared weight gets a single leaf
+        for prefix, module in (trained or {}).items():
+            for path, value in list(module.named_parameters(prefix, remove_duplicate=False)):
+                owner, _, name = path.removeprefix(f"{prefix}.").rpartition(".")
+                if id(value) not in by_id:
+                    leaves[path] = by_id[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
+                    before[path] = value.detach()
+                put(module.get_submodule(owner)._parameters, name, by_id[id(value)])
         own = {id(leaf) for leaf in leaves.values()}
         for module in modules:
             dtype = getattr(module, "manual_cast_dtype", None)
@@ -106,7 +109,7 @@ def thawed(modules: Iterable[nn.Module], trained: Mapping[str, nn.Module] | None
                         elif value.requires_grad:  # loaded outside of inference mode, or cast with a gradient
                             value.requires_grad_(False)  # inference mode alone may set it for inference tensors
                             stack.callback(torch.inference_mode()(value.requires_grad_), True)
-        yield leaves
+        yield leaves, before
 
 
 def _is_cast(part: nn.Module, name: str, value: Tensor, compute_dtype: torch.dtype | None) -> bool:
@@ -118,23 +121,6 @@ def _is_cast(part: nn.Module, name: str, value: Tensor, compute_dtype: torch.dty
         return False
     half = value.dtype in (torch.float16, torch.bfloat16)
     return value.dtype in FP8 or (half and compute_dtype is not None and compute_dtype != value.dtype)
-
-
-def _leaves(trained: Mapping[str, nn.Module], put: Callable[[Any, str, Any], None]) -> Leaves:
-    """Replace every weight by a leaf; a shared weight gets a single leaf."""
-    leaves = Leaves()
-    by_id: dict[int, nn.Parameter] = {}
-    for prefix, module in trained.items():
-        for path, part in module.named_modules():
-            for name, value in part._parameters.items():
-                if value is None:
-                    continue
-                if id(value) not in by_id:
-                    full_name = ".".join(word for word in (prefix, path, name) if word)
-                    by_id[id(value)] = nn.Parameter(value.detach().to(torch.float32, copy=True))
-                    leaves[full_name], leaves.before[full_name] = by_id[id(value)], value.detach()
-                put(part._parameters, name, by_id[id(value)])
-    return leaves
 
 
 def _normal(value: Tensor, parameter: bool) -> Tensor:

@@ -41,14 +41,14 @@ def test_trained_weights_are_compared_with_the_loaded_ones_themselves():
 
     network = tiny_models.sd1(dtype=torch.bfloat16).model.diffusion_model
     loaded = {f"network.{name}": value for name, value in network.named_parameters()}
-    with torch.inference_mode(False), torch.enable_grad(), thawed([network], {"network": network}) as leaves:
-        assert leaves.keys() == leaves.before.keys() == loaded.keys()
-        assert all(value.data_ptr() == loaded[name].data_ptr() for name, value in leaves.before.items())
-        assert not weight_differences(leaves.before, leaves)
+    with torch.inference_mode(False), torch.enable_grad(), thawed([network], {"network": network}) as (leaves, before):
+        assert leaves.keys() == before.keys() == loaded.keys()
+        assert all(value.data_ptr() == loaded[name].data_ptr() for name, value in before.items())
+        assert not weight_differences(before, leaves)
         with torch.no_grad():
             for leaf in leaves.values():
                 leaf += 0.25
-        found = weight_differences(leaves.before, leaves)
+        found = weight_differences(before, leaves)
     assert len(found) == len(loaded) and all((value == 0.25).all() for value in found.values())
 
 

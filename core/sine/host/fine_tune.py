@@ -291,8 +291,8 @@ def _trained(
     before the model predicts at a timestep, and the current result.
     """
     if plan.method == FULL:
-        leaves = denoiser.leaves
-        return leaves, lambda _t, _count: None, lambda: weight_differences(leaves.before, dict(leaves))
+        leaves, before = denoiser.leaves, denoiser.before
+        return leaves, lambda _t, _count: None, lambda: weight_differences(before, leaves)
     layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
     check_run(denoiser.model, layers, denoiser.called)
     adapters = new_adapters(layers, plan.rank, seed, kind=FORMS[plan.form])
