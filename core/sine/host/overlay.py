@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
+from ...session.weights import replaced
+
 Patch = tuple[float, Any, float, Any, Any]  # ComfyUI's: strength, adapter or tensors, strength of the weight, ...
 SAME = ("object_patches", "injections", "weight_wrapper_patches")
 SHARED = "model_sampling"  # shared within a module; equality of the schedules is checked elsewhere
@@ -117,13 +119,8 @@ class Overlay:
             for module, hook in self._hooks:
                 stack.callback(module.register_forward_hook(hook).remove)
             for module, attribute, function in self._functions:
-                name = f"{attribute}_function"
-                own = vars(module).get(name)  # None: it uses its class's empty list
-                if own is None:
-                    stack.callback(delattr, module, name)
-                else:
-                    stack.callback(setattr, module, name, own)
-                setattr(module, name, [*getattr(module, name), function])
+                name = f"{attribute}_function"  # one that has none uses its class's empty list
+                stack.enter_context(replaced(module, **{name: [*getattr(module, name), function]}))
             yield
 
 

@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 
+from ....session.weights import replaced
+
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Hub access disabled (huggingface_hub's own switch), normal tensors, no gradients, random state restored."""
     import huggingface_hub.constants as hub
 
-    before = hub.HF_HUB_OFFLINE
-    try:
-        hub.HF_HUB_OFFLINE = True
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
+    with replaced(hub, HF_HUB_OFFLINE=True), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng([]):
+        yield
 
 
 @contextlib.contextmanager
