@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 HEADER_KEY = "likeness"
@@ -32,20 +33,6 @@ FORMAT = 1  # version of the artifact header
 MAX_WORD, MAX_LOSSES, MAX_NUMBER = 200, 10_000, 1e300  # characters of a displayed string, losses, magnitude of a number
 TABLE = "state_dict"  # key under which some programs save the tensors, next to other data
 MAX_HEADER = 4 << 20  # bytes of JSON before the tensors
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.bool: "BOOL",
-}
 
 
 def write_tensors(
@@ -118,6 +105,12 @@ def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], header: dict[
         file.write(_contents(names, tensors, header, sums))
 
 
+@functools.cache
+def _type_name(dtype: torch.dtype) -> str:
+    """The name of a type in the format, as its library writes it behind the length."""
+    return json.loads(save({"": torch.empty(0, dtype=dtype, device="cpu")})[8:])[""]["dtype"]
+
+
 def _contents(names: list[str], tensors: dict[str, Tensor], header: dict[str, Any], sums: dict[str, str]) -> bytes:
     header = {**header, CHECKSUMS: sums} if sums else header
     try:
@@ -127,9 +120,9 @@ def _contents(names: list[str], tensors: dict[str, Tensor], header: dict[str, An
     contents: dict[str, Any] = {"__metadata__": {HEADER_KEY: text}}
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        entry = {"dtype": TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        contents[name] = entry
+        value, start = tensors[name], end
+        end += value.nbytes
+        contents[name] = {"dtype": _type_name(value.dtype), "shape": list(value.shape), "data_offsets": [start, end]}
     table = json.dumps(contents).encode()
     table += b" " * (-len(table) % 8)
     return len(table).to_bytes(8, "little") + table
