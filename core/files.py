@@ -58,23 +58,17 @@ def write_tensors(
             file.flush()
             os.fsync(file.fileno())  # the contents must be on disk before the name becomes visible
         _remove_leftovers(path.parent, temporary.stat().st_mtime)
-        if replace:
+        if not replace:
+            path.open("xb").close()  # FileExistsError for a name that something has
+        try:
             os.replace(temporary, path)
-        else:
-            _take_name(temporary, path)
+        except BaseException:
+            if not replace:
+                path.unlink(missing_ok=True)  # the empty file that held the name
+            raise
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
-
-
-def _take_name(temporary: Path, path: Path) -> None:
-    """Rename to a name that nothing has: FileExistsError otherwise."""
-    path.open("xb").close()
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        path.unlink(missing_ok=True)  # the empty file that held the name
         raise
 
 

@@ -47,12 +47,8 @@ def _feed(sha: Any, value: Any) -> None:
         for item in value:
             _feed(sha, item)
     else:
-        text = json.dumps(value, default=_name).encode()
+        text = json.dumps(value, default=lambda each: f"{type(each).__module__}.{type(each).__qualname__}").encode()
         sha.update(f"value {len(text)};".encode() + text)
-
-
-def _name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 class RunStore:

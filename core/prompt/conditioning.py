@@ -184,11 +184,6 @@ def apply_embedding(
     return applied
 
 
-def without_tail(conditioning: Conditioning) -> Conditioning:
-    """The same prompts without the TAIL option, so that another embedding may replace the one they contain."""
-    return [[text, {name: value for name, value in options.items() if name != TAIL}] for text, options in conditioning]
-
-
 def single_prompt(conditioning: Conditioning, role: str) -> Tensor:
     """The token embeddings [1, N, d] of a single plain prompt; ValueError when it is restricted or combined."""
     if len(conditioning) != 1:

@@ -18,6 +18,7 @@ from ...fit.runs import digest
 from ...fit.train import Retention
 from ...prompt.conditioning import (
     CHUNK,
+    TAIL,
     TAIL_OF_PADDING,
     Conditioning,
     Placement,
@@ -30,7 +31,6 @@ from ...prompt.conditioning import (
     start_rows,
     warn_of_rate,
     with_room,
-    without_tail,
 )
 from ...session.describe import describe
 from ...session.fingerprint import fingerprint, patches_digest, precision
@@ -300,7 +300,8 @@ def preview_images(
     most = max(1, int(PREVIEW_SHARE * UPDATE * steps[-1] / cost))
     shown = evenly(steps, min(PREVIEWED, max(1, most if target is None else (most - 1) // 2)))
     prompts = [] if target is None else [target]
-    source = without_tail(source)  # the learned tokens replace those they started from
+    # Without the mark of an embedding: the learned tokens replace those they started from.
+    source = [[text, {name: value for name, value in options.items() if name != TAIL}] for text, options in source]
     for step in shown:
         rows = embedding.rows[step]
         prompts.append(apply_embedding(source, rows, 1.0, (), embedding.placement))
