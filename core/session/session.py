@@ -102,26 +102,19 @@ class GuiderDenoiser:
         return self._guider.conds[self._role][0]["cross_attn"]
 
 
-class _Body(comfy.samplers.Sampler):
-    """A sampler that runs a function instead of sampling. (A class that is made in each run would hold what the run
-    holds until the garbage is collected.)
-    """
-
-    def __init__(self, body: Callable[..., Any]) -> None:
-        self.body = body
-        self.result: Any = None
-
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_more, **_named) -> Any:
-        self.result = self.body(model_wrap, extra_args, latent_image)
-        return latent_image
-
-
 def _run(guider: Any, latent: Tensor, body: Callable[[Any, dict[str, Any], Tensor], T]) -> T:
     """Run body(guider, extra_args, x0) as a guider's sampler, and return what it returns; nothing is sampled."""
-    sampler = _Body(body)
+    results: list[T] = []
+
+    def sample(model_wrap, sigmas, extra_args, callback, noise, latent_image: Any = None, *_more, **_named) -> Any:
+        results.append(body(model_wrap, extra_args, latent_image))
+        return latent_image
+
+    sampler = comfy.samplers.Sampler()
+    sampler.sample = sample
     highest = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)  # valid for any sampler
     guider.sample(torch.zeros_like(latent), latent, sampler, torch.tensor([highest, 0.0]), disable_pbar=True)
-    return sampler.result
+    return results[0]
 
 
 def predicting(model: Any, positive: Conditioning, latent: Tensor, body: Callable[[GuiderDenoiser, Tensor], T]) -> T:
