@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -175,7 +175,7 @@ class FineTuneJob(Job):
         )
 
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
-        text, (images, prior_samples) = self.text, self.samples
+        text, plan, (images, prior_samples) = self.text, self.plan, self.samples
         latent_format = self.model.get_model_object("latent_format")
         prior = None
         if self.prior is not None and prior_samples is not None:
@@ -184,8 +184,24 @@ class FineTuneJob(Job):
             prior = Prior(_in_scale(latent_format, prior_samples), prior_prompt, of_prior)
         prompt = _prompt_of(text, self.data.prompt, lambda: Prompt(denoiser.context))
         samples = _in_scale(latent_format, images)
-        parameters, at, result = _trained(denoiser, text, self.plan, self.settings.seed)
-        return FineTune(denoiser, samples, prompt, parameters, self.settings, prior, at), result
+        if plan.method == FULL:
+            leaves, before = denoiser.leaves, denoiser.before
+            fit = FineTune(denoiser, samples, prompt, leaves, self.settings, prior)
+            return fit, lambda: weight_differences(before, leaves)
+        layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
+        check_run(denoiser.model, layers, denoiser.called)
+        adapters = new_adapters(layers, plan.rank, self.settings.seed, kind=FORMS[plan.form])
+
+        def at(t: int, count: int) -> None:
+            for name, adapter in adapters.items():
+                if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):  # an encoder has no timestep
+                    adapter.at(t, count)
+
+        def result() -> Result:
+            return {key: value for name, adapter in adapters.items() for key, value in adapter.tensors(name).items()}
+
+        denoiser.attached.enter_context(attached_lora(layers, adapters))
+        return FineTune(denoiser, samples, prompt, factors(adapters), self.settings, prior, at), result
 
 
 def fine_tune(
@@ -282,31 +298,6 @@ def _layers(base: Any, text: nn.Module | None, plan: FineTunePlan) -> dict[str, 
     """The layers of the model and of the text encoder that get a LoRA."""
     encoder = {} if text is None else attention_layers(text, TEXT_PREFIX.removesuffix("."))
     return {**network_layers(base, plan.layers), **encoder}
-
-
-def _trained(
-    denoiser: GuiderDenoiser, text: TextEncoder | None, plan: FineTunePlan, seed: int
-) -> tuple[Mapping[str, nn.Parameter], Callable[[int, int], None], Callable[[], Result]]:
-    """The trained parameters inside a session: LoRAs on the layers, or the weights themselves. With them, what to call
-    before the model predicts at a timestep, and the current result.
-    """
-    if plan.method == FULL:
-        leaves, before = denoiser.leaves, denoiser.before
-        return leaves, lambda _t, _count: None, lambda: weight_differences(before, leaves)
-    layers = _layers(denoiser.model, None if text is None else text.patcher.model, plan)
-    check_run(denoiser.model, layers, denoiser.called)
-    adapters = new_adapters(layers, plan.rank, seed, kind=FORMS[plan.form])
-
-    def at(t: int, count: int) -> None:
-        for name, adapter in adapters.items():
-            if isinstance(adapter, TimestepRank) and not name.startswith(TEXT_PREFIX):  # a text encoder has no timestep
-                adapter.at(t, count)
-
-    def result() -> Result:
-        return {key: value for name, adapter in adapters.items() for key, value in adapter.tensors(name).items()}
-
-    denoiser.attached.enter_context(attached_lora(layers, adapters))
-    return factors(adapters), at, result
 
 
 def _header(job: FineTuneJob, steps: int, losses: list[float]) -> dict[str, Any]:
