@@ -160,8 +160,8 @@ def in_session(bench: Bench, measure: Callable[[Any], None]) -> None:
             pixels(bench.image[0]).save(about / f"{name}.png")
             pixels(bench.mask[0]).save(about / f"{name}.mask.png")
             (about / f"{name}.txt").write_text("a photo of a dog on the grass")
-        trainee, plan = host.TrainingModels(bench.model, bench.clip, bench.vae), host.AdapterPlan(SIDE, 100, 1)
-        host.train_adapter(trainee, PairFolder(Path(folder), SIDE, 1), plan, TrainingSettings())
+        pairs = PairFolder(Path(folder), SIDE, 1)
+        host.train_adapter(host.AdapterJob(bench.model, bench.clip, bench.vae, pairs, TrainingSettings(), 100))
 
 
 def bare_step(fit: Any) -> Callable[[], None]:
