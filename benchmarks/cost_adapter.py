@@ -75,13 +75,11 @@ class Bench:
     @torch.inference_mode()
     def staged(self, subject: Any, loops: int, start: Any = None) -> None:
         """The pack's own staged sampling, or its loops alone where an image is there to start from."""
-        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedSampling, sample_staged
 
-        how, prompts = self.settings, (self.positive, self.empty, self.empty)
-        settings = StagedSettings(0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
-        latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
-        models = StagedModels(self.model, self.vae, self.adapter, self.vision)
-        sample_staged(models, subject, prompts, latent, settings, start)
+        how, inputs = self.settings, (self.model, self.vae, self.adapter, subject, self.positive, self.empty)
+        stages = StagedSampling(*inputs, self.vision, 0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
+        sample_staged(stages, torch.zeros(1, 4, SIDE // 8, SIDE // 8), start)
 
     def bare_loop(self, subject: Any) -> Callable[[], None]:
         """A loop on the modules themselves."""
