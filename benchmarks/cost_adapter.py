@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core.ezigen.adapter import join_images
+from ..core.ezigen.adapter import batch_tokens
 from ..core.ezigen.artifact import StoredAdapter, read_adapter
 from ..core.ezigen.staged import Loops, split
 from ..core.ezigen.subject_pairs import PairFolder
@@ -181,7 +181,8 @@ def bare_step(fit: Any) -> Callable[[], None]:
         kept: dict[Any, Any] = {}
         with torch.no_grad():
             asked(sample.subjects + 0.04 * noise, torch.ones(1), about, {"attn1_patch": [capture(kept)]})
-        tokens, share = join_images([kept[place.key] for place in found]), network.alphas_cumprod[t].view(-1, 1, 1, 1)
+        captured, share = [kept[place.key] for place in found], network.alphas_cumprod[t].view(-1, 1, 1, 1)
+        tokens = batch_tokens(captured, [len(captured[0])])
         z = share.sqrt() * sample.latent[None] + (1 - share).sqrt() * noise
         patches = {"middle_patch": [middle_patch(fit.adapter, found, tokens)]}
         loss = (asked(z, t.float(), context, patches) - noise).square().mean()
