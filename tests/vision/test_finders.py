@@ -13,7 +13,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from likeness.core.vision import boxes as geometry
 from likeness.core.vision.host.extras import caption, grounding, sam
-from likeness.core.vision.host.subject_masks import MaskRequest, captions, subject_masks
+from likeness.core.vision.host.subject_masks import captions, subject_masks
 from likeness.core.vision.host.vision import load_vision
 
 from . import finders
@@ -89,9 +89,8 @@ def test_owl_boxes_are_the_librarys(tmp_path, version):
 
 def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
     images = pictures(2, 48, 64)
-    request = MaskRequest("red dog", box_threshold=0.4)
-    best, drawn, info = subject_masks(images, request, folder, small_sam)
-    every, *_ = subject_masks(images, MaskRequest("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
+    best, drawn, info = subject_masks(images, folder, small_sam, "red dog", 0.4)
+    every, *_ = subject_masks(images, folder, small_sam, "red dog", 0.4, choose=geometry.ALL)
     assert best.shape == (2, 48, 64) and drawn.shape == (2, 48, 64, 3)
     assert set(best.unique().tolist()) <= {0.0, 1.0}
     assert bool((every >= best).all()) and float(every.sum()) > float(best.sum())
@@ -105,7 +104,7 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
     from segment_anything import SamPredictor, sam_model_registry
 
     images = pictures(1, 48, 64)
-    found, *_ = subject_masks(images, MaskRequest("dog", 0.4), folder, small_sam)
+    found, *_ = subject_masks(images, folder, small_sam, "dog", 0.4)
     network = sam_model_registry["vit_b"]()
     network.load_state_dict(torch.load(small_sam, weights_only=True))
     predictor = SamPredictor(network.train(False))
@@ -121,13 +120,13 @@ def test_a_subject_that_is_not_there(folder, small_sam):
     with pytest.raises(
         ValueError, match=r"No 'cat' above the box_threshold of 1 was found in image 0 \(best score [01]\.\d+"
     ):
-        subject_masks(pictures(1, 48, 64), MaskRequest("cat", 1.0), folder, small_sam)
+        subject_masks(pictures(1, 48, 64), folder, small_sam, "cat", 1.0)
 
 
 @pytest.mark.parametrize(("subject", "expected"), [(" . ", "is empty"), ("dog " * 40, "tokens, .* takes 32: name it")])
 def test_subjects_that_cannot_be_looked_for(folder, small_sam, subject, expected):
     with pytest.raises(ValueError, match=expected):
-        subject_masks(pictures(1), MaskRequest(subject), folder, small_sam)
+        subject_masks(pictures(1), folder, small_sam, subject)
 
 
 def test_the_variant_is_told_from_the_weights(tmp_path):
@@ -189,10 +188,10 @@ def test_what_is_wrong_with_segment_anything_is_said_before_anything_is_looked_f
     tensors = torch.load(small_sam, weights_only=True)
     torch.save({k: v for k, v in tensors.items() if "neck" not in k}, tmp_path / "lacking.pth")
     with pytest.raises(ValueError, match="does not fit segment-anything's vit_b"):
-        subject_masks(pictures(1), MaskRequest("dog"), folder, tmp_path / "lacking.pth")
+        subject_masks(pictures(1), folder, tmp_path / "lacking.pth", "dog")
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     with pytest.raises(RuntimeError, match="pip install segment-anything.*MASK from another node"):
-        subject_masks(pictures(1), MaskRequest("dog"), folder, small_sam)
+        subject_masks(pictures(1), folder, small_sam, "dog")
 
 
 def test_captions_are_the_librarys(tmp_path):

@@ -1,7 +1,6 @@
 """Find a named subject in images with a detector's boxes and segment-anything's masks; and caption images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,37 @@ BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25  # Grounding DINO's reference values
 TINT = 0.45  # opacity of the tint on the subject
 
 
-@dataclass(frozen=True)
-class MaskRequest:
-    """What to look for. choose: which boxes to use when the detector finds several (core/vision/boxes.py)."""
-
-    subject: str
-    box_threshold: float = BOX_THRESHOLD
-    text_threshold: float = TEXT_THRESHOLD
-    choose: str = geometry.BEST
-
-
-def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter: Path) -> tuple[Tensor, Tensor, str]:
+def subject_masks(
+    image: Tensor,
+    detector: Path,
+    segmenter: Path,
+    subject: str,
+    box_threshold: float = BOX_THRESHOLD,
+    text_threshold: float = TEXT_THRESHOLD,
+    choose: str = geometry.BEST,
+) -> tuple[Tensor, Tensor, str]:
     """Masks [B, H, W] of 0 and 1 of the subject in images [B, H, W, C] in 0..1, the images with the detections drawn on
     them, and a report. ValueError when an image does not show it; faults of segment-anything come before the detection.
+
+    choose: which boxes to use when the detector finds several (core/vision/boxes.py).
     """
-    if not request.subject.replace(".", "").strip():
+    if not subject.replace(".", "").strip():
         raise ValueError("The subject is empty: write what to look for, in one or two words, such as 'dog'.")
     segmenter_model = sam.load_sam(segmenter)
     images = list(map(as_pixels, image))
     detector_model = grounding.load_detector(detector)
-    detector_model.check(request.subject)
+    detector_model.check(subject)
     detect = _loaded(detector_model, grounding.input_pixels(detector_model) * grounding.BYTES_PER_PIXEL)
     detections = []
     for pixels in images:
         mm.throw_exception_if_processing_interrupted()
-        detections.append(detect(pixels, request.subject, request.box_threshold, request.text_threshold))
-    subject = request.subject.strip()
+        detections.append(detect(pixels, subject, box_threshold, text_threshold))
+    subject = subject.strip()
     missing = [(number, each.highest) for number, each in enumerate(detections) if not len(each.boxes)]
     if missing:
         where = ", ".join(f"image {number} (best score {highest:.2f})" for number, highest in missing)
         raise ValueError(
-            f"No '{subject}' above the box_threshold of {request.box_threshold:g} was found in {where}, "
+            f"No '{subject}' above the box_threshold of {box_threshold:g} was found in {where}, "
             "counted from 0: name it with another word, lower box_threshold below that score, or draw the mask by hand."
         )
     segment = _loaded(segmenter_model, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
@@ -59,7 +58,7 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
     lines = [f"'{subject}' by {detector_model.description} and {segmenter_model.description}"]
     for number, (pixels, each) in enumerate(zip(images, detections, strict=True)):
         mm.throw_exception_if_processing_interrupted()
-        selected = geometry.select_boxes(each.boxes, each.scores, request.choose)
+        selected = geometry.select_boxes(each.boxes, each.scores, choose)
         mask = segment(pixels, each.boxes[selected]).any(0)
         if not bool(mask.any()):
             raise ValueError(
@@ -73,7 +72,7 @@ def subject_masks(image: Tensor, request: MaskRequest, detector: Path, segmenter
             for label, score, box in each.each()
         )
         if len(each.boxes) > 1:
-            boxes += f"; {len(each.boxes)} found, taken: number {', '.join(map(str, selected))} ({request.choose})"
+            boxes += f"; {len(each.boxes)} found, taken: number {', '.join(map(str, selected))} ({choose})"
         lines.append(f"image {number}: {boxes}; mask {100 * float(mask.float().mean()):.1f} % of the image")
     return torch.stack(masks), torch.stack(overlays), "\n".join(lines)
 
