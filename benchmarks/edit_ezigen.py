@@ -77,7 +77,7 @@ class Bench(effect_ezigen.Bench):
             "loops": Loops(loops, loops),
             **kind,
         }
-        return edit_staged(StagedEdit(*inputs, **settings), self.image(edit.source), mask).image
+        return edit_staged(StagedEdit(*inputs, **settings), self.image(edit.source), mask)[0]
 
     def seen(self, edit: Exchange, image: Any) -> float:
         """The share of the differing attributes that the judge reads as the new subject's."""

@@ -83,8 +83,8 @@ class Bench(subjects.Bench):
         size = torch.zeros(self.settings.samples, 4, SIDE // 8, SIDE // 8)
         start = None if start is None else start.movedim(1, -1)
         models = model or self.world.model, self.world.vae, self.adapter
-        found = sample_staged(StagedSampling(*models, subject, *prompts, None, *settings, **more), size, start)
-        return found.images.movedim(-1, 1).split(self.settings.samples)
+        _, images, *_ = sample_staged(StagedSampling(*models, subject, *prompts, None, *settings, **more), size, start)
+        return images.movedim(-1, 1).split(self.settings.samples)
 
     @torch.inference_mode()
     def by_stock_sampler(self, case: Case, subject: Any = None, ratio: float = 1.0) -> Any:

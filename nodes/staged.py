@@ -128,8 +128,7 @@ class LikenessStagedSampler(Node):
     @classmethod
     def execute(cls, latent, image=None, exact_noise_level=True, **more) -> io.NodeOutput:
         stages = host.StagedSampling(published_level=not exact_noise_level, **_stages(**more))
-        found = host.sample_staged(stages, latent["samples"], image)
-        return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
+        return io.NodeOutput(*host.sample_staged(stages, latent["samples"], image))
 
 
 class LikenessStagedEdit(Node):
@@ -185,5 +184,4 @@ class LikenessStagedEdit(Node):
     @classmethod
     def execute(cls, image, mask, exact_background=True, **more) -> io.NodeOutput:
         edit = editing.StagedEdit(published=not exact_background, **_stages(**more))
-        found = editing.edit_staged(edit, image, mask)
-        return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
+        return io.NodeOutput(*editing.edit_staged(edit, image, mask))

@@ -35,7 +35,8 @@ def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
     inputs = setting.model, vae or autoencoder(), adapter, about or own, setting.target, setting.empty
     edit = host.StagedEdit(*inputs, seed=7, steps=STEPS, loops=Loops(1, 1))
     with torch.inference_mode():
-        return host.edit_staged(replace(edit, **changes), source, mask)
+        image, images, latent, report = host.edit_staged(replace(edit, **changes), source, mask)
+    return SimpleNamespace(image=image, images=images, latent=latent["samples"], report=report)
 
 
 def outside(latent: torch.Tensor) -> torch.Tensor:

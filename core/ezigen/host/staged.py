@@ -26,6 +26,8 @@ SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, which overflows for the
 STEP_SEEDS = 1000
 LARGE = 1024  # pixels of an image's short side; larger images exceed what the models of these adapters can draw
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
+Drawn = tuple[Tensor, Tensor, dict[str, Tensor], str]
+"""The image, those of the first sampling (or the source) and of every loop, the image's LATENT, and a report."""
 log = logging.getLogger("likeness")
 
 
@@ -63,16 +65,6 @@ class StagedSampling(Stages):
     keep_best: bool = False
 
 
-@dataclass(frozen=True)
-class StagedResult:
-    """latent [B, C, h, w] as in a LATENT, and its image; images: from the first sampling and every loop."""
-
-    latent: Tensor
-    image: Tensor
-    images: Tensor
-    report: str
-
-
 def levels(model: Any, scheduler: str, steps: int) -> Tensor:
     """The noise levels of the whole sampling. ValueError for a number of steps that the scheduler cannot produce."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
@@ -84,7 +76,7 @@ def levels(model: Any, scheduler: str, steps: int) -> Tensor:
     return sigmas
 
 
-def sample_staged(stages: StagedSampling, latent: Tensor, start: Tensor | None = None) -> StagedResult:
+def sample_staged(stages: StagedSampling, latent: Tensor, start: Tensor | None = None) -> Drawn:
     """Sample in stages. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that
     replaces the first sampling.
     """
@@ -131,7 +123,7 @@ def sample_staged(stages: StagedSampling, latent: Tensor, start: Tensor | None =
         images.add(vae.decode(result).cpu())
     index = images.best(stages.subject.images) if stages.keep_best else loop
     images.lines.append(f"{stages.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
-    return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(images.lines))
+    return images[index], torch.cat(images), {"samples": latents[index]}, "\n".join(images.lines)
 
 
 def check_staged(stages: Stages) -> None:

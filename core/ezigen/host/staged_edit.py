@@ -20,17 +20,7 @@ from ...session.session import predicting
 from ...vision.measures import resize_mask
 from ..staged import EDIT_CFG, TOKEN, background_of, invert_with_solver, paste, published_levels, split
 from .adapter import with_adapter, without_adapter
-from .staged import (
-    SCHEDULER,
-    SEEDS,
-    LoopImages,
-    StagedResult,
-    Stages,
-    check_staged,
-    crop_to_cells,
-    levels,
-    warn_of_size,
-)
+from .staged import SCHEDULER, SEEDS, Drawn, LoopImages, Stages, check_staged, crop_to_cells, levels, warn_of_size
 
 WHITE = 1.0 - 1e-4  # a 1 after a mask was scaled; above 254 / 255
 
@@ -81,9 +71,9 @@ def published_prompt(clip: Any) -> Conditioning:
     )
 
 
-def edit_staged(edit: StagedEdit, source: Tensor, mask: Tensor) -> StagedResult:
-    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the result's
-    images is the source.
+def edit_staged(edit: StagedEdit, source: Tensor, mask: Tensor) -> Drawn:
+    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the images
+    is the source.
     """
     model, vae, loops, inverse = edit.model, edit.vae, edit.loops, edit.inverse()
     if len(source) != 1 or len(mask) != 1:
@@ -122,7 +112,7 @@ def edit_staged(edit: StagedEdit, source: Tensor, mask: Tensor) -> StagedResult:
     if edit.paste:
         image = paste(image, source.to(image), mask[..., None].to(image))
     latent = vae.encode(source).cpu() if result is None else result
-    return StagedResult(latent, image, torch.cat(images), "\n".join(images.lines))
+    return image, torch.cat(images), {"samples": latent}, "\n".join(images.lines)
 
 
 def _invert(
