@@ -14,7 +14,7 @@ from torchvision.ops import clip_boxes_to_image
 from likeness.core.vision import boxes as geometry
 from likeness.core.vision.host.extras import caption, grounding, sam
 from likeness.core.vision.host.subject_masks import captions, subject_masks
-from likeness.core.vision.host.vision import load_vision
+from likeness.core.vision.host.vision import describe, load_vision
 
 from . import finders
 from .models import dino_folder, pictures, seeded
@@ -288,4 +288,4 @@ def test_dino_of_the_paper_is_a_class_token_of_the_whole_picture(tmp_path):
     with torch.no_grad():
         expected = model(pixel_values=(squashed - mean) / std).last_hidden_state[:, 0]
     assert_close(vision.encode_image(image).image_embeds, expected, atol=1e-4, rtol=1e-4)
-    assert "class token" in vision.describe()
+    assert "class token" in describe(vision)

@@ -227,7 +227,8 @@ def score(request: Request) -> Scores:
     if reference is not None and identity:
         numbers = ", ".join(f"{TITLES[name]} {_number(name, float(values[name].mean()))}" for name in identity)
         notes.append(f"mean over all {len(images)} x {len(reference)} pairs: {numbers}")
-    return Scores(table, measures.order(totals), rule, models, notes, _names(request))
+    order = sorted(range(len(totals)), key=totals.__getitem__, reverse=True)  # equal ones keep their order
+    return Scores(table, order, rule, models, notes, _names(request))
 
 
 def _fit_mask(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
