@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core.ezigen.adapter import join_images
+from ..core.ezigen.adapter import batch_tokens
 from ..core.ezigen.artifact import StoredAdapter, read_adapter
 from ..core.ezigen.staged import Loops, split
 from ..core.ezigen.subject_pairs import PairFolder
@@ -75,13 +75,11 @@ class Bench:
     @torch.inference_mode()
     def staged(self, subject: Any, loops: int, start: Any = None) -> None:
         """The pack's own staged sampling, or its loops alone where an image is there to start from."""
-        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedSampling, sample_staged
 
-        how, prompts = self.settings, (self.positive, self.empty, self.empty)
-        settings = StagedSettings(0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
-        latent = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
-        models = StagedModels(self.model, self.vae, self.adapter, self.vision)
-        sample_staged(models, subject, prompts, latent, settings, start)
+        how, inputs = self.settings, (self.model, self.vae, self.adapter, subject, self.positive, self.empty)
+        stages = StagedSampling(*inputs, self.vision, 0, how.steps, how.cfg, how.ratio, Loops(loops, loops))
+        sample_staged(stages, torch.zeros(1, 4, SIDE // 8, SIDE // 8), start)
 
     def bare_loop(self, subject: Any) -> Callable[[], None]:
         """A loop on the modules themselves."""
@@ -160,8 +158,8 @@ def in_session(bench: Bench, measure: Callable[[Any], None]) -> None:
             pixels(bench.image[0]).save(about / f"{name}.png")
             pixels(bench.mask[0]).save(about / f"{name}.mask.png")
             (about / f"{name}.txt").write_text("a photo of a dog on the grass")
-        trainee, plan = host.TrainingModels(bench.model, bench.clip, bench.vae), host.AdapterPlan(SIDE, 100, 1)
-        host.train_adapter(trainee, PairFolder(Path(folder), SIDE, 1), plan, TrainingSettings())
+        pairs = PairFolder(Path(folder), SIDE, 1)
+        host.train_adapter(host.AdapterJob(bench.model, bench.clip, bench.vae, pairs, TrainingSettings(), 100))
 
 
 def bare_step(fit: Any) -> Callable[[], None]:
@@ -183,7 +181,8 @@ def bare_step(fit: Any) -> Callable[[], None]:
         kept: dict[Any, Any] = {}
         with torch.no_grad():
             asked(sample.subjects + 0.04 * noise, torch.ones(1), about, {"attn1_patch": [capture(kept)]})
-        tokens, share = join_images([kept[place.key] for place in found]), network.alphas_cumprod[t].view(-1, 1, 1, 1)
+        captured, share = [kept[place.key] for place in found], network.alphas_cumprod[t].view(-1, 1, 1, 1)
+        tokens = batch_tokens(captured, [len(captured[0])])
         z = share.sqrt() * sample.latent[None] + (1 - share).sqrt() * noise
         patches = {"middle_patch": [middle_patch(fit.adapter, found, tokens)]}
         loss = (asked(z, t.float(), context, patches) - noise).square().mean()

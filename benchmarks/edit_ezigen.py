@@ -65,16 +65,19 @@ class Bench(effect_ezigen.Bench):
     @torch.inference_mode()
     def edited(self, edit: Exchange, subject: Any, mask: Any, **kind: Any) -> Any:
         """The edited image [1, 96, 96, 3]."""
-        from ..core.ezigen.host.staged import StagedModels
-        from ..core.ezigen.host.staged_edit import EditSettings, edit_staged
+        from ..core.ezigen.host.staged_edit import StagedEdit, edit_staged
 
         # Class and place: what the new subject looks like must come from its image.
         prompt = world.caption(edit.wanted.identity, edit.source.source_place, words=("background",))
         empty, loops = self.conditioning(""), self.settings.loops
-        prompts = self.conditioning(prompt), empty, empty
-        settings = EditSettings(edit.seed, split_ratio=self.settings.ratio, loops=Loops(loops, loops), **kind)
-        models = StagedModels(self.world.model, self.world.vae, self.adapter)
-        return edit_staged(models, subject, prompts, self.image(edit.source), mask, settings).image
+        inputs = self.world.model, self.world.vae, self.adapter, subject, self.conditioning(prompt), empty
+        settings: dict[str, Any] = {
+            "seed": edit.seed,
+            "split_ratio": self.settings.ratio,
+            "loops": Loops(loops, loops),
+            **kind,
+        }
+        return edit_staged(StagedEdit(*inputs, **settings), self.image(edit.source), mask)[0]
 
     def seen(self, edit: Exchange, image: Any) -> float:
         """The share of the differing attributes that the judge reads as the new subject's."""

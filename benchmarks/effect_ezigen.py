@@ -76,16 +76,15 @@ class Bench(subjects.Bench):
         self, case: Case, subject: Any, ratio: float, loops: int, start: Any = None, model: Any = None, **more: Any
     ) -> Any:
         """Images [N, 3, 96, 96] of the first sampling, or of `start`, and of each loop, by the pack's own stages."""
-        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedSampling, sample_staged
 
-        settings = StagedSettings(case.seed, self.settings.steps, self.settings.cfg, ratio, Loops(loops, loops), **more)
-        negative = self.conditioning("")
-        prompts = self.conditioning(case.prompt(case.target_place)), negative, negative
+        settings = case.seed, self.settings.steps, self.settings.cfg, ratio, Loops(loops, loops)
+        prompts = self.conditioning(case.prompt(case.target_place)), self.conditioning("")
         size = torch.zeros(self.settings.samples, 4, SIDE // 8, SIDE // 8)
         start = None if start is None else start.movedim(1, -1)
-        models = StagedModels(model or self.world.model, self.world.vae, self.adapter)
-        found = sample_staged(models, subject, prompts, size, settings, start)
-        return found.images.movedim(-1, 1).split(self.settings.samples)
+        models = model or self.world.model, self.world.vae, self.adapter
+        _, images, *_ = sample_staged(StagedSampling(*models, subject, *prompts, None, *settings, **more), size, start)
+        return images.movedim(-1, 1).split(self.settings.samples)
 
     @torch.inference_mode()
     def by_stock_sampler(self, case: Case, subject: Any = None, ratio: float = 1.0) -> Any:

@@ -256,18 +256,16 @@ class Bench:
         from ..core.ezigen.artifact import pack_adapter
         from ..core.ezigen.host.adapter import encode_subject
         from ..core.ezigen.host.layers import new_adapter
-        from ..core.ezigen.host.staged import StagedModels, StagedSettings, sample_staged
+        from ..core.ezigen.host.staged import StagedSampling, sample_staged
         from ..core.ezigen.staged import Loops
 
         adapter = pack_adapter(new_adapter(self.model.model), {})
-        models = StagedModels(self.model, self.vae, adapter)
-        prompts, settings = (
-            (self.positive, self.negative, self.negative),
-            StagedSettings(0, 5 if self.tiny else 20, loops=Loops(2, 2)),
-        )
+        models, prompts = (self.model, self.vae, adapter), (self.positive, self.negative)
         with torch.inference_mode():
             subject = encode_subject(self.model, self.vae, self.positive, self.image, 0)
-            meter.measure(lambda: sample_staged(models, subject, prompts, self.latent, settings))
+            steps = 5 if self.tiny else 20
+            stages = StagedSampling(*models, subject, *prompts, steps=steps, loops=Loops(2, 2))
+            meter.measure(lambda: sample_staged(stages, self.latent))
 
     def memory_format(self, channels_last: bool) -> Any:
         """A context with the network's weights in that order."""

@@ -6,13 +6,7 @@ from ..core.session import folders
 from ..core.vision import boxes
 from ..core.vision.host.extras.caption import is_captioner
 from ..core.vision.host.extras.grounding import is_detector
-from ..core.vision.host.subject_masks import (
-    BOX_THRESHOLD,
-    TEXT_THRESHOLD,
-    MaskRequest,
-    captions,
-    subject_masks,
-)
+from ..core.vision.host.subject_masks import BOX_THRESHOLD, TEXT_THRESHOLD, captions, subject_masks
 from ..core.vision.host.vision import vision_names
 from . import inputs
 from .node import Node, output, schema
@@ -39,7 +33,7 @@ class LikenessSubjectMask(Node, files={"detector": folders.VISION, "sam": folder
     @classmethod
     def execute(cls, image, detector, sam, **request) -> io.NodeOutput:
         finder, cutter = folders.resolve(folders.VISION, detector), folders.resolve(folders.SAMS, sam)
-        return io.NodeOutput(*subject_masks(image, MaskRequest(**request), finder, cutter))
+        return io.NodeOutput(*subject_masks(image, finder, cutter, **request))
 
 
 class LikenessCaption(Node, files={"model": folders.VISION}):

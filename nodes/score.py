@@ -77,8 +77,7 @@ class LikenessScore(Node):
             scores.seconds = {name: each for name, each in seconds.items() if each is not None}
         report = scores.report()
         captions = [scores.lines(i) for i in scores.shown]
-        footer = [f"{scoring.TITLES[name]}: {model}" for name, model in scores.models.items()]
-        image = score_sheet(images[scores.shown], captions, scores.shown.index(scores.best), footer)
+        image = score_sheet(images[scores.shown], captions, scores.shown.index(scores.best), scores.models)
         numbers = (scores.of_best(name) for name in scoring.TITLES)
         order = ", ".join(map(str, scores.order))
         shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}

@@ -60,11 +60,8 @@ def _numbers(cfg: float) -> list[io.Input]:
     ]
 
 
-def _shared(
-    model, vae, adapter, min_loops, max_loops, threshold, vision=None, **more
-) -> tuple[host.StagedModels, dict[str, Any]]:
-    loops = published.Loops(min_loops, max_loops, threshold)
-    return host.StagedModels(model, vae, adapter, vision), {"loops": loops, **more}
+def _stages(min_loops, max_loops, threshold, **more) -> dict[str, Any]:
+    return {"loops": published.Loops(min_loops, max_loops, threshold), **more}
 
 
 class LikenessStagedSampler(Node):
@@ -129,14 +126,9 @@ class LikenessStagedSampler(Node):
         )
 
     @classmethod
-    def execute(
-        cls, subject, positive, negative, latent, image=None, loop_negative=None, exact_noise_level=True, **more
-    ) -> io.NodeOutput:
-        models, settings = _shared(**more)
-        how = host.StagedSettings(published_level=not exact_noise_level, **settings)
-        prompts = positive, negative, negative if loop_negative is None else loop_negative
-        found = host.sample_staged(models, subject, prompts, latent["samples"], how, image)
-        return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
+    def execute(cls, latent, image=None, exact_noise_level=True, **more) -> io.NodeOutput:
+        stages = host.StagedSampling(published_level=not exact_noise_level, **_stages(**more))
+        return io.NodeOutput(*host.sample_staged(stages, latent["samples"], image))
 
 
 class LikenessStagedEdit(Node):
@@ -190,11 +182,6 @@ class LikenessStagedEdit(Node):
         )
 
     @classmethod
-    def execute(
-        cls, subject, positive, negative, image, mask, exact_background=True, inversion_prompt=None, clip=None, **more
-    ) -> io.NodeOutput:
-        models, settings = _shared(**more)
-        how = editing.EditSettings(published=not exact_background, **settings)
-        prompts = positive, negative, editing.inversion_prompt(models.model, negative, inversion_prompt, clip)
-        found = editing.edit_staged(models, subject, prompts, image, mask, how)
-        return io.NodeOutput(found.image, found.images, {"samples": found.latent}, found.report)
+    def execute(cls, image, mask, exact_background=True, **more) -> io.NodeOutput:
+        edit = editing.StagedEdit(published=not exact_background, **_stages(**more))
+        return io.NodeOutput(*editing.edit_staged(edit, image, mask))

@@ -8,7 +8,7 @@ from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSetti
 from ..core.session import folders
 from ..core.session.outputs import loss_map
 from . import inputs
-from .node import Adapter, LossMap, Node, build, output, schema
+from .node import Adapter, LossMap, Node, output, schema
 
 
 class LikenessTrainAdapter(Node, files={"folder": None}):
@@ -41,11 +41,14 @@ class LikenessTrainAdapter(Node, files={"folder": None}):
         )
 
     @classmethod
-    def execute(cls, folder, adapter=None, **more) -> io.NodeOutput:
-        kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
-        models, plan, settings = build({**more, "start": adapter}, *kinds)
-        pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-        trained, losses, report = host.train_adapter(models, pairs, plan, settings)
+    def execute(
+        cls, folder, size, seed, batch, learning_rate, drop=DROP, max_subjects=MAX_SUBJECTS, adapter=None, **more
+    ) -> io.NodeOutput:
+        pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
+        settings = TrainingSettings(seed, batch, learning_rate, drop)
+        trained, losses, report = host.train_adapter(
+            host.AdapterJob(folder=pairs, settings=settings, start=adapter, **more)
+        )
         return io.NodeOutput(trained, loss_map(losses), report)
 
 

@@ -27,13 +27,13 @@ class NarrowCLIP:
         return self.narrow.encode(tokens["l"][0])
 
 
-def trainee(start: Any = None) -> Any:
-    """The small world's models for a training."""
-    from likeness.core.ezigen.host.train import TrainingModels
+def training(folder: Any, settings: Any, steps: int) -> Any:
+    """A training of the small world's models."""
+    from likeness.core.ezigen.host.train import AdapterJob
     from likeness.toyworld.narrow import load_narrow
 
     narrow = load_narrow()
-    return TrainingModels(narrow.model, NarrowCLIP(narrow), narrow.vae, start)
+    return AdapterJob(narrow.model, NarrowCLIP(narrow), narrow.vae, folder, settings, steps)
 
 
 def draw(folder: Path, subjects: range, pictures: int) -> Path:

@@ -393,7 +393,7 @@ def sana_vae():
     from likeness.core.sana.host.sana import load_sana
 
     with torch.inference_mode():
-        return load_sana(tiny_sana.folder()).vae
+        return load_sana(tiny_sana.folder())[2]
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def worth(path: Path, count: int) -> dict[int, tuple[float, float, float]]:
     def errors(timestep: int) -> tuple[float, float, float]:
         times = torch.full((len(z),), timestep)
         x = at_timestep(z, noise, network.alphas_cumprod[times])
-        asked = [bare_network.predicted_noise(x, times, context, None)]
+        asked = [bare_network.predicted_noise(x, times, context, own)]
         asked += [network.predicted_noise(x, times, context, tokens) for tokens in (own, other)]
         bare, with_own, with_other = (float((found - noise).square().mean()) for found in asked)
         return bare, with_own, with_other

@@ -26,6 +26,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 SUBJECT_TIMESTEP = 1
 WEIGHTS = "learnable_weights"  # published name of w
@@ -63,24 +64,16 @@ class SubjectTokens:
         return self.present.repeat_interleave(self.layers[index].shape[1] // self.present.shape[1], 1)
 
 
-def join_images(per_layer: Sequence[Tensor]) -> SubjectTokens:
-    """Join the tokens of R images for one sample: per layer [R, N_i, C_i] -> [1, R * N_i, C_i]."""
-    return SubjectTokens(tuple(features.reshape(1, -1, features.shape[-1]) for features in per_layer))
-
-
 def batch_tokens(per_layer: Sequence[Tensor], counts: Sequence[int]) -> SubjectTokens:
     """Tokens for a batch whose sample b has counts[b] images: per layer [sum(counts), N_i, C_i] -> [B, R * N_i, C_i].
 
     R is the largest count; missing images are padded with zeros and masked.
     """
-    places, device = max(counts), per_layer[0].device
-    present = torch.arange(places, device=device) < torch.tensor(list(counts), device=device)[:, None]
-    layers = []
-    for features in per_layer:
-        padded = features.new_zeros(len(counts), places, *features.shape[1:])
-        padded[present] = features
-        layers.append(padded.flatten(1, 2))
-    return SubjectTokens(tuple(layers), None if bool(present.all()) else present)
+    device = per_layer[0].device
+    present = torch.arange(max(counts), device=device) < torch.tensor(list(counts), device=device)[:, None]
+    padded = (pad_sequence(features.split(list(counts)), batch_first=True) for features in per_layer)
+    layers = tuple(features.flatten(1, 2) for features in padded)
+    return SubjectTokens(layers, None if bool(present.all()) else present)
 
 
 def drop_subjects(tokens: SubjectTokens, drop: Tensor) -> SubjectTokens:
@@ -103,21 +96,19 @@ class SubjectAttention(nn.Module):
         k, v = (_linear(self.adapter[name], subject) for name in LINEARS[1:])
         return k, v
 
-    def forward(self, h: Tensor, subject: Projected | None = None, keys: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, subject: Projected, keys: Tensor | None = None) -> Tensor:
         """The residual for h [B, T, C]; subject: from project(); keys [B or 1, M]: mask of its M tokens."""
         norm = self.adapter_norm
         n = F.layer_norm(h, (h.shape[-1],), norm.weight.to(h), norm.bias.to(h), norm.eps)
         q, k, v = (_linear(self.adapter[name], n) for name in LINEARS)
-        mask = None
-        if subject is not None:
-            batch = h.shape[0]
-            k, v = (
-                torch.cat([image_tokens, subject_tokens.expand(batch, -1, -1)], 1)
-                for image_tokens, subject_tokens in zip((k, v), subject, strict=True)
-            )
-            if keys is not None:
-                image_tokens = keys.new_ones(batch, n.shape[1])
-                mask = torch.cat([image_tokens, keys.expand(batch, -1)], 1)[:, None, None, :]
+        batch, mask = h.shape[0], None
+        k, v = (
+            torch.cat([image_tokens, subject_tokens.expand(batch, -1, -1)], 1)
+            for image_tokens, subject_tokens in zip((k, v), subject, strict=True)
+        )
+        if keys is not None:
+            image_tokens = keys.new_ones(batch, n.shape[1])
+            mask = torch.cat([image_tokens, keys.expand(batch, -1)], 1)[:, None, None, :]
         mixed = F.scaled_dot_product_attention(*map(self._heads, (q, k, v)), attn_mask=mask)
         (out,) = self.adapter["to_out"].children()
         return n + _linear(out, mixed.transpose(1, 2).flatten(2))
@@ -150,17 +141,14 @@ class Adapter(nn.Module):
         self,
         index: int,
         h: Tensor,
-        tokens: SubjectTokens | None,
+        tokens: SubjectTokens,
         strength: float = 1.0,
         subject: Projected | None = None,
     ) -> Tensor:
         """Add the adapter's residual to h [B, T, C] after the self-attention of layer `index`. subject: from project(),
         when it is known already.
         """
-        if tokens is None:
-            delta = self.layers[index](h)
-        else:
-            delta = self.layers[index](h, subject or self.project(index, tokens, h), tokens.keys(index))
+        delta = self.layers[index](h, subject or self.project(index, tokens, h), tokens.keys(index))
         return h + delta if strength == 1.0 else h + strength * delta
 
     def published_parameters(self) -> dict[str, nn.Parameter]:

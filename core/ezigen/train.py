@@ -42,7 +42,7 @@ class Network(Protocol):
         """The normed inputs [R, N_i, C_i] of all self-attentions for z [R, C, h, w], without the adapter."""
         ...
 
-    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
+    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens) -> Tensor:
         """[B, C, h, w], with the adapter, differentiable with respect to it."""
         ...
 

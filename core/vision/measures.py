@@ -30,12 +30,7 @@ def psnr(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
 
     weight [B or 1, H, W]: of each pixel; the mask for inside, 1 - mask for outside.
     """
-    square = (a.float() - b.float()).square().mean(-1)
-    if weight is None:
-        mean = square.mean((1, 2))
-    else:
-        weight = weight.float().expand(square.shape)
-        mean = (square * weight).sum((1, 2)) / weight.sum((1, 2))
+    mean = _mean((a.float() - b.float()).square().mean(-1), weight)
     return -10.0 * torch.log10(mean.clamp_min(10.0 ** (-PSNR_OF_EQUAL / 10.0)))
 
 
@@ -51,14 +46,18 @@ def lpips(a: Sequence[Tensor], b: Sequence[Tensor], heads: Sequence[Tensor], wei
     for a_l, b_l, w_l in zip(a, b, heads, strict=True):
         difference = (_unit(a_l) - _unit(b_l)).square()
         distance = (difference * w_l.view(1, -1, 1, 1)).sum(1)
-        if weight is None:
-            total = total + distance.mean((1, 2))
-        else:
-            _, height, width = distance.shape
-            local = functional.adaptive_avg_pool2d(weight.to(distance)[:, None], (height, width))[:, 0]
-            local = local.expand(distance.shape)
-            total = total + (distance * local).sum((1, 2)) / local.sum((1, 2))
+        size = distance.shape[1], distance.shape[2]
+        local = None if weight is None else functional.adaptive_avg_pool2d(weight.to(distance), size)
+        total = total + _mean(distance, local)
     return total
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean [B] of values [B, H, W], with a weight [B or 1, H, W] of each."""
+    if weight is None:
+        return values.mean((1, 2))
+    weight = weight.to(values).expand(values.shape)
+    return (values * weight).sum((1, 2)) / weight.sum((1, 2))
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -98,8 +97,3 @@ def subject_crop(images: Tensor, masks: Tensor, size: int, margin: float = 0.06)
         square = functional.pad(on_white.movedim(-1, 0), padding, value=1.0)
         crops.append(functional.interpolate(square[None], (size, size), mode="bicubic", antialias=True))
     return torch.cat(crops).movedim(1, -1)
-
-
-def order(values: Sequence[float]) -> list[int]:
-    """Indices from the highest value to the lowest; equal values keep their order."""
-    return sorted(range(len(values)), key=lambda i: -values[i])

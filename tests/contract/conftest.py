@@ -37,12 +37,15 @@ def sana_folder():
 @pytest.fixture(scope="module")
 def sana(sana_folder):
     """Loaded by the pack."""
+    from types import SimpleNamespace
+
     import torch
 
     from likeness.core.sana.host.sana import load_sana
 
     with torch.inference_mode():  # as a node does
-        return load_sana(sana_folder)
+        model, clip, vae, plain = load_sana(sana_folder)
+    return SimpleNamespace(model=model, clip=clip, vae=vae, plain_clip=plain)
 
 
 @pytest.fixture

@@ -241,15 +241,15 @@ def _pictures() -> tempfile.TemporaryDirectory:
 
 def _fit_adapter(setting: Setting, *, steps: int = STEPS, learning_rate: float = 1e-3, seed: int = 0):
     """An adapter of the model's own, with one image a step."""
-    from likeness.core.ezigen.host.train import AdapterPlan, TrainingModels, train_adapter
+    from likeness.core.ezigen.host.train import AdapterJob, train_adapter
     from likeness.core.ezigen.subject_pairs import PairFolder
     from likeness.core.ezigen.train import TrainingSettings
 
-    trainee = TrainingModels(setting.model, _text_encoder(), autoencoder())
-    pairs, plan = PairFolder(Path(_pictures().name), 64, 1), AdapterPlan(64, steps, 1, False)
+    pairs = PairFolder(Path(_pictures().name), 64, 1)
     settings = TrainingSettings(batch=1, learning_rate=learning_rate, seed=seed)
     with torch.inference_mode(), mock.patch("likeness.core.ezigen.host.train.CHECKED", 2):
-        adapter, losses, _ = train_adapter(trainee, pairs, plan, settings)
+        job = AdapterJob(setting.model, _text_encoder(), autoencoder(), pairs, settings, steps)
+        adapter, losses, _ = train_adapter(job)
     return adapter, losses
 
 

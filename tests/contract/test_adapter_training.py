@@ -38,33 +38,27 @@ class Job:
         self.folder, self.clip, self.model, self.start = folder, clip, tiny_models.sd1(), None
         self.max_subjects = 2
 
-    def trainee(self):
-        from likeness.core.ezigen.host.train import TrainingModels
-
-        return TrainingModels(self.model, self.clip, autoencoder(), self.start)
-
-    def pairs(self):
+    def training(self, **more):
+        from likeness.core.ezigen.host.train import AdapterJob
         from likeness.core.ezigen.subject_pairs import PairFolder
 
-        return PairFolder(self.folder, SIZE, self.max_subjects)
+        pairs = PairFolder(self.folder, SIZE, self.max_subjects)
+        return AdapterJob(self.model, self.clip, autoencoder(), pairs, start=self.start, **more)
 
     def train(self, steps: int = STEPS, checkpointing: bool = False, **settings):
-        from likeness.core.ezigen.host.train import AdapterPlan, train_adapter
+        from likeness.core.ezigen.host.train import train_adapter
         from likeness.core.ezigen.train import TrainingSettings
 
-        plan = AdapterPlan(SIZE, steps, self.max_subjects, checkpointing)
         chosen = TrainingSettings(**{"batch": 2, "learning_rate": 1e-3, **settings})
         with torch.inference_mode():
-            return train_adapter(self.trainee(), self.pairs(), plan, chosen)
+            return train_adapter(self.training(settings=chosen, steps=steps, checkpointing=checkpointing))
 
     def network(self):
         """The model as a Network with a new adapter, and the samples of its folder."""
         from likeness.core.ezigen.host.layers import UNet, new_adapter
-        from likeness.core.ezigen.host.train import EncodedFolder, check_inputs
 
-        trainee = self.trainee()
         with torch.inference_mode():
-            encoded = EncodedFolder(trainee, check_inputs(trainee, SIZE), self.pairs(), 0)
+            encoded = self.training().data
         return UNet(self.model.model, new_adapter(self.model.model)), encoded.sample
 
 
@@ -89,33 +83,31 @@ def forget_runs() -> None:
 def test_it_learns_to_look_at_subjects_that_it_has_not_seen(tmp_path, own_folders):
     """As it starts, the subject's images disturb; after 60 steps they help with most held-out subjects."""
     from likeness.core.ezigen.host.layers import UNet, new_adapter
-    from likeness.core.ezigen.host.train import AdapterPlan, EncodedFolder, check_inputs, train_adapter
+    from likeness.core.ezigen.host.train import train_adapter
     from likeness.core.ezigen.subject_pairs import PairFolder
     from likeness.core.ezigen.train import TIMESTEPS, Draw, TrainingSettings, errors
     from likeness.core.fit.fit import step_generator
 
     narrow_world.draw(tmp_path / "train", range(24), 4)
     narrow_world.draw(tmp_path / "held out", range(1000, 1016), 4)
-    trainee, held_out = narrow_world.trainee(), PairFolder(tmp_path / "held out", 96, 1)
     settings = TrainingSettings(batch=4, learning_rate=3e-3)
+    job = narrow_world.training(PairFolder(tmp_path / "train", 96, 1), settings, 60)
     with torch.inference_mode():
-        learned, _, report = train_adapter(
-            trainee, PairFolder(tmp_path / "train", 96, 1), AdapterPlan(96, 60), settings
-        )
-        sample = EncodedFolder(trainee, check_inputs(trainee, 96), held_out, 0).sample
+        learned, _, report = train_adapter(job)
+        sample = replace(job, folder=PairFolder(tmp_path / "held out", 96, 1), settings=TrainingSettings()).data.sample
     assert "The adapter uses the subject's images" in report
 
     @torch.no_grad()
     def measured(adapter) -> torch.Tensor:
         """The errors [64, 2] of pairs of held-out subjects: without and with the subject, from the same noise."""
-        network, count, found = UNet(trainee.model.model, adapter), 64, []
+        network, count, found = UNet(job.model.model, adapter), 64, []
         for number in range(count):
             timestep = (2 * number + 1) * TIMESTEPS // (2 * count)
             draws = [Draw(timestep, dropped, step_generator(5, number)) for dropped in (True, False)]
             found.append(errors(network, [sample(number)] * 2, draws))
         return torch.stack(found)
 
-    adapter = new_adapter(trainee.model.model)
+    adapter = new_adapter(job.model.model)
     before = measured(adapter)
     adapter.load(learned.tensors)
     after = measured(adapter)
@@ -222,15 +214,12 @@ def test_checkpointing_gives_the_same(job):
 
 
 def test_captions_are_plain_text_and_cut_at_the_text_encoders_length(job, tmp_path):
-    from likeness.core.ezigen.host.train import EncodedFolder, check_inputs
 
     def rows(caption: str) -> torch.Tensor:
-        draw = narrow_world.draw(tmp_path / str(len(list(tmp_path.iterdir()))), range(1), 1)
-        next(draw.glob("*/0.txt")).write_text(caption)
-        job.folder, trainee = draw, job.trainee()
+        job.folder = narrow_world.draw(tmp_path / str(len(list(tmp_path.iterdir()))), range(1), 1)
+        next(job.folder.glob("*/0.txt")).write_text(caption)
         with torch.inference_mode():
-            found = EncodedFolder(trainee, check_inputs(trainee, SIZE), job.pairs(), 0)
-        return found.rows[caption]
+            return job.training().data.rows[caption]
 
     assert rows("word " * 74 + "end and more").shape == (77, 768)
     with torch.inference_mode():
@@ -349,11 +338,11 @@ def test_wrong_inputs_are_refused(job, monkeypatch):
     scaled = tiny_models.sd1()
     next(each for each in scaled.model.modules() if hasattr(each, "to_q")).to_q.scale_weight = torch.ones(())
     refused("attention is quantised", model=scaled)
-    wide = replace(job.trainee(), model=tiny_models.sd2_base())
+    wide = tiny_models.sd2_base()
     from likeness.core.ezigen.artifact import pack_adapter
     from likeness.core.ezigen.host.layers import new_adapter
 
-    refused("this model's UNet takes", start=pack_adapter(new_adapter(wide.model.model), {}))
+    refused("this model's UNet takes", start=pack_adapter(new_adapter(wide.model), {}))
     monkeypatch.setattr(mm, "get_free_memory", lambda *_: 1000)
     refused("docs/train_adapter.md")
 

@@ -55,8 +55,8 @@ def test_without_the_instruction_a_prompt_has_other_rows(sana, sana_folder):
     from likeness.core.sana.host.sana import load_sana
 
     with torch.inference_mode():
-        other = load_sana(sana_folder, instruction=False)
-    plain, bare = encoded(sana.plain_clip, PROMPT)[0][0], encoded(other.clip, PROMPT)[0][0]
+        _, other, *_ = load_sana(sana_folder, instruction=False)
+    plain, bare = encoded(sana.plain_clip, PROMPT)[0][0], encoded(other, PROMPT)[0][0]
     assert torch.equal(plain, bare)
     full = encoded(sana.clip, PROMPT)[0][0]
     assert full.shape[1] == plain.shape[1] + 1 and float((full[:, -1] - plain[:, -1]).abs().max()) > 1e-3
@@ -206,7 +206,7 @@ def test_weights_of_another_precision_are_found(sana_folder, tmp_path):
     for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         (copy / part / f"{name}.safetensors").rename(copy / part / f"{name}.fp16.safetensors")
     with torch.inference_mode():
-        assert load_sana(copy).vae.latent_channels == tiny_sana.CHANNELS
+        assert load_sana(copy)[2].latent_channels == tiny_sana.CHANNELS
 
 
 def test_without_diffusers_it_is_said_how_to_install_it(sana_folder, monkeypatch):

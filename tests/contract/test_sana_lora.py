@@ -155,9 +155,9 @@ def test_a_lora_of_sana_guides_beside_the_model_that_it_was_trained_on(sana, san
     from likeness.core.sana.host.sana import load_sana
 
     weights, pictures = random_lora(sana.model), []
-    for loaded in (sana, load_sana(sana_folder)):
+    for model in (sana.model, load_sana(sana_folder)[0]):
         with torch.inference_mode():
-            tuned = comfy.sd.load_lora_for_models(loaded.model, None, weights, 1.0, 0.0)[0]
+            tuned = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0]
         pictures.append(guided(sana, sana_prompts, tuned))
     torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-4)
     plain = pictured(sana.model, sana.vae, sana_prompts, levels(sana.model))

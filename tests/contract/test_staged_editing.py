@@ -28,16 +28,15 @@ def parts():
     return setting, stored(setting.model), subject(setting)
 
 
-def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, inversion=(), **changes):
+def edited(parts, source=SOURCE, mask=MASK, about=None, vae=None, **changes):
     from likeness.core.ezigen.host import staged_edit as host
 
     setting, adapter, own = parts
-    settings = replace(host.EditSettings(7, STEPS, loops=Loops(1, 1)), **changes)
+    inputs = setting.model, vae or autoencoder(), adapter, about or own, setting.target, setting.empty
+    edit = host.StagedEdit(*inputs, seed=7, steps=STEPS, loops=Loops(1, 1))
     with torch.inference_mode():
-        inverse = host.inversion_prompt(setting.model, setting.empty, *inversion)
-        prompts = setting.target, setting.empty, inverse
-        models = host.StagedModels(setting.model, vae or autoencoder(), adapter)
-        return host.edit_staged(models, about or own, prompts, source, mask, settings)
+        image, images, latent, report = host.edit_staged(replace(edit, **changes), source, mask)
+    return SimpleNamespace(image=image, images=images, latent=latent["samples"], report=report)
 
 
 def outside(latent: torch.Tensor) -> torch.Tensor:
@@ -117,21 +116,21 @@ def test_the_inversion_has_a_prompt_of_its_own(parts, clip):
     from likeness.core.ezigen.host.staged_edit import published_prompt
 
     setting = parts[0]
-    usual, other = edited(parts).latent, edited(parts, inversion=[setting.source]).latent
-    assert torch.equal(edited(parts, inversion=[setting.empty]).latent, usual)
+    usual, other = edited(parts).latent, edited(parts, inversion_prompt=setting.source).latent
+    assert torch.equal(edited(parts, inversion_prompt=setting.empty).latent, usual)
     assert not torch.equal(other, usual)
     with torch.inference_mode():
         published = published_prompt(clip)
-    assert torch.equal(edited(parts, inversion=[None, clip]).latent, edited(parts, inversion=[published]).latent)
+    assert torch.equal(edited(parts, clip=clip).latent, edited(parts, inversion_prompt=published).latent)
     with pytest.raises(ValueError, match="expected one of them"):
-        edited(parts, inversion=[setting.source, clip])
+        edited(parts, inversion_prompt=setting.source, clip=clip)
     with pytest.raises(ValueError, match="has 2 tables of positions, expected one"):
-        edited(parts, inversion=[None, tiny_models.clip_xl()])
+        edited(parts, clip=tiny_models.clip_xl())
 
 
 def test_a_step_leaves_the_noise_of_its_level(parts):
     """With a perfect denoiser, on the CPU."""
-    from likeness.core.ezigen.host.staged_edit import EditSettings, _PastingSampler
+    from likeness.core.ezigen.host.staged_edit import _PastingSampler
 
     sigmas, z, found = torch.tensor([1.1, 0.9, 0.7, 0.5, 0.3, 0.0]), torch.rand(1, 4, 64, 64), []
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
@@ -140,7 +139,8 @@ def test_a_step_leaves_the_noise_of_its_level(parts):
         found.append(float((x - z).std() / sigma[0]))
         return z
 
-    run = _PastingSampler([z] * 6, torch.ones(1, 1, 64, 64), EditSettings(7), 1, SimpleNamespace(step=lambda: None))
+    settings = SimpleNamespace(seed=7, published=False)
+    run = _PastingSampler([z] * 6, torch.ones(1, 1, 64, 64), settings, 1, SimpleNamespace(step=lambda: None))
     result = run.sample(perfect, sigmas, {}, None, z + sigmas[0] * noise)
     assert len(found) == 5 and all(abs(part - 1.0) < 0.02 for part in found), found
     torch.testing.assert_close(result, z)

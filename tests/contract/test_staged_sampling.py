@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,11 +41,11 @@ def staged(parts, vision=None, start=None, latent=LATENT, model=None, vae=None, 
     from likeness.core.ezigen.host import staged as host
 
     setting, adapter, about = parts
-    settings = replace(host.StagedSettings(7, STEPS, 3.0, loops=Loops(2, 2)), **changes)
-    prompts = setting.target, setting.empty, setting.source
+    inputs = model or setting.model, vae or autoencoder(), adapter, about, setting.target, setting.empty, vision
+    stages = host.StagedSampling(*inputs, 7, STEPS, 3.0, loops=Loops(2, 2), loop_negative=setting.source)
     with torch.inference_mode():
-        models = host.StagedModels(model or setting.model, vae or autoencoder(), adapter, vision)
-        return host.sample_staged(models, about, prompts, latent, settings, start)
+        image, images, found, report = host.sample_staged(replace(stages, **changes), latent, start)
+    return SimpleNamespace(image=image, images=images, latent=found["samples"], report=report)
 
 
 def by_stock_nodes(parts, published=False):

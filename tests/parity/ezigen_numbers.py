@@ -7,7 +7,7 @@ import json
 import torch
 from safetensors import safe_open
 
-from likeness.core.ezigen.adapter import SubjectTokens, join_images
+from likeness.core.ezigen.adapter import SubjectTokens, batch_tokens
 
 from .unets import DATA
 
@@ -35,12 +35,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def features(official: Official) -> SubjectTokens:
-    return join_images([official[f"o.ref.feat.{index:02d}"] for index in range(16)])
+    captured = [official[f"o.ref.feat.{index:02d}"] for index in range(16)]
+    return batch_tokens(captured, [len(captured[0])])
 
 
 CASES = {
     "subject": features,
-    "adapter_no_subject": lambda official: None,
+    "adapter_no_subject": lambda official: features(official).map(lambda tokens: tokens[:, :0]),
     "zero_subject": lambda official: features(official).map(torch.zeros_like),
     "rect": features,
 }

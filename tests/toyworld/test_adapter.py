@@ -58,7 +58,7 @@ def test_a_subject_is_encoded_alone_on_white(narrow) -> None:
 
 
 def test_the_start_changes_little(narrow) -> None:
-    from likeness.core.ezigen.adapter import join_images
+    from likeness.core.ezigen.adapter import batch_tokens
     from likeness.core.ezigen.host.layers import UNet, new_adapter
     from likeness.toyworld.train_adapter import split_parameters, start_gently
 
@@ -71,7 +71,7 @@ def test_the_start_changes_little(narrow) -> None:
             if gently:
                 start_gently(adapter)
             network = UNet(base, adapter)
-            tokens = join_images(network.capture(latents[:1], times[:1], context[:1]))
+            tokens = batch_tokens(network.capture(latents[:1], times[:1], context[:1]), [1])
             found = network.predicted_noise(latents, times, context, tokens)
             differences.append(float((found - base.diffusion_model(latents, times, context=context)).norm()))
     assert differences[1] < 0.5 * differences[0]

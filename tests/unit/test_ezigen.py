@@ -16,7 +16,6 @@ from likeness.core.ezigen.adapter import (
     SubjectTokens,
     batch_tokens,
     drop_subjects,
-    join_images,
 )
 from likeness.core.ezigen.artifact import PARTS, StoredAdapter, read_adapter, save_adapter
 from likeness.core.ezigen.staged import (
@@ -65,8 +64,8 @@ def test_hidden_places_are_not_there_and_dropped_ones_are_zero():
     captured = [torch.randn(3, tokens, width) for tokens, width in ((4, 8), (2, 12), (4, 8))]
     tokens = batch_tokens(captured, [1, 2])
     found = made(0, h, tokens).detach()
-    first = join_images([each[:1] for each in captured])
-    second = join_images([each[1:] for each in captured])
+    first = batch_tokens([each[:1] for each in captured], [1])
+    second = batch_tokens([each[1:] for each in captured], [2])
     torch.testing.assert_close(found[:1], made(0, h[:1], first).detach())
     torch.testing.assert_close(found[1:], made(0, h[1:], second).detach())
     assert batch_tokens(captured, [1, 1, 1]).present is None

@@ -13,7 +13,6 @@ from likeness.core.vision.measures import (
     PSNR_OF_EQUAL,
     cosine,
     lpips,
-    order,
     psnr,
     resize_mask,
     subject_crop,
@@ -134,10 +133,6 @@ def test_resized_mask_keeps_its_area():
     assert torch.equal(resize_mask(mask, 20, 20), mask)
     assert float(resize_mask(mask, 60, 33).mean()) == pytest.approx(0.5, abs=0.01)
     assert float(resize_mask(mask, 5, 5).mean()) == pytest.approx(0.5, abs=0.05)
-
-
-def test_order_is_stable_and_best_first():
-    assert order([0.1, 0.9, 0.5, 0.9]) == [1, 3, 2, 0]
 
 
 def test_interval_covers_a_known_mean_as_often_as_it_says():

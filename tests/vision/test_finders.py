@@ -13,8 +13,8 @@ from torchvision.ops import clip_boxes_to_image
 
 from likeness.core.vision import boxes as geometry
 from likeness.core.vision.host.extras import caption, grounding, sam
-from likeness.core.vision.host.subject_masks import MaskRequest, captions, subject_masks
-from likeness.core.vision.host.vision import load_vision
+from likeness.core.vision.host.subject_masks import captions, subject_masks
+from likeness.core.vision.host.vision import describe, load_vision
 
 from . import finders
 from .models import dino_folder, pictures, seeded
@@ -59,7 +59,7 @@ def test_boxes_are_the_librarys(folder):
     """Scores, boxes and words against the post-processing of transformers."""
     detector = grounding.load_detector(folder)
     with torch.no_grad():
-        found = detector(PICTURE, "Red dog", 0.4, 0.3)
+        boxes, scores, labels, highest = detector(PICTURE, "Red dog", 0.4, 0.3)
         inputs = detector.processor(images=PICTURE, text=["red dog."], return_tensors="pt")
         output = detector.model(**inputs)
     expected = detector.processor.post_process_grounded_object_detection(
@@ -67,11 +67,11 @@ def test_boxes_are_the_librarys(folder):
     )[0]
     order = expected["scores"].argsort(descending=True)
     assert len(order) > 2
-    assert_close(found.scores, expected["scores"][order])
-    assert_close(found.boxes, expected["boxes"][order].clamp(min=0), atol=1e-3, rtol=0)
+    assert_close(scores, expected["scores"][order])
+    assert_close(boxes, expected["boxes"][order].clamp(min=0), atol=1e-3, rtol=0)
     words = [re.sub(r"\[[A-Z]+\]|\.", "", text) for text in expected["text_labels"]]
-    assert [label.split() for label in found.labels] == [words[index].split() for index in order]
-    assert found.highest == pytest.approx(float(expected["scores"].max()))
+    assert [label.split() for label in labels] == [words[index].split() for index in order]
+    assert highest == pytest.approx(float(expected["scores"].max()))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -79,19 +79,18 @@ def test_owl_boxes_are_the_librarys(tmp_path, version):
     finders.owl_folder(tmp_path / "owl", version)
     detector = grounding.load_detector(tmp_path / "owl")
     with torch.no_grad():
-        found = detector(PICTURE, "red dog", 0.0, 0.0)
+        boxes, *_ = detector(PICTURE, "red dog", 0.0, 0.0)
         inputs = detector.processor(images=PICTURE, text=["a photo of a red dog"], return_tensors="pt")
         output = detector.model(**inputs)
     expected = detector.processor.image_processor.post_process_object_detection(output, 0.0, [(48, 64)])[0]
     known = [[round(edge, 2) for edge in box] for box in clip_boxes_to_image(expected["boxes"], (48, 64)).tolist()]
-    assert len(found.boxes) and all([round(edge, 2) for edge in box] in known for box in found.boxes.tolist())
+    assert len(boxes) and all([round(edge, 2) for edge in box] in known for box in boxes.tolist())
 
 
 def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
     images = pictures(2, 48, 64)
-    request = MaskRequest("red dog", box_threshold=0.4)
-    best, drawn, info = subject_masks(images, request, folder, small_sam)
-    every, *_ = subject_masks(images, MaskRequest("red dog", 0.4, choose=geometry.ALL), folder, small_sam)
+    best, drawn, info = subject_masks(images, folder, small_sam, "red dog", 0.4)
+    every, *_ = subject_masks(images, folder, small_sam, "red dog", 0.4, choose=geometry.ALL)
     assert best.shape == (2, 48, 64) and drawn.shape == (2, 48, 64, 3)
     assert set(best.unique().tolist()) <= {0.0, 1.0}
     assert bool((every >= best).all()) and float(every.sum()) > float(best.sum())
@@ -105,15 +104,15 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
     from segment_anything import SamPredictor, sam_model_registry
 
     images = pictures(1, 48, 64)
-    found, *_ = subject_masks(images, MaskRequest("dog", 0.4), folder, small_sam)
+    found, *_ = subject_masks(images, folder, small_sam, "dog", 0.4)
     network = sam_model_registry["vit_b"]()
     network.load_state_dict(torch.load(small_sam, weights_only=True))
     predictor = SamPredictor(network.train(False))
     with torch.no_grad():
         pixels = (images[0] * 255).round().byte().numpy()
-        box = grounding.load_detector(folder)(pixels, "dog", 0.4, 0.25).boxes[0]
+        boxes, *_ = grounding.load_detector(folder)(pixels, "dog", 0.4, 0.25)
         predictor.set_image(pixels)
-        mask, _, _ = predictor.predict(box=box.numpy(), multimask_output=False)
+        mask, _, _ = predictor.predict(box=boxes[0].numpy(), multimask_output=False)
     assert_close(found[0], torch.from_numpy(mask[0]).float())
 
 
@@ -121,13 +120,13 @@ def test_a_subject_that_is_not_there(folder, small_sam):
     with pytest.raises(
         ValueError, match=r"No 'cat' above the box_threshold of 1 was found in image 0 \(best score [01]\.\d+"
     ):
-        subject_masks(pictures(1, 48, 64), MaskRequest("cat", 1.0), folder, small_sam)
+        subject_masks(pictures(1, 48, 64), folder, small_sam, "cat", 1.0)
 
 
 @pytest.mark.parametrize(("subject", "expected"), [(" . ", "is empty"), ("dog " * 40, "tokens, .* takes 32: name it")])
 def test_subjects_that_cannot_be_looked_for(folder, small_sam, subject, expected):
     with pytest.raises(ValueError, match=expected):
-        subject_masks(pictures(1), MaskRequest(subject), folder, small_sam)
+        subject_masks(pictures(1), folder, small_sam, subject)
 
 
 def test_the_variant_is_told_from_the_weights(tmp_path):
@@ -189,10 +188,10 @@ def test_what_is_wrong_with_segment_anything_is_said_before_anything_is_looked_f
     tensors = torch.load(small_sam, weights_only=True)
     torch.save({k: v for k, v in tensors.items() if "neck" not in k}, tmp_path / "lacking.pth")
     with pytest.raises(ValueError, match="does not fit segment-anything's vit_b"):
-        subject_masks(pictures(1), MaskRequest("dog"), folder, tmp_path / "lacking.pth")
+        subject_masks(pictures(1), folder, tmp_path / "lacking.pth", "dog")
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     with pytest.raises(RuntimeError, match="pip install segment-anything.*MASK from another node"):
-        subject_masks(pictures(1), MaskRequest("dog"), folder, small_sam)
+        subject_masks(pictures(1), folder, small_sam, "dog")
 
 
 def test_captions_are_the_librarys(tmp_path):
@@ -289,4 +288,4 @@ def test_dino_of_the_paper_is_a_class_token_of_the_whole_picture(tmp_path):
     with torch.no_grad():
         expected = model(pixel_values=(squashed - mean) / std).last_hidden_state[:, 0]
     assert_close(vision.encode_image(image).image_embeds, expected, atol=1e-4, rtol=1e-4)
-    assert "class token" in vision.describe()
+    assert "class token" in describe(vision)

@@ -25,7 +25,7 @@ def published() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_both_kinds_of_files_give_the_same_features(tmp_path, ending, prefix):
-    from likeness.core.vision.host.vision import embed, load_retrieval_model
+    from likeness.core.vision.host.vision import describe, embed, load_retrieval_model
 
     tensors = {prefix + name: value.clone() for name, value in published().items()}
     path = tmp_path / f"ir{ending}"
@@ -35,7 +35,7 @@ def test_both_kinds_of_files_give_the_same_features(tmp_path, ending, prefix):
         found = embed(vision, pictures(2))
         other = embed(vision, pictures(2).flip(0))
     assert found.shape == (2, 8) and torch.equal(found, other.flip(0)) and float(found.std()) > 0
-    assert "instance retrieval, 8 numbers" in vision.describe() and vision.image_size == 290
+    assert "instance retrieval, 8 numbers" in describe(vision) and vision.image_size == 290
 
 
 def test_other_files_are_refused(tmp_path):

@@ -145,6 +145,11 @@ def test_ranking_by_one_measure(vision, rank_by, tmp_path):
     assert scores.order == sorted(range(4), key=lambda i: -sign * scores.values[rank_by][i])
 
 
+def test_equal_images_keep_their_order():
+    one, other = pictures(1, seed=1), pictures(1, seed=2)
+    assert scoring.score(scoring.Request(torch.cat([one, other, one, other]), other)).order == [1, 3, 0, 2]
+
+
 def test_lpips_outside_does_not_see_the_subject(tmp_path, monkeypatch):
     write(tmp_path, "alexnet", ".pth")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.LPIPS.folder, ([str(tmp_path)], set()))

@@ -63,7 +63,7 @@ class DiffusersUNet:
         finally:
             self._inputs = None
 
-    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
+    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens) -> Tensor:
         self._called.clear()
         noise = self._predicted(z, timestep, context, cross_attention_kwargs={"gligen": {"input": tokens}})
         if len(self._called) != len(self.adapter.described):
@@ -77,7 +77,7 @@ class DiffusersUNet:
         """In the precision of the UNet."""
         return self.unet(z.to(self.unet.dtype), timestep, context.to(self.unet.dtype), **options).sample
 
-    def _add(self, index: int, h: Tensor, tokens: SubjectTokens | None) -> Tensor:
+    def _add(self, index: int, h: Tensor, tokens: SubjectTokens) -> Tensor:
         self._called.add(index)
         return self.adapter(index, h, tokens)
 

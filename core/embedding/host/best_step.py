@@ -69,7 +69,7 @@ class Choice:
         for row, name in enumerate(["without", *map(str, self.steps)]):
             numbers = "".join(f"{values[row]:>9.4f}" for values in means.values())
             lines.append(f"{name:>8}{numbers}" + ("  best" if row == best else ""))
-        return "\n".join([*lines, *(f"{TITLES[name]}: {model}" for name, model in self.scores.models.items())])
+        return "\n".join([*lines, *self.scores.models])
 
 
 def choose_step(model: Any, embedding: Embedding, trial: Trial, request: Request) -> Choice:

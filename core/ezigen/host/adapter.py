@@ -28,7 +28,7 @@ from ...session.images import checked_mask
 from ...session.sampling import with_options
 from ...session.session import predicting
 from ...vision.measures import subject_crop
-from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, Projected, SubjectTokens, join_images
+from ..adapter import SUBJECT_TIMESTEP, WEIGHTS, Adapter, Projected, SubjectTokens, batch_tokens
 from ..artifact import StoredAdapter, base_sample
 from ..staged import layout_steps
 from .layers import Key, Place, capture, has_quantised_attention, key_of, places
@@ -121,7 +121,7 @@ def encode_subject(model: Any, vae: Any, positive: Conditioning, images: Tensor,
         denoiser.denoised(denoiser.noised(x0, noise.expand_as(x0), sigma.expand(len(x0))), sigma)
 
     predicting(bare, positive, vae.encode(images), body)
-    tokens = join_images([inputs[place.key].cpu() for place in blocks])
+    tokens = batch_tokens([inputs[place.key].cpu() for place in blocks], [len(images)])
     inputs.clear()  # the MODEL's options hold it
     return Subject(tokens, images.cpu(), fingerprint(model))
 

@@ -76,7 +76,7 @@ def capture(inputs: dict[Key, Tensor]) -> Callable[..., Any]:
     return patch
 
 
-def middle_patch(adapter: Adapter, blocks: list[Place], tokens: SubjectTokens | None) -> Callable[..., Tensor]:
+def middle_patch(adapter: Adapter, blocks: list[Place], tokens: SubjectTokens) -> Callable[..., Tensor]:
     """A middle_patch that applies the adapter after every self-attention, for the whole batch."""
     index = {place.key: number for number, place in enumerate(blocks)}
     return lambda h, options: adapter(index[key_of(options)], h, tokens)
@@ -99,7 +99,7 @@ class UNet:
         self._run(z, timestep, context, {"attn1_patch": [capture(inputs)]})
         return [inputs[place.key] for place in self.places]
 
-    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens | None) -> Tensor:
+    def predicted_noise(self, z: Tensor, timestep: Tensor, context: Tensor, tokens: SubjectTokens) -> Tensor:
         patches = [] if self.adapter is None else [middle_patch(self.adapter, self.places, tokens)]
         return self._run(z, timestep, context, {"middle_patch": patches})
 

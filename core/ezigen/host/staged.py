@@ -26,13 +26,24 @@ SEEDS = 2**63  # newer ComfyUI's samplers add to a seed, which overflows for the
 STEP_SEEDS = 1000
 LARGE = 1024  # pixels of an image's short side; larger images exceed what the models of these adapters can draw
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.SAMPLER_NAMES), tuple(comfy.samplers.SCHEDULER_NAMES)
+Drawn = tuple[Tensor, Tensor, dict[str, Tensor], str]
+"""The image, those of the first sampling (or the source) and of every loop, the image's LATENT, and a report."""
 log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """What determines the images of a sampling or an edit, besides model, subject and prompts."""
+class Stages:
+    """What determines the images of a sampling or an edit, besides its size, start or source. vision: a CLIP_VISION
+    that compares images, to stop the loops or to find the best one.
+    """
 
+    model: Any
+    vae: Any
+    adapter: StoredAdapter
+    subject: Subject
+    positive: Conditioning
+    negative: Conditioning
+    vision: Any | None = None
     seed: int = 0
     steps: int = STEPS
     cfg: float = CFG
@@ -41,35 +52,17 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
-class StagedSettings(LoopSettings):
-    """keep_best: return the image of all loops that is most similar to the subject, instead of the last one.
+class StagedSampling(Stages):
+    """loop_negative: the negative prompt of the loops, empty as published; None for that of the first sampling.
+    keep_best: return the image of all loops that is most similar to the subject, instead of the last one.
     published_level: see ezigen/staged.py.
     """
 
+    loop_negative: Conditioning | None = None
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
     published_level: bool = False
     keep_best: bool = False
-
-
-@dataclass(frozen=True)
-class StagedModels:
-    """vision: a CLIP_VISION that compares images, to stop the loops or to find the best one."""
-
-    model: Any
-    vae: Any
-    adapter: StoredAdapter
-    vision: Any | None = None
-
-
-@dataclass(frozen=True)
-class StagedResult:
-    """latent [B, C, h, w] as in a LATENT, and its image; images: from the first sampling and every loop."""
-
-    latent: Tensor
-    image: Tensor
-    images: Tensor
-    report: str
 
 
 def levels(model: Any, scheduler: str, steps: int) -> Tensor:
@@ -83,49 +76,41 @@ def levels(model: Any, scheduler: str, steps: int) -> Tensor:
     return sigmas
 
 
-def sample_staged(
-    models: StagedModels,
-    subject: Subject,
-    prompts: tuple[Conditioning, Conditioning, Conditioning],
-    latent: Tensor,
-    settings: StagedSettings,
-    start: Tensor | None = None,
-) -> StagedResult:
-    """Sample in stages. prompts: the positive one, the negative of the first sampling and that of the loops, empty as
-    published. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that replaces
-    the first sampling.
+def sample_staged(stages: StagedSampling, latent: Tensor, start: Tensor | None = None) -> Drawn:
+    """Sample in stages. latent [B, any, h, w]: only its size is used. start [B, H, W, 3]: an image from any model that
+    replaces the first sampling.
     """
-    positive, negative, loop_negative = prompts
-    model, vae, vision = models.model, models.vae, models.vision
-    loops, seed = settings.loops, settings.seed
-    check_staged(models, settings, positive, negative)
+    model, vae, loops, seed = stages.model, stages.vae, stages.loops, stages.seed
+    check_staged(stages)
     if start is not None:
         warn_of_size(start)
-    sigmas = levels(model, settings.scheduler, settings.steps)
-    _, appearance = split(sigmas, settings.split_ratio)
-    adapted = with_adapter(model, models.adapter, subject)
-    split_model = with_ratio(adapted, settings.split_ratio)
+    sigmas = levels(model, stages.scheduler, stages.steps)
+    _, appearance = split(sigmas, stages.split_ratio)
+    adapted = with_adapter(model, stages.adapter, stages.subject)
+    split_model = with_ratio(adapted, stages.split_ratio)
     steps = Steps(model, len(sigmas) - 1 + loops.most * (len(appearance) - 1))
-    sampler = comfy.samplers.sampler_object(settings.sampler)
-    stock: dict[str, Any] = {"callback": lambda *now: steps.step(now[1]), "disable_pbar": True, "positive": positive}
-    sample = functools.partial(comfy.sample.sample_custom, cfg=settings.cfg, sampler=sampler, **stock)
+    sampler = comfy.samplers.sampler_object(stages.sampler)
+    stock: dict[str, Any] = {"callback": lambda *now: steps.step(now[1]), "positive": stages.positive}
+    stock |= {"cfg": stages.cfg, "sampler": sampler, "disable_pbar": True}
+    sample = functools.partial(comfy.sample.sample_custom, **stock)
     if start is None:
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent))
         noise = stock_noise(latent, seed)  # step noise as in a stock sampler, for the same layout
-        inputs = {"negative": negative, "latent_image": latent, "seed": seed % SEEDS}
+        inputs = {"negative": stages.negative, "latent_image": latent, "seed": seed % SEEDS}
         result = sample(split_model, noise, sigmas=sigmas, **inputs)
-        images = LoopImages(vision, vae.decode(result).cpu())
+        images = LoopImages(stages.vision, vae.decode(result).cpu())
     else:
-        images = LoopImages(vision, crop_to_cells(start[..., :3].float().cpu(), vae))
+        images = LoopImages(stages.vision, crop_to_cells(start[..., :3].float().cpu(), vae))
         result = vae.encode(images[0]).cpu()
     latents, loop = [result], 0
+    loop_negative = stages.negative if stages.loop_negative is None else stages.loop_negative
     while loops.needs_another(loop, images.similarity):
         loop += 1
         z = result if loop == 1 and start is not None else vae.encode(images[-1]).cpu()
         noise = stock_noise(latents[-1], seed, loop)
-        if settings.published_level:
+        if stages.published_level:
             table = model.get_model_object("model_sampling").sigmas
-            level = table[min(round(settings.split_ratio * TIMESTEPS), len(table) - 1)]
+            level = table[min(round(stages.split_ratio * TIMESTEPS), len(table) - 1)]
             signal, noise_factor = published_factors(float(appearance[0]), float(level))
             z, noise = signal * z, noise_factor * noise
         # Bit-identical to the stock node Add Noise.
@@ -136,23 +121,23 @@ def sample_staged(
         result = sample(adapted, torch.zeros_like(x), sigmas=appearance, **inputs)
         latents.append(result)
         images.add(vae.decode(result).cpu())
-    index = images.best(subject.images) if settings.keep_best else loop
-    images.lines.append(f"{settings.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
-    return StagedResult(latents[index], images[index], torch.cat(images), "\n".join(images.lines))
+    index = images.best(stages.subject.images) if stages.keep_best else loop
+    images.lines.append(f"{stages.steps if start is None else 0} steps and {loop} times {len(appearance) - 1}")
+    return images[index], torch.cat(images), {"samples": latents[index]}, "\n".join(images.lines)
 
 
-def check_staged(models: StagedModels, settings: LoopSettings, positive: Conditioning, negative: Conditioning) -> None:
+def check_staged(stages: Stages) -> None:
     """ValueError for a VAE of another model, or numbers of loops that need a vision model where there is none."""
-    loops, best = settings.loops, getattr(settings, "keep_best", False)
-    if models.vision is None and (loops.least != loops.most or best):
+    loops, best = stages.loops, getattr(stages, "keep_best", False)
+    if stages.vision is None and (loops.least != loops.most or best):
         which, keep = (", or which image is best", " and keep the last image") if best else ("", "")
         raise ValueError(
             f"Without a vision model nothing says when to stop between {loops.least} and {loops.most} loops{which}: "
             f"connect a CLIP_VISION, or set both numbers the same{keep}."
         )
-    check_vae(models.model, models.vae)
-    if settings.cfg != 1.0:
-        warn_of_no_words(positive, negative)
+    check_vae(stages.model, stages.vae)
+    if stages.cfg != 1.0:
+        warn_of_no_words(stages.positive, stages.negative)
 
 
 def warn_of_size(image: Tensor) -> None:

@@ -19,25 +19,14 @@ from ...session.progress import Steps
 from ...session.session import predicting
 from ...vision.measures import resize_mask
 from ..staged import EDIT_CFG, TOKEN, background_of, invert_with_solver, paste, published_levels, split
-from .adapter import Subject, with_adapter, without_adapter
-from .staged import (
-    SCHEDULER,
-    SEEDS,
-    LoopImages,
-    LoopSettings,
-    StagedModels,
-    StagedResult,
-    check_staged,
-    crop_to_cells,
-    levels,
-    warn_of_size,
-)
+from .adapter import with_adapter, without_adapter
+from .staged import SCHEDULER, SEEDS, Drawn, LoopImages, Stages, check_staged, crop_to_cells, levels, warn_of_size
 
 WHITE = 1.0 - 1e-4  # a 1 after a mask was scaled; above 254 / 255
 
 
 @dataclass(frozen=True)
-class EditSettings(LoopSettings):
+class StagedEdit(Stages):
     """published: use a background two steps noisier than the image, and only the mask's pure white (see
     ezigen/staged.py). paste: finally restore the source's pixels outside the mask.
     """
@@ -45,22 +34,21 @@ class EditSettings(LoopSettings):
     cfg: float = EDIT_CFG
     published: bool = False
     paste: bool = False
+    inversion_prompt: Conditioning | None = None
+    clip: Any | None = None
 
-
-def inversion_prompt(
-    model: Any, negative: Conditioning, inverse: Conditioning | None = None, clip: Any | None = None
-) -> Conditioning:
-    """The prompt that an image is inverted with: `inverse`, or with a CLIP the reference code's, or else `negative`."""
-    if inverse is not None and clip is not None:
-        raise ValueError(
-            "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
-            "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
-        )
-    if clip is None:
-        return negative if inverse is None else inverse
-    published = published_prompt(clip)
-    check_width("clip", published, model)
-    return published
+    def inverse(self) -> Conditioning:
+        """The prompt that an image is inverted with: its own, or with a CLIP the reference code's, or the negative."""
+        if self.clip is None:
+            return self.negative if self.inversion_prompt is None else self.inversion_prompt
+        if self.inversion_prompt is not None:
+            raise ValueError(
+                "A prompt for the inversion and a CLIP came in, expected one of them, as the CLIP stands for the "
+                "reference code's prompt: disconnect 'clip' or 'inversion_prompt'."
+            )
+        published = published_prompt(self.clip)
+        check_width("clip", published, self.model)
+        return published
 
 
 def published_prompt(clip: Any) -> Conditioning:
@@ -83,57 +71,48 @@ def published_prompt(clip: Any) -> Conditioning:
     )
 
 
-def edit_staged(
-    models: StagedModels,
-    subject: Subject,
-    prompts: tuple[Conditioning, Conditioning, Conditioning],
-    source: Tensor,
-    mask: Tensor,
-    settings: EditSettings,
-) -> StagedResult:
-    """Edit in stages. prompts: the positive one, the negative and that of the inversion. source [1, H, W, 3]; mask
-    [1, H, W], white where the subject goes. The first of the result's images is the source.
+def edit_staged(edit: StagedEdit, source: Tensor, mask: Tensor) -> Drawn:
+    """Edit in stages. source [1, H, W, 3]; mask [1, H, W], white where the subject goes. The first of the images
+    is the source.
     """
-    model, vae, vision, loops = models.model, models.vae, models.vision, settings.loops
-    positive, negative, inverse = prompts
+    model, vae, loops, inverse = edit.model, edit.vae, edit.loops, edit.inverse()
     if len(source) != 1 or len(mask) != 1:
         raise ValueError(f"{len(source)} images and {len(mask)} masks were given: edit one image at a time.")
-    if not bool((mask > (WHITE if settings.published else 0.5)).any()):
+    if not bool((mask > (WHITE if edit.published else 0.5)).any()):
         grey = " It is grey: as published only white counts." if bool((mask > 0.5).any()) else ""
         raise ValueError(f"The mask is empty: paint the place of the subject (white).{grey}")
     checked_mask(mask, 1, (source.shape[1], source.shape[2]), empty=None)
-    check_staged(models, settings, positive, negative)
+    check_staged(edit)
     warn_of_size(source)
     single_prompt(inverse, "prompt of the inversion")
-    down = split(levels(model, SCHEDULER, settings.steps), settings.split_ratio)[1]
+    down = split(levels(model, SCHEDULER, edit.steps), edit.split_ratio)[1]
     table = model.get_model_object("model_sampling").sigmas.to(down)
-    if settings.published:
-        up = published_levels(table, settings.steps)[: len(down)]
-    else:  # the source counts as the lowest level, since networks know no level 0
-        up = torch.cat([table[:1], down.flip(0)[1:]])
+    up = torch.cat([table[:1], down.flip(0)[1:]])  # the source counts as the lowest level: networks know no level 0
+    if edit.published:
+        up = published_levels(table, edit.steps)[: len(down)]
     mask = crop_to_cells(resize_mask(mask.cpu(), *source.shape[1:3])[..., None], vae)[..., 0]
     source = crop_to_cells(source[..., :3].float().cpu(), vae)
-    plain, adapted = without_adapter(model), with_adapter(model, models.adapter, subject)
+    plain, adapted = without_adapter(model), with_adapter(model, edit.adapter, edit.subject)
     steps = Steps(model, 2 * (len(down) - 1) * loops.most)
-    images, backgrounds, loop, result = LoopImages(vision, source), None, 0, None
+    images, backgrounds, loop, result = LoopImages(edit.vision, source), None, 0, None
     while loops.needs_another(loop, images.similarity):
         loop += 1
         latent = vae.encode(images[-1])
-        start, latest = _invert(plain, inverse, latent, up, down, settings.published, steps)
+        start, latest = _invert(plain, inverse, latent, up, down, edit.published, steps)
         backgrounds = latest if backgrounds is None else backgrounds  # every loop pastes the source's own
-        selected = (mask > WHITE).float() if settings.published else mask
+        selected = (mask > WHITE).float() if edit.published else mask
         cells = resize_mask(selected, *start.shape[-2:])[:, None].to(start)
-        sampler = _PastingSampler(backgrounds, cells, settings, loop, steps)
-        zeros, seed = torch.zeros_like(start), settings.seed % SEEDS
+        sampler = _PastingSampler(backgrounds, cells, edit, loop, steps)
+        zeros, seed, prompts = torch.zeros_like(start), edit.seed % SEEDS, (edit.positive, edit.negative)
         result = comfy.sample.sample_custom(
-            adapted, start, settings.cfg, sampler, down, positive, negative, zeros, disable_pbar=True, seed=seed
+            adapted, start, edit.cfg, sampler, down, *prompts, zeros, disable_pbar=True, seed=seed
         ).cpu()
         images.add(vae.decode(result).cpu())
     image = images[-1]
-    if settings.paste:
+    if edit.paste:
         image = paste(image, source.to(image), mask[..., None].to(image))
     latent = vae.encode(source).cpu() if result is None else result
-    return StagedResult(latent, image, torch.cat(images), "\n".join(images.lines))
+    return image, torch.cat(images), {"samples": latent}, "\n".join(images.lines)
 
 
 def _invert(
@@ -165,9 +144,7 @@ def _invert(
 class _PastingSampler(comfy.samplers.Sampler):
     """DDPM steps from the latent passed as noise; pastes the background after each step."""
 
-    def __init__(
-        self, backgrounds: list[Tensor], mask: Tensor, settings: EditSettings, loop: int, steps: Steps
-    ) -> None:
+    def __init__(self, backgrounds: list[Tensor], mask: Tensor, settings: StagedEdit, loop: int, steps: Steps) -> None:
         self.backgrounds, self.mask, self.settings, self.steps = backgrounds, mask, settings, steps
         self.generator = step_generator(settings.seed, loop, "staged edit")
 

@@ -30,7 +30,7 @@ from ...session.stores import dedicated_store
 from ..adapter import Adapter
 from ..artifact import StoredAdapter, pack_adapter
 from ..subject_pairs import PairFolder, index_of, pair_generator, subject_prompt
-from ..train import MAX_SUBJECTS, TIMESTEPS, AdapterTraining, Draw, Sample, TrainingSettings, errors
+from ..train import TIMESTEPS, AdapterTraining, Draw, Sample, TrainingSettings, errors
 from .adapter import check_model, model_base_sample
 from .layers import Place, UNet, has_quantised_attention, new_adapter
 
@@ -43,54 +43,61 @@ log = logging.getLogger("likeness")
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
-    """Length and form of the training, besides TrainingSettings. size: side of all images, in pixels."""
+class AdapterJob(Job):
+    """A complete adapter training: the MODEL with its CLIP and VAE, a folder of images, whose size is that of all
+    images, and the adapter to start from, if any. ValueError, before anything is loaded, for inputs that do not fit.
+    """
 
-    size: int = 512
-    steps: int = 1000
-    max_subjects: int = MAX_SUBJECTS
-    checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class TrainingModels:
-    """The MODEL with its CLIP and VAE, and the adapter to start from, if any."""
+    method: ClassVar[str] = "ezigen"
 
     model: Any
     clip: Any
     vae: Any
-    start: StoredAdapter | None = None
-
-
-@dataclass(frozen=True)
-class AdapterJob(Job):
-    """A complete adapter training."""
-
-    method: ClassVar[str] = "ezigen"
-
-    models: TrainingModels
-    places: list[Place]
     folder: PairFolder
-    plan: AdapterPlan
-    settings: TrainingSettings
+    settings: TrainingSettings = TrainingSettings()
+    steps: int = 1000
+    checkpointing: bool = False
+    start: StoredAdapter | None = None
     retention = Retention(LAST, 1)
 
-    @property
-    def model(self) -> Any:
-        return self.models.model
+    def __post_init__(self) -> None:
+        places, unet = self.places, self.model.model.diffusion_model
+        if unet.num_classes is not None:
+            raise ValueError(
+                "This model wants a pooled vector beside the prompt's rows, as SDXL does; the adapter is trained for "
+                "SD2.1-base and SD1.x: connect one of these."
+            )
+        if has_quantised_attention(self.model, places):
+            raise ValueError(
+                "The model's attention is quantised (GGUF, int8, 4 bit or scaled fp8), and an adapter starts as a copy "
+                "of it: load the model in fp16, bf16 or fp32."
+            )
+        channels = self.model.get_model_object("latent_format").latent_channels
+        if unet.in_channels != channels:
+            raise ValueError(
+                f"The UNet takes {unet.in_channels} channels and its latents have {channels}: this is a model for "
+                "inpainting. Connect the plain one."
+            )
+        check_vae(self.model, self.vae)
+        cell = self.vae.spacial_compression_encode()
+        if self.folder.size % cell:
+            raise ValueError(f"The images' size is {self.folder.size}: give a multiple of {cell}.")
+        if self.start is not None:
+            with torch.device("meta"):
+                Adapter([place.layer for place in places]).check(self.start.tensors)
 
-    @property
-    def steps(self) -> int:
-        return self.plan.steps
+    @functools.cached_property
+    def places(self) -> list[Place]:
+        """The blocks that get the adapter."""
+        return check_model(self.model)
 
     def key(self) -> str:
-        model, clip, start = self.models.model, self.models.clip, self.models.start
+        model, clip, folder = self.model, self.clip, self.folder
         base = [self.base, patches_digest(model), precision(model), precision(clip.patcher)]
-        encoder_parts = describe([self.models.vae.patcher, clip.patcher, clip.layer_idx, clip.tokenizer_options])
-        training = [asdict(self.settings), self.plan.size, self.plan.max_subjects, str(self.models.vae.vae_dtype)]
-        return digest(
-            [self.method, training, base, encoder_parts, self.folder.state(), None if start is None else start.tensors]
-        )
+        encoder_parts = describe([self.vae.patcher, clip.patcher, clip.layer_idx, clip.tokenizer_options])
+        training = [asdict(self.settings), folder.size, folder.max_subjects, str(self.vae.vae_dtype)]
+        start = None if self.start is None else self.start.tensors
+        return digest([self.method, training, base, encoder_parts, folder.state(), start])
 
     def store(self) -> RunStore:
         """A separate folder, so that these runs do not displace smaller ones; it keeps the newest three."""
@@ -100,24 +107,23 @@ class AdapterJob(Job):
     @functools.cached_property
     def data(self) -> EncodedFolder:
         """The folder's latents and prompts; made once, when the session begins."""
-        return EncodedFolder(self.models, self.places, self.folder, self.settings.seed)
+        return EncodedFolder(self)
 
     def session(self) -> Session:
-        model, plan = self.models.model, self.plan
-        cells = plan.size // self.models.vae.spacial_compression_encode()
+        model, cells = self.model, self.folder.size // self.vae.spacial_compression_encode()
         latent = torch.zeros(1, model.get_model_object("latent_format").latent_channels, cells, cells)
         # In addition to the gradient of one image through the bare UNet.
         weights = sum(4 * place.layer.width**2 for place in self.places)
-        passes = self.settings.batch * (1 + ADAPTER_SHARE * (1 + plan.max_subjects)) - 1
-        more = BYTES_PER_WEIGHT * weights + activations(model, latent, plan.checkpointing) * passes
+        passes = self.settings.batch * (1 + ADAPTER_SHARE * (1 + self.folder.max_subjects)) - 1
+        more = BYTES_PER_WEIGHT * weights + activations(model, latent, self.checkpointing) * passes
         prompt = [[next(iter(self.data.rows.values()))[None], {}]]  # any one
-        return Session(model, prompt, latent, checkpointing=plan.checkpointing, more_memory=more)
+        return Session(model, prompt, latent, checkpointing=self.checkpointing, more_memory=more)
 
     def fit(self, denoiser: GuiderDenoiser, x0: Tensor) -> Fitted:
         base: Any = denoiser.model
         adapter = new_adapter(base)
-        if self.models.start is not None:
-            adapter.load(self.models.start.tensors)
+        if self.start is not None:
+            adapter.load(self.start.tensors)
         network, folder_report = UNet(base, adapter.to(x0.device)), list(self.folder.describe().encode())
 
         def sample(number: int) -> Sample:
@@ -131,20 +137,16 @@ class AdapterJob(Job):
         return AdapterTraining(network, adapter, lambda numbers: list(map(sample, numbers)), self.settings), result
 
     def header(self, steps: int, losses: list[float]) -> dict[str, Any]:
-        start, plan = self.models.start, self.plan
-        images = {"size": plan.size, "max_subjects": plan.max_subjects, "pictures": len(self.folder)}
-        settings = {**asdict(self.settings), **images, "steps": steps}
-        steps += 0 if start is None else int(start.header.get("steps", 0))
-        return self.artifact_header(settings, losses, base=model_base_sample(self.model), steps=steps)
+        folder, before = self.folder, 0 if self.start is None else int(self.start.header.get("steps", 0))
+        images = {"size": folder.size, "max_subjects": folder.max_subjects, "pictures": len(folder)}
+        settings, base = {**asdict(self.settings), **images, "steps": steps}, model_base_sample(self.model)
+        return self.artifact_header(settings, losses, base=base, steps=steps + before)
 
 
-def train_adapter(
-    models: TrainingModels, folder: PairFolder, plan: AdapterPlan, settings: TrainingSettings
-) -> tuple[StoredAdapter, list[float], str]:
+def train_adapter(job: AdapterJob) -> tuple[StoredAdapter, list[float], str]:
     """Train (or resume, or load from disk); returns the adapter, all losses, and a report for the user: the data used,
     the course of the loss, and the error with and without the subject.
     """
-    job = AdapterJob(models, check_inputs(models, plan.size), folder, plan, settings)
     job_run = run(job)
     losses, result = job_run.losses, dict(job_run.last)
     bare, without_subject, with_subject = result.pop(CHECK_ERRORS).tolist()
@@ -152,7 +154,8 @@ def train_adapter(
     first, last = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:]))
     lines = [
         bytes(result.pop(FOLDER_REPORT).tolist()).decode(),
-        f"{job_run.step} steps of {settings.batch}: mean loss of the first tenth {first:.5f}, of the last {last:.5f}",
+        f"{job_run.step} steps of {job.settings.batch}: mean loss of the first tenth {first:.5f}, of the last "
+        f"{last:.5f}",
         f"error on {CHECKED} samples of the folder: {with_subject:.5f} with the subject, {without_subject:.5f} with "
         f"the adapter but no subject, {bare:.5f} by the model alone",
     ]
@@ -163,51 +166,23 @@ def train_adapter(
     return StoredAdapter(result, job.header(job_run.step, losses)), losses, "\n".join(lines)
 
 
-def check_inputs(models: TrainingModels, size: int) -> list[Place]:
-    """Check all inputs before anything is loaded; returns the blocks that get the adapter."""
-    blocks, unet = check_model(models.model), models.model.model.diffusion_model
-    if unet.num_classes is not None:
-        raise ValueError(
-            "This model wants a pooled vector beside the prompt's rows, as SDXL does; the adapter is trained for "
-            "SD2.1-base and SD1.x: connect one of these."
-        )
-    if has_quantised_attention(models.model, blocks):
-        raise ValueError(
-            "The model's attention is quantised (GGUF, int8, 4 bit or scaled fp8), and an adapter starts as a copy of "
-            "it: load the model in fp16, bf16 or fp32."
-        )
-    channels = models.model.get_model_object("latent_format").latent_channels
-    if unet.in_channels != channels:
-        raise ValueError(
-            f"The UNet takes {unet.in_channels} channels and its latents have {channels}: this is a model for "
-            "inpainting. Connect the plain one."
-        )
-    check_vae(models.model, models.vae)
-    cell = models.vae.spacial_compression_encode()
-    if size % cell:
-        raise ValueError(f"The images' size is {size}: give a multiple of {cell}.")
-    if models.start is not None:
-        with torch.device("meta"):
-            Adapter([place.layer for place in blocks]).check(models.start.tensors)
-    return blocks
-
-
 class EncodedFolder:
     """Latents of a folder's images and token embeddings of their prompts, on the CPU; samples by number in the run."""
 
-    def __init__(self, models: TrainingModels, places: list[Place], folder: PairFolder, seed: int) -> None:
+    def __init__(self, job: AdapterJob) -> None:
         """Encode the folder. ValueError when nothing in it can be read, or it does not fit into memory."""
-        self.folder, self.seed = folder, seed
-        reader = models.model.model.diffusion_model.get_submodule(f"{places[0].module}.attn2.to_k")
+        folder, self.seed = job.folder, job.settings.seed
+        self.folder = folder
+        reader = job.model.model.diffusion_model.get_submodule(f"{job.places[0].module}.attn2.to_k")
         self._width = reader.weight.shape[1]
-        self._check_memory(models)
-        process = models.model.get_model_object("latent_format").process_in
+        self._check_memory(job)
+        process = job.model.get_model_object("latent_format").process_in
 
         def latent(image: Tensor | None) -> Tensor | None:
             mm.throw_exception_if_processing_interrupted()
             if image is None:
                 return None
-            return process(models.vae.encode(image.movedim(0, -1)[None]))[0].float().cpu()
+            return process(job.vae.encode(image.movedim(0, -1)[None]))[0].float().cpu()
 
         self.targets = {each.path: latent(folder.read(each, False)) for each in folder.targets}
         self.cut_outs = {each.path: latent(folder.read(each, True)) for each in folder.cut_outs}
@@ -216,7 +191,7 @@ class EncodedFolder:
             for text in (image.caption, subject_prompt(image.class_noun)):
                 if text not in self.rows:
                     mm.throw_exception_if_processing_interrupted()
-                    self.rows[text] = self._encode(models.clip, text)
+                    self.rows[text] = self._encode(job.clip, text)
         self.sample(0)
 
     def sample(self, number: int) -> Sample:
@@ -241,9 +216,9 @@ class EncodedFolder:
             )
         return rows
 
-    def _check_memory(self, models: TrainingModels) -> None:
-        folder, cells = self.folder, (self.folder.size // models.vae.spacial_compression_encode()) ** 2
-        channels = models.model.get_model_object("latent_format").latent_channels
+    def _check_memory(self, job: AdapterJob) -> None:
+        folder, cells = self.folder, (self.folder.size // job.vae.spacial_compression_encode()) ** 2
+        channels = job.model.get_model_object("latent_format").latent_channels
         prompts = {each.caption for each in folder.targets} | {each.class_noun for each in folder.targets}
         images = len(folder.targets) + len(folder.cut_outs)
         needed = 4.0 * (images * channels * cells + len(prompts) * CHUNK * self._width)

@@ -7,7 +7,7 @@ streamed.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.hooks
 import comfy.latent_formats
@@ -114,23 +114,15 @@ class SanaTokenizer:
         return {}
 
 
-class SanaModels(NamedTuple):
-    """plain_clip: the same text encoder without the instruction, for a non-empty negative prompt."""
-
-    model: Any
-    clip: Any
-    vae: Any
-    plain_clip: Any
-
-
 def sana_names() -> Names:
     """Folders in models/diffusers that contain Sana."""
     return folders.matching(folders.DIFFUSERS, lambda path: sana.pipeline_of(path) == sana.PIPELINE)
 
 
-def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> SanaModels:
-    """Load all models of a folder. ValueError, before anything large is read, when it has another model, is incomplete
-    or pickled; RuntimeError when diffusers is not installed.
+def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) -> tuple[Any, Any, Any, Any]:
+    """MODEL, CLIP and VAE of a folder, and the CLIP without the instruction, for a non-empty negative prompt.
+    ValueError, before anything large is read, when it has another model, is incomplete or pickled; RuntimeError when
+    diffusers is not installed.
     """
     sana.check_folder(folder)
     sana.library(folder)
@@ -138,7 +130,7 @@ def load_sana(folder: Path, dtype: str = "default", instruction: bool = True) ->
     plain.set_tokenizer_option(INSTRUCTED, False)
     clip = plain.clone()
     clip.set_tokenizer_option(INSTRUCTED, instruction)
-    return SanaModels(model, clip, vae, plain)
+    return model, clip, vae, plain
 
 
 def load_model(folder: Path, dtype: str, **_more: Any) -> Any:

@@ -77,7 +77,7 @@ class Scores:
     values: dict[str, list[float]]
     order: list[int]
     rule: str
-    models: dict[str, str] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)  # the measures taken, each with its model
     notes: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by name: what learning took
@@ -112,10 +112,9 @@ class Scores:
             rows.append(f"{names[i]:>{width}}{numbers}" + ("  best" if i == self.best else ""))
         missing = [TITLES[name] for name in TITLES if name not in self.values]
         order = f"order: {', '.join(names[i] for i in self.order)} (by {self.rule})"
-        models = [f"{TITLES[name]}: {model}" for name, model in self.models.items()]
         unmeasured = [f"not measured: {', '.join(missing)}"] if missing else []
         learned = [f"{name}: learned in {seconds:.1f} s" for name, seconds in self.seconds.items()]
-        return "\n".join([*rows, order, *models, *unmeasured, *learned, *self.notes])
+        return "\n".join([*rows, order, *self.models, *unmeasured, *learned, *self.notes])
 
 
 def _number(name: str, value: float) -> str:
@@ -201,33 +200,31 @@ def score(request: Request) -> Scores:
     outside = _outside(mask, reference_mask, request)
     lpips = None if request.lpips is None else load_lpips(request.lpips, folders.roots(folders.LPIPS))
 
-    values: dict[str, Tensor] = {}
-    models: dict[str, str] = {}
+    found: dict[str, tuple[Tensor, str]] = {}  # of each measure, its values and the model
     for name, vision in (("dino", request.dino), ("clip_i", request.clip)):
         if vision is not None and reference is not None:
             a, b = _embed(vision, images, mask), _embed(vision, reference, reference_mask)
             pairs = [measures.cosine(a, row) for row in (b.split(1) if request.several else [b])]
-            values[name] = torch.stack(pairs).mean(0)
-            models[name] = f"{describe(vision)}, on {WHOLE if mask is None else CROPPED}"
+            found[name] = torch.stack(pairs).mean(0), f"{describe(vision)}, on {WHOLE if mask is None else CROPPED}"
     if request.clip is not None and request.prompt.strip():
         text = request.clip.encode_text([request.prompt.strip()]).cpu()
-        values["clip_t"] = measures.cosine(embed(request.clip, images), text)
-        models["clip_t"] = f"{describe(request.clip)}, on {WHOLE}"
+        found["clip_t"] = measures.cosine(embed(request.clip, images), text), f"{describe(request.clip)}, on {WHOLE}"
     if reference is not None and request.same_size and (outside is None or _has_outside(outside)):
         region = "over the whole image" if outside is None else "outside the mask"
-        values["psnr"] = measures.psnr(images, reference, outside)
-        models["psnr"] = f"against the reference, {region}"
+        found["psnr"] = measures.psnr(images, reference, outside), f"against the reference, {region}"
         if lpips is not None:
-            values["lpips"] = _lpips(lpips, images, reference.expand(images.shape), outside)
-            models["lpips"] = f"{lpips.description}, {region}"
-    table = {name: [float(value) for value in values[name]] for name in TITLES if name in values}
+            distances = _lpips(lpips, images, reference.expand(images.shape), outside)
+            found["lpips"] = distances, f"{lpips.description}, {region}"
+    table = {name: found[name][0].tolist() for name in TITLES if name in found}
+    models = [f"{TITLES[name]}: {model}" for name, (_, model) in found.items()]
     totals, rule = ranking(table, request.rank_by)
     notes = _notes(request, outside)
-    identity = [name for name in ("dino", "clip_i") if request.several and name in values]
+    identity = [name for name in ("dino", "clip_i") if request.several and name in found]
     if reference is not None and identity:
-        numbers = ", ".join(f"{TITLES[name]} {_number(name, float(values[name].mean()))}" for name in identity)
+        numbers = ", ".join(f"{TITLES[name]} {_number(name, float(found[name][0].mean()))}" for name in identity)
         notes.append(f"mean over all {len(images)} x {len(reference)} pairs: {numbers}")
-    return Scores(table, measures.order(totals), rule, models, notes, _names(request))
+    order = sorted(range(len(totals)), key=totals.__getitem__, reverse=True)  # equal ones keep their order
+    return Scores(table, order, rule, models, notes, _names(request))
 
 
 def _fit_mask(mask: Tensor | None, images: Tensor | None, name: str) -> Tensor | None:
@@ -277,15 +274,14 @@ def _lpips(model: Lpips, images: Tensor, reference: Tensor, outside: Tensor | No
     device = mm.get_torch_device()
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
     load_fully([patcher], LPIPS_BYTES_PER_PIXEL * images[0, ..., 0].numel())
+    if outside is not None:
+        images = reference + outside[..., None] * (images - reference)
     distances = []
     with torch.no_grad():
-        for i in range(images.shape[0]):
+        for i in range(len(images)):
             mm.throw_exception_if_processing_interrupted()
-            a, b = images[i : i + 1].to(device), reference[i : i + 1].to(device)
-            weight = None if outside is None else outside[i : i + 1].to(device)
-            if weight is not None:
-                a = b + weight[..., None] * (a - b)
-            distances.append(model(a, b, weight).cpu())
+            one = (None if each is None else each[i : i + 1].to(device) for each in (images, reference, outside))
+            distances.append(model(*one).cpu())
     return torch.cat(distances)
 
 

@@ -63,19 +63,16 @@ class VisionModel:
 
     def run(self, pixels: Tensor, crop: bool, preprocess: Preprocess) -> VisionOutput:
         """See features(); call inside of a session that has loaded the model, or use embed() without gradients."""
-        with running(self.describe()):
+        with running(describe(self)):
             return self.model(preprocess(pixels.to(self.load_device), crop))
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """Text embeddings [len(texts), D]. ValueError when the model has no text encoder."""
         if self.model.text_missing:
-            raise ValueError(f"{self.describe()} cannot read a text: {self.model.text_missing}.")
+            raise ValueError(f"{describe(self)} cannot read a text: {self.model.text_missing}.")
         _load(self, len(texts))
-        with torch.no_grad(), running(self.describe()):
+        with torch.no_grad(), running(describe(self)):
             return self.model.encode_text(texts).float().to(mm.intermediate_device())
-
-    def describe(self) -> str:
-        return f"{self.model.description}, {self.image_size} px"
 
     def get_sd(self) -> dict[str, Tensor]:
         """The weights, with the interface of ComfyUI's own object."""
@@ -154,7 +151,7 @@ def text_missing(vision: Any) -> str | None:
 def describe(vision: Any) -> str:
     """A short description of the model. ComfyUI's own object does not record its file, so its size is named."""
     if isinstance(vision, VisionModel):
-        return vision.describe()
+        return f"{vision.model.description}, {vision.image_size} px"
     width = next(iter(vision.model.state_dict().values())).shape[-1]
     kind = "DINOv2" if "Dino" in type(vision.model).__name__ else "CLIP vision"
     return f"{kind} from CLIP_VISION ({type(vision.model).__name__}, width {width}, {vision.image_size} px)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from likeness.core.ezigen.adapter import Adapter, batch_tokens, join_images
+from likeness.core.ezigen.adapter import Adapter, batch_tokens
 from likeness.core.ezigen.artifact import pack_adapter
 from likeness.core.ezigen.host.adapter import Subject, with_adapter
 from likeness.core.ezigen.host.layers import UNet, places
@@ -99,7 +99,7 @@ def test_forward_of_four_subjects(official, network):
     timesteps = torch.full((2,), TIMESTEP)
     with torch.inference_mode():
         captured = network.capture(official["i.ref.x"], torch.ones(4), official["i.ref.ctx"])
-        found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], join_images(captured))
+        found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], batch_tokens(captured, [4]))
         assert relative(found, official["o.main.four_subjects"]) < 2e-5
         mixed = [torch.cat([each[:1], each]) for each in captured]  # one image for the first sample, four for the other
         found = network.predicted_noise(official["i.x"], timesteps, official["i.ctx"], batch_tokens(mixed, [1, 4]))
