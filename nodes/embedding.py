@@ -1,7 +1,5 @@
 """Train, refine, apply, save and load subject embeddings (HiPer, HiFi Tuner)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner, hiper

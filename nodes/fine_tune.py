@@ -1,7 +1,5 @@
 """Fine-tune a model on one image (SINE; DreamBooth-style without patches)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.session.outputs import loss_map, nothing

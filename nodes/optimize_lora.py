@@ -1,7 +1,5 @@
 """Optimize a LoRA for the similarity of its images to a subject (SISO)."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 from comfy_api.latest import io
