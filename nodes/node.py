@@ -15,7 +15,7 @@ from ..core.fit.fit import random_numbers
 from ..core.session import folders
 from ..core.session.images import check_result
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
-from ..core.session.outputs import prefix_answer, save_numbered
+from ..core.session.outputs import loss_map, nothing, prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
 
 Adapter = io.Custom("LIKENESS_ADAPTER")
@@ -86,9 +86,7 @@ def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.S
             schema = schema_of()
             names = (widget.id for widget in schema.inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
-            output = execute(cls, **checked(schema, given))
-            check_results(schema, output)
-            return output
+            return packed(schema, execute(cls, **checked(schema, given)))
 
     return run
 
@@ -161,12 +159,22 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
-    """RuntimeError when a node gives an image, a latent or a prompt without numbers: what follows would be black."""
-    for wanted, value in zip(schema.outputs, output.args or (), strict=False):
-        if wanted.get_io_type() in ("IMAGE", "LATENT", "CONDITIONING"):
+def packed(schema: io.Schema, output: io.NodeOutput) -> io.NodeOutput:
+    """The losses of a node as a LOSS_MAP; nodes behind an output that is None, or has no losses, do not run.
+
+    RuntimeError when it gives an image, a latent or a prompt without numbers: what follows would be black.
+    """
+    values = []
+    for wanted, value in zip(schema.outputs, output.args, strict=True):
+        kind = wanted.get_io_type()
+        if kind == "LOSS_MAP":
+            value = loss_map(value) if value else None
+        elif kind in ("IMAGE", "LATENT", "CONDITIONING"):
             for tensor in _tensors(value):
                 check_result(wanted.display_name, tensor)
+        values.append(nothing() if value is None else value)
+    output.args = tuple(values)
+    return output
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -5,7 +5,6 @@ from comfy_api.latest import io
 from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject
 from ..core.attention.host.swapped_prompt import check_texts
 from ..core.attention.prompt_to_prompt import END_PERCENT
-from ..core.session.outputs import nothing
 from . import inputs
 from .node import Embedding, Node, output, schema
 
@@ -113,4 +112,4 @@ class LikenessReplaceSubject(Node):
         start = repeat_latent(latent)
         learned = None if embedding is None else LearnedSubject(embedding, scale, step)
         patched, both = replace_subject(model, clip, SubjectSwap(subject=learned, **swap), start, positive)
-        return io.NodeOutput(patched, both, negative, start, nothing() if embedding is None else embedding)
+        return io.NodeOutput(patched, both, negative, start, embedding)

@@ -6,7 +6,6 @@ from ..core.ezigen.host import train as host
 from ..core.ezigen.subject_pairs import PairFolder
 from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
 from ..core.session import folders
-from ..core.session.outputs import loss_map
 from . import inputs
 from .node import Adapter, LossMap, Node, build, output, schema
 
@@ -45,8 +44,7 @@ class LikenessTrainAdapter(Node, files={"folder": None}):
         kinds = host.TrainingModels, host.AdapterPlan, TrainingSettings
         models, plan, settings = build({**more, "start": adapter}, *kinds)
         pairs = PairFolder(folders.resolve_image_folder(folder), plan.size, plan.max_subjects)
-        trained, losses, report = host.train_adapter(models, pairs, plan, settings)
-        return io.NodeOutput(trained, loss_map(losses), report)
+        return io.NodeOutput(*host.train_adapter(models, pairs, plan, settings))
 
 
 def _inputs() -> list[io.Input]:
