@@ -47,9 +47,7 @@ def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
 
 
 class Node(io.ComfyNode):
-    """execute() of a subclass gets what its schema promises, in the process of a test as in a server, and so does
-    check_lazy_status() of what is there already.
-    """
+    """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
 
     def __init_subclass__(cls, files: Mapping[str, folders.Kind | None] | None = None, **more: Any) -> None:
         """files: the kinds of the model files, or None for the folders of images, that inputs name. One that is not
@@ -72,11 +70,10 @@ class Node(io.ComfyNode):
             names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *files)]
             found.__signature__ = inspect.Signature(names)  # ty: ignore[missing-attribute]
             cls.fingerprint_inputs, cls.validate_inputs = classmethod(states), classmethod(found)
-        schema = functools.cache(cls.define_schema)  # once: it looks for files
-        for name, wrapper in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
-            method = cls.__dict__.get(name)  # ComfyUI runs a clone of the class each time, which has wrapped ones
-            if isinstance(method, classmethod) and not hasattr(method.__func__, "__wrapped__"):
-                setattr(cls, name, classmethod(wrapper(method.__func__, schema)))
+        execute = cls.__dict__.get("execute")  # ComfyUI runs a clone of the class each time, which has a wrapped one
+        if isinstance(execute, classmethod) and not hasattr(execute.__func__, "__wrapped__"):
+            schema = functools.cache(cls.define_schema)  # once: it looks for files
+            cls.execute = classmethod(_checked(execute.__func__, schema))
 
 
 def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.Schema]) -> Callable[..., io.NodeOutput]:
@@ -87,18 +84,6 @@ def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.S
             names = (widget.id for widget in schema.inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
             return packed(schema, execute(cls, **checked(schema, given)))
-
-    return run
-
-
-def _checked_so_far(status: Callable[..., list[str]], schema_of: Callable[[], io.Schema]) -> Callable[..., list[str]]:
-    @functools.wraps(status)
-    def run(cls: type[Node], **given: Any) -> list[str]:
-        with ascii_only():
-            schema = schema_of()
-            lazy = {widget.id for widget in schema.inputs if getattr(widget, "lazy", None)}
-            there = {name: value for name, value in given.items() if value is not None or name not in lazy}
-            return status(cls, **{**given, **checked(schema, there)})
 
     return run
 
