@@ -1,7 +1,5 @@
 """What a MODEL's sampling says of itself, and preview images by ComfyUI's own sampler."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
