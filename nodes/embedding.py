@@ -1,7 +1,5 @@
 """Train, refine, apply, save and load subject embeddings (HiPer, HiFi Tuner)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..core.embedding import hifi_tuner, hiper
@@ -14,7 +12,6 @@ from ..core.prompt.conditioning import apply_embedding
 from ..core.session import folders
 from ..core.session.fingerprint import check_base
 from ..core.session.images import ImageSource
-from ..core.session.outputs import loss_map, nothing
 from ..core.session.sampling import kind_of
 from . import inputs
 from .node import Embedding, LossMap, Node, SavingNode, build, output, schema
@@ -169,12 +166,11 @@ class LikenessTrainEmbedding(Node):
         source, settings, schedule, prompts = build(more, *kinds)
         images = source.encoded(model)
         embedding, losses = train.train_embedding(model, positive, images, settings, schedule, prompts)
-        loss = loss_map(losses)
         if source.vae is None or preview_steps == 0:
-            return io.NodeOutput(embedding, loss, nothing())
+            return io.NodeOutput(embedding, losses, None)
         how = train.Previews(source.vae, prompts.negative, preview_steps, prompts.preview_cfg, settings.seed)
         previews = train.preview_images(model, embedding, positive, prompts.target, tuple(images.latent.shape), how)
-        return io.NodeOutput(embedding, loss, previews)
+        return io.NodeOutput(embedding, losses, previews)
 
 
 class LikenessRefineEmbedding(Node):
@@ -218,8 +214,7 @@ class LikenessRefineEmbedding(Node):
     def execute(cls, model, positive, embedding, sigmas, step, **more) -> io.NodeOutput:
         source, settings, anchor = build(more, ImageSource, hifi_tuner.StepWiseSettings, train.RegularizerOptions)
         images = source.encoded(model)
-        refined, losses = refine_embedding(model, positive, images, embedding, sigmas, settings, anchor, step)
-        return io.NodeOutput(refined, loss_map(losses))
+        return io.NodeOutput(*refine_embedding(model, positive, images, embedding, sigmas, settings, anchor, step))
 
 
 class LikenessApplyEmbedding(Node):

@@ -1,10 +1,7 @@
 """Fine-tune a model on one image (SINE; DreamBooth-style without patches)."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
-from ..core.session.outputs import loss_map, nothing
 from ..core.sine import fine_tune as sine
 from ..core.sine.host.crops import CropSettings
 from ..core.sine.host.fine_tune import FORMS, FULL, LORA, PROMPT, FineTuneData, FineTunePlan, fine_tune
@@ -126,8 +123,7 @@ class LikenessFineTune(Node):
         of_class, form = more.pop("prior_positive", None), more.pop("lora_type", LORA)
         data, plan, settings = build({**more, "crop": crop, "form": form}, *kinds)
         prior = None if prior_image is None else FineTuneData(prior_image, prior_prompt, positive=of_class)
-        tuned, tuned_clip, lora, losses = fine_tune(model, vae, data, plan, settings, prior)
-        return io.NodeOutput(tuned, nothing() if tuned_clip is None else tuned_clip, lora, loss_map(losses))
+        return io.NodeOutput(*fine_tune(model, vae, data, plan, settings, prior))
 
 
 def _advanced() -> list[io.Input]:

@@ -11,28 +11,6 @@ from . import inputs
 from .node import Node, Subjects, output, schema
 
 
-def _tuned() -> list[io.Input]:
-    return [
-        io.Model.Input(
-            "tuned",
-            tooltip="The model that was fine-tuned on the image: from another loader, or the same model with a LoRA.",
-        ),
-        io.Conditioning.Input(
-            "tuned_positive",
-            tooltip="The fine-tuned model's training prompt, such as 'photo of a sks dog', from its own CLIP.",
-        ),
-    ]
-
-
-def _base_weight() -> io.Input:
-    return inputs.fraction(
-        "base_weight",
-        BASE_WEIGHT,
-        "v: the base model's weight in the guided prediction; the fine-tuned model gets 1 - v. Higher follows the "
-        "edit prompt more, lower keeps more of the image. 0.5 to 0.8 is usual.",
-    )
-
-
 def _window() -> list[io.Input]:
     return [
         inputs.fraction(
@@ -58,8 +36,25 @@ def _window() -> list[io.Input]:
     ]
 
 
-def _more() -> list[io.Input]:
+def _guidance(*cfg: io.Input) -> list[io.Input]:
+    """All that follows the model and the prompts; cfg: that of the guider."""
     return [
+        io.Model.Input(
+            "tuned",
+            tooltip="The model that was fine-tuned on the image: from another loader, or the same model with a LoRA.",
+        ),
+        io.Conditioning.Input(
+            "tuned_positive",
+            tooltip="The fine-tuned model's training prompt, such as 'photo of a sks dog', from its own CLIP.",
+        ),
+        *cfg,
+        inputs.fraction(
+            "base_weight",
+            BASE_WEIGHT,
+            "v: the base model's weight in the guided prediction; the fine-tuned model gets 1 - v. Higher follows the "
+            "edit prompt more, lower keeps more of the image. 0.5 to 0.8 is usual.",
+        ),
+        *_window(),
         *inputs.advanced(
             io.Boolean.Input(
                 "allow_over_one",
@@ -122,10 +117,7 @@ class LikenessGuidance(Node):
             search_aliases=["sine", "edit", "single image", "model merge"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model. It receives the edit prompt and the negative prompt."),
-                *_tuned(),
-                _base_weight(),
-                *_window(),
-                *_more(),
+                *_guidance(),
             ],
             outputs=[output(io.Model, "model", "The guided model. Sample it with the edit prompt.")],
         )
@@ -149,13 +141,13 @@ class LikenessGuider(Node):
                 io.Model.Input("model", tooltip="The base model."),
                 io.Conditioning.Input("positive", tooltip="The edit prompt, from the base model's CLIP."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty, from the same CLIP."),
-                *_tuned(),
-                inputs.cfg(
-                    CFG, "Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.", 0.0
+                *_guidance(
+                    inputs.cfg(
+                        CFG,
+                        "Guidance scale of the guided prediction over the negative prompt's, usually 7.5 to 10.",
+                        0.0,
+                    )
                 ),
-                _base_weight(),
-                *_window(),
-                *_more(),
             ],
             outputs=[output(io.Guider, "guider", "The guider, for SamplerCustomAdvanced.")],
         )

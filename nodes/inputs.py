@@ -52,13 +52,9 @@ def cfg(default: float, tooltip: str, least: float = 1.0) -> io.Input:
     return number("cfg", default, (least, 100.0, 0.1, 0.01), tooltip)
 
 
-def rate(default: float, tooltip: str, step: float = 1e-4, most: float = 1.0) -> io.Input:
-    return number("learning_rate", default, (1e-9, most, step, 1e-6), tooltip)
-
-
 def token_rate(default: float, tooltip: str, step: float = 1e-4) -> io.Input:
     """The learning rate of a prompt's tokens, whose numbers are large with some text encoders."""
-    return rate(default, tooltip, step, most=100.0)
+    return number("learning_rate", default, (1e-9, 100.0, step, 1e-6), tooltip)
 
 
 def inner_steps(default: int, tooltip: str, least: int = 1) -> io.Input:

@@ -8,7 +8,6 @@ from ..core.inversion.host.ddim import invert_image, start_of
 from ..core.inversion.host.null_text import prepare_reconstruction
 from ..core.inversion.host.renoise import renoise_image
 from ..core.session.images import ImageSource
-from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import LossMap, Node, Trajectory, build, output, schema
 
@@ -158,8 +157,7 @@ class LikenessNullText(Node):
     def execute(cls, model, positive, negative, trajectory, method, start, **settings) -> io.NodeOutput:
         how = null_text.NullTextSettings(**settings)
         found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start)
-        loss = loss_map(found.losses) if found.losses else nothing()
-        return io.NodeOutput(found.negative, loss, found.report, found.model)
+        return io.NodeOutput(found.negative, found.losses, found.report, found.model)
 
 
 class LikenessRenoise(Node):

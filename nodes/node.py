@@ -15,7 +15,7 @@ from ..core.fit.fit import random_numbers
 from ..core.session import folders
 from ..core.session.images import check_result
 from ..core.session.inputs import check_axes, check_input, check_pooled, check_width
-from ..core.session.outputs import prefix_answer, save_numbered
+from ..core.session.outputs import loss_map, nothing, prefix_answer, save_numbered
 from ..core.session.texts import ascii_only, disk_errors
 
 Adapter = io.Custom("LIKENESS_ADAPTER")
@@ -47,9 +47,7 @@ def output(kind: Any, name: str, tooltip: str, **more: Any) -> io.Output:
 
 
 class Node(io.ComfyNode):
-    """execute() of a subclass gets what its schema promises, in the process of a test as in a server, and so does
-    check_lazy_status() of what is there already.
-    """
+    """execute() of a subclass gets what its schema promises, in the process of a test as in a server."""
 
     def __init_subclass__(cls, files: Mapping[str, folders.Kind | None] | None = None, **more: Any) -> None:
         """files: the kinds of the model files, or None for the folders of images, that inputs name. One that is not
@@ -72,11 +70,10 @@ class Node(io.ComfyNode):
             names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("cls", *files)]
             found.__signature__ = inspect.Signature(names)  # ty: ignore[missing-attribute]
             cls.fingerprint_inputs, cls.validate_inputs = classmethod(states), classmethod(found)
-        schema = functools.cache(cls.define_schema)  # once: it looks for files
-        for name, wrapper in (("execute", _checked), ("check_lazy_status", _checked_so_far)):
-            method = cls.__dict__.get(name)  # ComfyUI runs a clone of the class each time, which has wrapped ones
-            if isinstance(method, classmethod) and not hasattr(method.__func__, "__wrapped__"):
-                setattr(cls, name, classmethod(wrapper(method.__func__, schema)))
+        execute = cls.__dict__.get("execute")  # ComfyUI runs a clone of the class each time, which has a wrapped one
+        if isinstance(execute, classmethod) and not hasattr(execute.__func__, "__wrapped__"):
+            schema = functools.cache(cls.define_schema)  # once: it looks for files
+            cls.execute = classmethod(_checked(execute.__func__, schema))
 
 
 def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.Schema]) -> Callable[..., io.NodeOutput]:
@@ -86,21 +83,7 @@ def _checked(execute: Callable[..., io.NodeOutput], schema_of: Callable[[], io.S
             schema = schema_of()
             names = (widget.id for widget in schema.inputs)
             given = {**dict(zip(names, arguments, strict=False)), **named}
-            output = execute(cls, **checked(schema, given))
-            check_results(schema, output)
-            return output
-
-    return run
-
-
-def _checked_so_far(status: Callable[..., list[str]], schema_of: Callable[[], io.Schema]) -> Callable[..., list[str]]:
-    @functools.wraps(status)
-    def run(cls: type[Node], **given: Any) -> list[str]:
-        with ascii_only():
-            schema = schema_of()
-            lazy = {widget.id for widget in schema.inputs if getattr(widget, "lazy", None)}
-            there = {name: value for name, value in given.items() if value is not None or name not in lazy}
-            return status(cls, **{**given, **checked(schema, there)})
+            return packed(schema, execute(cls, **checked(schema, given)))
 
     return run
 
@@ -161,12 +144,22 @@ def checked(schema: io.Schema, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
-    """RuntimeError when a node gives an image, a latent or a prompt without numbers: what follows would be black."""
-    for wanted, value in zip(schema.outputs, output.args or (), strict=False):
-        if wanted.get_io_type() in ("IMAGE", "LATENT", "CONDITIONING"):
+def packed(schema: io.Schema, output: io.NodeOutput) -> io.NodeOutput:
+    """The losses of a node as a LOSS_MAP; nodes behind an output that is None, or has no losses, do not run.
+
+    RuntimeError when it gives an image, a latent or a prompt without numbers: what follows would be black.
+    """
+    values = []
+    for wanted, value in zip(schema.outputs, output.args, strict=True):
+        kind = wanted.get_io_type()
+        if kind == "LOSS_MAP":
+            value = loss_map(value) if value else None
+        elif kind in ("IMAGE", "LATENT", "CONDITIONING"):
             for tensor in _tensors(value):
                 check_result(wanted.display_name, tensor)
+        values.append(nothing() if value is None else value)
+    output.args = tuple(values)
+    return output
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """Optimize a LoRA for the similarity of its images to a subject (SISO)."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 from comfy_api.latest import io
@@ -9,7 +7,6 @@ from comfy_api.latest import io
 from ..core.fit.presets import AS_SET, apply_preset
 from ..core.inversion.host.renoise import replay_of
 from ..core.lora.host.apply import apply_lora
-from ..core.session.outputs import loss_map, nothing
 from ..core.session.sampling import kind_of
 from ..core.siso import siso
 from ..core.siso.host import optimize_lora as host
@@ -63,9 +60,7 @@ class LikenessOptimizeLora(Node):
         job = host.SisoJob(generator, similarity, sampling, plan, settings, rest)
         found = host.optimize_lora(job)
         tuned, encoder = apply_lora(found.lora, generator.model, generator.clip, 1.0)
-        encoder = nothing() if encoder is None else encoder
-        loss = loss_map(found.losses)
-        return io.NodeOutput(tuned, encoder, found.lora, found.image, found.images, loss, found.report())
+        return io.NodeOutput(tuned, encoder, found.lora, found.image, found.images, found.losses, found.report())
 
 
 def _inputs() -> list[io.Input]:

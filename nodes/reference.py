@@ -5,7 +5,6 @@ from comfy_api.latest import io
 from ..core.reference import guidance as published
 from ..core.reference.host.alignment import FORMS, MAX_DEGREES, SYMMETRIC, align_reference, choose_reference
 from ..core.reference.host.guidance import sample_with_reference
-from ..core.session.outputs import loss_map, nothing
 from . import inputs
 from .node import LossMap, Node, Trajectory, output, schema
 
@@ -43,7 +42,7 @@ class LikenessChooseReference(Node):
     def execute(cls, images, picture, vision, masks=None) -> io.NodeOutput:
         index, *rest = choose_reference(images, picture, vision, masks)
         taken = slice(index, index + 1)
-        return io.NodeOutput(images[taken], nothing() if masks is None else masks[taken], index, *rest)
+        return io.NodeOutput(images[taken], None if masks is None else masks[taken], index, *rest)
 
 
 class LikenessAlign(Node):
@@ -166,5 +165,5 @@ class LikenessReferenceGuide(Node):
     ) -> io.NodeOutput:
         how, percents = published.ReferenceSettings(**settings), (start_percent, end_percent)
         given = model, positive, negative, noise, trajectory, mask, percents
-        samples, *rest, losses, report = sample_with_reference(*given, how)
-        return io.NodeOutput({"samples": samples}, *rest, loss_map(losses) if losses else nothing(), report)
+        samples, *rest = sample_with_reference(*given, how)
+        return io.NodeOutput({"samples": samples}, *rest)

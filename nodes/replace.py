@@ -5,9 +5,9 @@ from comfy_api.latest import io
 from ..core.attention.host.prompt_to_prompt import LearnedSubject, SubjectSwap, repeat_latent, replace_subject
 from ..core.attention.host.swapped_prompt import check_texts
 from ..core.attention.prompt_to_prompt import END_PERCENT
-from ..core.session.outputs import nothing
+from ..core.session.texts import ascii_only
 from . import inputs
-from .node import Embedding, Node, output, schema
+from .node import Embedding, Node, checked, output, schema
 
 
 class LikenessReplaceSubject(Node):
@@ -101,10 +101,15 @@ class LikenessReplaceSubject(Node):
         )
 
     @classmethod
-    def check_lazy_status(cls, clip, prompt, word, replacement, **others) -> list[str]:
+    def check_lazy_status(cls, **given) -> list[str]:
         """The texts first: nothing is inverted or trained for a word that is not in the prompt."""
-        check_texts(clip, prompt, word, replacement)
-        return [name for name, value in others.items() if value is None]
+        schema = cls.define_schema()
+        lazy = [widget.id for widget in schema.inputs if getattr(widget, "lazy", None)]
+        missing = [name for name in lazy if given.get(name, name) is None]
+        with ascii_only():
+            there = checked(schema, {name: value for name, value in given.items() if name not in missing})
+            check_texts(*(there[name] for name in ("clip", "prompt", "word", "replacement")))
+        return missing
 
     @classmethod
     def execute(
@@ -113,4 +118,4 @@ class LikenessReplaceSubject(Node):
         start = repeat_latent(latent)
         learned = None if embedding is None else LearnedSubject(embedding, scale, step)
         patched, both = replace_subject(model, clip, SubjectSwap(subject=learned, **swap), start, positive)
-        return io.NodeOutput(patched, both, negative, start, nothing() if embedding is None else embedding)
+        return io.NodeOutput(patched, both, negative, start, embedding)

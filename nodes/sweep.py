@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..core.session.outputs import nothing
 from ..core.sine import sweep
 from ..core.sine.host.sweep import grid_sheet, measures, plot_sheet
 from .node import Node, output, schema
@@ -97,4 +96,4 @@ class LikenessSweepPlot(Node):
         grid = sweep.grid(base_weight, end_percent)
         pictures = sweep.of_each_pair(images, len(base_weight))
         drawn = measures(len(base_weight), distance, identity, text)
-        return io.NodeOutput(grid_sheet(pictures, grid), plot_sheet(drawn, grid) if drawn else nothing())
+        return io.NodeOutput(grid_sheet(pictures, grid), plot_sheet(drawn, grid) if drawn else None)

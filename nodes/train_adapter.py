@@ -6,7 +6,6 @@ from ..core.ezigen.host import train as host
 from ..core.ezigen.subject_pairs import PairFolder
 from ..core.ezigen.train import DROP, LEARNING_RATE, MAX_SUBJECTS, TrainingSettings
 from ..core.session import folders
-from ..core.session.outputs import loss_map
 from . import inputs
 from .node import Adapter, LossMap, Node, output, schema
 
@@ -46,10 +45,8 @@ class LikenessTrainAdapter(Node, files={"folder": None}):
     ) -> io.NodeOutput:
         pairs = PairFolder(folders.resolve_image_folder(folder), size, max_subjects)
         settings = TrainingSettings(seed, batch, learning_rate, drop)
-        trained, losses, report = host.train_adapter(
-            host.AdapterJob(folder=pairs, settings=settings, start=adapter, **more)
-        )
-        return io.NodeOutput(trained, loss_map(losses), report)
+        job = host.AdapterJob(folder=pairs, settings=settings, start=adapter, **more)
+        return io.NodeOutput(*host.train_adapter(job))
 
 
 def _inputs() -> list[io.Input]:

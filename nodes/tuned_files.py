@@ -6,7 +6,6 @@ from ..core.lora.artifact import FineTunedWeights, save_fine_tune
 from ..core.lora.host.apply import encode_prompt
 from ..core.session import folders
 from ..core.session.fingerprint import check_base
-from ..core.session.outputs import nothing
 from ..core.sine.artifact import load_fine_tune, summary
 from ..core.sine.host.position_map import apply_fine_tune
 from . import inputs
@@ -93,7 +92,5 @@ class LikenessLoadTuned(Node, files={"name": folders.LORAS}):
         tuned = load_fine_tune(folders.resolve(folders.LORAS, name))
         check_base(tuned.header.get("base", {}), model)
         tuned_model, tuned_clip = apply_fine_tune(tuned, model, clip, strength)
-        if tuned_clip is None:
-            return io.NodeOutput(tuned_model, nothing(), tuned.prompt, nothing(), summary(tuned))
-        positive = encode_prompt(tuned_clip, tuned.prompt) if tuned.prompt else nothing()
+        positive = encode_prompt(tuned_clip, tuned.prompt) if tuned_clip is not None and tuned.prompt else None
         return io.NodeOutput(tuned_model, tuned_clip, tuned.prompt, positive, summary(tuned))

@@ -124,13 +124,6 @@ def install(*what: str | Path, check: bool = True) -> bool:
     return uv("pip", "install", "-q", "--python", PYTHON, *more, *what, check=check)
 
 
-def install_tested(*what: str | Path) -> None:
-    """Install packages in the tested versions, or the newest if those do not fit this Python or ComfyUI."""
-    if not install(*what, "-c", PINS, check=False):
-        say("the tested versions do not fit this Python or ComfyUI: taking what their requirements allow")
-        install(*what)
-
-
 def has(modules: tuple[str, ...]) -> bool:
     """Whether .sandbox/venv has all modules, without importing them."""
     code = f"import importlib.util, sys; sys.exit(not all(importlib.util.find_spec(m) for m in {modules!r}))"
@@ -166,26 +159,22 @@ def mend_cpu_torch() -> None:
         start.write_text(OPERATORS + source)
 
 
-def install_packages(comfyui: Path | None, owner: Path | None) -> None:
-    """With an existing ComfyUI's Python (`owner`): use its packages and add the tools, without changing it.
-
-    Without one: install torch and ComfyUI's requirements; without ComfyUI, the imports of the torch-only parts.
+def install_packages(owner: Path | None, *what: str | Path) -> None:
+    """Install `what` in the tested versions, or the newest if those do not fit this Python or ComfyUI; with an existing
+    ComfyUI's Python (`owner`) on top of its packages, without changing it.
     """
     if owner:
         uv("venv", "-q", "--clear", "-p", owner, VENV)
         packages = str(site_packages(owner))
         lines = f"{packages}\nimport site; site.addsitedir({packages!r})\n"  # for ty, and for its own .pth files
         (site_packages(PYTHON) / "borrowed.pth").write_text(lines)
-        install_tested("--group", f"{PROJECT}:test")
-    else:
-        if not PYTHON.exists() or any(path.name in OTHERS for path in VENV.rglob("*.pth")):
-            base = getattr(sys, "_base_executable", sys.executable)  # .sandbox/venv itself may have started this
-            uv("venv", "-q", "--clear", "-p", base, VENV)
-        if comfyui:
-            install_tested(*TORCH, "-r", comfyui / "requirements.txt", "--group", f"{PROJECT}:test")
-        else:
-            install_tested(*TORCH, "--group", f"{PROJECT}:core")
-        mend_cpu_torch()
+    elif not PYTHON.exists() or any(path.name in OTHERS for path in VENV.rglob("*.pth")):
+        base = getattr(sys, "_base_executable", sys.executable)  # .sandbox/venv itself may have started this
+        uv("venv", "-q", "--clear", "-p", base, VENV)
+    if not install(*what, "-c", PINS, check=False):
+        say("the tested versions do not fit this Python or ComfyUI: taking what their requirements allow")
+        install(*what)
+    mend_cpu_torch()
     install("--no-deps", "--group", f"{PROJECT}:libraries", "-c", PINS)
 
 
@@ -210,7 +199,7 @@ def install_chromium() -> None:
 def prepare_check() -> Path:
     """The sandbox's Python with torch and the tools, without ComfyUI. Installs them only if they are missing."""
     if not has(CHECKED):
-        work = functools.partial(install_packages, None, None)
+        work = functools.partial(install_packages, None, *TORCH, "--group", f"{PROJECT}:core")
         step("packages", "torch and the groups core, libraries", lambda: has(CHECKED), work)
     return PYTHON
 
@@ -238,7 +227,9 @@ def prepare(browser: bool = True) -> Environment:
         step("ComfyUI", f"0.3.75 from {COMFYUI_WHEEL}", (comfyui / "main.py").is_file, work)
     source = f"on top of {owner}" if owner else f"torch, the requirements of {comfyui}"
     key = f"{source}, the groups of pyproject.toml ({zlib.crc32(PINS.read_bytes() + PROJECT.read_bytes()):08x})"
-    step("packages", key, lambda: has(NEEDED), functools.partial(install_packages, comfyui, owner))
+    imports = () if owner else (*TORCH, "-r", comfyui / "requirements.txt")
+    work = functools.partial(install_packages, owner, *imports, "--group", f"{PROJECT}:test")
+    step("packages", key, lambda: has(NEEDED), work)
     if not browser:
         return Environment(PYTHON, comfyui, None, None)
     frontend = SANDBOX / "frontend"

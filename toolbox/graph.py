@@ -77,24 +77,15 @@ def label(node: Mapping[str, Any]) -> str:
     return f"Node {node['id']} ({node.get('title') or node['type']})"
 
 
-def complete_values(node: Mapping[str, Any], object_info: ObjectInfo) -> Any:
+def slotted_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[Slot, Any]:
     """A node's widget values, with defaults for optional inputs that were appended after the graph was saved."""
-    values = node.get("widgets_values") or []
-    if not isinstance(values, list):
-        return values
+    slots, values = widget_slots(node["type"], object_info), node.get("widgets_values") or []
     entries = {entry.name: entry for entry in inputs_of(node["type"], object_info)}
-    for slot in widget_slots(node["type"], object_info)[len(values) :]:
+    for slot in slots[len(values) :] if isinstance(values, list) else ():
         entry = entries[slot.name]
         if slot.kind != "value" or not entry.optional or "default" not in entry.options:
             break
         values = [*values, entry.options["default"]]
-    return values
-
-
-def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, Any]:
-    if node["type"] in PAGE_WIDGETS:
-        return {}
-    slots, values = widget_slots(node["type"], object_info), complete_values(node, object_info)
     if not isinstance(values, list) or len(values) != len(slots):
         names = [f"{slot.name} ({slot.kind})" for slot in slots]
         raise GraphError(f"{label(node)} holds the values {values}, but its widgets are {names}.")
@@ -103,7 +94,12 @@ def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, 
             raise GraphError(f"{label(node)}: behind {slot.name} stands {value!r} instead of one of {CONTROL_VALUES}.")
         if slot.kind == "value" and slot.name == "filename_prefix" and re.search("%[^%]+%", str(value)):
             raise GraphError(f"{label(node)}: the page would replace the token in {value!r}; this converter does not.")
-    return {slot.name: value for slot, value in zip(slots, values, strict=True) if slot.kind == "value"}
+    return dict(zip(slots, values, strict=True))
+
+
+def named_values(node: Mapping[str, Any], object_info: ObjectInfo) -> dict[str, Any]:
+    values = {} if node["type"] in PAGE_WIDGETS else slotted_values(node, object_info)
+    return {slot.name: value for slot, value in values.items() if slot.kind == "value"}
 
 
 def _source(nodes: Mapping[Any, Any], origins: Mapping[Any, Any], link: Any) -> list[Any] | None:
@@ -251,12 +247,10 @@ def matching_nodes(graph: Graph, name: str) -> list[dict[str, Any]]:
 
 
 def set_value(node: dict[str, Any], entry: str, value: Any, object_info: ObjectInfo) -> None:
-    slots = widget_slots(node["type"], object_info)
-    if Slot(entry, "value") not in slots:
+    slot = Slot(entry, "value")
+    if slot not in widget_slots(node["type"], object_info):
         raise GraphError(f"{label(node)} has no widget {entry}.")
-    named_values(node, object_info)  # raises for values that do not fit the widgets
-    node["widgets_values"] = complete_values(node, object_info)
-    node["widgets_values"][slots.index(Slot(entry, "value"))] = value
+    node["widgets_values"] = list({**slotted_values(node, object_info), slot: value}.values())
 
 
 def adapt(graph: Graph, settings: Mapping[tuple[str, str], Any], object_info: ObjectInfo) -> Graph:

@@ -12,8 +12,6 @@ next to nothing in its 1000 steps. There identity is higher by 0.336 (0.239 to 0
 Tuner's first stage can use it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..fit.presets import FAST, FLOW, NOISE, PUBLISHED, Presets

@@ -5,8 +5,6 @@ depends on (parameters, Adam moments, losses) and can save and restore it as nam
 depends only on the seed and the update's number, so an update that is interrupted halfway leaves no trace.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from abc import ABC, abstractmethod

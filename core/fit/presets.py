@@ -4,8 +4,6 @@ A method's table has, by preset and by kind of model, the inputs that the preset
 the node: embedding/presets.py, siso/presets.py.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ A run is one safetensors file, named by the sha256 of everything that determines
 It holds the state after the last update and the intermediate results saved along the way.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

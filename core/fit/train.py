@@ -1,7 +1,5 @@
 """Run a Fit for a number of steps with its state on disk, so that it can be interrupted, resumed and reused."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """What the page shows of a run: progress bar, latent preview, the loss curve of the node's widget, and warnings."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping

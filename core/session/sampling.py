@@ -1,7 +1,5 @@
 """What a MODEL's sampling says of itself, and images of latents."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -6,8 +6,6 @@ with the source's attention of the same call; nothing is stored and no steps are
 patch of the cross-attention layers; in transformers it is in ComfyUI's hook for every attention call (joint.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """An image of the new prompt while its embedding is learned: the subject so far."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

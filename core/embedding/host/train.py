@@ -1,7 +1,5 @@
 """Train an embedding with a MODEL: from a node's inputs to a LIKENESS_EMBEDDING, its losses and previews."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """EZIGen's adapter in ComfyUI's UNet: its layers, the capture of their inputs, and the patch that applies it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Every evaluation gets the part of the map that it covers: the whole image, the a
 ComfyUI's context windows, or a tile set by the user.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect
