@@ -179,7 +179,7 @@ class _Branch:
         sigma_of = guider.inner_model.model_sampling.percent_to_sigma
         self.weight = subject.weight
         self.window = SigmaRange(sigma_of(subject.start_percent), sigma_of(subject.end_percent))
-        self._subject, self._running = subject, running
+        self._running = running
         self._overlay = Overlay(subject.model, running, subject.share)
         self._cache: tuple[Tensor, Tensor] | None = None
         device, tuned, own = running.load_device, subject.model, subject.conditioning
@@ -209,6 +209,13 @@ class _Branch:
             calls = options["wrappers"].get(WrappersMP.APPLY_MODEL, {})
             options["wrappers"][WrappersMP.APPLY_MODEL] = {k: v for k, v in calls.items() if k != COMPILED}
         options["sample_sigmas"], options[PICTURE] = sigmas, tuple(noise.shape[2:])
+        base = guider.model_patcher
+        if running is base and self._overlay.empty and position_map_of(tuned) == position_map_of(base):
+            log.warning(
+                "The tuned model is the base model itself: only its prompt guides. Connect the fine-tuned model."
+            )
+        if not any(map(self.window.holds, sigmas[:-1].tolist())):
+            log.warning("None of the %d steps lies in a tuned model's window: it takes no part.", len(sigmas) - 1)
 
     def predict(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Tensor:
         """The denoised prediction for the training prompt; computed once if called twice in a step, as PAG does."""
@@ -230,16 +237,6 @@ class _Branch:
         """Release the ControlNets' state of this run, as ComfyUI does for the prompts that it evaluates itself."""
         self.forget()
         comfy.sampler_helpers.cleanup_models({"positive": self._conds}, [])
-
-    def warn(self, base: Any, steps: list[float]) -> None:
-        """Warn about settings that are allowed but rarely intended."""
-        same_map = position_map_of(self._subject.model) == position_map_of(base)
-        if self._running is base and self._overlay.empty and same_map:
-            log.warning(
-                "The tuned model is the base model itself: only its prompt guides. Connect the fine-tuned model."
-            )
-        if not any(map(self.window.holds, steps)):
-            log.warning("None of the %d steps lies in a tuned model's window: it takes no part.", len(steps))
 
 
 @dataclass(frozen=True)
@@ -267,27 +264,21 @@ class _Sampling:
                 stack.callback(model.cleanup)
                 model.pre_run()
             for subject in (each for each in self.subjects if each.weight != 0.0):
-                running, inputs = self._running(subject.model, base, loaded), (noise, latent_image, denoise_mask)
-                branch = _Branch(subject, running, guider, self.prompt, sigmas, *inputs, extra_args.get("seed"))
+                tuned, own = subject.model, zip(self.separate, loaded, strict=True)
+                running = next((patcher for separate, patcher in own if tuned.is_clone(separate)), base)
+                if running is not base:  # checked again, as later nodes may change it
+                    _check_pair(tuned, base)
+                if tuned not in self.separate:
+                    check_separable(tuned, running)
+                inputs = noise, latent_image, denoise_mask, extra_args.get("seed")
+                branch = _Branch(subject, running, guider, self.prompt, sigmas, *inputs)
                 branches.append(branch)
                 stack.callback(branch.cleanup)
-                branch.warn(base, [float(sigma) for sigma in sigmas[:-1]])
             entries = frozenset(entry["uuid"] for entry in entries_by_prompt(guider).get(self.prompt, []))
             options = extra_args["model_options"]["transformer_options"]  # this run's copy
             options[KEY] = entries, tuple(branches)
             stack.callback(options.pop, KEY)
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *more)
-
-    def _running(self, tuned: Any, base: Any, loaded: list[Any]) -> Any:
-        """The loaded model in whose module a fine-tuned model predicts; checked again, as later nodes may change it."""
-        for separate, patcher in zip(self.separate, loaded, strict=True):
-            if tuned.is_clone(separate):
-                _check_pair(tuned, base)
-                if tuned is not separate:
-                    check_separable(tuned, patcher)
-                return patcher
-        check_separable(tuned, base)
-        return base
 
 
 def _run_of(model_options: dict[str, Any]) -> tuple[frozenset[Any], tuple[_Branch, ...]]:
