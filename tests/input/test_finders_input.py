@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from likeness.toyworld import workflows
@@ -14,14 +16,18 @@ SAM = "random_vit_b.pth"
 
 @pytest.fixture(scope="module", autouse=True)
 def models(server):
-    """A detector, a captioning model and segment-anything weights in the server's folders."""
+    """A detector, a captioning model and weights of a small segment-anything in the server's folders."""
     inprocess.start()
+    import segment_anything
+
     from ..vision import finders
 
     vision = server.base / "models" / "likeness_vision"
     finders.grounding_dino_folder(vision / "random_dino")
     finders.blip2_folder(vision / "random_blip2", seed=1)
-    finders.sam_file(server.base / "models" / "sams" / SAM)
+    with mock.patch.dict(segment_anything.sam_model_registry, vit_b=finders.small_sam):
+        finders.sam_file(server.base / "models" / "sams" / SAM)
+        yield
 
 
 def looking(**changes) -> dict:

@@ -10,14 +10,14 @@ from likeness.toolbox.graph import convert
 from likeness.toyworld import workflows
 
 from .. import live
-from .results import UNWANTED, distance, pixels, run_graph
+from .results import UNWANTED, distance, pixels
 
 NAMES = ("9 Lab - SISO - edit SDXL-turbo", "9 Lab - SISO - edit SD-turbo")
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def result(server, request):
-    return run_graph(server, request.param)
+def result(results, request):
+    return results[request.param]
 
 
 @pytest.fixture

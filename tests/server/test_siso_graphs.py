@@ -16,7 +16,7 @@ from likeness.toyworld import workflows
 
 from .. import live
 from ..vision.test_retrieval import published
-from .results import UNWANTED, check_images, distance, run_graph
+from .results import UNWANTED, check_images, distance
 
 RETRIEVAL = ("Retrieval model", "Like it in retrieval too")
 NAMES = tuple(
@@ -25,17 +25,9 @@ NAMES = tuple(
 )
 
 
-@pytest.fixture(scope="module")
-def ran(server):
-    done = {name: run_graph(server, name) for name in NAMES}
-    saved = done["9 Lab - SISO - generate"].text("Save the LoRA").splitlines()[0]
-    done["9 Lab - SISO - reuse"] = run_graph(server, "9 Lab - SISO - reuse", {("Saved LoRA", "lora_name"): saved})
-    return done
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(ran, name):
-    result = ran[name]
+def test_the_picture_becomes_more_alike_and_the_lora_works_in_another_prompt(results, name):
+    result = results[name]
     assert not [word for word in UNWANTED if word in result.log]
     pictures, best = result.pictures("All iterations"), result.pictures("Most alike")
     assert 1 < len(pictures) <= live.ITERATIONS and len(best) == 1
@@ -58,8 +50,8 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_the_saved_file_holds_the_parts_that_were_learned(server, ran, name):
-    file = server.base / "models" / "loras" / ran[name].text("Save the LoRA").splitlines()[0]
+def test_the_saved_file_holds_the_parts_that_were_learned(server, results, name):
+    file = server.base / "models" / "loras" / results[name].text("Save the LoRA").splitlines()[0]
     with safe_open(file, "pt") as opened:
         keys, header = list(opened.keys()), json.loads(opened.metadata()["likeness"])
     assert header["prompt"], "what it was learned from is in the file"
@@ -67,14 +59,14 @@ def test_the_saved_file_holds_the_parts_that_were_learned(server, ran, name):
     assert all(any(key.startswith(prefix) for key in keys) for prefix in KEYS[name])
 
 
-def test_the_stock_loader_shows_the_subject_in_three_prompts(ran):
-    assert "not loaded" not in ran["9 Lab - SISO - reuse"].log
-    check_images([ran["9 Lab - SISO - reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
+def test_the_stock_loader_shows_the_subject_in_three_prompts(results):
+    assert "not loaded" not in results["9 Lab - SISO - reuse"].log
+    check_images([results["9 Lab - SISO - reuse"].pictures(f"Result {index}")[0] for index in (1, 2, 3)])
 
 
-def test_several_references_are_not_one(ran):
+def test_several_references_are_not_one(results):
     both = ("9 Lab - SISO - generate", "9 Lab - SISO - references")
-    one, two = (ran[name].pictures("Most alike")[0] for name in both)
+    one, two = (results[name].pictures("Most alike")[0] for name in both)
     assert distance(one, two) > 1e-4
 
 

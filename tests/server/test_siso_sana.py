@@ -12,7 +12,7 @@ from likeness.toolbox.server import PromptError
 from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
-from .results import UNWANTED, distance, run_graph
+from .results import UNWANTED, distance
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def settings(server):
 
 
 @pytest.fixture(scope="module")
-def ran(server, settings):
-    return run_graph(server, "9 Lab - SISO - Sana", settings)
+def ran(results):
+    return results["9 Lab - SISO - Sana"]
 
 
 def test_the_lora_changes_the_pictures_of_another_prompt(ran):

@@ -115,6 +115,22 @@ def blip_folder(folder: Path, seed: int = 0):
     return model
 
 
+def small_sam(checkpoint: str | None = None):
+    """segment-anything's own classes at 64 px, with ViT-B's width: takes the place of its smallest network."""
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    encoder = ImageEncoderViT(
+        img_size=64, depth=1, embed_dim=768, num_heads=2, use_rel_pos=True, out_chans=32, window_size=2,
+        global_attn_indexes=(0,), mlp_ratio=0.1,
+    )  # fmt: skip
+    decoder = MaskDecoder(
+        transformer_dim=32,
+        transformer=TwoWayTransformer(depth=1, embedding_dim=32, mlp_dim=16, num_heads=2),
+        iou_head_hidden_dim=8,
+    )
+    return Sam(encoder, PromptEncoder(32, (4, 4), (64, 64), mask_in_chans=4), decoder)
+
+
 def sam_file(path: Path, seed: int = 0):
     """ViT-B weights of segment-anything, random; as the authors' .pth or as safetensors. Returns the network."""
     import segment_anything

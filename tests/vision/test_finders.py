@@ -34,24 +34,10 @@ def folder(tmp_path_factory):
 def small_sam(monkeypatch, tmp_path):
     """segment-anything's own classes at 64 px in place of the smallest network; returns a file of such weights."""
     import segment_anything
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-    def build(checkpoint=None):
-        encoder = ImageEncoderViT(
-            img_size=64, depth=1, embed_dim=768, num_heads=2, use_rel_pos=True, out_chans=32, window_size=2,
-            global_attn_indexes=(0,), mlp_ratio=0.1,
-        )  # fmt: skip
-        decoder = MaskDecoder(
-            transformer_dim=32,
-            transformer=TwoWayTransformer(depth=1, embedding_dim=32, mlp_dim=16, num_heads=2),
-            iou_head_hidden_dim=8,
-        )
-        prompts = PromptEncoder(32, (4, 4), (64, 64), mask_in_chans=4)
-        return Sam(encoder, prompts, decoder)
-
-    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build)
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", finders.small_sam)
     path = tmp_path / "sam_small.pth"
-    torch.save(seeded(build).state_dict(), path)
+    finders.sam_file(path)
     return path
 
 
