@@ -46,6 +46,16 @@ def own_user_folder(tmp_path):
     folder_paths.set_user_directory(str(tmp_path / "user"))
 
 
+_fitted: dict[tuple[str, str], tuple] = {}
+
+
+def fitted(entry: Entry, family: str) -> tuple:
+    """The artifact and the losses of a training as it is, made once for all tests that only look at it."""
+    if (entry.name, family) not in _fitted:
+        _fitted[entry.name, family] = entry.fit(Setting(family))
+    return _fitted[entry.name, family]
+
+
 def forget_runs(tmp_path) -> None:
     for path in stored(tmp_path):
         path.unlink()
@@ -64,7 +74,7 @@ def equal(entry: Entry, a, b) -> bool:
 @all_families(that_have("strength"))
 def test_strength_zero_equals_base_and_strength_one_does_not(entry, family):
     setting = Setting(family)
-    artifact, _ = entry.fit(setting)
+    artifact, _ = fitted(entry, family)
     plain = sample(setting.model, setting.target, setting.empty, setting.latent)
     off = sample(*entry.apply(setting, artifact, 0.0), setting.latent)
     full = sample(*entry.apply(setting, artifact, 1.0), setting.latent)
@@ -97,7 +107,7 @@ def test_the_loss_falls(entry, family):
 @first([entry for entry in METHODS if entry.save])
 def test_save_and_load_give_the_same_artifact(entry, family, tmp_path):
     setting = Setting(family)
-    artifact, _ = entry.fit(setting)
+    artifact, _ = fitted(entry, family)
     loaded = entry.load(entry.save(artifact, tmp_path))
     assert equal(entry, artifact, loaded)
     if entry.check_base:
@@ -108,7 +118,7 @@ def test_save_and_load_give_the_same_artifact(entry, family, tmp_path):
 
 @first([entry for entry in METHODS if entry.check_base])
 def test_another_family_is_refused_and_other_weights_only_warn(entry, family, caplog):
-    artifact, _ = entry.fit(Setting(family))
+    artifact, _ = fitted(entry, family)
     for other in [name for name in entry.families if name != family]:
         with pytest.raises(ValueError, match="another model family|connect the model"):
             entry.check_base(Setting(other), artifact)
@@ -319,7 +329,7 @@ NEIGHBOURS = [freeu, pag, rescale_cfg, area, control_net, hook_lora]
 def test_works_beside_other_nodes(entry, family, neighbour):
     """The neighbour still has its effect, ours too, and switched off ours leaves the neighbour's result bit for bit."""
     setting = Setting(family)
-    artifact, _ = entry.fit(setting)
+    artifact, _ = fitted(entry, family)
 
     def picture(model, positive, negative):
         return sample(*neighbour(setting, model, positive), negative, setting.latent)
@@ -336,7 +346,7 @@ def test_works_beside_other_nodes(entry, family, neighbour):
 @pytest.mark.parametrize("neighbour", [control_net, hook_lora], ids=lambda node: node.__name__)
 @first(that_have("prompt", "patches"))
 def test_trains_through_what_other_nodes_put_on_the_model(entry, family, neighbour):
-    plain, _ = entry.fit(Setting(family))
+    plain, _ = fitted(entry, family)
     setting = Setting(family)
     setting.model, setting.source = neighbour(setting, setting.model, setting.source)
     patched, losses = entry.fit(setting)
@@ -355,7 +365,7 @@ def test_a_model_without_a_backward_is_refused_before_work_starts(entry, family,
 @first(that_have("patches"))
 def test_guidance_on_the_model_does_not_change_what_is_learned(entry, family):
     """The loss is on the model's own prediction; what guidance adds belongs to sampling."""
-    plain, losses = entry.fit(Setting(family))
+    plain, losses = fitted(entry, family)
     setting = Setting(family)
     setting.model, _ = pag(setting, setting.model, setting.source)
     guided, again = entry.fit(setting)
