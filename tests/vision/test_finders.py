@@ -45,7 +45,7 @@ def test_boxes_are_the_librarys(folder):
     """Scores, boxes and words against the post-processing of transformers."""
     detector = grounding.load_detector(folder)
     with torch.no_grad():
-        boxes, scores, labels, highest = detector(PICTURE, "Red dog", 0.4, 0.3)
+        found = detector(PICTURE, "Red dog", 0.4, 0.3)
         inputs = detector.processor(images=PICTURE, text=["red dog."], return_tensors="pt")
         output = detector.model(**inputs)
     expected = detector.processor.post_process_grounded_object_detection(
@@ -53,11 +53,11 @@ def test_boxes_are_the_librarys(folder):
     )[0]
     order = expected["scores"].argsort(descending=True)
     assert len(order) > 2
-    assert_close(scores, expected["scores"][order])
-    assert_close(boxes, expected["boxes"][order].clamp(min=0), atol=1e-3, rtol=0)
+    assert_close(found.scores, expected["scores"][order])
+    assert_close(found.boxes, expected["boxes"][order].clamp(min=0), atol=1e-3, rtol=0)
     words = [re.sub(r"\[[A-Z]+\]|\.", "", text) for text in expected["text_labels"]]
-    assert [label.split() for label in labels] == [words[index].split() for index in order]
-    assert highest == pytest.approx(float(expected["scores"].max()))
+    assert [label.split() for label in found.labels] == [words[index].split() for index in order]
+    assert found.highest == pytest.approx(float(expected["scores"].max()))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -65,12 +65,12 @@ def test_owl_boxes_are_the_librarys(tmp_path, version):
     finders.owl_folder(tmp_path / "owl", version)
     detector = grounding.load_detector(tmp_path / "owl")
     with torch.no_grad():
-        boxes, *_ = detector(PICTURE, "red dog", 0.0, 0.0)
+        found = detector(PICTURE, "red dog", 0.0, 0.0)
         inputs = detector.processor(images=PICTURE, text=["a photo of a red dog"], return_tensors="pt")
         output = detector.model(**inputs)
     expected = detector.processor.image_processor.post_process_object_detection(output, 0.0, [(48, 64)])[0]
     known = [[round(edge, 2) for edge in box] for box in clip_boxes_to_image(expected["boxes"], (48, 64)).tolist()]
-    assert len(boxes) and all([round(edge, 2) for edge in box] in known for box in boxes.tolist())
+    assert len(found.boxes) and all([round(edge, 2) for edge in box] in known for box in found.boxes.tolist())
 
 
 def test_masks_of_the_best_and_of_all(folder, small_sam, caplog):
@@ -96,9 +96,9 @@ def test_the_mask_is_segment_anythings_own_in_that_box(folder, small_sam):
     predictor = SamPredictor(network.train(False))
     with torch.no_grad():
         pixels = (images[0] * 255).round().byte().numpy()
-        boxes, *_ = grounding.load_detector(folder)(pixels, "dog", 0.4, 0.25)
+        box = grounding.load_detector(folder)(pixels, "dog", 0.4, 0.25).boxes[0]
         predictor.set_image(pixels)
-        mask, _, _ = predictor.predict(box=boxes[0].numpy(), multimask_output=False)
+        mask, _, _ = predictor.predict(box=box.numpy(), multimask_output=False)
     assert_close(found[0], torch.from_numpy(mask[0]).float())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import boxes as geometry
 from .extras import caption, grounding, sam
+from .extras.grounding import Detections
 from .sheets import FRAME, INK, PAPER, as_image, as_pixels, font, plain
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25  # Grounding DINO's reference values
@@ -45,7 +46,7 @@ def subject_masks(
         mm.throw_exception_if_processing_interrupted()
         detections.append(detect(pixels, subject, box_threshold, text_threshold))
     subject = subject.strip()
-    missing = [(number, highest) for number, (boxes, *_, highest) in enumerate(detections) if not len(boxes)]
+    missing = [(number, each.highest) for number, each in enumerate(detections) if not len(each.boxes)]
     if missing:
         where = ", ".join(f"image {number} (best score {highest:.2f})" for number, highest in missing)
         raise ValueError(
@@ -55,25 +56,24 @@ def subject_masks(
     segment = _loaded(segmenter_model, sam.INPUT_PIXELS * sam.BYTES_PER_PIXEL)
     masks, overlays = [], []
     lines = [f"'{subject}' by {detector_model.description} and {segmenter_model.description}"]
-    for number, (pixels, (boxes, scores, labels, _)) in enumerate(zip(images, detections, strict=True)):
+    for number, (pixels, each) in enumerate(zip(images, detections, strict=True)):
         mm.throw_exception_if_processing_interrupted()
-        selected = geometry.select_boxes(boxes, scores, choose)
-        mask = segment(pixels, boxes[selected]).any(0)
+        selected = geometry.select_boxes(each.boxes, each.scores, choose)
+        mask = segment(pixels, each.boxes[selected]).any(0)
         if not bool(mask.any()):
             raise ValueError(
                 f"In image {number} segment-anything found nothing in the box of the {subject}: draw "
                 "the mask by hand (MaskEditor), or choose another sam file."
             )
         masks.append(mask.float())
-        found = list(zip(labels, scores.tolist(), boxes.tolist(), strict=True))
-        overlays.append(_overlay(pixels, mask, found, selected))
-        line = ", ".join(
+        overlays.append(_overlay(pixels, mask, each, selected))
+        boxes = ", ".join(
             f"{label or 'unnamed'} {score:.2f} at {'/'.join(str(round(edge)) for edge in box)}"
-            for label, score, box in found
+            for label, score, box in each.each()
         )
-        if len(found) > 1:
-            line += f"; {len(found)} found, taken: number {', '.join(map(str, selected))} ({choose})"
-        lines.append(f"image {number}: {line}; mask {100 * float(mask.float().mean()):.1f} % of the image")
+        if len(each.boxes) > 1:
+            boxes += f"; {len(each.boxes)} found, taken: number {', '.join(map(str, selected))} ({choose})"
+        lines.append(f"image {number}: {boxes}; mask {100 * float(mask.float().mean()):.1f} % of the image")
     return torch.stack(masks), torch.stack(overlays), "\n".join(lines)
 
 
@@ -106,15 +106,13 @@ def _loaded(model: nn.Module, memory: float) -> Callable[..., Any]:
     return run
 
 
-def _overlay(
-    pixels: np.ndarray, mask: Tensor, found: list[tuple[str, float, list[float]]], selected: list[int]
-) -> Tensor:
+def _overlay(pixels: np.ndarray, mask: Tensor, detections: Detections, selected: list[int]) -> Tensor:
     """The image with the mask tinted and all boxes drawn, the selected ones in the colour of the tint."""
     tinted = torch.from_numpy(pixels.astype(np.float32))
     tinted[mask] = (1 - TINT) * tinted[mask] + TINT * torch.tensor(FRAME, dtype=torch.float32)
     sheet = Image.fromarray(tinted.round().byte().numpy())
     draw, face = ImageDraw.Draw(sheet), font()
-    for index, (label, score, box) in enumerate(found):
+    for index, (label, score, box) in enumerate(detections.each()):
         draw.rectangle(box, outline=FRAME if index in selected else INK, width=max(1, max(sheet.size) // 256))
         text = plain(f"{label} {score:.2f}".strip())
         corner = (box[0] + 2, box[1] + 2)

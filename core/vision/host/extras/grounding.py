@@ -4,6 +4,7 @@ Grounding DINO (Liu et al. 2023, arXiv 2303.05499) gives one score per token of 
 whole text; in both cases a box's score is its highest.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,23 @@ BY_TEXT = ("owlvit", "owlv2")
 DETECTORS = BY_TOKEN + BY_TEXT
 SQUARE = "owlv2"  # pads images to a square, at the bottom or the right: its boxes are fractions of the square
 BYTES_PER_PIXEL = 3000.0  # of the model's input, an upper estimate, for ComfyUI's memory management
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections in one image, best first. boxes [N, 4] in pixels, scores [N], labels: the matched words of each.
+
+    highest: the best score among all boxes, including those below the threshold.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: list[str]
+    highest: float
+
+    def each(self) -> list[tuple[str, float, list[float]]]:
+        """The label, score and box of each."""
+        return list(zip(self.labels, self.scores.tolist(), self.boxes.tolist(), strict=True))
 
 
 class Detector(nn.Module):
@@ -46,11 +64,8 @@ class Detector(nn.Module):
         words = " ".join(subject.lower().replace(".", " ").split())
         return f"{words}." if self.kind in BY_TOKEN else f"a photo of a {words}"
 
-    def forward(
-        self, image: np.ndarray, subject: str, box_threshold: float, text_threshold: float
-    ) -> tuple[Tensor, Tensor, list[str], float]:
-        """The boxes [N, 4] in pixels in an image, uint8 [H, W, 3], with a score above box_threshold, best first, their
-        scores [N] and matched words, and the best score among all boxes, including those below the threshold.
+    def forward(self, image: np.ndarray, subject: str, box_threshold: float, text_threshold: float) -> Detections:
+        """Boxes in an image, uint8 [H, W, 3], with a score above box_threshold.
 
         text_threshold: minimum score of a word of the text to be part of a box's label.
         """
@@ -71,7 +86,7 @@ class Detector(nn.Module):
         above = torch.nonzero((scores > box_threshold) & (ops.box_area(boxes) >= 1.0)).flatten()
         indices = above[geometry.suppress_overlaps(boxes[above], scores[above])]
         labels = [self._label(inputs, probabilities[index] > text_threshold, subject) for index in indices.tolist()]
-        return boxes[indices], scores[indices], labels, float(scores.max())
+        return Detections(boxes[indices], scores[indices], labels, float(scores.max()))
 
     def _label(self, inputs: Any, matches: Tensor, subject: str) -> str:
         """The words of the subject that a box matches."""
