@@ -55,7 +55,7 @@ class Fit(ABC):
         """Load a state returned by state(); the fit takes ownership of the tensors."""
         self.restore_own(state)
         self.losses = state["losses"].tolist()
-        restore_optimizer(self.optimizer, state)
+        restore_adam(self.optimizer, state)
 
     def own_state(self) -> dict[str, Tensor]:
         """The part of the state besides losses and moments."""
@@ -83,17 +83,11 @@ def adam_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of adam_state(), and of group_state() where the tensors have its numbers."""
+def restore_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of adam_state()."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(("adam.", "group.")):
-            kind, index, name = key.split(".", 2)
-            if kind == "adam":
-                state.setdefault(int(index), {})[name] = value
-            else:
-                group = optimizer.param_groups[int(index)]
-                group[name] = type(group.get(name, 0.0))(value.item())
+    for _, index, name in (key.split(".", 2) for key in tensors if key.startswith("adam.")):
+        state.setdefault(int(index), {})[name] = tensors[f"adam.{index}.{name}"]
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -109,16 +103,6 @@ def in_groups(leaves: Iterable[Tensor]) -> list[dict[str, Any]]:
             size = leaf.nbytes
         groups[-1]["params"].append(leaf)
     return groups
-
-
-def group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Numbers in the parameter groups, which some optimisers (Prodigy) change, as tensors group.<index>.<name>."""
-    return {
-        f"group.{index}.{name}": torch.tensor(float(value), dtype=torch.float64)
-        for index, group in enumerate(optimizer.param_groups)
-        for name, value in group.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
 
 
 @contextlib.contextmanager

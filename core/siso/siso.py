@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..fit.fit import Fit, finite_or_raise, group_state
+from ..fit.fit import Fit, finite_or_raise
 from ..lora.low_rank import TEXT_PREFIX
 from ..vision.measures import cosine
 
@@ -159,13 +159,19 @@ class Siso(Fit):
         return pixels.detach()
 
     def own_state(self) -> dict[str, Tensor]:
+        groups = {  # numbers in them, which some optimizers (Prodigy) change
+            f"group.{index}.{name}": torch.tensor(float(value), dtype=torch.float64)
+            for index, group in enumerate(self.optimizer.param_groups)
+            for name, value in group.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
         return {
             **super().own_state(),
             **{f"best.{name}": value for name, value in self.best.items()},
             **({} if self.image is None else {"picture": self.image}),
             "pictures": torch.cat(self.images),
             "parts": torch.tensor(self.parts, dtype=torch.float64),
-            **group_state(self.optimizer),
+            **groups,
         }
 
     def restore_own(self, state: dict[str, Tensor]) -> None:
@@ -174,3 +180,6 @@ class Siso(Fit):
         self.best = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("best.")}
         self.image = state["picture"].to(device) if "picture" in state else None
         self.images, self.parts = list(state["pictures"].split(1)), state["parts"].tolist()
+        for _, index, name in (key.split(".", 2) for key in state if key.startswith("group.")):
+            group = self.optimizer.param_groups[int(index)]
+            group[name] = type(group.get(name, 0.0))(state[f"group.{index}.{name}"].item())
