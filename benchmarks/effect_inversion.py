@@ -154,11 +154,11 @@ class Bench(subjects.Bench):
         row["plain"] = {"psnr": psnr(self.again(model, positive, self.empty, start, cfg))}
         for name in self.settings.ways:
             method, first = WAYS[name]
-            found, cost = self.measured(
+            (negative, losses, _, pinned), cost = self.measured(
                 prepare_reconstruction, model, positive, self.empty, trajectory, method, NullTextSettings(cfg), first
             )
-            image = self.again(found.model, positive, found.negative, start, cfg)
-            row[name] = {"psnr": psnr(image), "updates": len(found.losses or []), **cost}
+            image = self.again(pinned, positive, negative, start, cfg)
+            row[name] = {"psnr": psnr(image), "updates": len(losses or []), **cost}
         return row
 
 

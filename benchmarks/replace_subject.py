@@ -154,7 +154,7 @@ class Bench(subjects.Bench):
         trajectory = invert_image(model, prompt, ImageSource(latent), self.levels, "published", 0)
         null_text, method = NullTextSettings(self.settings.cfg), cast(Method, self.settings.method)
         way = prepare_reconstruction(model, prompt, empty, trajectory, method, null_text, "empty prompt")
-        return Inverted(*start_of(model, trajectory), way.model, way.negative)
+        return Inverted(*start_of(model, trajectory), way[-1], way[0])
 
     @torch.inference_mode()
     def images(self, model: Any, positive: list, start: Inverted) -> Any:

@@ -156,8 +156,7 @@ class LikenessNullText(Node):
     @classmethod
     def execute(cls, model, positive, negative, trajectory, method, start, **settings) -> io.NodeOutput:
         how = null_text.NullTextSettings(**settings)
-        found = prepare_reconstruction(model, positive, negative, trajectory, method, how, start)
-        return io.NodeOutput(found.negative, found.losses, found.report, found.model)
+        return io.NodeOutput(*prepare_reconstruction(model, positive, negative, trajectory, method, how, start))
 
 
 class LikenessRenoise(Node):

@@ -13,6 +13,7 @@ from torch import Tensor
 from .weights import calls
 
 OWN = "likeness."  # keys of the pack's own wrappers, which compute every step
+PACK = __name__.removesuffix("core.session.reuse")  # what the names of its modules begin with
 OBJECTS = ("model_sampling", "latent_format", "manual_cast_dtype")  # object patches that are no part of the network
 FAR = 10.0  # times the noise of the highest level: like no step
 STEPS = 3  # like each other; a cache may need some to begin
@@ -23,9 +24,17 @@ def may_reuse(model: Any) -> bool:
     """Whether something on a MODEL, or in its network, could compute in the network's place."""
     options = model.model_options
     foreign = [key for keys in model.wrappers.values() for key in keys if not str(key).startswith(OWN)]
-    attached = [options.get("model_function_wrapper"), options.get("transformer_options"), foreign]
-    attached.append(model.object_patches.keys() - set(OBJECTS))
-    return any(attached) or any("forward" in vars(part) for part in model.model.diffusion_model.modules())
+    attached = [options.get("model_function_wrapper"), foreign, model.object_patches.keys() - set(OBJECTS)]
+    if any(attached) or not _is_own(options.get("transformer_options", {})):
+        return True
+    return any("forward" in vars(part) for part in model.model.diffusion_model.modules())
+
+
+def _is_own(value: Any) -> bool:
+    """Whether all that a table of patches holds is the pack's own."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(_is_own, value.values() if isinstance(value, dict) else value))
+    return str(getattr(value, "__module__", "")).startswith(PACK)
 
 
 def check_reuse(model: Any, denoiser: Any, x0: Tensor) -> None:

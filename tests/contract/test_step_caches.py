@@ -236,6 +236,19 @@ def test_patches_that_draw_or_keep_something_are_no_caches(patch):
     assert bool(torch.isfinite(inverted(setting, patch(setting.model))).all())
 
 
+def test_nothing_is_looked_for_behind_the_packs_own_patches():
+    """Ten predictions cost as much as five updates; another's patch beside ours is looked at."""
+    from likeness.core.session.reuse import may_reuse
+    from likeness.core.sine.host.position_map import with_position_map
+
+    model = Setting().model
+    placed = with_position_map(model, 8, "bilinear")
+    assert placed.model_options["transformer_options"]["patches"]
+    assert not may_reuse(model) and not may_reuse(placed)
+    placed.set_model_attn1_output_patch(lambda n, _options: n)
+    assert may_reuse(placed)
+
+
 def test_a_patch_of_some_noise_levels_is_no_cache():
     """It calls no layer of a block below the middle one of the levels; and so after any other step."""
     setting = Setting()

@@ -21,15 +21,8 @@ from ..trajectory import Trajectory
 from .ddim import check_trajectory
 from .landing import Landing, attach_landing
 
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What a sampler needs to reconstruct an inverted image. losses: None when nothing was optimised."""
-
-    model: Any
-    negative: Conditioning
-    losses: list[float] | None
-    report: str
+Reconstruction = tuple[Conditioning, list[float] | None, str, Any]
+"""What reconstructs an inverted image: negatives, losses (None when nothing was optimized), a report, the MODEL."""
 
 
 def prepare_reconstruction(
@@ -47,7 +40,7 @@ def prepare_reconstruction(
         return null_text(model, positive, positive if start == "prompt" else negative, trajectory, settings)
     if method == "negative prompt":
         copy = [[context, options.copy()] for context, options in positive]
-        return Reconstruction(model, copy, None, "The negative prompt of every step is the prompt itself; no updates.")
+        return copy, None, "The negative prompt of every step is the prompt itself; no updates.", model
     levels, count = tuple(trajectory.sigmas.tolist()), trajectory.latents.shape[1]
     targets, moves = dict(enumerate(trajectory.latents[1:])), {}
     if method == "direct edit":
@@ -58,7 +51,7 @@ def prepare_reconstruction(
     report = (
         f"The first {count} of the latents sampled together" if count > 1 else "The first latent of those sampled"
     ) + f" will be put back on the trajectory after each of {trajectory.steps} steps; no updates."
-    return Reconstruction(pinned, negative, None, report)
+    return negative, None, report, pinned
 
 
 @dataclass(frozen=True)
@@ -129,4 +122,4 @@ def null_text(
         lines.append(f"step {step + 1:3d}: {count:3d} updates, loss {losses[0]:.3g} to {losses[-1]:.3g}")
         begin += count
     report = "\n".join([*lines, f"{len(finished.losses)} updates in all"])
-    return Reconstruction(model, conditioning, finished.losses, report)
+    return conditioning, finished.losses, report, model
