@@ -19,7 +19,7 @@ import torch
 from .. import narrow_world, tiny_models
 from .setting import Setting, autoencoder, levels, run_node, sample  # noqa: F401 (the tests take them from here)
 
-STEPS = 6
+STEPS = 4
 _text_encoder = functools.cache(tiny_models.clip_l)
 
 
@@ -43,11 +43,11 @@ class Entry:
     whole: dict[str, Any] = field(default_factory=dict)
     """Inputs with which every update sees the whole image."""
     longer_instead: bool = False
-    """Asked for 4 steps after 5 were done it gives the 5, as it did not keep the 4."""
+    """Asked for 2 steps after 3 were done it gives the 3, as it did not keep the 2."""
     says_so: bool = True
     """And the log tells; otherwise the node's report says how many there are."""
     rate: float = 0.03
-    """At which 24 updates learn visibly and without going to and fro."""
+    """At which 12 updates learn visibly and without going to and fro."""
     without: frozenset[str] = frozenset()
     """The PROMISES that do not apply, as the method has no such thing."""
 
@@ -65,7 +65,7 @@ PROMISES = frozenset({
 """What not every method has. Everything else is asked of all."""
 
 
-def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None, save_every: int = 4, **more):
+def _fit_hiper(setting: Setting, *, steps: int = STEPS, seed: int = 0, mask=None, save_every: int = 2, **more):
     from likeness.nodes.embedding import LikenessTrainEmbedding
 
     inputs = {

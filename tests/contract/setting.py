@@ -11,6 +11,12 @@ import torch
 from .. import tiny_models
 
 
+@functools.cache
+def base_model(family: str, seed: int) -> Any:
+    """One MODEL for all settings, as all graphs of a server share the loaded one."""
+    return {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}[family][0](seed)
+
+
 @dataclass
 class Setting:
     """What a method is given: a model of a family, one or more images, a prompt and its negative."""
@@ -21,8 +27,7 @@ class Setting:
     size: tuple[int, int] = (8, 8)
 
     def __post_init__(self) -> None:
-        known = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
-        self.model = known[self.family][0](self.model_seed)
+        self.model = base_model(self.family, self.model_seed).clone()
         generator = torch.Generator().manual_seed(5)
         self.channels = self.model.model.latent_format.latent_channels
         self.latent = {"samples": torch.randn(self.images, self.channels, *self.size, generator=generator)}

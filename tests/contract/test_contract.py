@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,7 +12,10 @@ from likeness.core.session import job
 
 from .methods import METHODS, PROMISES, STEPS, Entry
 from .neighbours import area, control_net, freeu, hook_lora, pag, rescale_cfg
-from .setting import Setting, run_node, sample
+from .setting import Setting, run_node
+from .setting import sample as sample_steps
+
+sample = functools.partial(sample_steps, steps=2)
 
 
 def that_have(*promises: str) -> list[Entry]:
@@ -56,6 +62,25 @@ def fitted(entry: Entry, family: str) -> tuple:
     return _fitted[entry.name, family]
 
 
+@functools.cache
+def base_picture(family: str, neighbour: Callable | None = None) -> torch.Tensor:
+    """What the model makes without anything of ours, beside another node or alone."""
+    setting = Setting(family)
+    given = neighbour(setting, setting.model, setting.target) if neighbour else (setting.model, setting.target)
+    return sample(*given, setting.empty, setting.latent)
+
+
+_pictures: dict[str, torch.Tensor] = {}
+
+
+def picture_of(entry: Entry, family: str) -> torch.Tensor:
+    """What the method alone makes at full strength, on its first family."""
+    if entry.name not in _pictures:
+        setting = Setting(family)
+        _pictures[entry.name] = sample(*entry.apply(setting, fitted(entry, family)[0], 1.0), setting.latent)
+    return _pictures[entry.name]
+
+
 def forget_runs(tmp_path) -> None:
     for path in stored(tmp_path):
         path.unlink()
@@ -73,9 +98,8 @@ def equal(entry: Entry, a, b) -> bool:
 
 @all_families(that_have("strength"))
 def test_strength_zero_equals_base_and_strength_one_does_not(entry, family):
-    setting = Setting(family)
-    artifact, _ = fitted(entry, family)
-    plain = sample(setting.model, setting.target, setting.empty, setting.latent)
+    setting, plain = Setting(family), base_picture(family)
+    artifact, _ = fitted(entry, family) if family == entry.families[0] else entry.fit(setting, steps=2)
     off = sample(*entry.apply(setting, artifact, 0.0), setting.latent)
     full = sample(*entry.apply(setting, artifact, 1.0), setting.latent)
     assert torch.equal(plain, off)
@@ -98,10 +122,10 @@ def test_the_model_gives_the_same_bits_after_training(entry, family):
 @all_families(that_have("falls"), pytest.mark.slow)
 def test_the_loss_falls(entry, family):
     """Against the same draws without learning: timestep and noise alone move the loss more than training does."""
-    idle, learning = (entry.fit(Setting(family), steps=24, learning_rate=rate)[1] for rate in (1e-7, entry.rate))
+    idle, learning = (entry.fit(Setting(family), steps=12, learning_rate=rate)[1] for rate in (1e-7, entry.rate))
     assert idle[0] == learning[0]
-    won = [after < before for before, after in zip(idle[-12:], learning[-12:], strict=True)]
-    assert sum(learning[-12:]) < sum(idle[-12:]) and sum(won) >= 9
+    won = [after < before for before, after in zip(idle[-6:], learning[-6:], strict=True)]
+    assert sum(learning[-6:]) < sum(idle[-6:]) and sum(won) >= 5
 
 
 @first([entry for entry in METHODS if entry.save])
@@ -130,7 +154,7 @@ def test_another_family_is_refused_and_other_weights_only_warn(entry, family, ca
 @first(METHODS)
 def test_same_seed_same_bytes_other_seed_other_bytes(entry, family, tmp_path):
     state = torch.get_rng_state()
-    one, losses = entry.fit(Setting(family))
+    one, losses = fitted(entry, family)
     forget_runs(tmp_path)
     same, again = entry.fit(Setting(family))
     assert equal(entry, one, same) and losses == again
@@ -143,38 +167,39 @@ def test_same_seed_same_bytes_other_seed_other_bytes(entry, family, tmp_path):
 def test_cancel_keeps_the_work_and_resuming_is_exact(entry, family, tmp_path, monkeypatch):
     from likeness.core.session.progress import Progress
 
-    whole, losses = entry.fit(Setting(family), steps=6)
+    whole, losses = fitted(entry, family)
     forget_runs(tmp_path)
     update, seen = Progress.update, []
 
     def cancel(self, losses, *shown, **more):
-        if len(losses) == 3 and (shown or more):
+        if len(losses) == 2 and (shown or more):
             raise Cancelled
         seen.append(len(losses))
         update(self, losses, *shown, **more)
 
     monkeypatch.setattr(Progress, "update", cancel)
     with pytest.raises(Cancelled):
-        entry.fit(Setting(family), steps=6)
+        entry.fit(Setting(family))
     monkeypatch.setattr(Progress, "update", lambda self, losses, *_shown, **_more: seen.append(len(losses)))
     seen.clear()
-    resumed, again = entry.fit(Setting(family), steps=6)
-    assert seen[0] == 4, "the first three updates were made again"
+    resumed, again = entry.fit(Setting(family))
+    assert seen[0] == 3, "the first two updates were made again"
     assert equal(entry, whole, resumed) and losses == again
 
 
 @first(METHODS)
 def test_an_interrupt_inside_the_model_leaves_no_trace(entry, family, tmp_path, monkeypatch):
-    """In the fourth update, wherever the method evaluates the model; the first three are not made again."""
+    """In the third update, wherever the method evaluates the model; the first two are not made again."""
     from likeness.core.session.progress import Progress
 
-    setting, calls, done = Setting(family), [], []
+    whole, losses = fitted(entry, family)
+    forget_runs(tmp_path)
+    setting, done, armed = Setting(family), [], True
     network, update = type(setting.model.model.diffusion_model), Progress.update
     forward = network.forward
 
-    def counted(self, *args, **more):
-        calls.append(len(done))
-        if armed and len(done) == 3:
+    def cancelled(self, *args, **more):
+        if armed and len(done) == 2:
             raise Cancelled
         return forward(self, *args, **more)
 
@@ -182,19 +207,14 @@ def test_an_interrupt_inside_the_model_leaves_no_trace(entry, family, tmp_path, 
         done.append(1)
         return update(self, *args, **more)
 
-    monkeypatch.setattr(network, "forward", counted)
+    monkeypatch.setattr(network, "forward", cancelled)
     monkeypatch.setattr(Progress, "update", noted)
-    armed = False
-    whole, losses = entry.fit(setting, steps=6)
-    forget_runs(tmp_path)
-    armed = True
-    done.clear()
     with pytest.raises(Cancelled):
-        entry.fit(Setting(family), steps=6)
+        entry.fit(setting)
     armed = False
     done.clear()
-    resumed, again = entry.fit(Setting(family), steps=6)
-    assert len(done) == 3, "finished updates were made again"
+    resumed, again = entry.fit(Setting(family))
+    assert len(done) == STEPS - 2, "finished updates were made again"
     assert equal(entry, whole, resumed) and losses == again
 
 
@@ -228,37 +248,39 @@ def test_what_lies_on_the_model_or_in_the_prompt_makes_another_run(entry, family
     for number, (make, amount) in enumerate(
         [(lora, 0.1), (lora, 0.2), (controlled, 0.5), (controlled, 1.0), (rescaled, 0.3), (rescaled, 0.7)]
     ):
-        for _ in range(2):
-            entry.fit(make(amount), steps=1)
-            assert runs() == number + 1, (make.__name__, amount)
+        entry.fit(make(amount), steps=1)
+        assert runs() == number + 1, (make.__name__, amount)
+    for make, amount in ((lora, 0.1), (controlled, 1.0)):
+        entry.fit(make(amount), steps=1)
+        assert runs() == 6, f"the same {make.__name__} again is another run"
 
 
 @first(METHODS)
 def test_a_finished_run_is_not_trained_again(entry, family, monkeypatch):
-    whole, losses = entry.fit(Setting(family), steps=5)
-    shorter, fewer = entry.fit(Setting(family), steps=4)
+    whole, losses = entry.fit(Setting(family), steps=3)
+    shorter, fewer = entry.fit(Setting(family), steps=2)
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(job, "train", refuse)
-    for steps, result, its_losses in ((5, whole, losses), (4, shorter, fewer)):
+    for steps, result, its_losses in ((3, whole, losses), (2, shorter, fewer)):
         second, again = entry.fit(Setting(family), steps=steps)
         assert equal(entry, result, second) and its_losses == again
     with pytest.raises(AssertionError, match="trained again"):
-        entry.fit(Setting(family), steps=6)
+        entry.fit(Setting(family), steps=4)
 
 
 @first(that_have("lengths"))
 def test_fewer_steps_than_were_done(entry, family, tmp_path, caplog):
-    direct, _ = entry.fit(Setting(family), steps=4)
+    direct, _ = entry.fit(Setting(family), steps=2)
     forget_runs(tmp_path)
-    longer, losses = entry.fit(Setting(family), steps=5)
-    shorter, fewer = entry.fit(Setting(family), steps=4)
+    longer, losses = entry.fit(Setting(family), steps=3)
+    shorter, fewer = entry.fit(Setting(family), steps=2)
     assert equal(entry, shorter, longer if entry.longer_instead else direct)
     assert not equal(entry, direct, longer)
-    assert fewer == losses[: 5 if entry.longer_instead else 4]
-    assert ("4 steps were asked for" in caplog.text) == (entry.longer_instead and entry.says_so)
+    assert fewer == losses[: 3 if entry.longer_instead else 2]
+    assert ("2 steps were asked for" in caplog.text) == (entry.longer_instead and entry.says_so)
 
 
 @first(METHODS)
@@ -285,10 +307,11 @@ def test_masks_decide_what_is_learned(entry, family):
 
     left = torch.zeros(1, 64, 64)
     left[..., :32] = 1
-    full = trained(None)
+    full, _ = fitted(entry, family)
     assert not equal(entry, full, trained(left))
-    assert equal(entry, trained(torch.ones(1, 64, 64)), trained(torch.ones(64, 64)))
-    everything = entry.tensors(trained(torch.ones(1, 64, 64)))
+    white = trained(torch.ones(1, 64, 64))
+    assert equal(entry, white, trained(torch.ones(64, 64)))
+    everything = entry.tensors(white)
     for name, value in entry.tensors(full).items():
         torch.testing.assert_close(value, everything[name], atol=2e-3, rtol=0)
 
@@ -334,9 +357,8 @@ def test_works_beside_other_nodes(entry, family, neighbour):
     def picture(model, positive, negative):
         return sample(*neighbour(setting, model, positive), negative, setting.latent)
 
-    alone = picture(setting.model, setting.target, setting.empty)
+    alone, ours = base_picture(family, neighbour), picture_of(entry, family)
     both = picture(*entry.apply(setting, artifact, 1.0))
-    ours = sample(*entry.apply(setting, artifact, 1.0), setting.latent)
     assert bool(torch.isfinite(both).all())
     assert float((both - ours).abs().mean()) > 1e-5, "the neighbour lost its effect"
     assert float((both - alone).abs().mean()) > 1e-5, "ours lost its effect"
