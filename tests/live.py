@@ -34,10 +34,13 @@ def draw(folder: Path) -> None:
 
 
 def lowered(
-    name: str, object_info: dict[str, Any], settings: dict[tuple[str, str], Any] | None = None
+    name: str, object_info: dict[str, Any], settings: dict[tuple[str, str], Any] | None = None, stock: bool = False
 ) -> dict[str, Any]:
-    """A shipped graph in the toyworld with few steps."""
-    return workflows.in_small_world(name, object_info, quick=True, more=settings)
+    """A shipped graph in the toyworld with few steps. stock: with the loader that it is shipped with, of checkpoints
+    of SD1.5's width; otherwise their function at 1/25 of the cost.
+    """
+    graph = workflows.in_small_world(name, object_info, quick=True, more=settings)
+    return graph if stock else workflows.narrowed(graph)
 
 
 def anew(prompt: dict[str, Any]) -> dict[str, Any]:

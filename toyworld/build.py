@@ -15,6 +15,7 @@ from .widen import Tensors, checkpoint, widen_adapter
 CHECKPOINT = "likeness_small_world.safetensors"
 OTHER = "likeness_small_world_{}.safetensors"  # turbo, flow, flow_turbo
 ADAPTER = "likeness_small_world.safetensors"
+NARROW_ADAPTER = "likeness_small_world_narrow.safetensors"
 
 
 def write(tensors: Tensors, path: Path) -> Path:
@@ -48,16 +49,14 @@ def other_checkpoints(folder: Path = assets.ASSETS) -> Iterator[tuple[str, Tenso
 
 
 def build_adapter(folder: Path) -> dict[str, Path]:
-    """Widen the committed subject adapter, if there is one, into a file in `folder`; returns its path by name."""
-    from safetensors.torch import save_file
-
+    """The committed subject adapter, if there is one, as two files in `folder`, for the wide checkpoint and at its
+    trained width; returns their paths by name.
+    """
     if not assets.exists("adapter"):
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ADAPTER
-    save_file(widen_adapter(assets.read("adapter")), str(path.with_suffix(".part")))
-    os.replace(path.with_suffix(".part"), path)
-    return {"adapter": path}
+    narrow = assets.read("adapter")
+    wide = write(widen_adapter(narrow), folder / ADAPTER)
+    return {"adapter": wide, "narrow adapter": write(narrow, folder / NARROW_ADAPTER)}
 
 
 def build(models_dir: str | Path, comfyui_path: str | Path | None = None) -> dict[str, Path]:

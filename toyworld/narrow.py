@@ -1,6 +1,6 @@
 """The small world at its trained width, as ComfyUI objects: the function of the wide checkpoint at 1/25 of its cost.
 
-Benchmarks run the pack's real code on these. `comfy` must be importable (inside a server it is; scripts call
+Benchmarks and tests run the pack's real code on these. `comfy` must be importable (inside a server it is; scripts call
 `comfyui.prepare()` first).
 """
 
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import assets, autoencoder
-from .networks import TOPOLOGY, TextEncoder, make_unet, token_ids
-from .widen import SD15_LATENT_SCALE, Tensors, as_stored, part_of
+from .networks import CONTEXT, TOPOLOGY, TextEncoder, make_unet, token_ids
+from .widen import SD15_LATENT_SCALE, Tensors, as_stored, clip_layout, part_of, widen_autoencoder
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
 
 
 class NarrowVAE:
@@ -114,3 +115,37 @@ def load_narrow(assets_dir: str | Path = assets.ASSETS, student: bool = False) -
     text, tokenizer = load_text(assets_dir)
     scheduler = "simple" if student else NarrowWorld.scheduler
     return NarrowWorld(make_model(tensors), text, NarrowVAE(tensors), tokenizer, scheduler)
+
+
+def make_clip(tensors: Tensors) -> CLIP:
+    """The narrow text encoder as ComfyUI's own CLIP of SD1.x."""
+    import comfy.sd
+    import comfy.sd1_clip
+
+    target = type(
+        "Narrow", (), {"params": {}, "clip": comfy.sd1_clip.SD1ClipModel, "tokenizer": comfy.sd1_clip.SD1Tokenizer}
+    )
+    config = {"hidden_size": CONTEXT, "intermediate_size": 4 * CONTEXT}
+    clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": config, "dtype": torch.float32})
+    clip.cond_stage_model.clip_l.transformer.load_state_dict(
+        clip_layout(part_of(tensors, "text."), tensors["vocabulary"].tolist()), strict=False
+    )
+    return clip
+
+
+def make_vae(tensors: Tensors) -> VAE:
+    """The narrow autoencoder as ComfyUI's own VAE of TAESD's layout."""
+    import comfy.sd
+
+    parts = {key: value for key, value in tensors.items() if key.startswith(("encoder.", "decoder."))}
+    vae = comfy.sd.VAE(widen_autoencoder(parts, float(tensors["latent.shift"]), float(tensors["latent.scale"])))
+    narrow = NarrowVAE(tensors)
+    vae.first_stage_model.taesd_encoder, vae.first_stage_model.taesd_decoder = narrow.encoder, narrow.decoder
+    return vae
+
+
+def load_stock(student: bool = False) -> tuple[ModelPatcher, CLIP, VAE]:
+    """What ComfyUI's loader gives of the wide checkpoint, at the trained width."""
+    generator = assets.read("generator")
+    tensors = as_stored(assets.read_turbo() if student else generator) | {"vocabulary": generator["vocabulary"]}
+    return make_model(tensors), make_clip(tensors), make_vae(tensors)

@@ -14,7 +14,7 @@ import math
 import torch
 
 from ..core.ezigen.adapter import WEIGHTS
-from .networks import CHANNELS, CONTEXT, END_OF_TEXT, HEAD_WIDTH, TEXT_LAYERS, WIDE_CHANNELS
+from .networks import CHANNELS, CONTEXT, END_OF_TEXT, HEAD_WIDTH, ROWS, TEXT_LAYERS, WIDE_CHANNELS
 
 UNET_REPEATS = WIDE_CHANNELS // CHANNELS
 WIDE_CONTEXT, WIDE_HEAD_WIDTH, WIDE_TEXT_LAYERS = 768, 64, 12
@@ -81,29 +81,33 @@ def widen_adapter(narrow: Tensors) -> Tensors:
     return {**weights, **widen_unet({key: value for key, value in narrow.items() if key != WEIGHTS})}
 
 
-def widen_text(narrow: Tensors, vocabulary: list[int]) -> Tensors:
-    """Narrow text encoder tensors -> CLIP-L tensors, fp16: twelve layers, the unused ones zero (they add nothing)."""
-    prefix, repeats = "text_model.", TEXT_REPEATS
-    rows = narrow["token_embedding.weight"].half()
+def clip_layout(narrow: Tensors, vocabulary: list[int]) -> Tensors:
+    """Narrow text encoder tensors by CLIP's names: its table of ids, and twelve layers, the unused ones zero (they add
+    nothing).
+    """
+    rows = narrow["token_embedding.weight"]
     table = rows[-1:].expand(END_OF_TEXT + 1, -1).clone()
     table[torch.tensor(vocabulary)] = rows[:-1]
-    wide = {
-        "embeddings.token_embedding.weight": table.repeat_interleave(repeats, 1),
-        "embeddings.position_embedding.weight": narrow["position_embedding.weight"]
-        .half()
-        .repeat_interleave(repeats, 1),
-        "embeddings.position_ids": torch.arange(77)[None],
-    }
-    for name in ("weight", "bias"):
-        wide[f"final_layer_norm.{name}"] = narrow[f"final_layer_norm.{name}"].half().repeat_interleave(repeats, 0)
+    named = {"embeddings.token_embedding.weight": table}
+    named["embeddings.position_embedding.weight"] = narrow["position_embedding.weight"]
+    named |= {f"final_layer_norm.{name}": narrow[f"final_layer_norm.{name}"] for name in ("weight", "bias")}
     first = {key: value for key, value in narrow.items() if key.startswith("layers.0.")}
     for layer in range(WIDE_TEXT_LAYERS):
         for key, like in first.items():
             key = key.replace("layers.0.", f"layers.{layer}.")
-            value = narrow[key] if layer < TEXT_LAYERS else torch.zeros_like(like)
-            value = rounded(value, text_factor(key, value.ndim)).repeat_interleave(repeats, 0)
-            wide[f"encoder.{key}"] = value.repeat_interleave(repeats, 1) if value.ndim == 2 else value
-    return {prefix + key: value for key, value in wide.items()}
+            named[f"encoder.{key}"] = narrow[key] if layer < TEXT_LAYERS else torch.zeros_like(like)
+    return {f"text_model.{key}": value for key, value in named.items()}
+
+
+def widen_text(narrow: Tensors, vocabulary: list[int]) -> Tensors:
+    """Narrow text encoder tensors -> CLIP-L tensors, fp16."""
+    wide: Tensors = {"text_model.embeddings.position_ids": torch.arange(ROWS)[None]}
+    for key, value in clip_layout(narrow, vocabulary).items():
+        value = rounded(value, text_factor(key.removeprefix("text_model.encoder."), value.ndim))
+        within = value.ndim == 2 and ".encoder." in key
+        value = value.repeat_interleave(TEXT_REPEATS, 0) if within or value.ndim == 1 else value
+        wide[key] = value.repeat_interleave(TEXT_REPEATS, 1) if value.ndim == 2 else value
+    return wide
 
 
 def widen_autoencoder(

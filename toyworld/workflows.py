@@ -36,6 +36,8 @@ VALUES, DEFAULTS, RENAMED = ROOT / "toyworld" / "graphs", "defaults", "renamed"
 NODE_FOLDERS = {"ComfyUI-Likeness": ROOT, "likeness_small_world": ROOT / "toyworld" / "comfyui_nodes"}
 CHECKPOINT = "likeness_small_world.safetensors"
 ADAPTER = CHECKPOINT  # of that name in its own folder
+NARROW_ADAPTER = "likeness_small_world_narrow.safetensors"  # for what NARROW_LOADER gives
+STOCK_LOADER, NARROW_LOADER = "CheckpointLoaderSimple", "ToyworldLoadCheckpoint"
 PLAYED = {
     "LikenessSubjectMask": PLAYER,
     "LikenessCaption": "ToyworldCaption",
@@ -70,7 +72,8 @@ def build_models(environment: Environment) -> Path:
         subprocess.run([str(part) for part in command], check=True, env=environment.variables())
 
     key = " ".join(line[:8] for line in listed.read_text().splitlines())
-    step("small world", f"models of the assets {key}", (MODELS / "checkpoints" / CHECKPOINT).is_file, work)
+    last = MODELS / "likeness_adapters" / NARROW_ADAPTER
+    step("small world", f"models of the assets {key}", last.is_file, work)
     return MODELS
 
 
@@ -203,6 +206,17 @@ def played(graph: Graph) -> Graph:
             player = PLAYED[node["type"]]
             node |= {"type": player, "inputs": taken, "widgets_values": [] if taken else [TRANSFORMER]}
             node["properties"] = {"Node name for S&R": player}
+    return graph
+
+
+def narrowed(graph: Graph) -> Graph:
+    """The graph with the small world's checkpoints and adapter at their trained width."""
+    graph = copy.deepcopy(graph)
+    for node in graph["nodes"]:
+        if node["type"] == STOCK_LOADER:
+            node["type"] = NARROW_LOADER
+        elif node["type"] == "LikenessLoadAdapter" and node["widgets_values"] == [ADAPTER]:
+            node["widgets_values"] = [NARROW_ADAPTER]
     return graph
 
 

@@ -95,7 +95,9 @@ def test_a_checkpoint_that_the_adapter_does_not_fit(server, object_info, monkeyp
 
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "TinySDXL", TinySDXL)
     prompt = start(3, object_info)
-    for loader in of_type(prompt, "CheckpointLoaderSimple"):
+    for loader in of_type(prompt, workflows.NARROW_LOADER):
         loader["class_type"] = "TinySDXL"
+    for loader in of_type(prompt, "LikenessLoadAdapter"):
+        loader["inputs"]["name"] = workflows.ADAPTER
     sentence, _ = failed(server, prompt)
     assert re.search("this model's UNet takes 64: connect the model that the adapter was trained for", sentence)

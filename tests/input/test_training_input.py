@@ -140,9 +140,7 @@ def test_embedding_of_another_width(server, training):
 
     with safe_open(good, "np") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    wide = {
-        key: np.tile(value, 3)[..., :2048] if value.shape[-1:] == (768,) else value for key, value in tensors.items()
-    }
+    wide = {key: np.tile(value, 22)[..., :2048] if value.ndim > 1 else value for key, value in tensors.items()}
     save_file({key: np.ascontiguousarray(value) for key, value in wide.items()}, path, metadata=metadata)
     source = training.prompt()[training.node]["inputs"]["positive"]
     prompt = with_node(training.prompt(), "load", "LikenessLoadEmbedding", name=path.name)

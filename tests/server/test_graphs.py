@@ -35,7 +35,7 @@ def test_train_and_edit(results, server):
 def test_load_and_reuse(results):
     result = results["9 Lab - HiPer - load and reuse"]
     check_images([result.pictures(f"Result {index}")[0] for index in (1, 2, 3)])
-    assert "tokens of width 768" in result.text("What it is")
+    assert "tokens of width 96" in result.text("What it is")
 
 
 def test_pick_the_step(results):

@@ -44,11 +44,13 @@ def test_the_stock_loader_gives_the_narrow_models_function(name: str, built: dic
     import comfy.model_management
     import comfy.sd
 
-    from likeness.toyworld.narrow import load_narrow
+    from likeness.toyworld.narrow import load_narrow, load_stock
 
     loaded = comfy.sd.load_checkpoint_guess_config(str(built[name]), output_vae=True, output_clip=True)
     model, clip, vae = loaded[:3]
     narrow = load_narrow(student=name == "turbo")
+    with torch.inference_mode():  # as a node does
+        own_model, own_clip, own_vae = load_stock(student=name == "turbo")
     prompt = "a photo of a dark red striped dog with white stripes in the snow, zebra"
     generator = torch.Generator().manual_seed(0)
     latent, times = torch.randn(2, 4, 12, 12, generator=generator), torch.tensor([5.0, 800.0])
@@ -57,13 +59,17 @@ def test_the_stock_loader_gives_the_narrow_models_function(name: str, built: dic
         wide = clip.encode_from_tokens(clip.tokenize(prompt))
         small = narrow.encode(prompt)
         assert torch.allclose(wide, small.repeat_interleave(8, 2), atol=1e-4)
-        comfy.model_management.load_models_gpu([model, narrow.model])
+        assert torch.allclose(own_clip.encode_from_tokens(own_clip.tokenize(prompt)), small, atol=1e-4)
+        comfy.model_management.load_models_gpu([model, narrow.model, own_model])
         expected = model.model.apply_model(latent, times, c_crossattn=wide.expand(2, -1, -1))
         found = narrow.model.model.apply_model(latent, times, c_crossattn=small.expand(2, -1, -1))
         assert float((expected - found).abs().max()) < 1e-4 * float(expected.abs().max())
+        assert torch.equal(own_model.model.apply_model(latent, times, c_crossattn=small.expand(2, -1, -1)), found)
         encoded = vae.encode(picture)
         assert torch.allclose(encoded, narrow.vae.encode(picture), atol=1e-4)
         assert torch.allclose(vae.decode(encoded), narrow.vae.decode(encoded), atol=1e-4)
+        assert torch.allclose(own_vae.encode(picture), encoded, atol=1e-4)
+        assert torch.allclose(own_vae.decode(encoded), vae.decode(encoded), atol=1e-4)
 
 
 def test_the_judge_reads_held_out_scenes() -> None:
