@@ -61,9 +61,9 @@ def anew(prompt: dict[str, Any]) -> dict[str, Any]:
 class Training:
     """The training part of the shipped graph, as prompts for the server."""
 
-    def __init__(self, server: Server, object_info: dict[str, Any]) -> None:
+    def __init__(self, server: Server, object_info: dict[str, Any], stock: bool = False) -> None:
         self._server = server
-        graph = lowered("9 Lab - HiPer - train and edit", object_info)
+        graph = lowered("9 Lab - HiPer - train and edit", object_info, stock=stock)
         self.node = workflows.node_id(graph, "Learn the subject")
         self.saver = workflows.node_id(graph, "Save the subject")
         self.loader = workflows.node_id(graph, "Model")
