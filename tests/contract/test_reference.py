@@ -8,11 +8,11 @@ import torch
 from likeness.core.session.session import Session
 
 from .. import tiny_models
+from .calm import calm, calmed
 from .methods import Setting, run_node
 from .test_contract import Cancelled, forget_runs, own_user_folder, stored  # noqa: F401  (a fixture)
-from .test_inversion import calm, invert, sigmas
+from .test_inversion import STEPS, invert, inverted, sigmas
 
-STEPS = 10
 INSIDE = (slice(None), slice(None), slice(2, 6), slice(2, 6))
 
 
@@ -33,8 +33,8 @@ def guide(setting: Setting, trajectory, **changes) -> tuple:
 
     inputs = {
         "model": setting.model, "positive": setting.target, "negative": setting.empty, "noise": noise(),
-        "trajectory": trajectory, "mask": picture_mask(setting), "cfg": 7.5, "inner_steps": 3,
-        "start_percent": 0.21, "end_percent": 0.82, "learning_rate": 0.1,
+        "trajectory": trajectory, "mask": picture_mask(setting), "cfg": 7.5, "inner_steps": 2,
+        "start_percent": 0.3, "end_percent": 0.8, "learning_rate": 0.1,
     }  # fmt: skip
     return run_node(LikenessReferenceGuide, **{**inputs, **changes})
 
@@ -55,12 +55,11 @@ def play(model, positive, negative, levels, *, size=(8, 8), cfg: float = 7.5, sa
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_the_stock_sampler_makes_the_same_picture_again(family):
-    setting = calm(Setting(family))
-    trajectory, _, levels = invert(setting)
+    setting, trajectory, _, levels = inverted(family)
     latent, model, negative, loss, report = guide(setting, trajectory)
     again = play(model, setting.target, negative, levels)
     torch.testing.assert_close(again, latent["samples"], atol=1e-4, rtol=0)
-    assert len(loss["loss"]) == 3 * 6 and "steps 3 to 8 of 10, 3 updates in each" in report
+    assert len(loss["loss"]) == 2 * 2 and "steps 2 to 3 of 4, 2 updates in each" in report
     plain = play(setting.model, setting.target, setting.empty, levels)
     assert float((latent["samples"] - plain).abs().max()) > 1e-2
 
@@ -88,9 +87,8 @@ def test_without_updates_it_is_plain_sampling_with_one_transplant():
     """The stock way: the first steps, a composite of noisy latents, the other steps without noise."""
     import comfy.samplers
 
-    setting = calm(Setting())
-    trajectory, _, levels = invert(setting)
-    latent, model, negative, loss, _ = guide(setting, trajectory, inner_steps=0)
+    setting, trajectory, _, levels = inverted()
+    latent, model, negative, loss, _ = guide(setting, trajectory, inner_steps=0, start_percent=0.6)
 
     def part(start, drawn, of_levels):
         with torch.inference_mode():
@@ -112,15 +110,14 @@ def test_without_updates_it_is_plain_sampling_with_one_transplant():
 
 
 def test_the_subject_comes_nearer_to_the_reference_inside_the_mask():
-    setting = calm(Setting())
-    trajectory, *_ = invert(setting)
+    setting, trajectory, *_ = inverted()
     reference = setting.latent["samples"]
 
     def apart(**changes) -> float:
         found = guide(setting, trajectory, **changes)[0]["samples"]
         return float((found - reference)[INSIDE].square().mean())
 
-    assert apart(inner_steps=10) < apart(inner_steps=1) < apart(inner_steps=0)
+    assert apart(inner_steps=3) < apart(inner_steps=1) < apart(inner_steps=0)
 
 
 def test_every_step_has_one_negative_for_every_cell():
@@ -156,11 +153,10 @@ def test_the_published_window(steps, scheduler, window):
 
 
 def test_the_model_stays_as_it_is_and_the_result_is_the_same_again(tmp_path):
-    setting = calm(Setting())
+    setting, trajectory, *_ = inverted()
     before = play(setting.model, setting.target, setting.empty, sigmas(setting.model))
     weights = {name: value for name, value in setting.model.model.named_parameters()}
     options, state = repr(setting.model.model_options), torch.get_rng_state()
-    trajectory, *_ = invert(setting)
     first = guide(setting, trajectory)[0]["samples"]
     forget_runs(tmp_path)
     assert torch.equal(guide(setting, trajectory)[0]["samples"], first)
@@ -174,32 +170,31 @@ def test_cancelled_resumed_and_served(tmp_path, monkeypatch):
     from likeness.core.session.progress import Progress
     from likeness.core.session.session import GuiderDenoiser
 
-    setting = calm(Setting())
-    trajectory, *_ = invert(setting)
-    whole, _, negative, losses, _ = guide(setting, trajectory)
+    setting, trajectory, *_ = inverted()
+    chosen = {"inner_steps": 3}
+    whole, _, negative, losses, _ = guide(setting, trajectory, **chosen)
     forget_runs(tmp_path)
     update, seen = Progress.update, []
 
     def cancel(self, losses, denoised=None):
-        if len(losses) == 11 and denoised is not None:
+        if len(losses) == 5 and denoised is not None:
             raise Cancelled
         update(self, losses, denoised)
 
     monkeypatch.setattr(Progress, "update", cancel)
     with pytest.raises(Cancelled):
-        guide(setting, trajectory)
+        guide(setting, trajectory, **chosen)
     monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None: seen.append(len(losses)))
-    resumed, _, again, same, _ = guide(setting, trajectory)
-    assert seen[0] == 12 and same == losses and torch.equal(resumed["samples"], whole["samples"])
+    resumed, _, again, same, _ = guide(setting, trajectory, **chosen)
+    assert seen[0] == 6 and same == losses and torch.equal(resumed["samples"], whole["samples"])
     assert all(torch.equal(a[0], b[0]) for a, b in zip(negative, again, strict=True))
     monkeypatch.setattr(GuiderDenoiser, "denoised", None)  # what is stored needs no model
-    served, *_ = guide(setting, trajectory)
+    served, *_ = guide(setting, trajectory, **chosen)
     assert torch.equal(served["samples"], whole["samples"])
 
 
 def test_whatever_decides_the_picture_makes_another_run(tmp_path):
-    setting = calm(Setting())
-    trajectory, *_ = invert(setting)
+    setting, trajectory, *_ = inverted()
     other = picture_mask(setting).roll(8, 1)
     changes = [
         {}, {"noise": noise(4)}, {"mask": other}, {"cfg": 5.0}, {"positive": setting.source},
@@ -211,10 +206,8 @@ def test_whatever_decides_the_picture_makes_another_run(tmp_path):
 
 
 def test_bad_input_is_refused_before_any_work(monkeypatch):
-    setting = calm(Setting())
-    trajectory, _, levels = invert(setting)
-    several = Setting(images=2)
-    two, xl = invert(several)[0], Setting("sdxl")
+    setting, trajectory, *_ = inverted()
+    two, xl = invert(Setting(images=2))[0], calmed("sdxl")
 
     monkeypatch.setattr(Session, "run", None)
     mask, target = picture_mask(setting), setting.target
@@ -235,11 +228,11 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
         "holds 2 images": {"trajectory": two},
         "another model family": {"model": xl.model},
         "begin at the very first step": {"start_percent": 0.0},
-        "None of the 10 sampling steps": {"start_percent": 0.5, "end_percent": 0.51},
+        "None of the 4 sampling steps": {"start_percent": 0.5, "end_percent": 0.51},
         "give a start below the end": {"start_percent": 0.5, "end_percent": 0.5},
         "limited by area": {"positive": area},
-        "has 2 entries in step 1 of 10": {"positive": [*target, *setting.source]},
-        "has 0 entries in step 1 of 10": {"positive": late},
+        "has 2 entries in step 1 of 4": {"positive": [*target, *setting.source]},
+        "has 0 entries in step 1 of 4": {"positive": late},
         "differ in more than their rows": {"positive": pooled},
         "With cfg 1 no negative prompt": {"cfg": 1.0},
         "negative prompt has 2 prompts": {"negative": [*setting.empty, *setting.source]},
@@ -249,8 +242,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
 
 
 def test_the_guided_model_is_for_its_own_size_and_levels(caplog):
-    setting = calm(Setting())
-    trajectory, _, levels = invert(setting)
+    setting, trajectory, _, levels = inverted()
     _, model, negative, *_ = guide(setting, trajectory)
     with pytest.raises(ValueError, match=r"The latent to sample is \(1, 4, 16, 8\)"):
         play(model, setting.target, negative, levels, size=(16, 8))

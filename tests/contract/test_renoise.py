@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from likeness.core.session.session import Session
 
 from .. import tiny_models
+from .calm import calm, calmed
 from .methods import Setting, autoencoder, run_node
 from .test_contract import Cancelled, own_user_folder  # noqa: F401  (a fixture)
-from .test_inversion import calm
 from .test_likeness_optimisation import vision  # noqa: F401  (a fixture)
 
 KINDS = ("euler_ancestral", "euler")
@@ -33,6 +35,16 @@ def invert(setting: Setting, **changes):
     return run_node(LikenessRenoise, **{**inputs, "sampler": "euler_ancestral", "seed": 3, **changes})[:4]
 
 
+@functools.cache
+def _inverted(family: str, kind: str) -> tuple:
+    return invert(calmed(family), sampler=kind)
+
+
+def inverted(family: str = "sd1", kind: str = "euler_ancestral") -> tuple:
+    """A calm network's setting and the inversion of its image, made once: latent, sampler, levels, report."""
+    return calmed(family), *_inverted(family, kind)
+
+
 def play(setting: Setting, start: dict, sampler, levels: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """SamplerCustomAdvanced with DisableNoise and BasicGuider."""
     from comfy_extras import nodes_custom_sampler as stock
@@ -53,8 +65,7 @@ def missed(setting: Setting, found: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_a_stock_sampler_comes_back_to_the_picture(family, kind):
-    setting = calm(Setting(family))
-    start, sampler, levels, report = invert(setting, sampler=kind)
+    setting, start, sampler, levels, report = inverted(family, kind)
     found = play(setting, start, sampler, levels)
     assert missed(setting, found) < (0.2 if family == "sd2_v" else 0.01)
     assert f"missed by {100 * missed(setting, found):.1f} %" in report and report.startswith("3 ")
@@ -65,8 +76,7 @@ def test_a_stock_sampler_comes_back_to_the_picture(family, kind):
 def test_without_the_recorded_noises_it_goes_astray_and_with_them_any_seed_is_the_same():
     import comfy.samplers
 
-    setting = calm(Setting())
-    start, sampler, levels, _ = invert(setting)
+    setting, start, sampler, levels, _ = inverted()
     first, second = (play(setting, start, sampler, levels, seed) for seed in (0, 1))
     assert torch.equal(first, second)
     plain = play(setting, start, comfy.samplers.sampler_object("euler_ancestral"), levels)
@@ -108,17 +118,18 @@ def test_predictions_are_made_to_look_like_noise():
 
 def test_a_correction_that_runs_away_is_said():
     with pytest.raises(ValueError, match="ran away"):
-        invert(calm(Setting()), kl_weight=0.065, correlation_weight=20.0)
+        invert(calmed(), kl_weight=0.065, correlation_weight=20.0)
 
 
 def test_it_is_the_same_again_and_the_model_and_the_random_numbers_stay():
-    setting = calm(Setting())
+    setting = calmed()
+    levels = sigmas(setting, 3)
     weights = {name: value for name, value in setting.model.model.named_parameters()}
     state = torch.get_rng_state()
-    first, second = invert(setting)[0], invert(setting)[0]
+    first, second = (invert(setting, sigmas=levels)[0] for _ in range(2))
     assert torch.equal(first["samples"], second["samples"])
     assert torch.equal(first["likeness_replay"].noises, second["likeness_replay"].noises)
-    assert not torch.equal(first["samples"], invert(setting, seed=4)[0]["samples"])
+    assert not torch.equal(first["samples"], invert(setting, sigmas=levels, seed=4)[0]["samples"])
     assert torch.equal(state, torch.get_rng_state())
     assert all(value is weights[name] for name, value in setting.model.model.named_parameters())
 
@@ -131,11 +142,12 @@ def test_a_picture_of_an_odd_size_and_all_levels():
 
 
 def test_an_image_is_encoded():
-    setting = calm(Setting())
-    by_image = invert(setting, latent=None, image=setting.image, vae=autoencoder())[0]
+    setting = calmed()
+    levels = sigmas(setting, 2)
+    by_image = invert(setting, latent=None, image=setting.image, vae=autoencoder(), sigmas=levels)[0]
     with torch.inference_mode():
         encoded = {"samples": autoencoder().encode(setting.image)}
-    assert torch.equal(by_image["samples"], invert(setting, latent=encoded)[0]["samples"])
+    assert torch.equal(by_image["samples"], invert(setting, latent=encoded, sigmas=levels)[0]["samples"])
 
 
 def test_cancelled_it_stops_at_once(monkeypatch):
@@ -171,12 +183,11 @@ def test_what_cannot_be_inverted_is_refused_before_work_starts(case, monkeypatch
     changes, message = REFUSED[case]
     monkeypatch.setattr(renoise, "predicting", None)
     with pytest.raises(ValueError, match=message):
-        invert(Setting(), **changes)
+        invert(calmed(), **changes)
 
 
 def test_other_levels_than_the_inversions_are_refused():
-    setting = calm(Setting())
-    start, sampler, *_ = invert(setting)
+    setting, start, sampler, *_ = inverted()
     with pytest.raises(ValueError, match="connect the SIGMAS of Invert For Few Steps"):
         play(setting, start, sampler, sigmas(setting, 5))
 
@@ -187,7 +198,7 @@ def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background
     from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
 
-    found = {"iterations": 4, "rate": 0.01, "other": setting.image.flip(1), **changes}
+    found = {"iterations": 3, "rate": 0.01, "other": setting.image.flip(1), **changes}
     generator = Generator(setting.model, autoencoder(), setting.source)
     with torch.inference_mode():
         job = SisoJob(
@@ -203,8 +214,7 @@ def edited(setting: Setting, seen, start: dict, levels: torch.Tensor, background
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_begins_at_the_inverted_picture(kind, vision):  # noqa: F811
-    setting = calm(Setting())
-    start, sampler, levels, _ = invert(setting, sampler=kind)
+    setting, start, sampler, levels, _ = inverted(kind=kind)
     with torch.inference_mode():
         stock = autoencoder().decode(play(setting, start, sampler, levels))
     found = edited(setting, vision, start, levels)
@@ -215,15 +225,14 @@ def test_an_edit_begins_at_the_inverted_picture(kind, vision):  # noqa: F811
 def test_the_background_of_an_edit_stays(vision):  # noqa: F811
     from likeness.core.siso.host.background import Background
 
-    setting = calm(Setting())
-    start, sampler, levels, _ = invert(setting)
+    setting, start, sampler, levels, _ = inverted()
     with torch.inference_mode():
         source = autoencoder().decode(play(setting, start, sampler, levels))
     mask = torch.zeros(1, 16, 16)  # smaller than the image
     mask[:, :8] = 1
 
     def error(weight: float) -> float:
-        found = edited(setting, vision, start, levels, Background(source, mask, weight), iterations=20)
+        found = edited(setting, vision, start, levels, Background(source, mask, weight), iterations=8)
         return float((found.images[-1:] - source)[:, 32:].square().mean())
 
     assert error(100.0) < 0.8 * error(0.0)
@@ -248,8 +257,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, m
 
     changes, message = BACKGROUNDS[case]
     monkeypatch.setattr(Session, "run", None)
-    setting = calm(Setting())
-    start, _, levels, _ = invert(setting)
+    setting, start, _, levels, _ = inverted()
     inputs = {"picture": setting.image, "mask": torch.eye(64)[None].cumsum(1), "levels": levels, **changes}
     if "scaled" in changes:
         start = {**start, "samples": start["samples"].repeat(1, 1, 2, 2)}
@@ -261,8 +269,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_work_starts(case, vision, m
 def test_what_was_sampled_from_an_inverted_latent_is_not_taken_for_it(monkeypatch):
     from likeness.core.inversion.host.renoise import replay_of
 
-    setting = calm(Setting())
-    start, sampler, levels, _ = invert(setting)
+    setting, start, sampler, levels, _ = inverted()
     assert replay_of({**start, "samples": start["samples"].clone()}) is start["likeness_replay"]
     assert replay_of({"samples": start["samples"]}) is None
     sampled = {**start, "samples": play(setting, start, sampler, levels)}
@@ -276,8 +283,7 @@ def test_an_edit_is_computed_as_exactly_as_its_inversion(vision, monkeypatch):  
     def asked(session, _body):
         raise Cancelled(session.exact)
 
-    setting = calm(Setting())
-    start, _, levels, _ = invert(setting)
+    setting, start, _, levels, _ = inverted()
     monkeypatch.setattr(Session, "run", asked)
     for given, exact in ((start, True), ({"samples": start["samples"]}, False)):
         with pytest.raises(Cancelled) as found:
