@@ -5,6 +5,7 @@ tests/model_table.py makes the table of docs/models.md of these tests and of tes
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -15,7 +16,13 @@ from .. import model_table
 from .methods import _Noise, run_node, sample
 from .test_families import FAMILIES, each_family, predicted
 
-LEVELS = 4
+LEVELS = 2
+
+
+@functools.cache
+def model_of(name: str):
+    """The family's MODEL, for all tests that put no weights on it."""
+    return FAMILIES[name].model()
 
 
 def with_lora(family, model, seed: int = 1):
@@ -61,11 +68,13 @@ def test_guidance_is_the_papers_equation(name):
     near(predicted(weakened, target, x, sigma, null, cfg), wanted, of_base)
 
 
-def inverted(family, model) -> tuple:
+@functools.cache
+def inverted(name: str) -> tuple:
     from comfy.samplers import calculate_sigmas
 
     from likeness.nodes.inversion import LikenessInvert
 
+    family, model = FAMILIES[name], model_of(name)
     sigmas = calculate_sigmas(model.get_model_object("model_sampling"), "simple", LEVELS)
     inputs = {"model": model, "positive": family.prompt(1), "latent": {"samples": 0.5 * family.latents()}}
     return run_node(LikenessInvert, **inputs, sigmas=sigmas, label="midpoint", check=False)
@@ -91,8 +100,8 @@ def test_an_inverted_image_comes_back(name):
     from likeness.nodes.inversion import LikenessNullText
 
     family, cfg = FAMILIES[name], 2.0
-    model, positive, negative = family.model(), family.prompt(1), family.prompt(3)
-    trajectory, latent, sigmas, noise, _ = inverted(family, model)
+    model, positive, negative = model_of(name), family.prompt(1), family.prompt(3)
+    trajectory, latent, sigmas, noise, _ = inverted(name)
     back = {"model": model, "positive": positive, "negative": negative, "trajectory": trajectory, "cfg": cfg}
     negative, _, _, pinned = run_node(LikenessNullText, **back, method="direct", start="prompt", inner_steps=1)
     found = played(pinned, positive, negative, noise, latent, sigmas, cfg)
@@ -105,8 +114,8 @@ def test_a_reference_guided_image_is_made_again_by_the_stock_sampler(name):
     from likeness.nodes.reference import LikenessReferenceGuide
 
     family, cfg = FAMILIES[name], 2.0
-    model, positive, negative = family.model(), family.prompt(2), family.prompt(3)
-    trajectory, _, sigmas, *_ = inverted(family, model)
+    model, positive, negative = model_of(name), family.prompt(2), family.prompt(3)
+    trajectory, _, sigmas, *_ = inverted(name)
     mask = torch.zeros(1, family.image, family.image)
     mask[:, : family.image // 2] = 1
     inputs = {"model": model, "positive": positive, "negative": negative, "mask": mask, "cfg": cfg, "inner_steps": 1}
@@ -114,18 +123,19 @@ def test_a_reference_guided_image_is_made_again_by_the_stock_sampler(name):
     latent, guided, negatives, *_ = run_node(LikenessReferenceGuide, **inputs, learning_rate=0.1)
     empty = {"samples": torch.zeros(family.latent)}
     again = played(guided, positive, negatives, _Noise(3), empty, sigmas, cfg)
-    torch.testing.assert_close(again, latent["samples"], atol=1e-3, rtol=0)
     plain = sample(model, positive, negative, empty, steps=LEVELS, cfg=cfg, seed=3)
-    assert not torch.equal(plain, again)
+    error, effect = (float((again - other).abs().max()) for other in (latent["samples"], plain))
+    assert error < 1e-4 * float(again.std()) and error < 0.01 * effect, (error, effect)
 
 
-def attempted(step: str, family) -> Any:
+def attempted(step: str, name: str) -> Any:
     """Run a step as far as a transformer gets."""
     from likeness.core.ezigen.host.layers import places
     from likeness.nodes.inspect import LikenessInspect
     from likeness.nodes.position_map import LikenessPositionMap
 
-    model, prompt, latent = family.model(), family.prompt(1), {"samples": family.latents()}
+    family, model = FAMILIES[name], model_of(name)
+    prompt, latent = family.prompt(1), {"samples": family.latents()}
     if step == "Replace, Inspect":
         inputs = {"conditioning": prompt, "latent": latent, "tokens": 2, "columns": 2, "seed": 0}
         return run_node(LikenessInspect, model=model, **inputs)
@@ -139,10 +149,10 @@ def attempted(step: str, family) -> Any:
 def test_what_the_table_calls_refused_is_refused_with_its_reason(name, step):
     entry = next(each for each in model_table.STEPS if each.name == step)
     if entry.each and name not in entry.left:
-        attempted(step, FAMILIES[name])
+        attempted(step, name)
         return
     with pytest.raises(ValueError, match=entry.says):
-        attempted(step, FAMILIES[name])
+        attempted(step, name)
 
 
 @pytest.mark.parametrize("step", [step for step in model_table.STEPS if step.each], ids=lambda step: step.name)
