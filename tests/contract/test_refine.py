@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from .. import tiny_models
 from .methods import Setting, run_node
 from .test_contract import own_user_folder  # noqa: F401  (a fixture)
 
-STEPS = 5
+STEPS = 4
 
 
 def sigmas(setting: Setting, steps: int = STEPS, scheduler: str = "ddim_uniform") -> torch.Tensor:
@@ -51,13 +53,21 @@ def refined(setting: Setting, embedding, **changes):
         "positive": setting.source,
         "embedding": embedding,
         "sigmas": sigmas(setting),
-        "inner_steps": 3,
+        "inner_steps": 2,
         "learning_rate": 0.05,
         "step": 0,
         "seed": 0,
         "latent": setting.latent,
     }
     return run_node(LikenessRefineEmbedding, **{**inputs, **changes})
+
+
+@functools.cache
+def learned(family: str = "sd1") -> tuple:
+    """A setting, its embedding of eq. 6, and the step-wise one with its losses, made once."""
+    setting = Setting(family)
+    first = trained(setting)
+    return setting, first, *refined(setting, first)
 
 
 def applied(setting: Setting, embedding, conditioning=None, scale: float = 1.0):
@@ -92,9 +102,8 @@ def asked(setting: Setting, positive, levels: torch.Tensor, sampler: str = "eule
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_every_step_of_the_sampling_gets_its_own_rows(family):
-    setting = Setting(family)
-    embedding, loss = refined(setting, trained(setting))
-    assert embedding.at(0).shape[:2] == (STEPS, 4) and len(loss["loss"]) == STEPS * 3
+    setting, _, embedding, loss = learned(family)
+    assert embedding.at(0).shape[:2] == (STEPS, 4) and len(loss["loss"]) == STEPS * 2
     assert list(embedding.rows) == [2] and embedding.header["method"] == "hifi tuner, step-wise"
     calls = asked(setting, applied(setting, embedding), sigmas(setting))
     assert len(calls) == STEPS
@@ -105,8 +114,7 @@ def test_every_step_of_the_sampling_gets_its_own_rows(family):
 
 @pytest.mark.parametrize(("sampler", "scheduler"), [("heun", "normal"), ("dpmpp_2m", "karras"), ("dpm_2", "simple")])
 def test_other_samplers_and_schedules_take_the_rows_of_the_nearest_step(sampler, scheduler):
-    setting = Setting()
-    embedding, _ = refined(setting, trained(setting))
+    setting, _, embedding, _ = learned()
     calls = asked(setting, applied(setting, embedding), sigmas(setting, 7, scheduler), sampler)
     assert len(calls) >= 7
     level = setting.model.get_model_object("model_sampling").percent_to_sigma
@@ -120,8 +128,7 @@ def test_other_samplers_and_schedules_take_the_rows_of_the_nearest_step(sampler,
 def test_scale_zero_is_the_prompt_and_windows_meet_the_prompts_own():
     from nodes import ConditioningSetTimestepRange
 
-    setting = Setting()
-    embedding, _ = refined(setting, trained(setting))
+    setting, _, embedding, _ = learned()
     ((text, options),) = applied(setting, embedding, scale=0.0)
     assert torch.equal(text, setting.target[0][0]) and "start_percent" not in options
     late = run_node(ConditioningSetTimestepRange, conditioning=setting.target, start=0.5, end=1.0)[0]
@@ -133,23 +140,22 @@ def test_scale_zero_is_the_prompt_and_windows_meet_the_prompts_own():
 def test_saved_and_loaded_it_keeps_its_windows(tmp_path):
     from likeness.core.embedding.artifact import load_embedding, save_embedding
 
-    setting = Setting()
-    embedding, _ = refined(setting, trained(setting))
+    setting, _, embedding, _ = learned()
     save_embedding(tmp_path / "subject.safetensors", embedding)
     loaded = load_embedding(tmp_path / "subject.safetensors")
-    assert loaded.windows == embedding.windows and "5 denoising steps" in loaded.describe()
+    assert loaded.windows == embedding.windows and "4 denoising steps" in loaded.describe()
     one, other = applied(setting, embedding), applied(setting, loaded)
     assert all(torch.equal(a[0], b[0]) and a[1].keys() == b[1].keys() for a, b in zip(one, other, strict=True))
 
 
 def test_the_anchor_holds_the_rows_to_the_empty_prompt():
     def distance(weight: float, anchor: str, step_wise: bool) -> float:
-        setting = Setting()
+        setting = learned()[0]
         more = {"anchor_weight": weight, "anchor": anchor, "negative": setting.empty}
         if step_wise:
-            embedding, _ = refined(setting, trained(setting), inner_steps=8, **more)
+            embedding, _ = refined(setting, learned()[1], sigmas=sigmas(setting, 2), inner_steps=6, **more)
         else:
-            embedding = trained(setting, steps=20, **more)
+            embedding = trained(setting, steps=8, **more, learning_rate=0.05)
         return float((embedding.at(0) - setting.empty[0][0][0, -4:]).norm())
 
     for step_wise in (False, True):
@@ -170,9 +176,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_work_starts(case, monkeypatch):
-
-    setting = Setting()
-    embedding = trained(setting)
+    setting, embedding, *_ = learned()
     monkeypatch.setattr(Session, "run", None)
     changes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
@@ -180,9 +184,8 @@ def test_what_does_not_fit_is_refused_before_work_starts(case, monkeypatch):
 
 
 def test_a_step_wise_embedding_or_another_model_is_refused():
-    setting = Setting()
-    embedding, _ = refined(setting, trained(setting))
-    with pytest.raises(ValueError, match="5 denoising steps already"):
+    setting, _, embedding, _ = learned()
+    with pytest.raises(ValueError, match="4 denoising steps already"):
         refined(setting, embedding)
     with pytest.raises(ValueError, match="their family differ"):
         refined(Setting("sdxl"), embedding)
