@@ -245,8 +245,7 @@ def test_more_steps_than_the_published_rate_lasts(monkeypatch):
     assert len(negative) == STEPS and len(loss["loss"]) == STEPS
 
 
-@pytest.mark.parametrize("updates", [2, 5, 6])
-def test_null_text_is_served_resumed_and_the_same_again(updates, tmp_path, monkeypatch, caplog):
+def test_null_text_is_served_resumed_and_the_same_again(tmp_path, monkeypatch, caplog):
     """Cancelled in the first step, in the middle of a later one, and at the end of one."""
     from likeness.core.session.progress import Progress
 
@@ -255,21 +254,23 @@ def test_null_text_is_served_resumed_and_the_same_again(updates, tmp_path, monke
     whole, losses, *_ = optimised(setting, trajectory, **chosen)
     again, same, *_ = optimised(setting, trajectory, **chosen)
     assert losses == same and all(torch.equal(a[0], b[0]) for a, b in zip(whole, again, strict=True))
-    forget_runs(tmp_path)
-    update, seen = Progress.update, []
+    update = Progress.update
 
     def cancel(self, losses, denoised=None):
         if len(losses) == updates and denoised is not None:
             raise Cancelled
         update(self, losses, denoised)
 
-    monkeypatch.setattr(Progress, "update", cancel)
-    with pytest.raises(Cancelled):
-        optimised(setting, trajectory, **chosen)
-    monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None: seen.append(len(losses)))
-    resumed, third, *_ = optimised(setting, trajectory, **chosen)
-    assert seen[0] == updates + 1 and third == losses and not caplog.text
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
+    for updates in (2, 5, 6):
+        forget_runs(tmp_path)
+        monkeypatch.setattr(Progress, "update", cancel)
+        with pytest.raises(Cancelled):
+            optimised(setting, trajectory, **chosen)
+        seen = []
+        monkeypatch.setattr(Progress, "update", lambda self, losses, denoised=None, seen=seen: seen.append(len(losses)))
+        resumed, third, *_ = optimised(setting, trajectory, **chosen)
+        assert seen[0] == updates + 1 and third == losses and not caplog.text
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, resumed, strict=True))
 
 
 def test_bad_input_is_refused():
