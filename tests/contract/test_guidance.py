@@ -15,7 +15,7 @@ from .test_contract import area, control_net, freeu, hook_lora, pag, rescale_cfg
 ATTENTION = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
 CONVOLUTION = "diffusion_model.input_blocks.1.0.in_layers.2"
 NORM = "diffusion_model.out.0"
-STEPS = 3  # of which guidance to 0.6 takes part in two
+STEPS, MORE = 2, 3  # of which guidance to 0.6 takes part in one, and in two
 
 
 @functools.cache
@@ -107,16 +107,16 @@ class Evaluations:
 def test_one_loader_gives_what_two_loaders_give(weights):
     """The shared-module trap: whichever was loaded last, and whatever kind of patch."""
     setting = Setting()
-    separate = picture(setting, patch(setting, with_lora(other_loader(), weights())))
+    separate = picture(setting, patch(setting, with_lora(other_loader(), weights())), steps=MORE)
     shared = with_lora(setting.model, weights())
-    plain = picture(setting, setting.model)
-    first = picture(setting, patch(setting, shared))
+    plain = picture(setting, setting.model, steps=MORE)
+    first = picture(setting, patch(setting, shared), steps=MORE)
     picture(setting, shared)  # loads the tuned weights into the module
-    second = picture(setting, patch(setting, shared))
+    second = picture(setting, patch(setting, shared), steps=MORE)
     assert torch.equal(first, second), "the order of loading matters"
     assert_same(first, separate)
     assert float((first - plain).abs().mean()) > 1e-3
-    assert torch.equal(plain, picture(setting, setting.model))
+    assert torch.equal(plain, picture(setting, setting.model, steps=MORE))
     for part in setting.model.model.modules():
         assert not part._forward_hooks and not getattr(part, "weight_function", None)
 
@@ -291,7 +291,7 @@ def test_unneeded_evaluations_are_skipped():
     def counts(base_weight: float, cfg: float = 4.0, **changes) -> list[int]:
         setting, tuned = Setting(), other_loader(1)
         counted = Evaluations(setting.model, tuned)
-        picture(setting, patch(setting, tuned, base_weight=base_weight, **changes), cfg=cfg)
+        picture(setting, patch(setting, tuned, base_weight=base_weight, **changes), steps=MORE, cfg=cfg)
         return counted.counts
 
     assert counts(1.0) == [6, 0]
@@ -304,7 +304,7 @@ def test_asked_twice_in_one_step_the_tuned_model_predicts_once():
     setting, tuned = Setting(), other_loader(1)
     counted = Evaluations(tuned)
     model, _ = pag(setting, patch(setting, tuned), setting.target)
-    picture(setting, model)
+    picture(setting, model, steps=MORE)
     assert counted.counts == [2]
 
 
