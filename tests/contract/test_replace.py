@@ -22,6 +22,11 @@ def text_encoder(family: str):
     return getattr(tiny_models, names[family])()
 
 
+@pytest.fixture(scope="module")
+def clip():
+    return text_encoder("sd1")
+
+
 @functools.cache
 def _setting(family: str) -> Setting:
     return Setting(family)
