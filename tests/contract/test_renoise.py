@@ -232,7 +232,7 @@ def test_the_background_of_an_edit_stays(vision):  # noqa: F811
     mask[:, :8] = 1
 
     def error(weight: float) -> float:
-        found = edited(setting, vision, start, levels, Background(source, mask, weight), iterations=8)
+        found = edited(setting, vision, start, levels, Background(source, mask, weight), iterations=6)
         return float((found.images[-1:] - source)[:, 32:].square().mean())
 
     assert error(100.0) < 0.8 * error(0.0)
