@@ -138,20 +138,20 @@ def by_hand(setting, columns: list[int], until: float = 0.0, self_until: float =
 
 @pytest.mark.parametrize(("family", "end"), [("sd1", 0.7), *((family, 1.0) for family in tiny_models.FAMILIES)])
 def test_it_is_prompt_to_prompt_written_out(family, end):
-    """Word and tail columns of its own, everything else the source's; with self-attention to 0.4."""
+    """Word and tail columns of its own, everything else the source's; without and with self-attention to 0.4."""
     setting, clip = setting_of(family), text_encoder(family)
-    limit, self_limit = (setting.model.get_model_object("model_sampling").percent_to_sigma(p) for p in (end, 0.4))
-    model, positive, negative, latent = swapped(setting, clip, end_percent=end)
+    level, edits = setting.model.get_model_object("model_sampling").percent_to_sigma, []
+    _, positive, negative, latent = swapped(setting, clip)
     rows, options = positive[0]
     assert all(len(both) == 2 and not torch.equal(*both) for both in (rows, options["pooled_output"]))
-    ours = play(model, positive, negative, latent)
-    close(ours, play(by_hand(setting, [5], limit), positive, negative, latent))
     plain = play(setting.model, positive, negative, latent)
-    assert torch.equal(ours[0], plain[0]) and float((ours[1] - plain[1]).abs().mean()) > 1e-3
-    model, positive, *_ = swapped(setting, clip, end_percent=end, self_percent=0.4)
-    both = play(model, positive, negative, latent)
-    close(both, play(by_hand(setting, [5], limit, self_limit), positive, negative, latent))
-    assert torch.equal(both[0], plain[0]) and float((both[1] - ours[1]).abs().mean()) > 1e-3
+    for share in (0.0, 0.4) if family == "sd1" else (0.4,):
+        model, positive, *_ = swapped(setting, clip, end_percent=end, self_percent=share)
+        found = play(model, positive, negative, latent)
+        close(found, play(by_hand(setting, [5], level(end), level(share)), positive, negative, latent))
+        assert torch.equal(found[0], plain[0]) and float((found[1] - plain[1]).abs().mean()) > 1e-3
+        edits.append(found[1])
+    assert float((edits[0] - edits[-1]).abs().mean()) > 1e-3 or family != "sd1"
 
 
 def test_nothing_of_its_own_and_equal_prompts_give_the_same_picture_twice(clip):
