@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -164,8 +165,19 @@ def kl_autoencoder(seed: int = 0):
         return comfy.sd.VAE(sd=net.state_dict(), config=config)
 
 
-def _text_encoder(module: str, kind: str, options: dict, seed: int, params: dict | None = None):
-    """A CLIP of random weights, of the classes that a module of ComfyUI has for this kind."""
+_text_encoders: dict[str, Any] = {}
+
+
+def _text_encoder(*described: Any):
+    """A CLIP of random weights; its networks are made once, as their tables of tokens are large."""
+    key = repr(described)
+    if key not in _text_encoders:
+        _text_encoders[key] = _new_text_encoder(*described)
+    return _text_encoders[key].clone()
+
+
+def _new_text_encoder(module: str, kind: str, options: dict, seed: int, params: dict | None = None):
+    """Of the classes that a module of ComfyUI has for this kind."""
     import comfy.sd
 
     library = importlib.import_module(f"comfy.{module}")
