@@ -1,4 +1,7 @@
-"""A server for each page (bundled, newest) and a tab for each rendering (canvas, Vue)."""
+"""A server for each page (bundled, newest) and a tab for each rendering (canvas, Vue).
+
+Opening ComfyUI's page takes longer than most tests, so the next test goes on in the tab of the last one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from .. import live
 from .page import Page, chromium
 
 READY = "LikenessTrainEmbedding"
+FAILED = pytest.StashKey[bool]()
 OF_GRAPHS = (
     "test_graphs_open_and_keep_their_values",
     "test_graph_runs_with_live_loss",
@@ -22,6 +26,7 @@ OF_DIALOGS = (  # which Vue draws in each rendering of the nodes
     "test_templates_are_listed_with_thumbnails",
     "test_search_that_the_readme_names_finds_the_first_graph_first",
 )
+LEAVE_THINGS_OPEN = (*OF_DIALOGS, "test_blueprint_is_listed_dropped_and_runs", "test_start_graph_is_an_app")
 EVERYWHERE = ("-HiPer]", "-9 Lab - HiPer - train and edit]")
 USUAL = (("bundled", "canvas"), ("newest", "vue"))  # how each page renders by itself
 
@@ -42,6 +47,13 @@ def pytest_collection_modifyitems(items):
             fast = rendering in USUAL
         if not fast:
             item.add_marker("slow")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    yield
+    if call.excinfo:
+        item.stash[FAILED] = True
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +77,26 @@ def object_info(server):
     return server.object_info()
 
 
+@pytest.fixture(scope="session")
+def tabs(server):
+    """The server's open pages by their rendering."""
+    opened: dict[str, Page] = {}
+    yield opened
+    for page in opened.values():
+        page.close()
+
+
 @pytest.fixture(params=["canvas", "vue"])
-def page(request, server, browser):
-    opened = Page(browser, server.url, READY, vue=request.param == "vue")
+def page(request, server, browser, tabs):
+    opened = tabs.pop(request.param, None) or Page(browser, server.url, READY, vue=request.param == "vue")
+    opened.problems.clear()
     yield opened
     shots = os.environ.get("LIKENESS_SCREENSHOTS")
     if shots:
         name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
         opened.tab.screenshot(path=os.path.join(shots, f"{name}.png"))
-    opened.close()
+    if request.node.stash.get(FAILED, False) or request.node.originalname in LEAVE_THINGS_OPEN:
+        opened.close()
+    else:
+        tabs[request.param] = opened
     assert not opened.problems
