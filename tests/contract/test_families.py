@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ from .methods import _similarity_model, run_node, sample
 FAMILIES = tiny_families.families()
 TOKENS = 5
 each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@functools.cache
+def model_of(name: str):
+    """One model of a family for all tests: none changes it."""
+    return FAMILIES[name].model()
 
 
 def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor, negative=None, cfg: float = 1.0) -> torch.Tensor:
@@ -40,7 +48,7 @@ def test_tokens_stand_where_the_encoder_leaves_room(name):
     from likeness.core.prompt.conditioning import placement_for
 
     family = FAMILIES[name]
-    placement = placement_for(family.model(), family.prompt(1))
+    placement = placement_for(model_of(name), family.prompt(1))
     assert placement == ("tail" if family.padded else "append")
 
 
@@ -50,7 +58,7 @@ def test_learned_tokens_are_seen_as_in_a_sampling_and_each_has_a_gradient(name):
     from likeness.core.session.session import GuiderDenoiser, Session
 
     family = FAMILIES[name]
-    model, source, latent = family.model(), family.prompt(1), family.latents()
+    model, source, latent = model_of(name), family.prompt(1), family.latents()
     rows = torch.randn(TOKENS, family.width, generator=torch.Generator().manual_seed(8))
     placement, found = placement_for(model, source), []
     sigmas = model.get_model_object("model_sampling").sigmas
@@ -92,7 +100,7 @@ def test_a_lora_of_its_layers_is_what_the_stock_loader_makes_of_the_file(name, k
     from likeness.core.session.session import GuiderDenoiser, Session
 
     family = FAMILIES[name]
-    model, source = family.model(), family.prompt(1)
+    model, source = model_of(name), family.prompt(1)
     trained = trained_layers(model.model, kind=kind)
     modules = {id(getattr(layer, "layer", layer)) for layer in trained.layers.values()}
     assert modules <= {id(layer) for layer in network_layers(model.model, "all").values()}
@@ -126,7 +134,7 @@ def test_a_lora_of_its_layers_is_what_the_stock_loader_makes_of_the_file(name, k
 def test_the_gradient_of_a_lora_and_of_the_latent(name):
     family = FAMILIES[name]
     for check in (gradients.check_lora, gradients.check_latent):
-        found = check(family.model(), family.prompt(1), family.latents())
+        found = check(model_of(name), family.prompt(1), family.latents())
         assert abs(found.numeric) > 1e-3 and found.relative_error < 0.01, found
 
 
@@ -135,7 +143,7 @@ def test_checkpointing_saves_memory_and_gives_the_same_gradient(name):
     from likeness.core.session.session import GuiderDenoiser, Session
 
     family = FAMILIES[name]
-    model, source, latent = family.model(), family.prompt(1), family.latents()
+    model, source, latent = model_of(name), family.prompt(1), family.latents()
     stored, gradient = [], []
 
     def body(denoiser: GuiderDenoiser, x0: torch.Tensor) -> None:
@@ -171,14 +179,14 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     from likeness.nodes.embedding import LikenessApplyEmbedding, LikenessRefineEmbedding, LikenessTrainEmbedding
 
     family = FAMILIES[name]
-    model, mask = family.model(), torch.zeros(1, family.image, family.image)
+    model, mask = model_of(name), torch.zeros(1, family.image, family.image)
     mask[:, :, family.image // 2 :] = 1
     data = {"image": image_of(family), "vae": family.autoencoder(), "mask": mask, "negative": family.prompt(3)}
-    settings = {"steps": 3, "learning_rate": 0.02, "tokens": TOKENS, "save_every": 3, "init": "source prompt"}
+    settings = {"steps": 2, "learning_rate": 0.02, "tokens": TOKENS, "save_every": 2, "init": "source prompt"}
     settings |= {"start_percent": 0.0, "end_percent": 1.0, "preview_steps": 1, "preview_cfg": 1.0, "seed": 0}
     shared = {"model": model, "positive": family.prompt(1), **data, "anchor_weight": 0.01}
     embedding, loss, previews = run_node(LikenessTrainEmbedding, **shared, **settings, target=family.prompt(2))
-    assert len(loss["loss"]) == 3 and previews.shape == (1, family.image, family.image, 3)
+    assert len(loss["loss"]) == 2 and previews.shape == (1, family.image, family.image, 3)
     sigmas = torch.tensor([0.9, 0.5, 0.0]) * float(model.get_model_object("model_sampling").sigma_max)
     refining = {"embedding": embedding, "sigmas": sigmas, "inner_steps": 1, "learning_rate": 0.02, "step": 0, "seed": 0}
     refined, _ = run_node(LikenessRefineEmbedding, **shared, **refining)
@@ -186,7 +194,7 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     applied = run_node(LikenessApplyEmbedding, **inputs)[0]
     assert refined.placement == embedding.placement and len(applied) == 2
     latent = {"samples": family.latents()}
-    plain, subject = (sample(model, prompt, family.prompt(3), latent) for prompt in (family.prompt(2), applied))
+    plain, subject = (sample(model, each, family.prompt(3), latent, steps=2) for each in (family.prompt(2), applied))
     assert bool(torch.isfinite(subject).all()) and not torch.equal(plain, subject)
 
 
@@ -196,18 +204,21 @@ def test_a_fine_tune_with_mask_and_prior_images_is_trained(name):
     from likeness.nodes.fine_tune import LikenessFineTune
 
     family = FAMILIES[name]
-    inputs = {"model": family.model(), "vae": family.autoencoder(), "image": image_of(family), "patches": True}
+    inputs = {"model": model_of(name), "vae": family.autoencoder(), "image": image_of(family), "patches": True}
     inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 2, "learning_rate": 0.01}
     inputs |= {"rank": 2, "resolution": family.image, "seed": 0, "whole_image": 0.0, "recon_weight": 0.0, "cells": 0}
     inputs |= {"interpolation": "bilinear", "crops": 5, "prior_weight": 1.0, "prior_prompt": "", "checkpointing": True}
     inputs |= {"prior_image": image_of(family), "prior_positive": family.prompt(2)}
     inputs |= {"mask": torch.ones(1, family.image, family.image)}
+
+    def sampled(model) -> torch.Tensor:
+        return sample(model, family.prompt(2), family.prompt(3), {"samples": family.latents()}, steps=2)
+
+    before = sampled(inputs["model"])
     for method in ("LoRA", "full weights"):
         tuned, _, artifact, loss = run_node(LikenessFineTune, method=method, **inputs)
         assert len(loss["loss"]) == 2 and len(artifact) > 10
-        latent = {"samples": family.latents()}
-        before, after = (sample(each, family.prompt(2), family.prompt(3), latent) for each in (inputs["model"], tuned))
-        assert not torch.equal(before, after)
+        assert not torch.equal(before, sampled(tuned))
 
 
 @pytest.mark.usefixtures("own_folders")
@@ -220,14 +231,14 @@ def test_the_image_of_an_optimized_lora_is_the_stock_samplers(name):
     from likeness.nodes.similarity import LikenessSimilarity
 
     family, seed = FAMILIES[name], 4
-    model, vae, positive = family.model(), family.autoencoder(), family.prompt(1)
+    model, vae, positive = model_of(name), family.autoencoder(), family.prompt(1)
     alike = run_node(LikenessSimilarity, vision=_similarity_model(), image=image_of(family), weight=1.0)[0]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
     shape = family.latent if len(family.latent) == 4 else (*family.latent[:2], *family.latent[3:])
     inputs = {"model": model, "vae": vae, "positive": positive, "similarity": alike, "sigmas": sigmas, "rank": 2}
-    inputs |= {"latent": {"samples": torch.zeros(shape)}, "cfg": 1.0, "grad_steps": 1, "iterations": 3, "patience": 0}
+    inputs |= {"latent": {"samples": torch.zeros(shape)}, "cfg": 1.0, "grad_steps": 1, "iterations": 2, "patience": 0}
     tuned, _, lora, best, _, loss, _ = run_node(LikenessOptimizeLora, **inputs, learning_rate=0.02, seed=seed)
-    assert len(set(loss["loss"])) == 3 and any(value.any() for value in lora.values())
+    assert len(set(loss["loss"])) == 2 and any(value.any() for value in lora.values())
     noise = torch.randn(family.latent, generator=torch.Generator().manual_seed(seed))
     euler = comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
