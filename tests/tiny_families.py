@@ -267,8 +267,8 @@ def listed() -> dict[str, Family]:
             },
             *(12, 64),
             padded=False,
-            latent=(1, 4, 36, 36),  # its positions want 33 or more
-            image=288,
+            latent=(1, 4, 34, 34),  # its positions want 33 or more
+            image=272,
             vae="taesd4",
         ),
         "HunyuanDiT": Family(

@@ -182,11 +182,11 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     model, mask = model_of(name), torch.zeros(1, family.image, family.image)
     mask[:, :, family.image // 2 :] = 1
     data = {"image": image_of(family), "vae": family.autoencoder(), "mask": mask, "negative": family.prompt(3)}
-    settings = {"steps": 2, "learning_rate": 0.02, "tokens": TOKENS, "save_every": 2, "init": "source prompt"}
+    settings = {"steps": 1, "learning_rate": 0.02, "tokens": TOKENS, "save_every": 1, "init": "source prompt"}
     settings |= {"start_percent": 0.0, "end_percent": 1.0, "preview_steps": 1, "preview_cfg": 1.0, "seed": 0}
     shared = {"model": model, "positive": family.prompt(1), **data, "anchor_weight": 0.01}
     embedding, loss, previews = run_node(LikenessTrainEmbedding, **shared, **settings, target=family.prompt(2))
-    assert len(loss["loss"]) == 2 and previews.shape == (1, family.image, family.image, 3)
+    assert len(loss["loss"]) == 1 and previews.shape == (1, family.image, family.image, 3)
     sigmas = torch.tensor([0.9, 0.5, 0.0]) * float(model.get_model_object("model_sampling").sigma_max)
     refining = {"embedding": embedding, "sigmas": sigmas, "inner_steps": 1, "learning_rate": 0.02, "step": 0, "seed": 0}
     refined, _ = run_node(LikenessRefineEmbedding, **shared, **refining)
@@ -194,7 +194,7 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     applied = run_node(LikenessApplyEmbedding, **inputs)[0]
     assert refined.placement == embedding.placement and len(applied) == 2
     latent = {"samples": family.latents()}
-    plain, subject = (sample(model, each, family.prompt(3), latent, steps=2) for each in (family.prompt(2), applied))
+    plain, subject = (sample(model, each, family.prompt(3), latent, steps=1) for each in (family.prompt(2), applied))
     assert bool(torch.isfinite(subject).all()) and not torch.equal(plain, subject)
 
 
@@ -205,19 +205,20 @@ def test_a_fine_tune_with_mask_and_prior_images_is_trained(name):
 
     family = FAMILIES[name]
     inputs = {"model": model_of(name), "vae": family.autoencoder(), "image": image_of(family), "patches": True}
-    inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 2, "learning_rate": 0.01}
+    inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 1, "learning_rate": 0.01}
     inputs |= {"rank": 2, "resolution": family.image, "seed": 0, "whole_image": 0.0, "recon_weight": 0.0, "cells": 0}
-    inputs |= {"interpolation": "bilinear", "crops": 5, "prior_weight": 1.0, "prior_prompt": "", "checkpointing": True}
-    inputs |= {"prior_image": image_of(family), "prior_positive": family.prompt(2)}
-    inputs |= {"mask": torch.ones(1, family.image, family.image)}
+    inputs |= {"interpolation": "bilinear", "crops": 2, "mask": torch.ones(1, family.image, family.image)}
+    prior = {"prior_weight": 1.0, "prior_image": image_of(family), "prior_positive": family.prompt(2)}
+    whole = {"prior_weight": 0.0, "checkpointing": False}
+    kinds = {"LoRA": {**prior, "checkpointing": True}, "full weights": whole}
 
     def sampled(model) -> torch.Tensor:
-        return sample(model, family.prompt(2), family.prompt(3), {"samples": family.latents()}, steps=2)
+        return sample(model, family.prompt(2), family.prompt(3), {"samples": family.latents()}, steps=1)
 
     before = sampled(inputs["model"])
-    for method in ("LoRA", "full weights"):
-        tuned, _, artifact, loss = run_node(LikenessFineTune, method=method, **inputs)
-        assert len(loss["loss"]) == 2 and len(artifact) > 10
+    for method, more in kinds.items():
+        tuned, _, artifact, loss = run_node(LikenessFineTune, method=method, prior_prompt="", **inputs, **more)
+        assert len(loss["loss"]) == 1 and len(artifact) > 10
         assert not torch.equal(before, sampled(tuned))
 
 
