@@ -24,6 +24,7 @@ from ..core.session.weights import gradients, load_fully, out_of_place, thawed
 from ..core.vision.host.vision import features
 
 LORA_RANK = 4
+AGREE = 1e-3
 LARGEST = 1 << 21  # numbers of a weight; token tables have more, and almost all of theirs get no gradient
 
 
@@ -45,7 +46,8 @@ def gradient_check(name: str, function: Callable[[Tensor], Tensor], point: Tenso
 
     The direction is the gradient's own plus as much noise, so that the slope is large against float32's rounding and a
     wrong gradient cannot hide. Of several step sizes the one counts where two neighbouring slopes agree best: too long
-    a step sees curvature, too short a one sees rounding.
+    a step sees curvature, too short a one sees rounding. Where they agree to AGREE, no shorter step is tried: curvature
+    is a ninth in the shorter one.
     """
     leaf = point.detach().clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(function(leaf), leaf)
@@ -60,6 +62,8 @@ def gradient_check(name: str, function: Callable[[Tensor], Tensor], point: Tenso
             h = relative * scale
             ahead, behind = function(point + h * direction).double(), function(point - h * direction).double()
             slopes.append(float((ahead - behind) / (2 * h)))
+            if len(slopes) > 1 and abs(slopes[-1] - slopes[-2]) < AGREE * abs(slopes[-1]):
+                break
     best = min(range(1, len(slopes)), key=lambda i: abs(slopes[i] - slopes[i - 1]))
     return GradientCheck(name, analytic, slopes[best])
 

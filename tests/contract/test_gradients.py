@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -15,14 +17,25 @@ LIMIT = 0.01
 MODELS = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
 
 
+@functools.cache
+def model_of(family: str):
+    """One model for all checks: none changes it."""
+    return MODELS[family][0]()
+
+
+@pytest.fixture(autouse=True)
+def no_step_caches(monkeypatch):
+    """There are none on these models; to look for them costs as much as a check."""
+    monkeypatch.setattr("likeness.core.session.session.check_reuse", lambda *_: None)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
 @pytest.mark.parametrize("family", MODELS)
 def test_through_the_model(family, what, checkpointing):
-
     check = getattr(gradients, f"check_{what}")
     with torch.inference_mode():
-        model, prompt = MODELS[family][0](), tiny_models.prompt(family, 1)
+        model, prompt = model_of(family), tiny_models.prompt(family, 1)
         channels = model.model.latent_format.latent_channels
         latent = torch.randn(1, channels, 9, 7, generator=torch.Generator().manual_seed(3))
         found = check(model, prompt, latent, checkpointing=checkpointing)
@@ -52,7 +65,7 @@ def test_weights_that_are_cast_anyway_are_not_copied(family, stored, monkeypatch
     found = check(0)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
     monkeypatch.setattr(weights, "_is_cast", lambda *_weight: False)
-    count = sum(value.ndim > 1 for value in MODELS[family][0]().model.diffusion_model.parameters())
+    count = sum(value.ndim > 1 for value in model_of(family).model.diffusion_model.parameters())
     assert check(count) == found
 
 
@@ -81,7 +94,7 @@ def test_through_the_models_blocks_a_control_net_writes_to():
         controlled = run_node(ControlNetApplyAdvanced, **inputs, strength=1.0, start_percent=0.0, end_percent=1.0)[0]
         latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         for checkpointing in (False, True):
-            found = gradients.check_conditioning(tiny_models.sd1(), controlled, latent, checkpointing=checkpointing)
+            found = gradients.check_conditioning(model_of("sd1"), controlled, latent, checkpointing=checkpointing)
             assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
@@ -95,17 +108,15 @@ def test_through_the_autoencoder(kind, checkpointing):
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
-def test_through_the_text_encoder():
-
-    found = gradients.check_clip_text(tiny_models.clip_l())
+def test_through_the_text_encoder(clip):
+    found = gradients.check_clip_text(clip)
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["lora", "weights"])
-def test_through_model_and_text_encoder_together(what, checkpointing):
-
-    model, clip = tiny_models.sd1(), tiny_models.clip_l()
+def test_through_model_and_text_encoder_together(what, checkpointing, clip):
+    model = model_of("sd1")
     before = dict(clip.cond_stage_model.named_parameters())
     with torch.inference_mode():
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
@@ -121,7 +132,7 @@ def test_through_the_pooled_vector_of_two_text_encoders():
     with torch.inference_mode():
         latent = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3))
         found = gradients.check_lora(
-            tiny_models.sdxl(), tiny_models.prompt("sdxl", 1), latent, clip=tiny_models.clip_xl()
+            model_of("sdxl"), tiny_models.prompt("sdxl", 1), latent, clip=tiny_models.clip_xl()
         )
     assert abs(found.numeric) > 1e-3 and found.relative_error < LIMIT, found
 
@@ -145,6 +156,6 @@ def test_weights_loaded_outside_of_inference_mode_collect_no_gradients(name):
             part._parameters[key] = None if value is None else torch.nn.Parameter(value.clone().detach())
     parameters = [*setting.model.model.parameters(), *autoencoder().first_stage_model.parameters()]
     asked = [value.requires_grad for value in parameters]
-    next(method for method in METHODS if method.name == name).fit(setting)
+    next(method for method in METHODS if method.name == name).fit(setting, steps=2)
     assert all(value.grad is None for value in parameters)
     assert [value.requires_grad for value in parameters] == asked and any(asked)
