@@ -88,43 +88,43 @@ def test_the_window_of_a_map_stays():
 
 
 def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
-    plain, count = train(Setting()), 1
+    setting, short = Setting(), {"steps": 2}
+    plain, count = train(setting, **short), 1
     files = lambda: len(list((tmp_path / "user" / "likeness" / "runs").iterdir()))  # noqa: E731
     assert files() == count
-    checkpointed = train(Setting(), checkpointing=True)
+    checkpointed = train(setting, checkpointing=True, **short)
     assert files() == count and same(plain[2], checkpointed[2])
-    other_picture = Setting()
-    other_picture.image = 1 - other_picture.image
+    other_picture = 1 - setting.image
     changes = [
         {"patches": False},
         {"rank": 2},
         {"resolution": 72},
         {"seed": 1},
-        {"whole_image": 0.9},
+        {"whole_image": 1.0},
         {"recon_weight": 0.0},
         {"cells": 20},
         {"interpolation": "nearest"},
-        {"crops": 2},
+        {"crops": 1},
         {"learning_rate": 0.01},
-        {"positive": Setting().target},
-        {"image": other_picture.image},
-        {"prior_weight": 0.5, "prior_image": other_picture.image, "prior_positive": Setting().empty},
+        {"positive": setting.target},
+        {"image": other_picture},
+        {"prior_weight": 0.5, "prior_image": other_picture, "prior_positive": setting.empty},
         {"vae": tiny_models.taesd(seed=3)},
     ]
     for change in changes:
-        _, _, lora, loss = train(Setting(), **change)
+        _, _, lora, loss = train(setting, **short, **change)
         count += 1
         assert files() == count and (not same(lora, plain[2]) or loss != plain[3]), change
 
 
 def test_checkpointing_gives_the_same_weights():
     """But for rounding: what a block adds to the gradient of a tensor that others use too is summed up first."""
-    first = train(Setting(), patches=True)[2]
+    first = train(Setting(), patches=True, steps=2)[2]
     import folder_paths
 
     for path in Path(folder_paths.get_user_directory()).glob("likeness/*/*"):
         path.unlink()
-    assert distance(first, train(Setting(), checkpointing=True)[2]) < 1e-4
+    assert distance(first, train(Setting(), checkpointing=True, steps=2)[2]) < 1e-4
 
 
 def test_fewer_steps_are_answered_from_what_is_there(monkeypatch, caplog):
@@ -150,62 +150,65 @@ def full(steps: int) -> tuple:
 
 def test_fewer_steps_of_all_weights_are_trained_anew_and_nothing_is_lost(tmp_path, monkeypatch):
 
-    two, losses = full(2)
+    one, losses = full(1)
     for path in (tmp_path / "user").glob("likeness/*/*"):
         path.unlink()
-    four, _ = full(4)
-    shorter, again = full(2)
-    assert same(two, shorter) and losses == again and not same(two, four)
+    three, _ = full(3)
+    shorter, again = full(1)
+    assert same(one, shorter) and losses == again and not same(one, three)
     monkeypatch.setattr(Session, "run", None)
-    assert same(full(4)[0], four) and same(full(2)[0], two)
+    assert same(full(3)[0], three) and same(full(1)[0], one)
 
 
 def test_a_shorter_run_of_all_weights_is_served_after_the_longer_one_is_gone(monkeypatch):
 
     monkeypatch.setattr(stores, "LARGE_RUN", 1000)  # the newest alone is kept
-    full(4)
-    shorter, _ = full(2)
+    full(2)
+    shorter, _ = full(1)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "run", None)
-        assert same(full(2)[0], shorter)
+        assert same(full(1)[0], shorter)
 
 
 def test_a_high_learning_rate_of_all_weights_is_told(caplog):
-    train(Setting(), method="full weights", learning_rate=1e-5)
-    train(Setting(), learning_rate=1e-3)
+    setting = Setting()
+    train(setting, method="full weights", learning_rate=1e-5, steps=1)
+    train(setting, learning_rate=1e-3, steps=1)
     assert "the paper uses" not in caplog.text
-    train(Setting(), method="full weights", learning_rate=1e-4)
+    train(setting, method="full weights", learning_rate=1e-4, steps=1)
     assert "learning rate 0.0001; the paper uses 1e-06" in caplog.text
 
 
 def test_the_default_prompt_beside_an_encoded_one_is_told(caplog, clip):
     caplog.set_level("INFO", logger="likeness")
-    train(Setting(), prompt="a painting of xyz")
-    train(Setting(), clip=clip)
+    setting = Setting()
+    train(setting, prompt="a painting of xyz", steps=1)
+    train(setting, clip=clip, steps=1)
     assert "'positive' is connected" not in caplog.text
-    train(Setting())
+    train(setting, steps=1)
     assert "'positive' is connected and 'prompt' is the default, 'photo of a sks dog'" in caplog.text
 
 
 def test_an_empty_training_prompt_is_said(caplog, clip):
-    train(Setting(), positive=None, clip=clip, prompt="")
+    setting = Setting()
+    train(setting, positive=None, clip=clip, prompt="", steps=1)
     assert "The training prompt is empty: name the subject in it" in caplog.text
     caplog.clear()
-    train(Setting(), positive=None, clip=clip, prompt="a dog")
+    train(setting, positive=None, clip=clip, prompt="a dog", steps=1)
     assert "prompt is empty" not in caplog.text
 
 
 def test_large_runs_lie_apart_and_are_resumed(tmp_path, monkeypatch):
 
     setting = Setting()
-    whole, losses = fit_sine(setting, steps=4, method="full weights", learning_rate=1e-3)
+    whole, losses = fit_sine(setting, steps=3, method="full weights", learning_rate=1e-3)
     for path in (tmp_path / "user").glob("likeness/*/*"):
         path.unlink()
     monkeypatch.setattr(stores, "LARGE_RUN", 1000)
     fit_sine(setting, steps=2, method="full weights", learning_rate=1e-3)
-    resumed, again = fit_sine(setting, steps=4, method="full weights", learning_rate=1e-3)
+    resumed, again = fit_sine(setting, steps=3, method="full weights", learning_rate=1e-3)
     assert same(whole, resumed) and losses == again
-    fit_sine(setting, steps=2, method="full weights", learning_rate=2e-3)
+    fit_sine(setting, steps=1, method="full weights", learning_rate=2e-3)
     assert len(list((tmp_path / "user" / "likeness" / "large_runs").iterdir())) == 1
     assert not list((tmp_path / "user" / "likeness" / "runs").iterdir())
 

@@ -24,7 +24,7 @@ def test_stock_loaders_take_all_of_it(clip, tmp_path, caplog, method):
     from nodes import LoraLoader
 
     setting = Setting()
-    model, tuned_clip, lora, _ = train(setting, clip=clip, patches=False, method=method, learning_rate=0.003)
+    model, tuned_clip, lora, _ = train(setting, clip=clip, patches=False, method=method, learning_rate=0.003, steps=1)
     expected = picture(setting, model)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -53,7 +53,7 @@ def test_stock_loaders_name_the_map_that_they_leave_out(caplog):
     from comfy_extras.nodes_train import LoraModelLoader
 
     setting = Setting()
-    lora = train(setting)[2]
+    lora = train(setting, steps=1)[2]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         run_node(LoraModelLoader, model=setting.model, lora=lora, strength_model=1.0, **_bypass(LoraModelLoader))
@@ -69,7 +69,7 @@ def test_save_and_load_give_model_clip_map_prompt_and_positive(clip):
     from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
     setting = Setting()
-    model, tuned_clip, lora, _ = train(setting, clip=clip)
+    model, tuned_clip, lora, _ = train(setting, clip=clip, steps=2)
     passed, name = run_node(LikenessSaveTuned, lora=lora, filename_prefix="likeness/tuned")
     assert passed is lora and name == "likeness/tuned_00001_.safetensors"
     inputs = {"name": name, "model": setting.model, "strength": 1.0}
@@ -92,7 +92,7 @@ def test_a_file_of_the_stock_save_node_gets_its_map_back(tmp_path):
     from likeness.nodes.tuned_files import LikenessLoadTuned
 
     setting = Setting()
-    model, _, lora, _ = train(setting)
+    model, _, lora, _ = train(setting, steps=1)
     (tmp_path / "loras").mkdir()
     save_file(dict(lora), tmp_path / "loras" / "bare.safetensors")
     found, _, prompt, positive, info = run_node(
@@ -111,7 +111,7 @@ def test_names_that_leave_the_folder_are_refused(name):
     with pytest.raises(ValueError, match="not a plain name"):
         run_node(LikenessLoadTuned, name=name, model=setting.model, strength=1.0)
     with pytest.raises(ValueError, match="not a plain name"):
-        run_node(LikenessSaveTuned, lora=train(setting)[2], filename_prefix=name)
+        run_node(LikenessSaveTuned, lora=train(setting, steps=1)[2], filename_prefix=name)
 
 
 def test_another_lora_is_not_saved_as_ours():
@@ -124,7 +124,7 @@ def test_another_lora_is_not_saved_as_ours():
 def test_another_family_is_refused_by_the_loader():
     from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
-    name = run_node(LikenessSaveTuned, lora=train(Setting())[2], filename_prefix="a")[1]
+    name = run_node(LikenessSaveTuned, lora=train(Setting(), steps=1)[2], filename_prefix="a")[1]
     with pytest.raises(ValueError, match="connect the model"):
         run_node(LikenessLoadTuned, name=name, model=Setting("sdxl").model, strength=1.0)
 

@@ -34,23 +34,23 @@ class Case:
 INVERTED = {"latent": "@latent", "label": "published"}
 LIKE = {"iterations": 4, "rank": 2, "patience": 0, "learning_rate": 0.003, "sigmas": "@one_level", "latent": "@blank"}
 LOOPS = {"steps": 5, "min_loops": 1, "max_loops": 1}
-TUNE = {"steps": 6, "rank": 4, "resolution": 64, "crops": 3, "positive": "@positive", "learning_rate": 0.002}
+TUNE = {"steps": 4, "rank": 4, "resolution": 64, "crops": 3, "positive": "@positive", "learning_rate": 0.002}
 CASES = {
-    "hiper": Case("LikenessTrainEmbedding", {"steps": 6, "preview_steps": 3, "latent": "@latent"}, 6),
+    "hiper": Case("LikenessTrainEmbedding", {"steps": 4, "preview_steps": 3, "latent": "@latent"}, 4),
     "anchored": Case(
         "LikenessTrainEmbedding",
-        {"steps": 6, "preview_steps": 0, "latent": "@latent", "negative": "@negative", "anchor_weight": 0.05},
-        6,
+        {"steps": 4, "preview_steps": 0, "latent": "@latent", "negative": "@negative", "anchor_weight": 0.05},
+        4,
     ),
     "step-wise": Case("LikenessRefineEmbedding", {"latent": "@latent", "inner_steps": 2}, 8),
-    "fine-tune": Case("LikenessFineTune", TUNE, 6),
-    "full weights": Case("LikenessFineTune", {**TUNE, "method": "full weights", "learning_rate": 1e-4}, 6),
+    "fine-tune": Case("LikenessFineTune", TUNE, 4),
+    "full weights": Case("LikenessFineTune", {**TUNE, "method": "full weights", "learning_rate": 1e-4}, 4),
     "likeness": Case("LikenessOptimizeLora", {**LIKE, "negative": "@negative"}, 4),
     "adapter": Case("LikenessTrainAdapter", {"folder": PICTURES, "size": 64, "steps": 4, "max_subjects": 1}, 4),
     "null-text": Case("LikenessNullText", {"inner_steps": 2, "epsilon": 0.0}, 8),
     "reference": Case("LikenessReferenceGuide", {"inner_steps": 2, "start_percent": 0.3}, 4),
     "inversion": Case("LikenessInvert", INVERTED),
-    "renoise": Case("LikenessRenoise", {"latent": "@latent", "iterations": 3, "averaged": 1}),
+    "renoise": Case("LikenessRenoise", {"latent": "@latent", "iterations": 2, "averaged": 1}),
     "staged": Case("LikenessStagedSampler", {**LOOPS, "latent": "@blank"}),
     "staged edit": Case("LikenessStagedEdit", {**LOOPS, "image": "@image"}),
     "replace": Case("LikenessReplaceSubject", {"latent": "@latent", "mask": "@mask", "blend": 0.3}, sampled=True),
@@ -92,14 +92,14 @@ class Things:
         from likeness.core.session.fingerprint import fingerprint
         from likeness.nodes.similarity import LikenessSimilarity
 
-        setting = Setting(size=(16, 16))
+        setting = Setting()
         self.model, self.clip, self.vae = setting.model, tiny_models.clip_l(), autoencoder()
         self.positive = self.conditioning = self.tuned_positive = setting.source
         self.negative, self.latent, self.image = setting.empty, setting.latent, setting.image
         self.blank = {"samples": torch.zeros_like(setting.latent["samples"])}
         self.sigmas, self.one_level = levels(setting, 4, of=4), levels(setting, 1)
-        self.mask = torch.zeros(1, 128, 128)
-        self.mask[:, 32:96, 32:96] = 1
+        self.mask = torch.zeros(1, 64, 64)
+        self.mask[:, 16:48, 16:48] = 1
         self.noise, self.adapter, self.subject = Noise_RandomNoise(3), stored(setting.model), subject(setting)
         self.sampler = comfy.samplers.sampler_object("euler")
         self.embedding = Embedding({6: setting.source[0][0][:, -5:].clone()}, {"base": fingerprint(setting.model)})
