@@ -68,6 +68,7 @@ def test_a_word_that_cannot_be_swapped(server, object_info, number, case):
 def test_no_text_for_the_new_picture(server, object_info, number):
     prompt = start(number, object_info, {("New picture", "value"): ""})
     node = next(name for name, node in prompt.items() if node["class_type"] == "LikenessTrainEmbedding")
+    prompt[node]["inputs"]["steps"] = 1
     prompt["show"] = {"class_type": "PreviewAny", "inputs": {"source": [node, 1]}}
     seen = len(server.log())
     server.run(with_ancestors(prompt, ["show"]))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from likeness.toolbox.graph import with_ancestors
 from likeness.toolbox.server import PromptError
 
 
@@ -148,7 +149,7 @@ def test_embedding_of_another_width(server, training):
     prompt = with_node(prompt, "apply", "LikenessApplyEmbedding", **inputs)
     prompt = with_node(prompt, "show", "PreviewAny", source=["apply", 0])
     try:
-        assert re.search("width", refused(server, prompt))
+        assert re.search("width", refused(server, with_ancestors(prompt, ["show"])))
     finally:
         path.unlink()
 

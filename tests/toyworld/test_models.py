@@ -102,10 +102,10 @@ def test_vision_folders_load_by_transformers_and_know_subjects_apart(built: dict
     from likeness.toyworld import subjects
     from likeness.toyworld.train_encoders import hard_auc
 
-    pictures, masks = subjects.check_scenes(20)
+    pictures, masks = subjects.check_scenes(10)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     crops = judge.subject_crop(images, torch.from_numpy(masks).float() / 255, 96)
-    groups = (crops * 255 + 0.5).byte().view(20, 4, subjects.VIEWS, 3, 96, 96)
+    groups = (crops * 255 + 0.5).byte().view(10, 4, subjects.VIEWS, 3, 96, 96)
     for name in ("small_world_dino", "small_world_measure"):
         model = AutoModel.from_pretrained(str(built[name])).train(False)
         assert hard_auc(model, groups)["pattern or emblem"] > 0.93, name
@@ -117,10 +117,10 @@ def test_the_encoder_for_harder_subjects_knows_near_twins_apart() -> None:
     from likeness.toyworld.train_encoders import hard_auc
     from likeness.toyworld.vision_models import load_model
 
-    pictures, masks = subjects.check_scenes(20, "fine")
+    pictures, masks = subjects.check_scenes(10, "fine")
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     crops = judge.subject_crop(images, torch.from_numpy(masks).float() / 255, 96)
-    groups = (crops * 255 + 0.5).byte().view(20, 5, subjects.VIEWS, 3, 96, 96)
+    groups = (crops * 255 + 0.5).byte().view(10, 5, subjects.VIEWS, 3, 96, 96)
     found, first = (hard_auc(load_model(name), groups, subjects.KINDS["fine"])["all"] for name in ("fine", "measure"))
     assert found > 0.88 and found > first + 0.05
 
@@ -156,7 +156,7 @@ def test_the_mask_node_finds_the_subject(monkeypatch: pytest.MonkeyPatch) -> Non
     assert float((found - (masks > 0.5).float()).abs().mean()) < 0.05
 
 
-@pytest.mark.parametrize(("student", "steps"), [(False, 15), (True, 1), (True, 2), (True, 4)])
+@pytest.mark.parametrize(("student", "steps"), [(False, 10), (True, 1), (True, 2), (True, 4)])
 def test_prompts_decide_what_comfyui_samples(student: bool, steps: int) -> None:
     inprocess.start()
     import comfy.sample

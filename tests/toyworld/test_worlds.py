@@ -247,15 +247,27 @@ def test_the_encoder_for_harder_subjects_trains_on_their_crops(tmp_path: Path, m
     assert set(found) == {*subjects.KINDS["fine"].changes, "all", "second emblem or side"}
 
 
-@pytest.mark.parametrize(("name", "steps", "guidance"), [("flow", 12, 4.0), ("flow_turbo", 1, 1.0), ("turbo", 1, 1.0)])
-def test_prompts_decide_what_the_committed_ones_make(name: str, steps: int, guidance: float, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The files of the other models."""
+    from likeness.toyworld import build
+
+    folder = tmp_path_factory.mktemp("committed")
+    return {name: build.write(tensors, folder / f"{name}.safetensors") for name, tensors in build.other_checkpoints()}
+
+
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("flow", 8, 4.0), ("flow_turbo", 1, 1.0), ("turbo", 1, 1.0)])
+def test_prompts_decide_what_the_committed_ones_make(
+    name: str, steps: int, guidance: float, committed: dict[str, Path]
+) -> None:
     import comfy.sample
     import comfy.sd
 
-    from likeness.toyworld import build, judge, world
+    from likeness.toyworld import judge, world
 
-    path = build.write(dict(build.other_checkpoints())[name], tmp_path / f"{name}.safetensors")
-    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)[:3]
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(committed[name]), output_vae=True, output_clip=True)[
+        :3
+    ]
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     right = 0
     wanted = (
