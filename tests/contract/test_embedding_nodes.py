@@ -84,9 +84,9 @@ def test_previews_are_of_few_steps_and_kept_with_the_run(monkeypatch):
     setting, vae, sampled = Setting(), tiny_models.taesd(), []
     original = comfy.sample.sample
     monkeypatch.setattr(comfy.sample, "sample", lambda *a, **k: sampled.append(1) or original(*a, **k))
-    inputs = {"vae": vae, "target": setting.target, "negative": setting.empty, "steps": 8, "save_every": 1}
+    inputs = {"vae": vae, "target": setting.target, "negative": setting.empty, "steps": 4, "save_every": 1}
     embedding, _, previews = train(setting, **inputs)
-    assert len(embedding.rows) == 8 and previews.shape[0] == len(sampled) == 7
+    assert len(embedding.rows) == 4 and previews.shape[0] == len(sampled) == 7
     assert torch.equal(train(setting, **inputs)[2], previews) and len(sampled) == 7
     assert not torch.equal(train(setting, **{**inputs, "preview_cfg": 2.0})[2], previews) and len(sampled) == 14
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -75,12 +77,20 @@ def test_a_lokr_has_the_sizes_and_the_start_of_comfys_own():
 @pytest.mark.usefixtures("own_folders")
 def test_the_type_is_a_part_of_the_run_and_the_old_one_is_not(tmp_path):
     setting, files = Setting(), tmp_path / "user" / "likeness" / "runs"
-    plain = train(setting)
+    plain = train(setting, steps=2)
     assert "form" not in plain[2].header["settings"]
-    again = train(setting, lora_type="LoRA")
+    again = train(setting, steps=2, lora_type="LoRA")
     assert len(list(files.iterdir())) == 1 and all(torch.equal(plain[2][name], again[2][name]) for name in plain[2])
-    losses = {tuple(train(setting, lora_type=kind)[3]["loss"]) for kind in ("LoRA", "T-LoRA", "LoKr")}
+    losses = {tuple(train(setting, steps=2, lora_type=kind)[3]["loss"]) for kind in ("LoRA", "T-LoRA", "LoKr")}
     assert len(losses) == 3 and len(list(files.iterdir())) == 3
+
+
+@functools.cache
+def masked() -> tuple:
+    """A setting, its model with a T-LoRA, and the T-LoRA."""
+    setting = Setting()
+    tuned, _, lora, _ = train(setting, lora_type="T-LoRA", learning_rate=0.05, patches=False)
+    return setting, tuned, lora
 
 
 @pytest.mark.usefixtures("own_folders")
@@ -91,8 +101,7 @@ def test_guidance_and_a_weak_model_keep_the_mask(omega):
     from likeness.core.sine.host.personalization import with_personalization
     from likeness.core.sine.host.position_map import apply_fine_tune
 
-    setting, cfg = Setting(), 3.0
-    tuned, _, lora, _ = train(setting, lora_type="T-LoRA", learning_rate=0.05, patches=False)
+    (setting, tuned, lora), cfg = masked(), 3.0
     plain = FineTunedWeights({name: value for name, value in lora.items() if name != MARKER}, lora.header)
 
     def first_step(model, positive, cfg: float = 1.0) -> torch.Tensor:  # at the highest noise: half of the ranks

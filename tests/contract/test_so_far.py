@@ -25,7 +25,7 @@ def learned(setting: Setting, monkeypatch, **inputs) -> tuple[torch.Tensor, list
     with monkeypatch.context() as patched:
         patched.setattr(progress, "SHARE", 1e9)  # at every update
         patched.setattr(progress.Progress, "update", update)
-        return train(setting, preview_steps=0, save_every=4, **inputs)[0].at(4), shown
+        return train(setting, steps=2, preview_steps=0, save_every=2, **inputs)[0].at(2), shown
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -36,7 +36,7 @@ def test_training_is_the_same_to_the_byte(family, monkeypatch, tmp_path):
     alone, none = learned(setting, monkeypatch)
     folder_paths.set_user_directory(str(tmp_path / "other"))  # so that it is trained again
     beside, shown = learned(setting, monkeypatch, target=setting.target, negative=setting.empty)
-    assert torch.equal(alone, beside) and not none and len(shown) == 4
+    assert torch.equal(alone, beside) and not none and len(shown) == 2
     assert not torch.equal(shown[0], shown[-1]), "what is shown does not follow what is learned"
 
 
