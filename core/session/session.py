@@ -212,11 +212,11 @@ class Session:
                 stack.enter_context(out_of_place(part))
             if any("control" in entry for entries in guider.conds.values() for entry in entries):
                 stack.enter_context(private_skips(network))
-            if self.checkpointing:
-                stack.enter_context(checkpointed(network))
             denoiser = GuiderDenoiser(guider, extra_args, x0)
             denoiser.leaves, denoiser.before = weights
-            check_reuse(self.model, denoiser, x0[:1])
+            check_reuse(self.model, denoiser, x0[:1])  # first: checkpointing replaces calls of blocks, as a cache may
+            if self.checkpointing:
+                stack.enter_context(checkpointed(network))
             with calls(parts, denoiser.called.add):
                 _probe(denoiser, x0[:1], self.learned)
             with denoiser.attached:

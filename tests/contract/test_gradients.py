@@ -23,12 +23,6 @@ def model_of(family: str):
     return MODELS[family][0]()
 
 
-@pytest.fixture(autouse=True)
-def no_step_caches(monkeypatch):
-    """There are none on these models; to look for them costs as much as a check."""
-    monkeypatch.setattr("likeness.core.session.session.check_reuse", lambda *_: None)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
 @pytest.mark.parametrize("family", MODELS)

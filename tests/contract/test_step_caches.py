@@ -256,6 +256,28 @@ def test_nothing_is_looked_for_behind_the_packs_own_patches():
     assert may_reuse(placed)
 
 
+@pytest.mark.parametrize("more", [{}, {"all_weights": True}, {"negative": "a prompt"}], ids=repr)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_a_session_without_patches_begins_with_its_probe_alone(checkpointing, more, monkeypatch):
+    """One prediction; what the session itself attaches to the network, as checkpointing does, is no cache."""
+    from likeness.core.session.session import Session
+
+    setting, predictions = Setting(), []
+    model = setting.model.model
+    ordinary = model.apply_model
+
+    def noted(*given, **named):
+        predictions.append(1)
+        return ordinary(*given, **named)
+
+    monkeypatch.setattr(model, "apply_model", noted)
+    more = {"negative": setting.empty} if "negative" in more else more
+    with torch.inference_mode():
+        session = Session(setting.model, setting.source, setting.latent["samples"], checkpointing=checkpointing, **more)
+        session.run(lambda *_: None)
+    assert len(predictions) == 1
+
+
 def test_a_patch_of_some_noise_levels_is_no_cache():
     """It calls no layer of a block below the middle one of the levels; and so after any other step."""
     setting = Setting()
