@@ -11,10 +11,11 @@ import torch
 from .. import tiny_models
 
 
-@functools.cache
-def base_model(family: str, seed: int) -> Any:
-    """One MODEL for all settings, as all graphs of a server share the loaded one."""
+def _model(family: str, seed: int) -> Any:
     return {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}[family][0](seed)
+
+
+_shared_model = functools.cache(_model)
 
 
 @dataclass
@@ -25,9 +26,12 @@ class Setting:
     model_seed: int = 0
     images: int = 1
     size: tuple[int, int] = (8, 8)
+    shared: bool = False
+    """Other tests have the same weights, as all graphs of a server share the loaded ones: nobody changes them."""
 
     def __post_init__(self) -> None:
-        self.model = base_model(self.family, self.model_seed).clone()
+        known = self.family, self.model_seed
+        self.model = _shared_model(*known).clone() if self.shared else _model(*known)
         generator = torch.Generator().manual_seed(5)
         self.channels = self.model.model.latent_format.latent_channels
         self.latent = {"samples": torch.randn(self.images, self.channels, *self.size, generator=generator)}
