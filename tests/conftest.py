@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,16 @@ def pytest_collection_finish() -> None:
     """What was imported stays: to look for garbage in it took a twentieth of the tests' time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_on_shared_models() -> Iterator[None]:
+    """For the next test; also where this one failed."""
+    yield
+    if "comfy.model_management" in sys.modules:
+        from . import tiny_models
+
+        tiny_models.restore_shared()
 
 
 class SlowResults:

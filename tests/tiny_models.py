@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 CPU = torch.device("cpu")
+_shared: dict[Any, Any] = {}
 EXACT = {"dtype": torch.float32}  # text encoders are float16 otherwise, in which a LoRA is rounded as it is put on
 
 
@@ -22,6 +24,26 @@ def randomise(module: nn.Module, seed: int, gain: float = 0.7) -> None:
             drawn = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
         with torch.no_grad():
             value.copy_(drawn)
+
+
+def shared(key: Any, make: Callable[[], Any]) -> Any:
+    """What make() gives, a MODEL or CLIP, for tests that leave its weights as they are: made once, lent as a clone."""
+    if key not in _shared:
+        _shared[key] = make()
+    return _shared[key].clone()
+
+
+def restore_shared() -> None:
+    """Take back what MODELs that are gone have left on shared networks, and let ComfyUI forget them: it would collect
+    garbage at each load.
+    """
+    import comfy.model_management as mm
+
+    mm.current_loaded_models[:] = [each for each in mm.current_loaded_models if not each.is_dead()]
+    for each in _shared.values():
+        patcher = getattr(each, "patcher", each)
+        if patcher.backup or patcher.object_patches_backup:
+            patcher.detach()
 
 
 def unet_config(width: int, context: int, **more) -> dict:
@@ -165,15 +187,9 @@ def kl_autoencoder(seed: int = 0):
         return comfy.sd.VAE(sd=net.state_dict(), config=config)
 
 
-_text_encoders: dict[str, Any] = {}
-
-
 def _text_encoder(*described: Any):
     """A CLIP of random weights; its networks are made once, as their tables of tokens are large."""
-    key = repr(described)
-    if key not in _text_encoders:
-        _text_encoders[key] = _new_text_encoder(*described)
-    return _text_encoders[key].clone()
+    return shared(repr(described), lambda: _new_text_encoder(*described))
 
 
 def _new_text_encoder(module: str, kind: str, options: dict, seed: int, params: dict | None = None):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-
 import torch
 
+from .. import tiny_models
 from .setting import Setting
 
 
@@ -19,13 +17,8 @@ def calm(setting: Setting, says: float = 0.05) -> Setting:
     return setting
 
 
-@functools.cache
-def _calmed(family: str) -> Setting:
-    return calm(Setting(family))
-
-
 def calmed(family: str = "sd1") -> Setting:
-    """The family's calm network, one for all tests that leave its weights and prompts alone, in a MODEL of its own."""
-    found = copy.copy(_calmed(family))
-    found.model = found.model.clone()
+    """The family's calm network, one for all tests that leave its weights alone."""
+    found = Setting(family, shared=True)
+    found.model = tiny_models.shared(("calm", family), lambda: calm(Setting(family)).model)
     return found

@@ -11,13 +11,6 @@ import torch
 from .. import tiny_models
 
 
-def _model(family: str, seed: int) -> Any:
-    return {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}[family][0](seed)
-
-
-_shared_model = functools.cache(_model)
-
-
 @dataclass
 class Setting:
     """What a method is given: a model of a family, one or more images, a prompt and its negative."""
@@ -30,8 +23,9 @@ class Setting:
     """Other tests have the same weights, as all graphs of a server share the loaded ones: nobody changes them."""
 
     def __post_init__(self) -> None:
-        known = self.family, self.model_seed
-        self.model = _shared_model(*known).clone() if self.shared else _model(*known)
+        known = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
+        make = functools.partial(known[self.family][0], self.model_seed)
+        self.model = tiny_models.shared((self.family, self.model_seed), make) if self.shared else make()
         generator = torch.Generator().manual_seed(5)
         self.channels = self.model.model.latent_format.latent_channels
         self.latent = {"samples": torch.randn(self.images, self.channels, *self.size, generator=generator)}

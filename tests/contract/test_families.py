@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 from likeness.tests import gradients
 
-from .. import tiny_families
+from .. import tiny_families, tiny_models
 from .methods import _similarity_model, run_node, sample
 
 FAMILIES = tiny_families.families()
@@ -17,10 +15,9 @@ TOKENS = 5
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@functools.cache
 def model_of(name: str):
-    """One model of a family for all tests: none changes it."""
-    return FAMILIES[name].model()
+    """The family's MODEL, for all tests that leave its weights as they are."""
+    return tiny_models.shared(("family", name), FAMILIES[name].model)
 
 
 def predicted(model, positive, x: torch.Tensor, sigma: torch.Tensor, negative=None, cfg: float = 1.0) -> torch.Tensor:
@@ -186,7 +183,7 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     settings |= {"start_percent": 0.0, "end_percent": 1.0, "preview_steps": 1, "preview_cfg": 1.0, "seed": 0}
     shared = {"model": model, "positive": family.prompt(1), **data, "anchor_weight": 0.01}
     embedding, loss, previews = run_node(LikenessTrainEmbedding, **shared, **settings, target=family.prompt(2))
-    assert len(loss["loss"]) == 1 and previews.shape == (1, family.image, family.image, 3)
+    assert len(loss["loss"]) == 2 and previews.shape == (1, family.image, family.image, 3)
     sigmas = torch.tensor([0.9, 0.5, 0.0]) * float(model.get_model_object("model_sampling").sigma_max)
     refining = {"embedding": embedding, "sigmas": sigmas, "inner_steps": 1, "learning_rate": 0.02, "step": 0, "seed": 0}
     refined, _ = run_node(LikenessRefineEmbedding, **shared, **refining)
@@ -218,7 +215,7 @@ def test_a_fine_tune_with_mask_and_prior_images_is_trained(name):
     before = sampled(inputs["model"])
     for method, more in kinds.items():
         tuned, _, artifact, loss = run_node(LikenessFineTune, method=method, prior_prompt="", **inputs, **more)
-        assert len(loss["loss"]) == 1 and len(artifact) > 10
+        assert len(loss["loss"]) == 2 and len(artifact) > 10
         assert not torch.equal(before, sampled(tuned))
 
 

@@ -14,15 +14,9 @@ import torch
 
 from .. import model_table
 from .methods import _Noise, run_node, sample
-from .test_families import FAMILIES, each_family, predicted
+from .test_families import FAMILIES, each_family, model_of, predicted
 
 LEVELS = 2
-
-
-@functools.cache
-def model_of(name: str):
-    """The family's MODEL, for all tests that put no weights on it."""
-    return FAMILIES[name].model()
 
 
 def with_lora(family, model, seed: int = 1):

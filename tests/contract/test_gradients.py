@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
@@ -17,10 +15,9 @@ LIMIT = 0.01
 MODELS = {**tiny_models.FAMILIES, **tiny_models.TRANSFORMERS}
 
 
-@functools.cache
 def model_of(family: str):
-    """One model for all checks: none changes it."""
-    return MODELS[family][0]()
+    """The family's MODEL, for all checks: none changes its weights."""
+    return tiny_models.shared((family, 0), MODELS[family][0])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])

@@ -51,7 +51,7 @@ def test_the_subject_is_learned_once_and_the_text_then_only_drawn(results, serve
     name = STARTS[0]
     before = results[name].pictures("Result")[0]
     texts = {("New picture", "value"): "a photo of a dog at night", ("Draw with the subject", "seed"): 8}
-    graph = live.lowered(name, server.object_info(), settings=texts)
+    graph = live.lowered(name, server.object_info(), texts, stock=True)
     result = Result(server, graph, server.run(live.anew(convert(graph, object_info))), "")
     progress = result.run.of_type("likeness.progress")
     assert progress and all(entry["resumed"] == live.STEPS for entry in progress)
