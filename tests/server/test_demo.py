@@ -25,7 +25,7 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_it_takes_its_comfyui_along(number, tmp_path):
     port = free_port()
     load = [sys.executable, str(workflows.ROOT / "toolbox" / "_load.py"), "toolbox.demonstration"]
