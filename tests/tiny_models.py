@@ -43,7 +43,8 @@ def restore_shared() -> None:
     for each in _shared.values():
         patcher = getattr(each, "patcher", each)
         if patcher.backup or patcher.object_patches_backup:
-            patcher.detach()
+            with torch.inference_mode():
+                patcher.detach()
 
 
 def unet_config(width: int, context: int, **more) -> dict:

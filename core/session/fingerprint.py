@@ -105,5 +105,6 @@ def _without_guidance(by_key: dict[Any, Any], others: Collection[Any] = ()) -> d
 def precision(model: Any) -> list[str]:
     """The dtypes in which a model's weights are stored and in which it computes."""
     # Not the attribute itself: a training's clone, which may still be loaded, sets its own on the shared model.
-    cast = model.get_model_object("manual_cast_dtype") if hasattr(model.model, "manual_cast_dtype") else None
+    has = "manual_cast_dtype" in model.object_patches or hasattr(model.model, "manual_cast_dtype")
+    cast = model.get_model_object("manual_cast_dtype") if has else None
     return [str(model.model_dtype()), str(cast)]

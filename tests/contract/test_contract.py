@@ -110,7 +110,7 @@ def test_strength_zero_equals_base_and_strength_one_does_not(entry, family):
 
 @all_families(METHODS, pytest.mark.slow)
 def test_the_model_gives_the_same_bits_after_training(entry, family):
-    setting = Setting(family)
+    setting = AnySetting(family)
     weights = {name: value for name, value in setting.model.model.named_parameters()}
     before = sample(setting.model, setting.target, setting.empty, setting.latent)
     options = repr(setting.model.model_options)
@@ -289,7 +289,7 @@ def test_fewer_steps_than_were_done(entry, family, tmp_path, caplog):
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(entry, family, monkeypatch):
     from likeness.core.session.progress import Progress
 
-    setting = Setting(family)
+    setting = AnySetting(family)
     before = sample(setting.model, setting.target, setting.empty, setting.latent)
 
     def fail(*_args, **_more):

@@ -12,6 +12,7 @@ from likeness.core.fit.runs import digest
 from likeness.core.session.describe import describe
 from likeness.core.session.fingerprint import patches_digest, precision
 
+from .. import tiny_models
 from .methods import Setting, run_node, sample
 
 
@@ -324,3 +325,16 @@ def test_the_packs_own_names_in_a_key_stay(what, tmp_path, monkeypatch):
     assert {name for name in names if name.startswith("likeness.")} == {
         f"likeness.core.{name}" for name in OWN_NAMES[what]
     }
+
+
+def test_the_precision_of_a_text_encoder_is_the_same_whether_it_is_loaded_or_not():
+    """ComfyUI 0.33 says with an object patch in what it computes, which the module has only while it is loaded."""
+    import comfy.model_management
+
+    patcher = tiny_models.clip_l(seed=9).patcher
+    found = [precision(patcher)]
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([patcher])
+        found.append(precision(patcher))
+        patcher.detach()
+    assert found == [found[0], found[0]] == [precision(patcher)] * 2
