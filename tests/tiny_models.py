@@ -48,7 +48,7 @@ def restore_shared() -> None:
 
 
 def unet_config(width: int, context: int, **more) -> dict:
-    """What ComfyUI detects of a UNet with two levels, one block each and attention everywhere."""
+    """What ComfyUI detects of a UNet with two levels, one block each, and attention in both on either side."""
     return {
         "image_size": 32,
         "in_channels": 4,
@@ -59,7 +59,7 @@ def unet_config(width: int, context: int, **more) -> dict:
         "use_spatial_transformer": True,
         "context_dim": context,
         "transformer_depth": [1, 1],
-        "transformer_depth_output": [1, 1, 1, 1],
+        "transformer_depth_output": [0, 1, 0, 1],
         "transformer_depth_middle": 1,
         "use_linear_in_transformer": False,
         "legacy": False,

@@ -263,7 +263,7 @@ def test_encoding_is_of_the_bare_model_and_of_its_seed():
     again = subject(setting, seed=0)
     assert all(map(torch.equal, plain.tokens.layers, again.tokens.layers))
     widths = [layer.shape for layer in plain.tokens.layers]
-    assert widths[0] == (1, 64, 32) and len(widths) == 7
+    assert widths[0] == (1, 64, 32) and len(widths) == 5
 
 
 def test_beside_other_nodes_patches():

@@ -69,7 +69,7 @@ def test_layers_that_are_used_without_being_run_are_named(name, monkeypatch):
         return attention.to_out(torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
 
     monkeypatch.setattr(attention, "forward", fused)
-    with pytest.raises(RuntimeError, match=r"3 of the 56 layers to be trained, such as .*attn1[._]to_.', are fused"):
+    with pytest.raises(RuntimeError, match=r"3 of the 40 layers to be trained, such as .*attn1[._]to_.', are fused"):
         METHOD[name].fit(setting)
 
 

@@ -145,7 +145,7 @@ def unet():
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = unet_config(64, 16, num_heads=4, num_head_channels=-1)
+    config = unet_config(64, 16, num_heads=4, num_head_channels=-1, transformer_depth_output=[1] * 4)
     model_config = comfy.supported_models.SD15(dict(config))
     model_config.unet_config["num_heads"] = 4  # the SD15 class sets 8
     with torch.inference_mode():
