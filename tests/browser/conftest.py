@@ -15,6 +15,7 @@ from .. import live
 from .page import Page, chromium
 
 READY = "LikenessTrainEmbedding"
+TEMPLATES = "test_templates_are_found_by_the_words_of_the_readme_and_listed_with_thumbnails"
 FAILED = pytest.StashKey[bool]()
 OF_GRAPHS = (
     "test_graphs_open_and_keep_their_values",
@@ -22,11 +23,6 @@ OF_GRAPHS = (
     "test_sampling_in_stages_shows_how_far_it_is",
     "test_blueprint_is_listed_dropped_and_runs",
 )
-OF_DIALOGS = (  # which Vue draws in each rendering of the nodes
-    "test_templates_are_listed_with_thumbnails",
-    "test_search_that_the_readme_names_finds_the_first_graph_first",
-)
-LEAVE_THINGS_OPEN = (*OF_DIALOGS, "test_blueprint_is_listed_dropped_and_runs", "test_start_graph_is_an_app")
 EVERYWHERE = ("-HiPer]", "-9 Lab - HiPer - train and edit]")
 USUAL = (("bundled", "canvas"), ("newest", "vue"))  # how each page renders by itself
 
@@ -40,7 +36,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         rendering = given.get("server"), given.get("page")
-        if item.originalname in OF_DIALOGS:
+        if item.originalname == TEMPLATES:  # a dialog that Vue draws in each rendering of the nodes
             fast = "canvas" in rendering
         elif item.originalname in OF_GRAPHS:
             fast = rendering == ("newest", "vue") or item.name.endswith(EVERYWHERE)
@@ -96,7 +92,7 @@ def page(request, server, browser, tabs):
     if shots:
         name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
         opened.tab.screenshot(path=os.path.join(shots, f"{name}.png"))
-    if request.node.stash.get(FAILED, False) or request.node.originalname in LEAVE_THINGS_OPEN:
+    if request.node.stash.get(FAILED, False):
         opened.close()
     else:
         tabs[request.param] = opened

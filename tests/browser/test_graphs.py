@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from likeness.toolbox.graph import PAGE_WIDGETS, all_nodes, convert, named_values
@@ -185,10 +187,20 @@ def test_sampling_in_stages_shows_how_far_it_is(page, object_info, server):
         assert page.shows_picture(workflows.node_id(graph, title)), f"no image in {title}"
 
 
-def test_templates_are_listed_with_thumbnails(request, page):
+def test_templates_are_found_by_the_words_of_the_readme_and_listed_with_thumbnails(page):
     from playwright.sync_api import TimeoutError as Waited
 
+    readme = (workflows.ROOT / "README.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"search for \*([^*]+)\* and choose the first card", readme)
     page.tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    search = page.tab.locator("[role=dialog] input:visible").first
+    search.fill(words)
+    page.tab.wait_for_function(
+        """name => { const cards = [...document.querySelectorAll('[data-testid^="template-workflow-"]')];
+          return cards.length && cards.length < 5 && cards[0].dataset.testid.endsWith(name); }""",
+        arg=next(name for name in live.NAMES if graph_checks.START.match(name)),
+    )
+    search.fill("")
     page.tab.locator("[role=dialog]").get_by_text(live.PACK, exact=True).first.click()
     cards = page.tab.locator('[data-testid^="template-workflow-"]')
     cards.first.wait_for()
@@ -198,9 +210,7 @@ def test_templates_are_listed_with_thumbnails(request, page):
         cards.last.hover()
         page.tab.mouse.wheel(0, 2000)
         page.tab.wait_for_timeout(300)
-    # Some of them, more in one page: they are loaded slowly, and every graph has one by a test of the files.
-    several = request.node.callspec.params == {"server": "newest", "page": "canvas"}
-    for name in live.NAMES[:: 4 if several else 15]:
+    for name in live.NAMES[::15]:  # images are loaded slowly, and every graph has one by a test of the files
         card = page.tab.locator(f'[data-testid="template-workflow-{name}"]')
         card.wait_for()
         for tries_left in reversed(range(4)):  # images are loaded when they come into view; the page may miss it once

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 
 import pytest
 
 from likeness.toolbox import freeze
 from likeness.toolbox.graph import NOTES, Graph, active_nodes, convert, load
-from likeness.toolbox.server import PromptError
+from likeness.toolbox.server import PromptError, wait
 from likeness.toyworld import workflows
 
 from .. import live, tiny_sana
@@ -62,34 +64,25 @@ def saved_files(server):
 
 @pytest.fixture
 def busy(server):
-    """A queue with work for long: what is posted meanwhile is validated by ComfyUI and does not run."""
+    """A queue that waits for an image: what is posted meanwhile is validated by ComfyUI and does not run."""
+    pipe = server.base / "input" / "never written.png"
+    os.mkfifo(pipe)
     prompt = {
-        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": workflows.CHECKPOINT}},
-        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
-        "size": {"class_type": "EmptyLatentImage", "inputs": {"width": 96, "height": 96, "batch_size": 1}},
-        "sample": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["model", 0],
-                "positive": ["text", 0],
-                "negative": ["text", 0],
-                "latent_image": ["size", 0],
-                "seed": 0,
-                "steps": 10_000,
-                "cfg": 1.0,
-                "sampler_name": "euler",
-                "scheduler": "normal",
-                "denoise": 1,
-            },
-        },
-        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "busy"}},
+        "image": {"class_type": "LoadImage", "inputs": {"image": pipe.name}},
+        "show": {"class_type": "PreviewImage", "inputs": {"images": ["image", 0]}},
     }
     server.post("/prompt", {"prompt": prompt})
     yield
     assert server.get("/queue")["queue_running"], "the queue became free, and frozen graphs began to run"
     server.post("/queue", {"clear": True})
-    server.interrupt()
-    server.wait_idle()
+
+    def ended() -> bool:
+        with contextlib.suppress(OSError):  # it reads at other times
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return not server.get("/queue")["queue_running"]
+
+    wait(ended, 60, "ComfyUI still waits for the image")
+    pipe.unlink()
 
 
 @pytest.mark.usefixtures("saved_files", "busy")
