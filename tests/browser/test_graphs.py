@@ -17,25 +17,22 @@ def family_of(name: str) -> str:
     return name.split(" - ")[1] if name.startswith("9 Lab") else "Start"
 
 
-def node_types(name: str) -> set[str]:
-    """Of a graph and of the nodes folded in it."""
-    return {node["type"] for node in all_nodes(workflows.shipped(name))}
+def node_types(*names: str) -> set[str]:
+    """Of this pack, in graphs and in the nodes folded in them."""
+    found = {node["type"] for name in names for node in all_nodes(workflows.shipped(name))}
+    return {each for each in found if each.startswith("Likeness")}
 
 
 def with_every_type(names: tuple[str, ...], seen: set[str]) -> tuple[str, ...]:
-    """The start graphs, which hold folded nodes, and of the others those with a type of node that none before has."""
-    chosen = []
-    for name in names:
-        if family_of(name) == "Start" or not node_types(name) <= seen:
-            chosen.append(name)
-            seen = seen | node_types(name)
+    """The start graphs, which hold folded nodes, and of the others those with most types that none before has."""
+    chosen = [name for name in names if family_of(name) == "Start"]
+    while missing := node_types(*names) - seen - node_types(*chosen):
+        chosen.append(max(names, key=lambda name: len(node_types(name) & missing)))
     return tuple(chosen)
 
 
 HIPER = tuple(name for name in live.NAMES if family_of(name) == "HiPer")
-OTHERS = with_every_type(
-    tuple(name for name in live.NAMES if name not in HIPER), set().union(*(node_types(name) for name in HIPER))
-)
+OTHERS = with_every_type(tuple(name for name in live.NAMES if name not in HIPER), node_types(*HIPER))
 REST = tuple(name for name in live.NAMES if name not in HIPER + OTHERS)
 SIDECARS = {name: workflows.sidecar(name).get("browser") for name in live.NAMES}
 STAGED = "9 Lab - EZIGen - generate"  # has no loss to draw
