@@ -42,7 +42,7 @@ class Setting:
 @functools.cache
 def autoencoder(channels: int = 4):
     """One VAE for all settings with so many latent channels."""
-    return tiny_models.taesd(channels=channels)
+    return tiny_models.kl_autoencoder() if channels == 4 else tiny_models.taesd(channels=channels)
 
 
 def run_node(node: type, **inputs: Any) -> tuple:
