@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -49,6 +51,33 @@ def test_core_can_be_held_to_the_layers_of_the_pack(networks):
     assert list(clone.weight_wrapper_patches) == keys and not model.weight_wrapper_patches
 
 
+def test_a_row_is_ours_over_theirs():
+    """With steps whose work is known: ours fills twice as many numbers as theirs."""
+    from likeness.benchmarks import peers
+
+    values = peers.row({"ours": 1.0, "bare": 4.0, "ratio": 0.25}, 6, 3)
+    assert (values["ours"], values["theirs"], values["ratio"]) == (1.0, 4.0, 0.25)
+    assert (values["memory"], values["their memory"], values["memory ratio"]) == (6, 3, 2.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    fit = SimpleNamespace(update=lambda: torch.zeros(1 << 21).sum(), optimizer=optimizer)
+    found = peers.beside_plain(lambda measure: measure(fit), lambda: torch.zeros(1 << 20).sum(), 3)
+    assert found["memory ratio"] == pytest.approx(2.0, rel=0.1) and min(found.values()) > 0
+
+
+def test_core_and_ours_take_turns():
+    from likeness.benchmarks import peers
+
+    made = []
+    turns = peers.Turns(lambda: made.append("ours"), 4)
+    for _ in turns(8):
+        made.append("theirs")
+    assert made == ["theirs", "ours", "ours", "theirs"] * 3 + ["theirs"] * 2
+    assert {name: len(times) for name, times in turns.times.items()} == {"ours": 6, "bare": 6}
+    turns.times = {"ours": [9.0, 9.0, 1.0, 2.0, 3.0], "bare": [9.0, 9.0, 4.0, 4.0, 4.0]}
+    assert turns.medians() == {"ours": 2.0, "bare": 4.0, "ratio": 0.5}
+
+
+@pytest.mark.slow
 def test_a_row_has_time_and_memory_of_both(networks):
     from likeness.benchmarks import peers
 
