@@ -12,12 +12,15 @@ import torch
 from likeness.core.session.fingerprint import patches_digest
 
 from . import methods
-from .methods import METHODS, Setting, run_node, sample
+from .methods import METHODS, run_node, sample
+from .methods import Setting as NewSetting
 from .setting import levels
+
+Setting = functools.partial(NewSetting, shared=True)
 
 WHOLE = {"reuse_threshold": 0.9, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
 METHOD = {method.name: method for method in METHODS}
-STEPS = 3
+STEPS = 2
 
 
 def easy_cache(model):
@@ -191,7 +194,7 @@ CACHES = [tea_cache, first_block_cache, wrapped_cache, counting_cache]
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["hiper", "sine"])
 def test_another_packs_cache_is_refused_before_work(name, cache):
-    setting = Setting()
+    setting = NewSetting()
     setting.model = cache(setting.model)
     with pytest.raises(RuntimeError, match="uses an earlier step again .*: connect the model before that node"):
         METHOD[name].fit(setting)
@@ -212,13 +215,13 @@ def renoised(setting: Setting, model) -> torch.Tensor:
 @pytest.mark.parametrize("cache", CACHES)
 def test_another_packs_cache_is_refused_before_an_inversion(cache, invert):
     """It was silently wrong: the steps of a trajectory are like each other."""
-    setting = Setting()
+    setting = NewSetting()
     with pytest.raises(RuntimeError, match="uses an earlier step again .*: connect the model before that node"):
         invert(setting, cache(setting.model))
 
 
 def test_a_cache_that_has_just_been_sampled_with_is_noticed_too():
-    setting = Setting()
+    setting = NewSetting()
     cached = first_block_cache(setting.model)
     sample(cached, setting.source, setting.empty, {"samples": 0 * setting.latent["samples"]})
     with pytest.raises(RuntimeError, match="uses an earlier step again"):
@@ -248,7 +251,7 @@ def test_nothing_is_looked_for_behind_the_packs_own_patches():
     from likeness.core.session.reuse import may_reuse
     from likeness.core.sine.host.position_map import with_position_map
 
-    model = Setting().model
+    model = NewSetting().model
     placed = with_position_map(model, 8, "bilinear")
     assert placed.model_options["transformer_options"]["patches"]
     assert not may_reuse(model) and not may_reuse(placed)
@@ -262,7 +265,7 @@ def test_a_session_without_patches_begins_with_its_probe_alone(checkpointing, mo
     """One prediction; what the session itself attaches to the network, as checkpointing does, is no cache."""
     from likeness.core.session.session import Session
 
-    setting, predictions = Setting(), []
+    setting, predictions = NewSetting(), []
     model = setting.model.model
     ordinary = model.apply_model
 
@@ -280,7 +283,7 @@ def test_a_session_without_patches_begins_with_its_probe_alone(checkpointing, mo
 
 def test_a_patch_of_some_noise_levels_is_no_cache():
     """It calls no layer of a block below the middle one of the levels; and so after any other step."""
-    setting = Setting()
+    setting = NewSetting()
     model, sampling = setting.model.clone(), setting.model.get_model_object("model_sampling")
     middle = float(sampling.sigmas[len(sampling.sigmas) // 2]) - 1e-6
     forward = model.model.diffusion_model.forward
@@ -377,5 +380,5 @@ def test_what_a_patch_draws_does_not_depend_on_what_ran_before(tmp_path, monkeyp
 def test_what_a_patch_draws_in_an_inversion_is_the_same_each_time():
     setting = Setting()
     patched = tome(setting.model)
-    assert torch.equal(inverted(setting, patched), inverted(setting, patched))
-    assert not torch.equal(inverted(setting, patched), inverted_alone())
+    found = inverted(setting, patched)
+    assert torch.equal(found, inverted(setting, patched)) and not torch.equal(found, inverted_alone())
