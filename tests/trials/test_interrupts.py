@@ -24,7 +24,7 @@ from .. import narrow_world
 from . import long_nodes
 from .long_nodes import CASES, LAYER, LORA, PATCHES, PICTURES, TARGET
 
-POINTS, SAMPLE = 100, 12  # the second number: in the normal tier
+POINTS, SAMPLE = 100, 6  # the second number: in the normal tier
 _draw = random.Random(17)
 _cases, _patches = (_draw.sample(list(table), len(table)) for table in (CASES, PATCHES))
 TRIALS = [
