@@ -10,7 +10,7 @@ from .methods import Setting, run_node, sample, sine_inputs
 def train(setting: Setting, **changes) -> tuple:
     from likeness.nodes.fine_tune import LikenessFineTune
 
-    inputs = sine_inputs(setting, **{"steps": 3, **changes})
+    inputs = sine_inputs(setting, **{"steps": 2, **changes})
     if inputs.get("clip") is not None:
         del inputs["positive"]
     return run_node(LikenessFineTune, **inputs)

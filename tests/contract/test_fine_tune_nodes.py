@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from likeness.core.sine.position_map import needed_map
 
 from .. import tiny_models
 from .fine_tunes import distance, picture, same, train
-from .methods import Setting, autoencoder, fit_sine, run_node, sine_inputs
+from .methods import Setting as NewSetting
+from .methods import autoencoder, fit_sine, run_node, sine_inputs
+
+Setting = functools.partial(NewSetting, shared=True)
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -27,7 +31,7 @@ def test_the_model_output_is_what_the_artifact_gives(method):
 
     setting = Setting()
     model, clip, lora, loss = train(setting, method=method, learning_rate=0.003)
-    assert len(loss["loss"]) == 3 and type(clip).__name__ == "ExecutionBlocker"
+    assert len(loss["loss"]) == 2 and type(clip).__name__ == "ExecutionBlocker"
     found = position_map_of(model)
     assert (found.cells, found.interpolation) == (16, "bilinear") and position_map_of(setting.model) is None
     with torch.inference_mode():
@@ -39,8 +43,8 @@ def test_the_artifact_says_what_it_is():
     lora = train(Setting(), interpolation="nearest", cells=20, whole_image=0.5, mask=torch.ones(1, 64, 64))[2]
     assert needed_map(lora) == (20, "nearest") and lora.prompt == "photo of a sks dog"
     header = lora.header
-    assert header["method"] == "sine" and header["base"]["family"] == "SD15" and len(header["losses"]) == 3
-    expected = {"steps": 3, "rank": 4, "resolution": 64, "whole_image": 0.5, "masked": True, "pictures": 1}
+    assert header["method"] == "sine" and header["base"]["family"] == "SD15" and len(header["losses"]) == 2
+    expected = {"steps": 2, "rank": 4, "resolution": 64, "whole_image": 0.5, "masked": True, "pictures": 1}
     assert expected.items() <= header["settings"].items()
     plain = train(Setting(), patches=False)[2]
     assert needed_map(plain) is None and plain.header["settings"]["recon_weight"] == 0.0
@@ -49,7 +53,7 @@ def test_the_artifact_says_what_it_is():
 def test_without_patches_every_picture_is_seen_whole():
     setting = Setting(images=3)
     _, _, lora, loss = train(setting, patches=False)
-    assert len(loss["loss"]) == 3
+    assert len(loss["loss"]) == 2
     first = Setting()
     first.image = setting.image[:1]
     assert not same(lora, train(first, patches=False)[2])
@@ -88,7 +92,7 @@ def test_the_window_of_a_map_stays():
 
 
 def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
-    setting, short = Setting(), {"steps": 2}
+    setting, short = Setting(), {"steps": 1}
     plain, count = train(setting, **short), 1
     files = lambda: len(list((tmp_path / "user" / "likeness" / "runs").iterdir()))  # noqa: E731
     assert files() == count
@@ -104,7 +108,6 @@ def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
         {"recon_weight": 0.0},
         {"cells": 20},
         {"interpolation": "nearest"},
-        {"crops": 1},
         {"learning_rate": 0.01},
         {"positive": setting.target},
         {"image": other_picture},
@@ -115,6 +118,8 @@ def test_inputs_decide_the_result_and_checkpointing_does_not(tmp_path):
         _, _, lora, loss = train(setting, **short, **change)
         count += 1
         assert files() == count and (not same(lora, plain[2]) or loss != plain[3]), change
+    crops = [train(setting, steps=2, crops=number)[2] for number in (5, 1)]  # the first crop is the same
+    assert files() == count + 1 and not same(*crops)
 
 
 def test_checkpointing_gives_the_same_weights():
@@ -217,8 +222,8 @@ def test_large_runs_lie_apart_and_are_resumed(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------
 
 
-def quantised() -> Setting:
-    setting = Setting()
+def quantised() -> NewSetting:
+    setting = NewSetting()
     with torch.inference_mode():
         setting.model.model.diffusion_model.to(torch.float8_e4m3fn)
     return setting
@@ -271,7 +276,7 @@ def test_quantised_weights_that_say_that_they_are_floats_are_refused():
     class Quantised(torch.Tensor):
         pass
 
-    setting = Setting()
+    setting = NewSetting()
     layer = next(each for each in setting.model.model.modules() if isinstance(each, torch.nn.Linear))
     layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Quantised), requires_grad=False)
     with pytest.raises(ValueError, match="from Quantised: .*train a LoRA"):

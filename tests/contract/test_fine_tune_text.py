@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 
 from .. import tiny_models
 from .fine_tunes import encode, same, train
-from .methods import Setting, run_node, sine_inputs
+from .methods import Setting as NewSetting
+from .methods import run_node, sine_inputs
+
+Setting = functools.partial(NewSetting, shared=True)
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -42,7 +46,7 @@ def test_the_text_encoder_trains_too_and_comes_back_as_it_was(clip):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in clip.cond_stage_model.modules())
     after = encode(tuned, "a dog")[0][0]
     assert float((after - before).abs().mean()) > 1e-4
-    frozen = train(setting, positive=encode(clip, "photo of a sks dog"), steps=2)
+    frozen = train(setting, positive=encode(clip, "photo of a sks dog"), steps=1)
     assert not any(name.startswith("text_encoders") for name in frozen[2])
     assert frozen[3]["loss"][0] == pytest.approx(train(setting, clip=clip, steps=2)[3]["loss"][0], abs=1e-6)
 
@@ -73,7 +77,7 @@ def test_asking_for_more_steps_goes_on_exactly(clip, tmp_path):
 def test_sdxl_trains_both_text_encoders_and_the_pooled_vector():
     setting, clip = Setting("sdxl"), tiny_models.clip_xl()
     text = "photo of a sks dog"
-    _, _, lora, loss = train(setting, clip=clip, steps=2)
+    _, _, lora, loss = train(setting, clip=clip, steps=1)
     for part in ("clip_l", "clip_g"):
         ups = [value for name, value in lora.items() if f".{part}." in name and name.endswith("lora_up.weight")]
         assert ups and any(bool(value.any()) for value in ups)
@@ -84,9 +88,9 @@ def test_sdxl_trains_both_text_encoders_and_the_pooled_vector():
 def test_prior_pictures_use_the_text_encoder_too(clip):
     setting = Setting()
     image = 1 - setting.image
-    plain = train(setting, clip=clip, steps=2)
+    plain = train(setting, clip=clip, steps=1)
     prior = {"clip": clip, "prior_weight": 1.0, "prior_image": image}
-    one, two = (train(setting, **prior, prior_prompt=words, steps=2) for words in ("photo of a dog", "photo of a cat"))
+    one, two = (train(setting, **prior, prior_prompt=words, steps=1) for words in ("photo of a dog", "photo of a cat"))
     assert one[3]["loss"][0] > plain[3]["loss"][0] and not same(one[2], two[2])
 
 
@@ -96,7 +100,7 @@ def test_one_encoder_is_loaded_and_trained_where_a_fixed_clone_is_a_copy(clip, m
 
     from likeness.core.session import differentiable
 
-    expected = train(Setting(), clip=clip, steps=2)
+    expected = train(Setting(), clip=clip, steps=1)
     for path in Path(folder_paths.get_user_directory()).glob("likeness/*/*.safetensors"):
         path.unlink()
     made = []
@@ -108,5 +112,5 @@ def test_one_encoder_is_loaded_and_trained_where_a_fixed_clone_is_a_copy(clip, m
         return clone
 
     monkeypatch.setattr(differentiable, "fixed_clone", copied)
-    again = train(Setting(), clip=clip, steps=2)
+    again = train(Setting(), clip=clip, steps=1)
     assert len(made) == 1 and same(again[2], expected[2])

@@ -11,8 +11,11 @@ from likeness.core.lora.timestep_rank import MARKER
 
 from .. import tiny_families
 from .fine_tunes import train
-from .methods import Setting, run_node, sample
+from .methods import Setting as NewSetting
+from .methods import run_node, sample
 from .test_families import image_of, predicted
+
+Setting = functools.partial(NewSetting, shared=True)
 
 FAMILIES = tiny_families.families()
 

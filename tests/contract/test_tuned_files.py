@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -9,9 +10,19 @@ import torch
 
 from .. import tiny_models
 from .fine_tunes import encode, picture, train
-from .methods import Setting, run_node
+from .methods import Setting as NewSetting
+from .methods import run_node
+
+Setting = functools.partial(NewSetting, shared=True)
 
 pytestmark = pytest.mark.usefixtures("own_folders")
+
+
+@functools.cache
+def tuned_once() -> tuple:
+    """What the node gives after one update."""
+    return train(Setting(), steps=1)
+
 
 # Beside stock nodes
 # ------------------------------------------------------------------------------------------
@@ -53,7 +64,7 @@ def test_stock_loaders_name_the_map_that_they_leave_out(caplog):
     from comfy_extras.nodes_train import LoraModelLoader
 
     setting = Setting()
-    lora = train(setting, steps=1)[2]
+    lora = tuned_once()[2]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         run_node(LoraModelLoader, model=setting.model, lora=lora, strength_model=1.0, **_bypass(LoraModelLoader))
@@ -69,7 +80,7 @@ def test_save_and_load_give_model_clip_map_prompt_and_positive(clip):
     from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
     setting = Setting()
-    model, tuned_clip, lora, _ = train(setting, clip=clip, steps=2)
+    model, tuned_clip, lora, _ = train(setting, clip=clip, steps=1)
     passed, name = run_node(LikenessSaveTuned, lora=lora, filename_prefix="likeness/tuned")
     assert passed is lora and name == "likeness/tuned_00001_.safetensors"
     inputs = {"name": name, "model": setting.model, "strength": 1.0}
@@ -92,7 +103,7 @@ def test_a_file_of_the_stock_save_node_gets_its_map_back(tmp_path):
     from likeness.nodes.tuned_files import LikenessLoadTuned
 
     setting = Setting()
-    model, _, lora, _ = train(setting, steps=1)
+    model, _, lora, _ = tuned_once()
     (tmp_path / "loras").mkdir()
     save_file(dict(lora), tmp_path / "loras" / "bare.safetensors")
     found, _, prompt, positive, info = run_node(
@@ -111,7 +122,7 @@ def test_names_that_leave_the_folder_are_refused(name):
     with pytest.raises(ValueError, match="not a plain name"):
         run_node(LikenessLoadTuned, name=name, model=setting.model, strength=1.0)
     with pytest.raises(ValueError, match="not a plain name"):
-        run_node(LikenessSaveTuned, lora=train(setting, steps=1)[2], filename_prefix=name)
+        run_node(LikenessSaveTuned, lora=tuned_once()[2], filename_prefix=name)
 
 
 def test_another_lora_is_not_saved_as_ours():
@@ -124,7 +135,7 @@ def test_another_lora_is_not_saved_as_ours():
 def test_another_family_is_refused_by_the_loader():
     from likeness.nodes.tuned_files import LikenessLoadTuned, LikenessSaveTuned
 
-    name = run_node(LikenessSaveTuned, lora=train(Setting(), steps=1)[2], filename_prefix="a")[1]
+    name = run_node(LikenessSaveTuned, lora=tuned_once()[2], filename_prefix="a")[1]
     with pytest.raises(ValueError, match="connect the model"):
         run_node(LikenessLoadTuned, name=name, model=Setting("sdxl").model, strength=1.0)
 
