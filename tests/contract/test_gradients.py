@@ -20,9 +20,19 @@ def model_of(family: str):
     return tiny_models.shared((family, 0), MODELS[family][0])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def through_the_model() -> list:
+    """Checkpointing by default on one model of each kind: it asks for the kinds of blocks alone."""
+    usual = ("sd1", "flux")
+    return [
+        pytest.param(family, checkpointing, id=f"{family}-{name}", marks=marks)
+        for family in MODELS
+        for checkpointing, name in ((False, "plain"), (True, "checkpointed"))
+        for marks in [pytest.mark.slow if checkpointing and family not in usual else ()]
+    ]
+
+
 @pytest.mark.parametrize("what", ["conditioning", "latent", "lora", "weights"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "checkpointing"), through_the_model())
 def test_through_the_model(family, what, checkpointing):
     check = getattr(gradients, f"check_{what}")
     with torch.inference_mode():
