@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from .. import tiny_models
-from .methods import Setting, run_node, sample
+from .methods import Setting as NewSetting
+from .methods import run_node, sample
 from .test_contract import area, control_net, freeu, hook_lora, pag, rescale_cfg
 
 ATTENTION = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
 CONVOLUTION = "diffusion_model.input_blocks.1.0.in_layers.2"
 NORM = "diffusion_model.out.0"
+Setting = functools.partial(NewSetting, shared=True)
 STEPS, MORE = 2, 3  # of which guidance to 0.6 takes part in one, and in two
 
 
@@ -52,7 +54,7 @@ def with_lora(model, weights, strength: float = 1.0):
 
 def other_loader(model_seed: int = 0):
     """The same weights in a module of their own, as a second loader node gives them."""
-    return tiny_models.sd1(model_seed)
+    return tiny_models.shared(("second loader", model_seed), functools.partial(tiny_models.sd1, model_seed))
 
 
 def patch(setting, tuned, **changes):
@@ -88,13 +90,24 @@ def through_guider(setting, tuned, cfg: float = 4.0, **changes):
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0, disable_pbar=True)
 
 
+hooks: list = []
+
+
+@pytest.fixture(autouse=True)
+def no_hook_stays():
+    """On a network that the next test has too."""
+    yield
+    while hooks:
+        hooks.pop().remove()
+
+
 class Evaluations:
     """Counts the samples that go through a model's network."""
 
     def __init__(self, *models) -> None:
         self.counts = [0] * len(models)
         for index, model in enumerate(models):
-            model.model.diffusion_model.register_forward_pre_hook(self._count(index))
+            hooks.append(model.model.diffusion_model.register_forward_pre_hook(self._count(index)))
 
     def _count(self, index: int):
         def hook(_module, inputs):
@@ -163,7 +176,7 @@ def test_flow_models_are_mixed_on_their_own_schedule():
 def test_two_tuned_models_of_a_second_loader_share_its_module():
     setting, second = Setting(), other_loader(1)
     one, other = with_lora(second, lora(4)), with_lora(second, lora(5))
-    apart = with_lora(other_loader(1), lora(5))
+    apart = with_lora(tiny_models.sd1(1), lora(5))
     results = []
     for style in (other, apart):
         subjects = subject(setting, style, 0.5)
@@ -361,7 +374,7 @@ def test_a_control_net_in_the_training_prompt_is_loaded_and_heard():
 
 
 def test_the_base_model_is_as_it_was():
-    setting, tuned = Setting(), with_lora(Setting().model, lora())
+    setting, tuned = Setting(), with_lora(other_loader(), lora())
     before, options = picture(setting, setting.model), repr(setting.model.model_options)
     picture(setting, patch(setting, tuned))
     assert torch.equal(before, picture(setting, setting.model)) and repr(setting.model.model_options) == options
@@ -429,7 +442,7 @@ def test_a_compiled_model_and_its_lora_in_one_module():
     """A compiled layer would not notice what is added to it: the tuned model's own calls are eager."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    setting, tuned = Setting(), with_lora(Setting().model, lora(keys=[ATTENTION]))
+    setting, tuned = Setting(), with_lora(other_loader(), lora(keys=[ATTENTION]))
     expected = picture(setting, patch(setting, tuned), cfg=1.0)
     assert float((expected - picture(setting, setting.model, cfg=1.0)).abs().max()) > 2e-3
     compiled = setting.model.clone()
@@ -536,7 +549,7 @@ def by_hand(setting, tuned, weak, cfg: float = 4.0):
 def test_personalization_guidance_is_the_papers_equation(weights, weak):
     setting = Setting()
     tuned = with_lora(setting.model, weights())
-    expected = by_hand(setting, with_lora(other_loader(), weights()), with_lora(other_loader(), weights(), weak))
+    expected = by_hand(setting, with_lora(other_loader(), weights()), with_lora(tiny_models.sd1(), weights(), weak))
     found = picture(setting, personalized(setting, tuned, weak))
     assert_same(found, expected)
     assert float((found - picture(setting, tuned)).abs().mean()) > 1e-3

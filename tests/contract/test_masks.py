@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from .methods import METHODS, Setting, _similarity_model, autoencoder, run_node
+from .methods import METHODS, _similarity_model, autoencoder, run_node
+from .methods import Setting as NewSetting
+
+Setting = functools.partial(NewSetting, shared=True)
 
 METHOD = {method.name: method for method in METHODS}
 
@@ -19,7 +23,7 @@ def trained(name: str) -> Callable[[Setting, Tensor], list[Tensor]]:
 
     def of(setting: Setting, mask: Tensor) -> list[Tensor]:
         method = METHOD[name]
-        tensors = method.tensors(method.fit(setting, mask=mask, steps=3)[0])
+        tensors = method.tensors(method.fit(setting, mask=mask, steps=1)[0])
         return [tensors[part] for part in sorted(tensors)]
 
     return of

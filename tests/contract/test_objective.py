@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,10 @@ from likeness.core.denoiser import output_error
 from likeness.core.session.sampling import objective
 from likeness.core.session.session import GuiderDenoiser
 
-from .methods import METHODS, Setting, run_node
+from .methods import METHODS, run_node
+from .methods import Setting as NewSetting
+
+Setting = functools.partial(NewSetting, shared=True)
 
 METHOD = {method.name: method for method in METHODS}
 NOISE, NEW = {}, {"objective": "network output"}
@@ -92,10 +96,10 @@ def test_headers_and_keys_say_which(name, monkeypatch):
     from likeness.core.session.job import Job
 
     method = METHOD[name]
-    assert "objective" not in str(method.fit(Setting())[0].header)
+    assert "objective" not in str(method.fit(Setting(), steps=1)[0].header)
     setting = Setting("sd2_v")
-    assert f"'objective': '{NEW['objective']}'" in str(method.fit(setting)[0].header)
+    assert f"'objective': '{NEW['objective']}'" in str(method.fit(setting, steps=1)[0].header)
     monkeypatch.setattr(Job, "objective", {})
     monkeypatch.setattr("likeness.core.session.session.Session.run", lambda *_: pytest.fail("it is trained again"))
     with pytest.raises(pytest.fail.Exception, match="trained again"):  # the earlier objective's run has another key
-        method.fit(setting)
+        method.fit(setting, steps=1)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
 import torch
 
 from ..tiny_families import families
-from .methods import METHODS, Setting, run_node, sample
+from .methods import METHODS, run_node, sample
+from .methods import Setting as NewSetting
 from .test_guidance import other_loader
+
+Setting = functools.partial(NewSetting, shared=True)
 
 METHOD = {method.name: method for method in METHODS}
 
@@ -31,7 +35,7 @@ def padding(setting: Setting, monkeypatch) -> None:
 @pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize("name", ["hiper", "step-wise", "null-text", "reference"])
 def test_a_model_that_changes_the_tokens_gets_those_it_is_sampled_with(name, monkeypatch):
-    setting = Setting()
+    setting = NewSetting()
     seen, own = [], setting.model.model.diffusion_model.forward
 
     def forward(*inputs, context, **more):
@@ -40,13 +44,13 @@ def test_a_model_that_changes_the_tokens_gets_those_it_is_sampled_with(name, mon
 
     padding(setting, monkeypatch)
     monkeypatch.setattr(setting.model.model.diffusion_model, "forward", forward)
-    METHOD[name].fit(setting)
+    METHOD[name].fit(setting, steps=1)
     assert set(seen) == {setting.source[0][0].shape[1] + 11}
 
 
 @pytest.mark.usefixtures("own_folders")
 def test_tokens_that_a_model_cuts_off_are_said_before_work(monkeypatch):
-    setting = Setting()
+    setting = NewSetting()
     own = setting.model.model.diffusion_model.forward
 
     def forward(*inputs, context, **more):
@@ -60,7 +64,7 @@ def test_tokens_that_a_model_cuts_off_are_said_before_work(monkeypatch):
 @pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize("name", ["sine", "siso"])
 def test_layers_that_are_used_without_being_run_are_named(name, monkeypatch):
-    setting = Setting()
+    setting = NewSetting()
     attention = setting.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1
 
     def fused(x, *_inputs, **_options):
@@ -104,7 +108,7 @@ def test_a_latent_without_a_frame_axis_is_one_frame(name, monkeypatch):
 
     monkeypatch.setattr(setting.model.model.diffusion_model, "forward", forward)
     setting.latent["samples"] = setting.latent["samples"][:, :, 0]
-    METHOD["hiper"].fit(setting)
+    METHOD["hiper"].fit(setting, steps=1)
     assert shapes == {(1, 16, 1, 8, 8)}
 
 
@@ -116,12 +120,12 @@ def test_no_word_of_a_prompt_without_padding_is_replaced(name):
 
     setting = of_family(name)
     setting.source = [[setting.source[0][0][:, :5], setting.source[0][1]]]
-    embedding = METHOD["hiper"].fit(setting)[0]
+    embedding = METHOD["hiper"].fit(setting, steps=1)[0]
     inputs = {"conditioning": setting.source, "embedding": embedding, "scale": 1.0, "step": 0}
     ((tokens, _),) = run_node(LikenessApplyEmbedding, **inputs)[0]
     assert tokens.shape[1] == 10 and torch.equal(tokens[:, :5], setting.source[0][0])
     setting.empty = [[setting.empty[0][0][:, :1], setting.empty[0][1]]]
-    more = METHOD["hiper"].fit(setting, init="empty prompt", negative=setting.empty, tokens=4)[0]
+    more = METHOD["hiper"].fit(setting, init="empty prompt", negative=setting.empty, tokens=4, steps=1)[0]
     assert more.tokens == 4
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from .setting import Setting
+from .setting import Setting as NewSetting
 from .test_embedding_nodes import train
+
+Setting = functools.partial(NewSetting, shared=True)
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
