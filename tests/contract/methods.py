@@ -330,11 +330,13 @@ HIPER = Entry(
     save=_save_embedding,
     load=_load_embedding,
     check_base=_check_embedding,
+    rate=0.4,
 )
 METHODS = [
     HIPER,
-    replace(HIPER, name="hifi", families=("sd1", "sdxl"), fit=_fit_anchored),
-    replace(HIPER, name="step-wise", families=("sd1", "sd2_v", "sdxl"), fit=_fit_step_wise),
+    # Its loss is HiPer's and a distance that begins at 0.
+    replace(HIPER, name="hifi", families=("sd1", "sdxl"), fit=_fit_anchored, without=frozenset({"falls"})),
+    replace(HIPER, name="step-wise", families=("sd1", "sd2_v", "sdxl"), fit=_fit_step_wise, rate=0.03),
     Entry(
         name="sine",
         families=("sd1", "sd2_v", "sdxl"),
