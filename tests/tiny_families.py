@@ -32,7 +32,8 @@ def _mask(length: int, used: int) -> torch.Tensor:
 class Family:
     """base and config: names of ComfyUI's classes. rows: a prompt's number of token embeddings, and how many more it
     has with each seed where the encoder does not pad. zeros: how many of them are padding of zeros. latent and image:
-    the shape and side of one image. vae: the name of a function in this file, None without a tiny one.
+    the shape of one image's latents and the side of a square image. wide: height and width of the latents' image where
+    that is no square. vae: the name of a function in this file, None without a tiny one.
     """
 
     base: str
@@ -46,6 +47,7 @@ class Family:
     options: Options = lambda _seed: {}
     latent: tuple[int, ...] = (1, 16, 8, 8)
     image: int = 64
+    wide: tuple[int, int] | None = None
     vae: str | None = "taesd16"
 
     @property
@@ -70,6 +72,11 @@ class Family:
                 if name.endswith("pos_embed"):  # a table of positions is read from the file
                     value.copy_(0.1 * _draw(seed + 5, *value.shape))
         return comfy.model_patcher.ModelPatcher(model, tiny_models.CPU, tiny_models.CPU)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the latents' image."""
+        return self.wide or (self.image, self.image)
 
     def prompt(self, seed: int) -> list:
         """CONDITIONING of random token embeddings."""
@@ -267,8 +274,9 @@ def listed() -> dict[str, Family]:
             },
             *(12, 64),
             padded=False,
-            latent=(1, 4, 34, 34),  # its positions want 33 or more
+            latent=(1, 4, 4, 62),  # its positions want 33 or more in the mean
             image=272,
+            wide=(32, 496),
             vae="taesd4",
         ),
         "HunyuanDiT": Family(

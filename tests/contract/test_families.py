@@ -164,10 +164,10 @@ def test_checkpointing_saves_memory_and_gives_the_same_gradient(name):
     assert float((plain - recomputed).abs().max()) <= 1e-6 * float(plain.abs().max())
 
 
-def image_of(family) -> torch.Tensor:
+def image_of(*size: int) -> torch.Tensor:
     """An image of smooth colours."""
     coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(6))
-    return torch.nn.functional.interpolate(coarse, size=(family.image,) * 2, mode="bilinear").movedim(1, -1)
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").movedim(1, -1)
 
 
 @pytest.mark.usefixtures("own_folders")
@@ -176,14 +176,14 @@ def test_an_embedding_is_trained_from_an_image_with_mask_and_previews(name):
     from likeness.nodes.embedding import LikenessApplyEmbedding, LikenessRefineEmbedding, LikenessTrainEmbedding
 
     family = FAMILIES[name]
-    model, mask = model_of(name), torch.zeros(1, family.image, family.image)
-    mask[:, :, family.image // 2 :] = 1
-    data = {"image": image_of(family), "vae": family.autoencoder(), "mask": mask, "negative": family.prompt(3)}
+    model, mask = model_of(name), torch.zeros(1, *family.size)
+    mask[:, :, family.size[1] // 2 :] = 1
+    data = {"image": image_of(*family.size), "vae": family.autoencoder(), "mask": mask, "negative": family.prompt(3)}
     settings = {"steps": 1, "learning_rate": 0.02, "tokens": TOKENS, "save_every": 1, "init": "source prompt"}
     settings |= {"start_percent": 0.0, "end_percent": 1.0, "preview_steps": 1, "preview_cfg": 1.0, "seed": 0}
     shared = {"model": model, "positive": family.prompt(1), **data, "anchor_weight": 0.01}
     embedding, loss, previews = run_node(LikenessTrainEmbedding, **shared, **settings, target=family.prompt(2))
-    assert len(loss["loss"]) == 2 and previews.shape == (1, family.image, family.image, 3)
+    assert len(loss["loss"]) == 2 and previews.shape == (1, *family.size, 3)
     sigmas = torch.tensor([0.9, 0.5, 0.0]) * float(model.get_model_object("model_sampling").sigma_max)
     refining = {"embedding": embedding, "sigmas": sigmas, "inner_steps": 1, "learning_rate": 0.02, "step": 0, "seed": 0}
     refined, _ = run_node(LikenessRefineEmbedding, **shared, **refining)
@@ -201,11 +201,12 @@ def test_a_fine_tune_with_mask_and_prior_images_is_trained(name):
     from likeness.nodes.fine_tune import LikenessFineTune
 
     family = FAMILIES[name]
-    inputs = {"model": model_of(name), "vae": family.autoencoder(), "image": image_of(family), "patches": True}
+    image = image_of(family.image, family.image)
+    inputs = {"model": model_of(name), "vae": family.autoencoder(), "image": image, "patches": True}
     inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 1, "learning_rate": 0.01}
     inputs |= {"rank": 2, "resolution": family.image, "seed": 0, "whole_image": 0.0, "recon_weight": 0.0, "cells": 0}
     inputs |= {"interpolation": "bilinear", "crops": 2, "mask": torch.ones(1, family.image, family.image)}
-    prior = {"prior_weight": 1.0, "prior_image": image_of(family), "prior_positive": family.prompt(2)}
+    prior = {"prior_weight": 1.0, "prior_image": image, "prior_positive": family.prompt(2)}
     whole = {"prior_weight": 0.0, "checkpointing": False}
     kinds = {"LoRA": {**prior, "checkpointing": True}, "full weights": whole}
 
@@ -230,7 +231,7 @@ def test_the_image_of_an_optimized_lora_is_the_stock_samplers(name):
 
     family, seed = FAMILIES[name], 4
     model, vae, positive = model_of(name), family.autoencoder(), family.prompt(1)
-    alike = run_node(LikenessSimilarity, vision=_similarity_model(), image=image_of(family), weight=1.0)[0]
+    alike = run_node(LikenessSimilarity, vision=_similarity_model(), image=image_of(*family.size), weight=1.0)[0]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
     shape = family.latent if len(family.latent) == 4 else (*family.latent[:2], *family.latent[3:])
     inputs = {"model": model, "vae": vae, "positive": positive, "similarity": alike, "sigmas": sigmas, "rank": 2}

@@ -110,8 +110,8 @@ def test_a_reference_guided_image_is_made_again_by_the_stock_sampler(name):
     family, cfg = FAMILIES[name], 2.0
     model, positive, negative = model_of(name), family.prompt(2), family.prompt(3)
     trajectory, _, sigmas, *_ = inverted(name)
-    mask = torch.zeros(1, family.image, family.image)
-    mask[:, : family.image // 2] = 1
+    mask = torch.zeros(1, *family.size)
+    mask[:, : family.size[0] // 2] = 1
     inputs = {"model": model, "positive": positive, "negative": negative, "mask": mask, "cfg": cfg, "inner_steps": 1}
     inputs |= {"noise": _Noise(3), "trajectory": trajectory, "start_percent": 0.1, "end_percent": 1.0}
     latent, guided, negatives, *_ = run_node(LikenessReferenceGuide, **inputs, learning_rate=0.1)

@@ -46,12 +46,17 @@ def test_predictions_without_numbers_give_no_maps():
         looked_at(setting, [[1e25 * setting.source[0][0], setting.source[0][1]]])
 
 
-@pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32)])
-def test_many_maps_are_shown_smaller(size):
-    """The whole prompt at every level fits on a sheet that can be shown; few maps keep their size."""
+WHOLE = pytest.param((64, 64), 50, 77, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("size", "levels", "tokens"), [WHOLE, ((64, 64), 5, 77), ((128, 32), 5, 77), ((32, 128), 50, 5)]
+)
+def test_many_maps_are_shown_smaller(size, levels, tokens):
+    """The whole prompt, and every level, fit on a sheet that can be shown; few maps keep their size."""
     from likeness.core.attention.host.maps import SHEET, TILE, Maps, map_sheet
 
-    many = map_sheet(Maps(torch.rand(50, 77, *size), [index / 50 for index in range(50)]))
+    many = map_sheet(Maps(torch.rand(levels, tokens, *size), [index / levels for index in range(levels)]))
     assert SHEET / 3 < max(many.shape[1:3]) < SHEET + 200
     few = map_sheet(Maps(torch.rand(2, 1, *size), [0.25, 0.75]))
     assert max(few.shape[1:3]) > 2 * TILE

@@ -40,7 +40,7 @@ def transformed(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_random_similarities_are_found():
     found = []
-    for index in range(12):
+    for index in range(4):
         reference, target, _ = transformed(index)
         found.append(align(reference, target).iou)
     assert sum(iou >= 0.9 for iou in found) >= 0.95 * len(found), sorted(found)[:6]
