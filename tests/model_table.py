@@ -105,7 +105,7 @@ STEPS = (
     Step(
         "EZIGen",
         "the nodes of EZIGen, with an adapter that was trained for the model; the published one is SD2.1-base's",
-        ("adapter|test_adapter_training.py::test_gradients_of_every_tensor",),
+        ("adapter|test_adapter_gradients.py::test_gradients_of_every_tensor",),
         refused="Adapters stand in a UNet's blocks, and are trained for models without a pooled prompt vector",
         says="the adapter stands in the transformer blocks of the UNet",
         left=frozenset({"SDXL"}),

@@ -19,7 +19,7 @@ def randomise(module: nn.Module, seed: int, gain: float = 0.7) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.named_parameters():
         if value.ndim >= 2:
-            drawn = torch.randn(value.shape, generator=generator) * gain / value[0].numel() ** 0.5
+            drawn = torch.randn(value.shape, generator=generator).mul_(gain).div_(value[0].numel() ** 0.5)
         else:
             drawn = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
         with torch.no_grad():

@@ -11,10 +11,12 @@ from likeness.core.session.session import Session
 
 from .. import tiny_models
 from ..vision.models import clip_folder
-from .methods import Setting, autoencoder
+from .methods import Setting as AnySetting
+from .methods import autoencoder
 from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
 
 ITERATIONS = 3
+Setting = functools.partial(AnySetting, size=(4, 4))
 FAMILIES = ["sd1", "sd2_v", "sdxl", "flux"]
 
 
@@ -22,7 +24,7 @@ setting_of = functools.cache(Setting)
 """One for all tests that do not change it."""
 
 
-def sigmas(setting: Setting, steps: int = 2) -> torch.Tensor:
+def sigmas(setting: AnySetting, steps: int = 2) -> torch.Tensor:
     import comfy.samplers
 
     return comfy.samplers.calculate_sigmas(setting.model.get_model_object("model_sampling"), "simple", steps)
@@ -39,7 +41,7 @@ def vision(tmp_path_factory):
         return load_vision(folder)
 
 
-def optimised(setting: Setting, vision, *, clip=None, background=None, steps=2, rate=0.02, **changes):
+def optimised(setting: AnySetting, vision, *, clip=None, background=None, steps=2, rate=0.02, **changes):
     from likeness.core.siso.host.optimize_lora import Generator, Sampling, SisoJob, SisoPlan, optimize_lora
     from likeness.core.siso.host.similarity import Similarity, SimilarityPart
     from likeness.core.siso.siso import SisoSettings
@@ -79,11 +81,11 @@ def made(vision, family: str = "sd1", cfg: float = 1.0, steps: int = 2, grad_ste
 def test_the_pictures_become_more_alike(family, vision):
     found = made(vision, family, 1.0, 1, 1)
     assert found.losses[found.best] < found.losses[0] - 1e-3
-    assert found.image.shape == (1, 64, 64, 3) and found.images.shape == (ITERATIONS, 64, 64, 3)
+    assert found.image.shape == (1, 32, 32, 3) and found.images.shape == (ITERATIONS, 32, 32, 3)
     assert float((found.images[found.best] - found.image[0]).abs().max()) < 1 / 254
 
 
-def pictured(setting: Setting, model, positive, steps: int, seed: int, cfg: float) -> torch.Tensor:
+def pictured(setting: AnySetting, model, positive, steps: int, seed: int, cfg: float) -> torch.Tensor:
     """What stock sampling and decoding make."""
     import comfy.sample
     import comfy.samplers
@@ -174,14 +176,14 @@ def test_checkpointing_changes_nothing_but_the_cost(family, vision):
     if clip is not None:
         setting.source = encoded(clip)
     plain, cheap = (
-        optimised(setting, vision, clip=clip, steps=2, grad_steps=2, iterations=3, checkpointing=checkpointing)
+        optimised(setting, vision, clip=clip, steps=2, grad_steps=2, iterations=2, checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
     assert plain.losses == pytest.approx(cheap.losses, abs=1e-6) and plain.best == cheap.best > 0
     torch.testing.assert_close(plain.images, cheap.images, atol=1 / 254, rtol=0)
 
 
-def hooked(setting: Setting, vision) -> int:
+def hooked(setting: AnySetting, vision) -> int:
     """How many hooks there are on all models' layers."""
     parts = [setting.model.model, autoencoder().first_stage_model, vision.model]
     layers = [layer for part in parts for layer in part.modules()]
@@ -217,7 +219,7 @@ def test_cancelled_it_goes_on_and_finished_it_is_not_made_again(vision, tmp_path
     update = Progress.update
 
     def cancel(self, losses, denoised=None, image=None):
-        assert image.shape == (3, 64, 64)
+        assert image.shape == (3, 32, 32)
         if len(losses) == 2:
             raise Cancelled
         update(self, losses, denoised, image)
@@ -310,14 +312,14 @@ def test_the_background_stays(vision):
 
     setting = setting_of()
     source = pictured(setting, setting.model, setting.source, 1, 3, 1.0)
-    mask = torch.zeros(1, 64, 64)
-    mask[:, :32] = 1
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :16] = 1
 
     def error(weight: float) -> float:
         keep = Background(source, mask, weight)
         found = optimised(setting, vision, background=keep, steps=1, iterations=5, keep="last")
         assert len(found.parts[0]) == 2
-        return float((found.images[-1:] - source)[:, 32:].square().mean())
+        return float((found.images[-1:] - source)[:, 16:].square().mean())
 
     assert error(100.0) < 0.7 * error(0.0)
 
@@ -359,7 +361,7 @@ REFUSED = {
     "too many gradient steps": ({"grad_steps": 3}, "grad_steps is 3"),
     "cfg without a negative": ({"cfg": 3.0, "empty": None}, "no negative prompt"),
     "new noise for an inverted image": ({"inverted": True}, "set noise to 'same'"),
-    "a mask over everything": ({"mask": torch.ones(1, 64, 64)}, "covers the whole image"),
+    "a mask over everything": ({"mask": torch.ones(1, 32, 32)}, "covers the whole image"),
 }
 
 

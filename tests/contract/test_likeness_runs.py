@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from .methods import Setting, run_node
+from .methods import run_node
 from .test_contract import forget_runs, own_user_folder, stored  # noqa: F401  (a fixture)
-from .test_likeness_optimisation import equal, optimised, same, setting_of, vision  # noqa: F401  (a fixture)
+from .test_likeness_optimisation import Setting, equal, optimised, same, setting_of, vision  # noqa: F401  (a fixture)
 
 STILL = {"rate": 1e-9, "steps": 1}  # no image is better than the first by 3 %
 

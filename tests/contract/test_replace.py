@@ -10,6 +10,7 @@ import torch
 
 from .. import tiny_models
 from .methods import Setting, run_node
+from .remembering import Remembering
 
 STEPS = 3
 PROMPT, WORD = "a photo of a cat on the grass", "cat"
@@ -19,7 +20,7 @@ PROMPT, WORD = "a photo of a cat on the grass", "cat"
 def text_encoder(family: str):
     """The family's own, small and random."""
     names = {"sd1": "clip_l", "sd2_v": "clip_h", "sdxl": "clip_xl"}
-    return getattr(tiny_models, names[family])()
+    return Remembering(getattr(tiny_models, names[family])())
 
 
 @pytest.fixture(scope="module")

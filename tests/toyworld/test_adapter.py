@@ -110,17 +110,18 @@ def test_the_wide_adapter_computes_the_same(narrow, tmp_path: Path) -> None:
 def _sampled(model, positive) -> torch.Tensor:
     import comfy.sample
 
-    noise = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     return comfy.sample.sample(
-        model, noise, 3, 1.0, "euler", "normal", positive, positive, torch.zeros_like(noise), disable_pbar=True, seed=2
+        model, noise, 2, 1.0, "euler", "normal", positive, positive, torch.zeros_like(noise), disable_pbar=True, seed=2
     )
 
 
-def test_the_committed_adapter_knows_subjects_apart_that_it_was_never_trained_on(narrow) -> None:
+def test_the_committed_adapter_knows_subjects_apart_that_it_was_never_trained_on(narrow, monkeypatch) -> None:
+    from likeness.toyworld import check_adapter
     from likeness.toyworld.assets import ASSETS
-    from likeness.toyworld.check_adapter import checked_pairs, worth
 
-    assert all(for_checking(idn) for idn, _, _ in checked_pairs(16))
-    found = worth(ASSETS / "adapter.safetensors", 16).values()
+    assert all(for_checking(idn) for idn, _, _ in check_adapter.checked_pairs(16))
+    monkeypatch.setattr(check_adapter, "TIMESTEPS", (350, 700))
+    found = check_adapter.worth(ASSETS / "adapter.safetensors", 16).values()
     alone, own, other = (sum(part) for part in zip(*found, strict=True))
-    assert own < 0.98 * alone and own < 0.9 * other
+    assert own < 0.95 * alone and own < 0.8 * other
