@@ -39,6 +39,13 @@ class Setting:
         return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").movedim(1, -1)
 
 
+@dataclass
+class SharedSetting(Setting):
+    """The same of networks whose weights nobody changes."""
+
+    shared: bool = True
+
+
 @functools.cache
 def autoencoder(channels: int = 4):
     """One VAE for all settings with so many latent channels."""

@@ -10,7 +10,8 @@ import types
 import pytest
 import torch
 
-from .methods import Setting, autoencoder
+from .methods import autoencoder
+from .setting import SharedSetting as Setting
 
 STEPS, SEED, CFG = 5, 11, 3.0
 FAMILIES = ["sd1", "sdxl"]

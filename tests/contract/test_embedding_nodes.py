@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from .. import tiny_models
-from .methods import Setting, run_node
+from .methods import run_node
+from .setting import SharedSetting as Setting
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from .. import tiny_models
-from .methods import Setting, run_node, sample
+from .methods import run_node, sample
+from .setting import SharedSetting as Setting
 
 
 def looked_at(setting, conditioning=None, **changes) -> tuple:

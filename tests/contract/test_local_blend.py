@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .methods import Setting
+from .setting import SharedSetting as Setting
 from .test_replace import close, play, swapped
 
 

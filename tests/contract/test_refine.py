@@ -10,7 +10,8 @@ import torch
 from likeness.core.session.session import Session
 
 from .. import tiny_models
-from .methods import Setting, run_node
+from .methods import run_node
+from .setting import SharedSetting as Setting
 from .test_contract import own_user_folder  # noqa: F401  (a fixture)
 
 STEPS = 4

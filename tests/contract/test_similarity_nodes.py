@@ -10,7 +10,8 @@ import torch
 
 from .. import tiny_models
 from ..vision.models import clip_folder
-from .methods import Setting, autoencoder, run_node
+from .methods import autoencoder, run_node
+from .setting import SharedSetting as Setting
 from .test_contract import own_user_folder  # noqa: F401  (a fixture)
 from .test_likeness_optimisation import encoded, optimised, sigmas
 

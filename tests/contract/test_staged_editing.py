@@ -11,7 +11,8 @@ import torch
 from likeness.core.ezigen.staged import Loops
 
 from .. import tiny_models
-from .methods import Setting, autoencoder
+from .methods import autoencoder
+from .setting import SharedSetting as Setting
 from .test_adapter import stored, subject
 
 STEPS = 5

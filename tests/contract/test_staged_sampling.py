@@ -13,7 +13,8 @@ from likeness.core.denoiser import rescaled
 from likeness.core.ezigen.staged import Loops, split
 
 from ..vision.models import clip_folder
-from .methods import Setting, autoencoder
+from .methods import autoencoder
+from .setting import SharedSetting as Setting
 from .test_adapter import stored, subject
 
 STEPS = 5
