@@ -32,8 +32,8 @@ def _mask(length: int, used: int) -> torch.Tensor:
 class Family:
     """base and config: names of ComfyUI's classes. rows: a prompt's number of token embeddings, and how many more it
     has with each seed where the encoder does not pad. zeros: how many of them are padding of zeros. latent and image:
-    the shape of one image's latents and the side of a square image. wide: height and width of the latents' image where
-    that is no square. vae: the name of a function in this file, None without a tiny one.
+    the shape of one image's latents, and the side of a training square. pixels: of a latent's cell. vae: the name of a
+    function in this file, None without a tiny one.
     """
 
     base: str
@@ -45,9 +45,9 @@ class Family:
     padded: bool = True
     zeros: int = 0
     options: Options = lambda _seed: {}
-    latent: tuple[int, ...] = (1, 16, 8, 8)
+    latent: tuple[int, ...] = (1, 16, 4, 4)
     image: int = 64
-    wide: tuple[int, int] | None = None
+    pixels: int = 8
     vae: str | None = "taesd16"
 
     @property
@@ -76,7 +76,7 @@ class Family:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the latents' image."""
-        return self.wide or (self.image, self.image)
+        return self.latent[-2] * self.pixels, self.latent[-1] * self.pixels
 
     def prompt(self, seed: int) -> list:
         """CONDITIONING of random token embeddings."""
@@ -152,7 +152,7 @@ QWEN = {
     **{"image_model": "qwen_image", "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 2},
     **{"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 64, "axes_dims_rope": (4, 6, 6)},
 }
-FRAME = (1, 16, 1, 8, 8)
+FRAME = (1, 16, 1, 4, 4)
 
 
 def families() -> dict[str, Family]:
@@ -195,6 +195,7 @@ def listed() -> dict[str, Family]:
             padded=False,
             options=lambda _: {"guidance": 4.0},
             latent=(1, 128, 4, 4),
+            pixels=16,
             vae="flux2_vae",
         ),
         "Chroma": Family(
@@ -276,7 +277,6 @@ def listed() -> dict[str, Family]:
             padded=False,
             latent=(1, 4, 4, 62),  # its positions want 33 or more in the mean
             image=272,
-            wide=(32, 496),
             vae="taesd4",
         ),
         "HunyuanDiT": Family(
@@ -291,7 +291,7 @@ def listed() -> dict[str, Family]:
                 **{"attention_mask": _mask(77, 9), "attention_mask_mt5xl": _mask(256, 9)},
                 "conditioning_mt5xl": _draw(seed + 9, 1, 256, 64),
             },
-            latent=(1, 4, 8, 8),
+            latent=(1, 4, 4, 4),
             vae="taesd4",
         ),
         "OmniGen2": Family(
@@ -341,6 +341,7 @@ def listed() -> dict[str, Family]:
             options=lambda _: {"attention_mask": _mask(128, 12)},
             latent=(1, 128, 1, 4, 4),
             image=128,
+            pixels=32,
             vae="ltxv_vae",
         ),
         "HunyuanVideo": Family(
@@ -378,6 +379,7 @@ def listed() -> dict[str, Family]:
             padded=False,
             latent=(1, tiny_sana.CHANNELS, 4, 4),
             image=128,
+            pixels=32,
             vae="sana_vae",
         ),
     }

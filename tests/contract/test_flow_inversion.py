@@ -170,9 +170,9 @@ def test_reference_guidance_is_played_again_by_the_stock_sampler(name, own_folde
     from likeness.nodes.reference import LikenessReferenceGuide
 
     setting = setting_of(name)
-    side = FAMILIES[name].image
-    mask = torch.zeros(1, side, side)
-    mask[:, side // 4 : side // 2] = 1
+    height, width = FAMILIES[name].size
+    mask = torch.zeros(1, height, width)
+    mask[:, height // 4 : height // 2] = 1
     inputs = {"model": setting.model, "positive": setting.edit, "negative": setting.empty, "mask": mask, "cfg": CFG}
     inputs |= {"noise": Noise_RandomNoise(3), "trajectory": as_published(name).trajectory}
     settings = {"inner_steps": 1, "start_percent": 0.1, "end_percent": 0.9, "learning_rate": 0.1}

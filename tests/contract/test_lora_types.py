@@ -23,7 +23,12 @@ FAMILIES = tiny_families.families()
 def lora_of(family, kind: str, **changes) -> tuple:
     from likeness.nodes.fine_tune import LikenessFineTune
 
-    inputs = {"model": family.model(), "vae": family.autoencoder(), "image": image_of(family), "patches": False}
+    inputs = {
+        "model": family.model(),
+        "vae": family.autoencoder(),
+        "image": image_of(family.image, family.image),
+        "patches": False,
+    }
     inputs |= {"positive": family.prompt(1), "prompt": "photo of a sks dog", "steps": 2, "learning_rate": 0.05}
     inputs |= {"rank": 4, "resolution": family.image, "seed": 0, "whole_image": 0.0, "recon_weight": 0.0, "cells": 0}
     inputs |= {"interpolation": "bilinear", "crops": 5, "prior_weight": 0.0, "prior_prompt": "", "method": "LoRA"}

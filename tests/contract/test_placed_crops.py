@@ -130,7 +130,7 @@ def test_others_are_trained_on_the_whole_image_and_it_is_said(name, caplog, tmp_
     family = FAMILIES[name]
     off = lora_of(family, "LoRA", patches=False)
     assert "Patches are off" not in caplog.text and "patches" not in off[2].header["settings"]
-    small = image_of(family)[:, :12, :12]  # less than the 16 cells that patches would need
+    small = image_of(family.image, family.image)[:, :12, :12]  # less than the 16 cells that patches would need
     _, _, lora, loss = lora_of(family, "LoRA", patches=True)
     assert "Patches are off: this model, a" in caplog.text and "400 to 800 steps" in caplog.text
     assert loss == off[3] and needed_map(lora) is None and lora.header["settings"]["patches"] == "not on this model"
