@@ -157,7 +157,9 @@ def test_the_mask_node_finds_the_subject(monkeypatch: pytest.MonkeyPatch) -> Non
     assert float((found - (masks > 0.5).float()).abs().mean()) < 0.05
 
 
-@pytest.mark.parametrize(("student", "steps"), [(False, 10), (True, 1), (True, 2), (True, 4)])
+@pytest.mark.parametrize(
+    ("student", "steps"), [(False, 10), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow), (True, 4)]
+)
 def test_prompts_decide_what_comfyui_samples(student: bool, steps: int) -> None:
     inprocess.start()
     import comfy.sample

@@ -90,7 +90,7 @@ def test_the_stock_loader_takes_the_flow_file_for_sd3(loaded_flow, flow_world) -
         )
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("steps", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_student_is_sampled_by_the_stock_sampler(steps: int, loaded_flow, flow_world) -> None:
     import comfy.sample
 

@@ -174,8 +174,12 @@ def test_an_interrupt_at_any_call_of_the_model_leaves_no_trace(kind):
         assert fit.losses == whole.losses and torch.equal(fit.x, whole.x)
 
 
-@KINDS
-@pytest.mark.parametrize("patience", [0, 1])
+OTHERS = [
+    pytest.param(patience, kind, marks=pytest.mark.slow) for patience, kind in ((1, GaussianDenoiser), (0, Drawing))
+]
+
+
+@pytest.mark.parametrize(("patience", "kind"), [(0, GaussianDenoiser), (1, Drawing), *OTHERS])
 def test_null_text_too(patience, kind):
     def fit() -> NullText:
         world = World(kind)
