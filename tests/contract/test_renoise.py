@@ -127,7 +127,7 @@ def test_a_correction_that_runs_away_is_said():
 
 def test_it_is_the_same_again_and_the_model_and_the_random_numbers_stay():
     setting = calmed()
-    levels = sigmas(setting, 2)
+    levels = sigmas(setting, 3)
     weights = {name: value for name, value in setting.model.model.named_parameters()}
     state = torch.get_rng_state()
     first, second = (invert(setting, sigmas=levels)[0] for _ in range(2))
