@@ -69,7 +69,7 @@ def test_the_picture_comes_back_without_guidance_and_the_fixed_point_is_exact(fa
     setting = calm(Setting(family), 0.02)
     errors = {}
     for label in ("published", "current", "fixed point"):
-        trajectory, start, levels = invert(setting, label=label, iterations=ITERATIONS)
+        trajectory, start, levels = invert(setting, label=label, iterations=10)
         assert trajectory.latents.shape == (STEPS + 1, 1, 4, 8, 8) and torch.equal(levels, sigmas(setting.model))
         errors[label] = distance(setting, play(setting, start, levels, setting.empty, 1.0))
     assert errors["fixed point"] < 1e-3 < errors["published"] < 0.2 and errors["current"] < 0.5
