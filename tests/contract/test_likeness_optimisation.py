@@ -100,7 +100,7 @@ def pictured(setting: AnySetting, model, positive, steps: int, seed: int, cfg: f
         return autoencoder(setting.channels).decode(samples)
 
 
-GUIDED = [("sd1", 4.0, 3, 2), *((family, 4.0, 2, 2) for family in FAMILIES[1:])]
+GUIDED = [(family, 4.0, 3, 2) for family in FAMILIES]
 
 
 @pytest.mark.parametrize(
