@@ -14,10 +14,10 @@ from likeness.core.session import job
 from .methods import METHODS, PROMISES, STEPS, Entry
 from .neighbours import area, control_net, freeu, hook_lora, pag, rescale_cfg
 from .setting import Setting as AnySetting
+from .setting import SharedSetting as Setting
 from .setting import run_node
 from .setting import sample as sample_steps
 
-Setting = functools.partial(AnySetting, shared=True)
 sample = functools.partial(sample_steps, steps=1)
 
 

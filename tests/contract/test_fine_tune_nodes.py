@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ from likeness.core.sine.position_map import needed_map
 
 from .. import tiny_models
 from .fine_tunes import distance, picture, same, train
-from .methods import Setting as NewSetting
 from .methods import autoencoder, fit_sine, run_node, sine_inputs
-
-Setting = functools.partial(NewSetting, shared=True)
+from .setting import Setting as NewSetting
+from .setting import SharedSetting as Setting
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 

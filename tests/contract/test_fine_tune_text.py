@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ import torch
 
 from .. import tiny_models
 from .fine_tunes import encode, same, train
-from .methods import Setting as NewSetting
 from .methods import run_node, sine_inputs
-
-Setting = functools.partial(NewSetting, shared=True)
+from .setting import SharedSetting as Setting
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 

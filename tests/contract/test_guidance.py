@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from .. import tiny_models
-from .methods import Setting as NewSetting
 from .methods import run_node, sample
+from .setting import SharedSetting as Setting
 from .test_contract import area, control_net, freeu, hook_lora, pag, rescale_cfg
 
 ATTENTION = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
 CONVOLUTION = "diffusion_model.input_blocks.1.0.in_layers.2"
 NORM = "diffusion_model.out.0"
-Setting = functools.partial(NewSetting, shared=True)
 STEPS, MORE = 2, 3  # of which guidance to 0.6 takes part in one, and in two
 
 

@@ -11,11 +11,9 @@ from likeness.core.lora.timestep_rank import MARKER
 
 from .. import tiny_families
 from .fine_tunes import train
-from .methods import Setting as NewSetting
 from .methods import run_node, sample
+from .setting import SharedSetting as Setting
 from .test_families import image_of, predicted
-
-Setting = functools.partial(NewSetting, shared=True)
 
 FAMILIES = tiny_families.families()
 

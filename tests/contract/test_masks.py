@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor
 
 from .methods import METHODS, _similarity_model, autoencoder, run_node
-from .methods import Setting as NewSetting
-
-Setting = functools.partial(NewSetting, shared=True)
+from .setting import SharedSetting as Setting
 
 METHOD = {method.name: method for method in METHODS}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,7 @@ from likeness.core.session.sampling import objective
 from likeness.core.session.session import GuiderDenoiser
 
 from .methods import METHODS, run_node
-from .methods import Setting as NewSetting
-
-Setting = functools.partial(NewSetting, shared=True)
+from .setting import SharedSetting as Setting
 
 METHOD = {method.name: method for method in METHODS}
 NOISE, NEW = {}, {"objective": "network output"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 
 from ..tiny_families import families
 from .methods import METHODS, run_node, sample
-from .methods import Setting as NewSetting
+from .setting import Setting as NewSetting
+from .setting import SharedSetting as Setting
 from .test_guidance import other_loader
-
-Setting = functools.partial(NewSetting, shared=True)
 
 METHOD = {method.name: method for method in METHODS}
 

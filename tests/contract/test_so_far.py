@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
-from .setting import Setting as NewSetting
+from .setting import SharedSetting as Setting
 from .test_embedding_nodes import train
-
-Setting = functools.partial(NewSetting, shared=True)
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 

@@ -13,10 +13,9 @@ from likeness.core.session.fingerprint import patches_digest
 
 from . import methods
 from .methods import METHODS, run_node, sample
-from .methods import Setting as NewSetting
+from .setting import Setting as NewSetting
+from .setting import SharedSetting as Setting
 from .setting import levels
-
-Setting = functools.partial(NewSetting, shared=True)
 
 WHOLE = {"reuse_threshold": 0.9, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
 METHOD = {method.name: method for method in METHODS}

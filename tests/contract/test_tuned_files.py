@@ -10,10 +10,8 @@ import torch
 
 from .. import tiny_models
 from .fine_tunes import encode, picture, train
-from .methods import Setting as NewSetting
 from .methods import run_node
-
-Setting = functools.partial(NewSetting, shared=True)
+from .setting import SharedSetting as Setting
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
