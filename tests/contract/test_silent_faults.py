@@ -107,7 +107,7 @@ def test_a_latent_without_a_frame_axis_is_one_frame(name, monkeypatch):
     monkeypatch.setattr(setting.model.model.diffusion_model, "forward", forward)
     setting.latent["samples"] = setting.latent["samples"][:, :, 0]
     METHOD["hiper"].fit(setting, steps=1)
-    assert shapes == {(1, 16, 1, 8, 8)}
+    assert shapes == {(1, 16, 1, 4, 4)}
 
 
 @pytest.mark.usefixtures("own_folders")
