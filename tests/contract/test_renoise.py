@@ -62,19 +62,19 @@ def missed(setting: Setting, found: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_a_stock_sampler_comes_back_to_the_picture(family, kind="euler_ancestral"):
+ELSEWHERE = [pytest.param(name, "euler", marks=pytest.mark.slow) for name in ("sd2_v", "sdxl")]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((name, "euler_ancestral") for name in tiny_models.FAMILIES), ("sd1", "euler"), *ELSEWHERE]
+)
+def test_a_stock_sampler_comes_back_to_the_picture(family, kind):
     setting, start, sampler, levels, report = inverted(family, kind)
     found = play(setting, start, sampler, levels)
     assert missed(setting, found) < (0.2 if family == "sd2_v" else 0.01)
     assert f"missed by {100 * missed(setting, found):.1f} %" in report and report.startswith("3 ")
     assert len(start["likeness_replay"].noises) == (3 if kind == "euler_ancestral" else 0)
     assert missed(setting, start["samples"]) > 0.3
-
-
-@pytest.mark.parametrize("family", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2_v", "sdxl"))])
-def test_the_stock_sampler_without_noise_of_its_own_comes_back_too(family):
-    test_a_stock_sampler_comes_back_to_the_picture(family, "euler")
 
 
 def test_without_the_recorded_noises_it_goes_astray_and_with_them_any_seed_is_the_same():
