@@ -1,8 +1,8 @@
 """`python3 toolbox/test.py [--slow]`: set everything up and run all checks.
 
-Ruff and the types; then the tests without a server, on two cores; then those of the server and of the browser, in
-parallel. `--slow` adds tests that take minutes and stores their results in benchmarks/results/. COMFYUI_PATH uses an
-existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
+Ruff and the types; then tests without a server, on two cores; then those of the server, beside the rest and those of
+the browser, which take as long. `--slow` adds tests that take minutes and stores their results in benchmarks/results/.
+COMFYUI_PATH uses an existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 """
 
 import functools
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
-IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input", "trials", "toyworld")
-WITH_SERVER = ("server", "browser")
+IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input")
+IN_PARALLEL = (("server",), ("trials", "toyworld", "browser"))
 PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -76,7 +76,8 @@ def main() -> int:
         pytest, variables = [*pytest, "-q", "--durations=10"], variables | ONE_THREAD
         in_process = [*pytest, *PARALLEL, *(f"tests/{tier}" for tier in IN_PROCESS)]
         failed += run({"in process": in_process}, variables)
-        failed += run_parallel({tier: [*pytest, f"tests/{tier}"] for tier in WITH_SERVER}, variables)
+        halves = {", ".join(tiers): [*pytest, *(f"tests/{tier}" for tier in tiers)] for tiers in IN_PARALLEL}
+        failed += run_parallel(halves, variables)
     report(", ".join(failed) or "all", not failed, start)
     return 1 if failed else 0
 
