@@ -15,7 +15,7 @@ from pathlib import Path
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
 IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input")
-IN_PARALLEL = (("server",), ("trials", "toyworld", "browser"))
+IN_PARALLEL = {"server": ("server",), "browser, and the rest": ("trials", "toyworld", "browser")}
 PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -76,7 +76,7 @@ def main() -> int:
         pytest, variables = [*pytest, "-q", "--durations=10"], variables | ONE_THREAD
         in_process = [*pytest, *PARALLEL, *(f"tests/{tier}" for tier in IN_PROCESS)]
         failed += run({"in process": in_process}, variables)
-        halves = {", ".join(tiers): [*pytest, *(f"tests/{tier}" for tier in tiers)] for tiers in IN_PARALLEL}
+        halves = {name: [*pytest, *(f"tests/{tier}" for tier in tiers)] for name, tiers in IN_PARALLEL.items()}
         failed += run_parallel(halves, variables)
     report(", ".join(failed) or "all", not failed, start)
     return 1 if failed else 0
