@@ -1,7 +1,7 @@
 """`python3 toolbox/test.py [--slow]`: set everything up and run all checks.
 
-Ruff and the types; then tests without a server, on two cores; then those of the server, beside the rest and those of
-the browser, which take as long. `--slow` adds tests that take minutes and stores their results in benchmarks/results/.
+Ruff and the types; then tests without a server, on two cores; then those of the server, beside the small world's and
+the browser's, which take as long. `--slow` adds tests that take minutes and stores their results in benchmarks/results/.
 COMFYUI_PATH uses an existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from _load import ROOT, load_pack  # ty: ignore[import-not-found] (this folder is on the path of a script)
 
-IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input")
-IN_PARALLEL = {"server": ("server",), "browser, and the rest": ("trials", "toyworld", "browser")}
+IN_PROCESS = ("unit", "parity", "trainer", "vision", "contract", "input", "trials")
+IN_PARALLEL = {"server": ("server",), "small world and browser": ("toyworld", "browser")}
 PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"LIKENESS_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
