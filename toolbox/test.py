@@ -1,7 +1,7 @@
 """`python3 toolbox/test.py [--slow]`: set everything up and run all checks.
 
 Ruff and the types; then tests without a server, on two cores; then those of the server, beside the small world's and
-the browser's, which take as long. `--slow` adds tests that take minutes and stores their results in benchmarks/results/.
+the browser's, which take as long. `--slow` adds tests that take minutes and keeps their results in benchmarks/results/.
 COMFYUI_PATH uses an existing ComfyUI. Other arguments are passed to pytest instead of the tiers.
 """
 
