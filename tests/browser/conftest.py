@@ -30,9 +30,9 @@ USUAL = (("bundled", "canvas"), ("newest", "vue"))  # how each page renders by i
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Graphs with every node of the pack open in the newest page with Vue, and one of each kind runs there; HiPer's do
-    both in all four. Dialogs open in canvas, and all else is looked at where a page renders as it does by itself. The
-    rest is slow.
+    """Graphs with every node of the pack open in the newest page with Vue, and one of each kind runs there; one of
+    HiPer's does both in all four. Dialogs open in canvas, and all else is looked at where a page renders as it does by
+    itself. The rest is slow.
     """
     for item in items:
         if item.path.parent != Path(__file__).parent:
