@@ -24,10 +24,8 @@ def start() -> None:
     if root not in sys.path:
         sys.path.insert(0, root)
     _folder.append(tempfile.TemporaryDirectory(prefix="likeness-tests-", ignore_cleanup_errors=True))
-    arguments, sys.argv = (
-        sys.argv,
-        [sys.argv[0], "--cpu", "--use-pytorch-cross-attention", "--base-directory", _folder[0].name],
-    )
+    options = ["--cpu", "--use-pytorch-cross-attention", "--base-directory", _folder[0].name]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *options]
     try:
         import comfy.options
 

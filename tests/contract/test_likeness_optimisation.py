@@ -11,12 +11,13 @@ from likeness.core.session.session import Session
 
 from .. import tiny_models
 from ..vision.models import clip_folder
-from .methods import Setting as AnySetting
 from .methods import autoencoder
+from .setting import Setting as AnySetting
+from .setting import SharedSetting
 from .test_contract import Cancelled, forget_runs, own_user_folder  # noqa: F401  (a fixture)
 
 ITERATIONS = 3
-Setting = functools.partial(AnySetting, size=(4, 4), shared=True)
+Setting = functools.partial(SharedSetting, size=(4, 4))
 FAMILIES = ["sd1", "sd2_v", "sdxl", "flux"]
 
 

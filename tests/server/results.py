@@ -15,9 +15,8 @@ from .. import live, tiny_sana
 UNWANTED = ("Traceback", "ERROR", "WARNING", "Warning", "deprecated", "lora key not loaded")
 # A stock loader says of a file that was tuned on patches what it does not know.
 SAID = "lora key not loaded: likeness.needs_position_map"
-STOCK = tuple(
-    name for name in live.NAMES if name[0] in "18"
-)  # one that learns and one that loads, run as they are shipped
+# A graph that learns and the one that loads what it saved, run as they are shipped.
+STOCK = tuple(name for name in live.NAMES if name[0] in "18")
 
 
 def pixels(image) -> np.ndarray:
